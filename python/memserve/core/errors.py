@@ -1,0 +1,96 @@
+"""Every error MemServe raises on purpose, ordered by what the caller can do about it.
+
+MemServeError
+├── Retryable            the same call may succeed later, or elsewhere
+│   ├── TransferTimeout  bytes may still be in flight: the memory is not free yet
+│   └── InstanceLost     the other process is gone
+├── Rejected             the caller must change the request
+│   ├── BadRequest       an HTTP request we refuse (4xx), with the field at fault
+│   ├── OutOfBounds      a copy that leaves its region; nothing was moved
+│   └── WireMismatch     the peer speaks another protocol version, or holds another key
+├── TransferFailed       the transport gave up; what has landed is undefined
+├── StaleEpoch           the peer restarted: whatever was known of it is void
+├── ConfigError          a flag, file or environment the user has to change
+└── InvariantViolated    our bug: log the state and end the process
+"""
+
+from __future__ import annotations
+
+
+class MemServeError(Exception):
+    """Base of every error raised on purpose by this package."""
+
+
+class Retryable(MemServeError):
+    """The same call may succeed later, or on another instance."""
+
+
+class TransferTimeout(Retryable):
+    """A copy did not complete in `timeout_s`; its bytes may still land later.
+
+    The memory it was writing to must be quarantined until the peer is fenced or known dead.
+    """
+
+    def __init__(self, peer: str, timeout_s: float) -> None:
+        super().__init__(f"no completion from {peer} within {timeout_s:g} s")
+        self.peer = peer
+        self.timeout_s = timeout_s
+
+
+class InstanceLost(Retryable):
+    """The process at the other end is gone, or was never there."""
+
+    def __init__(self, peer: str, reason: str) -> None:
+        super().__init__(f"{peer}: {reason}")
+        self.peer = peer
+        self.reason = reason
+
+
+class Rejected(MemServeError):
+    """The caller must change the request; repeating it cannot help."""
+
+
+class BadRequest(Rejected):
+    """An HTTP request that is refused before anything is dispatched."""
+
+    def __init__(self, message: str, *, field: str | None = None, status: int = 400) -> None:
+        super().__init__(message)
+        self.message = message
+        self.field = field
+        self.status = status
+
+
+class OutOfBounds(Rejected):
+    """A copy reaches outside a registered region. Checked before a byte moves."""
+
+
+class WireMismatch(Rejected):
+    """The peer speaks another version of a protocol, or holds another cluster key."""
+
+
+class TransferFailed(MemServeError):
+    """The transport gave up on a copy; which of its bytes landed is undefined."""
+
+    def __init__(self, peer: str, reason: str) -> None:
+        super().__init__(f"{peer}: {reason}")
+        self.peer = peer
+        self.reason = reason
+
+
+class StaleEpoch(MemServeError):
+    """The peer is not the process that was spoken to before: its addresses are void."""
+
+    def __init__(self, peer: str, expected: int, actual: int | None) -> None:
+        now = "gone" if actual is None else f"epoch {actual:016x}"
+        super().__init__(f"{peer}: epoch {expected:016x} expected, the process there is now {now}")
+        self.peer = peer
+        self.expected = expected
+        self.actual = actual
+
+
+class ConfigError(MemServeError):
+    """Something the user set has to change; the text is one line that says what."""
+
+
+class InvariantViolated(MemServeError):
+    """A state that cannot be: a bug of ours."""

@@ -1,0 +1,17 @@
+"""Names for the things that cross process borders. Knows nothing of what they identify."""
+
+from __future__ import annotations
+
+import secrets
+from typing import NewType
+
+InstanceId = NewType("InstanceId", str)
+"""One server, unique in the cluster; stays the same over restarts if the operator names it."""
+
+Epoch = NewType("Epoch", int)
+"""One process's life: 63 random bits, new at every start. Never 0."""
+
+
+def new_epoch() -> Epoch:
+    """A fresh epoch for this process."""
+    return Epoch(secrets.randbits(63) | 1)

@@ -1,0 +1,180 @@
+"""Request and answer over ZMQ, encrypted and authenticated when there is a cluster key.
+
+    ControlClient (DEALER) --- [id, request] --->  ControlServer (ROUTER, own thread)
+                           <-- [id, answer] -----
+
+With a key both ends run CURVE on key pairs derived from it: whoever does not hold the cluster
+key can neither be heard nor read along. Without one, a server binds loopback only.
+Knows no message's meaning.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import itertools
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+
+import zmq
+from zmq.utils import z85
+
+from memserve.core.cluster_key import ClusterKey
+from memserve.core.errors import ConfigError, InstanceLost, MemServeError, WireMismatch
+from memserve.wire.messages import Message, Refused, decode, encode
+
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_BYTES = 16 << 20
+
+Handler = Callable[[Message], Message]
+
+
+def is_loopback(host: str) -> bool:
+    """Whether `host` names this machine to itself only."""
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:
+        return False
+
+
+class ControlServer:
+    """Answers requests on one address, one at a time, on a thread of its own."""
+
+    def __init__(self, host: str, port: int, handler: Handler, *, key: ClusterKey | None = None) -> None:
+        """Bind `host:port` (0: the system picks one) and start answering with `handler`.
+
+        `handler` runs on this server's thread and should take microseconds. A MemServeError it
+        raises becomes a Refused; any other exception ends the process.
+        Raises ConfigError if the address cannot be bound, or leaves the host without a key.
+        """
+        if key is None and not is_loopback(host):
+            raise ConfigError(f"the control plane on {host} needs --cluster-key-file: it leaves this machine")
+        self._handler = handler
+        self._context = zmq.Context()
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._socket.setsockopt(zmq.LINGER, 0)
+        self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+        self._socket.setsockopt(zmq.IPV6, ":" in host)
+        if key is not None:
+            self._socket.curve_secretkey = _key_pair(key)[1]
+            self._socket.curve_server = True
+        try:
+            self._socket.bind(f"tcp://{_bracketed(host)}:{port or '*'}")
+        except zmq.ZMQError as error:
+            self._context.destroy(linger=0)
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        self.host = host
+        self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._run, name=f"control-{self.port}", daemon=True)
+        self._thread.start()
+
+    @property
+    def address(self) -> str:
+        """`host:port`, as a peer on the same network would write it."""
+        return f"{_bracketed(self.host)}:{self.port}"
+
+    def close(self) -> None:
+        """Stop answering and release the port. Idempotent."""
+        self._closing.set()
+        if threading.current_thread() is not self._thread:
+            self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._closing.is_set():
+                if self._socket.poll(timeout=100):
+                    self._answer(self._socket.recv_multipart())
+        except Exception:
+            logger.exception("the control thread failed; this process cannot go on")
+            os._exit(1)
+        finally:
+            self._context.destroy(linger=0)
+
+    def _answer(self, frames: list[bytes]) -> None:
+        if len(frames) != 3:
+            logger.warning("control message ignored: %d frames", len(frames))
+            return
+        identity, request_id, body = frames
+        try:
+            answer = self._handler(decode(body))
+        except MemServeError as error:
+            logger.warning("control message refused: %s", error)
+            answer = Refused(str(error))
+        self._socket.send_multipart([identity, request_id, encode(answer)])
+
+
+class ControlClient:
+    """Asks one server. Safe to use from several threads; calls are made one after another."""
+
+    def __init__(self, address: str, *, key: ClusterKey | None = None) -> None:
+        """`address` is `host:port`. Nothing is sent until the first request."""
+        self.address = address
+        self._key = key
+        self._lock = threading.Lock()
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._socket: zmq.Socket[bytes] | None = None
+        self._ids = itertools.count(1)
+
+    def request(self, message: Message, *, timeout_s: float) -> Message:
+        """Send `message`, return the answer.
+
+        Raises InstanceLost if none came in time (the connection is made anew next time, and a late
+        answer is dropped), WireMismatch if the peer speaks another version.
+        """
+        with self._lock:
+            socket = self._connected()
+            request_id = next(self._ids).to_bytes(8, "big")
+            socket.send_multipart([request_id, encode(message)])
+            deadline = time.monotonic() + timeout_s
+            while (left := deadline - time.monotonic()) > 0:
+                if not socket.poll(timeout=int(left * 1000) + 1):
+                    continue
+                frames = socket.recv_multipart()
+                if len(frames) != 2:
+                    raise WireMismatch(f"{self.address} answered with {len(frames)} frames")
+                if frames[0] == request_id:
+                    return decode(frames[1])
+            self._disconnect()
+        reason = f"no answer within {timeout_s:g} s (not there, or it has another cluster key)"
+        raise InstanceLost(self.address, reason)
+
+    def close(self) -> None:
+        """Release the socket. Idempotent."""
+        with self._lock:
+            self._disconnect()
+            self._context.destroy(linger=0)
+
+    def _connected(self) -> zmq.Socket[bytes]:
+        if self._socket is None:
+            self._socket = self._context.socket(zmq.DEALER)
+            self._socket.setsockopt(zmq.LINGER, 0)
+            self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+            self._socket.setsockopt(zmq.IPV6, self.address.startswith("["))
+            if self._key is not None:
+                public, secret = _key_pair(self._key)
+                self._socket.curve_serverkey = public
+                self._socket.curve_publickey, self._socket.curve_secretkey = public, secret
+            self._socket.connect(f"tcp://{self.address}")
+        return self._socket
+
+    def _disconnect(self) -> None:
+        if self._socket is not None:
+            self._socket.close(linger=0)
+            self._socket = None
+
+
+def _bracketed(host: str) -> str:
+    return f"[{host}]" if ":" in host and not host.startswith("[") else host
+
+
+def _key_pair(key: ClusterKey) -> tuple[bytes, bytes]:
+    """The CURVE key pair of the cluster. Its public half is a secret too: CURVE never sends a
+    server's key, so knowing it is what admits a client."""
+    secret = z85.encode(key.derive("zmq curve"))
+    return zmq.curve_public(secret), secret
