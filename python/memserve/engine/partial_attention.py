@@ -1,0 +1,108 @@
+"""Attention over a part of the keys, and how the parts of one attention are put together.
+
+The softmax of a query over all its keys is a weighted mean of its softmaxes over any partition of
+them, with weights e^lse, where lse is the logarithm of a part's sum of exponentials. So keys that
+lie in several places (a cached prefix, the new tokens, another machine) can be attended where they
+are. Knows nothing of requests, pools or SGLang. Source: Dao et al., FlashAttention, arXiv
+2205.14135, section 3.1; Liu et al., Ring Attention, arXiv 2310.01889.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+_flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+
+
+class Partial(NamedTuple):
+    """What queries saw in a part of their keys; two fields that only mean something together."""
+
+    output: Tensor
+    """[batch, query_heads, queries, value_dim], in the queries' dtype; zero where no key was seen."""
+    lse: Tensor
+    """[batch, query_heads, queries], float32 (float64 for float64): log of the sum of the
+    exponentials of the scaled scores; -inf where no key was seen."""
+
+
+def attend(query: Tensor, key: Tensor, value: Tensor, *, scale: float, causal: bool = False) -> Partial:
+    """Attention of `query` over exactly these keys: softmax(scale * query key^T) value.
+
+    query [batch, query_heads, queries, dim]; key [batch, kv_heads, keys, dim]; value
+    [batch, kv_heads, keys, value_dim]: one dtype and device, any strides with adjacent elements in
+    the last dimension. Each KV head serves query_heads / kv_heads neighbouring query heads.
+    `causal`: query i sees keys 0..i, for as many queries as keys. Sums are kept in float32; for
+    inference, without gradients.
+    Raises ValueError if the heads do not divide, or if `causal` and queries and keys differ in number.
+    """
+    if query.shape[1] % key.shape[1]:
+        raise ValueError(f"{query.shape[1]} query heads cannot share {key.shape[1]} KV heads evenly")
+    if causal and query.shape[2] != key.shape[2]:
+        raise ValueError(f"causal attention of {query.shape[2]} queries over {key.shape[2]} keys")
+    if query.shape[2] == 0 or key.shape[2] == 0:
+        return nothing_seen(query, value.shape[-1])
+    if query.device.type != "cpu" or query.shape[-1] != value.shape[-1]:
+        return _attend_by_matmul(query, key, value, scale, causal)
+    if query.shape[2] == 1 and _pays_to_fold(query, key.shape[1]):
+        # The query heads of a KV head become the queries of one head: its keys are read once.
+        batch, heads, _, dim = query.shape
+        folded = query.reshape(batch, key.shape[1], -1, dim)
+        output, lse = _flash_on_cpu(folded, key, value, 0.0, False, scale=scale)
+        return Partial(output.reshape(batch, heads, 1, dim), lse.reshape(batch, heads, 1))
+    return Partial(*_flash_on_cpu(query, key, value, 0.0, causal, scale=scale))
+
+
+def nothing_seen(query: Tensor, value_dim: int) -> Partial:
+    """Attention over no keys: the neutral element of `merge`, shaped for `query` (see `attend`)."""
+    output = query.new_zeros(*query.shape[:-1], value_dim)
+    return Partial(output, query.new_full(query.shape[:-1], -torch.inf, dtype=_wide(query.dtype)))
+
+
+def merge(parts: Sequence[Partial]) -> Partial:
+    """The attention of the same queries over all the keys of disjoint `parts`, in any order.
+
+    Associative and commutative up to rounding; sums are kept in float32. A single part is returned
+    as it is. Raises ValueError if `parts` is empty.
+    """
+    if not parts:
+        raise ValueError("merge of no parts: use nothing_seen")
+    if len(parts) == 1:
+        return parts[0]
+    lses = torch.stack([part.lse for part in parts])
+    # A query that saw nothing anywhere has only -inf here: subtract 0 then, not -inf.
+    highest = lses.amax(dim=0).clamp_min_(torch.finfo(lses.dtype).min)
+    weights = lses.sub_(highest).exp_()
+    total = weights.sum(dim=0)
+    weights.div_(total.clamp_min(torch.finfo(lses.dtype).tiny))
+    output = parts[0].output * weights[0].unsqueeze(-1)
+    for part, weight in zip(parts[1:], weights[1:], strict=True):
+        output.addcmul_(part.output, weight.unsqueeze(-1))
+    return Partial(output.to(parts[0].output.dtype), total.log_().add_(highest))
+
+
+def _attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Partial:
+    """`attend` in plain operators, for devices and shapes that have no kernel which returns the lse."""
+    batch, heads, num_queries, dim = query.shape
+    wide = _wide(query.dtype)
+    folded = query.reshape(batch, key.shape[1], -1, dim).to(wide)  # rows: (head of the group, query)
+    scores = (folded @ key.to(wide).transpose(-1, -2)).mul_(scale)
+    if causal:
+        unseen = torch.ones(num_queries, num_queries, dtype=torch.bool, device=query.device).triu_(1)
+        scores.unflatten(2, (-1, num_queries)).masked_fill_(unseen, -torch.inf)
+    lse = scores.logsumexp(dim=-1)
+    output = scores.sub_(lse.unsqueeze(-1)).exp_() @ value.to(wide)
+    output = output.to(query.dtype).reshape(batch, heads, num_queries, value.shape[-1])
+    return Partial(output, lse.reshape(batch, heads, num_queries))
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _pays_to_fold(query: Tensor, kv_heads: int) -> bool:
+    """Measured: up to 2 x faster at two heads per KV head and 3 x at eight, but not for two in bfloat16."""
+    group = query.shape[1] // kv_heads
+    return group > (2 if query.dtype is torch.bfloat16 else 1)
