@@ -1,0 +1,194 @@
+"""How the owner of memory keeps `local` visitors out: a shared page and a lock that outlive nobody.
+
+One-sided copies of the kernel ask the owner nothing, so the owner publishes, in a memfd that
+visitors map read-only, who it is, what is registered and who is refused:
+
+    int64[512]   magic · epoch · witness · shut · number of fenced epochs · fenced epochs (ring)
+    int64[4096, 3]   rows of the RegionTable
+
+and every copy happens under a shared flock on that memfd. To take something back (a region, a
+peer's right to write), the owner changes the page, then takes the lock exclusively once: whoever
+read the old page has finished, or has died, since the kernel drops a dead process's locks.
+Knows no copies.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import mmap
+import os
+import select
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import numpy as np
+
+from memserve.core.errors import InstanceLost, StaleEpoch, TransferFailed, TransferTimeout
+from memserve.core.ids import Epoch
+from memserve.transport.regions import MAX_REGIONS, RegionTable, empty_rows
+
+_MAGIC = 0x6D656D7365727665
+_HEADER_WORDS = 512
+_NUM_BYTES = 8 * _HEADER_WORDS + 24 * MAX_REGIONS
+_NAME = "memserve-gate"
+_MAGIC_WORD, _EPOCH, _WITNESS, _SHUT, _NUM_FENCED, _FENCED = 0, 1, 2, 3, 4, 8
+_MAX_FENCED = _HEADER_WORDS - _FENCED
+_POLL_S = 0.0005
+
+
+class Gate:
+    """The owner's end. Its methods are called by one thread at a time."""
+
+    def __init__(self, epoch: Epoch) -> None:
+        self._epoch = epoch
+        self.fd = os.memfd_create(_NAME, os.MFD_CLOEXEC)
+        os.ftruncate(self.fd, _NUM_BYTES)
+        page = mmap.mmap(self.fd, _NUM_BYTES)
+        self._header = np.frombuffer(page, np.int64, count=_HEADER_WORDS)
+        self._witness = np.array([epoch], np.int64)
+        self.regions = RegionTable(empty_rows(memoryview(page)[8 * _HEADER_WORDS :]))
+        self._header[_EPOCH] = epoch
+        self._header[_WITNESS] = self._witness.ctypes.data
+        self._header[_MAGIC_WORD] = _MAGIC
+
+    def refuse(self, epoch: Epoch) -> None:
+        """Visitors of this epoch are turned away. The last 504 such epochs are remembered."""
+        count = int(self._header[_NUM_FENCED])
+        self._header[_FENCED + count % _MAX_FENCED] = epoch
+        self._header[_NUM_FENCED] = count + 1
+
+    def clear(self, timeout_s: float) -> None:
+        """Return when every visitor who may have seen the page as it was has left.
+
+        Raises TransferTimeout if one is still inside.
+        """
+        deadline = time.monotonic() + timeout_s
+        self._header[_SHUT] = 1
+        try:
+            while not _try_lock(self.fd, fcntl.LOCK_EX):
+                if time.monotonic() > deadline:
+                    raise TransferTimeout("a local visitor", timeout_s)
+                time.sleep(_POLL_S)
+            fcntl.flock(self.fd, fcntl.LOCK_UN)
+        finally:
+            self._header[_SHUT] = 0
+
+    def close(self) -> None:
+        """Turn every visitor away from now on."""
+        if self.fd >= 0:
+            self._header[_EPOCH] = 0
+            os.close(self.fd)
+            self.fd = -1
+
+
+class Visitor:
+    """One process's way through another's gate. Any thread may visit."""
+
+    def __init__(self, name: str, pid: int, fd: int, epoch: Epoch) -> None:
+        """Find process `pid`'s gate, which is its descriptor `fd`.
+
+        Raises InstanceLost if there is no such process, StaleEpoch if it is another one now,
+        TransferFailed if the host does not let us look.
+        """
+        self._name = name
+        self._epoch = epoch
+        self._lock = threading.Lock()
+        self._inside = 0
+        try:
+            self._pidfd = os.pidfd_open(pid)
+        except ProcessLookupError as error:
+            raise InstanceLost(name, f"no process {pid}") from error
+        try:
+            self._fd = _open_gate(name, pid, fd, epoch)
+        except BaseException:
+            os.close(self._pidfd)
+            raise
+        page = mmap.mmap(self._fd, _NUM_BYTES, prot=mmap.PROT_READ)
+        self._header = np.frombuffer(page, np.int64, count=_HEADER_WORDS)
+        rows = np.frombuffer(page, np.int64, offset=8 * _HEADER_WORDS).reshape(MAX_REGIONS, 3)
+        self.regions = RegionTable(rows)
+
+    @property
+    def witness(self) -> int:
+        """Address, in that process, of a word that holds its epoch."""
+        return int(self._header[_WITNESS])
+
+    @contextmanager
+    def visit(self, visitor: Epoch, timeout_s: float) -> Iterator[None]:
+        """The time in which that process's memory may be touched.
+
+        Raises StaleEpoch if it is closed or refuses `visitor`, InstanceLost if it is dead,
+        TransferTimeout if it keeps its gate shut.
+        """
+        deadline = time.monotonic() + timeout_s
+        while not self._try_enter():
+            if time.monotonic() > deadline:
+                raise TransferTimeout(self._name, timeout_s)
+            time.sleep(_POLL_S)
+        try:
+            self.check_alive()
+            if self._header[_EPOCH] != self._epoch:
+                raise InstanceLost(self._name, "it has closed its memory")
+            if self._header[_NUM_FENCED] and visitor in self._header[_FENCED:]:
+                raise TransferFailed(self._name, "it has fenced this process")
+            yield
+        finally:
+            self._leave()
+
+    def check_alive(self) -> None:
+        """Raises InstanceLost if the process has ended; its number may name another one by now."""
+        poll = select.poll()
+        poll.register(self._pidfd, select.POLLIN)
+        if poll.poll(0):
+            raise InstanceLost(self._name, "the process has ended")
+
+    def close(self) -> None:
+        """Let go of the gate. Not to be called during a visit."""
+        os.close(self._fd)
+        os.close(self._pidfd)
+
+    def _try_enter(self) -> bool:
+        with self._lock:
+            if self._header[_SHUT]:
+                return False
+            if self._inside == 0:
+                if not _try_lock(self._fd, fcntl.LOCK_SH):
+                    return False
+                if self._header[_SHUT]:
+                    fcntl.flock(self._fd, fcntl.LOCK_UN)
+                    return False
+            self._inside += 1
+            return True
+
+    def _leave(self) -> None:
+        with self._lock:
+            self._inside -= 1
+            if self._inside == 0:
+                fcntl.flock(self._fd, fcntl.LOCK_UN)
+
+
+def _open_gate(name: str, pid: int, fd: int, epoch: Epoch) -> int:
+    path = f"/proc/{pid}/fd/{fd}"
+    try:
+        if _NAME not in os.readlink(path):
+            raise StaleEpoch(name, epoch, None)
+        opened = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError as error:
+        raise StaleEpoch(name, epoch, None) from error
+    except OSError as error:
+        raise TransferFailed(name, f"cannot look into process {pid}: {error.strerror}") from error
+    magic, actual = np.frombuffer(os.pread(opened, 16, 0), np.int64)
+    if magic != _MAGIC or actual != epoch:
+        os.close(opened)
+        raise StaleEpoch(name, epoch, Epoch(int(actual)) if magic == _MAGIC and actual else None)
+    return opened
+
+
+def _try_lock(fd: int, kind: int) -> bool:
+    try:
+        fcntl.flock(fd, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

@@ -1,0 +1,127 @@
+"""One TCP connection as `tcp` uses it: whole messages, deadlines, and bytes straight to addresses.
+
+Knows no requests; see `tcp_wire` for what is said.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import socket
+import struct
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from memserve.core.errors import InstanceLost, TransferTimeout
+from memserve.transport.copies import Vectors
+from memserve.transport.syscalls import SocketVectors
+
+NO_DEADLINE = math.inf
+
+_TIMEVAL = struct.Struct("@ll")
+_ABORT = struct.pack("@ii", 1, 0)
+_DISCARD_BYTES = 1 << 16
+
+
+class Stream:
+    """A connected socket. One thread uses it; `cut` may come from any.
+
+    Every call raises InstanceLost when the other end is gone, TransferTimeout when `deadline`
+    (time.monotonic()) has passed; the stream is unusable after either.
+    """
+
+    def __init__(self, connection: socket.socket, name: str, calls: SocketVectors) -> None:
+        """Own `connection`, which is blocking; `name` is what errors call the other end."""
+        connection.settimeout(None)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        self.name = name
+        self._socket = connection
+        self._calls = calls
+
+    def send(self, vectors: Vectors, deadline: float) -> None:
+        """Hand all of `vectors` to the kernel."""
+        while len(vectors):
+            self._limit(socket.SO_SNDTIMEO, deadline)
+            with self._translated(deadline):
+                vectors.take(self._calls.send(self._socket.fileno(), vectors))
+
+    def receive(self, vectors: Vectors, deadline: float) -> None:
+        """Fill all of `vectors`."""
+        while len(vectors):
+            self._limit(socket.SO_RCVTIMEO, deadline)
+            with self._translated(deadline):
+                received = self._calls.receive(self._socket.fileno(), vectors)
+                if received == 0:
+                    raise InstanceLost(self.name, "the connection was closed")
+                vectors.take(received)
+
+    def send_bytes(self, data: bytes, deadline: float) -> None:
+        """Send a short message."""
+        array = np.frombuffer(data, np.uint8)
+        self.send(vectors_of(array), deadline)
+
+    def receive_bytes(self, num_bytes: int, deadline: float) -> bytes:
+        """A short message of known length."""
+        array = np.empty(num_bytes, np.uint8)
+        self.receive(vectors_of(array), deadline)
+        return array.tobytes()
+
+    def discard(self, num_bytes: int) -> None:
+        """Read past `num_bytes` bytes."""
+        scratch = bytearray(min(num_bytes, _DISCARD_BYTES))
+        while num_bytes:
+            with self._translated(NO_DEADLINE):
+                dropped = self._socket.recv_into(scratch, min(num_bytes, _DISCARD_BYTES))
+                if dropped == 0:
+                    raise InstanceLost(self.name, "the connection was closed")
+                num_bytes -= dropped
+
+    def cut(self) -> None:
+        """End the connection under the feet of the thread that uses it. Any thread."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+
+    def close(self) -> None:
+        """Release the socket; only the thread that uses it."""
+        self._socket.close()
+
+    def abort(self) -> None:
+        """Release the socket and drop what is still on its way; only the thread that uses it."""
+        with contextlib.suppress(OSError):
+            self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
+        self._socket.close()
+
+    def _limit(self, option: int, deadline: float) -> None:
+        """The kernel's own timeout keeps the calls blocking, which is what makes them fast."""
+        if deadline == NO_DEADLINE:
+            timeval = _TIMEVAL.pack(0, 0)
+        else:
+            left = max(deadline - time.monotonic(), 1e-6)
+            timeval = _TIMEVAL.pack(int(left), max(int(left % 1 * 1e6), 1))
+        with contextlib.suppress(OSError):
+            self._socket.setsockopt(socket.SOL_SOCKET, option, timeval)
+
+    @contextlib.contextmanager
+    def _translated(self, deadline: float) -> Iterator[None]:
+        start = time.monotonic()
+        try:
+            yield
+        except InterruptedError:
+            pass
+        except BlockingIOError as error:
+            if time.monotonic() >= deadline:
+                raise TransferTimeout(self.name, max(deadline - start, 0)) from error
+        except OSError as error:
+            raise InstanceLost(self.name, f"connection lost: {error.strerror}") from error
+
+
+def vectors_of(*arrays: npt.NDArray[Any]) -> Vectors:
+    """The bytes of contiguous arrays, which the caller keeps alive."""
+    pointers = np.array([array.ctypes.data for array in arrays], np.int64)
+    lengths = np.array([array.nbytes for array in arrays], np.int64)
+    return Vectors(pointers[lengths > 0], lengths[lengths > 0])
