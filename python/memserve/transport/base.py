@@ -74,6 +74,10 @@ class Transport(ABC):
         """Find out that `peer` can be reached; later copies are quicker for it. Errors as of a copy."""
 
     @abstractmethod
+    def disconnect(self, peer: Peer) -> None:
+        """Let go of what is kept for `peer`; running copies end as they would. Never raises."""
+
+    @abstractmethod
     def write(self, peer: Peer, copies: Copies, *, timeout_s: float) -> None:
         """Copy local bytes into `peer`'s regions; returns when they are in its memory."""
 

@@ -96,6 +96,7 @@ class Visitor:
         self._epoch = epoch
         self._lock = threading.Lock()
         self._inside = 0
+        self._is_closing = False
         try:
             self._pidfd = os.pidfd_open(pid)
         except ProcessLookupError as error:
@@ -145,12 +146,22 @@ class Visitor:
             raise InstanceLost(self._name, "the process has ended")
 
     def close(self) -> None:
-        """Let go of the gate. Not to be called during a visit."""
-        os.close(self._fd)
-        os.close(self._pidfd)
+        """Let go of the gate, after the visits that are on."""
+        with self._lock:
+            self._is_closing = True
+            if self._inside == 0:
+                self._release()
+
+    def _release(self) -> None:
+        if self._fd >= 0:
+            os.close(self._fd)
+            os.close(self._pidfd)
+            self._fd = -1
 
     def _try_enter(self) -> bool:
         with self._lock:
+            if self._is_closing:
+                raise InstanceLost(self._name, "it was given up")
             if self._header[_SHUT]:
                 return False
             if self._inside == 0:
@@ -167,6 +178,8 @@ class Visitor:
             self._inside -= 1
             if self._inside == 0:
                 fcntl.flock(self._fd, fcntl.LOCK_UN)
+                if self._is_closing:
+                    self._release()
 
 
 def _open_gate(name: str, pid: int, fd: int, epoch: Epoch) -> int:

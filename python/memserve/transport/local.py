@@ -70,6 +70,12 @@ class LocalTransport(Transport):
         with self._visitor(peer).visit(self._epoch, timeout_s):
             pass
 
+    def disconnect(self, peer: Peer) -> None:
+        with self._lock:
+            visitor = self._visitors.pop(peer, None)
+        if visitor is not None:
+            visitor.close()
+
     def write(self, peer: Peer, copies: Copies, *, timeout_s: float) -> None:
         self._move(peer, copies, timeout_s, self._memory.write)
 

@@ -88,6 +88,13 @@ class TcpTransport(Transport):
     def connect(self, peer: Peer, *, timeout_s: float) -> None:
         self._give(peer, self._take(peer, time.monotonic() + timeout_s))
 
+    def disconnect(self, peer: Peer) -> None:
+        with self._lock:
+            self._doubtful.pop(peer, None)
+            links = self._idle.pop(peer, [])
+        for link in links:
+            link.stream.close()
+
     def write(self, peer: Peer, copies: Copies, *, timeout_s: float) -> None:
         self._move(peer, copies, Operation.WRITE, timeout_s)
 
