@@ -1,0 +1,35 @@
+"""`python -m memserve.launch_router`: one HTTP address in front of a cluster of SGLang servers."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Sequence
+
+import uvloop
+
+from memserve.core.errors import ConfigError
+from memserve.router.config import parse_args
+from memserve.router.server import serve
+
+USAGE_ERROR = 2
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a router until it is told to stop; the process's exit code."""
+    try:
+        config = parse_args(argv)
+        logging.basicConfig(
+            level=config.log_level.upper(),
+            format="[%(asctime)s] %(levelname)s %(name)s: %(message)s",
+            stream=sys.stderr,
+        )
+        uvloop.run(serve(config))
+    except ConfigError as error:
+        print(f"launch_router: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

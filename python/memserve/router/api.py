@@ -1,0 +1,58 @@
+"""One generation request, as it was read from HTTP and found fit to be sent on. Knows no servers."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import TypeAlias
+
+import msgspec
+
+JsonObject: TypeAlias = dict[str, object]
+"""A JSON object whose fields belong to SGLang: the router reads a few and hands on the rest."""
+
+encode_json = msgspec.json.Encoder().encode
+
+
+class Api(StrEnum):
+    """The endpoints that generate; the value is the path."""
+
+    GENERATE = "/generate"
+    CHAT = "/v1/chat/completions"
+    COMPLETIONS = "/v1/completions"
+
+
+@dataclass(frozen=True, slots=True)
+class Call:
+    """A checked request."""
+
+    api: Api
+    body: JsonObject
+    """As the client sent it. Never changed."""
+    rid: str
+    """Names the request in logs, and at every server."""
+    rid_is_clients: bool
+    """The client chose it, and may use it again."""
+    rids: tuple[str, ...]
+    """What the servers call its parts: one per prompt."""
+    num_prompts: int | None
+    """How many prompts a batch has; None for a single prompt."""
+    num_samples: int
+    """Answers wanted per prompt."""
+    model: str | None
+    authorization: str | None = None
+    wants_report: bool = False
+    """A stream ends with a comment that tells what prefill reused."""
+
+    @property
+    def is_stream(self) -> bool:
+        """Whether the answer is an event stream."""
+        return self.body.get("stream") is True
+
+    @property
+    def wants_input_logprobs(self) -> bool:
+        """Whether the answer has parts that only prefill knows."""
+        if self.api is Api.GENERATE:
+            wanted = self.body.get("return_logprob")
+            return any(wanted) if isinstance(wanted, list) else bool(wanted)
+        return self.api is Api.COMPLETIONS and bool(self.body.get("echo")) and bool(self.body.get("logprobs"))

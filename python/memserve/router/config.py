@@ -1,0 +1,134 @@
+"""What the router is told at start, and the flags it is told with. Knows no sockets."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+from urllib.parse import urlsplit
+
+from memserve.core.errors import ConfigError
+from memserve.core.flags import add_flags, from_namespace, setting
+from memserve.core.ids import Epoch, InstanceId
+from memserve.wire.messages import InstanceInfo, Role
+
+DEFAULT_PORT = 30000
+DEFAULT_BOOTSTRAP_PORT = 8998
+STATIC_EPOCH = Epoch(0)
+"""A server that was named by URL never told its epoch."""
+
+EXAMPLES = """\
+examples:
+  # MemServe servers register themselves:
+  python -m memserve.launch_router
+  python -m memserve.launch_server --role prefill --router 127.0.0.1:30001 --model-path MODEL
+  python -m memserve.launch_server --role decode  --router 127.0.0.1:30001 --model-path MODEL
+
+  # stock SGLang servers are named:
+  python -m memserve.launch_router --prefill http://127.0.0.1:30100 8998 --decode http://127.0.0.1:30200
+  python -m memserve.launch_router --worker-urls http://127.0.0.1:30300 http://127.0.0.1:30400
+
+  # several machines: the cluster key admits instances
+  python -m memserve.launch_router --host 10.0.0.1 --cluster-key-file cluster.key
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class RouterConfig:
+    """Everything the router can be told. Checked when built."""
+
+    host: str = setting("127.0.0.1", "address to listen on, for HTTP and for the control plane")
+    port: int = setting(DEFAULT_PORT, "HTTP port; 0 picks a free one")
+    control_port: int | None = setting(
+        None, "port where instances register; the HTTP port + 1 unless given, 0 picks a free one"
+    )
+    cluster_key_file: Path | None = setting(
+        None, "secret shared by the cluster; needed as soon as --host is not this machine itself"
+    )
+    policy: Literal["round_robin"] = setting("round_robin", "how instances are chosen")
+    request_timeout_secs: float = setting(1800.0, "a request that takes longer is ended with an error")
+    shutdown_grace_period_secs: float = setting(10.0, "how long running requests may finish after SIGTERM")
+    health_check_interval_secs: float = setting(10.0, "how often a server that was named by URL is checked")
+    heartbeat_secs: float = setting(2.0, "how often a registered instance says that it lives")
+    max_body_bytes: int = setting(64 << 20, "the largest request body; more is answered with 413")
+    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "how much to log")
+    static: tuple[InstanceInfo, ...] = ()
+    """Servers named by URL."""
+
+    def __post_init__(self) -> None:
+        for name in ("port", "control_port"):
+            port = getattr(self, name)
+            if port is not None and not 0 <= port < 65536:
+                raise ConfigError(f"--{name.replace('_', '-')} {port} is not a port")
+        for name in ("request_timeout_secs", "health_check_interval_secs", "heartbeat_secs"):
+            if not getattr(self, name) > 0:
+                raise ConfigError(f"--{name.replace('_', '-')} has to be more than 0")
+        if self.shutdown_grace_period_secs < 0:
+            raise ConfigError("--shutdown-grace-period-secs cannot be negative")
+        if self.max_body_bytes < 1:
+            raise ConfigError("--max-body-bytes has to be at least 1")
+        urls = [info.url for info in self.static]
+        if repeated := {url for url in urls if urls.count(url) > 1}:
+            raise ConfigError(f"{repeated.pop()} is named twice")
+
+
+def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
+    """The configuration that the command line asks for; ends the process on a bad flag.
+
+    Raises ConfigError for a value that no flag type could refuse.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python -m memserve.launch_router",
+        description="Serve one HTTP address in front of prefill, decode and colocated SGLang servers. "
+        "Speaks SGLang's native API and OpenAI's.",
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add_flags(parser, RouterConfig)
+    servers = parser.add_argument_group("servers that do not register themselves (stock SGLang)")
+    servers.add_argument(
+        "--prefill",
+        nargs="+",
+        action="append",
+        default=[],
+        metavar=("URL", "BOOTSTRAP_PORT"),
+        help=f"a prefill server and its --disaggregation-bootstrap-port (default: {DEFAULT_BOOTSTRAP_PORT}); "
+        "repeatable",
+    )
+    servers.add_argument(
+        "--decode", action="append", default=[], metavar="URL", help="a decode server; repeatable"
+    )
+    servers.add_argument(
+        "--worker-urls", nargs="+", default=[], metavar="URL", help="servers that do both prefill and decode"
+    )
+    namespace = parser.parse_args(argv)
+    static = [
+        *(_prefill(values) for values in namespace.prefill),
+        *(_named(url, Role.DECODE) for url in namespace.decode),
+        *(_named(url, Role.COLOCATED) for url in namespace.worker_urls),
+    ]
+    return from_namespace(RouterConfig, namespace, static=tuple(static))
+
+
+def _prefill(values: list[str]) -> InstanceInfo:
+    if len(values) > 2:
+        raise ConfigError(f"--prefill takes a URL and at most one port, not {' '.join(values)}")
+    port = values[1] if len(values) == 2 else str(DEFAULT_BOOTSTRAP_PORT)
+    if not port.isdigit() or not 0 < int(port) < 65536:
+        raise ConfigError(f"--prefill {values[0]} {port}: the bootstrap port is not a port")
+    return _named(values[0], Role.PREFILL, int(port))
+
+
+def _named(url: str, role: Role, bootstrap_port: int | None = None) -> InstanceInfo:
+    url = url.rstrip("/")
+    try:
+        parts = urlsplit(url)
+        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    except ValueError:
+        usable = False
+    if not usable:
+        raise ConfigError(f"{url} is not a server's URL; write http://HOST:PORT")
+    return InstanceInfo(InstanceId(url), STATIC_EPOCH, role, url, bootstrap_port)

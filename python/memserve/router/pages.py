@@ -1,0 +1,202 @@
+"""The router's other HTTP pages: is it well, who is there, what do they serve, flush their caches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from memserve import __version__
+from memserve.router.api import JsonObject, encode_json
+from memserve.router.cluster import Cluster, Member
+from memserve.router.failures import failure, message_of
+from memserve.router.http import json_response
+from memserve.router.instance import Instance
+from memserve.router.upstream import describe
+
+logger = logging.getLogger(__name__)
+
+INFO_TIMEOUT_S = 10.0
+FLUSH_WAIT_S = 5
+"""How long a worker may wait for requests that were answered just now to wind down before it flushes."""
+
+
+class Pages:
+    """Serves everything but generation. Event loop thread only."""
+
+    def __init__(self, cluster: Cluster, session: aiohttp.ClientSession) -> None:
+        self._cluster = cluster
+        self._session = session
+        self._started_s = int(time.time())
+
+    def routes(self) -> list[web.RouteDef]:
+        """Where these pages are."""
+        return [
+            web.get("/health", self.live),
+            web.get("/liveness", self.live),
+            web.get("/readiness", self.ready),
+            web.get("/workers", self.workers),
+            web.get("/v1/models", self.models),
+            web.get("/v1/models/{model:.+}", self.model),
+            web.get("/model_info", self.model_info),
+            web.get("/get_model_info", self.model_info),
+            web.get("/server_info", self.server_info),
+            web.get("/get_server_info", self.server_info),
+            web.get("/flush_cache", self.flush_cache),
+            web.post("/flush_cache", self.flush_cache),
+            web.post("/abort_request", self.abort_request),
+            web.post("/concate_and_append_request", self.concatenate),
+        ]
+
+    async def live(self, _: web.Request) -> web.Response:
+        """200 as long as the router itself runs."""
+        return web.Response(text="OK")
+
+    async def ready(self, _: web.Request) -> web.Response:
+        """200 if a request can be served now, else 503 with the reason."""
+        snapshot = self._cluster.snapshot
+        reason = snapshot.why_unready()
+        unchecked = [str(one.instance_id) for one in snapshot.all() if one.facts.vocab_size is None]
+        page: JsonObject = {
+            "ready": reason is None,
+            "reason": reason,
+            "prefill": len(snapshot.prefills),
+            "decode": len(snapshot.decodes),
+            "colocated": len(snapshot.colocated),
+            "not_ready": {
+                str(member.info.instance_id): member.reason
+                for member in self._cluster.members()
+                if member.reason
+            },
+            "token_ids_not_checked": unchecked,
+        }
+        return json_response(encode_json(page), 200 if reason is None else 503)
+
+    async def workers(self, _: web.Request) -> web.Response:
+        """Everyone the router knows of."""
+        return json_response(encode_json({"workers": self._members()}))
+
+    async def models(self, _: web.Request) -> web.Response:
+        """OpenAI's list of models."""
+        return json_response(encode_json({"object": "list", "data": list(self._cards().values())}))
+
+    async def model(self, request: web.Request) -> web.Response:
+        """One entry of that list."""
+        name = request.match_info["model"]
+        card = self._cards().get(name)
+        if card is None:
+            unknown = failure(
+                404, f"The model '{name}' does not exist", field="model", code="model_not_found"
+            )
+            return json_response(unknown.body(), 404)
+        return json_response(encode_json(card))
+
+    async def model_info(self, _: web.Request) -> web.Response:
+        """The model as an instance describes it, an answering one if there is one."""
+        instances = self._cluster.snapshot.all()
+        if not instances:
+            return self._unavailable()
+        return json_response(instances[0].facts.model_info)
+
+    async def server_info(self, _: web.Request) -> web.Response:
+        """What an answering instance says of itself, as a stock server would; everyone's under `workers`."""
+        instances = self._cluster.snapshot.all()
+        answers = await asyncio.gather(*(self._ask(one, "GET", "/server_info") for one in instances))
+        infos = [msgspec.json.decode(body) if status == 200 else {} for status, body in answers]
+        infos = [info if isinstance(info, dict) else {} for info in infos]
+        page: JsonObject = {
+            **(infos[0] if infos else {}),
+            "disaggregation_mode": "null",  # whoever asks here gets the whole of it
+            "router": {"version": __version__, "started": self._started_s, "members": self._members()},
+            "workers": [
+                {"instance_id": one.instance_id, "role": one.role, "url": one.url, "server_info": info}
+                for one, info in zip(instances, infos, strict=True)
+            ],
+        }
+        return json_response(encode_json(page))
+
+    async def flush_cache(self, request: web.Request) -> web.Response:
+        """Flush every ready instance; 200 if all of them did."""
+        instances = self._cluster.snapshot.all()
+        if not instances:
+            return self._unavailable()
+        path = request.path_qs if request.query_string else f"/flush_cache?timeout={FLUSH_WAIT_S}"
+        answers = await asyncio.gather(*(self._ask(one, "POST", path) for one in instances))
+        failed = [
+            f"{one.instance_id}: {message_of(status, body)}"
+            for one, (status, body) in zip(instances, answers, strict=True)
+            if status != 200
+        ]
+        if failed:
+            status = 400 if all(status in (200, 400) for status, _ in answers) else 502
+            return json_response(failure(status, "; ".join(failed), retryable=True).body(), status)
+        return web.Response(text=f"Cache flushed on {len(instances)} instances.\n")
+
+    async def abort_request(self, request: web.Request) -> web.Response:
+        """Hand SGLang's own abort to every ready instance; those that do not know the rid ignore it."""
+        body = await request.read()
+        instances = self._cluster.snapshot.all()
+        answers = await asyncio.gather(*(self._ask(one, "POST", "/abort_request", body) for one in instances))
+        worst = max(answers, default=(200, b""))
+        return web.Response(status=worst[0], body=worst[1])
+
+    async def concatenate(self, _: web.Request) -> web.Response:
+        """No SGLang server offers it; saying so lets a program fail instead of wait."""
+        refused = failure(501, "concate_and_append is not supported: SGLang's servers do not offer it")
+        return json_response(refused.body(), 501)
+
+    async def _ask(
+        self, instance: Instance, method: str, path: str, body: bytes | None = None
+    ) -> tuple[int, bytes]:
+        """Status and body; 502 and the reason if the instance does not answer."""
+        timeout = aiohttp.ClientTimeout(total=INFO_TIMEOUT_S)
+        headers = {"Content-Type": "application/json"}
+        try:
+            async with self._session.request(
+                method, instance.url + path, data=body, headers=headers, timeout=timeout
+            ) as response:
+                return response.status, await response.read()
+        except (aiohttp.ClientError, OSError) as error:
+            return 502, describe(error).encode()
+
+    def _unavailable(self) -> web.Response:
+        return json_response(failure(503, "no server is ready", retryable=True).body(), 503)
+
+    def _members(self) -> list[JsonObject]:
+        return [_describe_member(member) for member in self._cluster.members()]
+
+    def _cards(self) -> dict[str, JsonObject]:
+        """OpenAI's model objects by name."""
+        return {
+            one.facts.model: {
+                "id": one.facts.model,
+                "object": "model",
+                "created": self._started_s,
+                "owned_by": "sglang",
+                "root": one.facts.model,
+                "parent": None,
+                "max_model_len": one.facts.context_tokens,
+            }
+            for one in reversed(self._cluster.snapshot.all())
+        }
+
+
+def _describe_member(member: Member) -> JsonObject:
+    info, facts = member.info, member.facts
+    return {
+        "instance_id": info.instance_id,
+        "role": info.role,
+        "url": info.url,
+        "bootstrap_port": info.bootstrap_port,
+        "state": member.state,
+        "reason": member.reason or None,
+        "registered": not member.static,
+        "model": facts.model if facts else None,
+        "context_tokens": facts.context_tokens if facts else None,
+        "vocab_size": facts.vocab_size if facts else None,
+        "page_size": facts.page_size if facts else None,
+    }

@@ -1,0 +1,141 @@
+"""One request on a prefill and a decode server: both or neither.
+
+    client ──> router ──body──> prefill ──KV──> decode ──> router ──> client
+                     └──body────────────────────>┘
+The same body goes to both at once. Decode's answer is the answer. Whichever leg fails, or if the
+client leaves, the other one is closed and aborted at once: SGLang would let it wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import msgspec
+
+from memserve.router.api import Call, encode_json
+from memserve.router.failures import LegFailed, LegRefused, message_of, refusal
+from memserve.router.instance import Instance, Pair
+from memserve.router.merge import LogprobMerger, leg_bodies, merge_answers, prefill_cached_tokens
+from memserve.router.sse import DONE, EventSplitter, data_of
+from memserve.router.upstream import Upstream
+
+T = TypeVar("T")
+Write = Callable[[bytes], Awaitable[None]]
+
+PREFILL_END_S = 5.0
+"""After decode's last byte prefill has nothing left to do but to say so."""
+_ERROR = b'data: {"error"'
+
+
+class PairRunner:
+    """Runs calls on pairs. Event loop thread only."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+
+    async def answer(self, call: Call, pair: Pair) -> bytes:
+        """The whole answer. Raises what `Upstream.leg` raises, for either leg."""
+        for_prefill, for_decode = leg_bodies(call, pair, _draw_room)
+        async with self._prefilling(call, pair.prefill, for_prefill) as prefill:
+            answer = await _unless_fails(prefill, self._upstream.fetch(pair.decode, call, for_decode))
+            return merge_answers(call, await prefill, answer)
+
+    async def stream(self, call: Call, pair: Pair, write: Write) -> None:
+        """Write decode's events as they come, byte for byte unless prefill has to add to them.
+
+        Raises what `Upstream.leg` raises; before the first `write` if the request was refused.
+        """
+        for_prefill, for_decode = leg_bodies(call, pair, _draw_room)
+        async with self._prefilling(call, pair.prefill, for_prefill) as prefill:
+            await _unless_fails(prefill, self._relay(call, pair.decode, for_decode, prefill, write))
+            await asyncio.wait((prefill,), timeout=PREFILL_END_S)
+
+    @asynccontextmanager
+    async def _prefilling(
+        self, call: Call, instance: Instance, body: bytes
+    ) -> AsyncIterator[asyncio.Task[bytes]]:
+        """Prefill's leg as a task; taken back if the block is left before it has ended."""
+        task = asyncio.create_task(self._upstream.fetch(instance, call, body))
+        try:
+            yield task
+        finally:
+            task.cancel()
+            await asyncio.wait((task,))
+            if not task.cancelled():
+                task.exception()  # it was raised above, or no longer matters
+
+    async def _relay(
+        self, call: Call, decode: Instance, body: bytes, prefill: asyncio.Task[bytes], write: Write
+    ) -> None:
+        async with self._upstream.leg(decode, call, body) as leg:
+            chunk = await leg.next()
+            if chunk.startswith(_ERROR):
+                raise _refused(decode, chunk)
+            if call.wants_input_logprobs or call.wants_report:
+                write = _Rewriter(call, prefill, write).write
+            while chunk:
+                await write(chunk)
+                chunk = await leg.next()
+
+
+class _Rewriter:
+    """A stream to which prefill has something to add."""
+
+    def __init__(self, call: Call, prefill: asyncio.Task[bytes], write: Write) -> None:
+        self._call = call
+        self._prefill = prefill
+        self._write = write
+        self._splitter = EventSplitter()
+        self._merger: LogprobMerger | None = None
+
+    async def write(self, chunk: bytes) -> None:
+        for event in self._splitter.feed(chunk):
+            await self._write(await self._rewritten(event))
+
+    async def _rewritten(self, event: bytes) -> bytes:
+        if event == DONE:
+            return await self._report() + DONE
+        if not self._call.wants_input_logprobs:
+            return event
+        if self._merger is None:
+            self._merger = LogprobMerger(self._call, await asyncio.shield(self._prefill))
+        return self._merger.rewrite(event)
+
+    async def _report(self) -> bytes:
+        """A comment: clients that did not ask for it would not even see it."""
+        if not self._call.wants_report:
+            return b""
+        cached = prefill_cached_tokens(self._call, await asyncio.shield(self._prefill))
+        return b": memserve " + encode_json({"prefill_cached_tokens": cached}) + b"\n\n"
+
+
+async def _unless_fails(prefill: asyncio.Task[bytes], decode: Coroutine[Any, Any, T]) -> T:
+    """The result of `decode`; if `prefill` fails first, its error, with `decode` cancelled."""
+    task = asyncio.create_task(decode)
+    try:
+        await asyncio.wait((task, prefill), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            prefill.result()
+        return await task
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+
+
+def _refused(instance: Instance, event: bytes) -> LegRefused | LegFailed:
+    """SGLang's /generate refuses a stream inside a 200; the status it means is in the event."""
+    body = data_of(event)
+    code = msgspec.json.decode(body)["error"].get("code")
+    if isinstance(code, int) and 500 <= code < 600:
+        return LegFailed(instance.instance_id, instance.role, code, message_of(code, body))
+    return refusal(code if isinstance(code, int) and 400 <= code < 500 else 400, body)
+
+
+def _draw_room() -> int:
+    """SGLang's rooms are signed 64-bit numbers."""
+    return secrets.randbits(63)

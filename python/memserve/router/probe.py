@@ -1,0 +1,145 @@
+"""Looks at instances over HTTP: are they well, and what do they serve? Decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from pathlib import Path
+
+import aiohttp
+
+from memserve.core.errors import InstanceLost
+from memserve.core.ids import InstanceId
+from memserve.router.cluster import Cluster, Member, State
+from memserve.router.instance import Facts
+from memserve.router.upstream import describe
+from memserve.wire.messages import Role
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 0.3
+"""How soon an instance that is not ready is looked at again."""
+HEALTH_TIMEOUT_S = 30.0
+"""SGLang's /health generates a token, and waits behind a long prefill."""
+FACTS_TIMEOUT_S = 10.0
+
+_PROBE_ERRORS = (aiohttp.ClientError, OSError, ValueError, InstanceLost)
+
+_MODES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "null": Role.COLOCATED}
+
+
+class Prober:
+    """Brings members of a cluster to ready, and checks those that send no heartbeats."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        session: aiohttp.ClientSession,
+        *,
+        interval_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        """`interval_s` is how often a ready instance without heartbeats is checked."""
+        self._cluster = cluster
+        self._session = session
+        self._interval_s = interval_s
+        self._clock = clock
+        self._probed_s: dict[InstanceId, float] = {}
+        self._running: dict[InstanceId, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Probe until cancelled; a slow instance delays no other."""
+        try:
+            while True:
+                self._cluster.stirred.clear()
+                self._cluster.forget_silent()
+                self._start_due()
+                try:
+                    await asyncio.wait_for(self._cluster.stirred.wait(), RETRY_S)
+                except TimeoutError:
+                    continue
+        finally:
+            for task in self._running.values():
+                task.cancel()
+
+    def _start_due(self) -> None:
+        members = {member.info.instance_id: member for member in self._cluster.members()}
+        for gone in self._probed_s.keys() - members.keys():
+            del self._probed_s[gone]
+        for instance_id, member in members.items():
+            if instance_id not in self._running and self._is_due(member):
+                task = asyncio.create_task(self._probe(member))
+                self._running[instance_id] = task
+                task.add_done_callback(lambda _, done=instance_id: self._running.pop(done))  # type: ignore[misc]
+
+    def _is_due(self, member: Member) -> bool:
+        if member.state is State.READY and not member.static:
+            return False
+        since_s = self._clock() - self._probed_s.get(member.info.instance_id, float("-inf"))
+        return since_s >= (self._interval_s if member.state is State.READY else RETRY_S)
+
+    async def _probe(self, member: Member) -> None:
+        info = member.info
+        try:
+            # An instance registers when it serves; the others have to show it.
+            if member.static or member.state is State.DOWN:
+                await self._get(info.url, "/health", HEALTH_TIMEOUT_S)
+            facts = await self._facts(info.url, info.role)
+        except _PROBE_ERRORS as error:
+            self._cluster.lost_contact(info.instance_id, info.epoch, f"{info.url}: {describe(error)}")
+        else:
+            self._cluster.joined(info.instance_id, info.epoch, facts)
+        self._probed_s[info.instance_id] = self._clock()
+
+    async def _facts(self, url: str, role: Role) -> Facts:
+        model_info, server_info, models = await asyncio.gather(
+            self._get(url, "/model_info", FACTS_TIMEOUT_S),
+            self._get(url, "/server_info", FACTS_TIMEOUT_S),
+            self._get(url, "/v1/models", FACTS_TIMEOUT_S),
+        )
+        return read_facts(url, role, model_info, server_info, models)
+
+    async def _get(self, url: str, path: str, timeout_s: float) -> bytes:
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=2.0)
+        async with self._session.get(url + path, timeout=timeout) as response:
+            body = await response.read()
+            if response.status != 200:
+                raise InstanceLost(url, f"{path} answers {response.status}")
+            return body
+
+
+def read_facts(url: str, role: Role, model_info: bytes, server_info: bytes, models: bytes) -> Facts:
+    """What SGLang's three info pages say. Raises InstanceLost for a server with another role,
+    ValueError for pages that are no SGLang's."""
+    model, server, cards = json.loads(model_info), json.loads(server_info), json.loads(models)
+    if not (isinstance(model, dict) and isinstance(server, dict) and isinstance(cards, dict)):
+        raise ValueError(f"{url} does not describe itself as SGLang does")
+    mode = server.get("disaggregation_mode")
+    if mode in _MODES and _MODES[mode] is not role:
+        raise InstanceLost(url, f"named as {role}, but it runs as {_MODES[mode]}")
+    path = str(model.get("model_path", ""))
+    card: dict[str, object] = next(iter(cards.get("data") or []), {})
+    return Facts(
+        model=str(model.get("served_model_name") or card.get("id") or path),
+        model_path=path,
+        context_tokens=_number(card.get("max_model_len")),
+        vocab_size=read_vocab_size(path),
+        page_size=_number(server.get("page_size")),
+        model_info=model_info,
+    )
+
+
+def read_vocab_size(model_path: str) -> int | None:
+    """The size of the embedding of a model directory on this machine; None if it cannot be known."""
+    try:
+        config = json.loads((Path(model_path) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    text = config.get("text_config")
+    return _number(config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None))
+
+
+def _number(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -1,0 +1,127 @@
+"""Builds a router from its configuration, runs it, and takes it down again."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass
+
+from aiohttp import web
+
+from memserve.core.cluster_key import ClusterKey
+from memserve.core.errors import ConfigError
+from memserve.router.cluster import Cluster
+from memserve.router.config import RouterConfig
+from memserve.router.control import ControlHandler
+from memserve.router.dispatch import Dispatcher
+from memserve.router.failures import failure
+from memserve.router.http import GenerateHandler, json_response
+from memserve.router.instance import Instance
+from memserve.router.pages import Pages
+from memserve.router.policy import round_robin
+from memserve.router.probe import Prober
+from memserve.router.upstream import Upstream, open_session
+from memserve.wire.link import ControlServer
+
+logger = logging.getLogger(__name__)
+
+POLICIES = {"round_robin": round_robin}
+
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """A router that is running."""
+
+    url: str
+    control_address: str
+    cluster: Cluster
+
+
+@asynccontextmanager
+async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
+    """A router that serves inside the block, and ends its requests when the block is left.
+
+    Raises ConfigError if an address cannot be had.
+    """
+    key = ClusterKey.read(config.cluster_key_file) if config.cluster_key_file else None
+    cluster = Cluster(config.static, heartbeat_s=config.heartbeat_secs, clock=time.monotonic)
+
+    def on_lost(instance: Instance, reason: str) -> None:
+        cluster.lost_contact(instance.instance_id, instance.epoch, reason)
+
+    async with AsyncExitStack() as stack:
+        session = await stack.enter_async_context(open_session())
+        upstream = Upstream(session, timeout_s=config.request_timeout_secs, on_lost=on_lost)
+        stack.push_async_callback(upstream.close)
+        generate = GenerateHandler(
+            Dispatcher(cluster, POLICIES[config.policy], upstream), max_body_bytes=config.max_body_bytes
+        )
+        prober = Prober(cluster, session, interval_s=config.health_check_interval_secs, clock=time.monotonic)
+        port = await _serve_http(stack, config, [*generate.routes(), *Pages(cluster, session).routes()])
+        control = _serve_control(config, port, key, cluster)
+        stack.push_async_callback(asyncio.to_thread, control.close)
+        stack.push_async_callback(generate.stop, config.shutdown_grace_period_secs)
+        probing = asyncio.create_task(prober.run())
+        stack.callback(probing.cancel)
+        host = f"[{config.host}]" if ":" in config.host else config.host
+        yield Router(f"http://{host}:{port}", control.address, cluster)
+
+
+async def serve(config: RouterConfig) -> None:
+    """Run a router until SIGINT or SIGTERM. Raises ConfigError if it cannot start."""
+    stopped = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stopped.set)
+    async with running_router(config) as router:
+        logger.info("router ready http=%s control=%s", router.url, router.control_address)
+        hint = (
+            "python -m memserve.launch_server --role prefill|decode|colocated --router %s --model-path MODEL"
+        )
+        logger.info("add servers with: " + hint, router.control_address)
+        await stopped.wait()
+        logger.info("router stopping")
+    logger.info("router stopped")
+
+
+async def _serve_http(stack: AsyncExitStack, config: RouterConfig, routes: list[web.RouteDef]) -> int:
+    """Start the HTTP server; its port."""
+    app = web.Application(client_max_size=config.max_body_bytes, middlewares=[_answer_errors])
+    app.add_routes(routes)
+    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    site = web.TCPSite(runner, config.host, config.port, backlog=1024)
+    try:
+        await site.start()
+    except OSError as error:
+        raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error.strerror}") from error
+    port: int = runner.addresses[0][1]
+    return port
+
+
+def _serve_control(
+    config: RouterConfig, http_port: int, key: ClusterKey | None, cluster: Cluster
+) -> ControlServer:
+    port = config.control_port
+    if port is None:
+        port = http_port + 1 if config.port else 0
+    handler = ControlHandler(cluster, asyncio.get_running_loop())
+    return ControlServer(config.host, port, handler, key=key)
+
+
+@web.middleware
+async def _answer_errors(request: web.Request, handler: web.Handler) -> web.StreamResponse:  # type: ignore[name-defined]
+    """Give aiohttp's own refusals (unknown path, wrong method) the envelope of all others."""
+    try:
+        return await handler(request)  # type: ignore[no-any-return]
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        return json_response(
+            failure(error.status, f"{request.method} {request.path}: {error.reason}").body(), error.status
+        )

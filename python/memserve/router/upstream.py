@@ -1,0 +1,147 @@
+"""One request at one instance: sent, read as it comes, and taken back if it is not wanted any more."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+
+import aiohttp
+
+from memserve.core.errors import InstanceLost
+from memserve.router.api import Call
+from memserve.router.failures import LegFailed, LegLost, LegTimeout, message_of, refusal
+from memserve.router.instance import Instance
+
+logger = logging.getLogger(__name__)
+
+CONNECT_TIMEOUT_S = 3.0
+KEEPALIVE_S = 2.0
+"""Less than the 5 s after which SGLang closes an idle connection, so that none closes under a request."""
+ABORT_TIMEOUT_S = 3.0
+ABORT_AGAIN_S = 1.0
+"""An abort may overtake the request it means; it is said again after this long."""
+
+
+def open_session() -> aiohttp.ClientSession:
+    """The router's connections to all instances."""
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=60)
+    return aiohttp.ClientSession(connector=connector, headers={"Accept-Encoding": "identity"})
+
+
+class Leg:
+    """A request that an instance is working on. Made by `Upstream.leg`."""
+
+    def __init__(self, instance: Instance, response: aiohttp.ClientResponse) -> None:
+        self.instance = instance
+        self._response = response
+
+    async def read(self) -> bytes:
+        """The whole answer."""
+        return await self._response.read()
+
+    async def next(self) -> bytes:
+        """What came next, as soon as it came; b"" at the end of the answer."""
+        return await self._response.content.readany()
+
+
+class Upstream:
+    """Sends requests to instances and reports those that are not there. Event loop thread only."""
+
+    def __init__(
+        self,
+        session: aiohttp.ClientSession,
+        *,
+        timeout_s: float,
+        on_lost: Callable[[Instance, str], None],
+    ) -> None:
+        """`on_lost` is told of each instance whose connection failed."""
+        self._session = session
+        self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        self._on_lost = on_lost
+        self._aborting: set[asyncio.Task[None]] = set()
+
+    @asynccontextmanager
+    async def leg(self, instance: Instance, call: Call, body: bytes) -> AsyncIterator[Leg]:
+        """Send `body`, this instance's share of `call`, and wait until it begins to answer 200.
+
+        Leaving with an exception, cancellation included, closes the connection and aborts the call there.
+        Raises LegLost, LegFailed (5xx), LegRefused (4xx) or LegTimeout, from inside the block too.
+        """
+        headers = {"Content-Type": "application/json"}
+        if call.authorization is not None:
+            headers["Authorization"] = call.authorization
+        response: aiohttp.ClientResponse | None = None
+        answered = False
+        try:
+            response = await self._session.post(
+                instance.url + call.api, data=body, headers=headers, timeout=self._timeout
+            )
+            if response.status != 200:
+                text = await response.read()
+                answered = True
+                if response.status < 500:
+                    raise refusal(response.status, text)
+                message = message_of(response.status, text)
+                raise LegFailed(instance.instance_id, instance.role, response.status, message)
+            yield Leg(instance, response)
+            answered = True
+        except aiohttp.ClientError as error:
+            raise self._lost(instance, error) from error
+        except TimeoutError as error:  # an OSError too, but the request's, not the connection's
+            raise LegTimeout(f"no answer from {instance.instance_id} in time") from error
+        except OSError as error:
+            raise self._lost(instance, error) from error
+        finally:
+            if response is not None:
+                response.close() if not answered else response.release()
+            if not answered:
+                self._abort(instance, call)
+
+    async def fetch(self, instance: Instance, call: Call, body: bytes) -> bytes:
+        """The whole answer of an instance. Raises and takes back as `leg` does."""
+        async with self.leg(instance, call, body) as leg:
+            return await leg.read()
+
+    async def close(self) -> None:
+        """Wait for the aborts that are still under way."""
+        if self._aborting:
+            await asyncio.wait(self._aborting, timeout=ABORT_TIMEOUT_S)
+
+    def _lost(self, instance: Instance, error: Exception) -> LegLost:
+        reason = describe(error)
+        self._on_lost(instance, reason)
+        return LegLost(instance.instance_id, instance.role, reason)
+
+    def _abort(self, instance: Instance, call: Call) -> None:
+        task = asyncio.create_task(self._send_aborts(instance, call))
+        self._aborting.add(task)
+        task.add_done_callback(self._aborting.discard)
+
+    async def _send_aborts(self, instance: Instance, call: Call) -> None:
+        # A client may use its own rid again at once: a second abort could hit its next request.
+        pauses_s = (0.0,) if call.rid_is_clients else (0.0, ABORT_AGAIN_S)
+        timeout = aiohttp.ClientTimeout(total=ABORT_TIMEOUT_S)
+        try:
+            for pause_s in pauses_s:
+                await asyncio.sleep(pause_s)
+                for rid in call.rids:
+                    url = instance.url + "/abort_request"
+                    async with self._session.post(url, json={"rid": rid}, timeout=timeout) as response:
+                        await response.read()
+        except (aiohttp.ClientError, OSError) as error:
+            logger.debug("abort not sent rid=%s instance=%s: %s", call.rid, instance.instance_id, error)
+
+
+def describe(error: BaseException) -> str:
+    """`error` in a few words, for a log line or an answer."""
+    if isinstance(error, InstanceLost):
+        return error.reason
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return f"cannot connect ({error.os_error.strerror or error.os_error})"
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError | OSError):
+        return "the connection broke"
+    return str(error) or type(error).__name__

@@ -1,0 +1,200 @@
+"""A server that speaks SGLang's HTTP API and computes nothing: scripted tokens, failures on demand.
+
+Runs on the caller's event loop. What it was asked, and what became of each request, stays to be
+looked at. Times are in the test's hand: a gate holds a token back until its event is set.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from aiohttp import web
+
+from memserve.testing.fake_answers import Answers, Script, num_parts
+from memserve.wire.messages import Role
+
+Json = dict[str, Any]
+
+WAIT_S = 5.0
+
+
+@dataclass(slots=True)
+class Received:
+    """One generation request that a fake worker got."""
+
+    path: str
+    body: Json
+    headers: Mapping[str, str]
+    num_sent: int = 0
+    """Tokens written so far; of a stream each is an event."""
+    finished: bool = False
+    dropped: bool = False
+    """Its connection was closed before it was answered."""
+
+    @property
+    def rids(self) -> list[str]:
+        """What SGLang would call the request's parts."""
+        rid = self.body.get("rid")
+        return rid if isinstance(rid, list) else [str(rid)]
+
+
+@dataclass(slots=True)
+class FakeWorker:
+    """An `async with` block that serves as `role`. Change `script` for the requests to come."""
+
+    role: Role = Role.COLOCATED
+    script: Script = field(default_factory=Script)
+    model: str = "fake-model"
+    model_path: str = "/nowhere/fake-model"
+    context_tokens: int = 1024
+    port: int = 0
+    """0: the system picks one. Kept over a restart."""
+    bootstrap_port: int = 8998
+    healthy: bool = True
+    requests: list[Received] = field(default_factory=list)
+    aborts: list[str] = field(default_factory=list)
+    num_flushes: int = 0
+    _changed: asyncio.Event = field(default_factory=asyncio.Event)
+    _runner: web.AppRunner | None = None
+    _transports: set[asyncio.BaseTransport] = field(default_factory=set)
+
+    @property
+    def url(self) -> str:
+        """Its base URL."""
+        return f"http://127.0.0.1:{self.port}"
+
+    async def __aenter__(self) -> FakeWorker:
+        await self.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.kill()
+
+    async def start(self) -> None:
+        """Begin to serve, again on the port it had."""
+        app = web.Application(client_max_size=1 << 30)
+        app.add_routes(
+            [
+                web.post("/generate", self._generate),
+                web.post("/v1/chat/completions", self._generate),
+                web.post("/v1/completions", self._generate),
+                web.post("/abort_request", self._abort),
+                web.get("/health", self._health),
+                web.get("/model_info", self._model_info),
+                web.get("/server_info", self._server_info),
+                web.get("/v1/models", self._models),
+                web.post("/flush_cache", self._flush),
+            ]
+        )
+        self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.01)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+        self.port = self._runner.addresses[0][1]
+
+    async def kill(self) -> None:
+        """End as after SIGKILL: every connection is reset, the port is free. Idempotent."""
+        for transport in list(self._transports):
+            if isinstance(transport, asyncio.Transport):
+                transport.abort()
+        self._transports.clear()
+        if self._runner is not None:
+            runner, self._runner = self._runner, None
+            await runner.cleanup()
+
+    async def until(self, condition: Callable[[FakeWorker], object], timeout_s: float = WAIT_S) -> None:
+        """Wait until `condition` holds for this worker. Raises TimeoutError if it does not in time."""
+        async with asyncio.timeout(timeout_s):
+            while not condition(self):
+                self._changed.clear()
+                await self._changed.wait()
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        received = Received(request.path, await request.json(), dict(request.headers))
+        if request.transport is not None:
+            self._transports.add(request.transport)
+        self.requests.append(received)
+        self._changed.set()
+        try:
+            response = await self._answer(request, received)
+            received.finished = True
+            return response
+        finally:
+            received.dropped = not received.finished
+            self._changed.set()
+
+    async def _answer(self, request: web.Request, received: Received) -> web.StreamResponse:
+        script = self.script
+        refused = self._refusal(received, script)
+        if refused is not None:
+            return refused
+        answers = Answers(received.path, received.body, script, self.role)
+        if received.body.get("stream"):
+            return await self._stream(request, received, answers, script)
+        for number in range(answers.num_tokens):
+            await self._reach(request, script, number)
+            received.num_sent += 1
+        return web.json_response(answers.whole())
+
+    async def _stream(
+        self, request: web.Request, received: Received, answers: Answers, script: Script
+    ) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
+        await response.prepare(request)
+        for number in range(answers.num_tokens):
+            await self._reach(request, script, number)
+            for event in answers.events(number):
+                await response.write(event)
+            received.num_sent += 1
+            self._changed.set()
+        await self._reach(request, script, answers.num_tokens)
+        await response.write(answers.end())
+        return response
+
+    def _refusal(self, received: Received, script: Script) -> web.Response | None:
+        """The errors that this worker, or SGLang, would answer with."""
+        if script.status != 200:
+            return web.json_response({"error": {"message": script.message}}, status=script.status)
+        params = received.body.get("sampling_params") or received.body
+        first = params[0] if isinstance(params, list) else params
+        if self.role is not Role.COLOCATED:
+            rooms = received.body.get("bootstrap_room")
+            if (first.get("n") or 1) > 1:
+                return web.json_response({"error": {"message": "n > 1 hangs here"}}, status=500)
+            if (len(rooms) if isinstance(rooms, list) else rooms and None) != num_parts(received.body):
+                return web.json_response({"error": {"message": "wrong bootstrap_room"}}, status=500)
+        return None
+
+    async def _reach(self, request: web.Request, script: Script, number: int) -> None:
+        """Come to token `number`, unless something was planned to happen before."""
+        if number in script.gates:
+            await script.gates[number].wait()
+        if script.drop_before == number:
+            if isinstance(request.transport, asyncio.Transport):
+                request.transport.abort()
+            raise asyncio.CancelledError
+
+    async def _abort(self, request: web.Request) -> web.Response:
+        self.aborts.append((await request.json())["rid"])
+        self._changed.set()
+        return web.Response()
+
+    async def _health(self, _: web.Request) -> web.Response:
+        return web.Response(status=200 if self.healthy else 503)
+
+    async def _model_info(self, _: web.Request) -> web.Response:
+        return web.json_response({"model_path": self.model_path, "served_model_name": self.model})
+
+    async def _server_info(self, _: web.Request) -> web.Response:
+        mode = "null" if self.role is Role.COLOCATED else str(self.role)
+        return web.json_response({"disaggregation_mode": mode, "page_size": 16, "version": "fake"})
+
+    async def _models(self, _: web.Request) -> web.Response:
+        card = {"id": self.model, "object": "model", "max_model_len": self.context_tokens}
+        return web.json_response({"object": "list", "data": [card]})
+
+    async def _flush(self, _: web.Request) -> web.Response:
+        self.num_flushes += 1
+        return web.Response(text="Cache flushed.\n")
