@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import enum
 import types
 import typing
 from pathlib import Path
@@ -23,7 +24,7 @@ def setting(default: Any, help: str, *, metavar: str | None = None) -> Any:
 def add_flags(parser: argparse.ArgumentParser, record: type[Any]) -> None:
     """Add one `--kebab-case` flag per field of `record` that was declared with `setting`.
 
-    bool gives `--x/--no-x`, Literal gives choices, `X | None` reads an X.
+    bool gives `--x/--no-x`, Literal and StrEnum give choices, `X | None` reads an X.
     """
     hints = typing.get_type_hints(record)
     for field in dataclasses.fields(record):
@@ -36,6 +37,8 @@ def add_flags(parser: argparse.ArgumentParser, record: type[Any]) -> None:
             kwargs["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is typing.Literal:
             kwargs["choices"] = typing.get_args(kind)
+        elif isinstance(kind, enum.EnumMeta):
+            kwargs |= {"type": kind, "choices": list(kind), "metavar": f"{{{','.join(kind)}}}"}
         else:
             kwargs["type"] = kind
             kwargs["metavar"] = field.metadata["metavar"] or _METAVARS.get(kind, "TEXT")

@@ -40,7 +40,10 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class SessionId:
-    """One life of one engine: `host:port:epoch` as ASCII text, an IPv6 host in brackets."""
+    """One life of one engine: `host:port:epoch` as ASCII text, an IPv6 host in brackets.
+
+    The epoch is decimal: SGLang's connector reads the last part as a number, to spread sessions.
+    """
 
     control_address: str
     """`host:port` of its control server."""
@@ -54,12 +57,12 @@ class SessionId:
         try:
             if not host or not 0 < int(port) < 65536:
                 raise ValueError
-            return cls(address, Epoch(int(epoch, 16)))
+            return cls(address, Epoch(int(epoch)))
         except ValueError as error:
             raise BadRequest(f"not a session id: {text!r}") from error
 
     def __str__(self) -> str:
-        return f"{self.control_address}:{self.epoch:016x}"
+        return f"{self.control_address}:{self.epoch}"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,0 +1,36 @@
+# Every target makes .venv first, which takes no time when nothing changed.
+VENV   ?= .venv
+PYTHON := $(VENV)/bin/python
+INSTALL = python3 scripts/install.py --venv $(VENV)
+
+.PHONY: help install demo test check bench clean
+
+help:
+	@echo "make demo     router, prefill and decode serve a conversation (KEEP=1 leaves them up)"
+	@echo "make test     everything, with real servers"
+	@echo "make check    lint, types, layering and unit tests: about a minute"
+	@echo "make bench    the benchmarks, one JSON line per figure"
+	@echo "make install  only $(VENV)"
+
+install:
+	@$(INSTALL)
+
+demo: install
+	@$(PYTHON) scripts/demo.py $(if $(KEEP),--keep)
+
+test:
+	@$(INSTALL) --dev --mooncake
+	@$(PYTHON) -m pytest test
+
+check:
+	@$(INSTALL) --dev
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/mypy
+	$(PYTHON) -m pytest -q test/unit
+
+bench: install
+	@for benchmark in transfer attention router; do $(PYTHON) benchmark/bench_$$benchmark.py || exit 1; done
+
+clean:
+	rm -rf $(VENV) models logs

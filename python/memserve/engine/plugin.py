@@ -1,0 +1,107 @@
+"""Joins MemServe to SGLang inside each of its processes; all hooks on SGLang are placed here.
+
+SGLang calls `register` through the `sglang.srt.plugins` entry point, in the launcher and again in
+every process it spawns. What the launcher decided travels to them in one environment variable.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import pkgutil
+import signal
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, Literal
+
+import msgspec
+
+from memserve.core.errors import MemServeError
+from memserve.engine import seams
+from memserve.engine.machine import is_cpu_machine
+from memserve.transport.select import TransportName
+
+SETTINGS_VARIABLE = "MEMSERVE_ENGINE"
+
+
+class EngineSettings(msgspec.Struct, frozen=True):
+    """What the processes of one server must agree on."""
+
+    transfer: TransportName
+    mooncake_protocol: Literal["rdma", "tcp"]
+    cluster_key_file: str | None
+
+    def export(self) -> None:
+        """Hand these settings to the processes started from here on."""
+        os.environ[SETTINGS_VARIABLE] = msgspec.json.encode(self).decode()
+
+
+def register() -> None:
+    """Place the hooks. In a server that `memserve.launch_server` did not start, only the CPU's.
+
+    A failure ends the process with its reason: SGLang would log it and serve on without us.
+    """
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    settings = os.environ.get(SETTINGS_VARIABLE)
+    try:
+        seams.check_version()
+        if is_cpu_machine():
+            from memserve.engine.cpu_attention import register_cpu_attention
+
+            register_cpu_attention()
+            _send_from_host_memory()
+        if settings is not None:
+            _leave_signals_to_the_launcher()
+            engine = drop_in(msgspec.json.decode(settings, type=EngineSettings))
+            HookRegistry.register(seams.TRANSFER_ENGINE, engine, HookType.REPLACE)
+            if seams.SCHEDULER_MODULE in sys.modules:
+                HookRegistry.register(seams.INTERNAL_STATE, report_transfers, HookType.AFTER)
+    except MemServeError as error:
+        raise SystemExit(f"memserve: {error}") from error
+
+
+def drop_in(settings: EngineSettings) -> type[Any]:
+    """Our transfer engine with the constructor of SGLang's MooncakeTransferEngine."""
+    from memserve.disagg.transfer_engine import TransferConfig, TransferEngine
+
+    key_file = Path(settings.cluster_key_file) if settings.cluster_key_file else None
+
+    class DropInTransferEngine(TransferEngine):
+        def __init__(self, hostname: str, gpu_id: int | None = None, ib_device: str | None = None) -> None:
+            super().__init__(
+                TransferConfig(
+                    transport=settings.transfer,
+                    host=hostname,
+                    cluster_key_file=key_file,
+                    mooncake_protocol=settings.mooncake_protocol,
+                    ib_device=ib_device or "",
+                )
+            )
+
+    return DropInTransferEngine
+
+
+def report_transfers(output: Any, *_: Any) -> Any:
+    """Add what this scheduler's engine has written to its part of `/server_info`."""
+    from memserve.disagg.transfer_engine import TransferEngine
+
+    engine = pkgutil.resolve_name(seams.SHARED_ENGINE)()
+    if isinstance(engine, TransferEngine):
+        output.internal_state["memserve"] = {"transfer": asdict(engine.stats().total)}
+    return output
+
+
+def _leave_signals_to_the_launcher() -> None:
+    """Let Ctrl-C and a service manager's SIGTERM, which reach every process of the server, end it
+    in the launcher's order: SGLang's children, when hit first, would count as crashed."""
+    if multiprocessing.parent_process() is not None:
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+
+
+def _send_from_host_memory() -> None:
+    """Keep the Mooncake connector from page-locking its indices, which needs CUDA."""
+    sender = pkgutil.resolve_name(seams.KV_SENDER)
+    sender.supports_host_tensor_indices = False

@@ -1,0 +1,146 @@
+"""Every SGLang internal that MemServe relies on, by name, for exactly one version of SGLang.
+
+`test/unit/engine/test_seams.py` checks each of these against the installed SGLang and fails with
+the seam's name and purpose when one has moved. Nothing here imports SGLang before it is asked to.
+"""
+
+from __future__ import annotations
+
+import inspect
+import pkgutil
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+
+from memserve.core.errors import ConfigError
+
+SGLANG_VERSION = "0.5.23"
+
+_MOONCAKE = "sglang.srt.distributed.device_communicators.mooncake_transfer_engine"
+TRANSFER_ENGINE = f"{_MOONCAKE}.MooncakeTransferEngine"
+SIGTERM_HANDLER = "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_handler"
+SIGINT_HANDLER = "uvicorn.Server.handle_exit"
+SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
+INTERNAL_STATE = f"{SCHEDULER_MODULE}.Scheduler.get_internal_state"
+SHARED_ENGINE = f"{_MOONCAKE}:get_mooncake_transfer_engine"
+KV_SENDER = "sglang.srt.disaggregation.mooncake.conn:MooncakeKVSender"
+
+
+@dataclass(frozen=True, slots=True)
+class Seam:
+    """One internal: where it is, what we use it for, and the parameters or members it must have."""
+
+    name: str
+    path: str
+    used_for: str
+    parameters: tuple[str, ...] = ()
+    members: tuple[str, ...] = ()
+
+    def problem(self) -> str | None:
+        """What is wrong with this seam in the installed SGLang, or None."""
+        try:
+            target = pkgutil.resolve_name(self.path)
+        except (ImportError, AttributeError) as error:
+            return f"seam {self.name!r} is gone ({error}); it is used for {self.used_for}"
+        missing = [member for member in self.members if not hasattr(target, member)]
+        if self.parameters:
+            known = inspect.signature(target).parameters
+            missing += [parameter for parameter in self.parameters if parameter not in known]
+        if missing:
+            return f"seam {self.name!r} lacks {', '.join(missing)}; it is used for {self.used_for}"
+        return None
+
+
+SEAMS = (
+    Seam(
+        "platform",
+        "sglang.srt.platforms.interface:SRTPlatform",
+        "running without a GPU",
+        members=(
+            "get_device_total_memory",
+            "get_current_memory_usage",
+            "get_default_attention_backend",
+            "get_torch_distributed_backend_str",
+            "get_dispatch_key_name",
+            "capabilities",
+        ),
+    ),
+    Seam(
+        "platform kind", "sglang.srt.platforms.interface:PlatformEnum", "being out of tree", members=("OOT",)
+    ),
+    Seam(
+        "hooks",
+        "sglang.srt.plugins.hook_registry:HookRegistry.register",
+        "putting our transfer engine in Mooncake's place",
+        parameters=("target", "hook", "hook_type"),
+    ),
+    Seam("hook kinds", "sglang.srt.plugins.hook_registry:HookType", "same", members=("REPLACE", "BEFORE")),
+    Seam(
+        "transfer engine",
+        f"{_MOONCAKE}:MooncakeTransferEngine",
+        "carrying the prefill to decode handoff",
+        parameters=("hostname", "gpu_id", "ib_device"),
+        members=(
+            "register",
+            "deregister",
+            "batch_register",
+            "batch_deregister",
+            "transfer_sync",
+            "batch_transfer_sync",
+            "get_session_id",
+            "send_probe",
+            "get_ib_device",
+        ),
+    ),
+    Seam("kv sender", KV_SENDER, "sending from host memory", members=("supports_host_tensor_indices",)),
+    Seam(
+        "http server",
+        "sglang.srt.entrypoints.http_server:launch_server",
+        "serving, and knowing when it is ready",
+        parameters=("server_args", "launch_callback"),
+    ),
+    Seam(
+        "server arguments",
+        "sglang.srt.server_args:prepare_server_args",
+        "reading SGLang's flags",
+        parameters=("argv",),
+    ),
+    Seam(
+        "resolution",
+        "sglang.srt.server_args:ServerArgs",
+        "finding bad flags early",
+        members=("resolve_once", "url"),
+    ),
+    Seam(
+        "sigterm",
+        SIGTERM_HANDLER.replace(".SignalHandler.", ":SignalHandler."),
+        "leaving the router before requests are drained",
+    ),
+    Seam(
+        "sigint",
+        SIGINT_HANDLER.replace(".Server.", ":Server."),
+        "draining on Ctrl-C as on SIGTERM",
+        parameters=("sig", "frame"),
+    ),
+    Seam(
+        "internal state",
+        f"{SCHEDULER_MODULE}:Scheduler.get_internal_state",
+        "reporting transfers in /server_info",
+        parameters=("recv_req",),
+    ),
+    Seam("shared engine", SHARED_ENGINE, "finding the scheduler's transfer engine"),
+    Seam("process tree", "sglang.srt.utils:kill_process_tree", "leaving no child behind"),
+)
+
+
+def check_version() -> None:
+    """Raises ConfigError unless exactly the SGLang these seams were checked against is installed."""
+    try:
+        installed = version("sglang")
+    except PackageNotFoundError:
+        raise ConfigError(
+            "SGLang is not installed: run scripts/install.py (or pip install 'memserve[gpu]')"
+        ) from None
+    if installed != SGLANG_VERSION:
+        raise ConfigError(
+            f"SGLang {installed} is installed, this MemServe needs {SGLANG_VERSION}: run scripts/install.py"
+        )

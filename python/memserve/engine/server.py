@@ -1,0 +1,144 @@
+"""Runs SGLang's own HTTP server in this process: its flags, its life and its end.
+
+Knows which SGLang calls make a server, and tells a `Registrar` when it is ready and when it stops.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import signal
+import socket
+import threading
+import warnings
+from pathlib import Path
+from typing import Any, NoReturn
+
+from memserve.core.errors import ConfigError
+from memserve.disagg.registrar import Registrar
+from memserve.engine import seams, server_flags
+from memserve.engine.machine import is_cpu_machine
+from memserve.engine.plugin import EngineSettings
+from memserve.wire.link import is_loopback
+from memserve.wire.messages import Role
+
+logger = logging.getLogger(__name__)
+
+
+def prepare(role: Role, settings: EngineSettings, argv: list[str]) -> Any:
+    """SGLang's server arguments for `role`: our flags for it and this machine, then the user's.
+
+    Sets the environment its processes inherit. Raises ConfigError for another SGLang, a flag it
+    does not take, and a model that is not there.
+    """
+    seams.check_version()
+    _check_model(argv)
+    settings.export()
+    flags = server_flags.role_flags(role, server_flags.FreePorts(http=_free_port(), bootstrap=_free_port()))
+    environment: dict[str, str] = {}
+    on_cpu = is_cpu_machine()
+    if on_cpu:
+        _quiet_import_warnings()
+        flags += server_flags.cpu_flags(role)
+        environment = server_flags.cpu_environment(role, os.cpu_count() or 1, os.environ)
+        os.environ.update(environment)
+
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs, prepare_server_args
+
+    load_plugins()
+    server_args = prepare_server_args([*flags, *_checked(argv, ServerArgs)])
+    if is_loopback(server_args.host):
+        os.environ.setdefault("SGLANG_HOST_IP", "127.0.0.1")
+    if on_cpu:
+        chosen = [*flags, *(f"{name}={value}" for name, value in environment.items())]
+        logger.info("no GPU here, so: %s (flags given on the command line win)", " ".join(chosen))
+    try:
+        server_args.resolve_once()
+    except (ValueError, OSError, AssertionError) as error:
+        logger.debug("SGLang refused its arguments", exc_info=True)
+        raise ConfigError(" ".join(str(error).split())) from error
+    return server_args
+
+
+def run(server_args: Any, registrar: Registrar | None) -> None:
+    """Serve until SIGTERM or Ctrl-C; registers once warm, deregisters before draining."""
+    from sglang.srt.entrypoints.http_server import launch_server
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+    from sglang.srt.utils import kill_process_tree
+
+    def leave(*_: Any) -> None:
+        if registrar is not None:
+            registrar.close()
+
+    def interrupt_as_sigterm(handle_exit: Any, http_server: Any, signum: int, frame: Any) -> None:
+        """The first Ctrl-C drains as SIGTERM does; the second one ends at once."""
+        if signum == signal.SIGINT and not interrupted.is_set():
+            interrupted.set()
+            os.kill(os.getpid(), signal.SIGTERM)
+        else:
+            handle_exit(http_server, signum, frame)
+
+    interrupted = threading.Event()
+    HookRegistry.register(seams.SIGTERM_HANDLER, leave, HookType.BEFORE)
+    HookRegistry.register(seams.SIGINT_HANDLER, interrupt_as_sigterm, HookType.AROUND)
+    HookRegistry.apply_hooks()
+    try:
+        launch_server(server_args, launch_callback=registrar.start if registrar is not None else None)
+    except KeyboardInterrupt:
+        logger.info("interrupted")
+    finally:
+        leave()
+        kill_process_tree(os.getpid(), include_parent=False)
+
+
+def _quiet_import_warnings() -> None:
+    """SGLang says at import, in each process, which quantizations need a GPU."""
+    warnings.simplefilter("ignore", UserWarning)
+    os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
+
+
+def _check_model(argv: list[str]) -> None:
+    """Raises ConfigError, in one line, for a model path that cannot be one."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--model-path", "--model")
+    parser.add_argument("--config")
+    known, _ = parser.parse_known_args(argv)
+    if known.config is not None:
+        return
+    if known.model_path is None:
+        raise ConfigError(
+            "--model-path is missing: a directory with config.json, or a Hugging Face model name"
+        )
+    path = Path(known.model_path)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise ConfigError(f"--model-path {path}: the directory holds no config.json")
+    elif path.is_absolute() or len(path.parts) != 2 or Path(path.parts[0]).is_dir() or path.parts[0] == "..":
+        raise ConfigError(f"--model-path {path}: no such directory")
+
+
+class _OneLineParser(argparse.ArgumentParser):
+    """Says what is wrong without the usage of SGLang's 400 flags."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ConfigError(f"{message} (`sglang serve --help` lists SGLang's flags)")
+
+
+def _checked(argv: list[str], server_args_class: Any) -> list[str]:
+    """`argv`, known to parse, with `--config FILE` spelled out so that the file beats our flags."""
+    parser = _OneLineParser()
+    server_args_class.add_cli_args(parser)
+    if "--config" in argv:
+        from sglang.srt.utils.server_args_config_parser import ConfigArgumentMerger
+
+        argv = ConfigArgumentMerger(parser).merge_config_with_args(argv)
+    parser.parse_args(argv)
+    return argv
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return int(probe.getsockname()[1])

@@ -1,0 +1,71 @@
+"""The SGLang flags a role and a machine need, put in front of the user's own, which win.
+
+Pure: everything comes in as arguments, so each case is a row in a test. Knows SGLang's flags by
+name and nothing else of it.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+from memserve.engine.machine import CPU_ATTENTION
+from memserve.wire.messages import Role
+
+KV_FRACTION_ON_CPU = 0.3
+"""Of the memory free at start, for weights and KV: several servers share a laptop."""
+KV_TOKENS_ON_CPU = 65536
+"""At most; SGLang touches every byte of its KV at start, gigabytes of it for a small model."""
+MAX_RUNNING_REQUESTS_ON_CPU = 32
+PAGE_TOKENS_ON_CPU = 16
+
+
+@dataclass(frozen=True, slots=True)
+class FreePorts:
+    """Ports the system has just offered, used where the user named none."""
+
+    http: int
+    bootstrap: int
+
+
+def role_flags(role: Role, ports: FreePorts) -> list[str]:
+    """Flags that make an SGLang server play `role`, on any device."""
+    flags = ["--port", str(ports.http)]
+    if role is Role.COLOCATED:
+        return flags
+    flags += ["--disaggregation-mode", role.value, "--disaggregation-transfer-backend", "mooncake"]
+    if role is Role.PREFILL:
+        return [*flags, "--disaggregation-bootstrap-port", str(ports.bootstrap)]
+    return [*flags, "--disaggregation-decode-enable-radix-cache"]
+
+
+def cpu_flags(role: Role) -> list[str]:
+    """What SGLang has to be told on a machine without a GPU; on CUDA its own defaults stand."""
+    flags = [
+        *("--device", "cpu"),
+        *("--attention-backend", CPU_ATTENTION),
+        *("--sampling-backend", "pytorch"),
+        *("--grammar-backend", "xgrammar"),
+        *("--dtype", "float32"),
+        *("--page-size", str(PAGE_TOKENS_ON_CPU)),
+        *("--mem-fraction-static", str(KV_FRACTION_ON_CPU)),
+        *("--max-total-tokens", str(KV_TOKENS_ON_CPU)),
+        *("--max-running-requests", str(MAX_RUNNING_REQUESTS_ON_CPU)),
+        "--disable-overlap-schedule",
+        "--disable-cuda-graph",
+        "--sleep-on-idle",
+    ]
+    if role is Role.DECODE:
+        flags += ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
+    return flags
+
+
+def cpu_threads(role: Role, num_cores: int) -> int:
+    """Compute threads of one server: half the cores for one of a pair, all of them alone."""
+    return num_cores if role is Role.COLOCATED else max(1, num_cores // 2)
+
+
+def cpu_environment(role: Role, num_cores: int, environ: os._Environ[str] | dict[str, str]) -> dict[str, str]:
+    """Variables to set for a CPU server that the user has not set."""
+    wanted = {"OMP_NUM_THREADS": str(cpu_threads(role, num_cores))}
+    return {name: value for name, value in wanted.items() if name not in environ}
