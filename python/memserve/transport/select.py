@@ -15,7 +15,8 @@ from memserve.core.errors import ConfigError
 from memserve.core.ids import Epoch
 from memserve.transport.base import Transport
 from memserve.transport.local import LocalTransport, same_host
-from memserve.transport.tcp import TcpTransport
+from memserve.transport.mooncake import MooncakeTransport, rdma_devices
+from memserve.transport.tcp import TcpTransport, is_loopback
 
 logger = logging.getLogger(__name__)
 
@@ -48,12 +49,17 @@ def open_transports(wanted: TransportName, place: Place) -> tuple[Transport, ...
     if wanted == "tcp":
         return (_tcp(place),)
     if wanted == "mooncake":
-        raise ConfigError("the mooncake transport is not there yet")
+        return (_mooncake(place),)
     offered: list[Transport] = []
     try:
         offered.append(LocalTransport(place.epoch))
     except ConfigError as error:
         logger.warning("local transport not offered, tcp takes over: %s", error)
+    if place.mooncake_protocol == "rdma" and rdma_devices() and not is_loopback(place.host):
+        try:
+            offered.append(_mooncake(place))
+        except ConfigError as error:
+            logger.warning("mooncake transport not offered, tcp takes over: %s", error)
     offered.append(_tcp(place))
     return tuple(offered)
 
@@ -70,3 +76,7 @@ def ranked(own: Sequence[Transport], offered: Mapping[str, str]) -> tuple[Transp
 
 def _tcp(place: Place) -> TcpTransport:
     return TcpTransport(place.epoch, place.host, place.port, key=place.key)
+
+
+def _mooncake(place: Place) -> MooncakeTransport:
+    return MooncakeTransport(place.epoch, place.host, place.mooncake_protocol, place.devices)

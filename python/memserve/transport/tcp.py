@@ -61,7 +61,7 @@ class TcpTransport(Transport):
 
         Raises ConfigError if it cannot, or if that address leaves the host without a cluster key.
         """
-        if key is None and not _is_loopback(host):
+        if key is None and not is_loopback(host):
             raise ConfigError(f"the tcp transport on {host} needs --cluster-key-file: it leaves this machine")
         self._epoch = epoch
         self._keys = tcp_wire.Authenticator(key)
@@ -234,7 +234,8 @@ class TcpTransport(Transport):
         return _Link(stream, hello.connection_id)
 
 
-def _is_loopback(host: str) -> bool:
+def is_loopback(host: str) -> bool:
+    """Whether `host` names this machine to itself only."""
     if host == "localhost":
         return True
     try:

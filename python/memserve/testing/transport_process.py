@@ -1,0 +1,123 @@
+"""A second process that a test drives, stops, resumes and kills: requests and answers as JSON lines.
+
+`serve` is the child's loop, `Process` the test's end. Knows nothing of what the child does.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+Verb = Callable[..., Any]
+
+DEADLINE_S = 20.0
+"""How long anything in a test may take before the test has failed."""
+
+
+class Process:
+    """A child that runs `python -m module *arguments` and answers `ask` until it is killed."""
+
+    def __init__(self, module: str, *arguments: str) -> None:
+        """Start the child and wait for its first line, which is `greeting`."""
+        self._child = subprocess.Popen(
+            [sys.executable, "-m", module, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+        )
+        self._unread = b""
+        self.pid = self._child.pid
+        self.greeting = self._receive()
+
+    def ask(self, verb: str, **arguments: object) -> Any:
+        """What the child's `verb` returns. Raises ChildError with what it raised."""
+        self.send(verb, **arguments)
+        return self.receive()
+
+    def send(self, verb: str, **arguments: object) -> None:
+        """The first half of `ask`."""
+        assert self._child.stdin is not None
+        self._child.stdin.write(json.dumps({"verb": verb, **arguments}).encode() + b"\n")
+        self._child.stdin.flush()
+
+    def receive(self) -> Any:
+        """The second half of `ask`."""
+        answer = self._receive()
+        if "error" in answer:
+            raise ChildError(answer["error"], answer["text"])
+        return answer["value"]
+
+    def stop(self) -> None:
+        """Freeze the child; returns when all of its threads are."""
+        self._child.send_signal(signal.SIGSTOP)
+        wait_until(lambda: self._states() == {"T"}, "the child to stop")
+
+    def resume(self) -> None:
+        """Let a stopped child go on."""
+        self._child.send_signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """End the child as a crash would; returns when it is gone. Idempotent."""
+        self._child.kill()
+        self._child.wait(DEADLINE_S)
+        for pipe in (self._child.stdin, self._child.stdout):
+            if pipe is not None:
+                pipe.close()
+
+    def _states(self) -> set[str]:
+        stats = Path(f"/proc/{self.pid}/task").glob("*/stat")
+        return {stat.read_text().rpartition(")")[2].split()[0] for stat in stats}
+
+    def _receive(self) -> Any:
+        assert self._child.stdout is not None
+        deadline = time.monotonic() + DEADLINE_S
+        while b"\n" not in self._unread:
+            ready, _, _ = select.select([self._child.stdout], [], [], max(deadline - time.monotonic(), 0))
+            if not ready:
+                raise TimeoutError(f"child {self.pid} did not answer")
+            data = os.read(self._child.stdout.fileno(), 1 << 16)
+            if not data:
+                raise EOFError(f"child {self.pid} ended")
+            self._unread += data
+        line, _, self._unread = self._unread.partition(b"\n")
+        return json.loads(line)
+
+
+class ChildError(Exception):
+    """The child's verb raised `kind`."""
+
+    def __init__(self, kind: str, text: str) -> None:
+        super().__init__(f"{kind}: {text}")
+        self.kind = kind
+
+
+def serve(greeting: object, verbs: Mapping[str, Verb]) -> None:
+    """Say `greeting`, then answer requests until the parent is gone."""
+    _say(greeting)
+    for line in sys.stdin:
+        request = json.loads(line)
+        verb = verbs[request.pop("verb")]
+        try:
+            _say({"value": verb(**request)})
+        except Exception as error:
+            _say({"error": type(error).__name__, "text": str(error)})
+    os._exit(0)
+
+
+def wait_until(condition: Callable[[], bool], what: str) -> None:
+    """Return when `condition` holds. Raises TimeoutError, naming `what`, if it does not come to that."""
+    deadline = time.monotonic() + DEADLINE_S
+    while not condition():
+        if time.monotonic() > deadline:
+            raise TimeoutError(f"waited {DEADLINE_S:g} s for {what}")
+        time.sleep(0.002)
+
+
+def _say(value: object) -> None:
+    sys.stdout.write(json.dumps(value) + "\n")
+    sys.stdout.flush()
