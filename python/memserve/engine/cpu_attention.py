@@ -9,7 +9,7 @@ nothing of the attention. Here an extend is
     queries    +----------------------------+---------------+
 
 merged by log-sum-exp, and a decode is dense over its key parts. Long runs of neighbouring slots are
-attended where they lie in the pool; what is left is gathered once. Attention that is not plain
+attended where they lie in the pool; what is left is gathered. Attention that is not plain
 causal self-attention (cross-attention, sliding windows, unequal head sizes, a KV pool of another
 dtype) is left to `torch_native`, from which this backend inherits.
 
@@ -19,6 +19,9 @@ padding a batch to one kernel call was measured to pay only below about 64 token
 
 from __future__ import annotations
 
+import faulthandler
+import os
+import resource
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +29,7 @@ from heapq import nlargest
 from itertools import accumulate, zip_longest
 from typing import TYPE_CHECKING, NamedTuple
 
+import numpy as np
 import torch
 from sglang.srt.arg_groups.choices import ATTENTION_BACKEND_CHOICES, add_attention_backend_choices
 from sglang.srt.layers.attention.attention_registry import register_attention_backend
@@ -46,10 +50,12 @@ CPU_ATTENTION = "memserve_cpu"
 
 MAX_RUNS = 4
 """Runs of one request that are attended in place: each costs a kernel call and a place in the merge."""
-MIN_RUN_TOKENS = 256
+MIN_RUN_TOKENS = 128
 """Shorter runs are gathered: copying them costs less than a kernel call of their own."""
-MIN_RUN_TOKENS_PER_QUERY = 4
-"""And as many times the new tokens: merging touches each output, gathering each key, once per part."""
+GATHERED_TOKENS = 1024
+"""Gathered at a time: about what is still in the processor's cache when it is attended."""
+MIN_PART_TOKENS_PER_QUERY = 4
+"""And a part is never much smaller than this: a merge touches every output once per part."""
 
 
 def register_cpu_attention() -> None:
@@ -71,14 +77,41 @@ class Run(NamedTuple):
     tokens: int
 
 
+def avoid_faulty_amx() -> bool:
+    """Keep oneDNN off AMX where using it kills the process; whether bfloat16 is safe to compute in.
+
+    Some virtual machines announce AMX and then trap on it. Sets ONEDNN_MAX_CPU_ISA, which children
+    inherit, if a bfloat16 product dies in a forked child; oneDNN reads it once, so call this before
+    the process's first product and before it starts threads.
+    """
+    if _bfloat16_survives():
+        return True
+    os.environ["ONEDNN_MAX_CPU_ISA"] = "AVX512_CORE_FP16"
+    return _bfloat16_survives()
+
+
+def _bfloat16_survives() -> bool:
+    child = os.fork()
+    if child == 0:
+        try:
+            faulthandler.disable()
+            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+            torch.set_num_threads(1)
+            torch.ones(64, 64, dtype=torch.bfloat16).mm(torch.ones(64, 64, dtype=torch.bfloat16))
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return os.waitpid(child, 0)[1] == 0
+
+
 @dataclass(frozen=True, slots=True)
 class KeyParts:
     """Where the keys of one request lie in the pool, in no order: dense attention needs none."""
 
     runs: tuple[Run, ...]
     """To be attended in place."""
-    rest: Tensor | None
-    """[tokens] integers: the slots to gather; None if there are none."""
+    rest: tuple[Tensor, ...]
+    """Slots to gather, [tokens] integers each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,20 +125,21 @@ class ExtendRequest:
     """[stop - start] integers: the pool's slots of the new tokens."""
 
 
-def key_parts(slots: Sequence[Tensor], min_run_tokens: Sequence[int]) -> list[KeyParts]:
+def key_parts(slots: Sequence[Tensor], num_queries: Sequence[int]) -> list[KeyParts]:
     """Split each request's `slots` ([tokens] integers) into runs to attend in place and a rest.
 
-    Runs of request i are at least min_run_tokens[i] long, and the MAX_RUNS longest if there are more.
+    num_queries[i] tokens of request i will attend them: the more, the fewer parts are worth while.
     """
     parts = []
-    for own, minimum, runs in zip(slots, min_run_tokens, find_runs(slots), strict=True):
-        kept = sorted(
-            nlargest(MAX_RUNS, (run for run in runs if run.tokens >= minimum), lambda run: run.tokens)
-        )
+    for own, queries, runs in zip(slots, num_queries, find_runs(slots), strict=True):
+        smallest = MIN_PART_TOKENS_PER_QUERY * queries
+        kept = nlargest(MAX_RUNS, (run for run in runs if run.tokens >= smallest), lambda run: run.tokens)
+        kept.sort()
         ends = [0, *(run.position + run.tokens for run in kept)]
         starts = [*(run.position for run in kept), len(own)]
         between = [own[end:start] for end, start in zip(ends, starts, strict=True) if end < start]
-        parts.append(KeyParts(tuple(kept), torch.cat(between) if between else None))
+        rest = torch.cat(between).split(max(GATHERED_TOKENS, smallest)) if between else ()
+        parts.append(KeyParts(tuple(kept), rest))
     return parts
 
 
@@ -115,17 +149,15 @@ def find_runs(slots: Sequence[Tensor]) -> list[list[Run]]:
     offsets = [0, *accumulate(len(own) for own in slots)]
     if offsets[-1] == 0:
         return runs
-    flat = torch.cat(list(slots))
-    begins = torch.ones(len(flat) + 1, dtype=torch.bool, device=flat.device)
-    torch.ne(flat[1:], flat[:-1] + 1, out=begins[1:-1])
+    flat = torch.cat(list(slots)).numpy()
+    begins = np.ones(len(flat) + 1, dtype=bool)
+    np.not_equal(flat[1:], flat[:-1] + 1, out=begins[1:-1])
     begins[offsets] = True  # a run ends with its request, and the last one with the last request
-    edges = begins.nonzero().flatten()
-    lengths = edges.diff()
-    long = lengths >= MIN_RUN_TOKENS
-    found = edges[:-1][long]
-    for at, slot, length in zip(found.tolist(), flat[found].tolist(), lengths[long].tolist(), strict=True):
-        request = bisect_right(offsets, at) - 1
-        runs[request].append(Run(at - offsets[request], slot, length))
+    edges = begins.nonzero()[0]
+    long = (np.diff(edges) >= MIN_RUN_TOKENS).nonzero()[0]
+    for begin, end in zip(edges[long].tolist(), edges[long + 1].tolist(), strict=True):
+        request = bisect_right(offsets, begin) - 1
+        runs[request].append(Run(begin - offsets[request], int(flat[begin]), end - begin))
     return runs
 
 
@@ -153,7 +185,7 @@ class MemServeCpuAttnBackend(TorchNativeAttnBackend):
         if mode.is_decode():
             totals = forward_batch.seq_lens.tolist()
             slots = [row[:total] for row, total in zip(rows, totals, strict=True)]
-            self._decode = key_parts(slots, [MIN_RUN_TOKENS] * len(slots))
+            self._decode = key_parts(slots, [1] * len(slots))
         elif forward_batch.extend_seq_lens is not None:
             self._extend = self._plan_extend(rows, forward_batch)
 
@@ -219,8 +251,7 @@ class MemServeCpuAttnBackend(TorchNativeAttnBackend):
         prefixes = forward_batch.extend_prefix_lens_cpu
         if news is None or prefixes is None:
             news, prefixes = forward_batch.extend_seq_lens.tolist(), forward_batch.extend_prefix_lens.tolist()
-        minima = [max(MIN_RUN_TOKENS, MIN_RUN_TOKENS_PER_QUERY * new) for new in news]
-        parts = key_parts([row[:prefix] for row, prefix in zip(rows, prefixes, strict=True)], minima)
+        parts = key_parts([row[:prefix] for row, prefix in zip(rows, prefixes, strict=True)], news)
         stops = list(accumulate(news))
         return [
             ExtendRequest(stop - new, stop, prefix_parts, row[prefix : prefix + new])
@@ -267,8 +298,8 @@ class MemServeCpuAttnBackend(TorchNativeAttnBackend):
             )
             for run in parts.runs
         ]
-        if parts.rest is not None:
-            key, value = self._gather(keys, values, parts.rest)
+        for slots in parts.rest:
+            key, value = self._gather(keys, values, slots)
             partials.append(attend(query, _heads_first(key), _heads_first(value), scale=scale))
         return partials
 
