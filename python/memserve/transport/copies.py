@@ -51,6 +51,8 @@ class Copies:
 
     def part(self, start: int, stop: int) -> Copies:
         """Copies `start` to `stop` of this batch, without copying the arrays."""
+        if start == 0 and stop >= len(self):
+            return self
         return Copies(*(column[start:stop] for column in self._columns()))
 
     def _columns(self) -> tuple[Int64s, ...]:
@@ -73,7 +75,10 @@ class Vectors:
         self._rows = np.empty((len(lengths), 2), np.int64)
         self._rows[:, 0] = addresses
         self._rows[:, 1] = lengths
+        self._pointer: int = self._rows.__array_interface__["data"][0]
         self._next = 0
+        self.num_bytes = int(lengths.sum())
+        """Bytes that are left."""
 
     def __len__(self) -> int:
         return len(self._rows) - self._next
@@ -81,14 +86,20 @@ class Vectors:
     @property
     def pointer(self) -> int:
         """Address of the first row that is left: a `struct iovec *`, valid while this object lives."""
-        return self._rows.ctypes.data + 16 * self._next
+        return self._pointer + 16 * self._next
 
     def first_bytes(self, count: int) -> int:
         """Bytes in the first `count` rows that are left."""
+        if count == len(self):
+            return self.num_bytes
         return int(self._rows[self._next : self._next + count, 1].sum())
 
     def take(self, num_bytes: int) -> None:
         """Move past the first `num_bytes` bytes."""
+        self.num_bytes -= num_bytes
+        if not self.num_bytes:
+            self._next = len(self._rows)
+            return
         ends = np.cumsum(self._rows[self._next :, 1])
         done = int(np.searchsorted(ends, num_bytes, side="right"))
         into = num_bytes - (int(ends[done - 1]) if done else 0)
@@ -96,10 +107,6 @@ class Vectors:
         if into:
             self._rows[self._next, 0] += into
             self._rows[self._next, 1] -= into
-
-    def take_rows(self, count: int) -> None:
-        """Move past the first `count` rows, all of whose bytes are dealt with."""
-        self._next += count
 
 
 def merge_pairs(local: Int64s, remote: Int64s, lengths: Int64s) -> tuple[Int64s, Int64s, Int64s]:

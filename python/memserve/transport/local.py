@@ -128,12 +128,8 @@ class LocalTransport(Transport):
             raise _translated(peer, error) from error
         if moved == 0:
             raise TransferFailed(peer.name, "its memory is not mapped")
-        if moved == own.first_bytes(rows):
-            own.take_rows(rows)
-            theirs.take_rows(rows)
-        else:
-            own.take(moved)
-            theirs.take(moved)
+        own.take(moved)
+        theirs.take(moved)
 
     def _visitor(self, peer: Peer) -> Visitor:
         visitor = self._visitors.get(peer)

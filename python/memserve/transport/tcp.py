@@ -35,7 +35,7 @@ from memserve.transport.copies import Copies, Vectors, merge
 from memserve.transport.regions import Int64s, Region
 from memserve.transport.syscalls import SocketVectors
 from memserve.transport.tcp_server import TcpServer
-from memserve.transport.tcp_stream import Stream, vectors_of
+from memserve.transport.tcp_stream import Stream
 from memserve.transport.tcp_wire import Operation
 
 logger = logging.getLogger(__name__)
@@ -108,10 +108,9 @@ class TcpTransport(Transport):
             return
         deadline = time.monotonic() + timeout_s
         link = self._take(peer, deadline)
-        ids = np.array(sorted(given_up), np.uint64)
+        rows = np.array([(connection_id, 0, 0) for connection_id in given_up], np.int64)
         try:
-            head = tcp_wire.request(Operation.SETTLE, len(ids), 0)
-            link.stream.send_bytes(head + ids.tobytes(), deadline)
+            link.stream.send_bytes(tcp_wire.request(Operation.SETTLE, rows, 0), deadline)
             tcp_wire.receive_reply(link.stream, deadline)
         except TransferFailed as error:
             self._give(peer, link)
@@ -171,18 +170,18 @@ class TcpTransport(Transport):
         self, stream: Stream, operation: Operation, copies: Copies, addresses: Int64s, deadline: float
     ) -> None:
         """One request and its answer."""
-        rows = np.stack((copies.remote_regions, copies.remote_offsets, copies.num_bytes))
-        head = np.frombuffer(
-            tcp_wire.request(operation, len(copies), int(copies.num_bytes.sum())), dtype=np.uint8
-        )
-        stream.send(vectors_of(head, rows), deadline)
-        vectors = Vectors(*merge(addresses, copies.num_bytes))
+        rows = np.stack((copies.remote_regions, copies.remote_offsets, copies.num_bytes), axis=1)
+        merged, lengths = merge(addresses, copies.num_bytes)
+        request = tcp_wire.request(operation, rows, int(lengths.sum()))
         if operation == Operation.WRITE:
-            stream.send(vectors, deadline)
+            head = np.frombuffer(request, np.uint8)
+            merged = np.concatenate(([head.ctypes.data], merged))
+            stream.send(Vectors(merged, np.concatenate(([len(head)], lengths))), deadline)
             tcp_wire.receive_reply(stream, deadline)
         else:
+            stream.send_bytes(request, deadline)
             tcp_wire.receive_reply(stream, deadline)
-            stream.receive(vectors, deadline)
+            stream.receive(Vectors(merged, lengths), deadline)
 
     def _take(self, peer: Peer, deadline: float) -> _Link:
         """A connection that no other thread uses, made if need be."""
@@ -225,7 +224,7 @@ class TcpTransport(Transport):
         except OSError as error:
             raise InstanceLost(peer.name, f"cannot connect: {error.strerror}") from error
         stream = Stream(connection, peer.name, self._calls)
-        hello = tcp_wire.Hello(self._epoch, peer.epoch, secrets.randbits(64))
+        hello = tcp_wire.Hello(self._epoch, peer.epoch, secrets.randbits(63))
         try:
             tcp_wire.introduce(stream, hello, self._keys, deadline)
         except MemServeError:

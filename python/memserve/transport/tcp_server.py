@@ -15,8 +15,6 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-import numpy as np
-
 from memserve.core.errors import (
     ConfigError,
     InstanceLost,
@@ -31,7 +29,7 @@ from memserve.transport import tcp_wire
 from memserve.transport.copies import Vectors, merge
 from memserve.transport.regions import Int64s, Region, RegionTable
 from memserve.transport.syscalls import SocketVectors
-from memserve.transport.tcp_stream import NO_DEADLINE, Stream, vectors_of
+from memserve.transport.tcp_stream import NO_DEADLINE, Stream
 from memserve.transport.tcp_wire import Operation, Status
 
 logger = logging.getLogger(__name__)
@@ -181,17 +179,14 @@ class TcpServer:
 
     def _answer(self, visit: _Visit) -> None:
         stream = visit.stream
-        operation, num_rows, num_bytes = tcp_wire.receive_request(stream, NO_DEADLINE)
+        operation, rows, num_bytes = tcp_wire.receive_request(stream, NO_DEADLINE)
         if operation == Operation.SETTLE:
-            self._settle(visit, num_rows)
+            self._settle(visit, frozenset(rows[:, 0].tolist()))
             return
-        rows = np.empty((3, num_rows), np.int64)
-        stream.receive(vectors_of(rows), NO_DEADLINE)
         try:
-            with self._copying(visit, rows) as addresses:
-                if int(rows[2].sum()) != num_bytes:
+            with self._copying(visit, rows) as vectors:
+                if vectors.num_bytes != num_bytes:
                     raise WireMismatch(f"malformed request: {num_bytes} bytes do not fill its rows")
-                vectors = Vectors(*merge(addresses, rows[2]))
                 if operation == Operation.WRITE:
                     stream.receive(vectors, NO_DEADLINE)
                 else:
@@ -199,35 +194,34 @@ class TcpServer:
                     stream.send(vectors, NO_DEADLINE)
         except OutOfBounds as error:
             if operation == Operation.WRITE:
-                stream.discard(num_bytes)
+                stream.discard(num_bytes, NO_DEADLINE)
             stream.send_bytes(tcp_wire.reply(Status.OUT_OF_BOUNDS, str(error)), NO_DEADLINE)
             return
         if operation == Operation.WRITE:
             stream.send_bytes(tcp_wire.reply(Status.DONE), NO_DEADLINE)
 
     @contextmanager
-    def _copying(self, visit: _Visit, rows: Int64s) -> Iterator[Int64s]:
-        """The addresses of a request's rows, which nobody takes back inside the block."""
+    def _copying(self, visit: _Visit, rows: Int64s) -> Iterator[Vectors]:
+        """The memory that a request's rows mean, which nobody takes back inside the block."""
         with self._changed:
             if visit.is_cut:
                 raise InstanceLost(visit.stream.name, "this end was told to stop")
-            addresses = self.regions.resolve(*rows)
-            visit.region_ids = rows[0]
+            addresses = self.regions.resolve(rows[:, 0], rows[:, 1], rows[:, 2])
+            visit.region_ids = rows[:, 0]
         try:
-            yield addresses
+            yield Vectors(*merge(addresses, rows[:, 2]))
         finally:
             with self._changed:
                 visit.region_ids = None
 
-    def _settle(self, visit: _Visit, num_rows: int) -> None:
+    def _settle(self, visit: _Visit, given_up: frozenset[int]) -> None:
         """Cut connections that their initiator has given up, and say when they are over."""
-        ids = np.empty(num_rows, np.uint64)
-        visit.stream.receive(vectors_of(ids), NO_DEADLINE)
-        given_up = set(ids.tolist()) - {visit.connection_id}
         try:
             with self._changed:
                 self._end(
-                    lambda other: other.epoch == visit.epoch and other.connection_id in given_up,
+                    lambda other: (
+                        other is not visit and other.epoch == visit.epoch and other.connection_id in given_up
+                    ),
                     HANDSHAKE_TIMEOUT_S,
                 )
         except TransferTimeout:

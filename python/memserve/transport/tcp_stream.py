@@ -10,7 +10,6 @@ import math
 import socket
 import struct
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -42,44 +41,56 @@ class Stream:
         self.name = name
         self._socket = connection
         self._calls = calls
+        self._limited: dict[int, float] = {}
 
     def send(self, vectors: Vectors, deadline: float) -> None:
         """Hand all of `vectors` to the kernel."""
         while len(vectors):
             self._limit(socket.SO_SNDTIMEO, deadline)
-            with self._translated(deadline):
+            try:
                 vectors.take(self._calls.send(self._socket.fileno(), vectors))
+            except OSError as error:
+                self._check(error, deadline)
 
     def receive(self, vectors: Vectors, deadline: float) -> None:
         """Fill all of `vectors`."""
         while len(vectors):
             self._limit(socket.SO_RCVTIMEO, deadline)
-            with self._translated(deadline):
+            try:
                 received = self._calls.receive(self._socket.fileno(), vectors)
-                if received == 0:
-                    raise InstanceLost(self.name, "the connection was closed")
-                vectors.take(received)
+            except OSError as error:
+                self._check(error, deadline)
+                continue
+            self._check_open(received)
+            vectors.take(received)
 
     def send_bytes(self, data: bytes, deadline: float) -> None:
         """Send a short message."""
-        array = np.frombuffer(data, np.uint8)
-        self.send(vectors_of(array), deadline)
+        while data:
+            self._limit(socket.SO_SNDTIMEO, deadline)
+            try:
+                data = data[self._socket.send(data, socket.MSG_NOSIGNAL) :]
+            except OSError as error:
+                self._check(error, deadline)
 
     def receive_bytes(self, num_bytes: int, deadline: float) -> bytes:
         """A short message of known length."""
-        array = np.empty(num_bytes, np.uint8)
-        self.receive(vectors_of(array), deadline)
-        return array.tobytes()
+        data = b""
+        while len(data) < num_bytes:
+            self._limit(socket.SO_RCVTIMEO, deadline)
+            try:
+                more = self._socket.recv(num_bytes - len(data), socket.MSG_WAITALL)
+            except OSError as error:
+                self._check(error, deadline)
+                continue
+            self._check_open(len(more))
+            data += more
+        return data
 
-    def discard(self, num_bytes: int) -> None:
+    def discard(self, num_bytes: int, deadline: float) -> None:
         """Read past `num_bytes` bytes."""
-        scratch = bytearray(min(num_bytes, _DISCARD_BYTES))
         while num_bytes:
-            with self._translated(NO_DEADLINE):
-                dropped = self._socket.recv_into(scratch, min(num_bytes, _DISCARD_BYTES))
-                if dropped == 0:
-                    raise InstanceLost(self.name, "the connection was closed")
-                num_bytes -= dropped
+            num_bytes -= len(self.receive_bytes(min(num_bytes, _DISCARD_BYTES), deadline))
 
     def cut(self) -> None:
         """End the connection under the feet of the thread that uses it. Any thread."""
@@ -99,25 +110,28 @@ class Stream:
     def _limit(self, option: int, deadline: float) -> None:
         """The kernel's own timeout keeps the calls blocking, which is what makes them fast."""
         if deadline == NO_DEADLINE:
+            if self._limited.get(option) == NO_DEADLINE:
+                return
             timeval = _TIMEVAL.pack(0, 0)
         else:
             left = max(deadline - time.monotonic(), 1e-6)
             timeval = _TIMEVAL.pack(int(left), max(int(left % 1 * 1e6), 1))
+        self._limited[option] = deadline
         with contextlib.suppress(OSError):
             self._socket.setsockopt(socket.SOL_SOCKET, option, timeval)
 
-    @contextlib.contextmanager
-    def _translated(self, deadline: float) -> Iterator[None]:
-        start = time.monotonic()
-        try:
-            yield
-        except InterruptedError:
-            pass
-        except BlockingIOError as error:
-            if time.monotonic() >= deadline:
-                raise TransferTimeout(self.name, max(deadline - start, 0)) from error
-        except OSError as error:
+    def _check(self, error: OSError, deadline: float) -> None:
+        """Return if the call is to be made again."""
+        if isinstance(error, InterruptedError):
+            return
+        if not isinstance(error, BlockingIOError):
             raise InstanceLost(self.name, f"connection lost: {error.strerror}") from error
+        if time.monotonic() >= deadline:
+            raise TransferTimeout(self.name, 0) from error
+
+    def _check_open(self, received: int) -> None:
+        if not received:
+            raise InstanceLost(self.name, "the connection was closed")
 
 
 def vectors_of(*arrays: npt.NDArray[Any]) -> Vectors:

@@ -6,8 +6,9 @@
     PROOF    of the key, over both nonces          →
                                                    ← REPLY    admitted, or why not
     then any number of
-    REQUEST  operation, number of rows, bytes      →
-    rows     region, offset, length: int64[3, n]   →
+    REQUEST  operation, number of rows, bytes, and
+             the first row                         →
+    rows     region, offset, length: int64[n-1, 3] →
     bytes    (write)                               →
                                                    ← REPLY    done, or why not
                                                    ← bytes    (read, if the reply is good)
@@ -26,30 +27,36 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
+import numpy as np
+
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import MemServeError, OutOfBounds, StaleEpoch, TransferFailed, WireMismatch
 from memserve.core.ids import Epoch
-from memserve.transport.tcp_stream import Stream
+from memserve.transport.regions import Int64s
+from memserve.transport.tcp_stream import Stream, vectors_of
 
 VERSION = 1
 MAX_ROWS = 1 << 16
 """Copies of one request; a longer batch is several requests."""
 
 _MAGIC = b"memserve"
-_HELLO = struct.Struct("<8sHxxxxxxQQQ32s")
+_HELLO = struct.Struct("<8sHxxxxxxQQq32s")
 _WELCOME = struct.Struct("<8sHxxxxxxQ32s")
-_REQUEST = struct.Struct("<BxxxIQ")
+_REQUEST = struct.Struct("<BxxxIQqqq")
 _REPLY = struct.Struct("<HH")
 _PROOF_BYTES = 32
 _MAX_REASON_BYTES = 1024
 
 
 class Operation(IntEnum):
-    """What a request wants. SETTLE's rows are connection ids, one word each."""
+    """What a request wants. The first words of SETTLE's rows are connection ids."""
 
     WRITE = 1
     READ = 2
     SETTLE = 3
+
+
+_OPERATIONS = frozenset(Operation)
 
 
 class Status(IntEnum):
@@ -122,17 +129,24 @@ def welcome(stream: Stream, epoch: Epoch, keys: Authenticator, deadline: float) 
     return Hello(Epoch(theirs), Epoch(expected), connection_id)
 
 
-def request(operation: Operation, num_rows: int, num_bytes: int) -> bytes:
-    """The head of a request."""
-    return _REQUEST.pack(operation, num_rows, num_bytes)
+def request(operation: Operation, rows: Int64s, num_bytes: int) -> bytes:
+    """A request in bytes, up to what it carries. `rows` is [n, 3]; n may be 0."""
+    first = rows[0].tolist() if len(rows) else (0, 0, 0)
+    return _REQUEST.pack(operation, len(rows), num_bytes, *first) + rows[1:].tobytes()
 
 
-def receive_request(stream: Stream, deadline: float) -> tuple[Operation, int, int]:
-    """The head of the next request: operation, rows, bytes. Raises WireMismatch for nonsense."""
-    code, num_rows, num_bytes = _REQUEST.unpack(stream.receive_bytes(_REQUEST.size, deadline))
-    if code not in tuple(Operation) or num_rows > MAX_ROWS:
+def receive_request(stream: Stream, deadline: float) -> tuple[Operation, Int64s, int]:
+    """The next request: operation, rows and bytes that follow. Raises WireMismatch for nonsense."""
+    head = stream.receive_bytes(_REQUEST.size, deadline)
+    code, num_rows, num_bytes, *first = _REQUEST.unpack(head)
+    if code not in _OPERATIONS or num_rows > MAX_ROWS:
         raise WireMismatch(f"malformed request: operation {code}, {num_rows} rows")
-    return Operation(code), num_rows, num_bytes
+    rows = np.empty((num_rows, 3), np.int64)
+    if num_rows:
+        rows[0] = first
+    if num_rows > 1:
+        stream.receive(vectors_of(rows[1:]), deadline)
+    return Operation(code), rows, num_bytes
 
 
 def reply(status: Status, reason: str = "") -> bytes:
