@@ -30,7 +30,7 @@ class FreePorts:
 
 def role_flags(role: Role, ports: FreePorts) -> list[str]:
     """Flags that make an SGLang server play `role`, on any device."""
-    flags = ["--port", str(ports.http)]
+    flags = ["--port", str(ports.http), "--enable-cache-report"]
     if role is Role.COLOCATED:
         return flags
     flags += ["--disaggregation-mode", role.value, "--disaggregation-transfer-backend", "mooncake"]

@@ -53,7 +53,8 @@ def merge_answers(call: Call, prefill: bytes, decode: bytes) -> bytes:
         pairs = [(theirs, ours)] if isinstance(ours, dict) else list(zip(theirs, ours, strict=True))
         for one, other in pairs:
             _merge_meta(one["meta_info"], other["meta_info"])
-            other["meta_info"]["prefill_cached_tokens"] = one["meta_info"].get("cached_tokens")
+            for name in ("cached_tokens", "e2e_latency"):
+                other["meta_info"][f"prefill_{name}"] = one["meta_info"].get(name)
         return encode_json(ours)
     if call.wants_input_logprobs:
         for one, other in zip(theirs["choices"], ours["choices"], strict=True):

@@ -1,0 +1,203 @@
+"""A whole cluster as real processes on this machine: one router and any SGLang servers behind it.
+
+For tests, benchmarks and the demo. Every port comes from the system; every process logs to its own
+file. Knows the two launch commands and nothing of what is inside them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+
+from memserve.core.errors import MemServeError
+from memserve.wire.messages import Role
+
+START_TIMEOUT_S = 300.0
+STOP_TIMEOUT_S = 30.0
+POLL_S = 0.1
+
+
+class ClusterFailed(MemServeError):
+    """A process ended, or did not get ready in time; the text has the end of its log."""
+
+
+class Process:
+    """One process of the cluster, its output in a file."""
+
+    def __init__(self, name: str, argv: Sequence[str], log: Path, env: dict[str, str] | None = None) -> None:
+        """Starts at once, in a session of its own, so that it gets only the signals sent here."""
+        self.name = name
+        self.argv = ["-m", *argv]
+        self.log = log
+        log.parent.mkdir(parents=True, exist_ok=True)
+        with log.open("wb") as output:
+            self._popen = subprocess.Popen(
+                [sys.executable, *self.argv],
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
+                start_new_session=True,
+            )
+
+    @property
+    def pid(self) -> int:
+        return self._popen.pid
+
+    @property
+    def status(self) -> int | None:
+        """Exit status, or None while it runs; negative if a signal ended it."""
+        return self._popen.poll()
+
+    def output(self) -> str:
+        """Everything it has written so far."""
+        return self.log.read_text(errors="replace")
+
+    def send(self, signum: signal.Signals) -> None:
+        """Signal the process itself; one that has ended is left alone."""
+        if self.status is None:
+            os.kill(self.pid, signum)
+
+    def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
+        """Its exit status. Raises ClusterFailed if it has not ended by then."""
+        try:
+            return self._popen.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise ClusterFailed(
+                f"{self.name} did not end within {timeout_s:g} s{self._last_words()}"
+            ) from None
+
+    def stop(self) -> int:
+        """SIGTERM, then SIGKILL for all of its session if that is not obeyed in time."""
+        self.send(signal.SIGTERM)
+        try:
+            return self.wait()
+        except ClusterFailed:
+            self.kill()
+            return self.wait()
+
+    def kill(self) -> None:
+        """SIGKILL for the process and all it has started, as a machine that goes down would."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
+        self._popen.wait()
+
+    def fail_if_ended(self) -> None:
+        """Raises ClusterFailed if the process is no longer there."""
+        if self.status is not None:
+            raise ClusterFailed(f"{self.name} ended with status {self.status}{self._last_words()}")
+
+    def _last_words(self) -> str:
+        lines = "\n  ".join(self.output().splitlines()[-15:])
+        return f"; the end of {self.log}:\n  {lines}"
+
+
+class Cluster:
+    """A router and its servers. A context manager that stops all it has started."""
+
+    def __init__(self, log_dir: Path, *, router_flags: Sequence[str] = ()) -> None:
+        """Start the router, on free ports. Raises ClusterFailed if it cannot start."""
+        self.log_dir = log_dir
+        self.servers: dict[str, Process] = {}
+        argv = ["memserve.launch_router", "--port", "0", "--control-port", "0", *router_flags]
+        self.router = Process("router", argv, log_dir / "router.log")
+        ready = re.compile(r"router ready http=(\S+) control=(\S+)")
+        try:
+            wait_for(lambda: ready.search(self.router.output()), [self.router], what="the router")
+        except ClusterFailed:
+            self.close()
+            raise
+        match = ready.search(self.router.output())
+        assert match is not None
+        self.url, self.control = match.groups()
+
+    def launch(
+        self, name: str, role: Role, model: Path, *flags: str, env: dict[str, str] | None = None
+    ) -> Process:
+        """Start a server under `name`; it registers itself when it is warm (see `wait_ready`)."""
+        argv = ["memserve.launch_server", "--role", role, "--router", self.control, "--instance-id", name]
+        argv += ["--model-path", str(model), *flags]
+        self.servers[name] = Process(name, argv, self.log_dir / f"{name}.log", env)
+        return self.servers[name]
+
+    def wait_ready(
+        self, progress: Callable[[Process], None] | None = None, timeout_s: float = START_TIMEOUT_S
+    ) -> None:
+        """Return when all servers have registered. `progress` is called for each that just did."""
+        waiting = dict(self.servers)
+        deadline = time.monotonic() + timeout_s
+        while waiting:
+            left = deadline - time.monotonic()
+            wait_for(
+                lambda: any(_is_registered(process) for process in waiting.values()),
+                [self.router, *waiting.values()],
+                what=", ".join(waiting),
+                timeout_s=left,
+            )
+            for process in [each for each in waiting.values() if _is_registered(each)]:
+                del waiting[process.name]
+                if progress is not None:
+                    progress(process)
+
+    def close(self) -> None:
+        """Stop everything, all at once. Idempotent."""
+        processes = [*self.servers.values(), self.router]
+        for process in processes:
+            process.send(signal.SIGTERM)
+        for process in processes:
+            process.stop()
+
+    def __enter__(self) -> Cluster:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def wait_for(
+    condition: Callable[[], object],
+    needed: Sequence[Process] = (),
+    *,
+    what: str,
+    timeout_s: float = START_TIMEOUT_S,
+) -> None:
+    """Return once `condition` holds. Raises ClusterFailed on a needed process's end, or too late."""
+    for _ in _until(timeout_s):
+        if condition():
+            return
+        for process in needed:
+            process.fail_if_ended()
+    names = ", ".join(str(process.log) for process in needed)
+    raise ClusterFailed(f"waited {timeout_s:.0f} s in vain for {what} (logs: {names})")
+
+
+def is_ready(url: str) -> bool:
+    """Whether a server or router answers its readiness check with 200."""
+    try:
+        with urllib.request.urlopen(f"{url}/readiness", timeout=5) as answer:
+            return bool(answer.status == 200)
+    except (urllib.error.URLError, OSError):
+        return False
+
+
+def _is_registered(process: Process) -> bool:
+    return " registered router=" in process.output()
+
+
+def _until(timeout_s: float) -> Iterator[None]:
+    deadline = time.monotonic() + timeout_s
+    while time.monotonic() < deadline:
+        yield
+        time.sleep(POLL_S)

@@ -1,0 +1,294 @@
+#!/usr/bin/env python3
+"""Show MemServe at work on this machine: router, prefill and decode serve a conversation.
+
+    python scripts/demo.py                     # with a small random model, made on the spot
+    python scripts/demo.py --model-path DIR    # with yours
+    python scripts/demo.py --keep              # leave the servers up and print what to try
+
+Each turn is sent with its whole history, as chat clients do; the table shows how little of it is
+computed and moved again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import requests
+import sglang as sgl
+from tqdm import tqdm
+
+from memserve.testing.cluster import Cluster, ClusterFailed, Process, is_ready, wait_for
+from memserve.wire.messages import Role
+
+ROOT = Path(__file__).resolve().parent.parent
+QUESTIONS = [
+    "I am planning a week by train from Lisbon to Tallinn. Which route would you take, and why?",
+    "What should I book early, and what can wait?",
+    "Two of us do not eat meat. Where on that route is that easy?",
+    "Sum the plan up in a list of days.",
+]
+ANSWER_TOKENS = 64
+USUAL_START_S = 45
+
+
+@dataclass(frozen=True)
+class Turn:
+    """One row of the table; token counts, bytes and seconds."""
+
+    via: str
+    prompt: int
+    reused_prefill: int
+    reused_decode: int
+    moved_bytes: int
+    first_token_s: float
+    total_s: float
+
+
+def main() -> int:
+    formatter = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
+    parser.add_argument(
+        "--model-path", type=Path, help="a Hugging Face model directory (default: a small random one)"
+    )
+    parser.add_argument("--keep", action="store_true", help="leave the servers up until Ctrl-C")
+    parser.add_argument("--log-dir", type=Path, help="where the servers log (default: a new folder in /tmp)")
+    args = parser.parse_args()
+    log_dir = args.log_dir or Path(tempfile.mkdtemp(prefix="memserve-demo-"))
+    try:
+        model = args.model_path or make_model()
+        with start(model.resolve(), log_dir) as cluster:
+            turns = converse(cluster)
+            print_table(turns)
+            if args.keep:
+                keep(cluster)
+            print("stopping …", flush=True)
+    except ClusterFailed as error:
+        print(f"\ndemo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nstopped")
+    return 0
+
+
+def make_model() -> Path:
+    model = ROOT / "models" / "bench"
+    script = ROOT / "scripts" / "make_tiny_model.py"
+    subprocess.run([sys.executable, str(script), str(model), "--size", "bench"], check=True)
+    return model
+
+
+def start(model: Path, log_dir: Path) -> Cluster:
+    """Router, prefill and decode on free ports, with a bar while the model loads."""
+    print(f"starting router, prefill and decode (logs in {log_dir})", flush=True)
+    cluster = Cluster(log_dir)
+    try:
+        for role in (Role.PREFILL, Role.DECODE):
+            process = cluster.launch(str(role), role, model)
+            print(f"  $ {shlex.join(['python', *map(str, process.argv)])}")
+        wait_with_bar(cluster)
+        wait_for(lambda: is_ready(cluster.url), [cluster.router], what="a pair", timeout_s=30)
+    except BaseException:
+        cluster.close()
+        raise
+    print(f"ready: {cluster.url}\n", flush=True)
+    return cluster
+
+
+def wait_with_bar(cluster: Cluster) -> None:
+    """The bar moves by the clock, against a usual start, and ends when both have registered."""
+    done = threading.Event()
+
+    def tick(bar: Any) -> None:
+        while not done.wait(1):
+            bar.update(min(1, max(0, bar.total - bar.n - 1)))
+
+    form = "  loading {percentage:3.0f}%|{bar:30}| {elapsed}{postfix}"
+    with tqdm(total=USUAL_START_S, bar_format=form, disable=None) as bar:
+        ticker = threading.Thread(target=tick, args=(bar,), daemon=True)
+        ticker.start()
+
+        def report(process: Process) -> None:
+            bar.set_postfix_str(f" {process.name} is up")
+
+        try:
+            cluster.wait_ready(report)
+        finally:
+            done.set()
+            ticker.join()
+        bar.update(bar.total - bar.n)
+
+
+def converse(cluster: Cluster) -> list[Turn]:
+    """A conversation in SGLang's frontend language, then one over OpenAI's API, streamed."""
+    turns: list[Turn] = []
+    meter = Meter(cluster.url)
+    backend = sgl.RuntimeEndpoint(cluster.url)
+
+    @sgl.function
+    def chat(s: Any) -> None:
+        for i, question in enumerate(QUESTIONS):
+            name = f"answer_{i}"
+            s += sgl.user(question)
+            s += sgl.assistant(sgl.gen(name, max_tokens=ANSWER_TOKENS, temperature=0, ignore_eos=True))
+            meta = s.get_meta_info(name)
+            turns.append(
+                Turn(
+                    "frontend",
+                    meta["prompt_tokens"],
+                    meta["prefill_cached_tokens"],
+                    meta["cached_tokens"],
+                    meter.moved(),
+                    meta["prefill_e2e_latency"],
+                    meta["e2e_latency"],
+                )
+            )
+            print_row(turns)
+
+    print_head()
+    chat.run(backend=backend)
+    messages: list[dict[str, str]] = []
+    for question in QUESTIONS[:2]:
+        messages.append({"role": "user", "content": question})
+        turn, answer = openai_turn(cluster.url, messages, meter)
+        messages.append({"role": "assistant", "content": answer})
+        turns.append(turn)
+        print_row(turns)
+    return turns
+
+
+def openai_turn(url: str, messages: list[dict[str, str]], meter: Meter) -> tuple[Turn, str]:
+    """One streamed chat completion; what prefill reused comes in a comment, asked for by a header."""
+    body = {
+        "model": "default",
+        "messages": messages,
+        "max_tokens": ANSWER_TOKENS,
+        "temperature": 0,
+        "ignore_eos": True,
+        "stream": True,
+        "stream_options": {"include_usage": True},
+    }
+    begun = time.monotonic()
+    first_token_s, answer, usage, report = 0.0, "", {}, {}
+    headers = {"x-memserve-report": "1"}
+    with requests.post(
+        f"{url}/v1/chat/completions", json=body, headers=headers, stream=True, timeout=600
+    ) as response:
+        response.raise_for_status()
+        for line in response.iter_lines():
+            if line.startswith(b": memserve "):
+                report = json.loads(line.removeprefix(b": memserve "))
+            if not line.startswith(b"data: {"):
+                continue
+            event = json.loads(line.removeprefix(b"data: "))
+            usage = event.get("usage") or usage
+            text = "".join(choice["delta"].get("content") or "" for choice in event["choices"])
+            if text and not answer:
+                first_token_s = time.monotonic() - begun
+            answer += text
+    total_s = time.monotonic() - begun
+    at_decode = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    at_prefill = report.get("prefill_cached_tokens") or 0
+    turn = Turn(
+        "openai", usage["prompt_tokens"], at_prefill, at_decode, meter.moved(), first_token_s, total_s
+    )
+    return turn, answer
+
+
+class Meter:
+    """Reads how many bytes the prefill servers' transfer engines have written."""
+
+    def __init__(self, url: str) -> None:
+        self._url = url
+        self._last = self._total()
+
+    def moved(self) -> int:
+        """Bytes since the last call."""
+        before, self._last = self._last, self._total()
+        return self._last - before
+
+    def _total(self) -> int:
+        info = requests.get(f"{self._url}/server_info", timeout=30).json()
+        states = [state for worker in info["workers"] for state in worker["server_info"]["internal_states"]]
+        return sum(state["memserve"]["transfer"]["num_bytes"] for state in states)
+
+
+COLUMNS = (
+    "turn",
+    "via",
+    "prompt",
+    "reused at prefill",
+    "reused at decode",
+    "KV moved",
+    "first token",
+    "total",
+)
+
+
+def print_head() -> None:
+    print("  ".join(f"{name:>9}" for name in COLUMNS))
+
+
+def print_row(turns: list[Turn]) -> None:
+    turn = turns[-1]
+    cells = (
+        str(len(turns)),
+        turn.via,
+        f"{turn.prompt}",
+        f"{turn.reused_prefill}",
+        f"{turn.reused_decode}",
+        f"{turn.moved_bytes / 1024:.0f} KiB",
+        f"{turn.first_token_s * 1000:.0f} ms",
+        f"{turn.total_s * 1000:.0f} ms",
+    )
+    print(
+        "  ".join(f"{cell:>{max(9, len(name))}}" for cell, name in zip(cells, COLUMNS, strict=True)),
+        flush=True,
+    )
+
+
+def print_table(turns: list[Turn]) -> None:
+    prompt = sum(turn.prompt for turn in turns)
+    computed = prompt - sum(turn.reused_prefill for turn in turns)
+    moved = sum(turn.moved_bytes for turn in turns)
+    lacking = sum(turn.prompt - turn.reused_decode for turn in turns)
+    print(
+        f"\nOf {prompt} prompt tokens in {len(turns)} turns, prefill computed {computed} "
+        f"({computed / prompt:.0%}); decode lacked {lacking} ({lacking / prompt:.0%}), "
+        f"and only their pages moved: {moved / 2**20:.1f} MiB.\n"
+        "Prefill does not reuse decode's answers yet: they are computed once more, as new words are."
+    )
+
+
+def keep(cluster: Cluster) -> None:
+    prompt = json.dumps({"text": "Once upon a time", "sampling_params": {"max_new_tokens": 32}})
+    chat = json.dumps(
+        {"model": "default", "stream": True, "messages": [{"role": "user", "content": "Hello"}]}
+    )
+    print(
+        f"""
+The servers stay up; Ctrl-C stops them. To try:
+  curl {cluster.url}/generate -H 'content-type: application/json' -d '{prompt}'
+  curl -N {cluster.url}/v1/chat/completions -H 'content-type: application/json' -d '{chat}'
+  curl {cluster.url}/workers
+  curl {cluster.url}/readiness""",
+        flush=True,
+    )
+    processes = [cluster.router, *cluster.servers.values()]
+    while True:
+        time.sleep(1)
+        for process in processes:
+            process.fail_if_ended()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
