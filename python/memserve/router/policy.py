@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from math import lcm
+from math import gcd, lcm
 
 from memserve.router.instance import Pair, Route, Single, Snapshot
 
@@ -24,9 +24,9 @@ def round_robin(snapshot: Snapshot, turn: int) -> Route | None:
 
 
 def _pair(snapshot: Snapshot, number: int) -> Pair:
-    """Pair `number`; the decodes shift by one each time the pattern would repeat."""
+    """Pair `number`; the decodes shift by one when the pattern would repeat with pairings left out."""
     num_prefills, num_decodes = len(snapshot.prefills), len(snapshot.decodes)
-    shift = number // lcm(num_prefills, num_decodes)
+    shift = number // lcm(num_prefills, num_decodes) % gcd(num_prefills, num_decodes)
     return Pair(
         snapshot.prefills[number % num_prefills],
         snapshot.decodes[(number + shift) % num_decodes],

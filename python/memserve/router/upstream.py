@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import aiohttp
 
@@ -61,6 +61,7 @@ class Upstream:
         self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
         self._on_lost = on_lost
         self._aborting: set[asyncio.Task[None]] = set()
+        self._closing = asyncio.Event()
 
     @asynccontextmanager
     async def leg(self, instance: Instance, call: Call, body: bytes) -> AsyncIterator[Leg]:
@@ -105,7 +106,8 @@ class Upstream:
             return await leg.read()
 
     async def close(self) -> None:
-        """Wait for the aborts that are still under way."""
+        """Wait for the aborts that are still under way; those to be said again are said at once."""
+        self._closing.set()
         if self._aborting:
             await asyncio.wait(self._aborting, timeout=ABORT_TIMEOUT_S)
 
@@ -121,17 +123,21 @@ class Upstream:
 
     async def _send_aborts(self, instance: Instance, call: Call) -> None:
         # A client may use its own rid again at once: a second abort could hit its next request.
-        pauses_s = (0.0,) if call.rid_is_clients else (0.0, ABORT_AGAIN_S)
-        timeout = aiohttp.ClientTimeout(total=ABORT_TIMEOUT_S)
         try:
-            for pause_s in pauses_s:
-                await asyncio.sleep(pause_s)
-                for rid in call.rids:
-                    url = instance.url + "/abort_request"
-                    async with self._session.post(url, json={"rid": rid}, timeout=timeout) as response:
-                        await response.read()
+            await self._send_abort(instance, call)
+            if not call.rid_is_clients:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), ABORT_AGAIN_S)
+                await self._send_abort(instance, call)
         except (aiohttp.ClientError, OSError) as error:
             logger.debug("abort not sent rid=%s instance=%s: %s", call.rid, instance.instance_id, error)
+
+    async def _send_abort(self, instance: Instance, call: Call) -> None:
+        timeout = aiohttp.ClientTimeout(total=ABORT_TIMEOUT_S)
+        url = instance.url + "/abort_request"
+        for rid in call.rids:
+            async with self._session.post(url, json={"rid": rid}, timeout=timeout) as response:
+                await response.read()
 
 
 def describe(error: BaseException) -> str:

@@ -188,7 +188,7 @@ def _read_sampling_params(body: JsonObject, prompts: _Prompts) -> int:
             raise BadRequest(f"{name} has to be an object, not {_kind(one)}", field=name)
         counts.add(_check_sampling(one, name))
     if len(counts) > 1:
-        raise BadRequest("n has to be the same for all prompts of a batch", field="sampling_params")
+        raise BadRequest("sampling_params: n has to be the same for all prompts", field="sampling_params")
     return counts.pop()
 
 

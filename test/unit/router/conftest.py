@@ -10,6 +10,7 @@ from typing import Any
 
 import aiohttp
 import pytest
+import uvloop
 
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.config import RouterConfig
@@ -109,6 +110,6 @@ def run() -> Callable[[Coroutine[Any, Any, None]], None]:
             async with asyncio.timeout(2 * DEADLINE_S):
                 await work
 
-        asyncio.run(bounded())
+        uvloop.run(bounded())
 
     return runner

@@ -1,0 +1,163 @@
+"""Who is a member, and who can take a request."""
+
+from __future__ import annotations
+
+import pytest
+
+from memserve.core.ids import Epoch, InstanceId
+from memserve.router.cluster import HEARTBEAT_MISSES, Cluster, State
+from memserve.router.config import STATIC_EPOCH
+from memserve.router.control import answer
+from memserve.router.instance import Facts
+from memserve.testing.fake_clock import FakeClock
+from memserve.wire.messages import (
+    Accepted,
+    Deregister,
+    Heartbeat,
+    InstanceInfo,
+    Opened,
+    Refused,
+    Register,
+    Role,
+    Unknown,
+)
+
+FACTS = Facts("model", "/model")
+ONE, TWO = Epoch(1), Epoch(2)
+NAME = InstanceId("d")
+
+
+def decode(epoch: Epoch = ONE, url: str = "http://h:1", name: str = NAME) -> InstanceInfo:
+    return InstanceInfo(InstanceId(name), epoch, Role.DECODE, url)
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def cluster(clock: FakeClock) -> Cluster:
+    return Cluster([], heartbeat_s=1.0, clock=clock)
+
+
+def states(cluster: Cluster) -> dict[str, State]:
+    return {member.info.instance_id: member.state for member in cluster.members()}
+
+
+def test_a_registered_instance_takes_requests_once_it_has_joined(cluster: Cluster) -> None:
+    cluster.register(decode())
+    assert cluster.snapshot.decodes == ()
+    assert cluster.stirred.is_set()
+    cluster.joined(NAME, ONE, FACTS)
+    assert [one.instance_id for one in cluster.snapshot.decodes] == [NAME]
+
+
+def test_registering_again_changes_nothing(cluster: Cluster) -> None:
+    cluster.register(decode())
+    cluster.joined(NAME, ONE, FACTS)
+    before = cluster.snapshot
+    cluster.register(decode())
+    assert cluster.snapshot is before
+
+
+def test_a_new_epoch_replaces_the_old_one(cluster: Cluster) -> None:
+    cluster.register(decode())
+    cluster.joined(NAME, ONE, FACTS)
+    cluster.register(decode(TWO))
+    assert cluster.snapshot.decodes == ()
+    cluster.joined(NAME, ONE, FACTS)  # a late answer of the old process
+    assert cluster.snapshot.decodes == ()
+    cluster.joined(NAME, TWO, FACTS)
+    assert [one.epoch for one in cluster.snapshot.decodes] == [TWO]
+
+
+def test_another_name_at_the_same_url_replaces_the_old_one(cluster: Cluster) -> None:
+    cluster.register(decode())
+    cluster.register(decode(TWO, name="other"))
+    assert list(states(cluster)) == ["other"]
+
+
+def test_a_silent_instance_is_forgotten(cluster: Cluster, clock: FakeClock) -> None:
+    cluster.register(decode())
+    cluster.joined(NAME, ONE, FACTS)
+    clock.advance(HEARTBEAT_MISSES - 0.5)
+    assert cluster.heartbeat(NAME, ONE)
+    clock.advance(HEARTBEAT_MISSES - 0.5)
+    cluster.forget_silent()
+    assert cluster.snapshot.decodes
+    clock.advance(1.0)
+    cluster.forget_silent()
+    assert not cluster.snapshot.decodes
+    assert not cluster.heartbeat(NAME, ONE)
+
+
+def test_a_heartbeat_of_another_epoch_is_unknown(cluster: Cluster) -> None:
+    cluster.register(decode())
+    assert not cluster.heartbeat(NAME, TWO)
+
+
+def test_a_lost_connection_takes_an_instance_out_until_a_probe_succeeds(cluster: Cluster) -> None:
+    cluster.register(decode())
+    cluster.joined(NAME, ONE, FACTS)
+    cluster.stirred.clear()
+    cluster.lost_contact(NAME, ONE, "refused")
+    assert states(cluster) == {NAME: State.DOWN}
+    assert not cluster.snapshot.decodes
+    assert cluster.stirred.is_set()
+    assert cluster.heartbeat(NAME, ONE)
+    assert states(cluster) == {NAME: State.DOWN}
+    cluster.joined(NAME, ONE, FACTS)
+    assert cluster.snapshot.decodes
+
+
+def test_a_loss_seen_on_the_old_process_does_not_touch_the_new_one(cluster: Cluster) -> None:
+    cluster.register(decode(TWO))
+    cluster.joined(NAME, TWO, FACTS)
+    cluster.lost_contact(NAME, ONE, "reset")
+    assert cluster.snapshot.decodes
+
+
+def test_a_named_server_is_never_forgotten(clock: FakeClock) -> None:
+    cluster = Cluster([decode(STATIC_EPOCH)], heartbeat_s=1.0, clock=clock)
+    clock.advance(1000)
+    cluster.forget_silent()
+    assert states(cluster) == {NAME: State.JOINING}
+
+
+def test_a_named_server_that_registered_is_named_again_when_it_leaves(clock: FakeClock) -> None:
+    cluster = Cluster([decode(STATIC_EPOCH, name="http://h:1")], heartbeat_s=1.0, clock=clock)
+    cluster.register(decode())
+    assert list(states(cluster)) == [NAME]
+    cluster.deregister(NAME, ONE)
+    assert list(states(cluster)) == ["http://h:1"]
+
+
+def test_deregister_takes_out_only_the_process_that_says_it(cluster: Cluster) -> None:
+    cluster.register(decode(TWO))
+    cluster.deregister(NAME, ONE)
+    assert list(states(cluster)) == [NAME]
+    cluster.deregister(NAME, TWO)
+    cluster.deregister(NAME, TWO)
+    assert states(cluster) == {}
+
+
+def test_control_messages_are_answered(cluster: Cluster) -> None:
+    assert answer(cluster, Heartbeat(NAME, ONE)) == Unknown()
+    assert answer(cluster, Register(decode())) == Accepted(1.0)
+    assert answer(cluster, Heartbeat(NAME, ONE)) == Accepted(1.0)
+    assert answer(cluster, Deregister(NAME, ONE)) == Accepted(1.0)
+    assert answer(cluster, Heartbeat(NAME, ONE)) == Unknown()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Register(decode(STATIC_EPOCH)),
+        Register(InstanceInfo(NAME, ONE, Role.PREFILL, "http://h:1")),
+        Opened(ONE, (), ()),
+    ],
+)
+def test_nonsense_is_refused(cluster: Cluster, message: Register) -> None:
+    assert isinstance(answer(cluster, message), Refused)
+    assert states(cluster) == {}

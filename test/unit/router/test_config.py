@@ -1,0 +1,64 @@
+"""What the command line means."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from memserve.core.errors import ConfigError
+from memserve.router.config import RouterConfig, parse_args
+from memserve.wire.messages import Role
+
+
+def test_defaults_listen_on_loopback_only() -> None:
+    config = parse_args([])
+    assert (config.host, config.port, config.control_port, config.static) == ("127.0.0.1", 30000, None, ())
+
+
+def test_stock_servers_are_named() -> None:
+    argv = "--prefill http://a:1 9000 --prefill http://b:1/ --decode http://c:1 --worker-urls http://d:1 http://e:1"
+    static = parse_args(argv.split()).static
+    assert [(info.role, info.url, info.bootstrap_port) for info in static] == [
+        (Role.PREFILL, "http://a:1", 9000),
+        (Role.PREFILL, "http://b:1", 8998),
+        (Role.DECODE, "http://c:1", None),
+        (Role.COLOCATED, "http://d:1", None),
+        (Role.COLOCATED, "http://e:1", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "argv",
+    [
+        "--port 70000",
+        "--control-port -1",
+        "--heartbeat-secs 0",
+        "--request-timeout-secs nan",
+        "--shutdown-grace-period-secs -1",
+        "--max-body-bytes 0",
+        "--prefill http://a:1 port",
+        "--prefill http://a:1 1 2",
+        "--decode a:1",
+        "--decode http://",
+        "--decode http://a:b",
+        "--decode http://a:1 --prefill http://a:1",
+    ],
+)
+def test_a_value_that_cannot_be_is_one_clear_line(argv: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        parse_args(argv.split())
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("argv", ["--bogus", "--policy magic", "--port x", "--por 1"])
+def test_an_unknown_flag_exits_with_2(argv: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        parse_args(argv.split())
+    assert caught.value.code == 2
+    assert argv.split()[0] in capsys.readouterr().err
+
+
+def test_the_key_file_is_a_path() -> None:
+    assert parse_args(["--cluster-key-file", "x.key"]).cluster_key_file == Path("x.key")
+    assert RouterConfig().cluster_key_file is None
