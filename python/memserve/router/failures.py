@@ -129,7 +129,7 @@ def _error_object(status: int, body: bytes) -> JsonObject:
     """SGLang writes {"error": {"message"}}, {"error": "…"}, {"object": "error", "message"} or text."""
     try:
         parsed = msgspec.json.decode(body)
-    except msgspec.DecodeError:
+    except (msgspec.DecodeError, UnicodeDecodeError):
         parsed = body.decode(errors="replace").strip()[:1000] or f"status {status}"
     error = parsed.get("error", parsed) if isinstance(parsed, dict) else parsed
     own: JsonObject = error if isinstance(error, dict) and "message" in error else {"message": str(error)}

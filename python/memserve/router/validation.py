@@ -44,6 +44,8 @@ def read_body(raw: bytes) -> JsonObject:
         body = _decode(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from error
+    except RecursionError as error:
+        raise BadRequest("the body is nested too deeply") from error
     if not isinstance(body, dict):
         raise BadRequest(f"the body is {_kind(body)}; send a JSON object")
     return body

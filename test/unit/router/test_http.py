@@ -10,13 +10,14 @@ from typing import Any
 
 import aiohttp
 import pytest
-from conftest import Stage, info_of, pair, staged
 
 from memserve.router.config import RouterConfig
 from memserve.router.server import running_router
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
+
+from .stage import Stage, info_of, pair, staged
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 

@@ -18,11 +18,11 @@ COMMAND = [sys.executable, "-m", "memserve.launch_router"]
 
 @contextmanager
 def launched(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
-    """A router on free ports, and the line it prints when it is ready."""
+    """A router on free ports, and the lines it prints when it is ready."""
     process = subprocess.Popen([*COMMAND, "--port", "0", *flags], stderr=subprocess.PIPE, text=True)
     try:
         assert process.stderr is not None
-        yield process, next(line for line in process.stderr if "router ready" in line)
+        yield process, process.stderr.readline() + process.stderr.readline()
     finally:
         process.kill()
         process.wait()
@@ -30,15 +30,15 @@ def launched(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_it_cleanly(number: signal.Signals) -> None:
-    with launched() as (process, line):
-        match = re.search(r"http=(\S+) control=(\S+)", line)
+    with launched() as (process, lines):
+        match = re.search(r"router ready http=(\S+) control=(\S+)", lines)
         assert match
+        assert "--router " + match[2] in lines
         with urllib.request.urlopen(match[1] + "/health", timeout=5) as answer:
             assert answer.status == 200
         process.send_signal(number)
         _, errors = process.communicate(timeout=10)
         assert process.returncode == 0
-        assert "--router " + match[2] in errors
         assert "Traceback" not in errors
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import info_of, pair, staged
 
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import InstanceLost
@@ -29,6 +28,8 @@ from memserve.wire.messages import (
     Role,
     Unknown,
 )
+
+from .stage import info_of, pair, staged
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 

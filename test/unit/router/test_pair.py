@@ -9,11 +9,12 @@ from typing import Any
 
 import aiohttp
 import pytest
-from conftest import Stage, pair, staged
 
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
+
+from .stage import Stage, pair, staged
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 

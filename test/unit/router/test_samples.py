@@ -7,7 +7,6 @@ from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
-from conftest import pair, staged
 
 from memserve.core.errors import BadRequest
 from memserve.router.api import Api
@@ -16,6 +15,8 @@ from memserve.router.validation import Limits, read_call
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
+
+from .stage import pair, staged
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 

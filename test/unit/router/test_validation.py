@@ -31,7 +31,20 @@ def generate(**body: Any) -> Call:
 
 @pytest.mark.parametrize(
     "raw",
-    [b"", b"  \n", b"{", b"nonsense", b"[]", b'"text"', b"null", b"\xff\xfe", b'{"a": NaN}', b'{"a": 1} x'],
+    [
+        b"",
+        b"  \n",
+        b"{",
+        b"nonsense",
+        b"[]",
+        b'"text"',
+        b"null",
+        b"\xff\xfe",
+        b'{"a": NaN}',
+        b'{"a": 1} x',
+        b'{"a": "\xff"}',
+        b"[" * 10**6,
+    ],
 )
 def test_a_body_that_is_no_json_object_is_refused(raw: bytes) -> None:
     with pytest.raises(BadRequest) as caught:
