@@ -43,7 +43,7 @@ class PeerProcess(Process):
     """The child, as a test sees it."""
 
     def __init__(self, name: str, num_bytes: int, port: int = 0) -> None:
-        super().__init__("memserve.testing.transport_peer", name, str(num_bytes), str(port))
+        super().__init__("-m", "memserve.testing.transport_peer", name, str(num_bytes), str(port))
         table = RegionTable()
         table.add(Region(*self.greeting["region"]))
         self.region_id: int = self.greeting["region"][0]

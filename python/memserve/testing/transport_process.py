@@ -23,12 +23,12 @@ DEADLINE_S = 20.0
 
 
 class Process:
-    """A child that runs `python -m module *arguments` and answers `ask` until it is killed."""
+    """A child that runs `python *arguments` and answers `ask` until it is killed."""
 
-    def __init__(self, module: str, *arguments: str) -> None:
+    def __init__(self, *arguments: str) -> None:
         """Start the child and wait for its first line, which is `greeting`."""
         self._child = subprocess.Popen(
-            [sys.executable, "-m", module, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+            [sys.executable, *arguments], stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )
         self._unread = b""
         self.pid = self._child.pid

@@ -42,7 +42,7 @@ class Gate:
     """The owner's end. Its methods are called by one thread at a time."""
 
     def __init__(self, epoch: Epoch) -> None:
-        self._epoch = epoch
+        self.epoch = epoch
         self.fd = os.memfd_create(_NAME, os.MFD_CLOEXEC)
         os.ftruncate(self.fd, _NUM_BYTES)
         page = mmap.mmap(self.fd, _NUM_BYTES)
@@ -62,8 +62,10 @@ class Gate:
     def clear(self, timeout_s: float) -> None:
         """Return when every visitor who may have seen the page as it was has left.
 
-        Raises TransferTimeout if one is still inside.
+        Raises TransferTimeout if one is still inside. Nothing to do after `close`.
         """
+        if self.fd < 0:
+            return
         deadline = time.monotonic() + timeout_s
         self._header[_SHUT] = 1
         try:

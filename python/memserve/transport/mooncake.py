@@ -120,6 +120,8 @@ class MooncakeTransport(Transport):
 
     def register(self, region: Region) -> None:
         with self._lock:
+            if self._engine is None:
+                raise OutOfBounds("the mooncake transport was closed")
             self._regions.add(region)
             if self._engine.register_memory(region.address, region.num_bytes) != 0:
                 self._regions.remove(region.region_id)
@@ -129,7 +131,7 @@ class MooncakeTransport(Transport):
         with self._lock:
             found = [region for region in self._regions if region.region_id == region_id]
             self._regions.remove(region_id)
-            if self._engine.unregister_memory(found[0].address) != 0:
+            if self._engine is not None and self._engine.unregister_memory(found[0].address) != 0:
                 raise OutOfBounds(f"mooncake does not know region {region_id}")
 
     def connect(self, peer: Peer, *, timeout_s: float) -> None:

@@ -115,6 +115,9 @@ class TcpTransport(Transport):
         except TransferFailed as error:
             self._give(peer, link)
             raise TransferTimeout(peer.name, timeout_s) from error
+        except TransferTimeout as error:
+            self._drop(peer, link)
+            raise TransferTimeout(peer.name, timeout_s) from error
         except MemServeError:
             self._drop(peer, link)
             raise
@@ -227,6 +230,9 @@ class TcpTransport(Transport):
         hello = tcp_wire.Hello(self._epoch, peer.epoch, secrets.randbits(63))
         try:
             tcp_wire.introduce(stream, hello, self._keys, deadline)
+        except TransferTimeout as error:
+            stream.abort()
+            raise TransferTimeout(peer.name, left) from error
         except MemServeError:
             stream.abort()
             raise

@@ -34,8 +34,10 @@ from memserve.transport.tcp_wire import Operation, Status
 
 logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 1024
+MAX_CONNECTIONS = 512
 HANDSHAKE_TIMEOUT_S = 5.0
+_PAUSE_S = 0.1
+"""Between attempts to accept when the process is out of descriptors."""
 
 
 @dataclass(eq=False, slots=True)
@@ -64,6 +66,7 @@ class TcpServer:
         self._num_connections = 0
         self._fenced: set[Epoch] = set()
         self._closed = False
+        self._pause = threading.Event()
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         try:
             self._listener = socket.create_server((host.strip("[]"), port), family=family, backlog=128)
@@ -95,6 +98,7 @@ class TcpServer:
             if self._closed:
                 return
             self._closed = True
+            self._pause.set()
             self._listener.shutdown(socket.SHUT_RDWR)
             self._end(lambda visit: True, timeout_s)
 
@@ -112,10 +116,12 @@ class TcpServer:
             while True:
                 try:
                     connection, address = self._listener.accept()
-                except OSError:
+                except OSError as error:
                     if self._closed:
                         break
-                    raise
+                    logger.warning("tcp connection not accepted: %s", error.strerror)
+                    self._pause.wait(_PAUSE_S)
+                    continue
                 self._start(connection, f"{address[0]}:{address[1]}")
         except Exception:
             logger.exception("the tcp transport's listener failed; this process cannot go on")

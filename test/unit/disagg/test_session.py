@@ -1,0 +1,20 @@
+import pytest
+
+from memserve.core.errors import BadRequest
+from memserve.core.ids import Epoch
+from memserve.disagg.session import SessionId
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:41234", "[::1]:1", "host.example:65535"])
+def test_a_session_id_is_text_and_back(address: str) -> None:
+    session_id = SessionId(address, Epoch(243))
+    assert str(session_id) == f"{address}:243"
+    assert SessionId.parse(str(session_id)) == session_id
+
+
+@pytest.mark.parametrize(
+    "text", ["", "host", "host:1", "host:x:1", "host:0:1", "host:70000:1", ":1:1", "h:1:f3"]
+)
+def test_what_is_no_session_id_is_refused(text: str) -> None:
+    with pytest.raises(BadRequest, match="not a session id"):
+        SessionId.parse(text)
