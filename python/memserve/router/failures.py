@@ -94,7 +94,7 @@ def failure_of(error: MemServeError) -> Failure:
     if isinstance(error, BadRequest):
         return failure(error.status, error.message, field=error.field)
     if isinstance(error, LegFailed):
-        return failure(502, str(error), retryable=True)
+        return failure(503 if error.status == 503 else 502, str(error), retryable=True)
     if isinstance(error, LegTimeout):
         return failure(504, str(error), retryable=True)
     return failure(503, str(error), retryable=isinstance(error, Retryable))
@@ -133,5 +133,5 @@ def _error_object(status: int, body: bytes) -> JsonObject:
         parsed = body.decode(errors="replace").strip()[:1000] or f"status {status}"
     error = parsed.get("error", parsed) if isinstance(parsed, dict) else parsed
     own: JsonObject = error if isinstance(error, dict) and "message" in error else {"message": str(error)}
-    fallback = failure(status, "").error
+    fallback = failure(status, "", retryable=status == 429).error
     return {**fallback, **{key: own[key] for key in ("message", "type", "param", "code") if key in own}}

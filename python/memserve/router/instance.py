@@ -17,6 +17,7 @@ class Facts:
     model: str
     model_path: str
     context_tokens: int | None = None
+    """None also where longer prompts are cut to fit."""
     vocab_size: int | None = None
     page_size: int | None = None
     model_info: bytes = field(default=b"{}", repr=False)

@@ -124,7 +124,7 @@ def read_facts(url: str, role: Role, model_info: bytes, server_info: bytes, mode
     return Facts(
         model=str(model.get("served_model_name") or card.get("id") or path),
         model_path=path,
-        context_tokens=_number(card.get("max_model_len")),
+        context_tokens=None if server.get("allow_auto_truncate") else _number(card.get("max_model_len")),
         vocab_size=read_vocab_size(path),
         page_size=_number(server.get("page_size")),
         model_info=model_info,
