@@ -90,7 +90,8 @@ class Transport(ABC):
         """Return when no byte of this process's failed copies with `peer` can land any more.
 
         Immediate if none is in doubt. Raises TransferTimeout if that cannot be had: the memory stays
-        in quarantine until the peer is known to be dead.
+        in quarantine until the peer is known to be dead. Raises InstanceLost or StaleEpoch if it is:
+        that memory is nobody's.
         """
 
     @abstractmethod

@@ -50,17 +50,16 @@ def open_transports(wanted: TransportName, place: Place) -> tuple[Transport, ...
         return (_tcp(place),)
     if wanted == "mooncake":
         return (_mooncake(place),)
-    offered: list[Transport] = []
+    offered: list[Transport] = [_tcp(place)]
     try:
-        offered.append(LocalTransport(place.epoch))
+        offered.insert(0, LocalTransport(place.epoch))
     except ConfigError as error:
         logger.warning("local transport not offered, tcp takes over: %s", error)
     if place.mooncake_protocol == "rdma" and rdma_devices() and not is_loopback(place.host):
         try:
-            offered.append(_mooncake(place))
+            offered.insert(-1, _mooncake(place))
         except ConfigError as error:
             logger.warning("mooncake transport not offered, tcp takes over: %s", error)
-    offered.append(_tcp(place))
     return tuple(offered)
 
 

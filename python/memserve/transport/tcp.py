@@ -107,7 +107,12 @@ class TcpTransport(Transport):
         if not given_up:
             return
         deadline = time.monotonic() + timeout_s
-        link = self._take(peer, deadline)
+        try:
+            link = self._take(peer, deadline)
+        except InstanceLost as error:
+            if isinstance(error.__cause__, ConnectionRefusedError):
+                raise  # nobody listens there any more
+            raise TransferTimeout(peer.name, timeout_s) from error
         rows = np.array([(connection_id, 0, 0) for connection_id in given_up], np.int64)
         try:
             link.stream.send_bytes(tcp_wire.request(Operation.SETTLE, rows, 0), deadline)
@@ -115,12 +120,9 @@ class TcpTransport(Transport):
         except TransferFailed as error:
             self._give(peer, link)
             raise TransferTimeout(peer.name, timeout_s) from error
-        except TransferTimeout as error:
+        except MemServeError as error:
             self._drop(peer, link)
             raise TransferTimeout(peer.name, timeout_s) from error
-        except MemServeError:
-            self._drop(peer, link)
-            raise
         self._give(peer, link)
         with self._lock:
             self._doubtful[peer] -= given_up
@@ -198,8 +200,11 @@ class TcpTransport(Transport):
                 return link
         link = self._connected(peer, deadline)
         with self._lock:
-            self._used.add(link)
-        return link
+            if not self._closed:
+                self._used.add(link)
+                return link
+        link.stream.abort()
+        raise TransferFailed(peer.name, "the tcp transport was closed")
 
     def _give(self, peer: Peer, link: _Link) -> None:
         """Keep a connection whose last request was answered for the next one."""

@@ -37,7 +37,7 @@ from memserve.transport.tcp_stream import Stream, vectors_of
 
 VERSION = 1
 MAX_ROWS = 1 << 16
-"""Copies of one request; a longer batch is several requests."""
+"""Copies of one request; a longer batch is several, each done or refused on its own."""
 
 _MAGIC = b"memserve"
 _HELLO = struct.Struct("<8sHxxxxxxQQq32s")
