@@ -28,30 +28,44 @@ class Partial(NamedTuple):
     exponentials of the scaled scores; -inf where no key was seen."""
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, *, scale: float, causal: bool = False) -> Partial:
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    *,
+    scale: float,
+    causal: bool = False,
+    mask: Tensor | None = None,
+) -> Partial:
     """Attention of `query` over exactly these keys: softmax(scale * query key^T) value.
 
     query [batch, query_heads, queries, dim]; key [batch, kv_heads, keys, dim]; value
     [batch, kv_heads, keys, value_dim]: one dtype and device, any strides with adjacent elements in
     the last dimension. Each KV head serves query_heads / kv_heads neighbouring query heads.
-    `causal`: query i sees keys 0..i, for as many queries as keys. Sums are kept in float32; for
-    inference, without gradients.
-    Raises ValueError if the heads do not divide, or if `causal` and queries and keys differ in number.
+    `causal`: query i sees keys 0..i, for as many queries as keys. `mask` [batch, 1, 1, keys], float32,
+    is added to the scores: 0, or -inf for keys that nobody sees, of which every row must leave one;
+    what is masked must still be finite. Sums are kept in float32; for inference, without gradients.
+    Raises ValueError if the heads do not divide, if `causal` and queries and keys differ in number,
+    or if `causal` comes with a mask.
     """
     if query.shape[1] % key.shape[1]:
         raise ValueError(f"{query.shape[1]} query heads cannot share {key.shape[1]} KV heads evenly")
     if causal and query.shape[2] != key.shape[2]:
         raise ValueError(f"causal attention of {query.shape[2]} queries over {key.shape[2]} keys")
+    if causal and mask is not None:
+        raise ValueError("causal attention takes no mask")
+    if mask is not None:
+        mask = mask.to(_wide(query.dtype))  # the kernel would misread another dtype without a word
     if query.shape[2] == 0 or key.shape[2] == 0:
         return nothing_seen(query, value.shape[-1])
     if query.device.type != "cpu" or query.shape[-1] != value.shape[-1]:
-        return _attend_by_matmul(query, key, value, scale, causal)
+        return _attend_by_matmul(query, key, value, scale, causal, mask)
     if causal:
         return Partial(*_flash_on_cpu(query, key, value, 0.0, True, scale=scale))
     # The query heads of one KV head become more queries of one head, so that its keys are read once:
     # from 1 to 5 x as fast for up to 16 queries and never slower by much.
     folded = query.reshape(query.shape[0], key.shape[1], -1, query.shape[3])
-    output, lse = _flash_on_cpu(folded, key, value, 0.0, False, scale=scale)
+    output, lse = _flash_on_cpu(folded, key, value, 0.0, False, attn_mask=mask, scale=scale)
     return Partial(output.reshape(query.shape), lse.reshape(query.shape[:3]))
 
 
@@ -83,7 +97,9 @@ def merge(parts: Sequence[Partial]) -> Partial:
     return Partial(output.to(parts[0].output.dtype), total.log_().add_(highest))
 
 
-def _attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool) -> Partial:
+def _attend_by_matmul(
+    query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, mask: Tensor | None
+) -> Partial:
     """`attend` in plain operators, for devices and shapes that have no kernel which returns the lse."""
     batch, heads, num_queries, dim = query.shape
     wide = _wide(query.dtype)
@@ -92,6 +108,8 @@ def _attend_by_matmul(query: Tensor, key: Tensor, value: Tensor, scale: float, c
     if causal:
         unseen = torch.ones(num_queries, num_queries, dtype=torch.bool, device=query.device).triu_(1)
         scores.unflatten(2, (-1, num_queries)).masked_fill_(unseen, -torch.inf)
+    if mask is not None:
+        scores += mask
     lse = scores.logsumexp(dim=-1)
     output = scores.sub_(lse.unsqueeze(-1)).exp_() @ value.to(wide)
     output = output.to(query.dtype).reshape(batch, heads, num_queries, value.shape[-1])

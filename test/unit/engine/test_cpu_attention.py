@@ -17,18 +17,10 @@ from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMo
 from torch import Tensor
 
 from memserve.engine import cpu_attention
-from memserve.engine.cpu_attention import (
-    CPU_ATTENTION,
-    GATHERED_TOKENS,
-    MAX_RUNS,
-    MIN_RUN_TOKENS,
-    MemServeCpuAttnBackend,
-    Run,
-    avoid_faulty_amx,
-    find_runs,
-    key_parts,
-    register_cpu_attention,
-)
+from memserve.engine.amx import avoid_faulty_amx
+from memserve.engine.cpu_attention import MemServeCpuAttnBackend, register_cpu_attention
+from memserve.engine.key_parts import GATHERED_TOKENS, MIN_RUN_TOKENS
+from memserve.engine.machine import CPU_ATTENTION
 
 PAGE_TOKENS, HEAD_DIM, SLOTS = 16, 16, 2048
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 2e-3}
@@ -195,18 +187,6 @@ def test_chunks_and_single_tokens_give_what_one_prefill_gives(order):
         start += new
 
 
-def test_a_request_gets_the_same_bits_alone_as_in_a_batch():
-    together = Case([40, 200, 3], [1, 1, 1], decode=True)
-    expected = together.ours()
-    for at in range(3):
-        alone = Case([together.prefixes[at]], [1], decode=True)
-        alone.runner = together.runner
-        alone.batch.req_pool_indices = together.batch.req_pool_indices[at : at + 1]
-        alone.batch.out_cache_loc = together.batch.out_cache_loc[at : at + 1]
-        alone.q, alone.k, alone.v = (rows[at : at + 1] for rows in (together.q, together.k, together.v))
-        assert torch.equal(alone.ours(), expected[at : at + 1])
-
-
 @pytest.mark.parametrize("decode", [False, True])
 def test_new_keys_and_values_are_stored_unless_told_not_to(decode):
     case = Case([20], [1], decode=decode)
@@ -255,34 +235,6 @@ def test_an_extend_never_pads_its_queries(monkeypatch):
     monkeypatch.setattr(cpu_attention, "attend", counting)
     Case([1000], [8]).ours()
     assert sum(attended) == 8 * 1008
-
-
-def test_runs_are_found_where_slots_are_neighbours():
-    long = MIN_RUN_TOKENS
-    slots = [
-        torch.cat([torch.arange(500, 500 + long), torch.arange(100, 110), torch.arange(900, 901 + long)]),
-        torch.empty(0, dtype=torch.int64),
-        torch.arange(901 + long, 901 + 2 * long - 1),  # goes on where the first request ended, but too short
-        torch.arange(7, 7 + long),
-    ]
-    first = [Run(0, 500, long), Run(long + 10, 900, long + 1)]
-    assert find_runs(slots) == [first, [], [], [Run(0, 7, long)]]
-    assert find_runs([torch.empty(0, dtype=torch.int64)]) == [[]]
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    pieces=st.lists(st.integers(1, 3 * MIN_RUN_TOKENS), max_size=8),
-    queries=st.sampled_from([1, 16, 64, 1000]),
-)
-def test_parts_hold_every_slot_once(pieces, queries):
-    slots = [torch.arange(length) + 1000 * at for at, length in enumerate(pieces)]
-    own = torch.cat([torch.empty(0, dtype=torch.int64), *slots[::-1]])
-    [parts] = key_parts([own], [queries])
-    found = [torch.arange(run.slot, run.slot + run.tokens) for run in parts.runs] + list(parts.rest)
-    assert sorted(torch.cat(found).tolist() if found else []) == sorted(own.tolist())
-    assert len(parts.runs) <= MAX_RUNS
-    assert all(run.tokens >= max(MIN_RUN_TOKENS, queries) for run in parts.runs)
 
 
 def test_registration_makes_the_name_known_once():

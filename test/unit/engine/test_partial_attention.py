@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from memserve.engine.cpu_attention import avoid_faulty_amx
+from memserve.engine.amx import avoid_faulty_amx
 from memserve.engine.partial_attention import Partial, attend, merge, nothing_seen
 
 SCALE = 0.17
@@ -150,6 +150,21 @@ def test_what_saw_nothing_changes_nothing():
         assert torch.equal(merged.lse, expected.lse)
 
 
+@every_dtype
+@every_shape
+@pytest.mark.parametrize("value_dim", [16, 6], ids=["kernel", "matmul"])
+def test_masked_keys_are_not_seen(heads, kv_heads, dtype, value_dim):
+    query, key, value = tensors(1, 33, heads, kv_heads, dtype)
+    mask = torch.zeros(2, 1, 1, 33)
+    mask[0, ..., 20:] = -torch.inf
+    seen = attend(query, key, value[..., :value_dim], scale=SCALE, mask=mask)
+    for row, keys in enumerate((20, 33)):
+        alone = by_definition(
+            *(rows[row : row + 1, :, :keys] for rows in (query, key, value[..., :value_dim]))
+        )
+        assert_same(Partial(seen.output[row : row + 1], seen.lse[row : row + 1]), alone, dtype)
+
+
 def test_no_queries_see_nothing():
     query, key, value = tensors(0, 7, 4, 2, torch.float32)
     assert attend(query, key, value, scale=SCALE).output.shape == (2, 4, 0, 16)
@@ -172,5 +187,7 @@ def test_wrong_calls_are_refused():
     query, key, value = tensors(3, 7, 4, 2, torch.float32)
     with pytest.raises(ValueError, match="3 queries over 7 keys"):
         attend(query, key, value, scale=SCALE, causal=True)
+    with pytest.raises(ValueError, match="no mask"):
+        attend(query, query, query, scale=SCALE, causal=True, mask=torch.zeros(2, 1, 1, 3))
     with pytest.raises(ValueError, match="nothing_seen"):
         merge([])
