@@ -135,6 +135,7 @@ def limits_of(snapshot: Snapshot) -> Limits:
     return Limits(
         vocab_size=min((one.vocab_size for one in facts if one.vocab_size), default=None),
         context_tokens=min((one.context_tokens for one in facts if one.context_tokens), default=None),
+        takes_empty_text=all(one.takes_empty_text for one in facts),
     )
 
 

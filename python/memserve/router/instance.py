@@ -20,6 +20,8 @@ class Facts:
     """None also where longer prompts are cut to fit."""
     vocab_size: int | None = None
     page_size: int | None = None
+    takes_empty_text: bool = False
+    """Its tokenizer makes at least one token of "": a prompt of none ends an SGLang server."""
     model_info: bytes = field(default=b"{}", repr=False)
     """Its own /model_info, as JSON."""
 

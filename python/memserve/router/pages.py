@@ -144,10 +144,18 @@ class Pages:
         worst = max(answers, default=(200, b""))
         return web.Response(status=worst[0], body=worst[1])
 
-    async def concatenate(self, _: web.Request) -> web.Response:
-        """No SGLang server offers it; saying so lets a program fail instead of wait."""
-        refused = failure(501, "concate_and_append is not supported: SGLang's servers do not offer it")
-        return json_response(refused.body(), 501)
+    async def concatenate(self, request: web.Request) -> web.Response:
+        """Accept the frontend language's hint to put forked branches' KV behind one another.
+
+        No SGLang server can, and none needs to: the program sends the joined text with its next
+        call, and that is what is cached and computed. Any error would hang the program instead:
+        SGLang's client waits for ever for what it submits after a failed call.
+        """
+        try:
+            msgspec.json.decode(await request.read(), type=_Concatenation)
+        except msgspec.MsgspecError as error:
+            return json_response(failure(400, f"not a concate_and_append request: {error}").body(), 400)
+        return json_response(b'{"success": true}')
 
     async def _ask(
         self, instance: Instance, method: str, path: str, body: bytes | None = None
@@ -183,6 +191,11 @@ class Pages:
             }
             for one in reversed(self._cluster.snapshot.all())
         }
+
+
+class _Concatenation(msgspec.Struct):
+    src_rids: list[str]
+    dst_rid: str
 
 
 def _describe_member(member: Member) -> JsonObject:

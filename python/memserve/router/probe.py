@@ -6,6 +6,7 @@ import asyncio
 import json
 import logging
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import aiohttp
@@ -94,12 +95,20 @@ class Prober:
         self._probed_s[info.instance_id] = self._clock()
 
     async def _facts(self, url: str, role: Role) -> Facts:
-        model_info, server_info, models = await asyncio.gather(
+        model_info, server_info, models, takes_empty_text = await asyncio.gather(
             self._get(url, "/model_info", FACTS_TIMEOUT_S),
             self._get(url, "/server_info", FACTS_TIMEOUT_S),
             self._get(url, "/v1/models", FACTS_TIMEOUT_S),
+            self._takes_empty_text(url),
         )
-        return read_facts(url, role, model_info, server_info, models)
+        facts = read_facts(url, role, model_info, server_info, models)
+        return replace(facts, takes_empty_text=takes_empty_text)
+
+    async def _takes_empty_text(self, url: str) -> bool:
+        """Whether the tokenizer puts a token, such as BOS, before every text; False if it cannot be asked."""
+        timeout = aiohttp.ClientTimeout(total=FACTS_TIMEOUT_S)
+        async with self._session.post(url + "/v1/tokenize", json={"prompt": ""}, timeout=timeout) as response:
+            return response.status == 200 and bool((await response.json())["count"])
 
     async def _get(self, url: str, path: str, timeout_s: float) -> bytes:
         timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=2.0)

@@ -27,6 +27,8 @@ class Limits:
 
     vocab_size: int | None = None
     context_tokens: int | None = None
+    takes_empty_text: bool = False
+    """Otherwise an empty prompt would end the server that gets it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +87,7 @@ def _read_generate(body: JsonObject, limits: Limits) -> _Prompts:
     if given[0] == "input_ids":
         return _check_ids(value, "input_ids", limits)
     if given[0] == "text":
-        return _check_text(value, "text")
+        return _check_text(value, "text", limits)
     if not isinstance(value, list) or not value or not isinstance(value[0], list) or not value[0]:
         raise BadRequest("input_embeds has to be a list of vectors, or a list of those", field="input_embeds")
     return _Prompts(len(value) if isinstance(value[0][0], list) else None)
@@ -106,11 +108,11 @@ def _read_chat(body: JsonObject, limits: Limits) -> _Prompts:
 
 def _read_completions(body: JsonObject, limits: Limits) -> _Prompts:
     prompt = body.get("prompt")
-    if prompt is None or prompt == "" or prompt == []:
+    if prompt in (None, "", []):
         raise BadRequest("prompt is missing or empty", field="prompt")
     _check_type(body, "echo", "true or false", lambda value: isinstance(value, bool))
     if isinstance(prompt, str) or (isinstance(prompt, list) and isinstance(prompt[0], str)):
-        return _check_text(prompt, "prompt")
+        return _check_text(prompt, "prompt", limits)
     return _check_ids(prompt, "prompt", limits)
 
 
@@ -121,8 +123,9 @@ _PROMPT_READERS: dict[Api, Callable[[JsonObject, Limits], _Prompts]] = {
 }
 
 
-def _check_text(value: object, field: str) -> _Prompts:
+def _check_text(value: object, field: str, limits: Limits) -> _Prompts:
     if isinstance(value, str):
+        _check_not_empty(value, field, limits)
         return _Prompts(None)
     if not isinstance(value, list) or not value:
         raise BadRequest(f"{field} has to be a string or a list of strings, not {_kind(value)}", field=field)
@@ -130,7 +133,13 @@ def _check_text(value: object, field: str) -> _Prompts:
         if not isinstance(one, str):
             name = f"{field}[{number}]"
             raise BadRequest(f"{name} has to be a string, not {_kind(one)}", field=name)
+        _check_not_empty(one, f"{field}[{number}]", limits)
     return _Prompts(len(value))
+
+
+def _check_not_empty(text: str, field: str, limits: Limits) -> None:
+    if not text and not limits.takes_empty_text:
+        raise BadRequest(f"{field} is empty: this model's tokenizer makes no token of it", field=field)
 
 
 def _check_ids(value: object, field: str, limits: Limits) -> _Prompts:

@@ -54,6 +54,8 @@ class FakeWorker:
     """0: the system picks one. Kept over a restart."""
     bootstrap_port: int = 8998
     healthy: bool = True
+    num_special_tokens: int = 0
+    """How many tokens, such as BOS, it puts before every text."""
     requests: list[Received] = field(default_factory=list)
     aborts: list[str] = field(default_factory=list)
     num_flushes: int = 0
@@ -86,6 +88,7 @@ class FakeWorker:
                 web.get("/model_info", self._model_info),
                 web.get("/server_info", self._server_info),
                 web.get("/v1/models", self._models),
+                web.post("/v1/tokenize", self._tokenize),
                 web.post("/flush_cache", self._flush),
             ]
         )
@@ -194,6 +197,9 @@ class FakeWorker:
     async def _models(self, _: web.Request) -> web.Response:
         card = {"id": self.model, "object": "model", "max_model_len": self.context_tokens}
         return web.json_response({"object": "list", "data": [card]})
+
+    async def _tokenize(self, _: web.Request) -> web.Response:
+        return web.json_response({"tokens": [0] * self.num_special_tokens, "count": self.num_special_tokens})
 
     async def _flush(self, _: web.Request) -> web.Response:
         self.num_flushes += 1

@@ -58,6 +58,19 @@ def test_token_ids_are_held_to_the_models_vocabulary(run: Run, tmp_path: Path) -
     run(test())
 
 
+@pytest.mark.parametrize(("num_special_tokens", "status"), [(0, 400), (1, 200)])
+def test_empty_text_depends_on_the_tokenizer(run: Run, num_special_tokens: int, status: int) -> None:
+    async def test() -> None:
+        workers = [
+            FakeWorker(role, num_special_tokens=num_special_tokens) for role in (Role.PREFILL, Role.DECODE)
+        ]
+        async with staged(*workers) as stage:
+            assert (await stage.post("/generate", {"text": ""}))[0] == status
+            assert len(stage.decode.requests) == (status == 200)
+
+    run(test())
+
+
 def test_an_enormous_body_is_413(run: Run) -> None:
     async def test() -> None:
         async with staged(*pair(), max_body_bytes=1000) as stage:
@@ -166,7 +179,7 @@ def test_the_pages_speak_for_the_workers(run: Run) -> None:
 @pytest.mark.parametrize(
     ("method", "path", "status"),
     [
-        ("POST", "/concate_and_append_request", 501),
+        ("POST", "/concate_and_append_request", 400),
         ("GET", "/nowhere", 404),
         ("GET", "/generate", 405),
     ],

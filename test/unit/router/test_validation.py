@@ -60,6 +60,8 @@ def test_a_body_that_is_no_json_object_is_refused(raw: bytes) -> None:
         ({"text": 5}, "text"),
         ({"text": []}, "text"),
         ({"text": ["a", 5]}, "text[1]"),
+        ({"text": ""}, "text"),
+        ({"text": ["a", ""]}, "text[1]"),
         ({"text": "a", "input_ids": [1]}, "input_ids"),
         ({"text": "a", "stream": "yes"}, "stream"),
         ({"text": "a", "stream": 1}, "stream"),
@@ -140,6 +142,7 @@ def test_chat_refuses(body: dict[str, Any], field: str) -> None:
         ({"prompt": []}, "prompt"),
         ({"prompt": 5}, "prompt"),
         ({"prompt": ["a", 1]}, "prompt[1]"),
+        ({"prompt": ["a", ""]}, "prompt[1]"),
         ({"prompt": [5, 100]}, "prompt[1]"),
         ({"prompt": [[5], [-1]]}, "prompt[1][0]"),
         ({"prompt": [True]}, "prompt[0]"),
@@ -157,7 +160,6 @@ def test_completions_refuses(body: dict[str, Any], field: str) -> None:
     ("body", "num_prompts", "num_samples"),
     [
         ({"text": "a"}, None, 1),
-        ({"text": ""}, None, 1),
         ({"text": ["a"]}, 1, 1),
         ({"input_ids": [0, 99]}, None, 1),
         ({"input_ids": [[1], [2]]}, 2, 1),
@@ -184,6 +186,10 @@ def test_parts_are_named_as_sglang_names_them() -> None:
     assert generate(text=["a", "b"], rid=["x", "y"]).rids == ("x", "y")
     assert generate(text="a", rid="mine").rid_is_clients
     assert not generate(text="a").rid_is_clients
+
+
+def test_empty_text_is_taken_where_a_token_is_put_before_it() -> None:
+    assert read(Api.GENERATE, {"text": ""}, Limits(takes_empty_text=True)).num_prompts is None
 
 
 def test_what_is_not_known_is_not_checked() -> None:
