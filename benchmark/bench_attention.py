@@ -1,6 +1,6 @@
 """The CPU attention backend against SGLang's `torch_native`, in one run on one thread.
 
-Real SGLang KV pools and attention layers, one layer's attention per figure: a warm extend of 64
+Real SGLang KV pools, layers and batches, time per layer: a warm extend of 64
 tokens over 8,192 cached ones, chunked and cold prefill, and decode of ragged batches; for the
 attention of a 25M-parameter Llama (8 heads of 64, 4 KV heads) and for MHA, in float32 and bfloat16.
 """
@@ -55,10 +55,10 @@ class Load:
         return 1 / 25 if self.prefixes[0] == 8192 else 1.0
 
 
-def decode_load(batch: int, scattered: bool = False) -> Load:
-    """A decode step of `batch` requests of about a thousand tokens, all of different lengths."""
-    prefixes = [1023 + (-1) ** at * 12 * at for at in range(batch)]
-    name = f"decode/{batch}x1k" + ("/scattered" if scattered else "")
+def decode_load(batch: int, tokens: int = 1000, scattered: bool = False) -> Load:
+    """A decode step of `batch` requests of about so many tokens, all of different lengths."""
+    prefixes = [tokens + (-1) ** at * tokens * at // 80 for at in range(batch)]
+    name = f"decode/{batch}x{tokens}" + ("/scattered" if scattered else "")
     return Load(name, prefixes, [1] * batch, decode=True, scattered=scattered)
 
 
@@ -70,6 +70,7 @@ LOADS = (
     *(Load(f"prefill/{tokens}", [0], [tokens]) for tokens in (512, 2048, 4096)),
     *(decode_load(batch) for batch in (1, 8, 32)),
     *(decode_load(batch, scattered=True) for batch in (1, 8, 32)),
+    *(decode_load(batch, tokens=100) for batch in (1, 32)),
 )
 
 

@@ -94,14 +94,16 @@ def group_pieces(pieces: Sequence[tuple[int, Tensor]]) -> Iterator[Gather]:
         width = len(waiting[0][1])
         taken = waiting[: max(1, GATHERED_TOKENS // width)]
         waiting = waiting[len(taken) :]
+        requests = torch.tensor([request for request, _ in taken])
         lengths = torch.tensor([len(own) for _, own in taken])
-        slots = torch.nn.utils.rnn.pad_sequence([own for _, own in taken], batch_first=True, padding_value=-1)
-        padding = torch.arange(width) >= lengths[:, None]
+        slots = torch.cat([own for _, own in taken])
         mask = None
-        if padding.any():
-            slots = torch.where(padding, slots[:, :1], slots)
+        if len(slots) < len(taken) * width:
+            padding = torch.arange(width) >= lengths[:, None]
+            padded = torch.stack([own[0] for _, own in taken])[:, None].repeat(1, width)
+            slots = padded.masked_scatter_(~padding, slots).flatten()
             mask = torch.zeros(len(taken), 1, 1, width).masked_fill_(padding[:, None, None], -torch.inf)
-        yield Gather(torch.tensor([request for request, _ in taken]), slots.flatten(), mask)
+        yield Gather(requests, slots, mask)
 
 
 def split_keys(slots: Sequence[Tensor], num_queries: Sequence[int]) -> list[KeyParts]:
@@ -126,7 +128,7 @@ def find_runs(slots: Sequence[Tensor]) -> list[list[Run]]:
     """The runs of MIN_RUN_TOKENS or more in each request's `slots` ([tokens] integers), in order."""
     runs: list[list[Run]] = [[] for _ in slots]
     offsets = [0, *accumulate(len(own) for own in slots)]
-    if offsets[-1] == 0:
+    if offsets[-1] < MIN_RUN_TOKENS:
         return runs
     flat = torch.cat(list(slots)).numpy()
     begins = np.ones(len(flat) + 1, dtype=bool)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
 
@@ -34,6 +34,15 @@ every_dtype = pytest.mark.parametrize(
 )
 every_shape = pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
 every_order = pytest.mark.parametrize("order", ["contiguous", "pages", "slots"])
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tensors this small are only slowed down by more threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @dataclass

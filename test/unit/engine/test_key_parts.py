@@ -45,6 +45,7 @@ def test_runs_are_found_where_slots_are_neighbours():
     ]
     first = [Run(0, 500, LONG), Run(LONG + 10, 900, LONG + 1)]
     assert find_runs(slots) == [first, [], [], [Run(0, 7, LONG)]]
+    assert find_runs(slots[3:]) == [[Run(0, 7, LONG)]]
     assert find_runs([NO_SLOTS]) == [[]]
     assert find_runs([]) == []
 
