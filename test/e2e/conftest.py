@@ -1,0 +1,121 @@
+"""Two clusters of real SGLang servers, started at once and shared by every test here.
+
+`local`  one pair that hands KV over within the host's memory
+`tcp`    one pair over our tcp transport, under a cluster key; tests may kill its servers
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from memserve.testing.cluster import Cluster, Process, is_ready, wait_for
+from memserve.wire.messages import Role
+
+REQUEST_TIMEOUT_S = 60
+
+
+def num_requests(server_url: str) -> int:
+    """Requests that one server holds, queued or running."""
+    loads = requests.get(f"{server_url}/v1/loads", timeout=REQUEST_TIMEOUT_S).json()["loads"]
+    return sum(int(load["num_running_reqs"] + load["num_waiting_reqs"]) for load in loads)
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One prefill and one decode behind a router, and short ways to talk to them."""
+
+    cluster: Cluster
+    model: Path
+    flags: tuple[str, ...]
+
+    @property
+    def url(self) -> str:
+        return self.cluster.url
+
+    def launch(self, role: Role) -> Process:
+        """Start the server of this role, also after it was killed."""
+        return self.cluster.launch(str(role), role, self.model, *self.flags)
+
+    def post(self, path: str, body: Any, **kwargs: Any) -> requests.Response:
+        return requests.post(f"{self.url}{path}", json=body, timeout=REQUEST_TIMEOUT_S, **kwargs)
+
+    def generate(self, **body: Any) -> Any:
+        """The answer of /generate, greedy unless said otherwise."""
+        params = {"temperature": 0, "ignore_eos": True, **body.pop("sampling_params", {})}
+        response = self.post("/generate", {**body, "sampling_params": params})
+        assert response.status_code == 200, response.text
+        return response.json()
+
+    def flush(self) -> None:
+        assert self.post("/flush_cache", None).status_code == 200
+
+    def moved_bytes(self) -> int:
+        """Bytes that prefill's transfer engine has written so far."""
+        workers = requests.get(f"{self.url}/server_info", timeout=REQUEST_TIMEOUT_S).json()["workers"]
+        states = [state for worker in workers for state in worker["server_info"]["internal_states"]]
+        return sum(state["memserve"]["transfer"]["num_bytes"] for state in states)
+
+    def num_running(self) -> int:
+        """Requests that any server still holds, queued or running."""
+        total = 0
+        for worker in requests.get(f"{self.url}/workers", timeout=REQUEST_TIMEOUT_S).json()["workers"]:
+            total += num_requests(worker["url"])
+        return total
+
+    def wait_idle(self) -> None:
+        wait_for(lambda: self.num_running() == 0, what="the servers to be idle", timeout_s=15)
+
+    def wait_pair(self) -> None:
+        wait_for(lambda: is_ready(self.url), what="a ready pair", timeout_s=15)
+
+
+@pytest.fixture(scope="session")
+def pairs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pair]]:
+    logs = tmp_path_factory.mktemp("servers")
+    key = logs / "cluster.key"
+    key.write_bytes(b"a secret of the test cluster")
+    key.chmod(0o600)
+    keyed = ("--cluster-key-file", str(key))
+    with ExitStack() as stack:
+        pairs = {
+            "local": Pair(stack.enter_context(Cluster(logs / "local")), tiny_model, ("--transfer", "local")),
+            "tcp": Pair(
+                stack.enter_context(Cluster(logs / "tcp", router_flags=keyed)),
+                tiny_model,
+                ("--transfer", "tcp", *keyed),
+            ),
+        }
+        for pair in pairs.values():
+            pair.launch(Role.PREFILL)
+            pair.launch(Role.DECODE)
+        for pair in pairs.values():
+            pair.cluster.wait_ready()
+            pair.wait_pair()
+        yield pairs
+
+
+@pytest.fixture(scope="session")
+def pair(pairs: dict[str, Pair]) -> Pair:
+    """The pair whose servers live through the whole run."""
+    return pairs["local"]
+
+
+@pytest.fixture(scope="session")
+def expendable_pair(pairs: dict[str, Pair]) -> Pair:
+    """A pair whose servers a test may kill, if it starts them again."""
+    return pairs["tcp"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if Path(__file__).parent in item.path.parents:
+            item.add_marker(pytest.mark.e2e)
+            # The first test of the session waits for four servers to start.
+            item.add_marker(pytest.mark.timeout(420))

@@ -1,0 +1,135 @@
+"""Servers that die in the middle of a request, come back, and are told to stop."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from memserve.testing.cluster import Cluster, is_ready, wait_for
+from memserve.wire.messages import Role
+
+from .conftest import Pair, num_requests
+
+ANSWER_WITHIN_S = 5.0
+BACK_WITHIN_S = 2.0
+LONG = {"max_new_tokens": 6000, "temperature": 0, "ignore_eos": True}
+
+
+def wait_registered_again(pair: Pair, role: Role) -> None:
+    """Launch the server of `role` anew and see that it serves soon after it has registered."""
+    pair.launch(role)
+    pair.cluster.wait_ready()
+    body = {"text": "back?", "sampling_params": {"max_new_tokens": 3}}
+    wait_for(
+        lambda: pair.post("/generate", body).status_code == 200,
+        what=f"requests to be served after {role} has registered",
+        timeout_s=BACK_WITHIN_S,
+    )
+
+
+def test_a_decode_killed_in_a_stream_ends_it_with_an_error(expendable_pair: Pair) -> None:
+    pair = expendable_pair
+    with pair.post(
+        "/generate", {"text": "go on", "stream": True, "sampling_params": LONG}, stream=True
+    ) as response:
+        lines = response.iter_lines()
+        assert next(lines).startswith(b"data: ")
+        pair.cluster.servers["decode"].kill()
+        killed = time.monotonic()
+        rest = [line for line in lines if line]
+    assert time.monotonic() - killed < ANSWER_WITHIN_S
+    last = next(line for line in reversed(rest) if line.startswith(b"data: {"))
+    assert b'"error"' in last
+    assert b"decode" in last
+
+    response = pair.post("/generate", {"text": "anyone?"})
+    assert response.status_code == 503
+    assert "decode" in response.json()["error"]["message"]
+    assert requests.get(f"{pair.url}/readiness", timeout=5).status_code == 503
+    wait_registered_again(pair, Role.DECODE)
+
+
+def test_a_prefill_killed_in_a_request_answers_with_an_error(expendable_pair: Pair) -> None:
+    pair = expendable_pair
+    answers: list[Any] = []
+    prefill = pair.cluster.servers["prefill"]
+    # Stopped first, so that the request is certain to be there when it dies.
+    prefill_pids = _session_pids(prefill.pid)
+    for pid in prefill_pids:
+        os.kill(pid, signal.SIGSTOP)
+    client = threading.Thread(
+        target=lambda: answers.append(pair.post("/generate", {"text": "x" * 500, "sampling_params": LONG}))
+    )
+    client.start()
+    decode_url = next(
+        worker["url"]
+        for worker in requests.get(f"{pair.url}/workers", timeout=5).json()["workers"]
+        if worker["role"] == "decode"
+    )
+    wait_for(lambda: num_requests(decode_url) > 0, what="the request to reach decode", timeout_s=10)
+    prefill.kill()
+    client.join(ANSWER_WITHIN_S)
+    assert answers, "the client was left without an answer"
+    assert answers[0].status_code in (502, 503)
+    assert "prefill" in answers[0].json()["error"]["message"]
+    wait_for(lambda: num_requests(decode_url) == 0, what="decode to be rid of the request", timeout_s=10)
+    wait_registered_again(pair, Role.PREFILL)
+
+
+def test_a_server_told_to_stop_leaves_the_router_at_once(expendable_pair: Pair) -> None:
+    pair = expendable_pair
+    decode = pair.cluster.servers.pop("decode")
+    decode.send(signal.SIGTERM)
+    wait_for(lambda: not is_ready(pair.url), what="the router to drop decode", timeout_s=2)
+    assert decode.wait() == 0
+    wait_registered_again(pair, Role.DECODE)
+
+
+def test_a_restarted_router_gets_its_instances_back(tiny_model: Path, tmp_path: Path) -> None:
+    """Colocated, alone, on a router port that is used twice."""
+    with Cluster(tmp_path) as cluster:
+        server = cluster.launch("alone", Role.COLOCATED, tiny_model)
+        cluster.wait_ready()
+        port, control = cluster.url.rsplit(":", 1)[1], cluster.control.rsplit(":", 1)[1]
+        assert cluster.router.stop() == 0
+        with Cluster(tmp_path / "again", router_flags=["--port", port, "--control-port", control]) as again:
+            wait_for(lambda: is_ready(again.url), [server], what="the server to register again", timeout_s=10)
+            body = {"text": "hello", "sampling_params": {"max_new_tokens": 5, "ignore_eos": True}}
+            answer = requests.post(f"{again.url}/generate", json=body, timeout=30)
+            assert answer.json()["meta_info"]["completion_tokens"] == 5
+        server.send(signal.SIGINT)
+        assert server.wait() == 0
+        assert "Traceback" not in server.output()
+
+
+def _session_pids(leader: int) -> list[int]:
+    """Every process of a session, the leader last."""
+    pids = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == leader:
+                pids.append(int(entry.name))
+    return sorted(pids, key=lambda pid: pid == leader)
+
+
+@pytest.fixture(autouse=True)
+def _leave_a_whole_pair(expendable_pair: Pair) -> Any:
+    """If a test failed half-way, bring back what it killed."""
+    yield
+    for role in (Role.PREFILL, Role.DECODE):
+        process = expendable_pair.cluster.servers.get(str(role))
+        if process is None or process.status is not None:
+            expendable_pair.launch(role)
+    expendable_pair.cluster.wait_ready()
+    expendable_pair.wait_pair()
