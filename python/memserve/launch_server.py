@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import socket
 import sys
 from dataclasses import dataclass
@@ -117,7 +118,9 @@ def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str]
 
 def describe(config: InstanceConfig, server_args: Any) -> InstanceInfo:
     """What the router is told of this instance."""
-    url = server_args.url()
+    host = os.environ["SGLANG_HOST_IP"]
+    scheme = "https" if server_args.ssl_certfile else "http"
+    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{server_args.port}"
     name = config.instance_id or f"{config.role}-{socket.gethostname()}-{server_args.port}"
     is_prefill = config.role is Role.PREFILL
     return InstanceInfo(

@@ -108,7 +108,7 @@ SEAMS = (
         "resolution",
         "sglang.srt.server_args:ServerArgs",
         "finding bad flags early",
-        members=("resolve_once", "url"),
+        members=("resolve_once",),
     ),
     Seam(
         "sigterm",
@@ -128,6 +128,7 @@ SEAMS = (
         parameters=("recv_req",),
     ),
     Seam("shared engine", SHARED_ENGINE, "finding the scheduler's transfer engine"),
+    Seam("own address", "sglang.srt.utils.network:get_local_ip_auto", "telling others where we are"),
     Seam("process tree", "sglang.srt.utils:kill_process_tree", "leaving no child behind"),
 )
 

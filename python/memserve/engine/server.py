@@ -49,8 +49,7 @@ def prepare(role: Role, settings: EngineSettings, argv: list[str]) -> Any:
 
     load_plugins()
     server_args = prepare_server_args([*flags, *_checked(argv, ServerArgs)])
-    if is_loopback(server_args.host):
-        os.environ.setdefault("SGLANG_HOST_IP", "127.0.0.1")
+    os.environ.setdefault("SGLANG_HOST_IP", reachable_host(server_args.host))
     if on_cpu:
         chosen = [*flags, *(f"{name}={value}" for name, value in environment.items())]
         logger.info("no GPU here, so: %s (flags given on the command line win)", " ".join(chosen))
@@ -60,6 +59,17 @@ def prepare(role: Role, settings: EngineSettings, argv: list[str]) -> Any:
         logger.debug("SGLang refused its arguments", exc_info=True)
         raise ConfigError(" ".join(str(error).split())) from error
     return server_args
+
+
+def reachable_host(host: str) -> str:
+    """The address under which others reach a server that listens on `host`, wildcards included."""
+    if is_loopback(host):
+        return "127.0.0.1"
+    if host not in ("0.0.0.0", "::", ""):
+        return host
+    from sglang.srt.utils.network import get_local_ip_auto
+
+    return str(get_local_ip_auto())
 
 
 def run(server_args: Any, registrar: Registrar | None) -> None:

@@ -1,0 +1,55 @@
+"""What launch_server says to a user who got something wrong: one clear line, exit status 2."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from memserve.core.errors import ConfigError
+from memserve.engine.plugin import EngineSettings
+from memserve.engine.server import prepare
+from memserve.launch_server import main, parse
+from memserve.wire.messages import Role
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        ([], "--model-path is missing"),
+        (["--model-path", "/no/such/place"], "/no/such/place: no such directory"),
+        (["--model-path", "./nothing"], "no such directory"),
+        (["--router", "30001", "--model-path", "x/y"], "--router 30001: write HOST:PORT"),
+        (["--cluster-key-file", "/no/key", "--model-path", "x/y"], "cluster key file /no/key"),
+    ],
+)
+def test_mistakes_are_one_line(argv: list[str], reason: str, capfd: pytest.CaptureFixture[str]) -> None:
+    assert main(argv) == 2
+    said = capfd.readouterr().err
+    assert reason in said
+    assert len(said.strip().splitlines()) == 1
+
+
+def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"no config\.json"):
+        prepare(Role.COLOCATED, SETTINGS, ["--model-path", str(tmp_path)])
+
+
+@pytest.mark.parametrize("flags", [["--no-such-flag", "3"], ["--page-size", "many"]])
+def test_sglangs_refusal_of_a_flag_is_one_line(
+    tiny_model: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(EngineSettings, "export", lambda self: None)
+    with pytest.raises(ConfigError, match=flags[0]) as caught:
+        prepare(Role.COLOCATED, SETTINGS, ["--model-path", str(tiny_model), *flags])
+    assert "\n" not in str(caught.value)
+
+
+def test_sglangs_own_flags_pass_through() -> None:
+    config, rest = parse(["--role", "decode", "--tp", "2", "--router", "h:1", "--schedule-policy", "lpm"])
+    assert config.role is Role.DECODE
+    assert config.router == "h:1"
+    assert rest == ["--tp", "2", "--schedule-policy", "lpm"]
+
+
+SETTINGS = EngineSettings(transfer="auto", mooncake_protocol="rdma", cluster_key_file=None)

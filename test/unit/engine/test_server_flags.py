@@ -1,0 +1,71 @@
+"""Which SGLang flags a role and a machine get, and that the user's own win."""
+
+from __future__ import annotations
+
+import pytest
+
+from memserve.engine.server_flags import FreePorts, cpu_environment, cpu_flags, cpu_threads, role_flags
+from memserve.wire.messages import Role
+
+BOOTSTRAP, DECODE_CACHE = "--disaggregation-bootstrap-port", "--disaggregation-decode-enable-radix-cache"
+PORTS = FreePorts(http=1234, bootstrap=5678)
+
+
+@pytest.mark.parametrize(
+    ("role", "wanted", "unwanted"),
+    [
+        (
+            Role.PREFILL,
+            ["--disaggregation-bootstrap-port", "5678"],
+            ["--disaggregation-decode-enable-radix-cache"],
+        ),
+        (Role.DECODE, ["--disaggregation-decode-enable-radix-cache"], ["--disaggregation-bootstrap-port"]),
+        (Role.COLOCATED, [], ["--disaggregation-mode"]),
+    ],
+)
+def test_roles_become_flags(role: Role, wanted: list[str], unwanted: list[str]) -> None:
+    flags = role_flags(role, PORTS)
+    assert flags[:2] == ["--port", "1234"]
+    assert set(wanted) <= set(flags)
+    assert not set(unwanted) & set(flags)
+    if role is not Role.COLOCATED:
+        assert flags[flags.index("--disaggregation-mode") + 1] == role
+
+
+def test_only_decode_gets_a_retraction_backup_on_the_cpu() -> None:
+    assert "--disaggregation-decode-retraction-backup" in cpu_flags(Role.DECODE)
+    assert "--disaggregation-decode-retraction-backup" not in cpu_flags(Role.PREFILL)
+
+
+def test_sglang_takes_every_flag_and_the_users_own_win() -> None:
+    import argparse
+
+    from sglang.srt.plugins import load_plugins
+    from sglang.srt.server_args import ServerArgs
+
+    load_plugins()
+    parser = argparse.ArgumentParser(exit_on_error=False)
+    ServerArgs.add_cli_args(parser)
+    for role in Role:
+        flags = [
+            *role_flags(role, PORTS),
+            *cpu_flags(role),
+            "--model-path",
+            "x",
+            "--page-size",
+            "64",
+            "--port",
+            "99",
+        ]
+        parsed = parser.parse_args(flags)
+        assert (parsed.page_size, parsed.port, parsed.device) == (64, 99, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("role", "cores", "threads"),
+    [(Role.PREFILL, 2, 1), (Role.DECODE, 8, 4), (Role.PREFILL, 1, 1), (Role.COLOCATED, 6, 6)],
+)
+def test_a_pair_shares_the_cores(role: Role, cores: int, threads: int) -> None:
+    assert cpu_threads(role, cores) == threads
+    assert cpu_environment(role, cores, {}) == {"OMP_NUM_THREADS": str(threads)}
+    assert cpu_environment(role, cores, {"OMP_NUM_THREADS": "7"}) == {}
