@@ -31,11 +31,12 @@ from memserve.testing.cluster import Cluster, ClusterFailed, Process, is_ready, 
 from memserve.wire.messages import Role
 
 ROOT = Path(__file__).resolve().parent.parent
+DOCUMENT_CHARACTERS = 4000
 QUESTIONS = [
-    "I am planning a week by train from Lisbon to Tallinn. Which route would you take, and why?",
-    "What should I book early, and what can wait?",
-    "Two of us do not eat meat. Where on that route is that easy?",
-    "Sum the plan up in a list of days.",
+    "Here is the beginning of a license:\n\n{document}\n\nWhat does it allow me to do?",
+    "And what do I have to keep when I pass the work on?",
+    "Who may sue whom over patents?",
+    "Sum that up in one sentence.",
 ]
 ANSWER_TOKENS = 64
 USUAL_START_S = 45
@@ -130,13 +131,15 @@ def wait_with_bar(cluster: Cluster) -> None:
 
 def converse(cluster: Cluster) -> list[Turn]:
     """A conversation in SGLang's frontend language, then one over OpenAI's API, streamed."""
+    document = (ROOT / "LICENSE").read_text()[:DOCUMENT_CHARACTERS]
+    questions = [question.format(document=document) for question in QUESTIONS]
     turns: list[Turn] = []
     meter = Meter(cluster.url)
     backend = sgl.RuntimeEndpoint(cluster.url)
 
     @sgl.function
     def chat(s: Any) -> None:
-        for i, question in enumerate(QUESTIONS):
+        for i, question in enumerate(questions):
             name = f"answer_{i}"
             s += sgl.user(question)
             s += sgl.assistant(sgl.gen(name, max_tokens=ANSWER_TOKENS, temperature=0, ignore_eos=True))
@@ -157,7 +160,7 @@ def converse(cluster: Cluster) -> list[Turn]:
     print_head()
     chat.run(backend=backend)
     messages: list[dict[str, str]] = []
-    for question in QUESTIONS[:2]:
+    for question in questions[:2]:
         messages.append({"role": "user", "content": question})
         turn, answer = openai_turn(cluster.url, messages, meter)
         messages.append({"role": "assistant", "content": answer})
@@ -264,8 +267,7 @@ def print_table(turns: list[Turn]) -> None:
     print(
         f"\nOf {prompt} prompt tokens in {len(turns)} turns, prefill computed {computed} "
         f"({computed / prompt:.0%}); decode lacked {lacking} ({lacking / prompt:.0%}), "
-        f"and only their pages moved: {moved / 2**20:.1f} MiB.\n"
-        "Prefill does not reuse decode's answers yet: they are computed once more, as new words are."
+        f"and only their pages moved: {moved / 2**20:.1f} MiB."
     )
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import logging
-import os
 import socket
 import sys
 from dataclasses import dataclass
@@ -111,14 +110,13 @@ def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str]
         )
     registrar = None
     if config.router is not None:
-        info = describe(config, server_args)
+        info = describe(config, server_args, server.reachable_host(server_args.host))
         registrar = Registrar(ControlClient(config.router, key=key), info)
     server.run(server_args, registrar)
 
 
-def describe(config: InstanceConfig, server_args: Any) -> InstanceInfo:
-    """What the router is told of this instance."""
-    host = os.environ["SGLANG_HOST_IP"]
+def describe(config: InstanceConfig, server_args: Any, host: str) -> InstanceInfo:
+    """What the router is told of this instance, which others reach at `host`."""
     scheme = "https" if server_args.ssl_certfile else "http"
     url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{server_args.port}"
     name = config.instance_id or f"{config.role}-{socket.gethostname()}-{server_args.port}"

@@ -25,6 +25,9 @@ from memserve.wire.messages import Role
 
 logger = logging.getLogger(__name__)
 
+OWN_ADDRESS = "SGLANG_HOST_IP"
+"""The variable by which SGLang is told its own address."""
+
 
 def prepare(role: Role, settings: EngineSettings, argv: list[str]) -> Any:
     """SGLang's server arguments for `role`: our flags for it and this machine, then the user's.
@@ -49,7 +52,7 @@ def prepare(role: Role, settings: EngineSettings, argv: list[str]) -> Any:
 
     load_plugins()
     server_args = prepare_server_args([*flags, *_checked(argv, ServerArgs)])
-    os.environ.setdefault("SGLANG_HOST_IP", reachable_host(server_args.host))
+    os.environ[OWN_ADDRESS] = reachable_host(server_args.host)
     if on_cpu:
         chosen = [*flags, *(f"{name}={value}" for name, value in environment.items())]
         logger.info("no GPU here, so: %s (flags given on the command line win)", " ".join(chosen))
@@ -63,6 +66,8 @@ def prepare(role: Role, settings: EngineSettings, argv: list[str]) -> Any:
 
 def reachable_host(host: str) -> str:
     """The address under which others reach a server that listens on `host`, wildcards included."""
+    if configured := os.environ.get(OWN_ADDRESS):
+        return configured
     if is_loopback(host):
         return "127.0.0.1"
     if host not in ("0.0.0.0", "::", ""):
