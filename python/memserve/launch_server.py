@@ -47,9 +47,12 @@ class InstanceConfig:
     )
     transfer: Literal["auto", "local", "tcp", "mooncake"] = setting(
         "auto",
-        "how KV travels between prefill and decode; auto takes local on one host, else mooncake or tcp",
+        "how KV travels between prefill and decode; auto takes mooncake for GPU memory, for host "
+        "memory local on one host, else mooncake over RDMA, else tcp",
     )
-    mooncake_protocol: Literal["rdma", "tcp"] = setting("rdma", "what --transfer mooncake runs over")
+    mooncake_protocol: Literal["rdma", "tcp"] | None = setting(
+        None, "what mooncake runs over (default: rdma where there is a device for it, else tcp)"
+    )
     cluster_key_file: Path | None = setting(
         None, "file with the cluster's shared secret; needed as soon as traffic leaves this machine"
     )
@@ -95,15 +98,19 @@ def parse(argv: list[str]) -> tuple[InstanceConfig, list[str]]:
 def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str]) -> None:
     """Start SGLang in this process and return when it has stopped."""
     from memserve.disagg.registrar import Registrar
-    from memserve.engine import server
+    from memserve.engine import server, server_flags
+    from memserve.engine.machine import is_cpu_machine
     from memserve.engine.plugin import EngineSettings
+    from memserve.transport.mooncake import rdma_devices
 
-    settings = EngineSettings(
-        transfer=config.transfer,
-        mooncake_protocol=config.mooncake_protocol,
-        cluster_key_file=str(config.cluster_key_file.resolve()) if config.cluster_key_file else None,
+    transfer, protocol = server_flags.resolve_transfer(
+        config.transfer,
+        config.mooncake_protocol,
+        on_cpu=is_cpu_machine() or config.role is Role.COLOCATED,
+        has_rdma=bool(rdma_devices()),
     )
-    server_args = server.prepare(config.role, settings, sglang_argv)
+    key_file = str(config.cluster_key_file.resolve()) if config.cluster_key_file else None
+    server_args = server.prepare(config.role, EngineSettings(transfer, protocol, key_file), sglang_argv)
     if key is None and config.role is not Role.COLOCATED and not is_loopback(server_args.host):
         raise ConfigError(
             f"--host {server_args.host} lets KV leave this machine: give every instance --cluster-key-file"

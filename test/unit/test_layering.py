@@ -23,7 +23,7 @@ ALLOWED = {
     "engine": {"core", "wire", "transport", "mempool", "disagg"},
     "router": {"core", "wire"},
     "launch_router": {"core", "router"},
-    "launch_server": {"core", "wire", "disagg", "engine"},
+    "launch_server": {"core", "wire", "transport", "disagg", "engine"},
     "testing": {"core", "wire", "transport", "mempool", "disagg", "router"},
     "__init__": set(),
 }

@@ -17,7 +17,6 @@ import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 
@@ -26,7 +25,7 @@ from memserve.core.errors import ConfigError, InstanceLost, MemServeError, OutOf
 from memserve.core.ids import new_epoch
 from memserve.disagg.session import Session, SessionId
 from memserve.transport.regions import AddressMap, Int64s, Region, RegionTable
-from memserve.transport.select import Place, TransportName, open_transports
+from memserve.transport.select import MooncakeProtocol, Place, TransportName, open_transports
 from memserve.wire.link import ControlServer
 from memserve.wire.messages import Endpoint, MemoryRange, Message, Open, Opened, Refused
 
@@ -47,7 +46,7 @@ class TransferConfig:
     data_port: int = 0
     cluster_key_file: Path | None = None
     timeout_s: float = 30.0
-    mooncake_protocol: Literal["rdma", "tcp"] = "rdma"
+    mooncake_protocol: MooncakeProtocol = "rdma"
     ib_device: str = ""
     """RDMA devices for mooncake, comma-separated; empty: all."""
 

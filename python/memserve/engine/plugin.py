@@ -13,14 +13,14 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import msgspec
 
 from memserve.core.errors import MemServeError
 from memserve.engine import seams
 from memserve.engine.machine import is_cpu_machine
-from memserve.transport.select import TransportName
+from memserve.transport.select import MooncakeProtocol, TransportName
 
 SETTINGS_VARIABLE = "MEMSERVE_ENGINE"
 
@@ -29,7 +29,7 @@ class EngineSettings(msgspec.Struct, frozen=True):
     """What the processes of one server must agree on."""
 
     transfer: TransportName
-    mooncake_protocol: Literal["rdma", "tcp"]
+    mooncake_protocol: MooncakeProtocol
     cluster_key_file: str | None
 
     def export(self) -> None:

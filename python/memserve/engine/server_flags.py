@@ -9,7 +9,9 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from memserve.core.errors import ConfigError
 from memserve.engine.machine import CPU_ATTENTION
+from memserve.transport.select import MooncakeProtocol, TransportName
 from memserve.wire.messages import Role
 
 KV_FRACTION_ON_CPU = 0.3
@@ -58,6 +60,23 @@ def cpu_flags(role: Role) -> list[str]:
     if role is Role.DECODE:
         flags += ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
     return flags
+
+
+def resolve_transfer(
+    transfer: TransportName, protocol: MooncakeProtocol | None, *, on_cpu: bool, has_rdma: bool
+) -> tuple[TransportName, MooncakeProtocol]:
+    """What moves KV on this machine, and what mooncake runs over, where the user left it open.
+
+    Host memory has `auto` of its own: the ends of each transfer choose. GPU memory needs mooncake.
+    Raises ConfigError for a transport that cannot reach the KV.
+    """
+    if not on_cpu:
+        if transfer in ("local", "tcp"):
+            raise ConfigError(
+                f"--transfer {transfer} moves host memory only, and KV is on the GPU: use mooncake"
+            )
+        transfer = "mooncake"
+    return transfer, protocol or ("rdma" if has_rdma else "tcp")
 
 
 def cpu_threads(role: Role, num_cores: int) -> int:

@@ -21,6 +21,7 @@ from memserve.transport.tcp import TcpTransport, is_loopback
 logger = logging.getLogger(__name__)
 
 TransportName = Literal["auto", "local", "tcp", "mooncake"]
+MooncakeProtocol = Literal["rdma", "tcp"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,7 +34,7 @@ class Place:
     key: ClusterKey | None
     port: int = 0
     """Port of `tcp`; 0: the system picks one."""
-    mooncake_protocol: Literal["rdma", "tcp"] = "rdma"
+    mooncake_protocol: MooncakeProtocol = "rdma"
     devices: str = ""
     """RDMA devices for `mooncake`, comma-separated; empty: all."""
 

@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 
-from memserve.engine.server_flags import FreePorts, cpu_environment, cpu_flags, cpu_threads, role_flags
+from memserve.core.errors import ConfigError
+from memserve.engine.server_flags import (
+    FreePorts,
+    cpu_environment,
+    cpu_flags,
+    cpu_threads,
+    resolve_transfer,
+    role_flags,
+)
 from memserve.wire.messages import Role
 
 BOOTSTRAP, DECODE_CACHE = "--disaggregation-bootstrap-port", "--disaggregation-decode-enable-radix-cache"
@@ -59,6 +69,30 @@ def test_sglang_takes_every_flag_and_the_users_own_win() -> None:
         ]
         parsed = parser.parse_args(flags)
         assert (parsed.page_size, parsed.port, parsed.device) == (64, 99, "cpu")
+
+
+@pytest.mark.parametrize(
+    ("transfer", "protocol", "on_cpu", "has_rdma", "resolved"),
+    [
+        ("auto", None, True, False, ("auto", "tcp")),
+        ("auto", None, True, True, ("auto", "rdma")),
+        ("tcp", None, True, True, ("tcp", "rdma")),
+        ("auto", None, False, True, ("mooncake", "rdma")),
+        ("auto", None, False, False, ("mooncake", "tcp")),
+        ("mooncake", "tcp", False, True, ("mooncake", "tcp")),
+        ("mooncake", "rdma", True, False, ("mooncake", "rdma")),
+    ],
+)
+def test_kv_on_a_gpu_travels_by_mooncake(
+    transfer: Any, protocol: Any, on_cpu: bool, has_rdma: bool, resolved: tuple[str, str]
+) -> None:
+    assert resolve_transfer(transfer, protocol, on_cpu=on_cpu, has_rdma=has_rdma) == resolved
+
+
+@pytest.mark.parametrize("transfer", ["local", "tcp"])
+def test_a_transport_that_cannot_reach_the_gpu_is_refused(transfer: Any) -> None:
+    with pytest.raises(ConfigError, match="GPU"):
+        resolve_transfer(transfer, None, on_cpu=False, has_rdma=True)
 
 
 @pytest.mark.parametrize(
