@@ -31,6 +31,8 @@ from memserve.engine.amx import avoid_faulty_amx  # noqa: E402
 from memserve.engine.cpu_attention import MemServeCpuAttnBackend  # noqa: E402
 
 HEADS, HEAD_DIM, PAGE_TOKENS = 8, 64, 16
+NOISE = 1.1
+"""By how much equal work may differ between two runs on a machine that others use."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,14 +169,13 @@ def main() -> int:
         bench = Bench(load, kv_heads, dtype)
         ours, theirs = (bench.step(backend) for backend in bench.backends)
         torch.testing.assert_close(ours(), theirs(), rtol=0.02, atol=0.02)
-        samples = [
-            [second * 1e3 / load.layers for second in taken]
-            for taken in measure_together([ours, theirs], args.repeats)
-        ]
-        median = report(name, samples[0], "ms per layer", baseline=samples[1], target=load.target)
-        speedup = statistics.median(samples[1]) / median
-        progress(f"{name}: {median:.2f} ms per layer, {speedup:.1f} x as fast as torch_native")
-        if speedup * load.target < 1:
+        samples = measure_together([ours, theirs], args.repeats)
+        ms = [[second * 1e3 / load.layers for second in taken] for taken in samples]
+        report(name, ms[0], "ms per layer", baseline=ms[1], target=load.target)
+        # What a turn's neighbours do slows both sides of its ratio.
+        ratio = statistics.median(mine / other for mine, other in zip(*samples, strict=True))
+        progress(f"{name}: {1 / ratio:.1f} x as fast as torch_native")
+        if ratio > load.target * NOISE:
             missed.append(name)
     if missed:
         progress("missed: " + ", ".join(missed))
