@@ -18,6 +18,7 @@ from typing import Any, NoReturn
 from memserve.core.errors import ConfigError
 from memserve.disagg.registrar import Registrar
 from memserve.engine import seams, server_flags
+from memserve.engine.amx import avoid_faulty_amx
 from memserve.engine.machine import is_cpu_machine
 from memserve.engine.plugin import EngineSettings
 from memserve.wire.link import is_loopback
@@ -43,6 +44,7 @@ def prepare(role: Role, settings: EngineSettings, argv: list[str]) -> Any:
     on_cpu = is_cpu_machine()
     if on_cpu:
         _quiet_import_warnings()
+        avoid_faulty_amx()
         flags += server_flags.cpu_flags(role)
         environment = server_flags.cpu_environment(role, os.cpu_count() or 1, os.environ)
         os.environ.update(environment)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,14 @@ from memserve.engine.plugin import EngineSettings
 from memserve.engine.server import prepare
 from memserve.launch_server import main, parse
 from memserve.wire.messages import Role
+
+
+@pytest.fixture(autouse=True)
+def _environment_as_it_was() -> Iterator[None]:
+    before = dict(os.environ)
+    yield
+    os.environ.clear()
+    os.environ.update(before)
 
 
 @pytest.mark.parametrize(
@@ -36,10 +46,7 @@ def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("flags", [["--no-such-flag", "3"], ["--page-size", "many"]])
-def test_sglangs_refusal_of_a_flag_is_one_line(
-    tiny_model: Path, flags: list[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(EngineSettings, "export", lambda self: None)
+def test_sglangs_refusal_of_a_flag_is_one_line(tiny_model: Path, flags: list[str]) -> None:
     with pytest.raises(ConfigError, match=flags[0]) as caught:
         prepare(Role.COLOCATED, SETTINGS, ["--model-path", str(tiny_model), *flags])
     assert "\n" not in str(caught.value)
