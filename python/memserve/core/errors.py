@@ -2,10 +2,13 @@
 
 MemServeError
 ├── Retryable            the same call may succeed later, or elsewhere
+│   ├── OutOfBlocks      a tier is full of blocks that cannot be evicted; nothing has changed
 │   ├── TransferTimeout  bytes may still be in flight: the memory is not free yet
 │   └── InstanceLost     the other process is gone
 ├── Rejected             the caller must change the request
 │   ├── BadRequest       an HTTP request we refuse (4xx), with the field at fault
+│   ├── BlockStateError  blocks that are not the caller's, or not in that state; nothing has changed
+│   ├── LayoutMismatch   the other pool's blocks are of another model, shape or precision
 │   ├── OutOfBounds      a copy that leaves its region; nothing was moved
 │   └── WireMismatch     the peer speaks another protocol version, or holds another key
 ├── TransferFailed       the transport gave up; what has landed is undefined
@@ -23,6 +26,16 @@ class MemServeError(Exception):
 
 class Retryable(MemServeError):
     """The same call may succeed later, or on another instance."""
+
+
+class OutOfBlocks(Retryable):
+    """A tier has not that many blocks free or evictable; nothing was allocated, nothing evicted."""
+
+    def __init__(self, wanted: int, free: int, evictable: int) -> None:
+        super().__init__(f"{wanted} blocks wanted, {free} free and {evictable} evictable")
+        self.wanted = wanted
+        self.free = free
+        self.evictable = evictable
 
 
 class TransferTimeout(Retryable):
@@ -58,6 +71,20 @@ class BadRequest(Rejected):
         self.message = message
         self.field = field
         self.status = status
+
+
+class BlockStateError(Rejected):
+    """A block that is not the caller's to use so: freed, cached, foreign, or named twice."""
+
+
+class LayoutMismatch(Rejected):
+    """Blocks of another layout: their bytes would mean something else here."""
+
+    def __init__(self, peer: str, expected: str, actual: str) -> None:
+        super().__init__(f"{peer}: layout {expected} expected, its blocks are {actual}")
+        self.peer = peer
+        self.expected = expected
+        self.actual = actual
 
 
 class OutOfBounds(Rejected):

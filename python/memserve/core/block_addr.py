@@ -1,0 +1,48 @@
+"""Where a block is: instance, tier and slot in one number, so that an address costs no object.
+
+     62 ........ 34  33 32  31 ......... 0
+    [ tag: 29 bits |  tier |     slot      ]     an int64 on the wire and in arrays
+
+The tag is cut from the epoch of the pool's process, so an address of an earlier life is foreign to
+the next one. Knows nothing of what a slot holds. Source: MemServe ("addresses carry the instance").
+"""
+
+from __future__ import annotations
+
+from enum import IntEnum
+from typing import NewType
+
+from memserve.core.ids import Epoch
+
+BlockAddr = NewType("BlockAddr", int)
+"""A slot of one tier of one process's pool. Never negative."""
+
+MAX_SLOTS = 1 << 32
+
+_TIER_SHIFT, _TAG_SHIFT, _TAG_BITS = 32, 34, 29
+
+
+class Tier(IntEnum):
+    """Where bytes are, nearest to the compute first."""
+
+    HBM = 0
+    DRAM = 1
+    REMOTE = 2
+
+
+def first_addr(epoch: Epoch, tier: Tier) -> BlockAddr:
+    """The address of slot 0; slot i is that plus i."""
+    return BlockAddr(tag_of(epoch) << _TAG_SHIFT | tier << _TIER_SHIFT)
+
+
+def tag_of(epoch: Epoch) -> int:
+    """What the addresses of that process have in common."""
+    return epoch >> (63 - _TAG_BITS)
+
+
+def slot_of(addr: BlockAddr) -> int:
+    return addr & (MAX_SLOTS - 1)
+
+
+def tier_of(addr: BlockAddr) -> Tier:
+    return Tier(addr >> _TIER_SHIFT & 0b11)

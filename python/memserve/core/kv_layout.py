@@ -1,0 +1,141 @@
+"""The byte geometry of one KV block, its digest, and the three ways to cut it into copies.
+
+    [layer 0: part 0 | part 1] [layer 1: part 0 | part 1] ...      one contiguous extent
+    part: [page_tokens, heads, width] of dtype; K and V, or the one buffer of latent attention
+
+Knows numbers only: no tensors, no memory. Source: MemServe, section on transfer modes.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import cached_property
+from hashlib import sha256
+from typing import NamedTuple
+
+
+class TransferMode(StrEnum):
+    """How the parts of a block travel. Source: MemServe, "by-layer", "by-request", "aggregated"."""
+
+    BY_LAYER = "by-layer"
+    """A call per layer, as soon as that layer is there: overlaps with compute."""
+    BY_REQUEST = "by-request"
+    """One call, every part its own copy: what discrete HBM buffers need."""
+    AGGREGATED = "aggregated"
+    """One call, the block as a single copy: both ends hold it as one extent."""
+
+
+class Part(NamedTuple):
+    """One buffer of a layer: K, V, or K and V in one."""
+
+    heads: int
+    width: int
+    """Elements per head and token."""
+
+
+class Extents(NamedTuple):
+    """Ranges within a block that one call moves: int64 arrays of one length, ascending."""
+
+    offsets: array[int]
+    lengths: array[int]
+
+
+@dataclass(frozen=True)
+class KVLayout:
+    """What every block of a pool is. Two pools may exchange blocks iff their `digest` is equal.
+
+    Raises ValueError if a number is not positive.
+    """
+
+    model: str
+    """Which weights computed the KV: name, revision and quantization, however the operator calls it."""
+    num_layers: int
+    page_tokens: int
+    parts: tuple[Part, ...]
+    """Of each layer, in order: (K, V), with widths of their own, or one part for latent attention."""
+    dtype: str
+    dtype_bytes: int
+    rank: int = 0
+    """Which of `num_ranks` equal shards of the heads (or layers) this is."""
+    num_ranks: int = 1
+
+    def __post_init__(self) -> None:
+        numbers = (
+            self.num_layers,
+            self.page_tokens,
+            self.dtype_bytes,
+            *(n for part in self.parts for n in part),
+        )
+        if not self.parts or min(numbers) < 1 or not 0 <= self.rank < self.num_ranks:
+            raise ValueError(f"not a layout: {self}")
+
+    @classmethod
+    def of_heads(
+        cls,
+        model: str,
+        num_layers: int,
+        page_tokens: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: tuple[str, int],
+    ) -> KVLayout:
+        """The common case: K and V of one shape. `dtype` is its name and its bytes per element."""
+        parts = (Part(kv_heads, head_dim),) * 2
+        return cls(model, num_layers, page_tokens, parts, *dtype)
+
+    @cached_property
+    def part_bytes(self) -> tuple[int, ...]:
+        """Bytes of each part of one layer, all tokens of the page."""
+        return tuple(self.page_tokens * part.heads * part.width * self.dtype_bytes for part in self.parts)
+
+    @cached_property
+    def layer_bytes(self) -> int:
+        return sum(self.part_bytes)
+
+    @cached_property
+    def block_bytes(self) -> int:
+        return self.num_layers * self.layer_bytes
+
+    @cached_property
+    def digest(self) -> bytes:
+        """32 bytes that differ where any field does: the fingerprint that blocks and peers carry."""
+        fields = (
+            self.model,
+            self.num_layers,
+            self.page_tokens,
+            [tuple(part) for part in self.parts],
+            self.dtype,
+            self.dtype_bytes,
+            self.rank,
+            self.num_ranks,
+        )
+        return sha256(f"memserve-kv-layout-v1:{fields!r}".encode()).digest()
+
+    def offset(self, layer: int, part: int) -> int:
+        """Where a part begins in its block. Raises IndexError if there is no such layer or part."""
+        if not (0 <= layer < self.num_layers and 0 <= part < len(self.parts)):
+            raise IndexError(f"layer {layer}, part {part} of {self}")
+        return layer * self.layer_bytes + sum(self.part_bytes[:part])
+
+    def copy_plan(self, mode: TransferMode) -> list[Extents]:
+        """The calls that move one block, in order, and what each of them moves.
+
+        For several blocks, each call takes its extents of all of them: by-layer makes num_layers
+        calls, the others one. Together the extents cover the block exactly once.
+        """
+        if mode is TransferMode.AGGREGATED:
+            return [Extents(array("q", [0]), array("q", [self.block_bytes]))]
+        layers = [self._layer(layer) for layer in range(self.num_layers)]
+        if mode is TransferMode.BY_LAYER:
+            return layers
+        every = Extents(array("q"), array("q"))
+        for offsets, lengths in layers:
+            every.offsets.extend(offsets)
+            every.lengths.extend(lengths)
+        return [every]
+
+    def _layer(self, layer: int) -> Extents:
+        offsets = (self.offset(layer, part) for part in range(len(self.parts)))
+        return Extents(array("q", offsets), array("q", self.part_bytes))
