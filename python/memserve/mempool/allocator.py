@@ -1,0 +1,101 @@
+"""Who owns each slot of an arena: one state per slot, and that array is the authority.
+
+    FREE -> PRIVATE -> CACHED -> FREE            alloc, insert, evict
+    FREE -> RESERVED -> PRIVATE                  reserve, commit: then as above
+    PRIVATE | RESERVED -> FREE                   free, cancel
+    CACHED | RESERVED -> QUARANTINED -> FREE     somebody may still read, or still write
+
+Knows no keys and no bytes. Not thread-safe: its pool locks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from enum import IntEnum
+
+from memserve.core.errors import BlockStateError, InvariantViolated
+
+
+class SlotState(IntEnum):
+    """What may happen to a slot's bytes."""
+
+    FREE = 0
+    PRIVATE = 1
+    """A caller's alone: it may write, and has to publish or free it."""
+    CACHED = 2
+    """In the index: nobody writes, lease holders read."""
+    RESERVED = 3
+    """Promised to a writer elsewhere."""
+    QUARANTINED = 4
+    """Out of the index or past its reservation, but somebody may still touch the bytes."""
+
+
+class Allocator:
+    """`num_slots` slots, all FREE at first."""
+
+    def __init__(self, num_slots: int) -> None:
+        self.num_slots = num_slots
+        self._states = bytearray(num_slots)
+        self._free = list(range(num_slots - 1, -1, -1))
+        self._counts = [num_slots, 0, 0, 0, 0]
+
+    def count(self, state: SlotState) -> int:
+        return self._counts[state]
+
+    def state(self, slot: int) -> SlotState:
+        return SlotState(self._states[slot])
+
+    def take(self, num_blocks: int, state: SlotState) -> list[int]:
+        """Turn that many FREE slots into PRIVATE or RESERVED ones. The pool saw to it that there are."""
+        start = len(self._free) - num_blocks
+        if start < 0 or num_blocks < 0:
+            raise InvariantViolated(f"{num_blocks} slots taken of {len(self._free)} free ones")
+        slots = self._free[start:]
+        del self._free[start:]
+        states = self._states
+        for slot in slots:
+            states[slot] = state
+        self._counts[SlotState.FREE] -= num_blocks
+        self._counts[state] += num_blocks
+        return slots
+
+    def move(self, slots: Sequence[int], before: SlotState, after: SlotState) -> None:
+        """Change the state of all `slots`. All or nothing.
+
+        Raises BlockStateError, changing nothing, if one is not `before`, not here, or named twice.
+        """
+        if slots and min(slots) < 0:  # would count from the end
+            raise BlockStateError("a block of another pool")
+        states = self._states
+        done = 0
+        try:
+            for slot in slots:
+                if states[slot] != before:
+                    raise BlockStateError(
+                        f"slot {slot} is {SlotState(states[slot]).name}, not {before.name}, or named twice"
+                    )
+                states[slot] = after
+                done += 1
+        except (BlockStateError, IndexError) as error:
+            for slot in slots[:done]:
+                states[slot] = before
+            if isinstance(error, IndexError):
+                raise BlockStateError("a block of another pool") from None
+            raise
+        self._counts[before] -= done
+        self._counts[after] += done
+        if after is SlotState.FREE:
+            self._free.extend(slots)
+
+    def require(self, slots: Sequence[int], state: SlotState) -> None:
+        """Raises BlockStateError if one of `slots` is not in that state, not here, or named twice."""
+        if not slots:
+            return
+        if min(slots) < 0 or max(slots) >= self.num_slots:
+            raise BlockStateError("a block of another pool")
+        states = self._states
+        for slot in slots:
+            if states[slot] != state:
+                raise BlockStateError(f"slot {slot} is {SlotState(states[slot]).name}, not {state.name}")
+        if len(set(slots)) != len(slots):
+            raise BlockStateError("a block is named twice")
