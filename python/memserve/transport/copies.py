@@ -36,8 +36,9 @@ class Copies:
     num_bytes: Int64s
 
     def __post_init__(self) -> None:
-        shapes = {column.shape for column in self._columns()}
-        if len(shapes) != 1 or len(next(iter(shapes))) != 1:
+        shape = self.num_bytes.shape
+        if len(shape) != 1 or any(column.shape != shape for column in self._columns()):
+            shapes = {column.shape for column in self._columns()}
             raise OutOfBounds(f"a batch of copies needs five columns of one length, not {shapes}")
 
     @classmethod
@@ -77,8 +78,8 @@ class Vectors:
         self._rows[:, 1] = lengths
         self._pointer: int = self._rows.__array_interface__["data"][0]
         self._next = 0
-        self.num_bytes = int(lengths.sum())
-        """Bytes that are left."""
+        self.nbytes = int(lengths.sum())
+        """Bytes that are left; a memoryview calls them the same."""
 
     def __len__(self) -> int:
         return len(self._rows) - self._next
@@ -91,13 +92,13 @@ class Vectors:
     def first_bytes(self, count: int) -> int:
         """Bytes in the first `count` rows that are left."""
         if count == len(self):
-            return self.num_bytes
+            return self.nbytes
         return int(self._rows[self._next : self._next + count, 1].sum())
 
     def take(self, num_bytes: int) -> None:
         """Move past the first `num_bytes` bytes."""
-        self.num_bytes -= num_bytes
-        if not self.num_bytes:
+        self.nbytes -= num_bytes
+        if not self.nbytes:
             self._next = len(self._rows)
             return
         ends = np.cumsum(self._rows[self._next :, 1])
@@ -107,6 +108,10 @@ class Vectors:
         if into:
             self._rows[self._next, 0] += into
             self._rows[self._next, 1] -= into
+
+
+Memory = Vectors | memoryview
+"""Bytes to send or to fill: many pieces, or one."""
 
 
 def merge_pairs(local: Int64s, remote: Int64s, lengths: Int64s) -> tuple[Int64s, Int64s, Int64s]:

@@ -31,9 +31,10 @@ from memserve.core.errors import (
 from memserve.core.ids import Epoch
 from memserve.transport import tcp_wire
 from memserve.transport.base import Peer, Transport
-from memserve.transport.copies import Copies, Vectors, merge
-from memserve.transport.regions import Int64s, Region
+from memserve.transport.copies import Copies, Memory
+from memserve.transport.regions import Region
 from memserve.transport.syscalls import SocketVectors
+from memserve.transport.tcp_regions import rows_of
 from memserve.transport.tcp_server import TcpServer
 from memserve.transport.tcp_stream import Stream
 from memserve.transport.tcp_wire import Operation
@@ -148,13 +149,16 @@ class TcpTransport(Transport):
 
     def _move(self, peer: Peer, copies: Copies, operation: Operation, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
-        regions = self._server.regions
-        addresses = regions.resolve(copies.local_regions, copies.local_offsets, copies.num_bytes)
+        starts = range(0, len(copies), tcp_wire.MAX_ROWS)
+        parts = [copies.part(start, start + tcp_wire.MAX_ROWS) for start in starts]
+        local = [
+            self._server.regions.memory(rows_of(part.local_regions, part.local_offsets, part.num_bytes))
+            for part in parts
+        ]
         link = self._take(peer, deadline)
         try:
-            for start in range(0, len(copies), tcp_wire.MAX_ROWS):
-                stop = start + tcp_wire.MAX_ROWS
-                self._ask(link.stream, operation, copies.part(start, stop), addresses[start:stop], deadline)
+            for part, memory in zip(parts, local, strict=True):
+                self._ask(link.stream, operation, part, memory, deadline)
         except OutOfBounds:
             self._give(peer, link)
             raise
@@ -172,21 +176,18 @@ class TcpTransport(Transport):
         self._give(peer, link)
 
     def _ask(
-        self, stream: Stream, operation: Operation, copies: Copies, addresses: Int64s, deadline: float
+        self, stream: Stream, operation: Operation, copies: Copies, memory: Memory, deadline: float
     ) -> None:
         """One request and its answer."""
-        rows = np.stack((copies.remote_regions, copies.remote_offsets, copies.num_bytes), axis=1)
-        merged, lengths = merge(addresses, copies.num_bytes)
-        request = tcp_wire.request(operation, rows, int(lengths.sum()))
-        if operation == Operation.WRITE:
-            head = np.frombuffer(request, np.uint8)
-            merged = np.concatenate(([head.ctypes.data], merged))
-            stream.send(Vectors(merged, np.concatenate(([len(head)], lengths))), deadline)
+        rows = rows_of(copies.remote_regions, copies.remote_offsets, copies.num_bytes)
+        request = tcp_wire.request(operation, rows, memory.nbytes)
+        if operation is Operation.WRITE:
+            stream.send(request, memory, deadline)
             tcp_wire.receive_reply(stream, deadline)
         else:
             stream.send_bytes(request, deadline)
             tcp_wire.receive_reply(stream, deadline)
-            stream.receive(Vectors(merged, lengths), deadline)
+            stream.receive(memory, deadline)
 
     def _take(self, peer: Peer, deadline: float) -> _Link:
         """A connection that no other thread uses, made if need be."""

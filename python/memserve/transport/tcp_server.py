@@ -11,8 +11,7 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from memserve.core.errors import (
@@ -26,9 +25,10 @@ from memserve.core.errors import (
 )
 from memserve.core.ids import Epoch
 from memserve.transport import tcp_wire
-from memserve.transport.copies import Vectors, merge
-from memserve.transport.regions import Int64s, Region, RegionTable
+from memserve.transport.copies import Memory
+from memserve.transport.regions import Int64s, Region
 from memserve.transport.syscalls import SocketVectors
+from memserve.transport.tcp_regions import OwnRegions, Rows, first_words
 from memserve.transport.tcp_stream import NO_DEADLINE, Stream
 from memserve.transport.tcp_wire import Operation, Status
 
@@ -47,7 +47,7 @@ class _Visit:
     stream: Stream
     epoch: Epoch
     connection_id: int
-    region_ids: Int64s | None = None
+    region_ids: Int64s | tuple[int] | None = None
     """Regions that a copy in progress touches."""
     is_cut: bool = False
 
@@ -57,7 +57,7 @@ class TcpServer:
 
     def __init__(self, host: str, port: int, epoch: Epoch, keys: tcp_wire.Authenticator) -> None:
         """Listen on `host:port` (0: the system picks one). Raises ConfigError if that cannot be."""
-        self.regions = RegionTable()
+        self.regions = OwnRegions()
         self._epoch = epoch
         self._keys = keys
         self._calls = SocketVectors()
@@ -186,39 +186,40 @@ class TcpServer:
     def _answer(self, visit: _Visit) -> None:
         stream = visit.stream
         operation, rows, num_bytes = tcp_wire.receive_request(stream, NO_DEADLINE)
-        if operation == Operation.SETTLE:
-            self._settle(visit, frozenset(rows[:, 0].tolist()))
+        if operation is Operation.SETTLE:
+            self._settle(visit, frozenset(int(given_up) for given_up in first_words(rows)))
             return
         try:
-            with self._copying(visit, rows) as vectors:
-                if vectors.num_bytes != num_bytes:
-                    raise WireMismatch(f"malformed request: {num_bytes} bytes do not fill its rows")
-                if operation == Operation.WRITE:
-                    stream.receive(vectors, NO_DEADLINE)
-                else:
-                    stream.send_bytes(tcp_wire.reply(Status.DONE), NO_DEADLINE)
-                    stream.send(vectors, NO_DEADLINE)
+            memory = self._borrow(visit, rows)
         except OutOfBounds as error:
-            if operation == Operation.WRITE:
+            if operation is Operation.WRITE:
                 stream.discard(num_bytes, NO_DEADLINE)
             stream.send_bytes(tcp_wire.reply(Status.OUT_OF_BOUNDS, str(error)), NO_DEADLINE)
             return
-        if operation == Operation.WRITE:
-            stream.send_bytes(tcp_wire.reply(Status.DONE), NO_DEADLINE)
-
-    @contextmanager
-    def _copying(self, visit: _Visit, rows: Int64s) -> Iterator[Vectors]:
-        """The memory that a request's rows mean, which nobody takes back inside the block."""
-        with self._changed:
-            if visit.is_cut:
-                raise InstanceLost(visit.stream.name, "this end was told to stop")
-            addresses = self.regions.resolve(rows[:, 0], rows[:, 1], rows[:, 2])
-            visit.region_ids = rows[:, 0]
         try:
-            yield Vectors(*merge(addresses, rows[:, 2]))
+            if memory.nbytes != num_bytes:
+                raise WireMismatch(f"malformed request: {num_bytes} bytes do not fill its rows")
+            if operation is Operation.WRITE:
+                stream.receive(memory, NO_DEADLINE)
+            else:
+                stream.send(tcp_wire.reply(Status.DONE), memory, NO_DEADLINE)
         finally:
             with self._changed:
                 visit.region_ids = None
+        if operation is Operation.WRITE:
+            stream.send_bytes(tcp_wire.reply(Status.DONE), NO_DEADLINE)
+
+    def _borrow(self, visit: _Visit, rows: Rows) -> Memory:
+        """The memory that a request's rows mean, which nobody takes back until region_ids is None again.
+
+        Raises OutOfBounds, or InstanceLost if the connection was cut meanwhile; nothing is borrowed then.
+        """
+        with self._changed:
+            if visit.is_cut:
+                raise InstanceLost(visit.stream.name, "this end was told to stop")
+            memory = self.regions.memory(rows)
+            visit.region_ids = first_words(rows)
+        return memory
 
     def _settle(self, visit: _Visit, given_up: frozenset[int]) -> None:
         """Cut connections that their initiator has given up, and say when they are over."""

@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from memserve.core.errors import InstanceLost, TransferTimeout
-from memserve.transport.copies import Vectors
+from memserve.transport.copies import Memory, Vectors
 from memserve.transport.syscalls import SocketVectors
 
 NO_DEADLINE = math.inf
@@ -24,6 +24,8 @@ NO_DEADLINE = math.inf
 _TIMEVAL = struct.Struct("@ll")
 _ABORT = struct.pack("@ii", 1, 0)
 _DISCARD_BYTES = 1 << 16
+_SLICE_S = 1.0
+"""What a call waits at most before it is made again: far deadlines need no timeout of their own each."""
 
 
 class Stream:
@@ -43,35 +45,46 @@ class Stream:
         self.name = name
         self._socket = connection
         self._calls = calls
-        self._limited: dict[int, float] = {}
+        # what the kernel has been told; 0 is none
+        self._limits: dict[int, float] = {socket.SO_SNDTIMEO: 0.0, socket.SO_RCVTIMEO: 0.0}
 
-    def send(self, vectors: Vectors, deadline: float) -> None:
-        """Hand all of `vectors` to the kernel."""
-        while len(vectors):
+    def send(self, head: bytes, memory: Memory, deadline: float) -> None:
+        """Hand a short message and then all of `memory` to the kernel."""
+        if isinstance(memory, memoryview):
+            self._send_both(head, memory, deadline)
+            return
+        self.send_bytes(head, deadline, socket.MSG_MORE if len(memory) else 0)
+        while len(memory):
             self._limit(socket.SO_SNDTIMEO, deadline)
             try:
-                vectors.take(self._calls.send(self._socket.fileno(), vectors))
+                memory.take(self._calls.send(self._socket.fileno(), memory))
             except OSError as error:
                 self._check(error, deadline)
 
-    def receive(self, vectors: Vectors, deadline: float) -> None:
-        """Fill all of `vectors`."""
-        while len(vectors):
+    def receive(self, memory: Memory, deadline: float) -> None:
+        """Fill all of `memory`."""
+        while len(memory):
             self._limit(socket.SO_RCVTIMEO, deadline)
             try:
-                received = self._calls.receive(self._socket.fileno(), vectors)
+                if isinstance(memory, memoryview):
+                    received = self._socket.recv_into(memory, 0, socket.MSG_WAITALL)
+                else:
+                    received = self._calls.receive(self._socket.fileno(), memory)
             except OSError as error:
                 self._check(error, deadline)
                 continue
             self._check_open(received)
-            vectors.take(received)
+            if isinstance(memory, memoryview):
+                memory = memory[received:]
+            else:
+                memory.take(received)
 
-    def send_bytes(self, data: bytes, deadline: float) -> None:
+    def send_bytes(self, data: bytes, deadline: float, flags: int = 0) -> None:
         """Send a short message."""
         while data:
             self._limit(socket.SO_SNDTIMEO, deadline)
             try:
-                data = data[self._socket.send(data, socket.MSG_NOSIGNAL) :]
+                data = data[self._socket.send(data, flags | socket.MSG_NOSIGNAL) :]
             except OSError as error:
                 self._check(error, deadline)
 
@@ -109,18 +122,29 @@ class Stream:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, _ABORT)
         self._socket.close()
 
+    def _send_both(self, head: bytes, view: memoryview, deadline: float) -> None:
+        """One system call, as long as the kernel takes it all."""
+        while head or view:
+            self._limit(socket.SO_SNDTIMEO, deadline)
+            try:
+                sent = self._socket.sendmsg((head, view), (), socket.MSG_NOSIGNAL)
+            except OSError as error:
+                self._check(error, deadline)
+                continue
+            view = view[max(sent - len(head), 0) :]
+            head = head[sent:]
+
     def _limit(self, option: int, deadline: float) -> None:
         """The kernel's own timeout keeps the calls blocking, which is what makes them fast."""
-        if deadline == NO_DEADLINE:
-            if self._limited.get(option) == NO_DEADLINE:
-                return
-            timeval = _TIMEVAL.pack(0, 0)
-        else:
-            left = max(deadline - time.monotonic(), 1e-6)
-            timeval = _TIMEVAL.pack(int(left), max(int(left % 1 * 1e6), 1))
-        self._limited[option] = deadline
+        limit = 0.0  # which means none
+        if deadline != NO_DEADLINE:
+            limit = min(max(deadline - time.monotonic(), 1e-6), _SLICE_S)
+        if self._limits[option] == limit:
+            return
+        self._limits[option] = limit
+        seconds, microseconds = divmod(math.ceil(limit * 1e6), 10**6)
         with contextlib.suppress(OSError):
-            self._socket.setsockopt(socket.SOL_SOCKET, option, timeval)
+            self._socket.setsockopt(socket.SOL_SOCKET, option, _TIMEVAL.pack(seconds, microseconds))
 
     def _check(self, error: OSError, deadline: float) -> None:
         """Return if the call is to be made again."""

@@ -32,7 +32,7 @@ import numpy as np
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import MemServeError, OutOfBounds, StaleEpoch, TransferFailed, WireMismatch
 from memserve.core.ids import Epoch
-from memserve.transport.regions import Int64s
+from memserve.transport.tcp_regions import Rows
 from memserve.transport.tcp_stream import Stream, vectors_of
 
 VERSION = 1
@@ -129,22 +129,25 @@ def welcome(stream: Stream, epoch: Epoch, keys: Authenticator, deadline: float) 
     return Hello(Epoch(theirs), Epoch(expected), connection_id)
 
 
-def request(operation: Operation, rows: Int64s, num_bytes: int) -> bytes:
-    """A request in bytes, up to what it carries. `rows` is [n, 3]; n may be 0."""
+def request(operation: Operation, rows: Rows, num_bytes: int) -> bytes:
+    """A request in bytes, up to what it carries. There may be no rows."""
+    if isinstance(rows, tuple):
+        return _REQUEST.pack(operation, 1, num_bytes, *rows)
     first = rows[0].tolist() if len(rows) else (0, 0, 0)
     return _REQUEST.pack(operation, len(rows), num_bytes, *first) + rows[1:].tobytes()
 
 
-def receive_request(stream: Stream, deadline: float) -> tuple[Operation, Int64s, int]:
+def receive_request(stream: Stream, deadline: float) -> tuple[Operation, Rows, int]:
     """The next request: operation, rows and bytes that follow. Raises WireMismatch for nonsense."""
     head = stream.receive_bytes(_REQUEST.size, deadline)
-    code, num_rows, num_bytes, *first = _REQUEST.unpack(head)
+    code, num_rows, num_bytes, region_id, offset, length = _REQUEST.unpack(head)
     if code not in _OPERATIONS or num_rows > MAX_ROWS:
         raise WireMismatch(f"malformed request: operation {code}, {num_rows} rows")
+    if num_rows == 1:
+        return Operation(code), (region_id, offset, length), num_bytes
     rows = np.empty((num_rows, 3), np.int64)
     if num_rows:
-        rows[0] = first
-    if num_rows > 1:
+        rows[0] = region_id, offset, length
         stream.receive(vectors_of(rows[1:]), deadline)
     return Operation(code), rows, num_bytes
 

@@ -44,12 +44,12 @@ def test_vectors_are_taken_byte_by_byte(lengths: list[int], data: st.DataObject)
     ]  # fmt: skip
     taken = 0
     while len(vectors):
-        assert vectors.num_bytes == len(everything) - taken
+        assert vectors.nbytes == len(everything) - taken
         address, length = (ctypes.c_int64 * 2).from_address(vectors.pointer)
         assert everything[taken] == address
         assert everything[taken : taken + length] == list(range(address, address + length))
         assert vectors.first_bytes(1) == length
-        step = data.draw(st.integers(1, vectors.num_bytes))
+        step = data.draw(st.integers(1, vectors.nbytes))
         vectors.take(step)
         taken += step
     assert taken == len(everything)
