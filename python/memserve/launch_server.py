@@ -53,6 +53,11 @@ class InstanceConfig:
     mooncake_protocol: Literal["rdma", "tcp"] | None = setting(
         None, "what mooncake runs over (default: rdma where there is a device for it, else tcp)"
     )
+    dram_gib: float = setting(
+        0.0,
+        "GiB of DRAM that keep what the radix cache evicts, all ranks together; 0 for none",
+        metavar="GIB",
+    )
     cluster_key_file: Path | None = setting(
         None, "file with the cluster's shared secret; needed as soon as traffic leaves this machine"
     )
@@ -67,6 +72,8 @@ class InstanceConfig:
             host, _, port = self.router.rpartition(":")
             if not host or not port.isdigit():
                 raise ConfigError(f"--router {self.router}: write HOST:PORT, as launch_router prints it")
+        if self.dram_gib < 0:
+            raise ConfigError("--dram-gib cannot be negative")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -109,8 +116,9 @@ def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str]
         on_cpu=is_cpu_machine() or config.role is Role.COLOCATED,
         has_rdma=bool(rdma_devices()),
     )
+    argv = [*server_flags.dram_flags(config.role, config.dram_gib), *sglang_argv]
     key_file = str(config.cluster_key_file.resolve()) if config.cluster_key_file else None
-    server_args = server.prepare(config.role, EngineSettings(transfer, protocol, key_file), sglang_argv)
+    server_args = server.prepare(config.role, EngineSettings(transfer, protocol, key_file), argv)
     if key is None and config.role is not Role.COLOCATED and not is_loopback(server_args.host):
         raise ConfigError(
             f"--host {server_args.host} lets KV leave this machine: give every instance --cluster-key-file"

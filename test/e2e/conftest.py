@@ -1,7 +1,8 @@
 """Two clusters of real SGLang servers, started at once and shared by every test here.
 
 `local`  one pair that hands KV over within the host's memory
-`tcp`    one pair over our tcp transport, under a cluster key; tests may kill its servers
+`tcp`    one pair over our tcp transport, under a cluster key, whose prefill has a small radix cache
+         over a DRAM tier; tests may kill its servers
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from memserve.testing.cluster import Cluster, Process, is_ready, wait_for
 from memserve.wire.messages import Role
 
 REQUEST_TIMEOUT_S = 60
+SMALL_HBM_TOKENS = 2048
 
 
 def num_requests(server_url: str) -> int:
@@ -34,6 +36,7 @@ class Pair:
     cluster: Cluster
     model: Path
     flags: tuple[str, ...]
+    prefill_flags: tuple[str, ...] = ()
 
     @property
     def url(self) -> str:
@@ -41,7 +44,8 @@ class Pair:
 
     def launch(self, role: Role) -> Process:
         """Start the server of this role, also after it was killed."""
-        return self.cluster.launch(str(role), role, self.model, *self.flags)
+        flags = self.flags + (self.prefill_flags if role is Role.PREFILL else ())
+        return self.cluster.launch(str(role), role, self.model, *flags)
 
     def post(self, path: str, body: Any, **kwargs: Any) -> requests.Response:
         return requests.post(f"{self.url}{path}", json=body, timeout=REQUEST_TIMEOUT_S, **kwargs)
@@ -90,6 +94,7 @@ def pairs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
                 stack.enter_context(Cluster(logs / "tcp", router_flags=keyed)),
                 tiny_model,
                 ("--transfer", "tcp", *keyed),
+                ("--max-total-tokens", str(SMALL_HBM_TOKENS), "--dram-gib", "0.05"),
             ),
         }
         for pair in pairs.values():

@@ -40,6 +40,7 @@ THIRD_PARTY = {
     "core": {"msgspec"},
     "wire": {"msgspec", "zmq"},
     "transport": {"numpy", "mooncake"},
+    "mempool": {"numpy", "xxhash"},
     "router": {"aiohttp", "msgspec", "uvloop"},
 }
 

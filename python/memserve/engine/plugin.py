@@ -13,7 +13,7 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import msgspec
 
@@ -21,6 +21,9 @@ from memserve.core.errors import MemServeError
 from memserve.engine import seams
 from memserve.engine.machine import is_cpu_machine
 from memserve.transport.select import MooncakeProtocol, TransportName
+
+if TYPE_CHECKING:
+    from memserve.engine.linker import MemPoolLinker
 
 SETTINGS_VARIABLE = "MEMSERVE_ENGINE"
 
@@ -57,7 +60,8 @@ def register() -> None:
             engine = drop_in(msgspec.json.decode(settings, type=EngineSettings))
             HookRegistry.register(seams.TRANSFER_ENGINE, engine, HookType.REPLACE)
             if seams.SCHEDULER_MODULE in sys.modules:
-                HookRegistry.register(seams.INTERNAL_STATE, report_transfers, HookType.AFTER)
+                HookRegistry.register(seams.INTERNAL_STATE, report_state, HookType.AFTER)
+                HookRegistry.register(seams.OFFLOAD_NODE, name_offload_parent, HookType.BEFORE)
     except MemServeError as error:
         raise SystemExit(f"memserve: {error}") from error
 
@@ -83,14 +87,34 @@ def drop_in(settings: EngineSettings) -> type[Any]:
     return DropInTransferEngine
 
 
-def report_transfers(output: Any, *_: Any) -> Any:
-    """Add what this scheduler's engine has written to its part of `/server_info`."""
+def report_state(output: Any, inquirer: Any, *_: Any) -> Any:
+    """Add to this scheduler's part of `/server_info` what its engine has written and its DRAM holds."""
     from memserve.disagg.transfer_engine import TransferEngine
 
+    state: dict[str, Any] = {}
     engine = pkgutil.resolve_name(seams.SHARED_ENGINE)()
     if isinstance(engine, TransferEngine):
-        output.internal_state["memserve"] = {"transfer": asdict(engine.stats().total)}
+        state["transfer"] = asdict(engine.stats().total)
+    linker = _linker_of(getattr(inquirer, "tree_cache", None))
+    if linker is not None:
+        state["dram"] = asdict(linker.stats())
+    output.internal_state["memserve"] = state
     return output
+
+
+def name_offload_parent(wrapper: Any, node_id: Any, transfers: Any) -> None:
+    """Tell our linker which page comes before a node's, which SGLang leaves out of the transfer."""
+    linker = _linker_of(wrapper.cache)
+    if linker is not None:
+        before = wrapper.cache.get_prefix_hash_values(node_id)
+        linker.offload_parent = before[-1] if before else None
+
+
+def _linker_of(tree_cache: Any) -> MemPoolLinker | None:
+    from memserve.engine.linker import MemPoolLinker
+
+    linker = getattr(getattr(tree_cache, "linker", None), "cache_linker", None)
+    return linker if isinstance(linker, MemPoolLinker) else None
 
 
 def _leave_signals_to_the_launcher() -> None:

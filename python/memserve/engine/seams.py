@@ -21,6 +21,8 @@ SIGTERM_HANDLER = "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_h
 SIGINT_HANDLER = "uvicorn.Server.handle_exit"
 SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 INTERNAL_STATE = f"{SCHEDULER_MODULE}.Scheduler.get_internal_state"
+LINKER_MODULE = "sglang.srt.mem_cache.unified_cache.unified_cache_linker"
+OFFLOAD_NODE = f"{LINKER_MODULE}.UnifiedCacheLinkerWrapper._offload_node"
 SHARED_ENGINE = f"{_MOONCAKE}:get_mooncake_transfer_engine"
 KV_SENDER = "sglang.srt.disaggregation.mooncake.conn:MooncakeKVSender"
 
@@ -126,6 +128,42 @@ SEAMS = (
         f"{SCHEDULER_MODULE}:Scheduler.get_internal_state",
         "reporting transfers in /server_info",
         parameters=("recv_req",),
+    ),
+    Seam(
+        "linker",
+        f"{LINKER_MODULE}:UnifiedCacheLinker",
+        "the DRAM tier under the radix cache",
+        members=(
+            "lookup",
+            "load",
+            "start_layer_wise_loading",
+            "finish_layer_wise_loading",
+            "cancel_queued_load",
+            "offload",
+            "num_completed_offloads",
+            "pop_completed_offload",
+            "record_offload_ready",
+            "reset",
+            "close",
+        ),
+    ),
+    Seam(
+        "layer counter",
+        f"{LINKER_MODULE}:LayerWiseLoadCounter",
+        "loading layer by layer",
+        members=("update_producer", "complete", "fail", "finish", "reset"),
+    ),
+    Seam(
+        "offload of a node",
+        f"{LINKER_MODULE}:UnifiedCacheLinkerWrapper._offload_node",
+        "learning which page comes before the offloaded ones",
+        parameters=("node_id", "transfers"),
+    ),
+    Seam(
+        "prefix hashes",
+        "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache.get_prefix_hash_values",
+        "same",
+        parameters=("node_id",),
     ),
     Seam("shared engine", SHARED_ENGINE, "finding the scheduler's transfer engine"),
     Seam("own address", "sglang.srt.utils.network:get_local_ip_auto", "telling others where we are"),

@@ -6,6 +6,7 @@ name and nothing else of it.
 
 from __future__ import annotations
 
+import json
 import os
 from dataclasses import dataclass
 
@@ -60,6 +61,27 @@ def cpu_flags(role: Role) -> list[str]:
     if role is Role.DECODE:
         flags += ["--disaggregation-decode-retraction-backup", "cpu_tensor"]
     return flags
+
+
+def dram_flags(role: Role, dram_gib: float) -> list[str]:
+    """Flags that put a DRAM tier of `dram_gib` GiB, for all ranks together, under the radix cache.
+
+    Raises ConfigError for a decode server: SGLang's decode offloads, but never loads back.
+    """
+    if dram_gib == 0:
+        return []
+    if role is Role.DECODE:
+        raise ConfigError("--dram-gib is for prefill and colocated servers: decode never loads from DRAM")
+    linker = {
+        "linker_module_path": "memserve.engine.linker",
+        "linker": "MemPoolLinker",
+        "linker_extra_config": {"dram_bytes": int(dram_gib * 2**30)},
+    }
+    return [
+        "--enable-unified-cache-external-linker",
+        *("--unified-cache-external-linker-backend", "dynamic"),
+        *("--unified-cache-external-linker-config", json.dumps(linker)),
+    ]
 
 
 def resolve_transfer(

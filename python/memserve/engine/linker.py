@@ -1,0 +1,234 @@
+"""SGLang's external cache linker over a MemPool: the DRAM tier under one rank's radix cache.
+
+    scheduler ── lookup ──> pool.num_cached                 microseconds, local knowledge only
+              ── load ────> lease and verify ──> loader: DRAM → HBM, layer by layer, under the forward
+              ── offload ─> packer: HBM → DRAM, checksum, publish
+
+SGLang and the pool name pages by the same keys, hex there and bytes here. Serves full attention
+whose keys and values have one shape. The public methods are the scheduler thread's.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass
+from queue import SimpleQueue
+from typing import Any
+
+import torch
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.unified_cache.components import ComponentType
+from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoadCounter, UnifiedCacheLinker
+
+from memserve.core.block_keys import BlockKey, key_from_hex, keys_from_hex
+from memserve.core.errors import OutOfBlocks
+from memserve.core.ids import new_epoch
+from memserve.engine.kv_blocks import KVBlocks
+from memserve.mempool.arena import Arena
+from memserve.mempool.lease import Lease
+from memserve.mempool.pool import MemPool
+from memserve.mempool.records import PoolStats
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class _Load:
+    """Leased blocks on their way into one request's private tokens."""
+
+    rid: str
+    lease: Lease
+    tokens: torch.Tensor
+
+
+@dataclass(frozen=True, slots=True)
+class _Offload:
+    """Pages of one tree node, locked by SGLang until the offload is reported done."""
+
+    keys: list[BlockKey]
+    parent: BlockKey | None
+    tokens: torch.Tensor
+    ready: list[Any]
+    """Device events to wait for; none on the CPU, where the forward has ended."""
+
+
+class MemPoolLinker(UnifiedCacheLinker):
+    """See the module. `extra_config` is {"dram_bytes": bytes of DRAM for all ranks of the server}."""
+
+    def __init__(
+        self,
+        server_args: Any,
+        params: Any,
+        *,
+        components: set[ComponentType],
+        extra_config: dict[str, Any],
+        forward_stream: Any = None,
+    ) -> None:
+        """Raises ValueError for a KV pool it does not serve, ConfigError if there is too little DRAM."""
+        if components != {ComponentType.FULL}:
+            names = ", ".join(sorted(component.name for component in components))
+            raise ValueError(f"the DRAM tier serves full attention, not {names}: leave --dram-gib out")
+        device_pool = params.token_to_kv_pool_allocator.get_kvcache()
+        self._blocks = KVBlocks(
+            device_pool,
+            params.page_size,
+            model=server_args.model_path,
+            rank=params.tp_cache_group.rank() if params.tp_cache_group is not None else 0,
+            num_ranks=server_args.tp_size,
+        )
+        layout = self._blocks.layout
+        dram_bytes = extra_config["dram_bytes"] // server_args.tp_size
+        arena = Arena(layout.block_bytes, max(1, dram_bytes // layout.block_bytes))
+        self._pool = MemPool(layout, arena, new_epoch())
+        self._blocks.attach(arena)
+        self.pools = {PoolName.KV: device_pool}
+        self.forward_stream = forward_stream
+        self.layer_done_counter = LayerWiseLoadCounter(device_pool.layer_num)
+        self.offload_parent: str | None = None
+        """Set before each `offload`: the key of the page before its first one."""
+        self._queued: list[_Load] = []
+        self._done: deque[bool] = deque()
+        self._packer = _Worker("mempool-packer")
+        self._loader = _Worker("mempool-loader")
+        logger.info("dram tier ready blocks=%d block_bytes=%d", arena.num_slots, layout.block_bytes)
+
+    def stats(self) -> PoolStats:
+        """The pool's numbers, of this moment."""
+        return self._pool.stats()
+
+    def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
+        """Every prefix length, in pages, that DRAM could restore."""
+        return list(range(1, self._pool.num_cached(keys_from_hex(transfers[0].keys)) + 1))
+
+    def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
+        """Queue a load; False, and the pages are recomputed, if a block is gone or corrupt by now."""
+        (transfer,) = transfers
+        keys = keys_from_hex(transfer.keys)
+        lease = self._pool.acquire(self._pool.match(keys))
+        if len(lease) < len(keys) or self._pool.verify(lease) < len(keys):
+            self._pool.release(lease)
+            return False
+        self._queued.append(_Load(rid, lease, transfer.device_indices))
+        return True
+
+    def start_layer_wise_loading(self) -> int:
+        """Start what is queued; the index under which the forward waits for it, -1 for nothing."""
+        if not self._queued:
+            return -1
+        loads, self._queued = self._queued, []
+        index: int = self.layer_done_counter.update_producer()
+        self._loader.submit(lambda: self._run_loads(index, loads))
+        return index
+
+    def finish_layer_wise_loading(self, counter_index: int) -> bool:
+        return bool(self.layer_done_counter.finish(counter_index))
+
+    def cancel_queued_load(self, rid: str) -> bool:
+        cancelled = [load for load in self._queued if load.rid == rid]
+        self._queued = [load for load in self._queued if load.rid != rid]
+        for load in cancelled:
+            self._pool.release(load.lease)
+        return bool(cancelled)
+
+    def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
+        """Queue a node's pages for DRAM. SGLang keeps them in place until the offload is popped."""
+        (transfer,) = transfers
+        parent = key_from_hex(self.offload_parent) if self.offload_parent else None
+        ready = [] if transfer.device_indices.device.type == "cpu" else self.record_offload_ready()
+        task = _Offload(keys_from_hex(transfer.keys), parent, transfer.device_indices, ready)
+        self._packer.submit(lambda: self._done.append(self._pack(task)))
+        return True
+
+    def num_completed_offloads(self) -> int:
+        return len(self._done)
+
+    def pop_completed_offload(self) -> bool:
+        return self._done.popleft()
+
+    def reset(self) -> None:
+        """Wait for what is under way, then forget every block: SGLang's cache is being flushed."""
+        for load in self._queued:
+            self._pool.release(load.lease)
+        self._queued = []
+        self._packer.drain()
+        self._loader.drain()
+        self._done.clear()
+        self._pool.clear()
+        self.layer_done_counter.reset()
+
+    def close(self) -> None:
+        """Stop both threads; the memory goes with the process."""
+        self.reset()
+        self._packer.close()
+        self._loader.close()
+
+    def _run_loads(self, index: int, loads: list[_Load]) -> None:
+        """Loader thread. A failure reaches only these requests, through `finish`."""
+        try:
+            slots = [slot for load in loads for slot in self._pool.slots(load.lease.addrs)]
+            tokens = torch.cat([load.tokens for load in loads])
+            for layer in range(self.layer_done_counter.num_layers):
+                self._blocks.load_layer(layer, slots, tokens)
+                self.layer_done_counter.complete(index, layer)
+        except (RuntimeError, IndexError) as error:
+            logger.error("load from dram failed rids=%s: %s", [load.rid for load in loads], error)
+            self.layer_done_counter.fail(index, error)
+        finally:
+            for load in loads:
+                self._pool.release(load.lease)
+
+    def _pack(self, task: _Offload) -> bool:
+        """Packer thread. Whether the pages are in DRAM now; a full pool is no failure of anybody's."""
+        known = self._pool.num_cached(task.keys)
+        keys, parent = task.keys[known:], task.keys[known - 1] if known else task.parent
+        if not keys:
+            return True
+        for event in task.ready:
+            event.synchronize()
+        try:
+            addrs = self._pool.alloc_mem(len(keys))
+        except OutOfBlocks as error:
+            logger.warning("not offloaded pages=%d: %s", len(keys), error)
+            return False
+        page = self._blocks.layout.page_tokens
+        self._blocks.pack(self._pool.slots(addrs), task.tokens[known * page :])
+        self._pool.seal(addrs)
+        inserted = self._pool.insert(keys, addrs, parent)
+        self._pool.free_mem([*inserted.duplicates, *inserted.orphans])
+        return not inserted.orphans
+
+
+class _Worker:
+    """One thread that does what it is given, in order. A task that raises ends the process."""
+
+    def __init__(self, name: str) -> None:
+        self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, task: Callable[[], object]) -> None:
+        self._tasks.put(task)
+
+    def drain(self) -> None:
+        """Return when everything submitted so far is done."""
+        if self._thread.is_alive():
+            reached = threading.Event()
+            self._tasks.put(reached.set)
+            reached.wait()
+
+    def close(self) -> None:
+        """Do what was submitted, then end. Idempotent."""
+        self._tasks.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while (task := self._tasks.get()) is not None:
+                task()
+        except Exception:
+            logger.exception("a thread of the memory pool failed; this process cannot go on")
+            os._exit(1)

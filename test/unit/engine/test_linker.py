@@ -1,0 +1,189 @@
+"""The DRAM tier under SGLang's linker interface, over a device pool in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.unified_cache.components import ComponentType
+
+from memserve.core.block_keys import page_keys
+from memserve.engine.kv_blocks import PACK_BLOCKS, KVBlocks
+from memserve.engine.linker import MemPoolLinker
+from memserve.mempool.arena import Arena
+from memserve.testing.cluster import wait_for
+
+LAYERS, HEADS, DIM, PAGE, TOKENS = 3, 2, 4, 4, 4 * 256
+BLOCK_BYTES = LAYERS * 2 * PAGE * HEADS * DIM * 4
+
+
+def device_pool(dtype: torch.dtype = torch.float32) -> Any:
+    torch.manual_seed(0)
+
+    def buffers() -> list[torch.Tensor]:
+        return [torch.randn(TOKENS, HEADS, DIM).to(dtype) for _ in range(LAYERS)]
+
+    return SimpleNamespace(k_buffer=buffers(), v_buffer=buffers(), layer_num=LAYERS)
+
+
+def make_linker(pool: Any, num_blocks: int = 64) -> MemPoolLinker:
+    allocator = SimpleNamespace(get_kvcache=lambda: pool)
+    return MemPoolLinker(
+        SimpleNamespace(model_path="model", tp_size=1),
+        SimpleNamespace(token_to_kv_pool_allocator=allocator, page_size=PAGE, tp_cache_group=None),
+        components={ComponentType.FULL},
+        extra_config={"dram_bytes": num_blocks * BLOCK_BYTES},
+    )
+
+
+@pytest.fixture
+def pool() -> Any:
+    return device_pool()
+
+
+@pytest.fixture
+def linker(pool: Any) -> Iterator[MemPoolLinker]:
+    linker = make_linker(pool)
+    yield linker
+    linker.close()
+    stats = linker.stats()
+    assert stats.private == stats.reserved == stats.quarantined == stats.leases == 0
+
+
+def transfer(num_pages: int, *, first_token: int = 0, seed: int = 0) -> PoolTransfer:
+    """Pages of one prompt, in device tokens from `first_token` on."""
+    keys = [key.hex() for key in page_keys([seed] * num_pages * PAGE, PAGE)]
+    tokens = torch.arange(first_token, first_token + num_pages * PAGE)
+    return PoolTransfer(name=PoolName.KV, keys=keys, device_indices=tokens)
+
+
+def offload(linker: MemPoolLinker, pages: PoolTransfer, parent: str | None = None) -> bool:
+    linker.offload_parent = parent
+    assert linker.offload([pages])
+    wait_for(linker.num_completed_offloads, what="the offload", timeout_s=10)
+    return linker.pop_completed_offload()
+
+
+def load(linker: MemPoolLinker, pages: PoolTransfer) -> bool:
+    if not linker.load("rid", [pages]):
+        return False
+    index = linker.start_layer_wise_loading()
+    return linker.finish_layer_wise_loading(index)
+
+
+def kv_at(pool: Any, tokens: torch.Tensor) -> torch.Tensor:
+    return torch.stack([buffer[tokens] for buffer in [*pool.k_buffer, *pool.v_buffer]])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("num_pages", [1, 3, PACK_BLOCKS, PACK_BLOCKS + 1])
+def test_pages_survive_a_round_trip_through_blocks(dtype: torch.dtype, num_pages: int) -> None:
+    pool = device_pool(dtype)
+    blocks = KVBlocks(pool, PAGE, model="model", rank=0, num_ranks=1)
+    blocks.attach(Arena(blocks.layout.block_bytes, 128))
+    slots = torch.randperm(128)[:num_pages].tolist()
+    source = torch.randperm(TOKENS // PAGE)[:num_pages, None] * PAGE + torch.arange(PAGE)
+    before = kv_at(pool, source.flatten())
+    blocks.pack(slots, source.flatten())
+    for buffer in [*pool.k_buffer, *pool.v_buffer]:
+        buffer.zero_()
+    target = torch.randperm(TOKENS // PAGE)[:num_pages, None] * PAGE + torch.arange(PAGE)
+    for layer in range(LAYERS):
+        blocks.load_layer(layer, slots, target.flatten())
+    assert torch.equal(kv_at(pool, target.flatten()), before)
+
+
+def test_what_was_offloaded_is_found_and_loaded_elsewhere(linker: MemPoolLinker, pool: Any) -> None:
+    stored = transfer(5)
+    assert linker.lookup("rid", [stored]) == []
+    assert offload(linker, stored)
+    assert linker.lookup("rid", [stored]) == [1, 2, 3, 4, 5]
+    assert linker.lookup("rid", [transfer(7)]) == [1, 2, 3, 4, 5]
+    assert linker.lookup("rid", [transfer(2, seed=1)]) == []
+    target = transfer(5, first_token=400)
+    assert load(linker, target)
+    assert torch.equal(kv_at(pool, target.device_indices), kv_at(pool, stored.device_indices))
+
+
+def test_a_later_node_joins_the_chain_of_its_parent(linker: MemPoolLinker) -> None:
+    whole = transfer(6)
+    assert whole.keys is not None
+    head = PoolTransfer(name=PoolName.KV, keys=whole.keys[:4], device_indices=torch.arange(16))
+    tail = PoolTransfer(name=PoolName.KV, keys=whole.keys[4:], device_indices=torch.arange(16, 24))
+    assert not offload(linker, tail, parent=whole.keys[3]), "nobody could find it"
+    assert linker.stats().cached == 0
+    assert offload(linker, head)
+    assert offload(linker, tail, parent=whole.keys[3])
+    assert linker.lookup("rid", [whole])[-1] == 6
+    # What the device still has is left out of a lookup.
+    assert linker.lookup("rid", [tail]) == [1, 2]
+
+
+def test_pages_that_are_there_already_are_not_stored_twice(linker: MemPoolLinker) -> None:
+    assert offload(linker, transfer(3))
+    assert offload(linker, transfer(5))
+    assert linker.stats().cached == 5
+    assert linker.stats().bytes_sealed == 5 * BLOCK_BYTES
+
+
+def test_a_flipped_bit_is_a_miss_and_never_loaded(linker: MemPoolLinker, pool: Any) -> None:
+    pages = transfer(4)
+    assert offload(linker, pages)
+    assert linker._blocks._blocks is not None
+    slot = linker._pool.slots(linker._pool.match(page_keys([0] * 4 * PAGE, PAGE)).addrs)[2]
+    linker._blocks._blocks[slot, 1, 0, 0, 0, 0] += 1
+    target = transfer(4, first_token=400)
+    before = kv_at(pool, target.device_indices)
+    assert not load(linker, target)
+    assert torch.equal(kv_at(pool, target.device_indices), before)
+    assert linker.stats().corruptions == 1
+    assert linker.lookup("rid", [pages]) == [1, 2]
+    assert load(linker, transfer(2, first_token=400))
+
+
+def test_a_full_tier_evicts_and_one_too_small_declines() -> None:
+    linker = make_linker(device_pool(), num_blocks=4)
+    assert offload(linker, transfer(3, seed=1))
+    assert offload(linker, transfer(3, seed=2))
+    assert linker.lookup("rid", [transfer(3, seed=2)])[-1] == 3
+    assert linker.stats().evictions == 2
+    assert not offload(linker, transfer(5, seed=3))
+    linker.close()
+
+
+def test_a_cancelled_load_gives_its_blocks_back(linker: MemPoolLinker) -> None:
+    assert offload(linker, transfer(3))
+    assert linker.load("rid", [transfer(3)])
+    assert linker.stats().leases == 1
+    assert not linker.cancel_queued_load("another")
+    assert linker.cancel_queued_load("rid")
+    assert linker.stats().leases == 0
+    assert linker.start_layer_wise_loading() == -1
+
+
+def test_a_load_that_fails_says_so_and_releases_its_blocks(linker: MemPoolLinker) -> None:
+    assert offload(linker, transfer(3))
+    beyond = transfer(3, first_token=TOKENS)
+    assert not load(linker, beyond)
+    wait_for(lambda: linker.stats().leases == 0, what="the lease to end", timeout_s=10)
+
+
+def test_reset_forgets_everything_and_goes_on(linker: MemPoolLinker) -> None:
+    linker.offload([transfer(3)])
+    assert linker.load("rid", [transfer(3)]) in (True, False)
+    linker.reset()
+    assert linker.lookup("rid", [transfer(3)]) == []
+    assert linker.num_completed_offloads() == 0
+    assert offload(linker, transfer(3))
+
+
+@pytest.mark.parametrize("component", [ComponentType.SWA, ComponentType.MAMBA])
+def test_a_model_it_cannot_serve_is_refused(component: ComponentType) -> None:
+    with pytest.raises(ValueError, match="--dram-gib"):
+        MemPoolLinker(None, None, components={ComponentType.FULL, component}, extra_config={})
+    with pytest.raises(ValueError, match="--dram-gib"):
+        KVBlocks(SimpleNamespace(kv_buffer=[]), PAGE, model="m", rank=0, num_ranks=1)

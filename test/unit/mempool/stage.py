@@ -1,0 +1,46 @@
+"""A small pool, and shorthand for writing blocks into it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from memserve.core.block_addr import BlockAddr
+from memserve.core.block_keys import BlockKey, page_keys
+from memserve.core.ids import Epoch
+from memserve.core.kv_layout import KVLayout
+from memserve.mempool.arena import Arena
+from memserve.mempool.eviction import Ordering, lru
+from memserve.mempool.pool import MemPool
+
+LAYOUT = KVLayout.of_heads("small", 2, 1, 1, 4, ("float32", 4))
+EPOCH = Epoch(0x1234_5678_9ABC_DEF1)
+
+
+def make_pool(num_slots: int, ordering: Ordering = lru) -> MemPool:
+    return MemPool(LAYOUT, Arena(LAYOUT.block_bytes, num_slots), EPOCH, ordering)
+
+
+def keys_of(prompt: Sequence[int]) -> list[BlockKey]:
+    """One block per token."""
+    return page_keys(prompt, 1)
+
+
+def content(key: BlockKey) -> bytes:
+    """The KV of a block: like the real thing, a function of all tokens up to it."""
+    return (key * LAYOUT.block_bytes)[: LAYOUT.block_bytes]
+
+
+def write(pool: MemPool, keys: Sequence[BlockKey]) -> list[BlockAddr]:
+    """New PRIVATE blocks with the content of these keys, sealed."""
+    addrs = pool.alloc_mem(len(keys))
+    for key, addr in zip(keys, addrs, strict=True):
+        pool.block(addr)[:] = content(key)
+    pool.seal(addrs)
+    return addrs
+
+
+def store(pool: MemPool, prompt: Sequence[int]) -> None:
+    """Have a prompt cached, the way an engine does it."""
+    keys = keys_of(prompt)
+    inserted = pool.insert(keys, write(pool, keys))
+    pool.free_mem([*inserted.duplicates, *inserted.orphans])

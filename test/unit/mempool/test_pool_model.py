@@ -1,0 +1,372 @@
+"""MemPool against plain dicts: every invariant of its contract, after every step."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from memserve.core.block_addr import BlockAddr
+from memserve.core.block_keys import BlockKey
+from memserve.core.cache_events import Follower
+from memserve.core.errors import BlockStateError, OutOfBlocks
+from memserve.mempool.eviction import ORDERINGS
+from memserve.mempool.lease import Lease
+from memserve.mempool.records import Match, Reservation
+
+from .stage import content, keys_of, make_pool
+
+NUM_SLOTS = 12
+prompts = st.lists(st.integers(0, 1), min_size=1, max_size=6)
+picks = st.integers(0, 99)
+few = st.integers(0, 4)
+
+
+@dataclass
+class Held:
+    """A lease, and the prompts of the blocks it pins: those it names and all before them."""
+
+    lease: Lease
+    pinned: list[tuple[int, ...]]
+    addrs: set[BlockAddr]
+
+
+class PoolMachine(RuleBasedStateMachine):
+    """The model: who owns which address, and which prefix is cached where."""
+
+    @initialize(ordering=st.sampled_from(sorted(ORDERINGS)))
+    def open(self, ordering: str) -> None:
+        self.pool = make_pool(NUM_SLOTS, ORDERINGS[ordering]())
+        self.private: dict[BlockAddr, bool] = {}  # address -> sealed
+        self.cached: dict[tuple[int, ...], BlockAddr] = {}
+        self.reserved: dict[int, Reservation] = {}
+        self.quarantined: dict[int, Reservation] = {}
+        self.held: list[Held] = []
+        self.dropped: dict[BlockAddr, int] = {}  # cached no longer, but leased so many times
+        self.follower = Follower()
+        self.everyone: list[BlockAddr] = []
+        self.corruptions = 0
+
+    def teardown(self) -> None:
+        """After the last request: private = reserved = leases = 0."""
+        if not hasattr(self, "pool"):
+            return
+        for held in self.held:
+            self.pool.release(held.lease)
+        for reservation in self.reserved.values():
+            self.pool.cancel(reservation)
+        for reservation in self.quarantined.values():
+            self.pool.settle(reservation)
+        self.pool.free_mem(list(self.private))
+        stats = self.pool.stats()
+        assert (stats.private, stats.reserved, stats.quarantined, stats.leases) == (0, 0, 0, 0)
+        assert stats.evictable == stats.cached
+        self.pool.arena.close()
+
+    # ---- what the model knows
+
+    def pinned(self) -> set[tuple[int, ...]]:
+        return {prompt for held in self.held for prompt in held.pinned if prompt in self.cached}
+
+    def depth(self, prompt: list[int]) -> int:
+        depth = 0
+        while depth < len(prompt) and tuple(prompt[: depth + 1]) in self.cached:
+            depth += 1
+        return depth
+
+    def observe_evictions(self, num_blocks: int) -> None:
+        """Take over what the pool evicted, which must be what it may, and no more than it has to."""
+        kept = {prompt: addr for prompt, addr in self.cached.items() if self.is_cached(prompt)}
+        gone = set(self.cached) - set(kept)
+        assert len(gone) == num_blocks
+        assert not gone & self.pinned(), "leased blocks are never evicted"
+        assert all(prompt[:-1] in kept for prompt in kept if len(prompt) > 1), "never an ancestor first"
+        self.cached = kept
+
+    def is_cached(self, prompt: tuple[int, ...]) -> bool:
+        return self.pool.num_cached(keys_of(prompt)[-1:]) == 1
+
+    def num_free(self) -> int:
+        others = (*self.reserved.values(), *self.quarantined.values())
+        promised = sum(len(reservation.addrs) for reservation in others)
+        return NUM_SLOTS - len(self.private) - len(self.cached) - promised - len(self.dropped)
+
+    def expect_taking(self, num_blocks: int) -> int | None:
+        """How many evictions that takes; None if it cannot be."""
+        evictable = len(self.cached) - len(self.pinned())
+        missing = max(0, num_blocks - self.num_free())
+        return None if missing > evictable else missing
+
+    # ---- memory
+
+    @rule(num_blocks=few | st.integers(0, NUM_SLOTS + 1))
+    def alloc(self, num_blocks: int) -> None:
+        evictions = self.expect_taking(num_blocks)
+        if evictions is None:
+            with pytest.raises(OutOfBlocks) as caught:
+                self.pool.alloc_mem(num_blocks)
+            expected = (num_blocks, self.num_free(), len(self.cached) - len(self.pinned()))
+            assert (caught.value.wanted, caught.value.free, caught.value.evictable) == expected
+            return
+        addrs = self.pool.alloc_mem(num_blocks)
+        assert len(set(addrs)) == num_blocks
+        assert not set(addrs) & set(self.private)
+        self.observe_evictions(evictions)
+        assert not set(addrs) & set(self.cached.values()), "a slot has one owner"
+        assert not set(addrs) & set(self.dropped)
+        self.private |= dict.fromkeys(addrs, False)
+        self.everyone += addrs
+
+    @rule(kept=few)
+    def free(self, kept: int) -> None:
+        self.give_back(sorted(self.private)[kept:])
+
+    def give_back(self, addrs: Sequence[BlockAddr]) -> None:
+        self.pool.free_mem(addrs)
+        for addr in addrs:
+            del self.private[addr]
+
+    @precondition(lambda self: self.everyone)
+    @rule(data=st.data())
+    def free_what_is_not_ours(self, data: st.DataObject) -> None:
+        addr = data.draw(st.sampled_from(self.everyone))
+        others = sorted(self.private)[:1]
+        batch = [*others, addr, BlockAddr(addr ^ 1 << 40)] if addr in self.private else [*others, addr]
+        for verb in (self.pool.free_mem, self.pool.seal):
+            with pytest.raises(BlockStateError):
+                verb(batch)
+
+    # ---- index
+
+    @rule(prompt=prompts)
+    def store(self, prompt: list[int]) -> None:
+        self.store_some(prompt, 0, finished=True)
+
+    @rule(pick=picks, tail=prompts)
+    def store_a_longer_one(self, pick: int, tail: list[int]) -> None:
+        """What a conversation does: a prompt that begins with one that is cached."""
+        head = self.pick(pick) if self.cached else ()
+        self.store_some([*head, *tail], len(head), finished=True)
+
+    @rule(prompt=prompts, start=st.integers(0, 5), finished=st.booleans())
+    def store_some(self, prompt: list[int], start: int, finished: bool) -> None:
+        """Insert a chain, from its root or from a parent; sometimes before its bytes are complete."""
+        start = min(start, len(prompt) - 1)
+        keys = keys_of(prompt)
+        wanted, parent = keys[start:], keys[start - 1] if start else None
+        if self.expect_taking(len(wanted)) is None:
+            return
+        before = set(self.private)
+        self.alloc(len(wanted))
+        addrs = [addr for addr in self.everyone[-len(wanted) :] if addr not in before]
+        for key, addr in zip(wanted, addrs, strict=True):
+            self.pool.block(addr)[:] = content(key)
+        if not finished:
+            with pytest.raises(BlockStateError, match="not sealed"):
+                self.pool.insert(wanted, addrs, parent)
+            self.give_back(addrs)
+            return
+        self.pool.seal(addrs)
+        inserted = self.pool.insert(wanted, addrs, parent)
+        assert [*inserted.duplicates, *inserted.new, *inserted.orphans] == addrs
+        known = max(0, self.depth(prompt) - start)
+        is_orphan = start > 0 and tuple(prompt[:start]) not in self.cached
+        assert len(inserted.duplicates) == (0 if is_orphan else known)
+        assert len(inserted.orphans) == (len(addrs) if is_orphan else 0)
+        self.private |= dict.fromkeys(addrs, True)
+        for i, addr in enumerate(inserted.new, start + len(inserted.duplicates)):
+            self.cached[tuple(prompt[: i + 1])] = addr
+            del self.private[addr]
+        if inserted.new:
+            with pytest.raises(BlockStateError):
+                self.pool.insert(wanted, addrs, parent)
+        else:
+            assert self.pool.insert(wanted, addrs, parent) == inserted, "idempotent"
+        self.give_back([*inserted.duplicates, *inserted.orphans])
+
+    @rule(prompt=prompts)
+    def match(self, prompt: list[int]) -> None:
+        depth = self.depth(prompt)
+        match = self.pool.match(keys_of(prompt))
+        assert list(match.addrs) == [self.cached[tuple(prompt[: i + 1])] for i in range(depth)]
+        assert self.pool.num_cached(keys_of(prompt)) == depth == len(match)
+
+    @rule(prompt=prompts)
+    def delete(self, prompt: list[int]) -> None:
+        pinned, count = self.pinned(), 0
+        for depth in range(self.depth(prompt), 0, -1):
+            one = tuple(prompt[:depth])
+            if one in pinned or any(other[:-1] == one for other in self.cached):
+                break
+            del self.cached[one]
+            count += 1
+        assert self.pool.delete(keys_of(prompt)) == count
+
+    @precondition(lambda self: self.held)
+    @rule(rarely=st.integers(0, 9))
+    def clear(self, rarely: int) -> None:
+        if rarely:
+            return
+        assert self.pool.clear() == len(self.cached)
+        self.drop(set(self.cached))
+
+    def drop(self, gone: set[tuple[int, ...]]) -> None:
+        pins = Counter(prompt for held in self.held for prompt in held.pinned)
+        for prompt in gone:
+            addr = self.cached.pop(prompt)
+            if pins[prompt]:
+                self.dropped[addr] = pins[prompt]
+        for held in self.held:
+            held.pinned = [prompt for prompt in held.pinned if prompt not in gone]
+
+    # ---- leases
+
+    @precondition(lambda self: self.cached)
+    @rule(pick=picks, extra=st.lists(st.integers(0, 1), max_size=2))
+    def acquire_what_is_there(self, pick: int, extra: list[int]) -> None:
+        self.acquire([*self.pick(pick), *extra], 0, stale=False)
+
+    def pick(self, pick: int) -> tuple[int, ...]:
+        return sorted(self.cached)[pick % len(self.cached)]
+
+    @rule(prompt=prompts, start=st.integers(0, 5), stale=st.booleans())
+    def acquire(self, prompt: list[int], start: int, stale: bool) -> None:
+        start = min(start, len(prompt) - 1)
+        keys = keys_of(prompt)[start:]
+        match = self.pool.match(keys)
+        if stale:
+            match = Match(keys, [], len(keys))
+        lease = self.pool.acquire(match)
+        depth = self.depth(prompt) if tuple(prompt[: start + 1]) in self.cached else start
+        assert list(lease.addrs) == [self.cached[tuple(prompt[: i + 1])] for i in range(start, depth)]
+        pinned = [tuple(prompt[: i + 1]) for i in range(depth)] if len(lease) else []
+        self.held.append(Held(lease, pinned, {self.cached[one] for one in pinned}))
+
+    @precondition(lambda self: self.held)
+    @rule(pick=picks)
+    def release(self, pick: int) -> None:
+        held = self.held.pop(pick % len(self.held))
+        self.pool.release(held.lease)
+        with pytest.raises(BlockStateError):
+            self.pool.release(held.lease)
+        for addr in held.addrs & set(self.dropped):
+            self.dropped[addr] -= 1
+            if not self.dropped[addr]:
+                del self.dropped[addr]
+
+    @precondition(lambda self: any(held.pinned for held in self.held))
+    @rule(pick=picks, bit=st.integers(0, 8 * 64 - 1))
+    def flip_a_bit(self, pick: int, bit: int) -> None:
+        leases = [held for held in self.held if len(held.lease) and held.pinned]
+        held = leases[pick % len(leases)]
+        prompt = held.pinned[-1]
+        addr = self.cached[prompt]
+        if addr != held.lease.addrs[-1]:  # its last blocks were dropped before
+            return
+        self.pool.block(addr)[bit // 8] ^= 1 << bit % 8
+        assert self.pool.verify(held.lease) == len(held.lease) - 1
+        self.corruptions += 1
+        self.drop({one for one in self.cached if one[: len(prompt)] == prompt})
+
+    # ---- reservations
+
+    @rule(num_blocks=few)
+    def reserve(self, num_blocks: int) -> None:
+        evictions = self.expect_taking(num_blocks)
+        if evictions is None:
+            with pytest.raises(OutOfBlocks):
+                self.pool.reserve(num_blocks)
+            return
+        reservation = self.pool.reserve(num_blocks)
+        self.observe_evictions(evictions)
+        self.reserved[reservation.reservation_id] = reservation
+        self.everyone += reservation.addrs
+
+    @precondition(lambda self: self.reserved)
+    @rule(pick=picks, end=st.sampled_from(["commit", "cancel", "quarantine"]))
+    def end_a_reservation(self, pick: int, end: str) -> None:
+        reservation = self.reserved.pop(sorted(self.reserved)[pick % len(self.reserved)])
+        getattr(self.pool, end)(reservation)
+        if end == "commit":
+            self.private |= dict.fromkeys(reservation.addrs, False)
+        if end == "quarantine":
+            self.quarantined[reservation.reservation_id] = reservation
+        for verb in (self.pool.commit, self.pool.cancel, self.pool.quarantine):
+            with pytest.raises(BlockStateError):
+                verb(reservation)
+
+    @precondition(lambda self: self.quarantined)
+    @rule()
+    def settle(self) -> None:
+        _, reservation = self.quarantined.popitem()
+        self.pool.settle(reservation)
+        with pytest.raises(BlockStateError):
+            self.pool.settle(reservation)
+
+    # ---- events
+
+    @rule()
+    def follow(self) -> None:
+        events = self.pool.take_events()
+        if len(events) > 1:
+            assert not self.follower.apply(events[-1]), "gaps are always noticed"
+        assert all(self.follower.apply(event) for event in events)
+        assert {node.key for node in self.follower.tree} == self.cached_keys()
+
+    @rule()
+    def join_late(self) -> None:
+        late = Follower()
+        late.reset(self.pool.snapshot())
+        assert {node.key for node in late.tree} == self.cached_keys()
+        for event in self.pool.take_events():
+            assert late.apply(event), "older events are in the snapshot"
+            assert self.follower.apply(event)
+        assert late.sequence == self.follower.sequence
+        parents = [
+            {node.key: node.parent and node.parent.key for node in one.tree} for one in (late, self.follower)
+        ]
+        assert parents[0] == parents[1]
+
+    def cached_keys(self) -> set[BlockKey]:
+        return {keys_of(prompt)[-1] for prompt in self.cached}
+
+    # ---- after every step
+
+    @invariant()
+    def the_states_add_up(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        stats = self.pool.stats()
+        waiting = sum(len(one.addrs) for one in self.quarantined.values())
+        assert stats.free == self.num_free()
+        assert stats.private == len(self.private)
+        assert stats.cached == len(self.cached)
+        assert stats.reserved == sum(len(one.addrs) for one in self.reserved.values())
+        assert stats.quarantined == waiting + len(self.dropped)
+        states = (stats.free, stats.private, stats.cached, stats.reserved, stats.quarantined)
+        assert sum(states) == stats.total == NUM_SLOTS
+        assert stats.evictable == len(self.cached) - len(self.pinned())
+        assert stats.leases == len(self.held)
+        assert stats.reservations == len(self.reserved) + len(self.quarantined)
+        assert stats.corruptions == self.corruptions
+
+    @invariant()
+    def what_is_cached_is_found_with_its_bytes(self) -> None:
+        if not hasattr(self, "pool"):
+            return
+        for prompt, addr in self.cached.items():
+            keys = keys_of(prompt)
+            match = self.pool.match(keys)
+            assert len(match) == len(keys), "prefix-closed"
+            assert match.addrs[-1] == addr
+            assert self.pool.block(addr) == content(keys[-1])
+        assert len(set(self.cached.values())) == len(self.cached), "a slot has one owner"
+
+
+TestPool = PoolMachine.TestCase
+TestPool.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
