@@ -80,8 +80,8 @@ def keys_from_hex(texts: Iterable[str]) -> list[BlockKey]:
     """As `key_from_hex`, for a list such as `PoolTransfer.keys`: one pass in C."""
     texts = list(texts)
     joined = bytes.fromhex("".join(texts))
-    if len(joined) != KEY_BYTES * len(texts):
-        raise ValueError(f"{len(texts)} block keys of {KEY_BYTES} bytes are not {len(joined)} bytes")
+    if len(joined) != KEY_BYTES * len(texts) or not set(map(len, texts)) <= {2 * KEY_BYTES}:
+        raise ValueError(f"{len(texts)} block keys of {KEY_BYTES} bytes each, not these {len(joined)} bytes")
     return [BlockKey(joined[i : i + KEY_BYTES]) for i in range(0, len(joined), KEY_BYTES)]
 
 
