@@ -18,8 +18,9 @@ from typing import Any, Literal
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import ConfigError
 from memserve.core.flags import add_flags, from_namespace, setting
+from memserve.core.hosts import bracketed, is_loopback
 from memserve.core.ids import InstanceId, new_epoch
-from memserve.wire.link import ControlClient, is_loopback
+from memserve.wire.link import ControlClient
 from memserve.wire.messages import InstanceInfo, Role
 
 logger = logging.getLogger("memserve.launch_server")
@@ -133,7 +134,7 @@ def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str]
 def describe(config: InstanceConfig, server_args: Any, host: str) -> InstanceInfo:
     """What the router is told of this instance, which others reach at `host`."""
     scheme = "https" if server_args.ssl_certfile else "http"
-    url = f"{scheme}://{f'[{host}]' if ':' in host else host}:{server_args.port}"
+    url = f"{scheme}://{bracketed(host)}:{server_args.port}"
     name = config.instance_id or f"{config.role}-{socket.gethostname()}-{server_args.port}"
     is_prefill = config.role is Role.PREFILL
     return InstanceInfo(

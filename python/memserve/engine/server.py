@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from memserve.core.errors import ConfigError
+from memserve.core.hosts import is_loopback
 from memserve.disagg.registrar import Registrar
 from memserve.engine import seams, server_flags
 from memserve.engine.amx import avoid_faulty_amx
 from memserve.engine.machine import is_cpu_machine
 from memserve.engine.plugin import EngineSettings
-from memserve.wire.link import is_loopback
 from memserve.wire.messages import Role
 
 logger = logging.getLogger(__name__)

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import ConfigError
+from memserve.core.hosts import bracketed
 from memserve.router.cluster import Cluster
 from memserve.router.config import RouterConfig
 from memserve.router.control import ControlHandler
@@ -67,8 +68,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         stack.push_async_callback(generate.stop, config.shutdown_grace_period_secs)
         probing = asyncio.create_task(prober.run())
         stack.callback(probing.cancel)
-        host = f"[{config.host}]" if ":" in config.host else config.host
-        yield Router(f"http://{host}:{port}", control.address, cluster)
+        yield Router(f"http://{bracketed(config.host)}:{port}", control.address, cluster)
 
 
 async def serve(config: RouterConfig) -> None:

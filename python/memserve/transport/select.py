@@ -12,11 +12,12 @@ from typing import Literal
 
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import ConfigError
+from memserve.core.hosts import is_loopback
 from memserve.core.ids import Epoch
 from memserve.transport.base import Transport
 from memserve.transport.local import LocalTransport, same_host
 from memserve.transport.mooncake import MooncakeTransport, rdma_devices
-from memserve.transport.tcp import TcpTransport, is_loopback
+from memserve.transport.tcp import TcpTransport
 
 logger = logging.getLogger(__name__)
 

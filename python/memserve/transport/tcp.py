@@ -9,7 +9,6 @@ Knows no control plane.
 
 from __future__ import annotations
 
-import ipaddress
 import logging
 import secrets
 import socket
@@ -28,6 +27,7 @@ from memserve.core.errors import (
     TransferFailed,
     TransferTimeout,
 )
+from memserve.core.hosts import bracketed, is_loopback
 from memserve.core.ids import Epoch
 from memserve.transport import tcp_wire
 from memserve.transport.base import Peer, Transport
@@ -67,7 +67,7 @@ class TcpTransport(Transport):
         self._epoch = epoch
         self._keys = tcp_wire.Authenticator(key)
         self._server = TcpServer(host, port, epoch, self._keys)
-        self._address = f"{_bracketed(host)}:{self._server.port}"
+        self._address = f"{bracketed(host)}:{self._server.port}"
         self._calls = SocketVectors()
         self._lock = threading.Lock()
         self._idle: defaultdict[Peer, list[_Link]] = defaultdict(list)
@@ -243,17 +243,3 @@ class TcpTransport(Transport):
             stream.abort()
             raise
         return _Link(stream, hello.connection_id)
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` names this machine to itself only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host

@@ -10,7 +10,6 @@ Knows no message's meaning.
 
 from __future__ import annotations
 
-import ipaddress
 import itertools
 import logging
 import os
@@ -23,6 +22,7 @@ from zmq.utils import z85
 
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import ConfigError, InstanceLost, MemServeError, WireMismatch
+from memserve.core.hosts import bracketed, is_loopback
 from memserve.wire.messages import Message, Refused, decode, encode
 
 logger = logging.getLogger(__name__)
@@ -30,16 +30,6 @@ logger = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 16 << 20
 
 Handler = Callable[[Message], Message]
-
-
-def is_loopback(host: str) -> bool:
-    """Whether `host` names this machine to itself only."""
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host.strip("[]")).is_loopback
-    except ValueError:
-        return False
 
 
 class ControlServer:
@@ -64,7 +54,7 @@ class ControlServer:
             self._socket.curve_secretkey = _key_pair(key)[1]
             self._socket.curve_server = True
         try:
-            self._socket.bind(f"tcp://{_bracketed(host)}:{port or '*'}")
+            self._socket.bind(f"tcp://{bracketed(host)}:{port or '*'}")
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
@@ -77,7 +67,7 @@ class ControlServer:
     @property
     def address(self) -> str:
         """`host:port`, as a peer on the same network would write it."""
-        return f"{_bracketed(self.host)}:{self.port}"
+        return f"{bracketed(self.host)}:{self.port}"
 
     def close(self) -> None:
         """Stop answering and release the port. Idempotent."""
@@ -167,10 +157,6 @@ class ControlClient:
         if self._socket is not None:
             self._socket.close(linger=0)
             self._socket = None
-
-
-def _bracketed(host: str) -> str:
-    return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def _key_pair(key: ClusterKey) -> tuple[bytes, bytes]:
