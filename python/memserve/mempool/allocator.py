@@ -30,6 +30,9 @@ class SlotState(IntEnum):
     """Out of the index or past its reservation, but somebody may still touch the bytes."""
 
 
+FREE, PRIVATE, CACHED, RESERVED, QUARANTINED = SlotState
+
+
 class Allocator:
     """`num_slots` slots, all FREE at first."""
 
@@ -52,10 +55,10 @@ class Allocator:
             raise InvariantViolated(f"{num_blocks} slots taken of {len(self._free)} free ones")
         slots = self._free[start:]
         del self._free[start:]
-        states = self._states
+        states, value = self._states, int(state)  # a plain int: an enum's member is slow to store
         for slot in slots:
-            states[slot] = state
-        self._counts[SlotState.FREE] -= num_blocks
+            states[slot] = value
+        self._counts[FREE] -= num_blocks
         self._counts[state] += num_blocks
         return slots
 
@@ -64,27 +67,13 @@ class Allocator:
 
         Raises BlockStateError, changing nothing, if one is not `before`, not here, or named twice.
         """
-        if slots and min(slots) < 0:  # would count from the end
-            raise BlockStateError("a block of another pool")
-        states = self._states
-        done = 0
-        try:
-            for slot in slots:
-                if states[slot] != before:
-                    raise BlockStateError(
-                        f"slot {slot} is {SlotState(states[slot]).name}, not {before.name}, or named twice"
-                    )
-                states[slot] = after
-                done += 1
-        except (BlockStateError, IndexError) as error:
-            for slot in slots[:done]:
-                states[slot] = before
-            if isinstance(error, IndexError):
-                raise BlockStateError("a block of another pool") from None
-            raise
-        self._counts[before] -= done
-        self._counts[after] += done
-        if after is SlotState.FREE:
+        self.require(slots, before)
+        states, value = self._states, int(after)
+        for slot in slots:
+            states[slot] = value
+        self._counts[before] -= len(slots)
+        self._counts[after] += len(slots)
+        if after == FREE:
             self._free.extend(slots)
 
     def require(self, slots: Sequence[int], state: SlotState) -> None:
@@ -93,9 +82,8 @@ class Allocator:
             return
         if min(slots) < 0 or max(slots) >= self.num_slots:
             raise BlockStateError("a block of another pool")
-        states = self._states
-        for slot in slots:
-            if states[slot] != state:
-                raise BlockStateError(f"slot {slot} is {SlotState(states[slot]).name}, not {state.name}")
+        if set(map(self._states.__getitem__, slots)) != {int(state)}:
+            found = {SlotState(self._states[slot]).name for slot in slots} - {state.name}
+            raise BlockStateError(f"a block is {' or '.join(sorted(found))}, not {state.name}")
         if len(set(slots)) != len(slots):
             raise BlockStateError("a block is named twice")

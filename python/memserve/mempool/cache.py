@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import OutOfBlocks
-from memserve.mempool.allocator import Allocator, SlotState
+from memserve.mempool.allocator import CACHED, FREE, PRIVATE, QUARANTINED, Allocator, SlotState
 from memserve.mempool.events import EventLog
 from memserve.mempool.eviction import Ordering
 from memserve.mempool.index import BlockIndex, CachedNode
@@ -27,13 +27,13 @@ class BlockCache:
 
     def take(self, num_blocks: int, state: SlotState) -> list[int]:
         """That many slots, evicting what is needed. Raises OutOfBlocks, changing nothing."""
-        free, evictable = self.allocator.count(SlotState.FREE), self.index.num_evictable
+        free, evictable = self.allocator.count(FREE), self.index.num_evictable
         if num_blocks > free + evictable:
             raise OutOfBlocks(num_blocks, free, evictable)
         if num_blocks > free:
             victims = self.index.evict(num_blocks - free)
             self.evictions += len(victims)
-            self._retire(victims, SlotState.FREE)
+            self._retire(victims, FREE)
         return self.allocator.take(num_blocks, state)
 
     def publish(self, keys: Sequence[BlockKey], slots: Sequence[int], parent: BlockKey | None) -> int:
@@ -42,14 +42,14 @@ class BlockCache:
         Raises KeyError, changing nothing, if what the first new key comes after is not cached.
         """
         added = self.index.insert(keys, slots, parent)
-        self.allocator.move([node.payload for node in added], SlotState.PRIVATE, SlotState.CACHED)
+        self.allocator.move([node.payload for node in added], PRIVATE, CACHED)
         self.events.stored(added)
         return len(added)
 
     def delete(self, keys: Sequence[BlockKey]) -> int:
         """Free the end of a chain, up to a block that is leased or has others after it; returns how many."""
         removed = self.index.delete(keys)
-        self._retire(removed, SlotState.FREE)
+        self._retire(removed, FREE)
         return len(removed)
 
     def drop(self, top: CachedNode) -> int:
@@ -58,14 +58,14 @@ class BlockCache:
         Leased slots are QUARANTINED until `unpin` ends their last lease.
         """
         free, held = self.index.drop(top)
-        self._retire(free, SlotState.FREE)  # What is leased has only leased blocks before it: held is last.
-        self._retire(held, SlotState.QUARANTINED)
+        self._retire(free, FREE)  # What is leased has only leased blocks before it: held is last.
+        self._retire(held, QUARANTINED)
         return len(free) + len(held)
 
     def unpin(self, node: CachedNode) -> None:
         """End one pin of the index, and free what was only waiting for that."""
-        self.allocator.move(self.index.unpin(node), SlotState.QUARANTINED, SlotState.FREE)
+        self.allocator.move(self.index.unpin(node), QUARANTINED, FREE)
 
     def _retire(self, nodes: Sequence[CachedNode], state: SlotState) -> None:
-        self.allocator.move([node.payload for node in nodes], SlotState.CACHED, state)
+        self.allocator.move([node.payload for node in nodes], CACHED, state)
         self.events.removed(nodes)

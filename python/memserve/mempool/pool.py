@@ -21,7 +21,7 @@ from memserve.core.cache_events import CacheEvent, Snapshot
 from memserve.core.errors import BlockStateError, ConfigError
 from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout
-from memserve.mempool.allocator import SlotState
+from memserve.mempool.allocator import FREE, PRIVATE, QUARANTINED, RESERVED, SlotState
 from memserve.mempool.arena import Arena
 from memserve.mempool.cache import BlockCache
 from memserve.mempool.events import snapshot
@@ -32,8 +32,6 @@ from memserve.mempool.records import Inserted, Match, PoolStats, Reservation
 from memserve.mempool.reservations import Reservations
 
 logger = logging.getLogger(__name__)
-
-FREE, PRIVATE, _, RESERVED, QUARANTINED = SlotState
 
 
 class MemPool:
