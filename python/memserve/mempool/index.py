@@ -117,6 +117,8 @@ class BlockIndex:
             node = self._nodes[slot]
             assert node is not None
             self._remove_leaf(node)
+            if node.parent is not None:
+                self._offer(node.parent)
             taken.append(node)
         return taken
 
@@ -126,8 +128,11 @@ class BlockIndex:
         for node in reversed(self.tree.match(keys)):
             if not node.is_leaf or self._pins[node.payload]:
                 break
+            self._queue.withdraw(node.payload)
             self._remove_leaf(node)
             taken.append(node)
+        if taken and taken[-1].parent is not None:
+            self._offer(taken[-1].parent)
         return taken
 
     def drop(self, top: CachedNode) -> tuple[list[CachedNode], list[CachedNode]]:
@@ -155,14 +160,6 @@ class BlockIndex:
         """Blocks that begin a prompt."""
         return [node for node in self.tree if node.parent is None]
 
-    def use_of(self, node: CachedNode) -> BlockUse:
-        """What the ordering is told of a leaf."""
-        slot = node.payload
-        return BlockUse(self._last_used[slot], self._uses[slot], self._depths[slot])
-
-    def is_pinned(self, node: CachedNode) -> bool:
-        return self._pins[node.payload] > 0
-
     def _use(self, node: CachedNode) -> None:
         self._uses[node.payload] += 1
         self._last_used[node.payload] = self._tick
@@ -177,15 +174,14 @@ class BlockIndex:
         node = self._nodes[slot]
         if node is None or self._pins[slot] or not node.is_leaf:
             return None
-        return self._ordering(self.use_of(node))
+        return self._ordering(BlockUse(self._last_used[slot], self._uses[slot], self._depths[slot]))
 
     def _remove_leaf(self, node: CachedNode) -> None:
-        slot, parent = node.payload, node.parent
+        """Its uses become its parent's, which the caller offers."""
+        slot = node.payload
         self.tree.remove(node)
         self._nodes[slot] = None
-        self._queue.withdraw(slot)
-        if parent is not None:
-            above = parent.payload
+        if node.parent is not None:
+            above = node.parent.payload
             self._uses[above] += self._uses[slot]
             self._last_used[above] = max(self._last_used[above], self._last_used[slot])
-            self._offer(parent)
