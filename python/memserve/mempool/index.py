@@ -39,11 +39,6 @@ class BlockIndex:
         self._tick = 0
 
     @property
-    def num_pinned(self) -> int:
-        """Blocks in the tree that a lease covers."""
-        return self._num_pinned
-
-    @property
     def num_evictable(self) -> int:
         """Blocks that `evict` could take, given time: neither leased nor before a leased one."""
         return len(self.tree) - self._num_pinned

@@ -1,0 +1,247 @@
+"""MemPool: faults, edges and threads; test_pool_model.py has the contract."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import threading
+from itertools import pairwise
+
+import pytest
+
+from memserve.core.block_addr import BlockAddr, Tier, slot_of, tag_of, tier_of
+from memserve.core.errors import BlockStateError, ConfigError, OutOfBlocks
+from memserve.core.ids import Epoch
+from memserve.mempool.arena import Arena
+from memserve.mempool.integrity import Checksum
+from memserve.mempool.pool import MemPool
+
+from .stage import EPOCH, LAYOUT, content, keys_of, make_pool, store, write
+
+
+def test_a_flipped_byte_is_a_miss_a_counter_and_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
+    pool = make_pool(8)
+    store(pool, [1, 2, 3, 4])
+    keys = keys_of([1, 2, 3, 4])
+    with caplog.at_level(logging.ERROR), pool.acquire(pool.match(keys)) as lease:
+        pool.block(lease.addrs[2])[5] ^= 1
+        assert pool.verify(lease) == 2
+        assert pool.num_cached(keys) == 2
+        assert pool.stats().quarantined == 2, "its reader still looks at it"
+    assert pool.stats().quarantined == 0
+    assert pool.stats().corruptions == 1
+    (record,) = caplog.records
+    assert f"key={keys[2].hex()[:16]}" in record.getMessage()
+    store(pool, [1, 2, 3, 4])
+    with pool.acquire(pool.match(keys)) as lease:
+        assert pool.verify(lease) == 4
+        assert [pool.block(addr) for addr in lease.addrs] == [content(key) for key in keys]
+
+
+def test_two_readers_of_a_corrupt_block_count_it_once() -> None:
+    pool = make_pool(4)
+    store(pool, [1, 2])
+    match = pool.match(keys_of([1, 2]))
+    with pool.acquire(match) as first, pool.acquire(match) as second:
+        pool.block(match.addrs[0])[0] ^= 0x80
+        assert pool.verify(first) == pool.verify(second) == 0
+        assert pool.stats().quarantined == 2
+    assert pool.stats().corruptions == 1
+    assert pool.stats().free == 4
+
+
+def test_a_block_of_another_layout_fails_its_checksum() -> None:
+    other = dataclasses.replace(LAYOUT, model="other")
+    assert Checksum(other).of(b"x" * 64) != Checksum(LAYOUT).of(b"x" * 64)
+
+
+def test_bytes_written_after_the_seal_are_corrupt() -> None:
+    pool = make_pool(2)
+    addrs = write(pool, keys_of([1]))
+    pool.block(addrs[0])[0] ^= 1
+    pool.insert(keys_of([1]), addrs)
+    with pool.acquire(pool.match(keys_of([1]))) as lease:
+        assert pool.verify(lease) == 0
+
+
+def test_a_new_owner_has_to_seal_again() -> None:
+    pool = make_pool(1)
+    pool.free_mem(write(pool, keys_of([1])))
+    addrs = pool.alloc_mem(1)
+    with pytest.raises(BlockStateError, match="not sealed"):
+        pool.insert(keys_of([1]), addrs)
+
+
+def test_a_full_pool_says_what_it_has() -> None:
+    pool = make_pool(4)
+    store(pool, [1, 2])
+    private = pool.alloc_mem(1)
+    with pool.acquire(pool.match(keys_of([1]))), pytest.raises(OutOfBlocks) as caught:
+        pool.alloc_mem(3)
+    assert (caught.value.wanted, caught.value.free, caught.value.evictable) == (3, 1, 1)
+    assert pool.num_cached(keys_of([1, 2])) == 2, "a refused allocation evicts nothing"
+    pool.free_mem(private)
+    assert len(pool.alloc_mem(4)) == 4
+
+
+@pytest.mark.parametrize("num_blocks", [1, 3])
+def test_addresses_that_are_not_ours_are_refused(num_blocks: int) -> None:
+    pool = make_pool(4)
+    addrs = pool.alloc_mem(num_blocks)
+    stranger = MemPool(LAYOUT, Arena(LAYOUT.block_bytes, 4), Epoch(EPOCH >> 1)).alloc_mem(1)
+    beyond = [BlockAddr(addrs[0] + 4), BlockAddr(addrs[0] - 1 - slot_of(addrs[0]))]
+    for addr in (*stranger, *beyond, BlockAddr(0), BlockAddr(-1), addrs[0]):
+        for verb in (pool.free_mem, pool.seal):
+            with pytest.raises(BlockStateError):
+                verb([*addrs, addr])
+    for addr in (*stranger, *beyond):
+        with pytest.raises(BlockStateError):
+            pool.block(addr)
+    assert pool.stats().private == num_blocks
+    pool.free_mem(addrs)
+    with pytest.raises(BlockStateError):
+        pool.free_mem(addrs)
+    assert pool.stats().free == 4
+
+
+def test_addresses_tell_tier_slot_and_epoch() -> None:
+    addrs = make_pool(4).alloc_mem(4)
+    assert sorted(map(slot_of, addrs)) == [0, 1, 2, 3]
+    assert {tier_of(addr) for addr in addrs} == {Tier.DRAM}
+    assert all(addr >> 34 == tag_of(EPOCH) for addr in addrs)
+    assert all(0 <= addr < 1 << 63 for addr in addrs)
+
+
+def test_what_is_used_is_evicted_last() -> None:
+    pool = make_pool(4)
+    store(pool, [1, 2])
+    store(pool, [3, 4])
+    pool.release(pool.acquire(pool.match(keys_of([1, 2]))))
+    pool.free_mem(pool.alloc_mem(2))
+    assert (pool.num_cached(keys_of([1, 2])), pool.num_cached(keys_of([3, 4]))) == (2, 0)
+    assert pool.stats().evictions == 2
+
+
+def test_a_block_passed_over_while_it_was_leased_can_be_evicted_later() -> None:
+    pool = make_pool(2)
+    store(pool, [1])
+    with pool.acquire(pool.match(keys_of([1]))):
+        store(pool, [2])
+        pool.free_mem(pool.alloc_mem(1))
+        assert pool.num_cached(keys_of([1])) == 1
+    assert len(pool.alloc_mem(2)) == 2
+
+
+def test_a_block_whose_last_follower_was_dropped_can_be_evicted() -> None:
+    pool = make_pool(2)
+    store(pool, [1, 2])
+    with pool.acquire(pool.match(keys_of([1, 2]))) as lease:
+        pool.block(lease.addrs[1])[0] ^= 1
+        assert pool.verify(lease) == 1
+    assert len(pool.alloc_mem(2)) == 2
+
+
+def test_hits_and_misses_are_counted_by_acquire_alone() -> None:
+    pool = make_pool(4)
+    store(pool, [1, 2])
+    match = pool.match(keys_of([1, 2, 3, 4, 5]))
+    assert pool.stats().hits == pool.stats().misses == 0
+    with pool.acquire(match) as lease:
+        assert len(lease) == 2
+    with pool.acquire(pool.match(keys_of([9]))) as lease:
+        assert len(lease) == pool.verify(lease) == 0
+    assert (pool.stats().hits, pool.stats().misses) == (2, 4)
+
+
+def test_a_lease_ends_once_and_also_after_an_error() -> None:
+    pool = make_pool(2)
+    store(pool, [1])
+    with pytest.raises(ZeroDivisionError), pool.acquire(pool.match(keys_of([1]))) as lease:
+        raise ZeroDivisionError
+    assert pool.stats().leases == 0
+    with pytest.raises(BlockStateError):
+        pool.release(lease)
+    with pytest.raises(BlockStateError):
+        make_pool(1).release(lease)
+
+
+def test_a_quarantined_reservation_is_nobodys_until_it_is_settled() -> None:
+    pool = make_pool(3)
+    reservation = pool.reserve(2)
+    pool.quarantine(reservation)
+    with pytest.raises(OutOfBlocks):
+        pool.alloc_mem(2)
+    with pytest.raises(BlockStateError):
+        pool.free_mem(reservation.addrs)
+    pool.settle(reservation)
+    assert len(pool.alloc_mem(3)) == 3
+
+
+def test_a_committed_reservation_is_written_sealed_and_found() -> None:
+    pool = make_pool(2)
+    reservation = pool.reserve(2)
+    keys = keys_of([1, 2])
+    for key, addr in zip(keys, reservation.addrs, strict=True):
+        pool.block(addr)[:] = content(key)
+    addrs = pool.commit(reservation)
+    assert pool.seal(addrs) == [Checksum(LAYOUT).of(content(key)) for key in keys]
+    assert pool.insert(keys, addrs).new == addrs
+    with pytest.raises(BlockStateError):
+        pool.settle(reservation)
+
+
+def test_keys_and_blocks_have_to_agree_in_number() -> None:
+    pool = make_pool(2)
+    with pytest.raises(BlockStateError, match="2 keys for 1"):
+        pool.insert(keys_of([1, 2]), write(pool, keys_of([1])))
+
+
+def test_nothing_is_nothing() -> None:
+    pool = make_pool(1)
+    pool.free_mem(pool.alloc_mem(0))
+    pool.seal([])
+    assert not pool.insert([], []).new
+    assert len(pool.match([])) == pool.num_cached([]) == pool.delete([]) == pool.clear() == 0
+    pool.cancel(pool.reserve(0))
+    assert pool.snapshot().chains == ()
+
+
+def test_an_arena_of_another_layout_is_refused() -> None:
+    with pytest.raises(ConfigError):
+        MemPool(LAYOUT, Arena(LAYOUT.block_bytes + 1, 1), EPOCH)
+
+
+def test_threads_share_a_pool_too_small_for_them() -> None:
+    """Readers verify what writers push out; in the end every block is accounted for."""
+    pool = make_pool(24)
+    prompts = [[first, *range(5)] for first in range(8)]
+    failures: list[BaseException] = []
+
+    def work(mine: int) -> None:
+        try:
+            for turn in range(60):
+                prompt = prompts[(mine * 3 + turn) % len(prompts)]
+                with pool.acquire(pool.match(keys_of(prompt))) as lease:
+                    assert pool.verify(lease) == len(lease)
+                    for key, addr in zip(lease.keys, lease.addrs, strict=True):
+                        assert pool.block(addr) == content(key)
+                try:
+                    store(pool, prompt)
+                except OutOfBlocks:
+                    continue
+                if turn % 20 == 7:
+                    pool.delete(keys_of(prompt))
+        except BaseException as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(timeout=30)
+    assert not failures
+    stats = pool.stats()
+    assert (stats.private, stats.leases, stats.quarantined, stats.corruptions) == (0, 0, 0, 0)
+    assert stats.free + stats.cached == stats.total
+    events = pool.take_events()
+    assert [after.sequence - before.sequence for before, after in pairwise(events)] == [1] * (len(events) - 1)
