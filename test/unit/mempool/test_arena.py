@@ -1,0 +1,135 @@
+"""The arena, and what it believes is free."""
+
+from __future__ import annotations
+
+import ctypes
+import fcntl
+import mmap
+import os
+from pathlib import Path
+
+import pytest
+
+from memserve.core.errors import ConfigError
+from memserve.mempool.arena import Arena
+from memserve.mempool.free_memory import free_memory_bytes
+
+GIB = 1 << 30
+
+
+def test_slots_are_apart_aligned_and_reached_by_view_address_and_file() -> None:
+    arena = Arena(100, 5)
+    assert arena.slot_bytes == 128
+    for slot in range(5):
+        arena.block(slot)[:] = bytes([slot + 1]) * 100
+    for slot in range(5):
+        expected = bytes([slot + 1]) * 100
+        assert arena.block(slot) == expected
+        assert ctypes.string_at(arena.address + arena.offset(slot), 100) == expected
+        assert os.pread(arena.fd, 100, arena.offset(slot)) == expected
+    neighbour = mmap.mmap(arena.fd, arena.num_bytes)
+    neighbour[arena.offset(2)] = 77
+    assert arena.block(2)[0] == 77
+    arena.close()
+
+
+@pytest.mark.parametrize("slot", [-1, 5])
+def test_there_is_no_slot_beyond_the_ends(slot: int) -> None:
+    with pytest.raises(IndexError):
+        Arena(64, 5).block(slot)
+
+
+def test_nobody_can_resize_the_file() -> None:
+    arena = Arena(64, 64)
+    for size in (0, arena.num_bytes * 2):
+        with pytest.raises(PermissionError):
+            os.ftruncate(arena.fd, size)
+    with pytest.raises(PermissionError):
+        fcntl.fcntl(arena.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
+
+
+def test_all_of_it_is_allocated_before_it_is_used() -> None:
+    arena = Arena(4096, 16)
+    assert os.fstat(arena.fd).st_blocks * 512 >= arena.num_bytes
+
+
+def test_an_arena_that_does_not_fit_says_how_much_is_free() -> None:
+    with pytest.raises(ConfigError, match=r"3\.00 GiB DRAM does not fit: 2\.00 GiB are free"):
+        Arena(GIB, 3, free_bytes=2 * GIB)
+    with pytest.raises(ConfigError, match=r"may take 0\.90 GiB"):
+        Arena(GIB, 1, free_bytes=GIB)
+
+
+@pytest.mark.parametrize(("block_bytes", "num_slots"), [(0, 1), (1, 0), (1, 1 << 33)])
+def test_what_is_no_arena_is_refused(block_bytes: int, num_slots: int) -> None:
+    with pytest.raises(ConfigError, match="at least one slot"):
+        Arena(block_bytes, num_slots)
+
+
+def test_closing_twice_or_under_a_view_is_fine() -> None:
+    arena = Arena(64, 2)
+    view = arena.block(1)
+    view[0] = 5
+    arena.close()
+    arena.close()
+    assert view[0] == 5
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Path:
+    """A machine with 8 GiB available and no limits."""
+    (tmp_path / "proc" / "self").mkdir(parents=True)
+    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:    8388608 kB\n")
+    (tmp_path / "proc" / "self" / "cgroup").write_text("0::/\n")
+    (tmp_path / "sys").mkdir()
+    return tmp_path
+
+
+def free(machine: Path) -> float:
+    return free_memory_bytes(machine / "proc", machine / "sys") / GIB
+
+
+def put(directory: Path, **numbers: object) -> None:
+    directory.mkdir(parents=True, exist_ok=True)
+    for name, number in numbers.items():
+        (directory / name.replace("memory_", "memory.")).write_text(f"{number}\n")
+
+
+def test_without_limits_what_is_available_is_free(machine: Path) -> None:
+    assert free(machine) == 8
+    put(machine / "sys", memory_max="max", memory_current=5 * GIB)
+    assert free(machine) == 8
+    (machine / "proc" / "self" / "cgroup").unlink()
+    assert free(machine) == 8
+
+
+def test_the_tightest_cgroup_above_binds_and_its_page_cache_is_free(machine: Path) -> None:
+    (machine / "proc" / "self" / "cgroup").write_text("0::/job/step\n")
+    put(machine / "sys" / "job" / "step", memory_max="max", memory_current=GIB, memory_stat="inactive_file 0")
+    put(
+        machine / "sys" / "job",
+        memory_max=4 * GIB,
+        memory_current=3 * GIB,
+        memory_stat=f"anon 1\ninactive_file {2 * GIB}",
+    )
+    assert free(machine) == 3
+
+
+def test_old_cgroups_bind_as_well(machine: Path) -> None:
+    (machine / "proc" / "self" / "cgroup").write_text("5:cpu,cpuacct:/\n4:memory:/job\n0::/\n")
+    put(
+        machine / "sys" / "memory" / "job",
+        memory_limit_in_bytes=2 * GIB,
+        memory_usage_in_bytes=GIB,
+        memory_stat="total_inactive_file 0",
+    )
+    assert free(machine) == 1
+
+
+def test_a_limit_that_is_exceeded_leaves_nothing(machine: Path) -> None:
+    put(machine / "sys", memory_max=GIB, memory_current=2 * GIB, memory_stat="")
+    assert free(machine) == 0
+
+
+def test_this_machine_has_some() -> None:
+    assert free_memory_bytes() > 0

@@ -1,0 +1,107 @@
+"""Events: net effects, chains, gaps, snapshots, tiers."""
+
+from __future__ import annotations
+
+import msgspec
+
+from memserve.core.block_addr import Tier
+from memserve.core.cache_events import CacheEvent, Follower, Removed, Stored
+from memserve.mempool.events import chains
+
+from .stage import keys_of, make_pool, store
+
+A, B, C, D = keys_of([1, 2, 3, 4])
+
+
+def test_a_chain_is_one_event_and_a_branch_another() -> None:
+    pool = make_pool(8)
+    store(pool, [1, 2, 3])
+    store(pool, [1, 2, 9])
+    first, second = pool.take_events()
+    assert first == Stored(1, Tier.DRAM, None, (A, B, C))
+    assert second == Stored(2, Tier.DRAM, B, (keys_of([1, 2, 9])[2],))
+    assert pool.take_events() == []
+
+
+def test_what_came_and_went_in_between_is_not_mentioned() -> None:
+    pool = make_pool(8)
+    store(pool, [1, 2])
+    pool.delete(keys_of([1, 2]))
+    assert pool.take_events() == []
+    store(pool, [1, 2])
+    pool.take_events()
+    pool.delete(keys_of([1, 2]))
+    store(pool, [1, 2])
+    assert pool.take_events() == []
+
+
+def test_removals_come_before_what_was_stored_and_children_before_their_parents() -> None:
+    pool = make_pool(4)
+    store(pool, [1, 2])
+    pool.take_events()
+    store(pool, [5, 6, 7, 8])
+    removed, stored = pool.take_events()
+    assert removed == Removed(2, Tier.DRAM, (B, A))
+    assert stored == Stored(3, Tier.DRAM, None, tuple(keys_of([5, 6, 7, 8])))
+
+
+def test_the_record_does_not_grow_when_nobody_takes_it() -> None:
+    pool = make_pool(4)
+    for turn in range(500):
+        store(pool, [turn, 1])
+    log = pool._cache.events
+    assert len(log._stored) + len(log._removed) <= 4
+
+
+def test_a_gap_is_noticed_and_a_snapshot_heals_it() -> None:
+    pool = make_pool(8)
+    follower = Follower()
+    store(pool, [1])
+    pool.take_events()  # lost
+    store(pool, [1, 2])
+    (event,) = pool.take_events()
+    assert not follower.apply(event)
+    assert len(follower.tree) == 0
+    follower.reset(pool.snapshot())
+    assert {node.key for node in follower.tree} == {A, B}
+    assert follower.apply(event), "an old event changes nothing"
+    store(pool, [1, 2, 3])
+    assert all(map(follower.apply, pool.take_events()))
+    assert C in follower.tree
+
+
+def test_a_snapshot_tells_chains_in_an_order_that_can_be_inserted() -> None:
+    pool = make_pool(16)
+    for prompt in ([1, 2, 3], [1, 4], [5], [1, 2, 6, 7]):
+        store(pool, prompt)
+    late = Follower()
+    late.reset(pool.snapshot())
+    assert len(late.tree) == pool.stats().cached
+    assert late.sequence == pool.take_events()[-1].sequence
+
+
+def test_a_block_is_known_as_long_as_some_tier_has_it_or_needs_it() -> None:
+    follower = Follower()
+    events: list[CacheEvent] = [
+        Stored(1, Tier.HBM, None, (A, B)),
+        Stored(2, Tier.DRAM, None, (A,)),
+        Removed(3, Tier.DRAM, (A,)),
+        Removed(4, Tier.HBM, (B, A)),
+    ]
+    sizes = []
+    for event in events:
+        assert follower.apply(event)
+        sizes.append({node.key: node.payload for node in follower.tree})
+    hbm, dram = 1 << Tier.HBM, 1 << Tier.DRAM
+    assert sizes == [{A: hbm, B: hbm}, {A: hbm | dram, B: hbm}, {A: hbm, B: hbm}, {}]
+
+
+def test_chains_are_runs_of_parent_and_child() -> None:
+    assert chains([]) == []
+    assert chains([(A, None), (B, A), (D, A), (C, B)]) == [(None, (A, B)), (A, (D,)), (B, (C,))]
+
+
+def test_events_survive_the_wire() -> None:
+    event = Stored(7, Tier.DRAM, A, (B, C))
+    decoded = msgspec.msgpack.decode(msgspec.msgpack.encode(event), type=Stored | Removed)
+    assert decoded == event

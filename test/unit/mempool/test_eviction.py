@@ -1,0 +1,87 @@
+"""Orderings as tables, and the queue that follows one."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memserve.mempool.eviction import ORDERINGS, BlockUse, EvictionQueue, Ordering, cost_aware, lfu, lru
+
+uses = st.builds(BlockUse, st.integers(1, 10**9), st.integers(0, 10**6), st.integers(0, 10**5))
+
+
+@pytest.mark.parametrize(
+    ("ordering", "first", "then"),
+    [
+        (lru, BlockUse(1, 99, 0), BlockUse(2, 1, 0)),
+        (lfu, BlockUse(9, 1, 0), BlockUse(1, 2, 0)),
+        (lfu, BlockUse(1, 2, 0), BlockUse(2, 2, 0)),
+        (cost_aware(), BlockUse(5, 1, 10), BlockUse(5, 1, 1000)),
+        (cost_aware(), BlockUse(5, 1, 10), BlockUse(5, 9, 10)),
+        (cost_aware(), BlockUse(5, 1, 10), BlockUse(9, 1, 10)),
+        # 1 + uses: 3 against 2, but a half-life older: 1.5 against 2.
+        (cost_aware(half_life_ticks=100), BlockUse(100, 2, 0), BlockUse(200, 1, 0)),
+        # The same, but so deep that it costs twice as much.
+        (cost_aware(100, attention_blocks=64), BlockUse(200, 1, 0), BlockUse(100, 2, 64)),
+    ],
+)
+def test_which_goes_first(ordering: Ordering, first: BlockUse, then: BlockUse) -> None:
+    assert ordering(first) < ordering(then)
+
+
+@given(use=uses, later=st.integers(1, 1000), name=st.sampled_from(sorted(ORDERINGS)))
+def test_a_use_never_lowers_a_blocks_value(use: BlockUse, later: int, name: str) -> None:
+    ordering = ORDERINGS[name]()
+    assert ordering(BlockUse(use.last_used + later, use.uses + 1, use.depth)) >= ordering(use)
+
+
+def drain(queue: EvictionQueue, values: dict[int, float]) -> list[int]:
+    taken = []
+    while (slot := queue.take(values.get)) is not None:
+        taken.append(slot)
+        del values[slot]
+    return taken
+
+
+@given(
+    st.dictionaries(st.integers(0, 19), st.integers(0, 5)),
+    st.dictionaries(st.integers(0, 19), st.integers(0, 5)),
+)
+def test_slots_leave_in_the_order_of_their_values_now(
+    before: dict[int, float], grown: dict[int, float]
+) -> None:
+    queue = EvictionQueue(20)
+    for slot, value in before.items():
+        queue.offer(slot, value)
+        queue.offer(slot, value + 1)  # waits once
+    values = {slot: value + grown.get(slot, 0) for slot, value in before.items()}
+    taken = drain(queue, dict(values))
+    assert sorted(taken) == sorted(before)
+    assert [values[slot] for slot in taken] == sorted(values.values())
+
+
+def test_a_slot_that_may_not_go_waits_again_only_when_it_is_offered() -> None:
+    queue = EvictionQueue(2)
+    queue.offer(0, 1)
+    assert queue.take(lambda slot: None) is None
+    assert queue.take(lambda slot: 1) is None
+    queue.offer(0, 1)
+    assert queue.take(lambda slot: 1) == 0
+
+
+def test_a_slot_that_was_withdrawn_and_given_to_another_block_goes_by_its_new_value() -> None:
+    queue = EvictionQueue(2)
+    queue.offer(0, 1)
+    queue.withdraw(0)
+    queue.offer(0, 9)
+    queue.offer(1, 5)
+    assert drain(queue, {0: 9, 1: 5}) == [1, 0]
+
+
+def test_withdrawn_entries_do_not_pile_up() -> None:
+    queue = EvictionQueue(4)
+    for turn in range(10_000):
+        queue.offer(turn % 4, turn)
+        queue.withdraw(turn % 4)
+    assert len(queue._heap) < 200
