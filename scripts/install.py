@@ -215,7 +215,10 @@ class Installation:
                 line for line in lines[-60:] if "ERROR" in line or "Error" in line or line.startswith("E:")
             ]
             last = (errors or lines)[-1].strip()
-            raise InstallError(f"{title} failed: {last} (whole output: {self.log})")
+            hint = ""
+            if "No matching distribution" in last or "Connection" in last:
+                hint = "; check the network and pip's index (PIP_INDEX_URL, --torch-index)"
+            raise InstallError(f"{title} failed: {last}{hint} (whole output: {self.log})")
 
 
 if __name__ == "__main__":
