@@ -10,10 +10,15 @@ Knows no keys and no bytes. Not thread-safe: its pool locks.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from enum import IntEnum
 
+import numpy as np
+import numpy.typing as npt
+
 from memserve.core.errors import BlockStateError, InvariantViolated
+
+Slots = npt.NDArray[np.int64]
+"""Slots of one arena, in a caller's order: batches are arrays, never a Python object per block."""
 
 
 class SlotState(IntEnum):
@@ -38,8 +43,10 @@ class Allocator:
 
     def __init__(self, num_slots: int) -> None:
         self.num_slots = num_slots
-        self._states = bytearray(num_slots)
-        self._free = list(range(num_slots - 1, -1, -1))
+        self._states = np.zeros(num_slots, np.uint8)
+        self._free = np.arange(
+            num_slots - 1, -1, -1, dtype=np.int64
+        )  # a stack: the first count(FREE) entries
         self._counts = [num_slots, 0, 0, 0, 0]
 
     def count(self, state: SlotState) -> int:
@@ -48,42 +55,40 @@ class Allocator:
     def state(self, slot: int) -> SlotState:
         return SlotState(self._states[slot])
 
-    def take(self, num_blocks: int, state: SlotState) -> list[int]:
+    def take(self, num_blocks: int, state: SlotState) -> Slots:
         """Turn that many FREE slots into PRIVATE or RESERVED ones. The pool saw to it that there are."""
-        start = len(self._free) - num_blocks
-        if start < 0 or num_blocks < 0:
-            raise InvariantViolated(f"{num_blocks} slots taken of {len(self._free)} free ones")
-        slots = self._free[start:]
-        del self._free[start:]
-        states, value = self._states, int(state)  # a plain int: an enum's member is slow to store
-        for slot in slots:
-            states[slot] = value
+        top = self._counts[FREE]
+        if not 0 <= num_blocks <= top:
+            raise InvariantViolated(f"{num_blocks} slots taken of {top} free ones")
+        slots = self._free[top - num_blocks : top].copy()
+        self._states[slots] = state
         self._counts[FREE] -= num_blocks
         self._counts[state] += num_blocks
         return slots
 
-    def move(self, slots: Sequence[int], before: SlotState, after: SlotState) -> None:
+    def move(self, slots: Slots, before: SlotState, after: SlotState) -> None:
         """Change the state of all `slots`. All or nothing.
 
         Raises BlockStateError, changing nothing, if one is not `before`, not here, or named twice.
         """
         self.require(slots, before)
-        states, value = self._states, int(after)
-        for slot in slots:
-            states[slot] = value
+        self._states[slots] = after
         self._counts[before] -= len(slots)
         self._counts[after] += len(slots)
         if after == FREE:
-            self._free.extend(slots)
+            top = self._counts[FREE]
+            self._free[top - len(slots) : top] = slots
 
-    def require(self, slots: Sequence[int], state: SlotState) -> None:
+    def require(self, slots: Slots, state: SlotState) -> None:
         """Raises BlockStateError if one of `slots` is not in that state, not here, or named twice."""
-        if not slots:
+        if not len(slots):
             return
-        if min(slots) < 0 or max(slots) >= self.num_slots:
+        ordered = np.sort(slots)
+        if ordered[0] < 0 or ordered[-1] >= self.num_slots:
             raise BlockStateError("a block of another pool")
-        if set(map(self._states.__getitem__, slots)) != {int(state)}:
-            found = {SlotState(self._states[slot]).name for slot in slots} - {state.name}
-            raise BlockStateError(f"a block is {' or '.join(sorted(found))}, not {state.name}")
-        if len(set(slots)) != len(slots):
+        states = self._states[slots]
+        if (states != state).any():
+            wrong = SlotState(states[states != state][0])
+            raise BlockStateError(f"a block is {wrong.name}, not {state.name}")
+        if (ordered[1:] == ordered[:-1]).any():
             raise BlockStateError("a block is named twice")

@@ -7,10 +7,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import numpy as np
+
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import OutOfBlocks
-from memserve.mempool.allocator import CACHED, FREE, PRIVATE, QUARANTINED, Allocator, SlotState
+from memserve.mempool.allocator import CACHED, FREE, PRIVATE, QUARANTINED, Allocator, Slots, SlotState
 from memserve.mempool.events import EventLog
 from memserve.mempool.eviction import Ordering
 from memserve.mempool.index import BlockIndex, CachedNode
@@ -25,7 +27,7 @@ class BlockCache:
         self.events = EventLog(tier)
         self.evictions = 0
 
-    def take(self, num_blocks: int, state: SlotState) -> list[int]:
+    def take(self, num_blocks: int, state: SlotState) -> Slots:
         """That many slots, evicting what is needed. Raises OutOfBlocks, changing nothing."""
         free, evictable = self.allocator.count(FREE), self.index.num_evictable
         if num_blocks > free + evictable:
@@ -36,13 +38,13 @@ class BlockCache:
             self._retire(victims, FREE)
         return self.allocator.take(num_blocks, state)
 
-    def publish(self, keys: Sequence[BlockKey], slots: Sequence[int], parent: BlockKey | None) -> int:
+    def publish(self, keys: Sequence[BlockKey], slots: Slots, parent: BlockKey | None) -> int:
         """PRIVATE slots become CACHED where their key is new, from some key to the end; returns how many.
 
         Raises KeyError, changing nothing, if what the first new key comes after is not cached.
         """
-        added = self.index.insert(keys, slots, parent)
-        self.allocator.move([node.payload for node in added], PRIVATE, CACHED)
+        added = self.index.insert(keys, slots.tolist(), parent)
+        self.allocator.move(slots[len(slots) - len(added) :], PRIVATE, CACHED)
         self.events.stored(added)
         return len(added)
 
@@ -64,8 +66,9 @@ class BlockCache:
 
     def unpin(self, node: CachedNode) -> None:
         """End one pin of the index, and free what was only waiting for that."""
-        self.allocator.move(self.index.unpin(node), QUARANTINED, FREE)
+        self.allocator.move(np.array(self.index.unpin(node), np.int64), QUARANTINED, FREE)
 
     def _retire(self, nodes: Sequence[CachedNode], state: SlotState) -> None:
-        self.allocator.move([node.payload for node in nodes], CACHED, state)
+        slots = np.fromiter((node.payload for node in nodes), np.int64, len(nodes))
+        self.allocator.move(slots, CACHED, state)
         self.events.removed(nodes)

@@ -15,13 +15,15 @@ import threading
 from array import array
 from collections.abc import Sequence
 
+import numpy as np
+
 from memserve.core.block_addr import BlockAddr, Tier, first_addr
 from memserve.core.block_keys import BlockKey
 from memserve.core.cache_events import CacheEvent, Snapshot
 from memserve.core.errors import BlockStateError, ConfigError
 from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout
-from memserve.mempool.allocator import FREE, PRIVATE, QUARANTINED, RESERVED, SlotState
+from memserve.mempool.allocator import FREE, PRIVATE, QUARANTINED, RESERVED, Slots, SlotState
 from memserve.mempool.arena import Arena
 from memserve.mempool.cache import BlockCache
 from memserve.mempool.events import snapshot
@@ -75,11 +77,11 @@ class MemPool:
         Raises BlockStateError, changing nothing, for a block that is free, cached, foreign or named twice.
         Source: MemServe, memory API (free_mem).
         """
-        slots = self.slots(addrs)
+        slots = self._slots(addrs)
         with self._lock:
             self._cache.allocator.move(slots, PRIVATE, FREE)
             if self._sealed:
-                for slot in slots:
+                for slot in slots.tolist():
                     self._sealed.pop(slot, None)
 
     def block(self, addr: BlockAddr) -> memoryview:
@@ -94,21 +96,20 @@ class MemPool:
 
     def slots(self, addrs: Sequence[BlockAddr]) -> list[int]:
         """Where the blocks are in `arena`, for copies of many at once. Not checked."""
-        first = self._first
-        return [addr - first for addr in addrs]
+        return list(self._slots(addrs).tolist())
 
     def seal(self, addrs: Sequence[BlockAddr]) -> list[int]:
         """Declare PRIVATE blocks fully written; returns their checksums. They may not be written again.
 
         Reads the bytes, outside the lock. Raises BlockStateError, changing nothing, if one is not PRIVATE.
         """
-        slots = self.slots(addrs)
+        slots = self._slots(addrs)
         with self._lock:
             self._cache.allocator.require(slots, PRIVATE)
-        sums = [self._checksum.of(self.arena.block(slot)) for slot in slots]
+        sums = [self._checksum.of(self.arena.block(slot)) for slot in slots.tolist()]
         with self._lock:
             self._cache.allocator.require(slots, PRIVATE)
-            self._sealed.update(zip(slots, sums, strict=True))
+            self._sealed.update(zip(slots.tolist(), sums, strict=True))
             self._bytes_sealed += len(slots) * self.layout.block_bytes
         return sums
 
@@ -126,16 +127,16 @@ class MemPool:
         """
         if len(keys) != len(addrs):
             raise BlockStateError(f"{len(keys)} keys for {len(addrs)} blocks")
-        slots = self.slots(addrs)
+        slots = self._slots(addrs)
         with self._lock:
             self._cache.allocator.require(slots, PRIVATE)
-            if not all(map(self._sealed.__contains__, slots)):
+            if not all(map(self._sealed.__contains__, slots.tolist())):
                 raise BlockStateError("a block is not sealed")
             try:
                 known = len(keys) - self._cache.publish(keys, slots, parent)
             except KeyError:
                 return Inserted((), (), addrs)
-            for slot in slots[known:]:
+            for slot in slots[known:].tolist():
                 self._sums[slot] = self._sealed.pop(slot)
         return Inserted(addrs[known:], addrs[:known], ())
 
@@ -289,9 +290,11 @@ class MemPool:
                 bytes_verified=self._bytes_verified,
             )
 
-    def _addrs(self, slots: Sequence[int]) -> list[BlockAddr]:
-        first = self._first
-        return [BlockAddr(first + slot) for slot in slots]
+    def _addrs(self, slots: Slots) -> list[BlockAddr]:
+        return list((slots + self._first).tolist())
+
+    def _slots(self, addrs: Sequence[BlockAddr]) -> Slots:
+        return np.array(addrs, np.int64) - self._first
 
     def _condemn(self, key: BlockKey, slot: int) -> None:
         """The block at `slot` is corrupt: nobody is to find it again."""

@@ -4,15 +4,20 @@ from __future__ import annotations
 
 from collections import Counter
 
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve.core.errors import BlockStateError, InvariantViolated
-from memserve.mempool.allocator import CACHED, FREE, PRIVATE, RESERVED, Allocator, SlotState
+from memserve.mempool.allocator import CACHED, FREE, PRIVATE, RESERVED, Allocator, Slots, SlotState
 
 states = st.sampled_from(SlotState)
 moves = st.tuples(st.lists(st.integers(-1, 6), max_size=4), states, states)
+
+
+def array(slots: list[int]) -> Slots:
+    return np.array(slots, np.int64)
 
 
 @given(st.lists(st.one_of(st.integers(0, 6), moves), max_size=20))
@@ -26,7 +31,7 @@ def test_states_are_those_of_a_dict(steps: list[int | tuple[list[int], SlotState
                 with pytest.raises(InvariantViolated):
                     allocator.take(step, PRIVATE)
                 continue
-            slots = allocator.take(step, PRIVATE)
+            slots = allocator.take(step, PRIVATE).tolist()
             assert len(slots) == len(set(slots) & set(free)) == step
             model |= dict.fromkeys(slots, PRIVATE)
         else:
@@ -34,11 +39,11 @@ def test_states_are_those_of_a_dict(steps: list[int | tuple[list[int], SlotState
             if before is FREE:  # only `take` does that
                 continue
             if len(set(slots)) == len(slots) and all(model.get(slot) is before for slot in slots):
-                allocator.move(slots, before, after)
+                allocator.move(array(slots), before, after)
                 model |= dict.fromkeys(slots, after)
             else:
                 with pytest.raises(BlockStateError):
-                    allocator.move(slots, before, after)
+                    allocator.move(array(slots), before, after)
         assert {slot: allocator.state(slot) for slot in model} == model
         assert Counter(model.values()) == Counter({one: allocator.count(one) for one in SlotState})
 
@@ -56,6 +61,6 @@ def test_a_refusal_says_why(slots: list[int], says: str) -> None:
     allocator = Allocator(3)
     allocator.take(2, PRIVATE)
     with pytest.raises(BlockStateError, match=says):
-        allocator.move(slots, PRIVATE, CACHED)
+        allocator.move(array(slots), PRIVATE, CACHED)
     assert allocator.count(PRIVATE) == 2
     assert allocator.count(RESERVED) == 0
