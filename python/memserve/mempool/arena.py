@@ -68,11 +68,11 @@ class Arena:
             return
         os.close(self.fd)
         self.fd = -1
-        self.memory.release()
         try:
+            self.memory.release()
             self._map.close()
         except BufferError:  # Someone still has a view: the mapping ends with it.
-            del self._map
+            del self.memory, self._map
 
 
 def _check_room(num_bytes: int, free_bytes: int) -> None:

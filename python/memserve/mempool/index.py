@@ -31,7 +31,7 @@ class BlockIndex:
         self._queue = EvictionQueue(num_slots)
         self._nodes: list[CachedNode | None] = [None] * num_slots
         self._pins = array("I", bytes(4 * num_slots))
-        self._uses = array("I", bytes(4 * num_slots))
+        self._uses = array("Q", bytes(8 * num_slots))
         self._depths = array("I", bytes(4 * num_slots))
         self._last_used = array("Q", bytes(8 * num_slots))
         self._num_pinned = 0
