@@ -11,7 +11,7 @@ import numpy as np
 
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey
-from memserve.core.errors import OutOfBlocks
+from memserve.core.errors import BlockStateError, OutOfBlocks
 from memserve.mempool.allocator import CACHED, FREE, PRIVATE, QUARANTINED, Allocator, Slots, SlotState
 from memserve.mempool.events import EventLog
 from memserve.mempool.eviction import Ordering
@@ -28,7 +28,12 @@ class BlockCache:
         self.evictions = 0
 
     def take(self, num_blocks: int, state: SlotState) -> Slots:
-        """That many slots, evicting what is needed. Raises OutOfBlocks, changing nothing."""
+        """That many slots, evicting what is needed.
+
+        Raises, changing nothing, OutOfBlocks, or BlockStateError for less than none.
+        """
+        if num_blocks < 0:
+            raise BlockStateError(f"{num_blocks} blocks cannot be had")
         free, evictable = self.allocator.count(FREE), self.index.num_evictable
         if num_blocks > free + evictable:
             raise OutOfBlocks(num_blocks, free, evictable)

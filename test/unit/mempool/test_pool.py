@@ -112,6 +112,14 @@ def test_addresses_tell_tier_slot_and_epoch() -> None:
     assert all(0 <= addr < 1 << 63 for addr in addrs)
 
 
+def test_less_than_no_blocks_are_refused() -> None:
+    pool = make_pool(1)
+    for verb in (pool.alloc_mem, pool.reserve):
+        with pytest.raises(BlockStateError):
+            verb(-1)
+    assert pool.stats().free == 1
+
+
 def test_what_is_used_is_evicted_last() -> None:
     pool = make_pool(4)
     store(pool, [1, 2])
