@@ -13,6 +13,7 @@ from memserve.core.block_addr import BlockAddr, Tier, slot_of, tag_of, tier_of
 from memserve.core.errors import BlockStateError, ConfigError, OutOfBlocks
 from memserve.core.ids import Epoch
 from memserve.mempool.arena import Arena
+from memserve.mempool.eviction import lfu
 from memserve.mempool.integrity import Checksum
 from memserve.mempool.pool import MemPool
 
@@ -147,6 +148,26 @@ def test_a_block_whose_last_follower_was_dropped_can_be_evicted() -> None:
         pool.block(lease.addrs[1])[0] ^= 1
         assert pool.verify(lease) == 1
     assert len(pool.alloc_mem(2)) == 2
+
+
+def test_a_block_whose_tail_alone_was_deleted_can_be_evicted() -> None:
+    pool = make_pool(2)
+    store(pool, [1, 2])
+    assert pool.delete(keys_of([1, 2])[1:]) == 1
+    assert len(pool.alloc_mem(2)) == 2
+
+
+def test_a_slot_does_not_inherit_the_rank_of_the_block_it_had() -> None:
+    pool = make_pool(2, lfu)
+    store(pool, [1])
+    for _ in range(9):
+        pool.release(pool.acquire(pool.match(keys_of([1]))))
+    pool.delete(keys_of([1]))
+    store(pool, [2])  # in the slot that [1] had
+    store(pool, [3])
+    pool.release(pool.acquire(pool.match(keys_of([3]))))
+    pool.free_mem(pool.alloc_mem(1))
+    assert (pool.num_cached(keys_of([2])), pool.num_cached(keys_of([3]))) == (0, 1)
 
 
 def test_hits_and_misses_are_counted_by_acquire_alone() -> None:
