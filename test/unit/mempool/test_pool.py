@@ -162,7 +162,9 @@ def test_a_slot_does_not_inherit_the_rank_of_the_block_it_had() -> None:
     store(pool, [1])
     for _ in range(9):
         pool.release(pool.acquire(pool.match(keys_of([1]))))
-    pool.delete(keys_of([1]))
+    store(pool, [4])
+    pool.free_mem(pool.alloc_mem(1))  # ranks [1] anew, and evicts [4]
+    assert pool.delete(keys_of([1])) == 1
     store(pool, [2])  # in the slot that [1] had
     store(pool, [3])
     pool.release(pool.acquire(pool.match(keys_of([3]))))
