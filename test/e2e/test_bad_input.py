@@ -72,6 +72,7 @@ def test_a_client_that_leaves_frees_both_servers(pair: Pair) -> None:
     body = {"text": "a very long answer", "stream": True}
     params = {"max_new_tokens": 5000, "temperature": 0, "ignore_eos": True}
     with pair.post("/generate", {**body, "sampling_params": params}, stream=True) as response:
-        next(response.iter_lines())
+        lines = response.iter_lines()  # a generator that is dropped closes the connection
+        next(lines)
         assert pair.num_running() > 0
     pair.wait_idle()
