@@ -134,7 +134,7 @@ def converse(cluster: Cluster) -> list[Turn]:
     document = (ROOT / "LICENSE").read_text()[:DOCUMENT_CHARACTERS]
     questions = [question.format(document=document) for question in QUESTIONS]
     turns: list[Turn] = []
-    meter = Meter(cluster.url)
+    meter = Meter(cluster)
     backend = sgl.RuntimeEndpoint(cluster.url)
 
     @sgl.function
@@ -208,21 +208,16 @@ def openai_turn(url: str, messages: list[dict[str, str]], meter: Meter) -> tuple
 
 
 class Meter:
-    """Reads how many bytes the prefill servers' transfer engines have written."""
+    """Tells how many bytes of KV each turn has moved."""
 
-    def __init__(self, url: str) -> None:
-        self._url = url
-        self._last = self._total()
+    def __init__(self, cluster: Cluster) -> None:
+        self._cluster = cluster
+        self._last = cluster.moved_bytes()
 
     def moved(self) -> int:
         """Bytes since the last call."""
-        before, self._last = self._last, self._total()
+        before, self._last = self._last, self._cluster.moved_bytes()
         return self._last - before
-
-    def _total(self) -> int:
-        info = requests.get(f"{self._url}/server_info", timeout=30).json()
-        states = [state for worker in info["workers"] for state in worker["server_info"]["internal_states"]]
-        return sum(state["memserve"]["transfer"]["num_bytes"] for state in states)
 
 
 COLUMNS = (

@@ -8,7 +8,6 @@ Every flag that is not listed below goes to SGLang untouched (`sglang serve --he
 from __future__ import annotations
 
 import argparse
-import logging
 import socket
 import sys
 from dataclasses import dataclass
@@ -22,8 +21,6 @@ from memserve.core.hosts import bracketed, is_loopback
 from memserve.core.ids import InstanceId, new_epoch
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import InstanceInfo, Role
-
-logger = logging.getLogger("memserve.launch_server")
 
 EXAMPLES = """\
 examples:

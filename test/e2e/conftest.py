@@ -62,9 +62,7 @@ class Pair:
 
     def moved_bytes(self) -> int:
         """Bytes that prefill's transfer engine has written so far."""
-        workers = requests.get(f"{self.url}/server_info", timeout=REQUEST_TIMEOUT_S).json()["workers"]
-        states = [state for worker in workers for state in worker["server_info"]["internal_states"]]
-        return sum(state["memserve"]["transfer"]["num_bytes"] for state in states)
+        return self.cluster.moved_bytes()
 
     def num_running(self) -> int:
         """Requests that any server still holds, queued or running."""

@@ -8,7 +8,6 @@ MemServeError
 ├── Rejected             the caller must change the request
 │   ├── BadRequest       an HTTP request we refuse (4xx), with the field at fault
 │   ├── BlockStateError  blocks that are not the caller's, or not in that state; nothing has changed
-│   ├── LayoutMismatch   the other pool's blocks are of another model, shape or precision
 │   ├── OutOfBounds      a copy that leaves its region; nothing was moved
 │   └── WireMismatch     the peer speaks another protocol version, or holds another key
 ├── TransferFailed       the transport gave up; what has landed is undefined
@@ -75,16 +74,6 @@ class BadRequest(Rejected):
 
 class BlockStateError(Rejected):
     """A block that is not the caller's to use so: freed, cached, foreign, or named twice."""
-
-
-class LayoutMismatch(Rejected):
-    """Blocks of another layout: their bytes would mean something else here."""
-
-    def __init__(self, peer: str, expected: str, actual: str) -> None:
-        super().__init__(f"{peer}: layout {expected} expected, its blocks are {actual}")
-        self.peer = peer
-        self.expected = expected
-        self.actual = actual
 
 
 class OutOfBounds(Rejected):

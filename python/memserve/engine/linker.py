@@ -27,7 +27,7 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoa
 from memserve.core.block_keys import BlockKey, key_from_hex, keys_from_hex
 from memserve.core.errors import OutOfBlocks
 from memserve.core.ids import new_epoch
-from memserve.engine.kv_blocks import KVBlocks
+from memserve.engine.kv_blocks import KVBlocks, layout_of
 from memserve.mempool.arena import Arena
 from memserve.mempool.lease import Lease
 from memserve.mempool.pool import MemPool
@@ -73,18 +73,17 @@ class MemPoolLinker(UnifiedCacheLinker):
             names = ", ".join(sorted(component.name for component in components))
             raise ValueError(f"the DRAM tier serves full attention, not {names}: leave --dram-gib out")
         device_pool = params.token_to_kv_pool_allocator.get_kvcache()
-        self._blocks = KVBlocks(
+        layout = layout_of(
             device_pool,
             params.page_size,
             model=server_args.model_path,
             rank=params.tp_cache_group.rank() if params.tp_cache_group is not None else 0,
             num_ranks=server_args.tp_size,
         )
-        layout = self._blocks.layout
         dram_bytes = extra_config["dram_bytes"] // server_args.tp_size
         arena = Arena(layout.block_bytes, max(1, dram_bytes // layout.block_bytes))
         self._pool = MemPool(layout, arena, new_epoch())
-        self._blocks.attach(arena)
+        self._blocks = KVBlocks(device_pool, layout, arena)
         self.pools = {PoolName.KV: device_pool}
         self.forward_stream = forward_stream
         self.layer_done_counter = LayerWiseLoadCounter(device_pool.layer_num)
@@ -194,7 +193,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         except OutOfBlocks as error:
             logger.warning("not offloaded pages=%d: %s", len(keys), error)
             return False
-        page = self._blocks.layout.page_tokens
+        page = self._pool.layout.page_tokens
         self._blocks.pack(self._pool.slots(addrs), task.tokens[known * page :])
         self._pool.seal(addrs)
         inserted = self._pool.insert(keys, addrs, parent)

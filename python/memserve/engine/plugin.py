@@ -111,9 +111,11 @@ def name_offload_parent(wrapper: Any, node_id: Any, transfers: Any) -> None:
 
 
 def _linker_of(tree_cache: Any) -> MemPoolLinker | None:
+    linker = getattr(getattr(tree_cache, "linker", None), "cache_linker", None)
+    if linker is None:
+        return None
     from memserve.engine.linker import MemPoolLinker
 
-    linker = getattr(getattr(tree_cache, "linker", None), "cache_linker", None)
     return linker if isinstance(linker, MemPoolLinker) else None
 
 

@@ -7,7 +7,7 @@ name and nothing else of it.
 from __future__ import annotations
 
 import json
-import os
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from memserve.core.errors import ConfigError
@@ -106,7 +106,7 @@ def cpu_threads(role: Role, num_cores: int) -> int:
     return num_cores if role is Role.COLOCATED else max(1, num_cores // 2)
 
 
-def cpu_environment(role: Role, num_cores: int, environ: os._Environ[str] | dict[str, str]) -> dict[str, str]:
+def cpu_environment(role: Role, num_cores: int, environ: Mapping[str, str]) -> dict[str, str]:
     """Variables to set for a CPU server that the user has not set."""
     wanted = {"OMP_NUM_THREADS": str(cpu_threads(role, num_cores))}
     return {name: value for name, value in wanted.items() if name not in environ}

@@ -7,6 +7,7 @@ file. Knows the two launch commands and nothing of what is inside them.
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import re
 import signal
@@ -148,6 +149,13 @@ class Cluster:
                 del waiting[process.name]
                 if progress is not None:
                     progress(process)
+
+    def moved_bytes(self) -> int:
+        """Bytes that the transfer engines of all servers have written so far."""
+        with urllib.request.urlopen(f"{self.url}/server_info", timeout=30) as answer:
+            workers = json.load(answer)["workers"]
+        states = [state for worker in workers for state in worker["server_info"]["internal_states"]]
+        return sum(state["memserve"].get("transfer", {"num_bytes": 0})["num_bytes"] for state in states)
 
     def close(self) -> None:
         """Stop everything, all at once. Idempotent."""

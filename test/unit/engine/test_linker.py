@@ -12,7 +12,7 @@ from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 
 from memserve.core.block_keys import page_keys
-from memserve.engine.kv_blocks import PACK_BLOCKS, KVBlocks
+from memserve.engine.kv_blocks import PACK_BLOCKS, KVBlocks, layout_of
 from memserve.engine.linker import MemPoolLinker
 from memserve.mempool.arena import Arena
 from memserve.testing.cluster import wait_for
@@ -83,8 +83,8 @@ def kv_at(pool: Any, tokens: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("num_pages", [1, 3, PACK_BLOCKS, PACK_BLOCKS + 1])
 def test_pages_survive_a_round_trip_through_blocks(dtype: torch.dtype, num_pages: int) -> None:
     pool = device_pool(dtype)
-    blocks = KVBlocks(pool, PAGE, model="model", rank=0, num_ranks=1)
-    blocks.attach(Arena(blocks.layout.block_bytes, 128))
+    layout = layout_of(pool, PAGE, model="model", rank=0, num_ranks=1)
+    blocks = KVBlocks(pool, layout, Arena(layout.block_bytes, 128))
     slots = torch.randperm(128)[:num_pages].tolist()
     source = torch.randperm(TOKENS // PAGE)[:num_pages, None] * PAGE + torch.arange(PAGE)
     before = kv_at(pool, source.flatten())
@@ -133,7 +133,6 @@ def test_pages_that_are_there_already_are_not_stored_twice(linker: MemPoolLinker
 def test_a_flipped_bit_is_a_miss_and_never_loaded(linker: MemPoolLinker, pool: Any) -> None:
     pages = transfer(4)
     assert offload(linker, pages)
-    assert linker._blocks._blocks is not None
     slot = linker._pool.slots(linker._pool.match(page_keys([0] * 4 * PAGE, PAGE)).addrs)[2]
     linker._blocks._blocks[slot, 1, 0, 0, 0, 0] += 1
     target = transfer(4, first_token=400)
@@ -186,4 +185,4 @@ def test_a_model_it_cannot_serve_is_refused(component: ComponentType) -> None:
     with pytest.raises(ValueError, match="--dram-gib"):
         MemPoolLinker(None, None, components={ComponentType.FULL, component}, extra_config={})
     with pytest.raises(ValueError, match="--dram-gib"):
-        KVBlocks(SimpleNamespace(kv_buffer=[]), PAGE, model="m", rank=0, num_ranks=1)
+        layout_of(SimpleNamespace(kv_buffer=[]), PAGE, model="m", rank=0, num_ranks=1)
