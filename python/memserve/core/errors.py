@@ -3,12 +3,14 @@
 MemServeError
 ├── Retryable            the same call may succeed later, or elsewhere
 │   ├── OutOfBlocks      a tier is full of blocks that cannot be evicted; nothing has changed
+│   ├── PeerDeclined     another instance's pool has no use or no room for it now; nothing has changed
 │   ├── TransferTimeout  bytes may still be in flight: the memory is not free yet
 │   └── InstanceLost     the other process is gone
 ├── Rejected             the caller must change the request
 │   ├── BadRequest       an HTTP request we refuse (4xx), with the field at fault
 │   ├── BlockStateError  blocks that are not the caller's, or not in that state; nothing has changed
 │   ├── OutOfBounds      a copy that leaves its region; nothing was moved
+│   ├── LayoutMismatch   the peer's blocks are of another model, shape or precision
 │   └── WireMismatch     the peer speaks another protocol version, or holds another key
 ├── TransferFailed       the transport gave up; what has landed is undefined
 ├── StaleEpoch           the peer restarted: whatever was known of it is void
@@ -35,6 +37,15 @@ class OutOfBlocks(Retryable):
         self.wanted = wanted
         self.free = free
         self.evictable = evictable
+
+
+class PeerDeclined(Retryable):
+    """Another instance's pool turned a request down, as it may at any time; nothing has changed there."""
+
+    def __init__(self, peer: str, reason: str) -> None:
+        super().__init__(f"{peer}: {reason}")
+        self.peer = peer
+        self.reason = reason
 
 
 class TransferTimeout(Retryable):
@@ -78,6 +89,10 @@ class BlockStateError(Rejected):
 
 class OutOfBounds(Rejected):
     """A copy reaches outside a registered region. Checked before a byte moves."""
+
+
+class LayoutMismatch(Rejected):
+    """Blocks of two pools cannot be exchanged; the text names each field that differs."""
 
 
 class WireMismatch(Rejected):

@@ -10,10 +10,13 @@ from enum import StrEnum
 
 import msgspec
 
+from memserve.core.block_keys import BlockKey
+from memserve.core.caching import CachingMode
 from memserve.core.errors import WireMismatch
 from memserve.core.ids import Epoch, InstanceId
+from memserve.core.kv_layout import KVLayout
 
-WIRE_VERSION = 1
+WIRE_VERSION = 2
 
 
 class Role(StrEnum):
@@ -22,6 +25,8 @@ class Role(StrEnum):
     PREFILL = "prefill"
     DECODE = "decode"
     COLOCATED = "colocated"
+    MEMORY = "memory"
+    """Serves no requests: lends its DRAM to the others."""
 
 
 class InstanceInfo(msgspec.Struct, frozen=True):
@@ -34,6 +39,8 @@ class InstanceInfo(msgspec.Struct, frozen=True):
     """Base URL of its HTTP server, without a trailing slash."""
     bootstrap_port: int | None = None
     """Where decode servers find a prefill's KV; None for other roles."""
+    caching: CachingMode = CachingMode.FULL
+    """A router refuses an instance whose value is not that of the others."""
 
 
 class Register(msgspec.Struct, frozen=True, tag=True):
@@ -102,7 +109,198 @@ class Opened(msgspec.Struct, frozen=True, tag=True):
     regions: tuple[MemoryRange, ...]
 
 
-Message = Register | Heartbeat | Deregister | Accepted | Unknown | Refused | Open | Opened
+class PoolInfo(msgspec.Struct, frozen=True):
+    """What instances must know of one rank's memory pool to exchange blocks with it."""
+
+    instance_id: InstanceId
+    epoch: Epoch
+    """Of the process that holds the pool."""
+    role: Role
+    caching: CachingMode
+    address: str
+    """`host:port` of its control server."""
+    layout: str
+    """Digest of its blocks' layout, in hex; empty for a pool that takes any."""
+    bootstrap: str = ""
+    """`host:port` by which requests name this prefill to decode; empty for other roles."""
+
+
+class RegisterPool(msgspec.Struct, frozen=True, tag=True):
+    """Pool → router: I can be reached. Answered `Members`, or `Refused`. Idempotent."""
+
+    info: PoolInfo
+
+
+class PoolHeartbeat(msgspec.Struct, frozen=True, tag=True):
+    """Pool → router: still here, and I know the members as of `version`. Answered `Members`, `Unknown`."""
+
+    epoch: Epoch
+    version: int
+
+
+class DeregisterPool(msgspec.Struct, frozen=True, tag=True):
+    """Pool → router: I am going. Answered `Done`."""
+
+    epoch: Epoch
+
+
+class Members(msgspec.Struct, frozen=True, tag=True):
+    """Router → pool: all pools of the cluster, the asking one included."""
+
+    heartbeat_s: float
+    version: int
+    pools: tuple[PoolInfo, ...] | None
+    """None: unchanged since the version that was named."""
+
+
+class Hello(msgspec.Struct, frozen=True, tag=True):
+    """Pool → pool: who I am, who I think you are, what my blocks are. Answered `Welcome`, `Refused`."""
+
+    epoch: Epoch
+    peer_epoch: Epoch
+    layout: KVLayout
+
+
+class Welcome(msgspec.Struct, frozen=True, tag=True):
+    """Pool → pool: how my memory for such blocks is reached."""
+
+    epoch: Epoch
+    endpoints: tuple[Endpoint, ...]
+    arena: MemoryRange
+    slot_bytes: int
+
+
+class Reserve(msgspec.Struct, frozen=True, tag=True):
+    """Pool → pool: I would write the blocks of this chain that you lack. Answered `Reserved`, `Declined`.
+
+    keys[0] comes after `parent`, or begins a prompt. `transfer_id` is the sender's, never used twice;
+    a repeated request gets the same answer.
+    """
+
+    epoch: Epoch
+    transfer_id: int
+    layout: bytes
+    """Digest."""
+    keys: tuple[BlockKey, ...]
+    parent: BlockKey | None
+
+
+class Allocate(msgspec.Struct, frozen=True, tag=True):
+    """Pool → pool: reserve blocks that nobody indexes. Answered `Reserved`, `Declined`."""
+
+    epoch: Epoch
+    transfer_id: int
+    layout: bytes
+    num_blocks: int
+
+
+class Reserved(msgspec.Struct, frozen=True, tag=True):
+    """Pool → pool: write here, then commit or cancel."""
+
+    num_known: int
+    """So many blocks, from the front of the chain, are here already."""
+    addrs: tuple[int, ...]
+    """`BlockAddr` of a slot for each block after those."""
+
+
+class Declined(msgspec.Struct, frozen=True, tag=True):
+    """Pool → pool: not now; nothing has changed here."""
+
+    reason: str
+    parent_unknown: bool = False
+    """Send the chain from its root and it may be taken."""
+
+
+class Commit(msgspec.Struct, frozen=True, tag=True):
+    """Pool → pool: all bytes of the reservation are in place. Answered `Committed`, `Declined`."""
+
+    epoch: Epoch
+    transfer_id: int
+    checksums: tuple[int, ...]
+    """Of each block written, in the order of the reserved addresses."""
+
+
+class Committed(msgspec.Struct, frozen=True, tag=True):
+    """Pool → pool: so many blocks are in the index that were not; 0 for blocks nobody indexes."""
+
+    num_new: int
+
+
+class Cancel(msgspec.Struct, frozen=True, tag=True):
+    """Pool → pool: the reservation will not be committed. Answered `Done`, also when it is unknown."""
+
+    epoch: Epoch
+    transfer_id: int
+    settled: bool
+    """No byte of mine can land any more; else the blocks stay in quarantine."""
+
+
+class Locate(msgspec.Struct, frozen=True, tag=True):
+    """Anyone → pool: how much of this chain do you hold? Answered `Located`."""
+
+    layout: bytes
+    keys: tuple[BlockKey, ...]
+
+
+class Located(msgspec.Struct, frozen=True, tag=True):
+    """Pool → anyone: so many blocks, from the front."""
+
+    num_blocks: int
+
+
+class AcquireLease(msgspec.Struct, frozen=True, tag=True):
+    """Pool → pool: hold these while I read them. Answered `Leased`, an empty one if none is there."""
+
+    epoch: Epoch
+    lease_id: int
+    """The reader's, never used twice; a repeated request gets the same answer."""
+    layout: bytes
+    keys: tuple[BlockKey, ...]
+
+
+class Leased(msgspec.Struct, frozen=True, tag=True):
+    """Pool → pool: where the longest prefix that is here can be read, and what its bytes sum to."""
+
+    addrs: tuple[int, ...]
+    checksums: tuple[int, ...]
+
+
+class ReleaseLease(msgspec.Struct, frozen=True, tag=True):
+    """Pool → pool: I have read them. Answered `Done`, also when the lease is unknown or has run out."""
+
+    epoch: Epoch
+    lease_id: int
+
+
+class Fetch(msgspec.Struct, frozen=True, tag=True):
+    """Router → pool: get what you lack of this chain from `holder`. Answered `Fetched`."""
+
+    layout: bytes
+    keys: tuple[BlockKey, ...]
+    parent: BlockKey | None
+    holder: str
+    """`host:port` of the other pool's control server."""
+    holder_epoch: Epoch
+    timeout_s: float
+
+
+class Fetched(msgspec.Struct, frozen=True, tag=True):
+    """Pool → router: so many blocks of the chain, from the front, are here now."""
+
+    num_blocks: int
+    reason: str = ""
+    """Why it is not all of them."""
+
+
+class Done(msgspec.Struct, frozen=True, tag=True):
+    """It is so now."""
+
+
+ToRouter = Register | Heartbeat | Deregister | RegisterPool | PoolHeartbeat | DeregisterPool
+FromRouter = Accepted | Unknown | Members
+ToPool = Hello | Reserve | Allocate | Commit | Cancel | Locate | AcquireLease | ReleaseLease | Fetch
+FromPool = Welcome | Reserved | Declined | Committed | Located | Leased | Fetched | Done
+Message = ToRouter | FromRouter | Open | Opened | ToPool | FromPool | Refused
 
 
 class _Envelope(msgspec.Struct, frozen=True, array_like=True):
