@@ -9,7 +9,7 @@ Knows numbers only: no tensors, no memory. Source: MemServe, section on transfer
 from __future__ import annotations
 
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 from functools import cached_property
 from hashlib import sha256
@@ -101,7 +101,7 @@ class KVLayout:
     @cached_property
     def digest(self) -> bytes:
         """32 bytes that differ where any field does: the fingerprint that blocks and peers carry."""
-        fields = (
+        identity = (
             self.model,
             self.num_layers,
             self.page_tokens,
@@ -111,7 +111,16 @@ class KVLayout:
             self.rank,
             self.num_ranks,
         )
-        return sha256(f"memserve-kv-layout-v1:{fields!r}".encode()).digest()
+        return sha256(f"memserve-kv-layout-v1:{identity!r}".encode()).digest()
+
+    def differences(self, other: KVLayout) -> list[str]:
+        """What keeps blocks of the two from being exchanged: "page_tokens 16 here, 64 there"; empty if nothing."""
+        names = [each.name for each in fields(self)]
+        return [
+            f"{name} {getattr(self, name)} here, {getattr(other, name)} there"
+            for name in names
+            if getattr(self, name) != getattr(other, name)
+        ]
 
     def offset(self, layer: int, part: int) -> int:
         """Where a part begins in its block. Raises IndexError if there is no such layer or part."""

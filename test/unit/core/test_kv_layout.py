@@ -92,3 +92,14 @@ def test_the_digest_tells_every_field(change: dict[str, object]) -> None:
 def test_what_is_no_layout_is_refused(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="not a layout"):
         dataclasses.replace(LATENT, **change)
+
+
+def test_differences_name_each_field_that_keeps_blocks_apart() -> None:
+    here = KVLayout.of_heads("m", 2, 16, 2, 8, ("float32", 4))
+    there = KVLayout.of_heads("m", 2, 64, 2, 8, ("bfloat16", 2))
+    assert here.differences(here) == []
+    assert here.differences(there) == [
+        "page_tokens 16 here, 64 there",
+        "dtype float32 here, bfloat16 there",
+        "dtype_bytes 4 here, 2 there",
+    ]
