@@ -12,10 +12,12 @@ from aiohttp import web
 
 from memserve import __version__
 from memserve.router.api import JsonObject, encode_json
+from memserve.router.caching import caching_of
 from memserve.router.cluster import Cluster, Member
 from memserve.router.failures import failure, message_of
 from memserve.router.http import json_response
 from memserve.router.instance import Instance
+from memserve.router.pools import PoolMember, Pools
 from memserve.router.upstream import describe
 
 logger = logging.getLogger(__name__)
@@ -28,8 +30,9 @@ FLUSH_WAIT_S = 5
 class Pages:
     """Serves everything but generation. Event loop thread only."""
 
-    def __init__(self, cluster: Cluster, session: aiohttp.ClientSession) -> None:
+    def __init__(self, cluster: Cluster, pools: Pools, session: aiohttp.ClientSession) -> None:
         self._cluster = cluster
+        self._pools = pools
         self._session = session
         self._started_s = int(time.time())
 
@@ -77,8 +80,13 @@ class Pages:
         return json_response(encode_json(page), 200 if reason is None else 503)
 
     async def workers(self, _: web.Request) -> web.Response:
-        """Everyone the router knows of."""
-        return json_response(encode_json({"workers": self._members()}))
+        """Everyone the router knows of, the pools they exchange blocks with, and what they keep."""
+        page: JsonObject = {
+            "caching": caching_of(self._cluster, self._pools),
+            "workers": self._members(),
+            "pools": [_describe_pool(member, self._pools.age_s(member)) for member in self._pools.members()],
+        }
+        return json_response(encode_json(page))
 
     async def models(self, _: web.Request) -> web.Response:
         """OpenAI's list of models."""
@@ -208,8 +216,23 @@ def _describe_member(member: Member) -> JsonObject:
         "state": member.state,
         "reason": member.reason or None,
         "registered": not member.static,
+        "caching": None if member.static else info.caching,
         "model": facts.model if facts else None,
         "context_tokens": facts.context_tokens if facts else None,
         "vocab_size": facts.vocab_size if facts else None,
         "page_size": facts.page_size if facts else None,
+    }
+
+
+def _describe_pool(member: PoolMember, age_s: float) -> JsonObject:
+    info = member.info
+    return {
+        "instance_id": info.instance_id,
+        "epoch": f"{info.epoch:016x}",
+        "role": info.role,
+        "caching": info.caching,
+        "address": info.address,
+        "layout": info.layout or None,
+        "bootstrap": info.bootstrap or None,
+        "age_s": round(age_s, 1),
     }

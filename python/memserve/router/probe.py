@@ -15,6 +15,7 @@ from memserve.core.errors import InstanceLost
 from memserve.core.ids import InstanceId
 from memserve.router.cluster import Cluster, Member, State
 from memserve.router.instance import Facts
+from memserve.router.pools import Pools
 from memserve.router.upstream import describe
 from memserve.wire.messages import Role
 
@@ -32,11 +33,12 @@ _MODES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "null": Role.COLOCATED
 
 
 class Prober:
-    """Brings members of a cluster to ready, and checks those that send no heartbeats."""
+    """Brings members of a cluster to ready, checks those that send no heartbeats, forgets the silent."""
 
     def __init__(
         self,
         cluster: Cluster,
+        pools: Pools,
         session: aiohttp.ClientSession,
         *,
         interval_s: float,
@@ -44,6 +46,7 @@ class Prober:
     ) -> None:
         """`interval_s` is how often a ready instance without heartbeats is checked."""
         self._cluster = cluster
+        self._pools = pools
         self._session = session
         self._interval_s = interval_s
         self._clock = clock
@@ -56,6 +59,7 @@ class Prober:
             while True:
                 self._cluster.stirred.clear()
                 self._cluster.forget_silent()
+                self._pools.forget_silent()
                 self._start_due()
                 try:
                     await asyncio.wait_for(self._cluster.stirred.wait(), RETRY_S)

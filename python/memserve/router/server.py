@@ -24,6 +24,7 @@ from memserve.router.http import GenerateHandler, json_response
 from memserve.router.instance import Instance
 from memserve.router.pages import Pages
 from memserve.router.policy import round_robin
+from memserve.router.pools import Pools
 from memserve.router.probe import Prober
 from memserve.router.upstream import Upstream, open_session
 from memserve.wire.link import ControlServer
@@ -40,6 +41,7 @@ class Router:
     url: str
     control_address: str
     cluster: Cluster
+    pools: Pools
 
 
 @asynccontextmanager
@@ -50,6 +52,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
     """
     key = ClusterKey.read(config.cluster_key_file) if config.cluster_key_file else None
     cluster = Cluster(config.static, heartbeat_s=config.heartbeat_secs, clock=time.monotonic)
+    pools = Pools(heartbeat_s=config.heartbeat_secs, clock=time.monotonic)
 
     def on_lost(instance: Instance, reason: str) -> None:
         cluster.lost_contact(instance.instance_id, instance.epoch, reason)
@@ -61,14 +64,18 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         generate = GenerateHandler(
             Dispatcher(cluster, POLICIES[config.policy], upstream), max_body_bytes=config.max_body_bytes
         )
-        prober = Prober(cluster, session, interval_s=config.health_check_interval_secs, clock=time.monotonic)
-        port = await _serve_http(stack, config, [*generate.routes(), *Pages(cluster, session).routes()])
-        control = _serve_control(config, port, key, cluster)
+        prober = Prober(
+            cluster, pools, session, interval_s=config.health_check_interval_secs, clock=time.monotonic
+        )
+        pages = Pages(cluster, pools, session)
+        port = await _serve_http(stack, config, [*generate.routes(), *pages.routes()])
+        handler = ControlHandler(cluster, pools, asyncio.get_running_loop())
+        control = ControlServer(config.host, _control_port(config, port), handler, key=key)
         stack.push_async_callback(asyncio.to_thread, control.close)
         stack.push_async_callback(generate.stop, config.shutdown_grace_period_secs)
         probing = asyncio.create_task(prober.run())
         stack.callback(probing.cancel)
-        yield Router(f"http://{bracketed(config.host)}:{port}", control.address, cluster)
+        yield Router(f"http://{bracketed(config.host)}:{port}", control.address, cluster, pools)
 
 
 async def serve(config: RouterConfig) -> None:
@@ -104,14 +111,10 @@ async def _serve_http(stack: AsyncExitStack, config: RouterConfig, routes: list[
     return port
 
 
-def _serve_control(
-    config: RouterConfig, http_port: int, key: ClusterKey | None, cluster: Cluster
-) -> ControlServer:
-    port = config.control_port
-    if port is None:
-        port = http_port + 1 if config.port else 0
-    handler = ControlHandler(cluster, asyncio.get_running_loop())
-    return ControlServer(config.host, port, handler, key=key)
+def _control_port(config: RouterConfig, http_port: int) -> int:
+    if config.control_port is not None:
+        return config.control_port
+    return http_port + 1 if config.port else 0
 
 
 @web.middleware

@@ -9,6 +9,7 @@ from memserve.router.cluster import HEARTBEAT_MISSES, Cluster, State
 from memserve.router.config import STATIC_EPOCH
 from memserve.router.control import answer
 from memserve.router.instance import Facts
+from memserve.router.pools import Pools
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.messages import (
     Accepted,
@@ -39,6 +40,11 @@ def clock() -> FakeClock:
 @pytest.fixture
 def cluster(clock: FakeClock) -> Cluster:
     return Cluster([], heartbeat_s=1.0, clock=clock)
+
+
+@pytest.fixture
+def pools(clock: FakeClock) -> Pools:
+    return Pools(heartbeat_s=1.0, clock=clock)
 
 
 def states(cluster: Cluster) -> dict[str, State]:
@@ -142,12 +148,12 @@ def test_deregister_takes_out_only_the_process_that_says_it(cluster: Cluster) ->
     assert states(cluster) == {}
 
 
-def test_control_messages_are_answered(cluster: Cluster) -> None:
-    assert answer(cluster, Heartbeat(NAME, ONE)) == Unknown()
-    assert answer(cluster, Register(decode())) == Accepted(1.0)
-    assert answer(cluster, Heartbeat(NAME, ONE)) == Accepted(1.0)
-    assert answer(cluster, Deregister(NAME, ONE)) == Accepted(1.0)
-    assert answer(cluster, Heartbeat(NAME, ONE)) == Unknown()
+def test_control_messages_are_answered(cluster: Cluster, pools: Pools) -> None:
+    assert answer(cluster, pools, Heartbeat(NAME, ONE)) == Unknown()
+    assert answer(cluster, pools, Register(decode())) == Accepted(1.0)
+    assert answer(cluster, pools, Heartbeat(NAME, ONE)) == Accepted(1.0)
+    assert answer(cluster, pools, Deregister(NAME, ONE)) == Accepted(1.0)
+    assert answer(cluster, pools, Heartbeat(NAME, ONE)) == Unknown()
 
 
 @pytest.mark.parametrize(
@@ -158,6 +164,6 @@ def test_control_messages_are_answered(cluster: Cluster) -> None:
         Opened(ONE, (), ()),
     ],
 )
-def test_nonsense_is_refused(cluster: Cluster, message: Register) -> None:
-    assert isinstance(answer(cluster, message), Refused)
+def test_nonsense_is_refused(cluster: Cluster, pools: Pools, message: Register) -> None:
+    assert isinstance(answer(cluster, pools, message), Refused)
     assert states(cluster) == {}

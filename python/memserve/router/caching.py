@@ -1,0 +1,32 @@
+"""One caching mode for all instances of a cluster: what it is now, and who may not join. Pure."""
+
+from __future__ import annotations
+
+from memserve.core.caching import CachingMode
+from memserve.core.ids import InstanceId
+from memserve.router.cluster import Cluster
+from memserve.router.pools import Pools
+
+
+def caching_of(cluster: Cluster, pools: Pools, *, besides: InstanceId | None = None) -> CachingMode | None:
+    """What those that are registered, `besides` one of them, have agreed on; None if there is nobody.
+
+    Instances named by URL never said what they do, and are not asked.
+    """
+    infos = [member.info for member in cluster.members() if not member.static]
+    said = [*infos, *(member.info for member in pools.members())]
+    return next((info.caching for info in said if info.instance_id != besides), None)
+
+
+def why_refused(cluster: Cluster, pools: Pools, instance_id: InstanceId, caching: CachingMode) -> str | None:
+    """Why an instance with that value cannot join; None if it can.
+
+    The first one decides; an instance that comes back may change its mind if it is alone.
+    """
+    agreed = caching_of(cluster, pools, besides=instance_id)
+    if agreed is None or agreed is caching:
+        return None
+    return (
+        f"{instance_id} has --caching {caching}, but this cluster runs with --caching {agreed}: "
+        f"restart it with --caching {agreed}, or stop all the others first"
+    )

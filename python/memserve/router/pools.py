@@ -1,0 +1,103 @@
+"""Which memory pools exist, so that instances can exchange blocks. Does no I/O; the clock is given.
+
+    register ──> member ──deregister, no heartbeat, replaced──> forgotten
+
+Holds no more than the pools say of themselves: what is in them is no business of this module.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from memserve.core.ids import Epoch
+from memserve.router.cluster import HEARTBEAT_MISSES
+from memserve.wire.messages import Members, PoolInfo
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class PoolMember:
+    """One pool the router knows of. Changed by `Pools` only."""
+
+    info: PoolInfo
+    since_s: float
+    seen_s: float
+
+
+class Pools:
+    """The registered pools, one per epoch, and a number for each change. Event loop thread only."""
+
+    def __init__(self, *, heartbeat_s: float, clock: Callable[[], float]) -> None:
+        self.heartbeat_s = heartbeat_s
+        self._clock = clock
+        self._members: dict[Epoch, PoolMember] = {}
+        self._version = secrets.randbits(62)
+        """Random at first: the members of a router that restarted never seem unchanged."""
+
+    def members(self) -> list[PoolMember]:
+        """Every pool, in the order in which they came."""
+        return list(self._members.values())
+
+    def age_s(self, member: PoolMember) -> float:
+        """For how long it has been a member."""
+        return self._clock() - member.since_s
+
+    def register(self, info: PoolInfo) -> Members:
+        """`info` can be reached. Idempotent; replaces who had its instance and layout, or its address."""
+        now_s = self._clock()
+        known = self._members.get(info.epoch)
+        if known is not None and known.info == info:
+            known.seen_s = now_s
+            return self._all()
+        for other in self.members():
+            if _replaces(info, other.info):
+                self._forget(other.info, "replaced")
+        self._members[info.epoch] = PoolMember(info, now_s, now_s)
+        self._version += 1
+        logger.info("pool registered %s", _names(info))
+        return self._all()
+
+    def heartbeat(self, epoch: Epoch, version: int) -> Members | None:
+        """The pool lives: who is there, unless that is what it knows. None if it has to register again."""
+        member = self._members.get(epoch)
+        if member is None:
+            return None
+        member.seen_s = self._clock()
+        if version == self._version:
+            return Members(self.heartbeat_s, version, None)
+        return self._all()
+
+    def deregister(self, epoch: Epoch) -> None:
+        """The pool goes. Idempotent."""
+        if epoch in self._members:
+            self._forget(self._members[epoch].info, "it deregistered")
+
+    def forget_silent(self) -> None:
+        """Forget the pools whose heartbeats have stopped."""
+        deadline = self._clock() - HEARTBEAT_MISSES * self.heartbeat_s
+        for member in self.members():
+            if member.seen_s < deadline:
+                self._forget(member.info, f"{HEARTBEAT_MISSES} heartbeats missed")
+
+    def _all(self) -> Members:
+        infos = tuple(member.info for member in self._members.values())
+        return Members(self.heartbeat_s, self._version, infos)
+
+    def _forget(self, info: PoolInfo, reason: str) -> None:
+        logger.info("pool gone %s reason=%s", _names(info), reason)
+        del self._members[info.epoch]
+        self._version += 1
+
+
+def _replaces(new: PoolInfo, old: PoolInfo) -> bool:
+    """Whether `old` cannot be there any more when `new` is."""
+    same_place = (new.instance_id, new.layout) == (old.instance_id, old.layout)
+    return new.epoch == old.epoch or same_place or new.address == old.address
+
+
+def _names(info: PoolInfo) -> str:
+    return f"instance={info.instance_id} role={info.role} epoch={info.epoch:016x} address={info.address}"
