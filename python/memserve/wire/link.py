@@ -3,6 +3,7 @@
     ControlClient (DEALER) --- [id, request] --->  ControlServer (ROUTER, own thread)
                            <-- [id, answer] -----
 
+A handler that needs longer answers with a future, and the server goes on meanwhile.
 With a key both ends run CURVE on key pairs derived from it: whoever does not hold the cluster
 key can neither be heard nor read along. Without one, a server binds loopback only.
 Knows no message's meaning.
@@ -13,9 +14,11 @@ from __future__ import annotations
 import itertools
 import logging
 import os
+import queue
 import threading
 import time
 from collections.abc import Callable
+from concurrent.futures import Future
 
 import zmq
 from zmq.utils import z85
@@ -29,17 +32,55 @@ logger = logging.getLogger(__name__)
 
 MAX_MESSAGE_BYTES = 16 << 20
 
-Handler = Callable[[Message], Message]
+Handler = Callable[[Message], "Message | Future[Message]"]
+"""Answers now, or says who will."""
+
+
+class _Later:
+    """Answers that other threads have ready for the server's, and a descriptor that tells it so."""
+
+    def __init__(self) -> None:
+        self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
+        self._ready: queue.SimpleQueue[tuple[bytes, bytes, Future[Message]]] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self._closed = False
+
+    def expect(self, identity: bytes, request_id: bytes, future: Future[Message]) -> None:
+        """Have `future` in `take` once it is done."""
+
+        def ready(done: Future[Message]) -> None:
+            self._ready.put((identity, request_id, done))
+            self.wake()
+
+        future.add_done_callback(ready)
+
+    def wake(self) -> None:
+        """Make `fd` readable. Any thread."""
+        with self._lock:
+            if not self._closed:
+                os.eventfd_write(self.fd, 1)
+
+    def take(self) -> list[tuple[bytes, bytes, Future[Message]]]:
+        """What has become ready: (identity, request id, future)."""
+        os.eventfd_read(self.fd)
+        return [self._ready.get() for _ in range(self._ready.qsize())]
+
+    def close(self) -> None:
+        """Let go of the descriptor; what becomes ready after this is dropped."""
+        with self._lock:
+            self._closed = True
+            os.close(self.fd)
 
 
 class ControlServer:
-    """Answers requests on one address, one at a time, on a thread of its own."""
+    """Answers requests on one address, on a thread of its own; at once, or when a future is done."""
 
     def __init__(self, host: str, port: int, handler: Handler, *, key: ClusterKey | None = None) -> None:
         """Bind `host:port` (0: the system picks one) and start answering with `handler`.
 
-        `handler` runs on this server's thread and should take microseconds. A MemServeError it
-        raises becomes a Refused; any other exception ends the process.
+        `handler` runs on this server's thread and should take microseconds. A MemServeError that it,
+        or the future it returns, raises becomes a Refused; any other exception ends the process.
+        What a future brings after `close` is dropped.
         Raises ConfigError if the address cannot be bound, or leaves the host without a key.
         """
         if key is None and not is_loopback(host):
@@ -60,6 +101,7 @@ class ControlServer:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
         self.host = host
         self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
+        self._later = _Later()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"control-{self.port}", daemon=True)
         self._thread.start()
@@ -72,31 +114,48 @@ class ControlServer:
     def close(self) -> None:
         """Stop answering and release the port. Idempotent."""
         self._closing.set()
+        self._later.wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _run(self) -> None:
+        poller = zmq.Poller()
+        poller.register(self._socket, zmq.POLLIN)
+        poller.register(self._later.fd, zmq.POLLIN)
         try:
             while not self._closing.is_set():
-                if self._socket.poll(timeout=100):
-                    self._answer(self._socket.recv_multipart())
+                ready = dict(poller.poll())
+                if self._later.fd in ready:
+                    for identity, request_id, future in self._later.take():
+                        self._send(identity, request_id, future.result)
+                if self._socket in ready:
+                    self._receive(self._socket.recv_multipart())
         except Exception:
             logger.exception("the control thread failed; this process cannot go on")
             os._exit(1)
         finally:
+            self._later.close()
             self._context.destroy(linger=0)
 
-    def _answer(self, frames: list[bytes]) -> None:
+    def _receive(self, frames: list[bytes]) -> None:
         if len(frames) != 3:
             logger.warning("control message ignored: %d frames", len(frames))
             return
         identity, request_id, body = frames
+        self._send(identity, request_id, lambda: self._handler(decode(body)))
+
+    def _send(
+        self, identity: bytes, request_id: bytes, answer: Callable[[], Message | Future[Message]]
+    ) -> None:
         try:
-            answer = self._handler(decode(body))
+            said = answer()
         except MemServeError as error:
             logger.warning("control message refused: %s", error)
-            answer = Refused(str(error))
-        self._socket.send_multipart([identity, request_id, encode(answer)])
+            said = Refused(str(error))
+        if isinstance(said, Future):
+            self._later.expect(identity, request_id, said)
+        else:
+            self._socket.send_multipart([identity, request_id, encode(said)])
 
 
 class ControlClient:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 
 import pytest
@@ -12,8 +13,8 @@ import zmq
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import BadRequest, ConfigError, InstanceLost, WireMismatch
 from memserve.core.ids import Epoch, InstanceId
-from memserve.wire.link import MAX_MESSAGE_BYTES, ControlClient, ControlServer, is_loopback
-from memserve.wire.messages import Accepted, Heartbeat, Message, Refused
+from memserve.wire.link import MAX_MESSAGE_BYTES, ControlClient, ControlServer, Handler, is_loopback
+from memserve.wire.messages import Accepted, Heartbeat, Message, Refused, encode
 
 KEY = ClusterKey(b"0123456789abcdef")
 OTHER_KEY = ClusterKey(b"fedcba9876543210")
@@ -33,7 +34,7 @@ def echo(message: Message) -> Message:
 
 @contextmanager
 def served(
-    handler: Callable[[Message], Message] = echo, *, key: ClusterKey | None = None, port: int = 0
+    handler: Handler = echo, *, key: ClusterKey | None = None, port: int = 0
 ) -> Iterator[ControlServer]:
     server = ControlServer("127.0.0.1", port, handler, key=key)
     try:
@@ -130,6 +131,79 @@ def test_an_error_of_the_handler_is_a_refusal_with_its_text() -> None:
 
     with served(refuse) as server, connected(server.address) as client:
         assert client.request(beat(), timeout_s=LATE_S) == Refused("not today")
+
+
+def test_a_future_is_answered_when_it_is_done_and_others_before_it() -> None:
+    slow: Future[Message] = Future()
+
+    def handler(message: Message) -> Message | Future[Message]:
+        return slow if message == beat("slow") else echo(message)
+
+    with (
+        served(handler) as server,
+        connected(server.address) as one,
+        connected(server.address) as other,
+        ThreadPoolExecutor(1) as threads,
+    ):
+        asked = threads.submit(one.request, beat("slow"), timeout_s=LATE_S)
+        for name in "abc":
+            assert other.request(beat(name), timeout_s=LATE_S) == Refused(name)
+        assert not asked.done()
+        slow.set_result(Accepted(2.0))
+        assert asked.result(LATE_S) == Accepted(2.0)
+
+
+def test_a_future_that_is_done_already_is_an_answer_like_any_other() -> None:
+    def handler(message: Message) -> Future[Message]:
+        done: Future[Message] = Future()
+        done.set_result(echo(message))
+        return done
+
+    with served(handler) as server, connected(server.address) as client:
+        assert client.request(beat(), timeout_s=LATE_S) == Refused("a")
+
+
+def test_many_futures_are_each_their_own_requests_answer() -> None:
+    with ThreadPoolExecutor(4) as threads:
+
+        def handler(message: Message) -> Future[Message]:
+            return threads.submit(echo, message)
+
+        with served(handler) as server, ThreadPoolExecutor(8) as askers:
+
+            def ask(name: str) -> list[Message]:
+                with connected(server.address) as client:
+                    return [client.request(beat(f"{name}{i}"), timeout_s=LATE_S) for i in range(20)]
+
+            for name, answers in zip("abcdefgh", askers.map(ask, "abcdefgh"), strict=True):
+                assert answers == [Refused(f"{name}{i}") for i in range(20)]
+
+
+def test_an_error_of_a_future_is_a_refusal_with_its_text() -> None:
+    def handler(message: Message) -> Future[Message]:
+        failed: Future[Message] = Future()
+        failed.set_exception(BadRequest("not today"))
+        return failed
+
+    with served(handler) as server, connected(server.address) as client:
+        assert client.request(beat(), timeout_s=LATE_S) == Refused("not today")
+
+
+def test_a_future_that_ends_after_the_server_is_dropped() -> None:
+    slow: Future[Message] = Future()
+    asked = threading.Event()
+
+    def handler(message: Message) -> Future[Message]:
+        asked.set()
+        return slow
+
+    server = ControlServer("127.0.0.1", 0, handler)
+    with raw_socket(server.address) as socket:
+        socket.send_multipart([b"id", encode(beat())])
+        assert asked.wait(LATE_S)
+        server.close()
+        slow.set_result(Accepted(1.0))
+        assert not socket.poll(timeout=int(SOON_S * 1000))
 
 
 @pytest.mark.parametrize("frames", [[b"x"], [b"id", b"body", b"more"], [b""]])
