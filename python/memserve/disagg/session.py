@@ -31,7 +31,7 @@ from memserve.core.ids import Epoch
 from memserve.transport.base import Peer, Transport
 from memserve.transport.copies import Copies
 from memserve.transport.regions import AddressMap, Int64s, Region, RegionTable
-from memserve.transport.select import ranked
+from memserve.transport.select import connect_best
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import Open, Opened
 
@@ -151,7 +151,10 @@ class Session:
             memory = AddressMap(regions)
             offered = {endpoint.transport: endpoint.address for endpoint in opened.endpoints}
             if self._reached is None:
-                transport, peer = self._picked(offered, table)
+                transport, peer = connect_best(
+                    self._own, str(self.session_id), opened.epoch, offered, table, timeout_s=self._timeout_s
+                )
+                logger.info("transfer session opened peer=%s transport=%s", peer.name, transport.name)
             else:
                 transport = self._reached.transport
                 peer = Peer(str(self.session_id), opened.epoch, offered[transport.name], table)
@@ -167,18 +170,3 @@ class Session:
         if answer.epoch != self.session_id.epoch:
             raise StaleEpoch(name, self.session_id.epoch, answer.epoch)
         return answer
-
-    def _picked(self, offered: dict[str, str], table: RegionTable) -> tuple[Transport, Peer]:
-        """The best transport that reaches the peer, tried for real."""
-        name = str(self.session_id)
-        for transport in ranked(self._own, offered):
-            peer = Peer(name, self.session_id.epoch, offered[transport.name], table)
-            try:
-                transport.connect(peer, timeout_s=self._timeout_s)
-            except TransferFailed as error:
-                logger.warning("transport=%s cannot be used peer=%s: %s", transport.name, name, error.reason)
-                continue
-            logger.info("transfer session opened peer=%s transport=%s", name, transport.name)
-            return transport, peer
-        ours = ", ".join(transport.name for transport in self._own)
-        raise TransferFailed(name, f"no transport reaches it: here {ours}; there {', '.join(offered)}")

@@ -1,6 +1,6 @@
 """Which transports a process offers, and which of them two processes use with each other.
 
-Knows the transports by name; `disagg` knows when to ask.
+Knows the transports by name, not when to ask.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from dataclasses import dataclass
 from typing import Literal
 
 from memserve.core.cluster_key import ClusterKey
-from memserve.core.errors import ConfigError
+from memserve.core.errors import ConfigError, TransferFailed
 from memserve.core.hosts import is_loopback
 from memserve.core.ids import Epoch
-from memserve.transport.base import Transport
+from memserve.transport.base import Peer, Transport
 from memserve.transport.local import LocalTransport, same_host
 from memserve.transport.mooncake import MooncakeTransport, rdma_devices
+from memserve.transport.regions import RegionTable
 from memserve.transport.tcp import TcpTransport
 
 logger = logging.getLogger(__name__)
@@ -73,6 +74,31 @@ def ranked(own: Sequence[Transport], offered: Mapping[str, str]) -> tuple[Transp
         if transport.name in offered
         and (transport.name != "local" or same_host(transport.address, offered["local"]))
     )
+
+
+def connect_best(
+    own: Sequence[Transport],
+    name: str,
+    epoch: Epoch,
+    offered: Mapping[str, str],
+    regions: RegionTable,
+    *,
+    timeout_s: float,
+) -> tuple[Transport, Peer]:
+    """The best of our transports that reaches the process `name`, tried for real.
+
+    Raises TransferFailed if there is none; other errors as of a copy.
+    """
+    for transport in ranked(own, offered):
+        peer = Peer(name, epoch, offered[transport.name], regions)
+        try:
+            transport.connect(peer, timeout_s=timeout_s)
+        except TransferFailed as error:
+            logger.warning("transport=%s cannot be used peer=%s: %s", transport.name, name, error.reason)
+            continue
+        return transport, peer
+    ours = ", ".join(transport.name for transport in own)
+    raise TransferFailed(name, f"no transport reaches it: here {ours}; there {', '.join(offered)}")
 
 
 def _tcp(place: Place) -> TcpTransport:
