@@ -18,7 +18,7 @@ ALLOWED = {
     "core": set(),
     "wire": {"core"},
     "transport": {"core"},
-    "mempool": {"core", "transport"},
+    "mempool": {"core", "wire", "transport"},
     "disagg": {"core", "wire", "transport", "mempool"},
     "engine": {"core", "wire", "transport", "mempool", "disagg"},
     "router": {"core", "wire"},
@@ -71,6 +71,8 @@ def test_imports_point_one_way(path: Path) -> None:
         other = rest.partition(".")[0]
         if top == "memserve" and other and other != part and (PACKAGE / other).exists():
             assert other in ALLOWED[part], f"{part} imports {name}"
+            if (part, other) == ("mempool", "wire"):
+                assert path.parent.name == "peers", f"{path} imports {name}"
         if top in CONFINED:
             assert part in CONFINED[top], f"{part} imports {top}"
         if part in THIRD_PARTY and top not in sys.stdlib_module_names | {"memserve"}:

@@ -42,10 +42,12 @@ class OutOfBlocks(Retryable):
 class PeerDeclined(Retryable):
     """Another instance's pool turned a request down, as it may at any time; nothing has changed there."""
 
-    def __init__(self, peer: str, reason: str) -> None:
+    def __init__(self, peer: str, reason: str, *, parent_unknown: bool = False) -> None:
         super().__init__(f"{peer}: {reason}")
         self.peer = peer
         self.reason = reason
+        self.parent_unknown = parent_unknown
+        """What the blocks come after is not there: sent from its root, the chain may be taken."""
 
 
 class TransferTimeout(Retryable):

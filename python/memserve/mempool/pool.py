@@ -217,6 +217,10 @@ class MemPool:
             self._bytes_verified += good * self.layout.block_bytes
         return good
 
+    def checksums(self, lease: Lease) -> list[int]:
+        """What the leased blocks summed to when they were sealed, for whoever copies them elsewhere."""
+        return [self._sums[addr - self._first] for addr in lease.addrs]
+
     # ---- reservations: what peers write to
 
     def reserve(self, num_blocks: int) -> Reservation:

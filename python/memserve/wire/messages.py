@@ -16,7 +16,7 @@ from memserve.core.errors import WireMismatch
 from memserve.core.ids import Epoch, InstanceId
 from memserve.core.kv_layout import KVLayout
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 
 class Role(StrEnum):
@@ -158,23 +158,29 @@ class Hello(msgspec.Struct, frozen=True, tag=True):
 
     epoch: Epoch
     peer_epoch: Epoch
+    data_epoch: Epoch
+    """Under which my transports write to you: `epoch`, until I was fenced and began anew."""
     layout: KVLayout
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: how my memory for such blocks is reached."""
+    """Pool → pool: how my memory for such blocks is reached. Of use only if `epoch` is the one you meant."""
 
     epoch: Epoch
+    data_epoch: Epoch
+    """Of my transports."""
     endpoints: tuple[Endpoint, ...]
     arena: MemoryRange
     slot_bytes: int
+    is_fenced: bool = False
+    """Your data epoch is refused here for good: say Hello under another."""
 
 
 class Reserve(msgspec.Struct, frozen=True, tag=True):
     """Pool → pool: I would write the blocks of this chain that you lack. Answered `Reserved`, `Declined`.
 
     keys[0] comes after `parent`, or begins a prompt. `transfer_id` is the sender's, never used twice;
-    a repeated request gets the same answer.
+    a repeated request gets the same answer. `Unknown`, here and below: say Hello first.
     """
 
     epoch: Epoch
@@ -218,6 +224,9 @@ class Commit(msgspec.Struct, frozen=True, tag=True):
     transfer_id: int
     checksums: tuple[int, ...]
     """Of each block written, in the order of the reserved addresses."""
+    keys: tuple[BlockKey, ...] = ()
+    """How to index blocks that were reserved by `Allocate`; none: they wait to be claimed."""
+    parent: BlockKey | None = None
 
 
 class Committed(msgspec.Struct, frozen=True, tag=True):
