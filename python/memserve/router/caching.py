@@ -13,9 +13,11 @@ def caching_of(cluster: Cluster, pools: Pools, *, besides: InstanceId | None = N
 
     Instances named by URL never said what they do, and are not asked.
     """
-    infos = [member.info for member in cluster.members() if not member.static]
-    said = [*infos, *(member.info for member in pools.members())]
-    return next((info.caching for info in said if info.instance_id != besides), None)
+    said = [(info.instance_id, info.caching) for info in pools.infos()]
+    for member in cluster.members():
+        if not member.static:
+            said.append((member.info.instance_id, member.info.caching))
+    return next((caching for instance_id, caching in said if instance_id != besides), None)
 
 
 def why_refused(cluster: Cluster, pools: Pools, instance_id: InstanceId, caching: CachingMode) -> str | None:

@@ -42,6 +42,10 @@ class Pools:
         """Every pool, in the order in which they came."""
         return list(self._members.values())
 
+    def infos(self) -> tuple[PoolInfo, ...]:
+        """What they said of themselves, in the same order."""
+        return tuple(member.info for member in self._members.values())
+
     def age_s(self, member: PoolMember) -> float:
         """For how long it has been a member."""
         return self._clock() - member.since_s
@@ -84,8 +88,7 @@ class Pools:
                 self._forget(member.info, f"{HEARTBEAT_MISSES} heartbeats missed")
 
     def _all(self) -> Members:
-        infos = tuple(member.info for member in self._members.values())
-        return Members(self.heartbeat_s, self._version, infos)
+        return Members(self.heartbeat_s, self._version, self.infos())
 
     def _forget(self, info: PoolInfo, reason: str) -> None:
         logger.info("pool gone %s reason=%s", _names(info), reason)

@@ -78,7 +78,7 @@ def cluster(clock: FakeClock) -> Cluster:
 
 
 def epochs(pools: Pools) -> list[int]:
-    return [member.info.epoch for member in pools.members()]
+    return [info.epoch for info in pools.infos()]
 
 
 def test_a_pool_that_registers_learns_of_all_itself_included(pools: Pools) -> None:
