@@ -150,6 +150,11 @@ class Cluster:
                 if progress is not None:
                     progress(process)
 
+    def server_urls(self) -> list[str]:
+        """Of the SGLang servers that the router knows now."""
+        with urllib.request.urlopen(f"{self.url}/workers", timeout=30) as answer:
+            return [worker["url"] for worker in json.load(answer)["workers"]]
+
     def moved_bytes(self) -> int:
         """Bytes that the transfer engines of all servers have written so far."""
         with urllib.request.urlopen(f"{self.url}/server_info", timeout=30) as answer:
