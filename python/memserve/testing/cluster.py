@@ -131,6 +131,13 @@ class Cluster:
         self.servers[name] = Process(name, argv, self.log_dir / f"{name}.log", env)
         return self.servers[name]
 
+    def launch_memory(self, name: str, dram_gib: float, *flags: str) -> Process:
+        """Start a server under `name` that lends DRAM; ready as the others are."""
+        argv = ["memserve.launch_server", "--role", Role.MEMORY, "--router", self.control]
+        argv += ["--instance-id", name, "--dram-gib", str(dram_gib), *flags]
+        self.servers[name] = Process(name, argv, self.log_dir / f"{name}.log")
+        return self.servers[name]
+
     def wait_ready(
         self, progress: Callable[[Process], None] | None = None, timeout_s: float = START_TIMEOUT_S
     ) -> None:

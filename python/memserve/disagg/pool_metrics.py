@@ -1,0 +1,155 @@
+"""What pools say of themselves, for Prometheus. Pure.
+
+A report is what `/mempool` shows of one pool: a section per component (`pool`, `peers`, `outbox`,
+`fetch`, `linker`), each a flat map from a counter's name to its number, or None. Knows the names and
+meanings of counters, not where they come from.
+Source: Prometheus, "Exposition formats", text format 0.0.4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Literal, NamedTuple
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+
+Report = Mapping[str, object]
+Labels = Mapping[str, str]
+
+
+class Metric(NamedTuple):
+    """What one number of a report is called and means."""
+
+    name: str
+    """Without `memserve_` and the section."""
+    help: str
+    kind: Literal["counter", "gauge", "untyped"] = "counter"
+    labels: tuple[tuple[str, str], ...] = ()
+
+
+def _blocks(state: str) -> Metric:
+    help = "Blocks by state; the states add up to the capacity."
+    return Metric("blocks", help, "gauge", (("state", state),))
+
+
+_POOL = {
+    "total": Metric("capacity_blocks", "Blocks there is memory for.", "gauge"),
+    "free": _blocks("free"),
+    "private": _blocks("private"),
+    "cached": _blocks("cached"),
+    "reserved": _blocks("reserved"),
+    "quarantined": _blocks("quarantined"),
+    "evictable": Metric("evictable_blocks", "Cached blocks that nobody reads or comes after.", "gauge"),
+    "leases": Metric("leases", "Readers that hold blocks in their place.", "gauge"),
+    "reservations": Metric("reservations", "Writers elsewhere that were promised blocks.", "gauge"),
+    "hits": Metric("hits_total", "Blocks that were asked for and found."),
+    "misses": Metric("misses_total", "Blocks that were asked for and not found."),
+    "evictions": Metric("evictions_total", "Cached blocks that made room for others."),
+    "corruptions": Metric("checksum_failures_total", "Blocks whose checksum did not hold: misses."),
+    "bytes_sealed": Metric("bytes_in_total", "Bytes that were written to blocks and summed."),
+    "bytes_verified": Metric("bytes_out_total", "Bytes of blocks that were checked for a reader."),
+}
+_PEERS = {
+    "pushes": Metric("pushes_total", "Chains sent to other pools: prefill's store, decode's return."),
+    "blocks_pushed": Metric("pushed_blocks_total", "Blocks written to other pools."),
+    "bytes_pushed": Metric("pushed_bytes_total", "Bytes written to other pools."),
+    "blocks_received": Metric("received_blocks_total", "Blocks that other pools wrote here."),
+    "fetches": Metric("fetches_total", "Chains read from other pools."),
+    "blocks_fetched": Metric("fetched_blocks_total", "Blocks read from other pools."),
+    "bytes_fetched": Metric("fetched_bytes_total", "Bytes read from other pools."),
+    "declined": Metric("declined_total", "Requests of other pools that were turned down here."),
+    "corrupt_in_flight": Metric(
+        "corrupt_blocks_total", "Blocks that changed on their way.", labels=(("direction", "received"),)
+    ),
+    "corrupt_on_arrival": Metric(
+        "corrupt_blocks_total", "Blocks that changed on their way.", labels=(("direction", "fetched"),)
+    ),
+    "quarantined": Metric("quarantined_blocks", "Blocks that somebody may still write to.", "gauge"),
+    "fenced": Metric("fenced_total", "Lives of other pools that were refused for good."),
+    "expired_reservations": Metric("expired_reservations_total", "Reservations that were not ended in time."),
+    "expired_leases": Metric("expired_leases_total", "Leases of other pools that ran out."),
+    "reopened": Metric("reopened_total", "Times that the transports began anew after a fence."),
+    "failures": Metric("failures_total", "Pushes and fetches that failed, the declined apart."),
+}
+_OUTBOX = {
+    "sent": Metric("sent_total", "Chains offered to other pools, and done with."),
+    "blocks": Metric("sent_blocks_total", "Blocks that their receivers lacked, and now have."),
+    "dropped": Metric("dropped_total", "Chains not even tried: too many were waiting."),
+    "failed": Metric("failed_total", "Chains that could not be sent."),
+    "waiting": Metric("waiting", "Chains that are yet to be sent.", "gauge"),
+}
+_FETCH = {
+    "asked": Metric("asked_total", "Requests for which other pools were asked."),
+    "found": Metric("found_total", "Requests for which another pool had blocks."),
+    "blocks": Metric("blocks_total", "Blocks that requests found in other pools."),
+    "failed": Metric("failed_total", "Requests whose blocks could not be read."),
+    "seconds": Metric("seconds_total", "Time that requests waited for other pools."),
+}
+_LINKER = {
+    "offloads_begun": Metric("offloads_begun_total", "Copies from HBM to DRAM that were begun."),
+    "offloads": Metric("offloads_total", "Copies from HBM to DRAM that have ended, one way or the other."),
+    "offloaded_blocks": Metric("offloaded_blocks_total", "Blocks copied from HBM to DRAM."),
+    "offload_s": Metric("offload_seconds_total", "Time spent on copies from HBM to DRAM."),
+    "declined_offloads": Metric("declined_offloads_total", "Copies to DRAM that found no place."),
+    "loads": Metric("loads_total", "Copies from DRAM to HBM."),
+    "loaded_blocks": Metric("loaded_blocks_total", "Blocks copied from DRAM to HBM."),
+    "load_s": Metric("load_seconds_total", "Time spent on copies from DRAM to HBM."),
+    "failed_loads": Metric("failed_loads_total", "Copies to HBM that failed: recomputed."),
+}
+SECTIONS: Mapping[str, Mapping[str, Metric]] = {
+    "pool": _POOL,
+    "peers": _PEERS,
+    "outbox": _OUTBOX,
+    "fetch": _FETCH,
+    "linker": _LINKER,
+}
+"""Every number that has a description; others are shown as they are."""
+
+
+class _Sample(NamedTuple):
+    metric: Metric
+    labels: Labels
+    value: int | float
+
+
+def exposition(reports: Sequence[Report]) -> str:
+    """All numbers of some pools for Prometheus.
+
+    Of several reports each carries its place among them as `rank`, unless a section `labels` says
+    what to call it.
+    """
+    families: dict[str, list[_Sample]] = {}
+    for rank, report in enumerate(reports):
+        labels = report.get("labels")
+        if not isinstance(labels, Mapping):
+            labels = {"rank": str(rank)} if len(reports) > 1 else {}
+        for sample in _samples(report, labels):
+            families.setdefault(sample.metric.name, []).append(sample)
+    lines: list[str] = []
+    for name, samples in families.items():
+        metric = samples[0].metric
+        lines += [f"# HELP {name} {_escaped(metric.help)}", f"# TYPE {name} {metric.kind}"]
+        lines += [f"{name}{_in_braces(sample.labels)} {sample.value}" for sample in samples]
+    return "".join(line + "\n" for line in lines)
+
+
+def _samples(report: Report, labels: Labels) -> Iterator[_Sample]:
+    for section, numbers in report.items():
+        if section == "labels" or not isinstance(numbers, Mapping):
+            continue
+        tier = {"tier": "dram"} if section == "pool" else {}
+        for field, value in numbers.items():
+            if isinstance(value, int | float):
+                known = SECTIONS.get(section, {}).get(field, Metric(field, f"{section}: {field}", "untyped"))
+                metric = known._replace(name=f"memserve_{section}_{known.name}")
+                yield _Sample(metric, {**labels, **tier, **dict(known.labels)}, value)
+
+
+def _in_braces(labels: Labels) -> str:
+    quoted = ",".join(f'{name}="{_escaped(value, quote=True)}"' for name, value in labels.items())
+    return f"{{{quoted}}}" if quoted else ""
+
+
+def _escaped(text: str, *, quote: bool = False) -> str:
+    text = text.replace("\\", r"\\").replace("\n", r"\n")
+    return text.replace('"', r"\"") if quote else text
