@@ -86,7 +86,19 @@ class PromptTree(Generic[P]):
     def match(self, keys: Sequence[BlockKey]) -> list[Node[P]]:
         """The nodes of the longest prefix of `keys` that is here. Pure."""
         depth = self.depth(keys)
-        return list(map(self._nodes.__getitem__, keys if depth == len(keys) else keys[:depth]))
+        return self.nodes_of(keys if depth == len(keys) else keys[:depth])
+
+    def nodes_of(self, keys: Sequence[BlockKey]) -> list[Node[P]]:
+        """The nodes of keys that are all here. Raises KeyError if one is not."""
+        return list(map(self._nodes.__getitem__, keys))
+
+    def chain_to(self, key: BlockKey) -> list[BlockKey]:
+        """The keys from the root to that one; none if it is not here."""
+        chain, node = [], self._nodes.get(key)
+        while node is not None:
+            chain.append(node.key)
+            node = node.parent
+        return chain[::-1]
 
     def add(self, key: BlockKey, parent: Node[P] | None, payload: P) -> Node[P]:
         """A new node below `parent`, or a root. `key` is not here yet; `parent` is."""

@@ -4,6 +4,7 @@
     FREE -> RESERVED -> PRIVATE                  reserve, commit: then as above
     PRIVATE | RESERVED -> FREE                   free, cancel
     CACHED | RESERVED -> QUARANTINED -> FREE     somebody may still read, or still write
+    FREE <-> RETIRED                             set_limit: no memory is there, or soon none will be
 
 Knows no keys and no bytes. Not thread-safe: its pool locks.
 """
@@ -33,21 +34,51 @@ class SlotState(IntEnum):
     """Promised to a writer elsewhere."""
     QUARANTINED = 4
     """Out of the index or past its reservation, but somebody may still touch the bytes."""
+    RETIRED = 5
+    """Not of this size of the arena: the others add up to its total."""
 
 
-FREE, PRIVATE, CACHED, RESERVED, QUARANTINED = SlotState
+FREE, PRIVATE, CACHED, RESERVED, QUARANTINED, RETIRED = SlotState
 
 
 class Allocator:
-    """`num_slots` slots, all FREE at first."""
+    """`max_slots` slots, the first `num_slots` FREE and the others RETIRED at first."""
 
-    def __init__(self, num_slots: int) -> None:
-        self.num_slots = num_slots
-        self._states = np.zeros(num_slots, np.uint8)
-        self._free = np.arange(
-            num_slots - 1, -1, -1, dtype=np.int64
-        )  # a stack: the first count(FREE) entries
-        self._counts = [num_slots, 0, 0, 0, 0]
+    def __init__(self, num_slots: int, max_slots: int) -> None:
+        self.max_slots = max_slots
+        self._states = np.full(max_slots, FREE, np.uint8)
+        self._free = np.empty(max_slots, np.int64)  # a stack: the first count(FREE) entries
+        self._counts = [max_slots, 0, 0, 0, 0, 0]
+        self.set_limit(num_slots)
+
+    def set_limit(self, num_slots: int) -> None:
+        """Let no slot from that one on be FREE, now or later, and every slot before it be used.
+
+        What is not FREE yet retires when it is freed. O(max_slots), a nanosecond each.
+        """
+        states = self._states
+        self.limit = num_slots
+        states[:num_slots][states[:num_slots] == RETIRED] = FREE
+        states[num_slots:][states[num_slots:] == FREE] = RETIRED
+        free = np.flatnonzero(states == FREE)
+        self._free[: len(free)] = free[::-1]
+        self._counts[FREE] = len(free)
+        self._counts[RETIRED] = int((states == RETIRED).sum())
+
+    @property
+    def is_draining(self) -> bool:
+        """Whether a slot beyond the limit has still to retire."""
+        return self._counts[RETIRED] < self.max_slots - self.limit
+
+    def used_from(self, first: int, state: SlotState) -> Slots:
+        """The slots from `first` on that are in that state, in order."""
+        return np.flatnonzero(self._states[first:] == state) + first
+
+    @property
+    def end(self) -> int:
+        """One past the last slot that is neither FREE nor RETIRED: below that nothing can shrink."""
+        used = np.flatnonzero((self._states != FREE) & (self._states != RETIRED))
+        return int(used[-1]) + 1 if len(used) else 0
 
     def count(self, state: SlotState) -> int:
         return self._counts[state]
@@ -76,15 +107,25 @@ class Allocator:
         self._counts[before] -= len(slots)
         self._counts[after] += len(slots)
         if after == FREE:
+            if self.limit < self.max_slots and (slots >= self.limit).any():
+                slots = self._retire(slots)
             top = self._counts[FREE]
             self._free[top - len(slots) : top] = slots
+
+    def _retire(self, slots: Slots) -> Slots:
+        """Of slots that have become FREE, retire those beyond the limit; returns the others."""
+        beyond = slots >= self.limit
+        self._states[slots[beyond]] = RETIRED
+        self._counts[FREE] -= int(beyond.sum())
+        self._counts[RETIRED] += int(beyond.sum())
+        return slots[~beyond]
 
     def require(self, slots: Slots, state: SlotState) -> None:
         """Raises BlockStateError if one of `slots` is not in that state, not here, or named twice."""
         if not len(slots):
             return
         ordered = np.sort(slots)
-        if ordered[0] < 0 or ordered[-1] >= self.num_slots:
+        if ordered[0] < 0 or ordered[-1] >= self.max_slots:
             raise BlockStateError("a block of another pool")
         states = self._states[slots]
         if (states != state).any():

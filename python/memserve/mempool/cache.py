@@ -21,10 +21,13 @@ from memserve.mempool.index import BlockIndex, CachedNode
 class BlockCache:
     """A slot is CACHED in `allocator` exactly while a node of `index` names it."""
 
-    def __init__(self, num_slots: int, tier: Tier, ordering: Ordering) -> None:
-        self.allocator = Allocator(num_slots)
-        self.index = BlockIndex(num_slots, ordering)
-        self.events = EventLog(tier)
+    def __init__(
+        self, num_slots: int, max_slots: int, tier: Tier, ordering: Ordering, events: EventLog
+    ) -> None:
+        self.allocator = Allocator(num_slots, max_slots)
+        self.index = BlockIndex(max_slots, ordering)
+        self.tier = tier
+        self._events = events
         self.evictions = 0
 
     def take(self, num_blocks: int, state: SlotState) -> Slots:
@@ -35,13 +38,19 @@ class BlockCache:
         if num_blocks < 0:
             raise BlockStateError(f"{num_blocks} blocks cannot be had")
         free, evictable = self.allocator.count(FREE), self.index.num_evictable
+        if self.allocator.is_draining:  # Evicting what is in a slot that goes makes no room.
+            evictable -= len(self.movable(self.allocator.limit))
         if num_blocks > free + evictable:
             raise OutOfBlocks(num_blocks, free, evictable)
-        if num_blocks > free:
-            victims = self.index.evict(num_blocks - free)
-            self.evictions += len(victims)
-            self._retire(victims, FREE)
+        while (lacking := num_blocks - self.allocator.count(FREE)) > 0:
+            self.evict(lacking)
         return self.allocator.take(num_blocks, state)
+
+    def evict(self, num_blocks: int) -> None:
+        """Free that many blocks, in the order of eviction; there are that many evictable ones."""
+        victims = self.index.evict(num_blocks)
+        self.evictions += len(victims)
+        self._uncache(victims, FREE)
 
     def publish(self, keys: Sequence[BlockKey], slots: Slots, parent: BlockKey | None) -> int:
         """PRIVATE slots become CACHED where their key is new, from some key to the end; returns how many.
@@ -50,13 +59,13 @@ class BlockCache:
         """
         added = self.index.insert(keys, slots.tolist(), parent)
         self.allocator.move(slots[len(slots) - len(added) :], PRIVATE, CACHED)
-        self.events.stored(added)
+        self._events.stored(self.tier, added)
         return len(added)
 
     def delete(self, keys: Sequence[BlockKey]) -> int:
         """Free the end of a chain, up to a block that is leased or has others after it; returns how many."""
         removed = self.index.delete(keys)
-        self._retire(removed, FREE)
+        self._uncache(removed, FREE)
         return len(removed)
 
     def drop(self, top: CachedNode) -> int:
@@ -65,15 +74,25 @@ class BlockCache:
         Leased slots are QUARANTINED until `unpin` ends their last lease.
         """
         free, held = self.index.drop(top)
-        self._retire(free, FREE)  # What is leased has only leased blocks before it: held is last.
-        self._retire(held, QUARANTINED)
+        self._uncache(free, FREE)  # What is leased has only leased blocks before it: held is last.
+        self._uncache(held, QUARANTINED)
         return len(free) + len(held)
+
+    def forget(self, nodes: Sequence[CachedNode]) -> None:
+        """Free unleased blocks; each has no others after it, or only ones named before it."""
+        self.index.remove(nodes)
+        self._uncache(nodes, FREE)
+
+    def movable(self, first: int) -> Slots:
+        """The slots from `first` on with blocks that nobody leases. A few nanoseconds for each slot."""
+        slots = self.allocator.used_from(first, CACHED)
+        return slots[~self.index.are_pinned(slots)]
 
     def unpin(self, node: CachedNode) -> None:
         """End one pin of the index, and free what was only waiting for that."""
         self.allocator.move(np.array(self.index.unpin(node), np.int64), QUARANTINED, FREE)
 
-    def _retire(self, nodes: Sequence[CachedNode], state: SlotState) -> None:
+    def _uncache(self, nodes: Sequence[CachedNode], state: SlotState) -> None:
         slots = np.fromiter((node.payload for node in nodes), np.int64, len(nodes))
         self.allocator.move(slots, CACHED, state)
-        self.events.removed(nodes)
+        self._events.removed(self.tier, nodes)

@@ -16,31 +16,34 @@ from memserve.core.prompt_tree import Node
 
 
 class EventLog:
-    """The changes of one tier's index since they were last taken."""
+    """The changes of all tiers' indexes since they were last taken, under one sequence."""
 
-    def __init__(self, tier: Tier) -> None:
-        self._tier = tier
+    def __init__(self) -> None:
         self._sequence = 0
-        # Parents first in `_stored`, children first in `_removed`; no key is in both.
-        self._stored: dict[BlockKey, BlockKey | None] = {}
-        self._removed: dict[BlockKey, None] = {}
+        self._changes = {tier: _Changes() for tier in reversed(Tier)}
         self._ready: list[CacheEvent] = []
 
-    def stored(self, nodes: Iterable[Node[int]]) -> None:
-        """These are in the index now; parents first."""
-        for node in nodes:
-            if node.key in self._removed:
-                del self._removed[node.key]
-            else:
-                self._stored[node.key] = None if node.parent is None else node.parent.key
+    def __len__(self) -> int:
+        """Blocks whose change has no number yet."""
+        return sum(len(changes.stored) + len(changes.removed) for changes in self._changes.values())
 
-    def removed(self, nodes: Iterable[Node[int]]) -> None:
-        """These have left it; children first."""
+    def stored(self, tier: Tier, nodes: Iterable[Node[int]]) -> None:
+        """These are in the tier's index now; parents first."""
+        stored, removed = self._changes[tier].stored, self._changes[tier].removed
         for node in nodes:
-            if node.key in self._stored:
-                del self._stored[node.key]
+            if node.key in removed:
+                del removed[node.key]
             else:
-                self._removed[node.key] = None
+                stored[node.key] = None if node.parent is None else node.parent.key
+
+    def removed(self, tier: Tier, nodes: Iterable[Node[int]]) -> None:
+        """These have left it; children first."""
+        stored, removed = self._changes[tier].stored, self._changes[tier].removed
+        for node in nodes:
+            if node.key in stored:
+                del stored[node.key]
+            else:
+                removed[node.key] = None
 
     def take(self) -> list[CacheEvent]:
         """The events since the last call; the caller sends them to every follower, in order."""
@@ -54,24 +57,40 @@ class EventLog:
         return self._sequence
 
     def _close(self) -> None:
-        """Turn the net changes into numbered events."""
-        if self._removed:
-            self._ready.append(Removed(self._next(), self._tier, tuple(self._removed)))
-            self._removed = {}
-        if self._stored:
-            pairs = list(self._stored.items())
-            self._ready += [Stored(self._next(), self._tier, *chain) for chain in chains(pairs)]
-            self._stored = {}
+        """Turn the net changes into numbered events: far tiers first, as a block that is swapped out
+        is stored there before it leaves here."""
+        for tier, changes in self._changes.items():
+            if changes.removed:
+                self._ready.append(Removed(self._next(), tier, tuple(changes.removed)))
+                changes.removed = {}
+            if changes.stored:
+                pairs = list(changes.stored.items())
+                self._ready += [Stored(self._next(), tier, *chain) for chain in chains(pairs)]
+                changes.stored = {}
 
     def _next(self) -> int:
         self._sequence += 1
         return self._sequence
 
 
-def snapshot(sequence: int, tier: Tier, nodes: Sequence[Node[int]]) -> Snapshot:
-    """All of `nodes` (parents first) as of event `sequence`. Any thread: keys and parents never change."""
-    pairs = [(node.key, None if node.parent is None else node.parent.key) for node in nodes]
-    return Snapshot(sequence, tuple(Stored(0, tier, *chain) for chain in chains(pairs)))
+class _Changes:
+    """Of one tier. Parents first in `stored`, children first in `removed`; no key is in both."""
+
+    def __init__(self) -> None:
+        self.stored: dict[BlockKey, BlockKey | None] = {}
+        self.removed: dict[BlockKey, None] = {}
+
+
+def snapshot(sequence: int, cached: Iterable[tuple[Tier, Sequence[Node[int]]]]) -> Snapshot:
+    """All that each tier has (parents first) as of event `sequence`.
+
+    Any thread: keys and parents of nodes never change.
+    """
+    stored: list[Stored] = []
+    for tier, nodes in cached:
+        pairs = [(node.key, None if node.parent is None else node.parent.key) for node in nodes]
+        stored += [Stored(0, tier, *chain) for chain in chains(pairs)]
+    return Snapshot(sequence, tuple(stored))
 
 
 def chains(

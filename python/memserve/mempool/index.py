@@ -11,10 +11,14 @@ Knows no states, bytes or addresses. Not thread-safe: its pool locks.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
+
+import numpy as np
+import numpy.typing as npt
 
 from memserve.core.block_keys import BlockKey
 from memserve.core.prompt_tree import Node, PromptTree
+from memserve.mempool.allocator import Slots
 from memserve.mempool.eviction import BlockUse, EvictionQueue, Ordering
 
 CachedNode = Node[int]
@@ -104,18 +108,51 @@ class BlockIndex:
 
     def evict(self, num_blocks: int) -> list[CachedNode]:
         """Take out that many blocks, in the order of eviction; fewer if there are not that many."""
-        taken: list[CachedNode] = []
-        while len(taken) < num_blocks:
-            slot = self._queue.take(self._value)
-            if slot is None:
-                break
-            node = self._nodes[slot]
-            assert node is not None
-            self._remove_leaf(node)
+        chosen = self._choose(num_blocks)
+        self.remove(chosen)
+        return chosen
+
+    def victims(self, num_blocks: int) -> list[CachedNode]:
+        """Whom `evict` would take out, children before their parents.
+
+        They have handed on their uses: who is not taken out after all is the more likely to go next.
+        """
+        chosen = self._choose(num_blocks)
+        for node in chosen:
+            self._offer(node)
+        return chosen
+
+    def remove(self, nodes: Sequence[CachedNode]) -> None:
+        """Take out unleased blocks; each has no others after it, or only ones named before it."""
+        for node in nodes:
+            self._take_out(node)
+        for node in nodes:
             if node.parent is not None:
                 self._offer(node.parent)
-            taken.append(node)
-        return taken
+
+    def at(self, slot: int) -> CachedNode | None:
+        """The block that is cached in a slot."""
+        return self._nodes[slot]
+
+    def is_pinned(self, node: CachedNode) -> bool:
+        """Whether a block is leased, or before one that is."""
+        return self._pins[node.payload] > 0
+
+    def are_pinned(self, slots: Slots) -> npt.NDArray[np.bool_]:
+        """The same, for the blocks in these slots."""
+        return np.frombuffer(self._pins, np.uint32)[slots] > 0
+
+    def relocate(self, before: int, after: int) -> None:
+        """A block that nobody leases is in another slot from now on; nothing else changes."""
+        node = self._nodes[before]
+        assert node is not None
+        self._queue.withdraw(before)
+        for column in (self._uses, self._depths, self._last_used):
+            column[after] = column[before]
+        self._pins[after] = 0
+        self._nodes[after], self._nodes[before] = node, None
+        node.payload = after
+        self._offer(node)
 
     def delete(self, keys: Sequence[BlockKey]) -> list[CachedNode]:
         """Take out the end of a chain, up to the first block that is leased or has others after it."""
@@ -123,8 +160,8 @@ class BlockIndex:
         for node in reversed(self.tree.match(keys)):
             if not node.is_leaf or self._pins[node.payload]:
                 break
-            self._queue.withdraw(node.payload)
-            self._remove_leaf(node)
+            self._hand_on(node)
+            self._take_out(node)
             taken.append(node)
         if taken and taken[-1].parent is not None:
             self._offer(taken[-1].parent)
@@ -159,24 +196,48 @@ class BlockIndex:
         self._uses[node.payload] += 1
         self._last_used[node.payload] = self._tick
 
-    def _offer(self, node: CachedNode) -> None:
-        value = self._value(node.payload)
+    def _choose(self, num_blocks: int) -> list[CachedNode]:
+        """The blocks that go first; each hands its uses on, and waits in the queue no longer."""
+        chosen: dict[CachedNode, None] = {}
+
+        def value(slot: int) -> float | None:
+            return self._value(slot, chosen)
+
+        while len(chosen) < num_blocks:
+            slot = self._queue.take(value)
+            if slot is None:
+                break
+            node = self._nodes[slot]
+            assert node is not None
+            chosen[node] = None
+            if node.parent is not None:
+                self._hand_on(node)
+                self._offer(node.parent, chosen)
+        return list(chosen)
+
+    def _offer(self, node: CachedNode, leaving: Container[CachedNode] = ()) -> None:
+        value = self._value(node.payload, leaving)
         if value is not None:
             self._queue.offer(node.payload, value)
 
-    def _value(self, slot: int) -> float | None:
-        """The ordering's word on a slot; None if its block may not be evicted now."""
+    def _value(self, slot: int, leaving: Container[CachedNode] = ()) -> float | None:
+        """The ordering's word on a slot; None if its block may not be evicted after those `leaving`."""
         node = self._nodes[slot]
-        if node is None or self._pins[slot] or not node.is_leaf:
+        if node is None or self._pins[slot]:
+            return None
+        if not node.is_leaf and not (leaving and all(child in leaving for child in node.children())):
             return None
         return self._ordering(BlockUse(self._last_used[slot], self._uses[slot], self._depths[slot]))
 
-    def _remove_leaf(self, node: CachedNode) -> None:
-        """Its uses become its parent's, which the caller offers."""
-        slot = node.payload
-        self.tree.remove(node)
-        self._nodes[slot] = None
+    def _hand_on(self, node: CachedNode) -> None:
+        """The uses of a block that goes become its parent's, which the caller offers."""
         if node.parent is not None:
-            above = node.parent.payload
+            slot, above = node.payload, node.parent.payload
             self._uses[above] += self._uses[slot]
+            self._uses[slot] = 0
             self._last_used[above] = max(self._last_used[above], self._last_used[slot])
+
+    def _take_out(self, node: CachedNode) -> None:
+        self._queue.withdraw(node.payload)
+        self.tree.remove(node)
+        self._nodes[node.payload] = None

@@ -17,15 +17,15 @@ class Lease:
         self,
         keys: Sequence[BlockKey],
         addrs: Sequence[BlockAddr],
-        node: CachedNode | None,
+        nodes: Sequence[CachedNode | None],
         release: Callable[[Lease], None],
     ) -> None:
         self.keys = keys
         """What is held: the cached prefix of what was matched, which may have become shorter."""
         self.addrs = addrs
         """addrs[i] holds keys[i]."""
-        self.node = node
-        """The pool's: the last of the blocks, None if there is none."""
+        self.nodes = nodes
+        """The pool's: the last of the blocks in each tier, None if there is none."""
         self._release = release
 
     def __len__(self) -> int:

@@ -1,21 +1,19 @@
-"""MemPool: the paper's verbs on one instance's DRAM.
+"""MemPool: the paper's verbs on one instance's blocks, in DRAM and, where the pool owns it, HBM.
 
     write   alloc_mem -> fill block(addr) -> seal -> insert -> free_mem what was not new
     read    acquire(match(keys)) -> verify -> copy block(addr) -> release
     receive reserve -> (a peer writes) -> commit -> seal -> insert
+    swap    swap_out: HBM -> DRAM, whoever goes first      swap_in: DRAM -> HBM, who is named
 
 Nothing is found before its bytes are complete and summed, nothing is overwritten while somebody
-reads it, and what fails its checksum is a miss. Knows no peers, no HBM and no SGLang.
+reads it, and what fails its checksum is a miss. Knows no peers and no SGLang: inside an engine, HBM
+is SGLang's, and the pool has the DRAM tier alone.
 """
 
 from __future__ import annotations
 
-import logging
 import threading
-from array import array
 from collections.abc import Sequence
-
-import numpy as np
 
 from memserve.core.block_addr import BlockAddr, Tier, first_addr
 from memserve.core.block_keys import BlockKey
@@ -23,146 +21,143 @@ from memserve.core.cache_events import CacheEvent, Snapshot
 from memserve.core.errors import BlockStateError, ConfigError
 from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout
-from memserve.mempool.allocator import FREE, PRIVATE, QUARANTINED, RESERVED, Slots, SlotState
 from memserve.mempool.arena import Arena
 from memserve.mempool.cache import BlockCache
-from memserve.mempool.events import snapshot
+from memserve.mempool.events import EventLog, snapshot
 from memserve.mempool.eviction import Ordering, lru
 from memserve.mempool.integrity import Checksum
 from memserve.mempool.lease import Lease
+from memserve.mempool.leases import Leases
 from memserve.mempool.records import Inserted, Match, PoolStats, Reservation
 from memserve.mempool.reservations import Reservations
-
-logger = logging.getLogger(__name__)
+from memserve.mempool.swap import swap_in, swap_out
+from memserve.mempool.tier_pool import TierPool
 
 
 class MemPool:
-    """Blocks of one layout in one arena. Any thread may call anything; verbs on metadata take a lock.
+    """Blocks of one layout in one or two arenas. Any thread may call anything; metadata has one lock.
 
     The lock is held for about a microsecond per block that a call concerns, never while bytes move.
-    The arena is the caller's to open, and to close once nobody uses the pool.
+    Each tier is prefix-closed by itself, and a block may be in both.
+    The arenas are the caller's to open, and to close once nobody uses the pool.
     """
 
-    def __init__(self, layout: KVLayout, arena: Arena, epoch: Epoch, ordering: Ordering = lru) -> None:
-        """Raises ConfigError if the arena's blocks are not of the layout's size."""
-        if arena.block_bytes != layout.block_bytes:
-            raise ConfigError(f"blocks of {layout.block_bytes} bytes, slots of {arena.block_bytes}")
+    def __init__(
+        self,
+        layout: KVLayout,
+        arena: Arena,
+        epoch: Epoch,
+        ordering: Ordering = lru,
+        *,
+        hbm: Arena | None = None,
+    ) -> None:
+        """`arena` is the DRAM. Raises ConfigError if an arena's blocks are not of the layout's size."""
         self.layout = layout
         self.arena = arena
-        self._first = first_addr(epoch, Tier.DRAM)
-        self._checksum = Checksum(layout)
         self._lock = threading.Lock()
-        self._cache = BlockCache(arena.num_slots, Tier.DRAM, ordering)
-        self._reservations = Reservations()
-        self._leases: set[Lease] = set()
-        self._sums = array("Q", bytes(8 * arena.num_slots))
-        self._sealed: dict[int, int] = {}  # PRIVATE slots whose bytes are complete, and their checksums
-        self._hits = self._misses = self._corruptions = 0
-        self._bytes_sealed = self._bytes_verified = 0
+        self._events = EventLog()
+
+        def tier_pool(tier: Tier, arena: Arena, checksum: Checksum | None) -> TierPool:
+            if arena.block_bytes != layout.block_bytes:
+                raise ConfigError(f"blocks of {layout.block_bytes} bytes, slots of {arena.block_bytes}")
+            cache = BlockCache(arena.num_slots, arena.max_slots, tier, ordering, self._events)
+            return TierPool(arena, first_addr(epoch, tier), cache, checksum, self._lock)
+
+        self._dram = tier_pool(Tier.DRAM, arena, Checksum(layout))
+        self._hbm = None if hbm is None else tier_pool(Tier.HBM, hbm, None)
+        self._tiers = (self._dram,) if self._hbm is None else (self._hbm, self._dram)
+        self._reservations = Reservations(self._dram)
+        self._leases = Leases(self._tiers)
 
     # ---- memory
 
-    def alloc_mem(self, num_blocks: int) -> list[BlockAddr]:
-        """That many blocks of DRAM, PRIVATE to the caller, their bytes undefined. All or nothing.
+    def alloc_mem(self, num_blocks: int, tier: Tier = Tier.DRAM) -> list[BlockAddr]:
+        """That many blocks, PRIVATE to the caller, their bytes undefined. All or nothing.
 
         Evicts unleased leaves if there are too few free ones. Raises OutOfBlocks, changing nothing.
         Source: MemServe, memory API (alloc_mem).
         """
-        with self._lock:
-            return self._addrs(self._cache.take(num_blocks, PRIVATE))
+        return self._tier(tier).alloc(num_blocks)
 
     def free_mem(self, addrs: Sequence[BlockAddr]) -> None:
-        """Give PRIVATE blocks back.
+        """Give PRIVATE blocks of one tier back.
 
         Raises BlockStateError, changing nothing, for a block that is free, cached, foreign or named twice.
         Source: MemServe, memory API (free_mem).
         """
-        slots = self._slots(addrs)
-        with self._lock:
-            self._cache.allocator.move(slots, PRIVATE, FREE)
-            if self._sealed:
-                for slot in slots.tolist():
-                    self._sealed.pop(slot, None)
+        self._home(addrs).free(addrs)
 
     def block(self, addr: BlockAddr) -> memoryview:
         """The bytes of a block. Write only to your own (PRIVATE), read only what you lease.
 
         Raises BlockStateError if the address is not of this pool.
         """
+        tier = self._home((addr,))
         try:
-            return self.arena.block(addr - self._first)
+            return tier.arena.block(addr - tier.first)
         except IndexError:
             raise BlockStateError("a block of another pool") from None
 
     def slots(self, addrs: Sequence[BlockAddr]) -> list[int]:
-        """Where the blocks are in `arena`, for copies of many at once. Not checked."""
-        return list(self._slots(addrs).tolist())
+        """Where blocks of one tier are in its arena, for copies of many at once. Not checked."""
+        return list(self._home(addrs).slots(addrs).tolist())
 
     def seal(self, addrs: Sequence[BlockAddr]) -> list[int]:
-        """Declare PRIVATE blocks fully written; returns their checksums. They may not be written again.
+        """Declare PRIVATE blocks of one tier fully written, never to be written again.
 
-        Reads the bytes, outside the lock. Raises BlockStateError, changing nothing, if one is not PRIVATE.
+        Returns their checksums, reading the bytes outside the lock; in HBM they carry none yet (0).
+        Raises BlockStateError, changing nothing, if one is not PRIVATE.
         """
-        slots = self._slots(addrs)
-        with self._lock:
-            self._cache.allocator.require(slots, PRIVATE)
-        sums = [self._checksum.of(self.arena.block(slot)) for slot in slots.tolist()]
-        with self._lock:
-            self._cache.allocator.require(slots, PRIVATE)
-            self._sealed.update(zip(slots.tolist(), sums, strict=True))
-            self._bytes_sealed += len(slots) * self.layout.block_bytes
-        return sums
+        return self._home(addrs).seal(addrs)
+
+    def resize(self, num_slots: int) -> int:
+        """Give the DRAM tier that many slots, as far as can be; returns how many it has now.
+
+        Cached blocks move out of the slots that go, while there are free ones, or else are evicted.
+        A slot that is leased or not the cache's stays, and all before it: call again later.
+        Raises ConfigError, changing nothing, for less than 1, more than the arena can have, or too little
+        memory. Copies outside the lock; waits for nobody but another resize.
+        """
+        return self._dram.resize(num_slots)
 
     # ---- index
 
     def insert(
         self, keys: Sequence[BlockKey], addrs: Sequence[BlockAddr], parent: BlockKey | None = None
     ) -> Inserted:
-        """Index the blocks at `addrs` under `keys`, giving their slots to the cache.
+        """Index the blocks at `addrs`, of one tier, under `keys`, giving their slots to the cache.
 
         addrs[i] holds the block keys[i]: PRIVATE and sealed. The keys chain; keys[0] comes after
         `parent`, or begins a prompt. What is not taken (see Inserted) stays the caller's to free.
         Raises BlockStateError, changing nothing, if a block is not PRIVATE, not sealed or named twice.
         Source: MemServe, index API (insert); the rules for duplicates and orphans are ours.
         """
-        if len(keys) != len(addrs):
-            raise BlockStateError(f"{len(keys)} keys for {len(addrs)} blocks")
-        slots = self._slots(addrs)
-        with self._lock:
-            self._cache.allocator.require(slots, PRIVATE)
-            if not all(map(self._sealed.__contains__, slots.tolist())):
-                raise BlockStateError("a block is not sealed")
-            try:
-                known = len(keys) - self._cache.publish(keys, slots, parent)
-            except KeyError:
-                return Inserted((), (), addrs)
-            for slot in slots[known:].tolist():
-                self._sums[slot] = self._sealed.pop(slot)
-        return Inserted(addrs[known:], addrs[:known], ())
+        return self._home(addrs).insert(keys, addrs, parent)
 
     def num_cached(self, keys: Sequence[BlockKey]) -> int:
         """How many of `keys`, from the front, are cached. Pure; O(log n), for an engine's scheduler."""
         with self._lock:
-            return self._cache.index.tree.depth(keys)
+            return max(tier.cache.index.tree.depth(keys) for tier in self._tiers)
 
     def match(self, keys: Sequence[BlockKey]) -> Match:
-        """The longest cached prefix of a chain of keys, and where each block is. Pure, uncounted.
+        """The longest cached prefix of a chain of keys, and where each block is: in the nearest tier.
 
-        keys[0] need not begin a prompt. Source: MemServe, index API (match).
+        keys[0] need not begin a prompt. Pure, uncounted. Source: MemServe, index API (match).
         """
+        return self._leases.match(keys)
+
+    def chain_to(self, key: BlockKey) -> list[BlockKey]:
+        """The keys of a cached prompt's blocks, up to and with this one; none if it is not cached."""
         with self._lock:
-            found = self._cache.index.tree.match(keys)
-        first = self._first
-        addrs = [BlockAddr(first + node.payload) for node in found]
-        return Match(keys[: len(found)], addrs, len(keys))
+            return max((tier.cache.index.tree.chain_to(key) for tier in self._tiers), key=len)
 
     def delete(self, keys: Sequence[BlockKey]) -> int:
-        """Drop the end of a cached chain, up to a block that is leased or that others come after.
+        """Drop the end of a cached chain, in each tier up to a block that is leased or has others after it.
 
         Returns how many blocks that were. Source: MemServe, index API (delete).
         """
         with self._lock:
-            return self._cache.delete(keys)
+            return sum(tier.cache.delete(keys) for tier in self._tiers)
 
     def clear(self) -> int:
         """Drop everything that is cached, leased or not: after this nothing old is ever found.
@@ -170,7 +165,8 @@ class MemPool:
         Leased blocks are quarantined until their last lease ends. Returns how many blocks were dropped.
         """
         with self._lock:
-            return sum(map(self._cache.drop, self._cache.index.roots()))
+            caches = [tier.cache for tier in self._tiers]
+            return sum(cache.drop(root) for cache in caches for root in cache.index.roots())
 
     # ---- leases
 
@@ -180,25 +176,11 @@ class MemPool:
         What was evicted since the match is not in the lease, so look at its length. Counts hits and
         misses against all keys that the match asked for, hence acquire an empty match, too.
         """
-        with self._lock:
-            found = self._cache.index.tree.match(match.keys)
-            if found:
-                self._cache.index.pin(found[-1])
-            self._hits += len(found)
-            self._misses += match.num_wanted - len(found)
-            addrs = [BlockAddr(self._first + node.payload) for node in found]
-            lease = Lease(match.keys[: len(found)], addrs, found[-1] if found else None, self.release)
-            self._leases.add(lease)
-        return lease
+        return self._leases.acquire(match)
 
     def release(self, lease: Lease) -> None:
         """End a lease. Raises BlockStateError, changing nothing, if it has ended or is another pool's."""
-        with self._lock:
-            if lease not in self._leases:
-                raise BlockStateError("a lease that has ended, or is another pool's")
-            self._leases.remove(lease)
-            if lease.node is not None:
-                self._cache.unpin(lease.node)
+        self._leases.release(lease)
 
     def verify(self, lease: Lease) -> int:
         """How many of the leased blocks, from the front, hold what was sealed. The lease goes on.
@@ -206,105 +188,92 @@ class MemPool:
         Reads the bytes, outside the lock. The first block that does not is counted, logged, and
         dropped from the index with all that come after it: those are misses from now on.
         """
-        good = 0
-        for addr in lease.addrs:
-            slot = addr - self._first
-            if self._checksum.of(self.arena.block(slot)) != self._sums[slot]:
-                self._condemn(lease.keys[good], slot)
-                break
-            good += 1
-        with self._lock:
-            self._bytes_verified += good * self.layout.block_bytes
-        return good
+        return self._leases.verify(lease)
 
     def checksums(self, lease: Lease) -> list[int]:
-        """What the leased blocks summed to when they were sealed, for whoever copies them elsewhere."""
-        return [self._sums[addr - self._first] for addr in lease.addrs]
+        """Those that the leased blocks carry, for whoever copies them elsewhere: none (0) in HBM."""
+        return self._leases.checksums(lease)
+
+    # ---- between HBM and DRAM
+
+    def swap_out(self, num_blocks: int) -> list[BlockAddr]:
+        """Move that many blocks from HBM to DRAM, in the order of eviction; returns where they are now.
+
+        Unleased ones, tails before heads. What DRAM lacks of their heads is copied with them. All or
+        nothing: raises OutOfBlocks with every block where it was. Source: MemServe (swap_out).
+        """
+        return swap_out(self._near(), self._dram, num_blocks)
+
+    def swap_in(self, addrs: Sequence[BlockAddr]) -> list[BlockAddr]:
+        """Copy cached DRAM blocks to HBM: a chain, whose head is in HBM; returns where they are there.
+
+        Fewer, from the front, if a block fails its checksum, which ends as in `verify`. Lease the
+        blocks, or another may be in the same place. Raises, changing nothing, OutOfBlocks, or
+        BlockStateError for what is not such a chain. Source: MemServe (swap_in).
+        """
+        return swap_in(self._near(), self._dram, addrs)
 
     # ---- reservations: what peers write to
 
     def reserve(self, num_blocks: int) -> Reservation:
-        """Promise blocks to a writer elsewhere. Evicts and raises as `alloc_mem`."""
-        with self._lock:
-            slots = self._cache.take(num_blocks, RESERVED)
-            return Reservation(self._reservations.begin(slots), self._addrs(slots))
+        """Promise DRAM blocks to a writer elsewhere. Evicts and raises as `alloc_mem`."""
+        return self._reservations.begin(num_blocks)
 
     def commit(self, reservation: Reservation) -> list[BlockAddr]:
         """All bytes have landed: the blocks are the caller's, PRIVATE, to seal and insert.
 
         Raises BlockStateError, changing nothing, if the reservation has ended or is quarantined.
         """
-        with self._lock:
-            slots = self._reservations.end(reservation.reservation_id)
-            self._cache.allocator.move(slots, RESERVED, PRIVATE)
-            return self._addrs(slots)
+        return self._reservations.commit(reservation)
 
     def cancel(self, reservation: Reservation) -> None:
         """Nobody has written, nobody will: the blocks are free. Raises as `commit`."""
-        with self._lock:
-            self._cache.allocator.move(self._reservations.end(reservation.reservation_id), RESERVED, FREE)
+        self._reservations.cancel(reservation)
 
     def quarantine(self, reservation: Reservation) -> None:
         """The writer may still write: keep the blocks from everybody until `settle`. Raises as `commit`."""
-        with self._lock:
-            slots = self._reservations.quarantine(reservation.reservation_id)
-            self._cache.allocator.move(slots, RESERVED, QUARANTINED)
+        self._reservations.quarantine(reservation)
 
     def settle(self, reservation: Reservation) -> None:
         """The writer has acknowledged, is fenced or is dead: a quarantined reservation's blocks are free.
 
         Raises BlockStateError, changing nothing, if it is not quarantined.
         """
-        with self._lock:
-            slots = self._reservations.settle(reservation.reservation_id)
-            self._cache.allocator.move(slots, QUARANTINED, FREE)
+        self._reservations.settle(reservation)
 
     # ---- for those who watch
 
     def take_events(self) -> list[CacheEvent]:
         """What changed in the index since the last call, numbered; for one publisher."""
         with self._lock:
-            return self._cache.events.take()
+            return self._events.take()
 
     def snapshot(self) -> Snapshot:
         """All that is cached, for a follower that joins late. One copy of the list of blocks is locked."""
         with self._lock:
-            sequence, nodes = self._cache.events.sequence(), self._cache.index.tree.nodes()
-        return snapshot(sequence, Tier.DRAM, nodes)
+            sequence = self._events.sequence()
+            cached = [(tier.cache.tier, tier.cache.index.tree.nodes()) for tier in self._tiers]
+        return snapshot(sequence, cached)
 
-    def stats(self) -> PoolStats:
-        """All numbers of one moment."""
+    def stats(self, tier: Tier = Tier.DRAM) -> PoolStats:
+        """All numbers of one tier, of one moment; leases are the pool's, reservations in DRAM."""
+        one = self._tier(tier)
         with self._lock:
-            free, private, cached, reserved, quarantined = map(self._cache.allocator.count, SlotState)
-            return PoolStats(
-                total=self.arena.num_slots,
-                free=free,
-                private=private,
-                cached=cached,
-                reserved=reserved,
-                quarantined=quarantined,
-                evictable=self._cache.index.num_evictable,
-                leases=len(self._leases),
-                reservations=len(self._reservations),
-                hits=self._hits,
-                misses=self._misses,
-                evictions=self._cache.evictions,
-                corruptions=self._corruptions,
-                bytes_sealed=self._bytes_sealed,
-                bytes_verified=self._bytes_verified,
-            )
+            return one.stats(len(self._leases), len(self._reservations) if one is self._dram else 0)
 
-    def _addrs(self, slots: Slots) -> list[BlockAddr]:
-        return list((slots + self._first).tolist())
+    # ---- tiers
 
-    def _slots(self, addrs: Sequence[BlockAddr]) -> Slots:
-        return np.array(addrs, np.int64) - self._first
+    def _tier(self, tier: Tier) -> TierPool:
+        if tier == Tier.REMOTE:
+            raise BlockStateError("what is elsewhere is not this pool's")
+        return self._dram if tier == Tier.DRAM else self._near()
 
-    def _condemn(self, key: BlockKey, slot: int) -> None:
-        """The block at `slot` is corrupt: nobody is to find it again."""
-        with self._lock:
-            node = self._cache.index.tree.get(key)
-            dropped = self._cache.drop(node) if node is not None and node.payload == slot else 0
-            if dropped:
-                self._corruptions += 1
-        logger.error("block corrupt key=%s slot=%d dropped=%d", key.hex()[:16], slot, dropped)
+    def _near(self) -> TierPool:
+        if self._hbm is None:
+            raise BlockStateError("this pool has no HBM")
+        return self._hbm
+
+    def _home(self, addrs: Sequence[BlockAddr]) -> TierPool:
+        """The tier of the first address; if it is foreign, one that will say so."""
+        near = self._hbm
+        return near if near is not None and addrs and near.holds(addrs[0]) else self._dram

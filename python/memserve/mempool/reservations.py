@@ -4,19 +4,26 @@
       | ----> cancelled: nothing was or will be written
       '-----> QUARANTINED ---> settled: the writer is known to write no more
 
-Knows no peers and no timeouts. Not thread-safe: its pool locks.
+Knows no peers and no timeouts. Any thread.
 """
 
 from __future__ import annotations
 
+from memserve.core.block_addr import BlockAddr
 from memserve.core.errors import BlockStateError
-from memserve.mempool.allocator import Slots
+from memserve.mempool.allocator import FREE, PRIVATE, QUARANTINED, RESERVED, Slots
+from memserve.mempool.records import Reservation
+from memserve.mempool.tier_pool import TierPool
 
 
 class Reservations:
-    """Open and quarantined reservations by id. Ids are never used twice."""
+    """Open and quarantined reservations of one tier, by id. Ids are never used twice.
 
-    def __init__(self) -> None:
+    Ending one that is not in the right state raises BlockStateError, changing nothing.
+    """
+
+    def __init__(self, tier: TierPool) -> None:
+        self._tier = tier
         self._open: dict[int, Slots] = {}
         self._quarantined: dict[int, Slots] = {}
         self._last_id = 0
@@ -24,29 +31,42 @@ class Reservations:
     def __len__(self) -> int:
         return len(self._open) + len(self._quarantined)
 
-    def begin(self, slots: Slots) -> int:
-        """A new OPEN reservation of these slots; returns its id."""
-        self._last_id += 1
-        self._open[self._last_id] = slots
-        return self._last_id
+    def begin(self, num_blocks: int) -> Reservation:
+        """A new OPEN reservation. Evicts and raises as `TierPool.alloc`."""
+        with self._tier.lock:
+            slots = self._tier.cache.take(num_blocks, RESERVED)
+            self._last_id += 1
+            self._open[self._last_id] = slots
+            return Reservation(self._last_id, self._tier.addrs(slots))
 
-    def end(self, reservation_id: int) -> Slots:
-        """End an OPEN one; returns its slots. Raises BlockStateError if there is none of that id."""
-        return _pop(self._open, reservation_id, "open")
+    def commit(self, reservation: Reservation) -> list[BlockAddr]:
+        """OPEN: its slots, which are returned, are PRIVATE now."""
+        with self._tier.lock:
+            slots = _pop(self._open, reservation, "open")
+            self._tier.cache.allocator.move(slots, RESERVED, PRIVATE)
+            return self._tier.addrs(slots)
 
-    def quarantine(self, reservation_id: int) -> Slots:
-        """An OPEN one becomes QUARANTINED; returns its slots. Raises as `end`."""
-        slots = _pop(self._open, reservation_id, "open")
-        self._quarantined[reservation_id] = slots
-        return slots
+    def cancel(self, reservation: Reservation) -> None:
+        """OPEN: its slots are FREE now."""
+        with self._tier.lock:
+            self._tier.cache.allocator.move(_pop(self._open, reservation, "open"), RESERVED, FREE)
 
-    def settle(self, reservation_id: int) -> Slots:
-        """End a QUARANTINED one; returns its slots. Raises BlockStateError if there is none of that id."""
-        return _pop(self._quarantined, reservation_id, "quarantined")
+    def quarantine(self, reservation: Reservation) -> None:
+        """OPEN: its slots are QUARANTINED now, and so is it."""
+        with self._tier.lock:
+            slots = _pop(self._open, reservation, "open")
+            self._quarantined[reservation.reservation_id] = slots
+            self._tier.cache.allocator.move(slots, RESERVED, QUARANTINED)
+
+    def settle(self, reservation: Reservation) -> None:
+        """QUARANTINED: its slots are FREE now."""
+        with self._tier.lock:
+            slots = _pop(self._quarantined, reservation, "quarantined")
+            self._tier.cache.allocator.move(slots, QUARANTINED, FREE)
 
 
-def _pop(table: dict[int, Slots], reservation_id: int, state: str) -> Slots:
+def _pop(table: dict[int, Slots], reservation: Reservation, state: str) -> Slots:
     try:
-        return table.pop(reservation_id)
+        return table.pop(reservation.reservation_id)
     except KeyError:
-        raise BlockStateError(f"reservation {reservation_id} is not {state}") from None
+        raise BlockStateError(f"reservation {reservation.reservation_id} is not {state}") from None

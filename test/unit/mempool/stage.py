@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from memserve.core.block_addr import BlockAddr
+from memserve.core.block_addr import BlockAddr, Tier
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout
@@ -16,8 +16,13 @@ LAYOUT = KVLayout.of_heads("small", 2, 1, 1, 4, ("float32", 4))
 EPOCH = Epoch(0x1234_5678_9ABC_DEF1)
 
 
-def make_pool(num_slots: int, ordering: Ordering = lru) -> MemPool:
-    return MemPool(LAYOUT, Arena(LAYOUT.block_bytes, num_slots), EPOCH, ordering)
+def make_pool(
+    num_slots: int, ordering: Ordering = lru, *, max_slots: int | None = None, hbm_slots: int = 0
+) -> MemPool:
+    """`hbm_slots`: 0 for a pool as an engine has it, whose HBM is not the pool's."""
+    hbm = Arena(LAYOUT.block_bytes, hbm_slots) if hbm_slots else None
+    dram = Arena(LAYOUT.block_bytes, num_slots, max_slots=max_slots)
+    return MemPool(LAYOUT, dram, EPOCH, ordering, hbm=hbm)
 
 
 def keys_of(prompt: Sequence[int]) -> list[BlockKey]:
@@ -30,17 +35,17 @@ def content(key: BlockKey) -> bytes:
     return (key * LAYOUT.block_bytes)[: LAYOUT.block_bytes]
 
 
-def write(pool: MemPool, keys: Sequence[BlockKey]) -> list[BlockAddr]:
+def write(pool: MemPool, keys: Sequence[BlockKey], tier: Tier = Tier.DRAM) -> list[BlockAddr]:
     """New PRIVATE blocks with the content of these keys, sealed."""
-    addrs = pool.alloc_mem(len(keys))
+    addrs = pool.alloc_mem(len(keys), tier)
     for key, addr in zip(keys, addrs, strict=True):
         pool.block(addr)[:] = content(key)
     pool.seal(addrs)
     return addrs
 
 
-def store(pool: MemPool, prompt: Sequence[int]) -> None:
+def store(pool: MemPool, prompt: Sequence[int], tier: Tier = Tier.DRAM) -> None:
     """Have a prompt cached, the way an engine does it."""
     keys = keys_of(prompt)
-    inserted = pool.insert(keys, write(pool, keys))
+    inserted = pool.insert(keys, write(pool, keys, tier))
     pool.free_mem([*inserted.duplicates, *inserted.orphans])

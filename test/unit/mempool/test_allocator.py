@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve.core.errors import BlockStateError, InvariantViolated
-from memserve.mempool.allocator import CACHED, FREE, PRIVATE, RESERVED, Allocator, Slots, SlotState
+from memserve.mempool.allocator import CACHED, FREE, PRIVATE, RESERVED, RETIRED, Allocator, Slots, SlotState
 
-states = st.sampled_from(SlotState)
+states = st.sampled_from([state for state in SlotState if state is not RETIRED])
 moves = st.tuples(st.lists(st.integers(-1, 6), max_size=4), states, states)
 
 
@@ -22,7 +22,7 @@ def array(slots: list[int]) -> Slots:
 
 @given(st.lists(st.one_of(st.integers(0, 6), moves), max_size=20))
 def test_states_are_those_of_a_dict(steps: list[int | tuple[list[int], SlotState, SlotState]]) -> None:
-    allocator = Allocator(6)
+    allocator = Allocator(6, 6)
     model = dict.fromkeys(range(6), FREE)
     for step in steps:
         if isinstance(step, int):
@@ -58,7 +58,7 @@ def test_states_are_those_of_a_dict(steps: list[int | tuple[list[int], SlotState
     ],
 )
 def test_a_refusal_says_why(slots: list[int], says: str) -> None:
-    allocator = Allocator(3)
+    allocator = Allocator(3, 3)
     allocator.take(2, PRIVATE)
     with pytest.raises(BlockStateError, match=says):
         allocator.move(array(slots), PRIVATE, CACHED)

@@ -54,6 +54,51 @@ def test_all_of_it_is_allocated_before_it_is_used() -> None:
     assert os.fstat(arena.fd).st_blocks * 512 >= arena.num_bytes
 
 
+def test_resizing_takes_and_returns_memory_and_moves_nothing() -> None:
+    arena = Arena(4096, 16, max_slots=64)
+    place = (arena.address, arena.fd, arena.num_bytes)
+
+    def resident() -> int:
+        return os.fstat(arena.fd).st_blocks * 512 // 4096
+
+    assert resident() == 16
+    arena.block(3)[:] = b"x" * 4096
+    arena.block(15)[:] = b"y" * 4096
+    arena.resize(48)
+    assert resident() == 48
+    assert arena.block(47) == bytes(4096)
+    arena.resize(4)
+    assert resident() == 4
+    arena.resize(64)
+    assert (resident(), arena.num_slots) == (64, 64)
+    assert arena.block(3) == b"x" * 4096
+    assert arena.block(15) == bytes(4096), "what was given back is gone"
+    assert (arena.address, arena.fd, arena.num_bytes) == place
+
+
+def test_slots_beyond_the_mark_are_none() -> None:
+    arena = Arena(64, 2, max_slots=4)
+    with pytest.raises(IndexError):
+        arena.block(2)
+    arena.resize(3)
+    arena.block(2)[0] = 1
+    arena.resize(1)
+    with pytest.raises(IndexError):
+        arena.block(1)
+    arena.resize(4)
+    assert arena.block(2)[0] == 0, "also within a page that stays"
+
+
+def test_a_size_that_cannot_be_changes_nothing() -> None:
+    arena = Arena(4096, 2, max_slots=8)
+    for num_slots in (0, 9):
+        with pytest.raises(ConfigError, match="up to 8"):
+            arena.resize(num_slots)
+    with pytest.raises(ConfigError, match="does not fit"):
+        arena.resize(8, free_bytes=4096 * 6)
+    assert (arena.num_slots, os.fstat(arena.fd).st_blocks * 512) == (2, 2 * 4096)
+
+
 def test_an_arena_that_does_not_fit_says_how_much_is_free() -> None:
     with pytest.raises(ConfigError, match=r"3\.00 GiB DRAM does not fit: 2\.00 GiB are free"):
         Arena(GIB, 3, free_bytes=2 * GIB)

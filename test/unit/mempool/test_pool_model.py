@@ -2,105 +2,29 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
 
 import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import invariant, precondition, rule
 
-from memserve.core.block_addr import BlockAddr
-from memserve.core.block_keys import BlockKey
+from memserve.core.block_addr import BlockAddr, slot_of
 from memserve.core.cache_events import Follower
 from memserve.core.errors import BlockStateError, OutOfBlocks
-from memserve.mempool.eviction import ORDERINGS
 from memserve.mempool.lease import Lease
-from memserve.mempool.records import Match, Reservation
+from memserve.mempool.records import Match
 
-from .stage import content, keys_of, make_pool
+from .pool_model import MAX_SLOTS, NUM_SLOTS, Held, PoolModel
+from .stage import content, keys_of
 
-NUM_SLOTS = 12
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=6)
 picks = st.integers(0, 99)
 few = st.integers(0, 4)
 
 
-@dataclass
-class Held:
-    """A lease, and the prompts of the blocks it pins: those it names and all before them."""
-
-    lease: Lease
-    pinned: list[tuple[int, ...]]
-    addrs: set[BlockAddr]
-
-
-class PoolMachine(RuleBasedStateMachine):
-    """The model: who owns which address, and which prefix is cached where."""
-
-    @initialize(ordering=st.sampled_from(sorted(ORDERINGS)))
-    def open(self, ordering: str) -> None:
-        self.pool = make_pool(NUM_SLOTS, ORDERINGS[ordering]())
-        self.private: dict[BlockAddr, bool] = {}  # address -> sealed
-        self.cached: dict[tuple[int, ...], BlockAddr] = {}
-        self.reserved: dict[int, Reservation] = {}
-        self.quarantined: dict[int, Reservation] = {}
-        self.held: list[Held] = []
-        self.dropped: dict[BlockAddr, int] = {}  # cached no longer, but leased so many times
-        self.follower = Follower()
-        self.everyone: list[BlockAddr] = []
-        self.corruptions = 0
-
-    def teardown(self) -> None:
-        """After the last request: private = reserved = leases = 0."""
-        if not hasattr(self, "pool"):
-            return
-        for held in self.held:
-            self.pool.release(held.lease)
-        for reservation in self.reserved.values():
-            self.pool.cancel(reservation)
-        for reservation in self.quarantined.values():
-            self.pool.settle(reservation)
-        self.pool.free_mem(list(self.private))
-        stats = self.pool.stats()
-        assert (stats.private, stats.reserved, stats.quarantined, stats.leases) == (0, 0, 0, 0)
-        assert stats.evictable == stats.cached
-        self.pool.arena.close()
-
-    # ---- what the model knows
-
-    def pinned(self) -> set[tuple[int, ...]]:
-        return {prompt for held in self.held for prompt in held.pinned if prompt in self.cached}
-
-    def depth(self, prompt: list[int]) -> int:
-        depth = 0
-        while depth < len(prompt) and tuple(prompt[: depth + 1]) in self.cached:
-            depth += 1
-        return depth
-
-    def observe_evictions(self, num_blocks: int) -> None:
-        """Take over what the pool evicted, which must be what it may, and no more than it has to."""
-        kept = {prompt: addr for prompt, addr in self.cached.items() if self.is_cached(prompt)}
-        gone = set(self.cached) - set(kept)
-        assert len(gone) == num_blocks
-        assert not gone & self.pinned(), "leased blocks are never evicted"
-        assert all(prompt[:-1] in kept for prompt in kept if len(prompt) > 1), "never an ancestor first"
-        self.cached = kept
-
-    def is_cached(self, prompt: tuple[int, ...]) -> bool:
-        return self.pool.num_cached(keys_of(prompt)[-1:]) == 1
-
-    def num_free(self) -> int:
-        others = (*self.reserved.values(), *self.quarantined.values())
-        promised = sum(len(reservation.addrs) for reservation in others)
-        return NUM_SLOTS - len(self.private) - len(self.cached) - promised - len(self.dropped)
-
-    def expect_taking(self, num_blocks: int) -> int | None:
-        """How many evictions that takes; None if it cannot be."""
-        evictable = len(self.cached) - len(self.pinned())
-        missing = max(0, num_blocks - self.num_free())
-        return None if missing > evictable else missing
+class PoolMachine(PoolModel):
+    """The rules of a pool with DRAM alone."""
 
     # ---- memory
 
@@ -116,6 +40,7 @@ class PoolMachine(RuleBasedStateMachine):
         addrs = self.pool.alloc_mem(num_blocks)
         assert len(set(addrs)) == num_blocks
         assert not set(addrs) & set(self.private)
+        assert all(slot_of(addr) < self.num_slots for addr in addrs)
         self.observe_evictions(evictions)
         assert not set(addrs) & set(self.cached.values()), "a slot has one owner"
         assert not set(addrs) & set(self.dropped)
@@ -140,6 +65,22 @@ class PoolMachine(RuleBasedStateMachine):
         for verb in (self.pool.free_mem, self.pool.seal):
             with pytest.raises(BlockStateError):
                 verb(batch)
+
+    @rule(num_slots=st.integers(1, MAX_SLOTS))
+    def resize(self, num_slots: int) -> None:
+        reached, evictions = self.expect_resizing(num_slots)
+        fixed = self.fixed()
+        assert self.pool.resize(num_slots) == reached == self.pool.arena.num_slots
+        self.num_slots = reached
+        self.observe_evictions(evictions)
+        tree = self.pool._dram.cache.index.tree
+        first = self.pool._dram.first
+        for prompt, addr in self.cached.items():
+            node = tree.get(keys_of(prompt)[-1])
+            assert node is not None
+            assert node.payload < reached
+            assert addr not in fixed or node.payload == slot_of(addr), "a leased block stays"
+            self.cached[prompt] = BlockAddr(first + node.payload)
 
     # ---- index
 
@@ -191,9 +132,9 @@ class PoolMachine(RuleBasedStateMachine):
 
     @rule(prompt=prompts)
     def match(self, prompt: list[int]) -> None:
-        depth = self.depth(prompt)
+        depth = self.reach(prompt)
         match = self.pool.match(keys_of(prompt))
-        assert list(match.addrs) == [self.cached[tuple(prompt[: i + 1])] for i in range(depth)]
+        assert list(match.addrs) == [self.where(tuple(prompt[: i + 1])) for i in range(depth)]
         assert self.pool.num_cached(keys_of(prompt)) == depth == len(match)
 
     @rule(prompt=prompts)
@@ -215,15 +156,6 @@ class PoolMachine(RuleBasedStateMachine):
         assert self.pool.clear() == len(self.cached)
         self.drop(set(self.cached))
 
-    def drop(self, gone: set[tuple[int, ...]]) -> None:
-        pins = Counter(prompt for held in self.held for prompt in held.pinned)
-        for prompt in gone:
-            addr = self.cached.pop(prompt)
-            if pins[prompt]:
-                self.dropped[addr] = pins[prompt]
-        for held in self.held:
-            held.pinned = [prompt for prompt in held.pinned if prompt not in gone]
-
     # ---- leases
 
     @precondition(lambda self: self.cached)
@@ -241,7 +173,9 @@ class PoolMachine(RuleBasedStateMachine):
         match = self.pool.match(keys)
         if stale:
             match = Match(keys, [], len(keys))
-        lease = self.pool.acquire(match)
+        self.hold(self.pool.acquire(match), prompt, start)
+
+    def hold(self, lease: Lease, prompt: list[int], start: int) -> None:
         depth = self.depth(prompt) if tuple(prompt[: start + 1]) in self.cached else start
         assert list(lease.addrs) == [self.cached[tuple(prompt[: i + 1])] for i in range(start, depth)]
         pinned = [tuple(prompt[: i + 1]) for i in range(depth)] if len(lease) else []
@@ -316,13 +250,13 @@ class PoolMachine(RuleBasedStateMachine):
         if len(events) > 1:
             assert not self.follower.apply(events[-1]), "gaps are always noticed"
         assert all(self.follower.apply(event) for event in events)
-        assert {node.key for node in self.follower.tree} == self.cached_keys()
+        assert {node.key: node.payload for node in self.follower.tree} == self.tiers_of_keys()
 
     @rule()
     def join_late(self) -> None:
         late = Follower()
         late.reset(self.pool.snapshot())
-        assert {node.key for node in late.tree} == self.cached_keys()
+        assert {node.key: node.payload for node in late.tree} == self.tiers_of_keys()
         for event in self.pool.take_events():
             assert late.apply(event), "older events are in the snapshot"
             assert self.follower.apply(event)
@@ -331,9 +265,6 @@ class PoolMachine(RuleBasedStateMachine):
             {node.key: node.parent and node.parent.key for node in one.tree} for one in (late, self.follower)
         ]
         assert parents[0] == parents[1]
-
-    def cached_keys(self) -> set[BlockKey]:
-        return {keys_of(prompt)[-1] for prompt in self.cached}
 
     # ---- after every step
 
@@ -349,7 +280,7 @@ class PoolMachine(RuleBasedStateMachine):
         assert stats.reserved == sum(len(one.addrs) for one in self.reserved.values())
         assert stats.quarantined == waiting + len(self.dropped)
         states = (stats.free, stats.private, stats.cached, stats.reserved, stats.quarantined)
-        assert sum(states) == stats.total == NUM_SLOTS
+        assert sum(states) == stats.total == self.num_slots
         assert stats.evictable == len(self.cached) - len(self.pinned())
         assert stats.leases == len(self.held)
         assert stats.reservations == len(self.reserved) + len(self.quarantined)
@@ -363,10 +294,10 @@ class PoolMachine(RuleBasedStateMachine):
             keys = keys_of(prompt)
             match = self.pool.match(keys)
             assert len(match) == len(keys), "prefix-closed"
-            assert match.addrs[-1] == addr
+            assert match.addrs[-1] == self.where(prompt)
             assert self.pool.block(addr) == content(keys[-1])
         assert len(set(self.cached.values())) == len(self.cached), "a slot has one owner"
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=150, stateful_step_count=60, deadline=None)
+TestPool.settings = settings(max_examples=150, stateful_step_count=60, deadline=None, derandomize=True)

@@ -1,0 +1,242 @@
+"""One tier of a pool: the blocks of one arena, their owners, index and checksums.
+
+Knows no other tier, no leases and no reservations. Any thread; the lock is its pool's, shared by
+all tiers and held for metadata only, never while bytes are read or written.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from array import array
+from collections.abc import Sequence
+
+import numpy as np
+
+from memserve.core.block_addr import BlockAddr
+from memserve.core.block_keys import BlockKey
+from memserve.core.errors import BlockStateError
+from memserve.mempool.allocator import CACHED, FREE, PRIVATE, QUARANTINED, RESERVED, Slots
+from memserve.mempool.arena import Arena
+from memserve.mempool.cache import BlockCache
+from memserve.mempool.index import CachedNode
+from memserve.mempool.integrity import Checksum
+from memserve.mempool.records import Inserted, PoolStats
+
+logger = logging.getLogger(__name__)
+
+_MOVE_BLOCKS = 256
+"""Blocks that are copied between two looks at who uses them."""
+
+
+class TierPool:
+    """Slots of `arena`, at addresses from `first` on. See MemPool for what its verbs promise."""
+
+    def __init__(
+        self,
+        arena: Arena,
+        first: BlockAddr,
+        cache: BlockCache,
+        checksum: Checksum | None,
+        lock: threading.Lock,
+    ) -> None:
+        """`cache` has the arena's slots. Without a `checksum`, blocks here carry none: it reads as 0."""
+        self.arena = arena
+        self.first = first
+        self.cache = cache
+        self._checksum = checksum
+        self.lock = lock
+        self.sums = array("Q", bytes(8 * arena.max_slots))
+        """Of CACHED slots."""
+        self._sealed: dict[int, int] = {}  # PRIVATE slots whose bytes are complete, and their checksums
+        self._resizing = threading.Lock()
+        self.hits = self.misses = self.corruptions = 0
+        self.bytes_sealed = self.bytes_verified = 0
+
+    def addrs(self, slots: Slots) -> list[BlockAddr]:
+        return list((slots + self.first).tolist())
+
+    def slots(self, addrs: Sequence[BlockAddr]) -> Slots:
+        """Not checked: a foreign address gives a slot that is not here."""
+        return np.array(addrs, np.int64) - self.first
+
+    def holds(self, addr: BlockAddr) -> bool:
+        return 0 <= addr - self.first < self.arena.max_slots
+
+    def stats(self, leases: int, reservations: int) -> PoolStats:
+        """The caller has the lock, and what it counts itself."""
+        free, private, cached, reserved, quarantined = states = [
+            self.cache.allocator.count(state) for state in (FREE, PRIVATE, CACHED, RESERVED, QUARANTINED)
+        ]
+        return PoolStats(
+            total=sum(states),
+            free=free,
+            private=private,
+            cached=cached,
+            reserved=reserved,
+            quarantined=quarantined,
+            evictable=self.cache.index.num_evictable,
+            leases=leases,
+            reservations=reservations,
+            hits=self.hits,
+            misses=self.misses,
+            evictions=self.cache.evictions,
+            corruptions=self.corruptions,
+            bytes_sealed=self.bytes_sealed,
+            bytes_verified=self.bytes_verified,
+        )
+
+    def find(self, keys: Sequence[BlockKey], start: int) -> tuple[list[BlockAddr], CachedNode | None]:
+        """Where keys[start:] are, as far as all of `keys` before are here, too, and the last one's node.
+
+        The caller has the lock.
+        """
+        tree = self.cache.index.tree
+        depth = tree.depth(keys)
+        if depth <= start:
+            return [], None
+        nodes = tree.nodes_of(keys[start:depth])
+        first = self.first
+        return [BlockAddr(first + node.payload) for node in nodes], nodes[-1]
+
+    # ---- private blocks
+
+    def alloc(self, num_blocks: int) -> list[BlockAddr]:
+        with self.lock:
+            return self.addrs(self.cache.take(num_blocks, PRIVATE))
+
+    def free(self, addrs: Sequence[BlockAddr]) -> None:
+        slots = self.slots(addrs)
+        with self.lock:
+            self.cache.allocator.move(slots, PRIVATE, FREE)
+            if self._sealed:
+                for slot in slots.tolist():
+                    self._sealed.pop(slot, None)
+
+    def seal(self, addrs: Sequence[BlockAddr]) -> list[int]:
+        slots = self.slots(addrs)
+        with self.lock:
+            self.cache.allocator.require(slots, PRIVATE)
+        sums = [self.checksum_of(self.arena.block(slot)) for slot in slots.tolist()]
+        with self.lock:
+            self.cache.allocator.require(slots, PRIVATE)
+            self._sealed.update(zip(slots.tolist(), sums, strict=True))
+            self.bytes_sealed += len(slots) * self.arena.block_bytes
+        return sums
+
+    def insert(
+        self, keys: Sequence[BlockKey], addrs: Sequence[BlockAddr], parent: BlockKey | None
+    ) -> Inserted:
+        if len(keys) != len(addrs):
+            raise BlockStateError(f"{len(keys)} keys for {len(addrs)} blocks")
+        slots = self.slots(addrs)
+        with self.lock:
+            self.cache.allocator.require(slots, PRIVATE)
+            if not all(map(self._sealed.__contains__, slots.tolist())):
+                raise BlockStateError("a block is not sealed")
+            try:
+                known = len(keys) - self.cache.publish(keys, slots, parent)
+            except KeyError:
+                return Inserted((), (), addrs)
+            for slot in slots[known:].tolist():
+                self.sums[slot] = self._sealed.pop(slot)
+        return Inserted(addrs[known:], addrs[:known], ())
+
+    def adopt(
+        self, keys: Sequence[BlockKey], slots: Slots, sums: Sequence[int], parent: BlockKey | None
+    ) -> None:
+        """Index the front of PRIVATE `slots` under `keys`, with their checksums; free what is not new.
+
+        Frees all if `parent` is not cached. The caller has the lock.
+        """
+        try:
+            added = self.cache.publish(keys, slots[: len(keys)], parent)
+        except KeyError:
+            added = 0
+        known = len(keys) - added
+        for slot, checksum in zip(slots[known : len(keys)].tolist(), sums[known:], strict=False):
+            self.sums[slot] = checksum
+        unused = np.concatenate((slots[:known], slots[len(keys) :]))
+        self.cache.allocator.move(unused, PRIVATE, FREE)
+
+    # ---- checksums
+
+    def checksum_of(self, block: memoryview) -> int:
+        return self._checksum.of(block) if self._checksum is not None else 0
+
+    def checksums(self, addrs: Sequence[BlockAddr]) -> list[int]:
+        """Of cached blocks that somebody leases."""
+        return [self.sums[slot] for slot in self.slots(addrs).tolist()]
+
+    def verify(self, keys: Sequence[BlockKey], addrs: Sequence[BlockAddr]) -> int:
+        """How many leased blocks, from the front, hold what was sealed; what comes after is dropped."""
+        good = 0
+        for slot in self.slots(addrs).tolist():
+            if self.checksum_of(self.arena.block(slot)) != self.sums[slot]:
+                self.condemn(keys[good], slot)
+                break
+            good += 1
+        with self.lock:
+            self.bytes_verified += good * self.arena.block_bytes
+        return good
+
+    def condemn(self, key: BlockKey, slot: int) -> None:
+        """The block at `slot` is corrupt: nobody is to find it, or what comes after it, again."""
+        with self.lock:
+            node = self.cache.index.at(slot)
+            dropped = self.cache.drop(node) if node is not None and node.key == key else 0
+            self.corruptions += dropped > 0
+        logger.error("block corrupt key=%s slot=%d dropped=%d", key.hex()[:16], slot, dropped)
+
+    # ---- size
+
+    def resize(self, num_slots: int) -> int:
+        """See MemPool. One at a time: whoever comes second waits for the first."""
+        with self._resizing:
+            if num_slots >= self.arena.num_slots:
+                self.arena.resize(num_slots)
+                with self.lock:
+                    self.cache.allocator.set_limit(num_slots)
+                return num_slots
+            self.arena.check_size(num_slots)
+            self._vacate(num_slots)
+            with self.lock:
+                reached = max(num_slots, self.cache.allocator.end)
+                self.cache.allocator.set_limit(reached)
+            self.arena.resize(reached)
+            return reached
+
+    def _vacate(self, limit: int) -> None:
+        """Move or evict what is cached in slots from `limit` on, as far as nobody leases it."""
+        cache = self.cache
+        with self.lock:
+            cache.allocator.set_limit(limit)
+        moved = 1
+        while moved:
+            with self.lock:
+                sources = cache.movable(limit)
+                lacking = len(sources) - cache.allocator.count(FREE)
+                if lacking > 0:
+                    cache.evict(lacking)
+                    sources = cache.movable(limit)
+                sources = sources[:_MOVE_BLOCKS]
+                nodes = list(map(cache.index.at, sources.tolist()))
+                targets = cache.allocator.take(len(sources), PRIVATE)
+            # Should a block leave its slot meanwhile, or be leased there, its copy is of no use.
+            for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+                self.arena.block(target)[:] = self.arena.block(source)
+            with self.lock:
+                moved = self._relocate(nodes, sources, targets)
+
+    def _relocate(self, nodes: Sequence[CachedNode | None], sources: Slots, targets: Slots) -> int:
+        """Find the blocks in their new slots that still are where they were, unleased; returns how many."""
+        cache = self.cache
+        there = [cache.index.at(slot) is node for slot, node in zip(sources.tolist(), nodes, strict=True)]
+        moves = np.array(there, bool) & ~cache.index.are_pinned(sources)
+        for source, target in zip(sources[moves].tolist(), targets[moves].tolist(), strict=True):
+            cache.index.relocate(source, target)
+            self.sums[target] = self.sums[source]
+        cache.allocator.move(sources[moves], CACHED, FREE)
+        cache.allocator.move(targets[moves], PRIVATE, CACHED)
+        cache.allocator.move(targets[~moves], PRIVATE, FREE)
+        return int(moves.sum())
