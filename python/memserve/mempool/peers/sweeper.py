@@ -1,0 +1,52 @@
+"""A thread that ends what is overdue, and sleeps until something is. Knows not what that is."""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections.abc import Callable
+
+logger = logging.getLogger(__name__)
+
+LONGEST_S = 3600.0
+
+
+class Sweeper:
+    """Runs `sweep`, which says how many seconds it may wait before the next time."""
+
+    def __init__(self, sweep: Callable[[], float]) -> None:
+        self._sweep = sweep
+        self._woken = threading.Event()
+        self._is_closing = False
+        self._next = 0.0
+        self._thread = threading.Thread(target=self._run, name="peer-sweeper", daemon=True)
+        self._thread.start()
+
+    def wake(self) -> None:
+        """There may be an earlier deadline than the last sweep knew of. Any thread."""
+        self._woken.set()
+
+    def expect(self, seconds: float) -> None:
+        """There will be something to end in so many seconds. Any thread."""
+        if time.monotonic() + seconds < self._next:
+            self._woken.set()
+
+    def close(self) -> None:
+        """Stop, after a sweep that is running. Idempotent."""
+        self._is_closing = True
+        self._woken.set()
+        self._thread.join()
+
+    def _run(self) -> None:
+        try:
+            while not self._is_closing:
+                self._woken.clear()
+                self._next = float("inf")  # Whoever expects something during the sweep wakes the next.
+                wait_s = min(self._sweep(), LONGEST_S)
+                self._next = time.monotonic() + wait_s
+                self._woken.wait(wait_s)
+        except Exception:
+            logger.exception("the peers' sweeper failed; this process cannot go on")
+            os._exit(1)
