@@ -60,7 +60,7 @@ class Membership:
         self._awaited: tuple[PoolInfo, ...] = ()
         self._await_until_s = 0.0
         words = Words(
-            name=info.instance_id,
+            name=f"pool={info.instance_id}",
             register=RegisterPool(info),
             heartbeat=lambda: PoolHeartbeat(info.epoch, self._version),
             deregister=DeregisterPool(info.epoch),

@@ -30,7 +30,7 @@ class Words:
     """What is said to the router of one thing, and what its answers mean."""
 
     name: str
-    """For the log."""
+    """For the log: what it is, and its name."""
     register: Message
     heartbeat: Callable[[], Message]
     deregister: Message
@@ -74,7 +74,7 @@ class Presence:
                 if heartbeat_s is not None:
                     if not registered:
                         logger.info(
-                            "registered router=%s instance=%s", self._client.address, self._words.name
+                            "registered router=%s %s", self._client.address, self._words.name
                         )
                     registered, warned, interval_s = True, False, heartbeat_s
                     continue

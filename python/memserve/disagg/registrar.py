@@ -16,7 +16,7 @@ class Registrar:
     def __init__(self, client: ControlClient, info: InstanceInfo) -> None:
         """Takes `client` and closes it in the end."""
         words = Words(
-            name=info.instance_id,
+            name=f"instance={info.instance_id}",
             register=Register(info),
             heartbeat=lambda: Heartbeat(info.instance_id, info.epoch),
             deregister=Deregister(info.instance_id, info.epoch),

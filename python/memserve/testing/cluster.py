@@ -213,7 +213,10 @@ def is_ready(url: str) -> bool:
 
 
 def _is_registered(process: Process) -> bool:
-    return " registered router=" in process.output()
+    """A server's pools register long before it does; a memory instance is nothing but its pools."""
+    kind = "pool" if Role.MEMORY in process.argv else "instance"
+    line = rf" registered router=\S+ {kind}={re.escape(process.name)}$"
+    return re.search(line, process.output(), re.MULTILINE) is not None
 
 
 def _until(timeout_s: float) -> Iterator[None]:
