@@ -139,6 +139,10 @@ class PoolMachine(PoolModel):
 
     @rule(prompt=prompts)
     def delete(self, prompt: list[int]) -> None:
+        expected = self.expect_deleting(prompt)
+        assert self.pool.delete(keys_of(prompt)) == expected
+
+    def expect_deleting(self, prompt: list[int]) -> int:
         pinned, count = self.pinned(), 0
         for depth in range(self.depth(prompt), 0, -1):
             one = tuple(prompt[:depth])
@@ -146,15 +150,20 @@ class PoolMachine(PoolModel):
                 break
             del self.cached[one]
             count += 1
-        assert self.pool.delete(keys_of(prompt)) == count
+        return count
 
     @precondition(lambda self: self.held)
     @rule(rarely=st.integers(0, 9))
     def clear(self, rarely: int) -> None:
         if rarely:
             return
-        assert self.pool.clear() == len(self.cached)
+        expected = self.expect_clearing()
+        assert self.pool.clear() == expected
+
+    def expect_clearing(self) -> int:
+        count = len(self.cached)
         self.drop(set(self.cached))
+        return count
 
     # ---- leases
 
@@ -184,6 +193,9 @@ class PoolMachine(PoolModel):
     @precondition(lambda self: self.held)
     @rule(pick=picks)
     def release(self, pick: int) -> None:
+        self.release_one(pick)
+
+    def release_one(self, pick: int) -> None:
         held = self.held.pop(pick % len(self.held))
         self.pool.release(held.lease)
         with pytest.raises(BlockStateError):

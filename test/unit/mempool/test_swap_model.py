@@ -1,0 +1,228 @@
+"""A pool with HBM, too, against plain dicts: the rules of DRAM alone, and swapping."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import initialize, invariant, precondition, rule
+
+from memserve.core.block_addr import BlockAddr, Tier, tier_of
+from memserve.core.block_keys import BlockKey
+from memserve.core.errors import BlockStateError, OutOfBlocks
+from memserve.mempool.eviction import ORDERINGS
+from memserve.mempool.lease import Lease
+from memserve.mempool.pool import MemPool
+
+from .pool_model import MAX_SLOTS, NUM_SLOTS, Held, Prompt
+from .stage import content, keys_of, make_pool, write
+from .test_pool_model import PoolMachine, few, picks, prompts
+
+HBM_SLOTS = 7
+
+
+class SwapMachine(PoolMachine):
+    """What is cached in HBM, besides what PoolModel knows of DRAM."""
+
+    def make(self, ordering: str) -> MemPool:
+        return make_pool(NUM_SLOTS, ORDERINGS[ordering](), max_slots=MAX_SLOTS, hbm_slots=HBM_SLOTS)
+
+    @initialize()
+    def open_hbm(self) -> None:
+        self.near: dict[Prompt, BlockAddr] = {}
+        self.near_dropped: dict[BlockAddr, int] = {}
+
+    # ---- what the model knows
+
+    def near_depth(self, prompt: list[int]) -> int:
+        depth = 0
+        while depth < len(prompt) and tuple(prompt[: depth + 1]) in self.near:
+            depth += 1
+        return depth
+
+    def near_pinned(self) -> set[Prompt]:
+        return {prompt for held in self.held for prompt in held.near if prompt in self.near}
+
+    def reach(self, prompt: list[int]) -> int:
+        return max(self.depth(prompt), self.near_depth(prompt))
+
+    def where(self, prompt: Prompt) -> BlockAddr:
+        return self.near.get(prompt) or self.cached[prompt]
+
+    def tiers_of_keys(self) -> dict[BlockKey, int]:
+        bits: Counter[BlockKey] = Counter(super().tiers_of_keys())
+        for prompt in self.near:
+            bits[keys_of(prompt)[-1]] += 1 << Tier.HBM
+        return dict(bits)
+
+    def near_room(self) -> int:
+        return HBM_SLOTS - len(self.near) - len(self.near_dropped)
+
+    def observe_near(self, num_gone: int) -> set[Prompt]:
+        """Take over what left HBM, which must be what may, and as much as has to."""
+        tree = self.pool._hbm.cache.index.tree if self.pool._hbm else ()
+        gone = {prompt for prompt in self.near if keys_of(prompt)[-1] not in tree}
+        assert len(gone) == num_gone
+        assert not gone & self.near_pinned(), "leased blocks never leave"
+        for prompt in gone:
+            del self.near[prompt]
+        assert all(prompt[:-1] in self.near for prompt in self.near if len(prompt) > 1), "tail before head"
+        return gone
+
+    # ---- rules
+
+    @rule(prompt=prompts)
+    def store_near(self, prompt: list[int]) -> None:
+        evictable = len(self.near) - len(self.near_pinned())
+        missing = max(0, len(prompt) - self.near_room())
+        keys = keys_of(prompt)
+        if missing > evictable:
+            with pytest.raises(OutOfBlocks):
+                self.pool.alloc_mem(len(prompt), Tier.HBM)
+            return
+        addrs = write(self.pool, keys, Tier.HBM)
+        assert {tier_of(addr) for addr in addrs} == {Tier.HBM}
+        self.observe_near(missing)
+        known = self.near_depth(prompt)
+        inserted = self.pool.insert(keys, addrs)
+        assert list(inserted.new) == addrs[known:]
+        self.pool.free_mem(inserted.duplicates)
+        for i, addr in enumerate(inserted.new, known):
+            self.near[tuple(prompt[: i + 1])] = addr
+
+    @rule(num_blocks=few)
+    def swap_out(self, num_blocks: int) -> None:
+        lacking = set(self.near) - set(self.cached)
+        near, free = set(self.near), self.num_free()
+        try:
+            addrs = self.pool.swap_out(num_blocks)
+        except OutOfBlocks:
+            self.observe_near(0)
+            self.observe_evictions(0)
+            evictable = len(near) - len(self.near_pinned())
+            assert num_blocks > evictable or len(lacking) > free, "there was room"
+            return
+        gone = self.observe_near(num_blocks)
+        arrived = {one[: i + 1] for one in gone for i in range(len(one))} - set(self.cached)
+        self.observe_evictions(max(0, len(arrived) - free))
+        assert not arrived & set(self.cached)
+        tree, first = self.pool._dram.cache.index.tree, self.pool._dram.first
+        for prompt in arrived:
+            node = tree.get(keys_of(prompt)[-1])
+            assert node is not None, "with a tail comes what DRAM lacks of its head"
+            self.cached[prompt] = BlockAddr(first + node.payload)
+        assert Counter(addrs) == Counter(self.cached[prompt] for prompt in gone)
+
+    @precondition(lambda self: self.cached)
+    @rule(pick=picks, start=st.integers(0, 3), flip=st.none() | st.integers(0, 5))
+    def swap_in(self, pick: int, start: int, flip: int | None) -> None:
+        """A chain by name; sometimes with a block that has gone bad in DRAM."""
+        prompt = list(self.pick(pick))
+        start = min(start, len(prompt) - 1)
+        chain = [tuple(prompt[: i + 1]) for i in range(start, len(prompt))]
+        addrs = [self.cached[one] for one in chain]
+        known = max(0, self.near_depth(prompt) - start)
+        if start > self.near_depth(prompt):
+            with pytest.raises(BlockStateError, match="not in HBM"):
+                self.pool.swap_in(addrs)
+            return
+        head = {tuple(prompt[: i + 1]) for i in range(start + known)}
+        evictable = len(set(self.near) - self.near_pinned() - head)
+        missing = max(0, len(chain) - known - self.near_room())
+        if missing > evictable:
+            with pytest.raises(OutOfBlocks):
+                self.pool.swap_in(addrs)
+            self.observe_near(0)
+            return
+        bad = flip if flip is not None and known <= flip < len(chain) else None
+        if bad is not None:
+            self.pool.block(addrs[bad])[3] ^= 4
+        found = self.pool.swap_in(addrs)
+        good = len(chain) if bad is None else bad
+        self.observe_near(missing)
+        assert len(found) == good
+        for one, addr in zip(chain[known:good], found[known:], strict=True):
+            assert tier_of(addr) == Tier.HBM
+            self.near[one] = addr
+        assert found == [self.near[one] for one in chain[:good]]
+        if bad is not None:
+            self.corruptions += 1
+            self.drop({one for one in self.cached if one[: len(chain[bad])] == chain[bad]})
+
+    @precondition(lambda self: self.cached)
+    @rule(pick=picks)
+    def swap_in_what_is_no_chain(self, pick: int) -> None:
+        addr = self.cached[self.pick(pick)]
+        for addrs in ([addr, addr], [BlockAddr(addr ^ 1 << 40)], [*self.private, addr]):
+            if addrs != [addr]:
+                with pytest.raises(BlockStateError):
+                    self.pool.swap_in(addrs)
+
+    def hold(self, lease: Lease, prompt: list[int], start: int) -> None:
+        first = tuple(prompt[: start + 1])
+        near = self.near_depth(prompt) if first in self.near else start
+        far = self.depth(prompt) if first in self.cached else start
+        chain = [tuple(prompt[: i + 1]) for i in range(max(near, far))]
+        assert list(lease.addrs) == [self.where(one) for one in chain[start:]]
+        in_near = chain[:near] if near > start else []
+        in_far = chain[:far] if far > near else []
+        addrs = {self.near[one] for one in in_near} | {self.cached[one] for one in in_far}
+        self.held.append(Held(lease, in_far, addrs, in_near))
+        assert self.pool.verify(lease) == len(lease)
+
+    @precondition(lambda self: self.held)
+    @rule(pick=picks)
+    def release(self, pick: int) -> None:
+        addrs = self.held[pick % len(self.held)].addrs
+        self.release_one(pick)
+        for addr in addrs & set(self.near_dropped):
+            self.near_dropped[addr] -= 1
+            if not self.near_dropped[addr]:
+                del self.near_dropped[addr]
+
+    def expect_clearing(self) -> int:
+        count = super().expect_clearing() + len(self.near)
+        pins = Counter(prompt for held in self.held for prompt in held.near)
+        self.near_dropped |= {addr: pins[prompt] for prompt, addr in self.near.items() if pins[prompt]}
+        self.near = {}
+        for held in self.held:
+            held.near = []
+        return count
+
+    def expect_deleting(self, prompt: list[int]) -> int:
+        pinned, count = self.near_pinned(), super().expect_deleting(prompt)
+        for depth in range(self.near_depth(prompt), 0, -1):
+            one = tuple(prompt[:depth])
+            if one in pinned or any(other[:-1] == one for other in self.near):
+                break
+            del self.near[one]
+            count += 1
+        return count
+
+    # ---- after every step
+
+    @invariant()
+    def the_states_of_hbm_add_up(self) -> None:
+        if not hasattr(self, "near_dropped"):
+            return
+        stats = self.pool.stats(Tier.HBM)
+        assert (stats.cached, stats.quarantined) == (len(self.near), len(self.near_dropped))
+        assert (stats.private, stats.reserved, stats.total) == (0, 0, HBM_SLOTS)
+        assert stats.free == self.near_room()
+        assert stats.evictable == len(self.near) - len(self.near_pinned())
+
+    @invariant()
+    def what_is_in_hbm_is_found_there_with_its_bytes(self) -> None:
+        if not hasattr(self, "near"):
+            return
+        for prompt, addr in self.near.items():
+            keys = keys_of(prompt)
+            assert self.pool.match(keys).addrs[-1] == addr
+            assert self.pool.block(addr) == content(keys[-1])
+        assert len(set(self.near.values())) == len(self.near), "a slot has one owner"
+
+
+TestSwap = SwapMachine.TestCase
+TestSwap.settings = settings(max_examples=120, stateful_step_count=60, deadline=None, derandomize=True)
