@@ -6,7 +6,7 @@ INSTALL = python3 scripts/install.py --venv $(VENV)
 .PHONY: help install demo test check bench clean
 
 help:
-	@echo "make demo     router, prefill and decode serve a conversation (KEEP=1 leaves them up)"
+	@echo "make demo     router, prefill and decode serve a conversation (KEEP=1 leaves them up, CACHING=all compares)"
 	@echo "make test     everything, with real servers"
 	@echo "make check    lint, types, layering and unit tests: about a minute"
 	@echo "make bench    the benchmarks, one JSON line per figure"
@@ -16,7 +16,7 @@ install:
 	@$(INSTALL)
 
 demo: install
-	@$(PYTHON) scripts/demo.py $(if $(KEEP),--keep)
+	@$(PYTHON) scripts/demo.py $(if $(KEEP),--keep) $(if $(CACHING),--caching $(CACHING))
 
 test:
 	@$(INSTALL) --dev --mooncake

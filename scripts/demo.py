@@ -3,6 +3,7 @@
 
     python scripts/demo.py                     # with a small random model, made on the spot
     python scripts/demo.py --model-path DIR    # with yours
+    python scripts/demo.py --caching all       # each caching mode in turn, then side by side
     python scripts/demo.py --keep              # leave the servers up and print what to try
 
 Each turn is sent with its whole history, as chat clients do; the table shows how little of it is
@@ -27,7 +28,9 @@ import requests
 import sglang as sgl
 from tqdm import tqdm
 
+from memserve.core.caching import CachingMode
 from memserve.testing.cluster import Cluster, ClusterFailed, Process, is_ready, wait_for
+from memserve.testing.pool_reports import pool_reports, sent_home_bytes, wait_acquainted, wait_settled
 from memserve.wire.messages import Role
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -51,8 +54,15 @@ class Turn:
     reused_prefill: int
     reused_decode: int
     moved_bytes: int
+    """From prefill to decode."""
+    home_bytes: int
+    """From decode to prefill, when the turn had ended."""
     first_token_s: float
     total_s: float
+
+    @property
+    def computed(self) -> int:
+        return self.prompt - self.reused_prefill
 
 
 def main() -> int:
@@ -61,18 +71,30 @@ def main() -> int:
     parser.add_argument(
         "--model-path", type=Path, help="a Hugging Face model directory (default: a small random one)"
     )
+    modes = [*map(str, CachingMode), "all"]
+    parser.add_argument(
+        "--caching",
+        choices=modes,
+        default=str(CachingMode.FULL),
+        help="what the servers keep of the KV they compute; all: every mode in turn (default: %(default)s)",
+    )
     parser.add_argument("--keep", action="store_true", help="leave the servers up until Ctrl-C")
     parser.add_argument("--log-dir", type=Path, help="where the servers log (default: a new folder in /tmp)")
     args = parser.parse_args()
     log_dir = args.log_dir or Path(tempfile.mkdtemp(prefix="memserve-demo-"))
     try:
         model = args.model_path or make_model()
-        with start(model.resolve(), log_dir) as cluster:
-            turns = converse(cluster)
-            print_table(turns)
-            if args.keep:
-                keep(cluster)
-            print("stopping …", flush=True)
+        chosen = list(CachingMode) if args.caching == "all" else [CachingMode(args.caching)]
+        results = {}
+        for mode in chosen:
+            with start(model.resolve(), log_dir / mode, mode) as cluster:
+                results[mode] = converse(cluster)
+                print_summary(results[mode])
+                if args.keep:
+                    keep(cluster)
+                print("stopping …\n", flush=True)
+        if len(results) > 1:
+            print_side_by_side(results)
     except ClusterFailed as error:
         print(f"\ndemo: {error}", file=sys.stderr)
         return 1
@@ -88,16 +110,17 @@ def make_model() -> Path:
     return model
 
 
-def start(model: Path, log_dir: Path) -> Cluster:
+def start(model: Path, log_dir: Path, mode: CachingMode) -> Cluster:
     """Router, prefill and decode on free ports, with a bar while the model loads."""
-    print(f"starting router, prefill and decode (logs in {log_dir})", flush=True)
+    print(f"starting router, prefill and decode, caching {mode} (logs in {log_dir})", flush=True)
     cluster = Cluster(log_dir)
     try:
         for role in (Role.PREFILL, Role.DECODE):
-            process = cluster.launch(str(role), role, model)
+            process = cluster.launch(str(role), role, model, "--caching", mode)
             print(f"  $ {shlex.join(['python', *map(str, process.argv)])}")
         wait_with_bar(cluster)
         wait_for(lambda: is_ready(cluster.url), [cluster.router], what="a pair", timeout_s=30)
+        wait_acquainted(cluster.server_urls())
     except BaseException:
         cluster.close()
         raise
@@ -150,7 +173,7 @@ def converse(cluster: Cluster) -> list[Turn]:
                     meta["prompt_tokens"],
                     meta["prefill_cached_tokens"],
                     meta["cached_tokens"],
-                    meter.moved(),
+                    *meter.moved(),
                     meta["prefill_e2e_latency"],
                     meta["e2e_latency"],
                 )
@@ -202,7 +225,7 @@ def openai_turn(url: str, messages: list[dict[str, str]], meter: Meter) -> tuple
     at_decode = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     at_prefill = report.get("prefill_cached_tokens") or 0
     turn = Turn(
-        "openai", usage["prompt_tokens"], at_prefill, at_decode, meter.moved(), first_token_s, total_s
+        "openai", usage["prompt_tokens"], at_prefill, at_decode, *meter.moved(), first_token_s, total_s
     )
     return turn, answer
 
@@ -212,12 +235,17 @@ class Meter:
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
-        self._last = cluster.moved_bytes()
+        self._urls = cluster.server_urls()
+        self._last = self._now()
 
-    def moved(self) -> int:
-        """Bytes since the last call."""
-        before, self._last = self._last, self._cluster.moved_bytes()
-        return self._last - before
+    def moved(self) -> tuple[int, int]:
+        """Bytes since the last call: prefill to decode, and decode to prefill once that has ended."""
+        wait_settled(self._urls)
+        before, self._last = self._last, self._now()
+        return self._last[0] - before[0], self._last[1] - before[1]
+
+    def _now(self) -> tuple[int, int]:
+        return self._cluster.moved_bytes(), sent_home_bytes(pool_reports(self._urls))
 
 
 COLUMNS = (
@@ -226,7 +254,8 @@ COLUMNS = (
     "prompt",
     "reused at prefill",
     "reused at decode",
-    "KV moved",
+    "KV to decode",
+    "KV to prefill",
     "first token",
     "total",
 )
@@ -244,7 +273,8 @@ def print_row(turns: list[Turn]) -> None:
         f"{turn.prompt}",
         f"{turn.reused_prefill}",
         f"{turn.reused_decode}",
-        f"{turn.moved_bytes / 1024:.0f} KiB",
+        kib(turn.moved_bytes),
+        kib(turn.home_bytes),
         f"{turn.first_token_s * 1000:.0f} ms",
         f"{turn.total_s * 1000:.0f} ms",
     )
@@ -254,15 +284,36 @@ def print_row(turns: list[Turn]) -> None:
     )
 
 
-def print_table(turns: list[Turn]) -> None:
+def kib(num_bytes: int) -> str:
+    return f"{num_bytes / 1024:.0f} KiB"
+
+
+def print_side_by_side(results: dict[CachingMode, list[Turn]]) -> None:
+    """Per turn and mode: tokens that prefill computed, bytes to decode and back."""
+    print("tokens computed by prefill, KV to decode + KV to prefill, first token:\n")
+    print("turn  prompt" + "".join(f"{mode:>36}" for mode in results))
+    for i, turns in enumerate(zip(*results.values(), strict=True)):
+        cells = [
+            f"{turn.computed:>6} {kib(turn.moved_bytes):>10} +{kib(turn.home_bytes):>8}"
+            f" {turn.first_token_s * 1000:>5.0f} ms"
+            for turn in turns
+        ]
+        print(f"{i + 1:>4}  {turns[0].prompt:>6}" + "".join(f"{cell:>36}" for cell in cells))
+    sums = [sum(turn.computed for turn in turns) for turns in results.values()]
+    print(" all        " + "".join(f"{each:>12}{'':>24}" for each in sums))
+
+
+def print_summary(turns: list[Turn]) -> None:
     prompt = sum(turn.prompt for turn in turns)
-    computed = prompt - sum(turn.reused_prefill for turn in turns)
+    computed = sum(turn.computed for turn in turns)
     moved = sum(turn.moved_bytes for turn in turns)
+    home = sum(turn.home_bytes for turn in turns)
     lacking = sum(turn.prompt - turn.reused_decode for turn in turns)
     print(
         f"\nOf {prompt} prompt tokens in {len(turns)} turns, prefill computed {computed} "
         f"({computed / prompt:.0%}); decode lacked {lacking} ({lacking / prompt:.0%}), "
-        f"and only their pages moved: {moved / 2**20:.1f} MiB."
+        f"and only their pages moved: {moved / 2**20:.1f} MiB. "
+        f"What decode had generated went home to prefill: {home / 2**20:.1f} MiB."
     )
 
 
@@ -277,6 +328,7 @@ The servers stay up; Ctrl-C stops them. To try:
   curl {cluster.url}/generate -H 'content-type: application/json' -d '{prompt}'
   curl -N {cluster.url}/v1/chat/completions -H 'content-type: application/json' -d '{chat}'
   curl {cluster.url}/workers
+  curl {cluster.server_urls()[0]}/mempool
   curl {cluster.url}/readiness""",
         flush=True,
     )

@@ -8,12 +8,17 @@ Every flag that is not listed below goes to SGLang untouched (`sglang serve --he
 from __future__ import annotations
 
 import argparse
+import os
 import socket
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
 
+import msgspec
+
+from memserve.core.caching import CachingMode
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import ConfigError
 from memserve.core.flags import add_flags, from_namespace, setting
@@ -21,6 +26,10 @@ from memserve.core.hosts import bracketed, is_loopback
 from memserve.core.ids import InstanceId, new_epoch
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import InstanceInfo, Role
+
+if TYPE_CHECKING:
+    from memserve.disagg.pool_node import PoolSettings
+    from memserve.transport.select import MooncakeProtocol
 
 EXAMPLES = """\
 examples:
@@ -32,6 +41,9 @@ examples:
   over several machines, with RDMA and a shared secret:
     python -m memserve.launch_server --role prefill --router 10.0.0.1:30001 --model-path DIR \\
         --host 10.0.0.2 --transfer mooncake --cluster-key-file cluster.key
+
+  a machine without an accelerator that lends its memory:
+    python -m memserve.launch_server --role memory --router 127.0.0.1:30001 --dram-gib 64
 """
 
 
@@ -39,7 +51,11 @@ examples:
 class InstanceConfig:
     """What MemServe itself has to know of an instance; the rest is SGLang's."""
 
-    role: Role = setting(Role.COLOCATED, "what this server does for a request: prefill, decode or colocated")
+    role: Role = setting(
+        Role.COLOCATED,
+        "what this server does for a request: prefill, decode or colocated; memory serves none, it "
+        "lends its DRAM to the others",
+    )
     router: str | None = setting(
         None, "the router's control address; without it the server runs alone", metavar="HOST:PORT"
     )
@@ -51,9 +67,16 @@ class InstanceConfig:
     mooncake_protocol: Literal["rdma", "tcp"] | None = setting(
         None, "what mooncake runs over (default: rdma where there is a device for it, else tcp)"
     )
-    dram_gib: float = setting(
-        0.0,
-        "GiB of DRAM that keep what the radix cache evicts, all ranks together; 0 for none",
+    caching: CachingMode = setting(
+        CachingMode.FULL,
+        "what the cluster keeps of the KV it computes, the same for every server: none; prefill: prefill "
+        "keeps it; both: decode, too, and is sent only what it lacks; full: what decode generates "
+        "goes home to prefill",
+    )
+    dram_gib: float | None = setting(
+        None,
+        "GiB of DRAM under the radix cache, all ranks together; 0 for none (default: twice the KV memory "
+        "of the device, at most a quarter of what is free)",
         metavar="GIB",
     )
     cluster_key_file: Path | None = setting(
@@ -70,7 +93,7 @@ class InstanceConfig:
             host, _, port = self.router.rpartition(":")
             if not host or not port.isdigit():
                 raise ConfigError(f"--router {self.router}: write HOST:PORT, as launch_router prints it")
-        if self.dram_gib < 0:
+        if self.dram_gib is not None and self.dram_gib < 0:
             raise ConfigError("--dram-gib cannot be negative")
 
 
@@ -79,7 +102,10 @@ def main(argv: list[str] | None = None) -> int:
     try:
         config, sglang_argv = parse(sys.argv[1:] if argv is None else argv)
         key = ClusterKey.read(config.cluster_key_file) if config.cluster_key_file else None
-        serve(config, key, sglang_argv)
+        if config.role is Role.MEMORY:
+            lend(config, key, sglang_argv)
+        else:
+            serve(config, key, sglang_argv)
     except ConfigError as error:
         print(f"memserve.launch_server: error: {error}", file=sys.stderr)
         return 2
@@ -105,7 +131,7 @@ def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str]
     from memserve.disagg.registrar import Registrar
     from memserve.engine import server, server_flags
     from memserve.engine.machine import is_cpu_machine
-    from memserve.engine.plugin import EngineSettings
+    from memserve.engine.settings import EngineSettings
     from memserve.transport.mooncake import rdma_devices
 
     transfer, protocol = server_flags.resolve_transfer(
@@ -114,18 +140,48 @@ def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str]
         on_cpu=is_cpu_machine() or config.role is Role.COLOCATED,
         has_rdma=bool(rdma_devices()),
     )
-    argv = [*server_flags.dram_flags(config.role, config.dram_gib), *sglang_argv]
     key_file = str(config.cluster_key_file.resolve()) if config.cluster_key_file else None
-    server_args = server.prepare(config.role, EngineSettings(transfer, protocol, key_file), argv)
+    settings = EngineSettings(transfer, protocol, key_file)
+    has_pool = config.dram_gib != 0 and server_flags.needs_pool(config.role, config.caching)
+    argv = [*(server_flags.pool_flags() if has_pool else []), *sglang_argv]
+    server_args = server.prepare(config.role, config.caching, settings, argv)
     if key is None and config.role is not Role.COLOCATED and not is_loopback(server_args.host):
         raise ConfigError(
             f"--host {server_args.host} lets KV leave this machine: give every instance --cluster-key-file"
         )
+    info = describe(config, server_args, server.reachable_host(server_args.host))
+    if has_pool:
+        msgspec.structs.replace(settings, pool=pool_settings(config, info, protocol)).export()
     registrar = None
     if config.router is not None:
-        info = describe(config, server_args, server.reachable_host(server_args.host))
         registrar = Registrar(ControlClient(config.router, key=key), info)
     server.run(server_args, registrar)
+
+
+def lend(config: InstanceConfig, key: ClusterKey | None, argv: list[str]) -> None:
+    """Lend this machine's DRAM until stopped: no model, no SGLang."""
+    from memserve.disagg import memory_server
+    from memserve.transport.mooncake import rdma_devices
+
+    host, port = memory_server.read_flags(argv)
+    if config.router is None:
+        raise ConfigError("--role memory needs --router: without it nobody finds the memory")
+    if config.dram_gib is None:
+        raise ConfigError("--role memory needs --dram-gib: how much it lends")
+    name = config.instance_id or f"{config.role}-{socket.gethostname()}-{port or os.getpid()}"
+    memory_server.run(
+        memory_server.MemoryConfig(
+            instance_id=InstanceId(name),
+            router=config.router,
+            dram_bytes=int(config.dram_gib * 2**30),
+            host=host,
+            port=port,
+            caching=config.caching,
+            transfer=config.transfer,
+            mooncake_protocol=config.mooncake_protocol or ("rdma" if rdma_devices() else "tcp"),
+            cluster_key=key,
+        )
+    )
 
 
 def describe(config: InstanceConfig, server_args: Any, host: str) -> InstanceInfo:
@@ -140,6 +196,26 @@ def describe(config: InstanceConfig, server_args: Any, host: str) -> InstanceInf
         role=config.role,
         url=url,
         bootstrap_port=server_args.disaggregation_bootstrap_port if is_prefill else None,
+        caching=config.caching,
+    )
+
+
+def pool_settings(config: InstanceConfig, info: InstanceInfo, protocol: MooncakeProtocol) -> PoolSettings:
+    """What the ranks of this server have to know of their memory pools."""
+    from memserve.disagg.pool_node import PoolSettings
+
+    host = urlsplit(info.url).hostname or ""
+    return PoolSettings(
+        instance_id=info.instance_id,
+        role=config.role,
+        caching=config.caching,
+        dram_bytes=None if config.dram_gib is None else int(config.dram_gib * 2**30),
+        router=config.router,
+        host=host,
+        bootstrap=f"{host}:{info.bootstrap_port}" if info.bootstrap_port is not None else "",
+        transfer=config.transfer,
+        mooncake_protocol=protocol,
+        cluster_key_file=str(config.cluster_key_file.resolve()) if config.cluster_key_file else None,
     )
 
 

@@ -17,6 +17,7 @@ import pytest
 import requests
 
 from memserve.testing.cluster import Cluster, Process, is_ready, wait_for
+from memserve.testing.pool_reports import wait_acquainted
 from memserve.wire.messages import Role
 
 REQUEST_TIMEOUT_S = 60
@@ -64,18 +65,34 @@ class Pair:
         """Bytes that prefill's transfer engine has written so far."""
         return self.cluster.moved_bytes()
 
+    def workers(self) -> list[dict[str, Any]]:
+        """What the router says of its servers."""
+        workers: list[dict[str, Any]] = self._members()["workers"]
+        return workers
+
+    def pool_names(self) -> list[str]:
+        """The instances whose memory pools the router knows."""
+        return [pool["instance_id"] for pool in self._members()["pools"]]
+
+    def _members(self) -> dict[str, Any]:
+        members: dict[str, Any] = requests.get(f"{self.url}/workers", timeout=REQUEST_TIMEOUT_S).json()
+        return members
+
+    def server_urls(self) -> list[str]:
+        """Of the SGLang servers that the router knows."""
+        return self.cluster.server_urls()
+
     def num_running(self) -> int:
         """Requests that any server still holds, queued or running."""
-        total = 0
-        for worker in requests.get(f"{self.url}/workers", timeout=REQUEST_TIMEOUT_S).json()["workers"]:
-            total += num_requests(worker["url"])
-        return total
+        return sum(map(num_requests, self.server_urls()))
 
     def wait_idle(self) -> None:
         wait_for(lambda: self.num_running() == 0, what="the servers to be idle", timeout_s=15)
 
     def wait_pair(self) -> None:
+        """Both servers are there, and their memory pools know each other."""
         wait_for(lambda: is_ready(self.url), what="a ready pair", timeout_s=15)
+        wait_acquainted(self.server_urls())
 
 
 @pytest.fixture(scope="session")

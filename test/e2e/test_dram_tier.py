@@ -6,6 +6,8 @@ from typing import Any
 
 import requests
 
+from memserve.testing.pool_reports import pool_reports
+
 from .conftest import REQUEST_TIMEOUT_S, SMALL_HBM_TOKENS, Pair
 
 PAGE = 16
@@ -15,9 +17,9 @@ NUM_PROMPTS = SMALL_HBM_TOKENS // PROMPT_TOKENS * 2
 
 def dram_stats(pair: Pair) -> dict[str, int]:
     """The numbers of prefill's pool."""
-    workers = requests.get(f"{pair.url}/server_info", timeout=REQUEST_TIMEOUT_S).json()["workers"]
-    (prefill,) = (worker["server_info"] for worker in workers if worker["role"] == "prefill")
-    stats: dict[str, int] = prefill["internal_states"][0]["memserve"]["dram"]
+    workers = requests.get(f"{pair.url}/workers", timeout=REQUEST_TIMEOUT_S).json()["workers"]
+    (report,) = pool_reports([worker["url"] for worker in workers if worker["role"] == "prefill"])
+    stats: dict[str, int] = report["pool"]
     return stats
 
 

@@ -114,7 +114,7 @@ class KVLayout:
         return sha256(f"memserve-kv-layout-v1:{identity!r}".encode()).digest()
 
     def differences(self, other: KVLayout) -> list[str]:
-        """What keeps blocks of the two from being exchanged: "page_tokens 16 here, 64 there"; empty if nothing."""
+        """What keeps blocks of the two apart, field by field: "page_tokens 16 here, 64 there"."""
         names = [each.name for each in fields(self)]
         return [
             f"{name} {getattr(self, name)} here, {getattr(other, name)} there"

@@ -1,13 +1,15 @@
 """Moves KV between SGLang's device pool (by layer and token) and blocks in an arena (by page).
 
-    device   k_buffer[layer]: [tokens, kv_heads, head_dim]      v_buffer[layer]: the same
-    block    [layers, 2, page_tokens, kv_heads, head_dim]       one extent, in DRAM
+    device   k_buffer[layer]: [tokens, kv_heads, head_dim], v_buffer alike      or latent attention's
+             kv_buffer[layer]: [tokens, 1, latent]
+    block    layer by layer, K before V: [page_tokens, heads, width] each       one extent, in DRAM
 
 Works on whatever device the pool is on; copies end before a call returns. Knows no keys.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -22,19 +24,17 @@ PACK_BLOCKS = 64
 def layout_of(device_pool: Any, page_tokens: int, *, model: str, rank: int, num_ranks: int) -> KVLayout:
     """The layout that pages of a device pool have as blocks.
 
-    Raises ValueError for a pool without separate keys and values of one shape.
+    Raises ValueError for a pool that holds anything but a K and a V, or one latent, per layer and token.
     """
-    keys, values = getattr(device_pool, "k_buffer", None), getattr(device_pool, "v_buffer", None)
-    if not keys or not values or keys[0].shape != values[0].shape or keys[0].dim() != 3:
-        raise ValueError(f"the DRAM tier does not serve {type(device_pool).__name__}: leave --dram-gib out")
-    _, heads, dim = keys[0].shape
+    parts = _buffers(device_pool)
+    first = [layers[0] for layers in parts]
     return KVLayout(
         model=model,
-        num_layers=len(keys),
+        num_layers=len(parts[0]),
         page_tokens=page_tokens,
-        parts=(Part(heads, dim), Part(heads, dim)),
-        dtype=str(keys[0].dtype).removeprefix("torch."),
-        dtype_bytes=keys[0].dtype.itemsize,
+        parts=tuple(Part(int(buffer.shape[1]), int(buffer.shape[2])) for buffer in first),
+        dtype=str(first[0].dtype).removeprefix("torch."),
+        dtype_bytes=first[0].dtype.itemsize,
         rank=rank,
         num_ranks=num_ranks,
     )
@@ -45,26 +45,45 @@ class KVBlocks:
 
     def __init__(self, device_pool: Any, layout: KVLayout, arena: Arena) -> None:
         """`layout` is the pool's (see `layout_of`), and that of the arena's blocks."""
-        self._keys, self._values = device_pool.k_buffer, device_pool.v_buffer
-        self._page = (layout.page_tokens, *layout.parts[0])
-        rows = torch.frombuffer(arena.memory, dtype=torch.uint8).view(arena.num_slots, arena.slot_bytes)
-        shape = (layout.num_layers, len(layout.parts), *self._page)
-        self._blocks = rows[:, : arena.block_bytes].view(self._keys[0].dtype).unflatten(1, shape)
+        self._page = layout.page_tokens
+        self._parts = _buffers(device_pool)
+        rows = torch.frombuffer(arena.memory, dtype=torch.uint8).view(-1, arena.slot_bytes)
+        dtype = self._parts[0][0].dtype
+
+        def view(layer: int, part: int) -> torch.Tensor:
+            start = layout.offset(layer, part)
+            columns = rows[:, start : start + layout.part_bytes[part]]
+            return columns.view(dtype).unflatten(1, (self._page, *layout.parts[part]))
+
+        # One view of all slots for each part of each layer: [slots, page_tokens, heads, width].
+        self._views = [
+            [view(layer, part) for layer in range(layout.num_layers)] for part in range(len(layout.parts))
+        ]
 
     def pack(self, slots: list[int], tokens: torch.Tensor) -> None:
         """Copy pages into blocks. tokens: [len(slots) * page_tokens], device indices in page order."""
-        page = self._page[0]
+        page = self._page
         for start in range(0, len(slots), PACK_BLOCKS):
             some = torch.tensor(slots[start : start + PACK_BLOCKS])
             index = tokens[start * page : (start + len(some)) * page]
-            pages = (len(some), *self._page)
-            for layer, (keys, values) in enumerate(zip(self._keys, self._values, strict=True)):
-                for part, buffer in enumerate((keys, values)):
-                    self._blocks[some, layer, part] = buffer.index_select(0, index).view(pages).cpu()
+            for views, buffers in zip(self._views, self._parts, strict=True):
+                for blocks, buffer in zip(views, buffers, strict=True):
+                    blocks[some] = buffer.index_select(0, index).unflatten(0, (-1, page)).cpu()
 
     def load_layer(self, layer: int, slots: list[int], tokens: torch.Tensor) -> None:
         """Copy one layer of blocks back. tokens: as in `pack`."""
         some = torch.tensor(slots)
-        for part, buffer in enumerate((self._keys[layer], self._values[layer])):
-            rows = self._blocks[some, layer, part].flatten(0, 1)
-            buffer.index_copy_(0, tokens, rows.to(buffer.device))
+        for views, buffers in zip(self._views, self._parts, strict=True):
+            rows = views[layer][some].flatten(0, 1)
+            buffers[layer].index_copy_(0, tokens, rows.to(buffers[layer].device))
+
+
+def _buffers(device_pool: Any) -> Sequence[Sequence[torch.Tensor]]:
+    """The parts of a device pool, each a buffer per layer."""
+    keys, values = getattr(device_pool, "k_buffer", None), getattr(device_pool, "v_buffer", None)
+    latents = getattr(device_pool, "kv_buffer", None)
+    parts = [keys, values] if keys and values else [latents] if latents else []
+    plain = [buffer.dim() == 3 and buffer.dtype == part[0].dtype for part in parts for buffer in part]
+    if not parts or not all(plain) or len({part[0].dtype for part in parts}) != 1:
+        raise ValueError(f"the memory pool does not serve {type(device_pool).__name__}: set --dram-gib 0")
+    return parts

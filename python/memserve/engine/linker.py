@@ -1,22 +1,20 @@
-"""SGLang's external cache linker over a MemPool: the DRAM tier under one rank's radix cache.
+"""SGLang's external cache linker over a MemPool: DRAM and remote tiers under one rank's radix cache.
 
     scheduler ── lookup ──> pool.num_cached                 microseconds, local knowledge only
               ── load ────> lease and verify ──> loader: DRAM → HBM, layer by layer, under the forward
-              ── offload ─> packer: HBM → DRAM, checksum, publish
+              ── offload ─> packer: HBM → DRAM, checksum, publish ──> node: to other pools, later
+    arrival   ── fetch ───> node: other pools → DRAM, while the request waits (`fetching.py`)
 
-SGLang and the pool name pages by the same keys, hex there and bytes here. Serves full attention
-whose keys and values have one shape. The public methods are the scheduler thread's.
+SGLang and the pool name pages by the same keys, hex there and bytes here. Serves full attention,
+latent or not. The public methods are the scheduler thread's. Knows no peers.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import threading
+import time
 from collections import deque
-from collections.abc import Callable
-from dataclasses import dataclass
-from queue import SimpleQueue
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -27,11 +25,14 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoa
 from memserve.core.block_keys import BlockKey, key_from_hex, keys_from_hex
 from memserve.core.errors import OutOfBlocks
 from memserve.core.ids import new_epoch
+from memserve.disagg.pool_node import PoolNode, dram_slots
+from memserve.engine.fetching import Fetching
 from memserve.engine.kv_blocks import KVBlocks, layout_of
+from memserve.engine.settings import EngineSettings
+from memserve.engine.worker import Worker
 from memserve.mempool.arena import Arena
 from memserve.mempool.lease import Lease
 from memserve.mempool.pool import MemPool
-from memserve.mempool.records import PoolStats
 
 logger = logging.getLogger(__name__)
 
@@ -52,12 +53,31 @@ class _Offload:
     keys: list[BlockKey]
     parent: BlockKey | None
     tokens: torch.Tensor
+    home: str | None
+    """The prefill that lacks these pages now that their request has ended."""
     ready: list[Any]
     """Device events to wait for; none on the CPU, where the forward has ended."""
 
 
+@dataclass(slots=True)
+class LinkerStats:
+    """Copies between HBM and DRAM since the start, and seconds spent on them."""
+
+    offloads_begun: int = 0
+    offloads: int = 0
+    """Ended, one way or the other."""
+    offloaded_blocks: int = 0
+    offload_s: float = 0.0
+    declined_offloads: int = 0
+    """For want of room, or of the pages before them."""
+    loads: int = 0
+    loaded_blocks: int = 0
+    load_s: float = 0.0
+    failed_loads: int = 0
+
+
 class MemPoolLinker(UnifiedCacheLinker):
-    """See the module. `extra_config` is {"dram_bytes": bytes of DRAM for all ranks of the server}."""
+    """See the module. What the launcher decided comes with the environment, not in `extra_config`."""
 
     def __init__(
         self,
@@ -71,7 +91,10 @@ class MemPoolLinker(UnifiedCacheLinker):
         """Raises ValueError for a KV pool it does not serve, ConfigError if there is too little DRAM."""
         if components != {ComponentType.FULL}:
             names = ", ".join(sorted(component.name for component in components))
-            raise ValueError(f"the DRAM tier serves full attention, not {names}: leave --dram-gib out")
+            raise ValueError(f"the memory pool serves full attention, not {names}: set --dram-gib 0")
+        settings = EngineSettings.inherited().pool
+        if settings is None:
+            raise ValueError("the memory pool needs memserve.launch_server to start it")
         device_pool = params.token_to_kv_pool_allocator.get_kvcache()
         layout = layout_of(
             device_pool,
@@ -80,24 +103,31 @@ class MemPoolLinker(UnifiedCacheLinker):
             rank=params.tp_cache_group.rank() if params.tp_cache_group is not None else 0,
             num_ranks=server_args.tp_size,
         )
-        dram_bytes = extra_config["dram_bytes"] // server_args.tp_size
-        arena = Arena(layout.block_bytes, max(1, dram_bytes // layout.block_bytes))
-        self._pool = MemPool(layout, arena, new_epoch())
+        hbm_bytes = layout.block_bytes * (device_pool.size // params.page_size)
+        arena = Arena(layout.block_bytes, dram_slots(settings.dram_bytes, layout, hbm_bytes))
+        epoch = new_epoch()
+        self._pool = MemPool(layout, arena, epoch)
+        self.node = PoolNode(settings, self._pool, epoch)
+        self.fetching = Fetching(self.node)
         self._blocks = KVBlocks(device_pool, layout, arena)
         self.pools = {PoolName.KV: device_pool}
         self.forward_stream = forward_stream
         self.layer_done_counter = LayerWiseLoadCounter(device_pool.layer_num)
         self.offload_parent: str | None = None
         """Set before each `offload`: the key of the page before its first one."""
+        self.ended_request_of: str | None = None
+        """Set while the pages of a request that has ended are offloaded: its prefill, `host:port`."""
+        self._stats = LinkerStats()
         self._queued: list[_Load] = []
         self._done: deque[bool] = deque()
-        self._packer = _Worker("mempool-packer")
-        self._loader = _Worker("mempool-loader")
-        logger.info("dram tier ready blocks=%d block_bytes=%d", arena.num_slots, layout.block_bytes)
+        self._packer = Worker("mempool-packer")
+        self._loader = Worker("mempool-loader")
+        logger.info("memory pool ready blocks=%d block_bytes=%d", arena.num_slots, layout.block_bytes)
 
-    def stats(self) -> PoolStats:
-        """The pool's numbers, of this moment."""
-        return self._pool.stats()
+    def stats(self) -> dict[str, Any]:
+        """All numbers of this rank's pool and its ways to others, of this moment."""
+        own = asdict(self._stats)  # First: who sees no offload under way sees all that came of it.
+        return {**self.node.stats(), "linker": own}
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Every prefix length, in pages, that DRAM could restore."""
@@ -138,7 +168,9 @@ class MemPoolLinker(UnifiedCacheLinker):
         (transfer,) = transfers
         parent = key_from_hex(self.offload_parent) if self.offload_parent else None
         ready = [] if transfer.device_indices.device.type == "cpu" else self.record_offload_ready()
-        task = _Offload(keys_from_hex(transfer.keys), parent, transfer.device_indices, ready)
+        keys = keys_from_hex(transfer.keys)
+        task = _Offload(keys, parent, transfer.device_indices, self.ended_request_of, ready)
+        self._stats.offloads_begun += 1
         self._packer.submit(lambda: self._done.append(self._pack(task)))
         return True
 
@@ -155,18 +187,23 @@ class MemPoolLinker(UnifiedCacheLinker):
         self._queued = []
         self._packer.drain()
         self._loader.drain()
+        self.fetching.drain()
+        self.node.forget()
         self._done.clear()
         self._pool.clear()
         self.layer_done_counter.reset()
 
     def close(self) -> None:
-        """Stop both threads; the memory goes with the process."""
+        """Leave the cluster and stop all threads; the memory goes with the process."""
         self.reset()
+        self.node.close()
         self._packer.close()
         self._loader.close()
 
     def _run_loads(self, index: int, loads: list[_Load]) -> None:
         """Loader thread. A failure reaches only these requests, through `finish`."""
+        begun = time.monotonic()
+        self._stats.loads += len(loads)
         try:
             slots = [slot for load in loads for slot in self._pool.slots(load.lease.addrs)]
             tokens = torch.cat([load.tokens for load in loads])
@@ -175,19 +212,35 @@ class MemPoolLinker(UnifiedCacheLinker):
                 self.layer_done_counter.complete(index, layer)
         except (RuntimeError, IndexError) as error:
             logger.error("load from dram failed rids=%s: %s", [load.rid for load in loads], error)
+            self._stats.failed_loads += len(loads)
             self.layer_done_counter.fail(index, error)
+        else:
+            self._stats.loaded_blocks += len(slots)
+            self._stats.load_s += time.monotonic() - begun
         finally:
             for load in loads:
                 self._pool.release(load.lease)
 
     def _pack(self, task: _Offload) -> bool:
         """Packer thread. Whether the pages are in DRAM now; a full pool is no failure of anybody's."""
-        known = self._pool.num_cached(task.keys)
-        keys, parent = task.keys[known:], task.keys[known - 1] if known else task.parent
-        if not keys:
-            return True
+        begun = time.monotonic()
         for event in task.ready:
             event.synchronize()
+        known = self._pool.num_cached(task.keys)
+        if known < len(task.keys):
+            if not self._store(task, known):
+                self._stats.declined_offloads += 1
+                self._stats.offloads += 1
+                return False
+            self._stats.offloaded_blocks += len(task.keys) - known
+            self._stats.offload_s += time.monotonic() - begun
+        self.node.stored(task.keys, task.parent, task.home)
+        self._stats.offloads += 1
+        return True
+
+    def _store(self, task: _Offload, known: int) -> bool:
+        """Copy the pages after the first `known` to DRAM; False if there is no place for them."""
+        keys, parent = task.keys[known:], task.keys[known - 1] if known else task.parent
         try:
             addrs = self._pool.alloc_mem(len(keys))
         except OutOfBlocks as error:
@@ -199,35 +252,3 @@ class MemPoolLinker(UnifiedCacheLinker):
         inserted = self._pool.insert(keys, addrs, parent)
         self._pool.free_mem([*inserted.duplicates, *inserted.orphans])
         return not inserted.orphans
-
-
-class _Worker:
-    """One thread that does what it is given, in order. A task that raises ends the process."""
-
-    def __init__(self, name: str) -> None:
-        self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
-        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
-        self._thread.start()
-
-    def submit(self, task: Callable[[], object]) -> None:
-        self._tasks.put(task)
-
-    def drain(self) -> None:
-        """Return when everything submitted so far is done."""
-        if self._thread.is_alive():
-            reached = threading.Event()
-            self._tasks.put(reached.set)
-            reached.wait()
-
-    def close(self) -> None:
-        """Do what was submitted, then end. Idempotent."""
-        self._tasks.put(None)
-        self._thread.join()
-
-    def _run(self) -> None:
-        try:
-            while (task := self._tasks.get()) is not None:
-                task()
-        except Exception:
-            logger.exception("a thread of the memory pool failed; this process cannot go on")
-            os._exit(1)

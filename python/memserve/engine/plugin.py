@@ -13,31 +13,12 @@ import signal
 import sys
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import msgspec
+from typing import Any
 
 from memserve.core.errors import MemServeError
 from memserve.engine import seams
 from memserve.engine.machine import is_cpu_machine
-from memserve.transport.select import MooncakeProtocol, TransportName
-
-if TYPE_CHECKING:
-    from memserve.engine.linker import MemPoolLinker
-
-SETTINGS_VARIABLE = "MEMSERVE_ENGINE"
-
-
-class EngineSettings(msgspec.Struct, frozen=True):
-    """What the processes of one server must agree on."""
-
-    transfer: TransportName
-    mooncake_protocol: MooncakeProtocol
-    cluster_key_file: str | None
-
-    def export(self) -> None:
-        """Hand these settings to the processes started from here on."""
-        os.environ[SETTINGS_VARIABLE] = msgspec.json.encode(self).decode()
+from memserve.engine.settings import SETTINGS_VARIABLE, EngineSettings
 
 
 def register() -> None:
@@ -47,7 +28,7 @@ def register() -> None:
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    settings = os.environ.get(SETTINGS_VARIABLE)
+    launched = os.environ.get(SETTINGS_VARIABLE) is not None
     try:
         seams.check_version()
         if is_cpu_machine():
@@ -55,13 +36,15 @@ def register() -> None:
 
             register_cpu_attention()
             _send_from_host_memory()
-        if settings is not None:
+        if launched:
             _leave_signals_to_the_launcher()
-            engine = drop_in(msgspec.json.decode(settings, type=EngineSettings))
+            engine = drop_in(EngineSettings.inherited())
             HookRegistry.register(seams.TRANSFER_ENGINE, engine, HookType.REPLACE)
             if seams.SCHEDULER_MODULE in sys.modules:
                 HookRegistry.register(seams.INTERNAL_STATE, report_state, HookType.AFTER)
-                HookRegistry.register(seams.OFFLOAD_NODE, name_offload_parent, HookType.BEFORE)
+                from memserve.engine import pool_hooks
+
+                pool_hooks.place()
     except MemServeError as error:
         raise SystemExit(f"memserve: {error}") from error
 
@@ -88,35 +71,19 @@ def drop_in(settings: EngineSettings) -> type[Any]:
 
 
 def report_state(output: Any, inquirer: Any, *_: Any) -> Any:
-    """Add to this scheduler's part of `/server_info` what its engine has written and its DRAM holds."""
+    """Add to this scheduler's part of `/server_info` what its engine has written and its pool holds."""
     from memserve.disagg.transfer_engine import TransferEngine
+    from memserve.engine.pool_hooks import linker_of
 
     state: dict[str, Any] = {}
     engine = pkgutil.resolve_name(seams.SHARED_ENGINE)()
     if isinstance(engine, TransferEngine):
         state["transfer"] = asdict(engine.stats().total)
-    linker = _linker_of(getattr(inquirer, "tree_cache", None))
+    linker = linker_of(getattr(inquirer, "tree_cache", None))
     if linker is not None:
-        state["dram"] = asdict(linker.stats())
+        state["pool"] = linker.stats()
     output.internal_state["memserve"] = state
     return output
-
-
-def name_offload_parent(wrapper: Any, node_id: Any, transfers: Any) -> None:
-    """Tell our linker which page comes before a node's, which SGLang leaves out of the transfer."""
-    linker = _linker_of(wrapper.cache)
-    if linker is not None:
-        before = wrapper.cache.get_prefix_hash_values(node_id)
-        linker.offload_parent = before[-1] if before else None
-
-
-def _linker_of(tree_cache: Any) -> MemPoolLinker | None:
-    linker = getattr(getattr(tree_cache, "linker", None), "cache_linker", None)
-    if linker is None:
-        return None
-    from memserve.engine.linker import MemPoolLinker
-
-    return linker if isinstance(linker, MemPoolLinker) else None
 
 
 def _leave_signals_to_the_launcher() -> None:

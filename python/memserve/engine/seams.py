@@ -24,6 +24,11 @@ INTERNAL_STATE = f"{SCHEDULER_MODULE}.Scheduler.get_internal_state"
 LINKER_MODULE = "sglang.srt.mem_cache.unified_cache.unified_cache_linker"
 OFFLOAD_NODE = f"{LINKER_MODULE}.UnifiedCacheLinkerWrapper._offload_node"
 SHARED_ENGINE = f"{_MOONCAKE}:get_mooncake_transfer_engine"
+CHECKPOINT = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree"
+ARRIVAL = f"{SCHEDULER_MODULE}.Scheduler._prefetch_kvcache"
+NEW_PREFILL_BATCH = f"{SCHEDULER_MODULE}.Scheduler.get_new_batch_prefill"
+DECODE_QUEUE = "sglang.srt.disaggregation.decode.SchedulerDisaggregationDecodeMixin.process_decode_queue"
+HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 KV_SENDER = "sglang.srt.disaggregation.mooncake.conn:MooncakeKVSender"
 
 
@@ -165,6 +170,37 @@ SEAMS = (
         "same",
         parameters=("node_id",),
     ),
+    Seam(
+        "checkpoint",
+        CHECKPOINT.replace(".UnifiedRadixCache.", ":UnifiedRadixCache."),
+        "learning which request the offloaded pages are of",
+        parameters=("req", "up_to"),
+    ),
+    Seam(
+        "arrival",
+        ARRIVAL.replace(".Scheduler.", ":Scheduler."),
+        "fetching blocks from other pools while a request waits",
+        parameters=("req",),
+    ),
+    Seam(
+        "new prefill batch",
+        NEW_PREFILL_BATCH.replace(".Scheduler.", ":Scheduler."),
+        "keeping requests out of a batch that still wait for blocks",
+        parameters=("running_batch",),
+    ),
+    Seam(
+        "decode queue",
+        DECODE_QUEUE.replace(".SchedulerDisagg", ":SchedulerDisagg"),
+        "letting go of offloaded pages on decode",
+    ),
+    Seam(
+        "cache events",
+        "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache",
+        "same, and agreeing among ranks",
+        members=("check_hicache_events", "_all_reduce_attn_groups"),
+    ),
+    Seam("http app", f"{HTTP_SERVER}:app", "answering /mempool", members=("add_api_route",)),
+    Seam("http state", f"{HTTP_SERVER}:get_global_state", "same"),
     Seam("shared engine", SHARED_ENGINE, "finding the scheduler's transfer engine"),
     Seam("own address", "sglang.srt.utils.network:get_local_ip_auto", "telling others where we are"),
     Seam("process tree", "sglang.srt.utils:kill_process_tree", "leaving no child behind"),

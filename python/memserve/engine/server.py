@@ -15,13 +15,14 @@ import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
+from memserve.core.caching import CachingMode
 from memserve.core.errors import ConfigError
 from memserve.core.hosts import is_loopback
 from memserve.disagg.registrar import Registrar
-from memserve.engine import seams, server_flags
+from memserve.engine import pool_pages, seams, server_flags
 from memserve.engine.amx import avoid_faulty_amx
 from memserve.engine.machine import is_cpu_machine
-from memserve.engine.plugin import EngineSettings
+from memserve.engine.settings import EngineSettings
 from memserve.wire.messages import Role
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,7 @@ OWN_ADDRESS = "SGLANG_HOST_IP"
 """The variable by which SGLang is told its own address."""
 
 
-def prepare(role: Role, settings: EngineSettings, argv: list[str]) -> Any:
+def prepare(role: Role, caching: CachingMode, settings: EngineSettings, argv: list[str]) -> Any:
     """SGLang's server arguments for `role`: our flags for it and this machine, then the user's.
 
     Sets the environment its processes inherit. Raises ConfigError for another SGLang, a flag it
@@ -39,7 +40,8 @@ def prepare(role: Role, settings: EngineSettings, argv: list[str]) -> Any:
     seams.check_version()
     _check_model(argv)
     settings.export()
-    flags = server_flags.role_flags(role, server_flags.FreePorts(http=_free_port(), bootstrap=_free_port()))
+    ports = server_flags.FreePorts(http=_free_port(), bootstrap=_free_port())
+    flags = server_flags.role_flags(role, caching, ports)
     environment: dict[str, str] = {}
     on_cpu = is_cpu_machine()
     if on_cpu:
@@ -101,6 +103,7 @@ def run(server_args: Any, registrar: Registrar | None) -> None:
     HookRegistry.register(seams.SIGTERM_HANDLER, leave, HookType.BEFORE)
     HookRegistry.register(seams.SIGINT_HANDLER, interrupt_as_sigterm, HookType.AROUND)
     HookRegistry.apply_hooks()
+    pool_pages.add_pages()
     try:
         launch_server(server_args, launch_callback=registrar.start if registrar is not None else None)
     except KeyboardInterrupt:

@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from memserve.core.caching import CachingMode
 from memserve.core.errors import ConfigError
 from memserve.engine.machine import CPU_ATTENTION
 from memserve.transport.select import MooncakeProtocol, TransportName
@@ -31,15 +32,20 @@ class FreePorts:
     bootstrap: int
 
 
-def role_flags(role: Role, ports: FreePorts) -> list[str]:
-    """Flags that make an SGLang server play `role`, on any device."""
+def role_flags(role: Role, caching: CachingMode, ports: FreePorts) -> list[str]:
+    """Flags that make an SGLang server play `role` and keep what `caching` says, on any device."""
     flags = ["--port", str(ports.http), "--enable-cache-report"]
+    keeps = caching.decode_keeps if role is Role.DECODE else caching.prefill_keeps
+    if not keeps:
+        flags.append("--disable-radix-cache")
     if role is Role.COLOCATED:
         return flags
     flags += ["--disaggregation-mode", role.value, "--disaggregation-transfer-backend", "mooncake"]
     if role is Role.PREFILL:
         return [*flags, "--disaggregation-bootstrap-port", str(ports.bootstrap)]
-    return [*flags, "--disaggregation-decode-enable-radix-cache"]
+    if keeps:
+        flags.append("--disaggregation-decode-enable-radix-cache")
+    return flags
 
 
 def cpu_flags(role: Role) -> list[str]:
@@ -63,20 +69,14 @@ def cpu_flags(role: Role) -> list[str]:
     return flags
 
 
-def dram_flags(role: Role, dram_gib: float) -> list[str]:
-    """Flags that put a DRAM tier of `dram_gib` GiB, for all ranks together, under the radix cache.
+def needs_pool(role: Role, caching: CachingMode) -> bool:
+    """Whether a DRAM tier is of use: to decode, which never loads from it, only to send KV home."""
+    return caching.returns if role is Role.DECODE else caching.prefill_keeps
 
-    Raises ConfigError for a decode server: SGLang's decode offloads, but never loads back.
-    """
-    if dram_gib == 0:
-        return []
-    if role is Role.DECODE:
-        raise ConfigError("--dram-gib is for prefill and colocated servers: decode never loads from DRAM")
-    linker = {
-        "linker_module_path": "memserve.engine.linker",
-        "linker": "MemPoolLinker",
-        "linker_extra_config": {"dram_bytes": int(dram_gib * 2**30)},
-    }
+
+def pool_flags() -> list[str]:
+    """Flags that put a memory pool under the radix cache of every rank."""
+    linker = {"linker_module_path": "memserve.engine.linker", "linker": "MemPoolLinker"}
     return [
         "--enable-unified-cache-external-linker",
         *("--unified-cache-external-linker-backend", "dynamic"),

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from memserve.core.caching import CachingMode
 from memserve.core.errors import ConfigError
-from memserve.engine.plugin import EngineSettings
 from memserve.engine.server import prepare
+from memserve.engine.settings import EngineSettings
 from memserve.launch_server import main, parse
 from memserve.wire.messages import Role
 
@@ -42,13 +43,13 @@ def test_mistakes_are_one_line(argv: list[str], reason: str, capfd: pytest.Captu
 
 def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json"):
-        prepare(Role.COLOCATED, SETTINGS, ["--model-path", str(tmp_path)])
+        prepare(Role.COLOCATED, CachingMode.FULL, SETTINGS, ["--model-path", str(tmp_path)])
 
 
 @pytest.mark.parametrize("flags", [["--no-such-flag", "3"], ["--page-size", "many"]])
 def test_sglangs_refusal_of_a_flag_is_one_line(tiny_model: Path, flags: list[str]) -> None:
     with pytest.raises(ConfigError, match=flags[0]) as caught:
-        prepare(Role.COLOCATED, SETTINGS, ["--model-path", str(tiny_model), *flags])
+        prepare(Role.COLOCATED, CachingMode.FULL, SETTINGS, ["--model-path", str(tiny_model), *flags])
     assert "\n" not in str(caught.value)
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,10 +12,15 @@ from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 
 from memserve.core.block_keys import page_keys
+from memserve.core.caching import CachingMode
+from memserve.core.ids import InstanceId
+from memserve.disagg.pool_node import PoolSettings
 from memserve.engine.kv_blocks import PACK_BLOCKS, KVBlocks, layout_of
 from memserve.engine.linker import MemPoolLinker
+from memserve.engine.settings import SETTINGS_VARIABLE, EngineSettings
 from memserve.mempool.arena import Arena
 from memserve.testing.cluster import wait_for
+from memserve.wire.messages import Role
 
 LAYERS, HEADS, DIM, PAGE, TOKENS = 3, 2, 4, 4, 4 * 256
 BLOCK_BYTES = LAYERS * 2 * PAGE * HEADS * DIM * 4
@@ -27,17 +32,49 @@ def device_pool(dtype: torch.dtype = torch.float32) -> Any:
     def buffers() -> list[torch.Tensor]:
         return [torch.randn(TOKENS, HEADS, DIM).to(dtype) for _ in range(LAYERS)]
 
-    return SimpleNamespace(k_buffer=buffers(), v_buffer=buffers(), layer_num=LAYERS)
+    return SimpleNamespace(k_buffer=buffers(), v_buffer=buffers(), layer_num=LAYERS, size=TOKENS)
+
+
+def latent_pool(dtype: torch.dtype = torch.float32) -> Any:
+    """One buffer per layer, as multi-head latent attention keeps it."""
+    latents = [torch.randn(TOKENS, 1, 9).to(dtype) for _ in range(LAYERS)]
+    return SimpleNamespace(kv_buffer=latents, layer_num=LAYERS, size=TOKENS)
+
+
+def uneven_pool(dtype: torch.dtype = torch.float32) -> Any:
+    """Values narrower than keys."""
+    pool = device_pool(dtype)
+    pool.v_buffer = [buffer[..., :3].contiguous() for buffer in pool.v_buffer]
+    return pool
 
 
 def make_linker(pool: Any, num_blocks: int = 64) -> MemPoolLinker:
+    settings = PoolSettings(
+        instance_id=InstanceId("prefill"),
+        role=Role.PREFILL,
+        caching=CachingMode.FULL,
+        dram_bytes=num_blocks * BLOCK_BYTES,
+        router=None,
+        host="127.0.0.1",
+        bootstrap="127.0.0.1:1",
+        transfer="auto",
+        mooncake_protocol="tcp",
+        cluster_key_file=None,
+    )
+    EngineSettings("auto", "tcp", None, settings).export()
     allocator = SimpleNamespace(get_kvcache=lambda: pool)
     return MemPoolLinker(
         SimpleNamespace(model_path="model", tp_size=1),
         SimpleNamespace(token_to_kv_pool_allocator=allocator, page_size=PAGE, tp_cache_group=None),
         components={ComponentType.FULL},
-        extra_config={"dram_bytes": num_blocks * BLOCK_BYTES},
+        extra_config={},
     )
+
+
+@pytest.fixture(autouse=True)
+def environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a test exports ends with it."""
+    monkeypatch.setenv(SETTINGS_VARIABLE, "")
 
 
 @pytest.fixture
@@ -50,7 +87,7 @@ def linker(pool: Any) -> Iterator[MemPoolLinker]:
     linker = make_linker(pool)
     yield linker
     linker.close()
-    stats = linker.stats()
+    stats = linker._pool.stats()
     assert stats.private == stats.reserved == stats.quarantined == stats.leases == 0
 
 
@@ -76,20 +113,27 @@ def load(linker: MemPoolLinker, pages: PoolTransfer) -> bool:
 
 
 def kv_at(pool: Any, tokens: torch.Tensor) -> torch.Tensor:
-    return torch.stack([buffer[tokens] for buffer in [*pool.k_buffer, *pool.v_buffer]])
+    return torch.cat([buffer[tokens].flatten() for buffer in buffers_of(pool)])
 
 
+def buffers_of(pool: Any) -> list[torch.Tensor]:
+    return [*getattr(pool, "k_buffer", ()), *getattr(pool, "v_buffer", ()), *getattr(pool, "kv_buffer", ())]
+
+
+@pytest.mark.parametrize("make", [device_pool, latent_pool, uneven_pool])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_pages", [1, 3, PACK_BLOCKS, PACK_BLOCKS + 1])
-def test_pages_survive_a_round_trip_through_blocks(dtype: torch.dtype, num_pages: int) -> None:
-    pool = device_pool(dtype)
+def test_pages_survive_a_round_trip_through_blocks(
+    make: Callable[[torch.dtype], Any], dtype: torch.dtype, num_pages: int
+) -> None:
+    pool = make(dtype)
     layout = layout_of(pool, PAGE, model="model", rank=0, num_ranks=1)
     blocks = KVBlocks(pool, layout, Arena(layout.block_bytes, 128))
     slots = torch.randperm(128)[:num_pages].tolist()
     source = torch.randperm(TOKENS // PAGE)[:num_pages, None] * PAGE + torch.arange(PAGE)
     before = kv_at(pool, source.flatten())
     blocks.pack(slots, source.flatten())
-    for buffer in [*pool.k_buffer, *pool.v_buffer]:
+    for buffer in buffers_of(pool):
         buffer.zero_()
     target = torch.randperm(TOKENS // PAGE)[:num_pages, None] * PAGE + torch.arange(PAGE)
     for layer in range(LAYERS):
@@ -115,7 +159,7 @@ def test_a_later_node_joins_the_chain_of_its_parent(linker: MemPoolLinker) -> No
     head = PoolTransfer(name=PoolName.KV, keys=whole.keys[:4], device_indices=torch.arange(16))
     tail = PoolTransfer(name=PoolName.KV, keys=whole.keys[4:], device_indices=torch.arange(16, 24))
     assert not offload(linker, tail, parent=whole.keys[3]), "nobody could find it"
-    assert linker.stats().cached == 0
+    assert linker._pool.stats().cached == 0
     assert offload(linker, head)
     assert offload(linker, tail, parent=whole.keys[3])
     assert linker.lookup("rid", [whole])[-1] == 6
@@ -126,20 +170,20 @@ def test_a_later_node_joins_the_chain_of_its_parent(linker: MemPoolLinker) -> No
 def test_pages_that_are_there_already_are_not_stored_twice(linker: MemPoolLinker) -> None:
     assert offload(linker, transfer(3))
     assert offload(linker, transfer(5))
-    assert linker.stats().cached == 5
-    assert linker.stats().bytes_sealed == 5 * BLOCK_BYTES
+    assert linker._pool.stats().cached == 5
+    assert linker._pool.stats().bytes_sealed == 5 * BLOCK_BYTES
 
 
 def test_a_flipped_bit_is_a_miss_and_never_loaded(linker: MemPoolLinker, pool: Any) -> None:
     pages = transfer(4)
     assert offload(linker, pages)
     slot = linker._pool.slots(linker._pool.match(page_keys([0] * 4 * PAGE, PAGE)).addrs)[2]
-    linker._blocks._blocks[slot, 1, 0, 0, 0, 0] += 1
+    linker._pool.arena.block(slot)[17] ^= 1
     target = transfer(4, first_token=400)
     before = kv_at(pool, target.device_indices)
     assert not load(linker, target)
     assert torch.equal(kv_at(pool, target.device_indices), before)
-    assert linker.stats().corruptions == 1
+    assert linker._pool.stats().corruptions == 1
     assert linker.lookup("rid", [pages]) == [1, 2]
     assert load(linker, transfer(2, first_token=400))
 
@@ -149,7 +193,7 @@ def test_a_full_tier_evicts_and_one_too_small_declines() -> None:
     assert offload(linker, transfer(3, seed=1))
     assert offload(linker, transfer(3, seed=2))
     assert linker.lookup("rid", [transfer(3, seed=2)])[-1] == 3
-    assert linker.stats().evictions == 2
+    assert linker._pool.stats().evictions == 2
     assert not offload(linker, transfer(5, seed=3))
     linker.close()
 
@@ -157,10 +201,10 @@ def test_a_full_tier_evicts_and_one_too_small_declines() -> None:
 def test_a_cancelled_load_gives_its_blocks_back(linker: MemPoolLinker) -> None:
     assert offload(linker, transfer(3))
     assert linker.load("rid", [transfer(3)])
-    assert linker.stats().leases == 1
+    assert linker._pool.stats().leases == 1
     assert not linker.cancel_queued_load("another")
     assert linker.cancel_queued_load("rid")
-    assert linker.stats().leases == 0
+    assert linker._pool.stats().leases == 0
     assert linker.start_layer_wise_loading() == -1
 
 
@@ -168,7 +212,7 @@ def test_a_load_that_fails_says_so_and_releases_its_blocks(linker: MemPoolLinker
     assert offload(linker, transfer(3))
     beyond = transfer(3, first_token=TOKENS)
     assert not load(linker, beyond)
-    wait_for(lambda: linker.stats().leases == 0, what="the lease to end", timeout_s=10)
+    wait_for(lambda: linker._pool.stats().leases == 0, what="the lease to end", timeout_s=10)
 
 
 def test_reset_forgets_everything_and_goes_on(linker: MemPoolLinker) -> None:

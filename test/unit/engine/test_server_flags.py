@@ -2,39 +2,49 @@
 
 from __future__ import annotations
 
+import itertools
 from typing import Any
 
 import pytest
 
+from memserve.core.caching import CachingMode
 from memserve.core.errors import ConfigError
 from memserve.engine.server_flags import (
     FreePorts,
     cpu_environment,
     cpu_flags,
     cpu_threads,
+    needs_pool,
+    pool_flags,
     resolve_transfer,
     role_flags,
 )
 from memserve.wire.messages import Role
 
 BOOTSTRAP, DECODE_CACHE = "--disaggregation-bootstrap-port", "--disaggregation-decode-enable-radix-cache"
+NO_CACHE, DISAGGREGATION = "--disable-radix-cache", "--disaggregation-mode"
+SERVING = (Role.PREFILL, Role.DECODE, Role.COLOCATED)
 PORTS = FreePorts(http=1234, bootstrap=5678)
 
 
 @pytest.mark.parametrize(
-    ("role", "wanted", "unwanted"),
+    ("role", "caching", "wanted", "unwanted"),
     [
-        (
-            Role.PREFILL,
-            ["--disaggregation-bootstrap-port", "5678"],
-            ["--disaggregation-decode-enable-radix-cache"],
-        ),
-        (Role.DECODE, ["--disaggregation-decode-enable-radix-cache"], ["--disaggregation-bootstrap-port"]),
-        (Role.COLOCATED, [], ["--disaggregation-mode"]),
+        (Role.PREFILL, "none", [BOOTSTRAP, "5678", NO_CACHE], [DECODE_CACHE]),
+        (Role.PREFILL, "prefill", [BOOTSTRAP, "5678"], [DECODE_CACHE, NO_CACHE]),
+        (Role.PREFILL, "full", [BOOTSTRAP, "5678"], [DECODE_CACHE, NO_CACHE]),
+        (Role.DECODE, "none", [NO_CACHE], [BOOTSTRAP, DECODE_CACHE]),
+        (Role.DECODE, "prefill", [NO_CACHE], [BOOTSTRAP, DECODE_CACHE]),
+        (Role.DECODE, "both", [DECODE_CACHE], [BOOTSTRAP, NO_CACHE]),
+        (Role.DECODE, "full", [DECODE_CACHE], [BOOTSTRAP, NO_CACHE]),
+        (Role.COLOCATED, "none", [NO_CACHE], [DISAGGREGATION]),
+        (Role.COLOCATED, "full", [], [DISAGGREGATION, NO_CACHE]),
     ],
 )
-def test_roles_become_flags(role: Role, wanted: list[str], unwanted: list[str]) -> None:
-    flags = role_flags(role, PORTS)
+def test_roles_and_caching_become_flags(
+    role: Role, caching: str, wanted: list[str], unwanted: list[str]
+) -> None:
+    flags = role_flags(role, CachingMode(caching), PORTS)
     assert flags[:2] == ["--port", "1234"]
     assert set(wanted) <= set(flags)
     assert not set(unwanted) & set(flags)
@@ -56,9 +66,10 @@ def test_sglang_takes_every_flag_and_the_users_own_win() -> None:
     load_plugins()
     parser = argparse.ArgumentParser(exit_on_error=False)
     ServerArgs.add_cli_args(parser)
-    for role in Role:
+    for role, caching in itertools.product(SERVING, CachingMode):
         flags = [
-            *role_flags(role, PORTS),
+            *role_flags(role, caching, PORTS),
+            *(pool_flags() if needs_pool(role, caching) else []),
             *cpu_flags(role),
             "--model-path",
             "x",
@@ -103,3 +114,15 @@ def test_a_pair_shares_the_cores(role: Role, cores: int, threads: int) -> None:
     assert cpu_threads(role, cores) == threads
     assert cpu_environment(role, cores, {}) == {"OMP_NUM_THREADS": str(threads)}
     assert cpu_environment(role, cores, {"OMP_NUM_THREADS": "7"}) == {}
+
+
+@pytest.mark.parametrize(
+    ("role", "modes"),
+    [
+        (Role.PREFILL, ["prefill", "both", "full"]),
+        (Role.COLOCATED, ["prefill", "both", "full"]),
+        (Role.DECODE, ["full"]),  # SGLang's decode never loads from DRAM: its pool is there to send KV home.
+    ],
+)
+def test_a_pool_is_made_where_it_is_of_use(role: Role, modes: list[str]) -> None:
+    assert [str(mode) for mode in CachingMode if needs_pool(role, mode)] == modes

@@ -1,0 +1,88 @@
+"""What SGLang's scheduler does for the memory pool, put around its own methods.
+
+Each hook does nothing in a server whose cache has no `MemPoolLinker`. Placed by `plugin.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from memserve.engine import seams
+from memserve.engine.linker import MemPoolLinker
+
+
+def place() -> None:
+    """Register the hooks, in a process that has a scheduler."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(seams.OFFLOAD_NODE, name_offload_parent, HookType.BEFORE)
+    HookRegistry.register(seams.CHECKPOINT, name_ended_request, HookType.AROUND)
+    HookRegistry.register(seams.ARRIVAL, fetch_on_arrival, HookType.BEFORE)
+    HookRegistry.register(seams.NEW_PREFILL_BATCH, hold_while_fetching, HookType.AROUND)
+    HookRegistry.register(seams.DECODE_QUEUE, let_go_of_offloaded, HookType.BEFORE)
+
+
+def linker_of(tree_cache: Any) -> MemPoolLinker | None:
+    """Ours, if that is what is under this radix cache."""
+    linker = getattr(getattr(tree_cache, "linker", None), "cache_linker", None)
+    return linker if isinstance(linker, MemPoolLinker) else None
+
+
+def name_offload_parent(wrapper: Any, node_id: Any, transfers: Any) -> None:
+    """Tell the linker which page comes before a node's, which SGLang leaves out of the transfer."""
+    linker = linker_of(wrapper.cache)
+    if linker is not None:
+        before = wrapper.cache.get_prefix_hash_values(node_id)
+        linker.offload_parent = before[-1] if before else None
+
+
+def name_ended_request(original: Callable[..., Any], cache: Any, req: Any, **kwargs: Any) -> Any:
+    """Tell the linker which prefill lacks what is offloaded because `req` has ended."""
+    linker = linker_of(cache)
+    if linker is None or not req.finished() or req.bootstrap_host is None:
+        return original(cache, req, **kwargs)
+    linker.ended_request_of = f"{req.bootstrap_host}:{req.bootstrap_port}"
+    try:
+        return original(cache, req, **kwargs)
+    finally:
+        linker.ended_request_of = None
+
+
+def fetch_on_arrival(scheduler: Any, req: Any, *_: Any, **__: Any) -> None:
+    """Begin to fetch what other pools hold of a prompt, unless this server can reach it itself."""
+    linker = linker_of(scheduler.tree_cache)
+    if linker is not None and linker.node.may_fetch():
+        req.init_next_round_input(scheduler.tree_cache, cow_mamba=False)
+        linker.fetching.begin(req, req.prefix_len + req.host_hit_length)
+
+
+def hold_while_fetching(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
+    """Build a batch from those requests that wait for no blocks."""
+    linker = linker_of(scheduler.tree_cache)
+    held = [] if linker is None else linker.fetching.hold(scheduler.waiting_queue, _all_reduce_min(scheduler))
+    if linker is None or not held:
+        return original(scheduler, running_batch)
+    names = {req.rid for req in held}
+    scheduler.waiting_queue = [req for req in scheduler.waiting_queue if req.rid not in names]
+    if not scheduler.waiting_queue and running_batch.is_empty():
+        linker.fetching.wait()
+    try:
+        return original(scheduler, running_batch)
+    finally:
+        scheduler.waiting_queue = [*held, *scheduler.waiting_queue]
+
+
+def let_go_of_offloaded(scheduler: Any) -> None:
+    """Unlock pages that are in DRAM by now: SGLang's decode loop does so only for its own second tier."""
+    if linker_of(scheduler.tree_cache) is not None:
+        scheduler.tree_cache.check_hicache_events()
+
+
+def _all_reduce_min(scheduler: Any) -> Callable[[torch.Tensor], None]:
+    def reduce(tensor: torch.Tensor) -> None:
+        scheduler.tree_cache._all_reduce_attn_groups(tensor, torch.distributed.ReduceOp.MIN)
+
+    return reduce

@@ -1,0 +1,31 @@
+"""What `launch_server` decided, on its way to the processes that SGLang spawns: one environment variable."""
+
+from __future__ import annotations
+
+import os
+
+import msgspec
+
+from memserve.disagg.pool_node import PoolSettings
+from memserve.transport.select import MooncakeProtocol, TransportName
+
+SETTINGS_VARIABLE = "MEMSERVE_ENGINE"
+
+
+class EngineSettings(msgspec.Struct, frozen=True):
+    """What the processes of one server must agree on."""
+
+    transfer: TransportName
+    mooncake_protocol: MooncakeProtocol
+    cluster_key_file: str | None
+    pool: PoolSettings | None = None
+    """None: no memory pool under the radix cache."""
+
+    def export(self) -> None:
+        """Hand these settings to the processes started from here on."""
+        os.environ[SETTINGS_VARIABLE] = msgspec.json.encode(self).decode()
+
+    @classmethod
+    def inherited(cls) -> EngineSettings:
+        """What this process was handed. Raises KeyError if that is nothing."""
+        return msgspec.json.decode(os.environ[SETTINGS_VARIABLE], type=cls)

@@ -1,0 +1,124 @@
+"""The paper's four caching steps, each by its closed form: what is computed, and what moves where.
+
+A conversation of six turns; n tokens of prompt, g of answer, the last of which has no KV.
+
+    mode      computed by prefill         prefill to decode          decode to prefill
+    none      n                           pages(n)                   0
+    prefill   n - what prefill computed   pages(n)                   0
+    both      the same                    pages(n) - decode's own    0
+    full      n - what anybody computed   pages(n) - decode's own    what prefill lacks
+
+Source: MemServe, section on caching steps, in whole pages.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memserve.core.caching import CachingMode
+from memserve.testing.cluster import Cluster
+from memserve.testing.pool_reports import pool_reports, sent_home_bytes, wait_settled
+from memserve.wire.messages import Role
+
+from .conftest import Pair
+from .geometry import PAGE, full_pages, page_bytes, pages
+
+NUM_TURNS = 6
+NEW_TOKENS = 50
+WORDS = [
+    "Tell me about the sea. " * 5,
+    " And then? ",
+    " What about the ships, the islands, and the long way home? ",
+    " I see. ",
+    " But who was on the last of them when it came into the harbour of the old town? ",
+    " Thank you. ",
+]
+
+
+@dataclass(frozen=True)
+class Turn:
+    """What one turn cost: tokens, and whole pages."""
+
+    computed: int
+    to_decode: int
+    to_prefill: int
+
+
+def expected(mode: CachingMode, prompts: list[int]) -> list[Turn]:
+    """The closed forms. `prompts`: tokens of each turn's whole prompt."""
+    turns = []
+    at_prefill, at_decode = 0, 0
+    for prompt in prompts:
+        reused = min(at_prefill, (prompt - 1) // PAGE)
+        held = full_pages(prompt + NEW_TOKENS - 1)
+        to_prefill = held - full_pages(prompt) if mode.returns else 0
+        turns.append(Turn(prompt - reused * PAGE, pages(prompt) - at_decode, to_prefill))
+        if mode.prefill_keeps:
+            at_prefill = held if mode.returns else full_pages(prompt)
+        if mode.decode_keeps:
+            at_decode = held
+    return turns
+
+
+def converse(pair: Pair) -> tuple[list[int], list[Turn], list[list[int]]]:
+    """Six turns: tokens of each prompt, what each cost, and the tokens that came back."""
+    page = page_bytes(pair.model)
+    history, prompts, turns, outputs = "", [], [], []
+    for words in WORDS:
+        history += words
+        moved, home = pair.moved_bytes(), sent_home_bytes(pool_reports(pair.server_urls()))
+        answer: Any = pair.generate(text=history, sampling_params={"max_new_tokens": NEW_TOKENS})
+        wait_settled(pair.server_urls())
+        meta = answer["meta_info"]
+        prompts.append(meta["prompt_tokens"])
+        to_decode, record = divmod(pair.moved_bytes() - moved, page)
+        assert record < page // 2, "beside the pages goes one small record"
+        to_prefill, rest = divmod(sent_home_bytes(pool_reports(pair.server_urls())) - home, page)
+        assert rest == 0
+        computed = meta["prompt_tokens"] - meta["prefill_cached_tokens"]
+        turns.append(Turn(computed, to_decode, to_prefill))
+        outputs.append(answer["output_ids"])
+        history += answer["text"]
+    return prompts, turns, outputs
+
+
+@pytest.fixture(scope="module", params=[CachingMode.NONE, CachingMode.PREFILL, CachingMode.BOTH], ids=str)
+def other_pair(
+    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[tuple[CachingMode, Pair]]:
+    mode = request.param
+    with Cluster(tmp_path_factory.mktemp(f"caching-{mode}")) as cluster:
+        pair = Pair(cluster, tiny_model, ("--caching", str(mode)))
+        pair.launch(Role.PREFILL)
+        pair.launch(Role.DECODE)
+        cluster.wait_ready()
+        pair.wait_pair()
+        yield mode, pair
+
+
+@pytest.fixture(scope="module")
+def in_full(pair: Pair) -> tuple[list[int], list[Turn], list[list[int]]]:
+    """The conversation in mode `full`, which is the default."""
+    pair.flush()
+    return converse(pair)
+
+
+def test_full_costs_what_its_closed_form_says(in_full: tuple[list[int], list[Turn], list[list[int]]]) -> None:
+    prompts, turns, _ = in_full
+    assert len(turns) == NUM_TURNS
+    assert turns == expected(CachingMode.FULL, prompts)
+    assert any(turn.to_prefill for turn in turns)
+
+
+def test_each_mode_costs_what_its_closed_form_says_and_answers_the_same(
+    other_pair: tuple[CachingMode, Pair], in_full: tuple[list[int], list[Turn], list[list[int]]]
+) -> None:
+    mode, pair = other_pair
+    prompts, turns, outputs = converse(pair)
+    assert turns == expected(mode, prompts)
+    assert (prompts, outputs) == (in_full[0], in_full[2]), "greedy tokens do not depend on what is kept"

@@ -1,0 +1,111 @@
+"""History that prefill has no room for comes from its peers: decode's DRAM, or a memory instance.
+
+Prefill's HBM and DRAM hold one conversation each, and several take turns.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memserve.testing.cluster import Cluster, wait_for
+from memserve.testing.pool_reports import pool_reports, wait_settled
+from memserve.wire.messages import Role
+
+from .conftest import Pair
+from .geometry import PAGE, full_pages, page_bytes
+
+NEW_TOKENS = 40
+NUM_CONVERSATIONS = 4
+TURNS = 3
+CONVERSATION_TOKENS = 800
+"""No conversation grows beyond this."""
+HBM_TOKENS = 1024
+
+
+def gib_of(tokens: int, model: Path) -> str:
+    return str(tokens / PAGE * page_bytes(model) / 2**30)
+
+
+@pytest.fixture(scope="module")
+def scarce(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+    """A pair whose prefill has room for one conversation in HBM and one in DRAM; decode has plenty."""
+    one = gib_of(HBM_TOKENS, tiny_model)
+    small = ("--max-total-tokens", str(HBM_TOKENS), "--dram-gib", one)
+    with Cluster(tmp_path_factory.mktemp("scarce")) as cluster:
+        pair = Pair(cluster, tiny_model, (), small)
+        pair.launch(Role.PREFILL)
+        pair.launch(Role.DECODE)
+        cluster.wait_ready()
+        pair.wait_pair()
+        yield pair
+
+
+def converse(pair: Pair, name: str) -> tuple[int, int, list[list[int]]]:
+    """Conversations that take turns: tokens that prefill computed, at best could have, and the answers."""
+    histories = [
+        f"{name} {i}: " + "this is how it began, a long time ago. " * 8 for i in range(NUM_CONVERSATIONS)
+    ]
+    known = [0] * NUM_CONVERSATIONS
+    computed = least = 0
+    outputs = []
+    for _ in range(TURNS):
+        for i, history in enumerate(histories):
+            answer: Any = pair.generate(text=history, sampling_params={"max_new_tokens": NEW_TOKENS})
+            wait_settled(pair.server_urls())
+            meta = answer["meta_info"]
+            prompt = meta["prompt_tokens"]
+            assert prompt + NEW_TOKENS <= CONVERSATION_TOKENS
+            computed += prompt - meta["prefill_cached_tokens"]
+            least += prompt - min(known[i], (prompt - 1) // PAGE) * PAGE
+            known[i] = full_pages(prompt + NEW_TOKENS - 1)
+            histories[i] = history + answer["text"] + " What came then, and who told you of it? "
+            outputs.append(answer["output_ids"])
+    return computed, least, outputs
+
+
+def report(pair: Pair, name: str) -> dict[str, Any]:
+    """What one server's pool says."""
+    urls = {worker["instance_id"]: worker["url"] for worker in pair.workers()}
+    (only,) = pool_reports([urls[name]])
+    return only
+
+
+def test_history_that_prefill_lost_comes_from_decode(scarce: Pair, pair: Pair) -> None:
+    computed, least, outputs = converse(scarce, "a")
+    assert computed == least, "what decode holds need not be computed"
+    prefill = report(scarce, "prefill")
+    assert prefill["fetch"]["blocks"] > 0
+    assert prefill["fetch"]["failed"] == 0
+    assert prefill["pool"]["private"] == prefill["pool"]["reserved"] == prefill["pool"]["leases"] == 0
+    assert report(scarce, "decode")["pool"]["leases"] == 0
+    assert converse(pair, "a")[2] == outputs, "wherever it comes from, it is the same"
+
+
+def test_a_memory_instance_raises_the_hit_rate_and_its_death_costs_only_recomputation(scarce: Pair) -> None:
+    """Decode's DRAM is made small, too: without help most history is lost."""
+    scarce.cluster.servers["decode"].stop()
+    one = gib_of(HBM_TOKENS, scarce.model)
+    scarce.cluster.launch(
+        "decode", Role.DECODE, scarce.model, "--max-total-tokens", str(HBM_TOKENS), "--dram-gib", one
+    )
+    scarce.cluster.wait_ready()
+    scarce.wait_pair()
+    alone, least, _ = converse(scarce, "b")
+    assert alone > least
+
+    memory = scarce.cluster.launch_memory("memory", 0.1)
+    scarce.cluster.wait_ready()
+    wait_for(lambda: "memory" in scarce.pool_names(), what="the memory to be known", timeout_s=15)
+    helped, least_helped, outputs = converse(scarce, "c")
+    assert helped - least_helped < (alone - least) / 2
+
+    memory.kill()
+    after, _, again = converse(scarce, "c")
+    assert again == outputs
+    assert after > 0
+    prefill = report(scarce, "prefill")
+    assert prefill["pool"]["private"] == prefill["pool"]["reserved"] == prefill["pool"]["leases"] == 0
