@@ -65,7 +65,8 @@ def answer(cluster: Cluster, pools: Pools, message: Message) -> Message:
             cluster.deregister(instance_id, epoch)
             return Accepted(cluster.heartbeat_s)
         case RegisterPool(pool):
-            reason = _why_no_pool(pool) or why_refused(cluster, pools, pool.instance_id, pool.caching)
+            reason = _why_no_pool(pool) or pools.why_refused(pool)
+            reason = reason or why_refused(cluster, pools, pool.instance_id, pool.caching)
             return pools.register(pool) if reason is None else Refused(reason)
         case PoolHeartbeat(epoch, version):
             return pools.heartbeat(epoch, version) or Unknown()

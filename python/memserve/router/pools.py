@@ -1,6 +1,7 @@
 """Which memory pools exist, so that instances can exchange blocks. Does no I/O; the clock is given.
 
-    register ──> member ──deregister, no heartbeat, replaced──> forgotten
+    register ──> member ──deregister, no heartbeat──> forgotten
+                    └──another in its place──> replaced, and refused as long as that one is there
 
 Holds no more than the pools say of themselves: what is in them is no business of this module.
 """
@@ -35,6 +36,8 @@ class Pools:
         self.heartbeat_s = heartbeat_s
         self._clock = clock
         self._members: dict[Epoch, PoolMember] = {}
+        self._successors: dict[Epoch, Epoch] = {}
+        """Of pools that were replaced, who is in their place."""
         self._version = secrets.randbits(62)
         """Random at first: the members of a router that restarted never seem unchanged."""
 
@@ -50,6 +53,17 @@ class Pools:
         """For how long it has been a member."""
         return self._clock() - member.since_s
 
+    def why_refused(self, info: PoolInfo) -> str | None:
+        """Why the pool cannot register; None if it can. Two that want one place would replace each other
+        for ever, and each time all others would take one of them for dead."""
+        successor = self._successors.get(info.epoch)
+        if successor is None:
+            return None
+        return (
+            f"epoch {successor:016x} has taken the place of this pool: pools of one layout need an "
+            f"instance id each, and {info.instance_id} is taken"
+        )
+
     def register(self, info: PoolInfo) -> Members:
         """`info` can be reached. Idempotent; replaces who had its instance and layout, or its address."""
         now_s = self._clock()
@@ -59,7 +73,7 @@ class Pools:
             return self._all()
         for other in self.members():
             if _replaces(info, other.info):
-                self._forget(other.info, "replaced")
+                self._replace(other.info, info)
         self._members[info.epoch] = PoolMember(info, now_s, now_s)
         self._version += 1
         logger.info("pool registered %s", _names(info))
@@ -90,10 +104,20 @@ class Pools:
     def _all(self) -> Members:
         return Members(self.heartbeat_s, self._version, self.infos())
 
+    def _replace(self, old: PoolInfo, new: PoolInfo) -> None:
+        if old.epoch != new.epoch:
+            self._successors |= dict.fromkeys((old.epoch, *self._replaced_by(old)), new.epoch)
+        self._forget(old, "replaced")
+
     def _forget(self, info: PoolInfo, reason: str) -> None:
         logger.info("pool gone %s reason=%s", _names(info), reason)
         del self._members[info.epoch]
+        for epoch in self._replaced_by(info):
+            del self._successors[epoch]
         self._version += 1
+
+    def _replaced_by(self, info: PoolInfo) -> list[Epoch]:
+        return [epoch for epoch, successor in self._successors.items() if successor == info.epoch]
 
 
 def _replaces(new: PoolInfo, old: PoolInfo) -> bool:

@@ -130,6 +130,27 @@ def test_a_new_pool_replaces_what_it_takes_the_place_of(pools: Pools, new: PoolI
     assert after.version > before.version
 
 
+def test_pools_that_want_one_place_do_not_take_turns(cluster: Cluster, pools: Pools) -> None:
+    one, two, three = pool("a", 1), pool("a", 2), pool("a", 3)
+    for info in (one, two, three):
+        assert isinstance(answer(cluster, pools, RegisterPool(info)), Members)
+    for info in (one, two):
+        refused = answer(cluster, pools, RegisterPool(info))
+        assert isinstance(refused, Refused)
+        assert "an instance id each" in refused.reason
+    assert isinstance(answer(cluster, pools, RegisterPool(three)), Members)
+    assert epochs(pools) == [3]
+    answer(cluster, pools, DeregisterPool(three.epoch))
+    assert isinstance(answer(cluster, pools, RegisterPool(one)), Members)
+    assert epochs(pools) == [1]
+
+
+def test_a_pool_that_moved_is_not_replaced_by_itself(cluster: Cluster, pools: Pools) -> None:
+    answer(cluster, pools, RegisterPool(pool("a", 1)))
+    answer(cluster, pools, RegisterPool(pool("a", 1, address="127.0.0.1:9")))
+    assert isinstance(answer(cluster, pools, RegisterPool(pool("a", 1))), Members)
+
+
 def test_a_silent_pool_is_forgotten(pools: Pools, clock: FakeClock) -> None:
     version = pools.register(pool("a", 1)).version
     version = pools.register(pool("b", 2)).version
