@@ -23,6 +23,8 @@ logger = logging.getLogger(__name__)
 MAX_LAYOUTS = 64
 STEP_BYTES = 1 << 28
 """A new pool begins with no more than this: taking memory takes time, and a peer waits for it."""
+MAX_STEP_BYTES = 1 << 32
+"""And no pool grows by more than this at once."""
 _ALIGNMENT = 64
 """Of an arena's slots."""
 
@@ -127,8 +129,8 @@ class LentMemory:
         wanted = share // slot_bytes
         if wanted > before:
             room = (self.budget_bytes - self._used_bytes()) // slot_bytes
-            step = max(self._step_bytes // slot_bytes, before)
-            wanted = min(wanted, before + min(room, step))
+            step_bytes = min(max(self._step_bytes, before * slot_bytes), MAX_STEP_BYTES)
+            wanted = min(wanted, before + min(room, max(step_bytes // slot_bytes, 1)))
         return self._resize(pool, wanted)
 
     def _resize(self, pool: MemPool, num_slots: int) -> bool:

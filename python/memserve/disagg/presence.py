@@ -73,9 +73,7 @@ class Presence:
                 heartbeat_s = self._words.heard(answer)
                 if heartbeat_s is not None:
                     if not registered:
-                        logger.info(
-                            "registered router=%s %s", self._client.address, self._words.name
-                        )
+                        logger.info("registered router=%s %s", self._client.address, self._words.name)
                     registered, warned, interval_s = True, False, heartbeat_s
                     continue
                 if not warned and not registered:
@@ -88,7 +86,9 @@ class Presence:
                 self._tell(self._words.deregister)
             self._client.close()
         except Exception:
-            logger.exception("the registrar failed; this process cannot go on")
+            logger.exception(
+                "the thread that keeps in touch with the router failed; this process cannot go on"
+            )
             os._exit(1)
 
     def _tell(self, message: Message) -> Message:
