@@ -11,6 +11,8 @@ import subprocess
 import sys
 import urllib.request
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -146,6 +148,7 @@ def test_blocks_come_back_as_they_went(cluster: Cluster, instance: Instance, tra
     assert (shown["role"], shown["registered"], shown["budget_bytes"]) == ("memory", True, BUDGET_BYTES)
     assert shown["pools"][0]["pool"]["cached"] == NUM_BLOCKS
     assert shown["peers"]["blocks_received"] == NUM_BLOCKS
+    assert "torch" not in Path(f"/proc/{process.pid}/maps").read_text()
     process.stop()
 
 
@@ -156,10 +159,18 @@ def test_a_killed_server_is_declared_gone_and_loses_nothing_here(
     cluster.wait_ready()
     there = instance.memory("mortal")
     keys, data = instance.store(NUM_BLOCKS)
-    instance.peers.push(there, instance.pool, keys[:20])
-    process.kill()
-    with pytest.raises(MemServeError):
-        instance.peers.push(there, instance.pool, keys)
+
+    def push_for_ever() -> None:
+        while True:
+            instance.peers.push(there, instance.pool, keys)
+            instance.peers.fetch(there, instance.pool, keys, timeout_s=WAIT_S)
+
+    with ThreadPoolExecutor(1) as thread:
+        pushing = thread.submit(push_for_ever)
+        wait_for(lambda: instance.peers.stats().pushes > 2, what="some pushes", timeout_s=WAIT_S)
+        process.kill()
+        with pytest.raises(MemServeError):
+            pushing.result(timeout=WAIT_S)
     assert instance.gone.get(timeout=WAIT_S) == there.epoch
     assert instance.members.others(instance.pool.layout.digest.hex(), Role.MEMORY) == ()
     assert instance.read(keys) == data
