@@ -17,7 +17,10 @@ from memserve.core.ids import Epoch
 BlockAddr = NewType("BlockAddr", int)
 """A slot of one tier of one process's pool. Never negative."""
 
-MAX_SLOTS = 1 << 32
+MAX_SLOTS = (1 << 32) - 1
+
+NO_SLOT = MAX_SLOTS
+"""Of 32 bits, the one number that is no slot."""
 
 _TIER_SHIFT, _TAG_SHIFT, _TAG_BITS = 32, 34, 29
 
@@ -41,7 +44,7 @@ def tag_of(epoch: Epoch) -> int:
 
 
 def slot_of(addr: BlockAddr) -> int:
-    return addr & (MAX_SLOTS - 1)
+    return addr & NO_SLOT
 
 
 def tier_of(addr: BlockAddr) -> Tier:

@@ -86,11 +86,7 @@ class PromptTree(Generic[P]):
     def match(self, keys: Sequence[BlockKey]) -> list[Node[P]]:
         """The nodes of the longest prefix of `keys` that is here. Pure."""
         depth = self.depth(keys)
-        return self.nodes_of(keys if depth == len(keys) else keys[:depth])
-
-    def nodes_of(self, keys: Sequence[BlockKey]) -> list[Node[P]]:
-        """The nodes of keys that are all here. Raises KeyError if one is not."""
-        return list(map(self._nodes.__getitem__, keys))
+        return list(map(self._nodes.__getitem__, keys if depth == len(keys) else keys[:depth]))
 
     def chain_to(self, key: BlockKey) -> list[BlockKey]:
         """The keys from the root to that one; none if it is not here."""
@@ -121,12 +117,17 @@ class PromptTree(Generic[P]):
         Raises KeyError, changing nothing, if something is missing and its parent is not here.
         """
         depth = self.depth(keys)
+        if depth == len(keys):
+            return []
         above = keys[depth - 1] if depth else parent
-        node = None if above is None or depth == len(keys) else self._nodes[above]
-        added = []
-        for key, payload in zip(keys[depth:], payloads[depth:], strict=True):
-            node = self.add(key, node, payload)
-            added.append(node)
+        node = self.add(keys[depth], None if above is None else self._nodes[above], payloads[depth])
+        added = [node]
+        for key, payload in zip(keys[depth + 1 :], payloads[depth + 1 :], strict=True):
+            child = Node(key, node, payload)  # as `add` below one that has no other child
+            node._first_child = child
+            added.append(child)
+            node = child
+        self._nodes.update(zip(keys[depth + 1 :], added[1:], strict=True))
         return added
 
     def remove(self, node: Node[P]) -> None:

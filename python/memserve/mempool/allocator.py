@@ -103,6 +103,10 @@ class Allocator:
         Raises BlockStateError, changing nothing, if one is not `before`, not here, or named twice.
         """
         self.require(slots, before)
+        self.change(slots, before, after)
+
+    def change(self, slots: Slots, before: SlotState, after: SlotState) -> None:
+        """As `move`, where the caller saw to it that all are `before`."""
         self._states[slots] = after
         self._counts[before] -= len(slots)
         self._counts[after] += len(slots)

@@ -55,10 +55,12 @@ class BlockCache:
     def publish(self, keys: Sequence[BlockKey], slots: Slots, parent: BlockKey | None) -> int:
         """PRIVATE slots become CACHED where their key is new, from some key to the end; returns how many.
 
+        The caller saw to it that they are PRIVATE.
+
         Raises KeyError, changing nothing, if what the first new key comes after is not cached.
         """
-        added = self.index.insert(keys, slots.tolist(), parent)
-        self.allocator.move(slots[len(slots) - len(added) :], PRIVATE, CACHED)
+        added = self.index.insert(keys, slots, parent)
+        self.allocator.change(slots[len(slots) - len(added) :], PRIVATE, CACHED)
         self._events.stored(self.tier, added)
         return len(added)
 

@@ -30,11 +30,14 @@ class EventLog:
     def stored(self, tier: Tier, nodes: Iterable[Node[int]]) -> None:
         """These are in the tier's index now; parents first."""
         stored, removed = self._changes[tier].stored, self._changes[tier].removed
+        if not removed:
+            stored.update({node.key: node for node in nodes})
+            return
         for node in nodes:
             if node.key in removed:
                 del removed[node.key]
             else:
-                stored[node.key] = None if node.parent is None else node.parent.key
+                stored[node.key] = node
 
     def removed(self, tier: Tier, nodes: Iterable[Node[int]]) -> None:
         """These have left it; children first."""
@@ -64,8 +67,8 @@ class EventLog:
                 self._ready.append(Removed(self._next(), tier, tuple(changes.removed)))
                 changes.removed = {}
             if changes.stored:
-                pairs = list(changes.stored.items())
-                self._ready += [Stored(self._next(), tier, *chain) for chain in chains(pairs)]
+                new = chains(_pairs(changes.stored.values()))
+                self._ready += [Stored(self._next(), tier, *chain) for chain in new]
                 changes.stored = {}
 
     def _next(self) -> int:
@@ -77,7 +80,7 @@ class _Changes:
     """Of one tier. Parents first in `stored`, children first in `removed`; no key is in both."""
 
     def __init__(self) -> None:
-        self.stored: dict[BlockKey, BlockKey | None] = {}
+        self.stored: dict[BlockKey, Node[int]] = {}
         self.removed: dict[BlockKey, None] = {}
 
 
@@ -88,9 +91,12 @@ def snapshot(sequence: int, cached: Iterable[tuple[Tier, Sequence[Node[int]]]]) 
     """
     stored: list[Stored] = []
     for tier, nodes in cached:
-        pairs = [(node.key, None if node.parent is None else node.parent.key) for node in nodes]
-        stored += [Stored(0, tier, *chain) for chain in chains(pairs)]
+        stored += [Stored(0, tier, *chain) for chain in chains(_pairs(nodes))]
     return Snapshot(sequence, tuple(stored))
+
+
+def _pairs(nodes: Iterable[Node[int]]) -> list[tuple[BlockKey, BlockKey | None]]:
+    return [(node.key, None if node.parent is None else node.parent.key) for node in nodes]
 
 
 def chains(

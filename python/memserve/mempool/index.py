@@ -1,9 +1,8 @@
 """Which keys are cached in which slots: prefix-closed, with pins, uses and an order of eviction.
 
-A pin holds a block and all before it. Only the pinned block itself counts the lease; each block
-counts its pinned children, so that `num_evictable` is a subtraction and a pin stops at the first
-ancestor that was pinned already. A use is noted at the last block of the chain alone: what is
-evicted hands its uses on to its parent, which is thereby as young as its youngest descendant was.
+A use is noted at the last block of the chain alone: what is evicted hands its uses on to its parent,
+which is thereby as young as its youngest descendant was. Where a chain is, is told by slots alone,
+from its end, as the keys chain: the nodes of a million blocks are in nobody's cache.
 
 Knows no states, bytes or addresses. Not thread-safe: its pool locks.
 """
@@ -16,10 +15,12 @@ from collections.abc import Container, Sequence
 import numpy as np
 import numpy.typing as npt
 
+from memserve.core.block_addr import NO_SLOT
 from memserve.core.block_keys import BlockKey
 from memserve.core.prompt_tree import Node, PromptTree
 from memserve.mempool.allocator import Slots
 from memserve.mempool.eviction import BlockUse, EvictionQueue, Ordering
+from memserve.mempool.pins import Pins
 
 CachedNode = Node[int]
 """Its payload is the slot."""
@@ -34,12 +35,15 @@ class BlockIndex:
         self._ordering = ordering
         self._queue = EvictionQueue(num_slots)
         self._nodes: list[CachedNode | None] = [None] * num_slots
-        self._pins = array("I", bytes(4 * num_slots))
+        self._pins = Pins(num_slots)
         self._uses = array("Q", bytes(8 * num_slots))
         self._depths = array("I", bytes(4 * num_slots))
         self._last_used = array("Q", bytes(8 * num_slots))
+        self._uses_of = np.frombuffer(self._uses, np.uint64)
+        self._depths_of = np.frombuffer(self._depths, np.uint32)
+        self._last_used_of = np.frombuffer(self._last_used, np.uint64)
         self._num_pinned = 0
-        self._dropped: set[CachedNode] = set()
+        self._dropped: set[int] = set()  # slots of pinned blocks that are not to be found again
         self._tick = 0
 
     @property
@@ -47,27 +51,32 @@ class BlockIndex:
         """Blocks that `evict` could take, given time: neither leased nor before a leased one."""
         return len(self.tree) - self._num_pinned
 
-    def insert(
-        self, keys: Sequence[BlockKey], slots: Sequence[int], parent: BlockKey | None
-    ) -> list[CachedNode]:
+    def locate(self, keys: Sequence[BlockKey], start: int) -> tuple[list[int], CachedNode | None]:
+        """The slots of keys[start:], as far as all of `keys` up to there are cached, and the last node."""
+        depth = self.tree.depth(keys)
+        last = self.tree.get(keys[depth - 1]) if depth > start else None
+        return ([], None) if last is None else (self._pins.chain_to(last.payload, depth - start), last)
+
+    def insert(self, keys: Sequence[BlockKey], slots: Slots, parent: BlockKey | None) -> list[CachedNode]:
         """Add what is missing below `parent`, and use the chain; returns the new nodes, parents first.
 
         Raises KeyError, changing nothing, if something is missing and its parent is too.
         """
-        added = self.tree.insert(keys, slots, parent)
+        added = self.tree.insert(keys, slots.tolist(), parent)
         self._tick += 1
         if added:
+            new = slots[len(slots) - len(added) :]
             above = added[0].parent
             depth = 0 if above is None else self._depths[above.payload] + 1
+            self._pins.link(new, NO_SLOT if above is None else above.payload)
+            self._uses_of[new] = 0
+            self._last_used_of[new] = self._tick
+            self._depths_of[new] = np.arange(depth, depth + len(new))
+            nodes = self._nodes
             for node in added:
-                slot = node.payload
-                self._nodes[slot] = node
-                self._pins[slot] = self._uses[slot] = 0
-                self._depths[slot] = depth
-                self._last_used[slot] = self._tick
-                depth += 1
+                nodes[node.payload] = node
         if keys:
-            last = self.tree.get(keys[-1])
+            last = added[-1] if added else self.tree.get(keys[-1])
             assert last is not None
             self._use(last)
             self._offer(last)
@@ -77,33 +86,20 @@ class BlockIndex:
         """Keep a node of the tree, and all before it, until as many `unpin`. Counts as a use."""
         self._tick += 1
         self._use(node)
-        pins = self._pins
-        above: CachedNode | None = node
-        while above is not None:
-            slot = above.payload
-            pins[slot] += 1
-            if pins[slot] > 1:
-                break
-            self._num_pinned += 1
-            above = above.parent
+        self._num_pinned += self._pins.pin(node.payload)
 
     def unpin(self, node: CachedNode) -> list[int]:
         """End one pin. Returns slots of dropped blocks that nobody holds any more."""
-        pins = self._pins
         released = []
-        above: CachedNode | None = node
-        while above is not None:
-            slot = above.payload
-            pins[slot] -= 1
-            if pins[slot]:
-                break
-            if self._dropped and above in self._dropped:
-                self._dropped.remove(above)
+        for slot in self._pins.unpin(node.payload):
+            if self._dropped and slot in self._dropped:
+                self._dropped.remove(slot)
                 released.append(slot)
             else:
                 self._num_pinned -= 1
-                self._offer(above)
-            above = above.parent
+                above = self._nodes[slot]
+                if above is not None and above.is_leaf:
+                    self._offer(above)
         return released
 
     def evict(self, num_blocks: int) -> list[CachedNode]:
@@ -136,11 +132,11 @@ class BlockIndex:
 
     def is_pinned(self, node: CachedNode) -> bool:
         """Whether a block is leased, or before one that is."""
-        return self._pins[node.payload] > 0
+        return self._pins.is_pinned(node.payload)
 
     def are_pinned(self, slots: Slots) -> npt.NDArray[np.bool_]:
         """The same, for the blocks in these slots."""
-        return np.frombuffer(self._pins, np.uint32)[slots] > 0
+        return self._pins.are_pinned(slots)
 
     def relocate(self, before: int, after: int) -> None:
         """A block that nobody leases is in another slot from now on; nothing else changes."""
@@ -149,7 +145,9 @@ class BlockIndex:
         self._queue.withdraw(before)
         for column in (self._uses, self._depths, self._last_used):
             column[after] = column[before]
-        self._pins[after] = 0
+        self._pins.move(before, after)
+        for child in node.children():
+            self._pins.relink(child.payload, after)
         self._nodes[after], self._nodes[before] = node, None
         node.payload = after
         self._offer(node)
@@ -158,7 +156,7 @@ class BlockIndex:
         """Take out the end of a chain, up to the first block that is leased or has others after it."""
         taken = []
         for node in reversed(self.tree.match(keys)):
-            if not node.is_leaf or self._pins[node.payload]:
+            if not node.is_leaf or self._pins.is_pinned(node.payload):
                 break
             self._hand_on(node)
             self._take_out(node)
@@ -178,9 +176,9 @@ class BlockIndex:
             slot = node.payload
             self._nodes[slot] = None
             self._queue.withdraw(slot)
-            if self._pins[slot]:
+            if self._pins.is_pinned(slot):
                 self._num_pinned -= 1
-                self._dropped.add(node)
+                self._dropped.add(slot)
                 held.append(node)
             else:
                 free.append(node)
@@ -223,7 +221,7 @@ class BlockIndex:
     def _value(self, slot: int, leaving: Container[CachedNode] = ()) -> float | None:
         """The ordering's word on a slot; None if its block may not be evicted after those `leaving`."""
         node = self._nodes[slot]
-        if node is None or self._pins[slot]:
+        if node is None or self._pins.is_pinned(slot):
             return None
         if not node.is_leaf and not (leaving and all(child in leaving for child in node.children())):
             return None

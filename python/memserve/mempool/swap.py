@@ -150,10 +150,11 @@ def _copy_out(hbm: TierPool, dram: TierPool, chain: _Chain) -> list[int]:
 
 def _copy_in(hbm: TierPool, dram: TierPool, chain: _Chain) -> int:
     """Copy a chain's bytes to HBM, up to the first block that is corrupt there; returns how many."""
+    sums = dram.sums[list(chain.sources)].tolist()
     for i, (source, target) in enumerate(zip(chain.sources, chain.targets.tolist(), strict=True)):
         block = hbm.arena.block(target)
         block[:] = dram.arena.block(source)
-        if dram.checksum_of(block) != dram.sums[source]:
+        if dram.checksum_of(block) != sums[i]:
             dram.condemn(chain.nodes[i].key, source)
             return i
     return len(chain.nodes)

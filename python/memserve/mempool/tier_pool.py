@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 import threading
-from array import array
 from collections.abc import Sequence
 
 import numpy as np
@@ -46,9 +45,9 @@ class TierPool:
         self.cache = cache
         self._checksum = checksum
         self.lock = lock
-        self.sums = array("Q", bytes(8 * arena.max_slots))
-        """Of CACHED slots."""
-        self._sealed: dict[int, int] = {}  # PRIVATE slots whose bytes are complete, and their checksums
+        self.sums = np.zeros(arena.max_slots, np.uint64)
+        """Checksums, of CACHED slots and of sealed ones."""
+        self._sealed = np.zeros(arena.max_slots, bool)  # Of PRIVATE slots: whether the bytes are complete.
         self._resizing = threading.Lock()
         self.hits = self.misses = self.corruptions = 0
         self.bytes_sealed = self.bytes_verified = 0
@@ -91,13 +90,9 @@ class TierPool:
 
         The caller has the lock.
         """
-        tree = self.cache.index.tree
-        depth = tree.depth(keys)
-        if depth <= start:
-            return [], None
-        nodes = tree.nodes_of(keys[start:depth])
+        slots, last = self.cache.index.locate(keys, start)
         first = self.first
-        return [BlockAddr(first + node.payload) for node in nodes], nodes[-1]
+        return [BlockAddr(first + slot) for slot in slots], last
 
     # ---- private blocks
 
@@ -109,9 +104,7 @@ class TierPool:
         slots = self.slots(addrs)
         with self.lock:
             self.cache.allocator.move(slots, PRIVATE, FREE)
-            if self._sealed:
-                for slot in slots.tolist():
-                    self._sealed.pop(slot, None)
+            self._sealed[slots] = False
 
     def seal(self, addrs: Sequence[BlockAddr]) -> list[int]:
         slots = self.slots(addrs)
@@ -120,7 +113,8 @@ class TierPool:
         sums = [self.checksum_of(self.arena.block(slot)) for slot in slots.tolist()]
         with self.lock:
             self.cache.allocator.require(slots, PRIVATE)
-            self._sealed.update(zip(slots.tolist(), sums, strict=True))
+            self.sums[slots] = sums
+            self._sealed[slots] = True
             self.bytes_sealed += len(slots) * self.arena.block_bytes
         return sums
 
@@ -132,14 +126,13 @@ class TierPool:
         slots = self.slots(addrs)
         with self.lock:
             self.cache.allocator.require(slots, PRIVATE)
-            if not all(map(self._sealed.__contains__, slots.tolist())):
+            if not self._sealed[slots].all():
                 raise BlockStateError("a block is not sealed")
             try:
                 known = len(keys) - self.cache.publish(keys, slots, parent)
             except KeyError:
                 return Inserted((), (), addrs)
-            for slot in slots[known:].tolist():
-                self.sums[slot] = self._sealed.pop(slot)
+            self._sealed[slots[known:]] = False
         return Inserted(addrs[known:], addrs[:known], ())
 
     def adopt(
@@ -154,8 +147,7 @@ class TierPool:
         except KeyError:
             added = 0
         known = len(keys) - added
-        for slot, checksum in zip(slots[known : len(keys)].tolist(), sums[known:], strict=False):
-            self.sums[slot] = checksum
+        self.sums[slots[known : len(keys)]] = sums[known : len(keys)]
         unused = np.concatenate((slots[:known], slots[len(keys) :]))
         self.cache.allocator.move(unused, PRIVATE, FREE)
 
@@ -166,13 +158,14 @@ class TierPool:
 
     def checksums(self, addrs: Sequence[BlockAddr]) -> list[int]:
         """Of cached blocks that somebody leases."""
-        return [self.sums[slot] for slot in self.slots(addrs).tolist()]
+        return list(self.sums[self.slots(addrs)].tolist())
 
     def verify(self, keys: Sequence[BlockKey], addrs: Sequence[BlockAddr]) -> int:
         """How many leased blocks, from the front, hold what was sealed; what comes after is dropped."""
         good = 0
-        for slot in self.slots(addrs).tolist():
-            if self.checksum_of(self.arena.block(slot)) != self.sums[slot]:
+        slots = self.slots(addrs)
+        for slot, expected in zip(slots.tolist(), self.sums[slots].tolist(), strict=True):
+            if self.checksum_of(self.arena.block(slot)) != expected:
                 self.condemn(keys[good], slot)
                 break
             good += 1
@@ -235,7 +228,7 @@ class TierPool:
         moves = np.array(there, bool) & ~cache.index.are_pinned(sources)
         for source, target in zip(sources[moves].tolist(), targets[moves].tolist(), strict=True):
             cache.index.relocate(source, target)
-            self.sums[target] = self.sums[source]
+        self.sums[targets[moves]] = self.sums[sources[moves]]
         cache.allocator.move(sources[moves], CACHED, FREE)
         cache.allocator.move(targets[moves], PRIVATE, CACHED)
         cache.allocator.move(targets[~moves], PRIVATE, FREE)
