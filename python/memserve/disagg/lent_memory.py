@@ -2,15 +2,16 @@
 
     first layout: all of it     second: half each     n-th: an n-th each, the others shrink
 
-A pool shrinks by evicting; what somebody reads or writes just then stays, and goes later. Knows no
-peers and no router. Pools are never given up: layouts are models, and few.
+A pool shrinks by evicting; what somebody reads or writes just then stays, and goes later. A layout
+that nobody uses any more keeps one block, so that its pool can be found and grow again.
+Knows no peers and no router.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Collection, Iterable
 
 from memserve.core.errors import ConfigError, MemServeError, OutOfBlocks
 from memserve.core.ids import Epoch
@@ -25,6 +26,8 @@ STEP_BYTES = 1 << 28
 """A new pool begins with no more than this: taking memory takes time, and a peer waits for it."""
 MAX_STEP_BYTES = 1 << 32
 """And no pool grows by more than this at once."""
+UNUSED_S = 600.0
+"""A layout that no member has had for so long is not coming back soon: longer than a restart."""
 _ALIGNMENT = 64
 """Of an arena's slots."""
 
@@ -51,6 +54,7 @@ class LentMemory:
         self._step_bytes = step_bytes
         self._changing = threading.Lock()
         self._pools: dict[bytes, MemPool] = {}
+        self._unused: frozenset[bytes] = frozenset()
 
     def pools(self) -> tuple[MemPool, ...]:
         """Those there are, the oldest first."""
@@ -69,10 +73,10 @@ class LentMemory:
         with self._changing:
             if layout.digest in self._pools:
                 return self._pools[layout.digest]
-            share = self._share(len(self._pools) + 1)
+            share = self._share(1)
             self._check(layout, share)
             for pool in self._pools.values():
-                self._resize(pool, min(pool.arena.num_slots, share // pool.arena.slot_bytes))
+                self._resize(pool, min(pool.arena.num_slots, self._num_slots(pool, share)))
             self._pools[layout.digest] = pool = self._made(layout, share)
         logger.info(
             "memory lent layout=%s blocks=%d layouts=%d",
@@ -82,10 +86,14 @@ class LentMemory:
         )
         return pool
 
-    def balance(self) -> bool:
-        """Bring each pool one step nearer to its share; whether that has changed anything."""
+    def balance(self, unused: Collection[bytes] = ()) -> bool:
+        """Bring each pool one step nearer to its share; whether that has changed anything.
+
+        `unused`: digests of layouts that get no share, from now until another call says otherwise.
+        """
         with self._changing:
-            share = self._share(len(self._pools) or 1)
+            self._unused = frozenset(unused)
+            share = self._share(0)
             changed = [self._step(pool, share) for pool in self._pools.values()]
         return any(changed)
 
@@ -96,8 +104,12 @@ class LentMemory:
                 pool.arena.close()
             self._pools.clear()
 
-    def _share(self, num_layouts: int) -> int:
-        return self.budget_bytes // num_layouts
+    def _share(self, num_more: int) -> int:
+        """Bytes for each layout that is used, and so many more."""
+        return self.budget_bytes // max(len(self._pools.keys() - self._unused) + num_more, 1)
+
+    def _num_slots(self, pool: MemPool, share: int) -> int:
+        return 1 if pool.layout.digest in self._unused else share // pool.arena.slot_bytes
 
     def _used_bytes(self) -> int:
         return sum(pool.arena.slot_bytes * pool.arena.num_slots for pool in self._pools.values())
@@ -108,8 +120,7 @@ class LentMemory:
         largest = max([layout.block_bytes, *(pool.arena.slot_bytes for pool in self._pools.values())])
         if largest > share:
             raise ConfigError(
-                f"a share of {share} bytes for each of {len(self._pools) + 1} layouts is less than a block "
-                f"of {largest}: lend more DRAM"
+                f"a layout's share of {share} bytes is less than a block of {largest}: lend more DRAM"
             )
 
     def _made(self, layout: KVLayout, share: int) -> MemPool:
@@ -118,7 +129,7 @@ class LentMemory:
         num_slots = min(room, max(self._step_bytes, slot_bytes)) // slot_bytes
         if num_slots < 1:
             for pool in self._pools.values():
-                self._resize(pool, self._share(len(self._pools)) // pool.arena.slot_bytes)
+                self._resize(pool, self._num_slots(pool, self._share(0)))
             raise OutOfBlocks(max(share // slot_bytes, 1), 0, 0)
         arena = Arena(layout.block_bytes, num_slots, max_slots=self.budget_bytes // slot_bytes)
         return MemPool(layout, arena, self._epoch)
@@ -126,7 +137,7 @@ class LentMemory:
     def _step(self, pool: MemPool, share: int) -> bool:
         """Shrink to the share; or grow towards it, as far as the budget goes, at most to the double."""
         slot_bytes, before = pool.arena.slot_bytes, pool.arena.num_slots
-        wanted = share // slot_bytes
+        wanted = self._num_slots(pool, share)
         if wanted > before:
             room = (self.budget_bytes - self._used_bytes()) // slot_bytes
             step_bytes = min(max(self._step_bytes, before * slot_bytes), MAX_STEP_BYTES)
@@ -145,3 +156,22 @@ class LentMemory:
         except MemServeError as error:
             logger.warning("pool not resized layout=%s: %s", pool.layout.digest.hex()[:12], error)
         return pool.arena.num_slots != before
+
+
+class LastUse:
+    """When the layout of each pool was last that of a member. One thread."""
+
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self._clock = clock
+        self._used_s: dict[bytes, float] = {}
+
+    def unused(self, digests: Iterable[bytes], of_members: Collection[str]) -> set[bytes]:
+        """Those of `digests` that have not been among the members' (in hex) for UNUSED_S."""
+        now_s = self._clock()
+        found = set()
+        for digest in digests:
+            if digest.hex() in of_members:
+                self._used_s[digest] = now_s
+            elif now_s - self._used_s.setdefault(digest, now_s) > UNUSED_S:
+                found.add(digest)
+        return found

@@ -17,6 +17,7 @@ import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -29,7 +30,7 @@ from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import ConfigError
 from memserve.core.hosts import bracketed
 from memserve.core.ids import InstanceId, new_epoch
-from memserve.disagg.lent_memory import LentMemory
+from memserve.disagg.lent_memory import LastUse, LentMemory
 from memserve.disagg.membership import Membership
 from memserve.disagg.pool_metrics import CONTENT_TYPE, exposition
 from memserve.mempool.free_memory import free_memory_bytes
@@ -101,7 +102,7 @@ def run(config: MemoryConfig) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
     with MemoryServer(config) as server:
-        while not stopping.wait(0 if server.lent.balance() else BALANCE_S):
+        while not stopping.wait(0 if server.balance() else BALANCE_S):
             pass
         logger.info("memory stopping")
     logger.info("memory stopped")
@@ -122,6 +123,7 @@ class MemoryServer:
             cluster_key=config.cluster_key,
             mooncake_protocol=config.mooncake_protocol,
         )
+        self._last_use = LastUse(time.monotonic)
         self._pages = _Pages(config.host, config.port, self)
         try:
             self.peers = Peers(peers_config, epoch, self.lent.pool_of)
@@ -149,6 +151,12 @@ class MemoryServer:
             target=self._pages.serve_forever, args=(0.1,), name="pages", daemon=True
         )
         self._serving.start()
+
+    def balance(self) -> bool:
+        """Bring the pools one step nearer to their shares; whether that has changed anything."""
+        of_members = {info.layout for info in self.members.pools()}
+        digests = [pool.layout.digest for pool in self.lent.pools()]
+        return self.lent.balance(self._last_use.unused(digests, of_members))
 
     def report(self) -> dict[str, Any]:
         """What `/mempool` shows."""

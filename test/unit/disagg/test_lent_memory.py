@@ -11,8 +11,9 @@ from memserve.core.errors import ConfigError, OutOfBlocks, TransferTimeout
 from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout
 from memserve.disagg import lent_memory
-from memserve.disagg.lent_memory import LentMemory
+from memserve.disagg.lent_memory import UNUSED_S, LastUse, LentMemory
 from memserve.mempool.pool import MemPool
+from memserve.testing.fake_clock import FakeClock
 
 BLOCK = 4096
 BUDGET = 12 * BLOCK
@@ -155,6 +156,33 @@ def test_the_budget_is_never_exceeded(make: Callable[..., Stage]) -> None:
         assert all(size >= 1 for size in stage.sizes())
 
 
+def test_a_layout_that_nobody_uses_gives_its_share_up_and_gets_it_back(make: Callable[..., Stage]) -> None:
+    stage = make()
+    first, second = stage.lent.pool_of(layout("a")), stage.lent.pool_of(layout("b"))
+    fill(first)
+    unused = {first.layout.digest}
+    while stage.lent.balance(unused):
+        assert stage.used() <= BUDGET
+    assert stage.sizes() == [1, 11]
+    assert stage.lent.pool_of(layout("a")) is first
+    fill(second)
+    while stage.lent.balance():
+        assert stage.used() <= BUDGET
+    assert stage.sizes() == [6, 6]
+    assert (first.stats().cached, second.stats().cached) == (1, 6)
+
+
+def test_a_new_layout_shares_only_with_those_that_are_used(make: Callable[..., Stage]) -> None:
+    stage = make()
+    first, second = stage.lent.pool_of(layout("a")), stage.lent.pool_of(layout("b"))
+    stage.lent.balance({first.layout.digest})
+    third = stage.lent.pool_of(layout("c"))
+    stage.lent.balance({first.layout.digest})
+    assert [pool.arena.num_slots for pool in (first, second, third)] == [1, 6, 5]
+    stage.lent.balance({pool.layout.digest for pool in (first, second, third)})
+    assert stage.sizes() == [1, 1, 1]
+
+
 def test_a_block_larger_than_its_share_is_refused_and_changes_nothing(make: Callable[..., Stage]) -> None:
     stage = make()
     with pytest.raises(ConfigError, match="lend more"):
@@ -180,3 +208,17 @@ def test_a_peer_that_is_slow_to_let_go_stops_nothing(make: Callable[..., Stage])
     stage.lent.pool_of(layout("a"))
     stage.lent.pool_of(layout("b"))
     assert stage.sizes() == [6, 6]
+
+
+def test_a_layout_is_unused_when_no_member_has_had_it_for_long() -> None:
+    clock = FakeClock()
+    last_use = LastUse(clock)
+    one, two = layout("a").digest, layout("b").digest
+    assert last_use.unused([one, two], {one.hex()}) == set()
+    clock.advance(UNUSED_S)
+    assert last_use.unused([one, two], {one.hex(), ""}) == set()
+    clock.advance(1.0)
+    assert last_use.unused([one, two], set()) == {two}
+    assert last_use.unused([one, two], {two.hex()}) == set()
+    clock.advance(UNUSED_S)
+    assert last_use.unused([one, two], set()) == {one}
