@@ -15,24 +15,29 @@ from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from typing import Generic, TypeVar
 
+import msgspec
+
 from memserve.core.block_keys import BlockKey
 
 P = TypeVar("P")
 
 
-class Node(Generic[P]):
-    """One block. `key` and `parent` never change, also after the node has left its tree."""
+class Node(msgspec.Struct, Generic[P], eq=False):
+    """One block. `key` and `parent` never change, also after the node has left its tree.
 
-    __slots__ = ("_first_child", "_next", "_previous", "key", "parent", "payload")
+    A Struct, as it is made in C: half the time of inserting is making nodes.
+    """
 
-    def __init__(self, key: BlockKey, parent: Node[P] | None, payload: P) -> None:
-        self.key = key
-        self.parent = parent
-        self.payload = payload
-        # The children are a list threaded through them: 24 bytes a node, whatever the shape.
-        self._first_child: Node[P] | None = None
-        self._next: Node[P] | None = None
-        self._previous: Node[P] | None = None
+    key: BlockKey
+    parent: Node[P] | None
+    payload: P
+    # The children are a list threaded through them: 24 bytes a node, whatever the shape.
+    _first_child: Node[P] | None = None
+    _next: Node[P] | None = None
+    _previous: Node[P] | None = None
+
+    def __repr__(self) -> str:
+        return f"Node({self.key.hex()[:16]}, payload={self.payload!r})"
 
     @property
     def is_leaf(self) -> bool:
