@@ -38,6 +38,7 @@ class Fault(StrEnum):
     LOSE_REQUEST = "lose request"
     LOSE_ANSWER = "lose answer"
     DOUBLE = "double"
+    """Its sender hears the second answer."""
     DELAY = "delay"
     """It arrives when `Faults.land` says so, long after its sender has given up."""
 
@@ -107,7 +108,7 @@ class FaultyLink:
             raise InstanceLost("a faulty link", "the request is late")
         answer = self._inner.request(message, timeout_s=timeout_s)
         if fault is Fault.DOUBLE:
-            self._inner.request(message, timeout_s=timeout_s)
+            answer = self._inner.request(message, timeout_s=timeout_s)
         if fault is Fault.LOSE_ANSWER:
             raise InstanceLost("a faulty link", "the answer was lost")
         return answer

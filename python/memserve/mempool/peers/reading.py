@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 RETRY_S = 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(eq=False, frozen=True, slots=True)
 class _Doubtful:
     """A read that failed and may still land."""
 
@@ -64,15 +64,13 @@ class Doubtful:
     def sweep(self) -> float:
         """Try again to settle; returns the seconds until there may be more to do, or infinity."""
         with self._lock:
-            waiting, self._waiting = self._waiting, []
-        kept = []
+            waiting = list(self._waiting)
         for one in waiting:
             if self._is_settled(one.reached):
                 one.pool.settle(one.reservation)
-            else:
-                kept.append(one)
+                with self._lock:
+                    self._waiting.remove(one)
         with self._lock:
-            self._waiting += kept
             return RETRY_S if self._waiting else float("inf")
 
     def close(self) -> None:

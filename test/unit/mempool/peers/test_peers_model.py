@@ -20,6 +20,7 @@ from memserve.core.errors import (
 from memserve.mempool.peers.config import PeerAddress
 from memserve.mempool.peers.server import RETRY_S
 from memserve.testing.faulty_link import Fault
+from memserve.wire.messages import AcquireLease, Cancel, Commit, Hello, Message, ReleaseLease, Reserve
 
 from ..stage import content, keys_of, store
 from .network import Mishap
@@ -32,10 +33,12 @@ EXPECTED = (InstanceLost, OutOfBlocks, PeerDeclined, StaleEpoch, TransferFailed,
 
 PAIRS = [(one, other) for one in NAMES for other in NAMES if one != other]
 pairs = st.sampled_from(PAIRS)
-prompts = st.lists(st.integers(0, 1), min_size=1, max_size=6)
-faults = st.lists(st.sampled_from(Fault), max_size=5)
-mishaps = st.lists(st.sampled_from(Mishap), max_size=2)
+prompts = st.lists(st.integers(0, 2), min_size=1, max_size=5)
+kinds = st.sampled_from([None, Hello, Reserve, Commit, Cancel, AcquireLease, ReleaseLease])
+faults = st.just([]) | st.lists(st.tuples(kinds, st.sampled_from(Fault)), max_size=4)
+mishaps = st.sampled_from([[], [], [Mishap.FAIL], [Mishap.LATE], [Mishap.LATE], [Mishap.TWIST]])
 picks = st.integers(0, 99)
+Misfortunes = list[tuple[type[Message] | None, Fault]]
 
 
 class PeersMachine(RuleBasedStateMachine):
@@ -66,7 +69,9 @@ class PeersMachine(RuleBasedStateMachine):
             stats = node.pool.stats()
             assert (stats.private, stats.reserved, stats.quarantined, stats.leases) == (0, 0, 0, 0)
             assert stats.reservations == 0
-        while self.world.network.late:
+            for token in range(100, 100 + NUM_SLOTS):  # Every slot has a new owner,
+                store(node.pool, [token])
+        while self.world.network.late:  # who must not see what comes now.
             self.world.network.land(0)
         self.bytes_are_what_the_key_says()
         self.everybody_comes_together_again()
@@ -111,9 +116,22 @@ class PeersMachine(RuleBasedStateMachine):
             stats = self.world.nodes[name].pool.stats()
             assert stats.free + stats.evictable < len(prompt)
 
-    @rule(pair=pairs, prompt=prompts, start=st.integers(0, 3), faults=faults, mishaps=mishaps)
+    @rule(
+        pair=pairs,
+        prompt=prompts,
+        start=st.sampled_from([0, 0, 0, 1, 2]),
+        faults=faults,
+        mishaps=mishaps,
+        can_settle=st.booleans(),
+    )
     def push(
-        self, pair: tuple[str, str], prompt: list[int], start: int, faults: list[Fault], mishaps: list[Mishap]
+        self,
+        pair: tuple[str, str],
+        prompt: list[int],
+        start: int,
+        faults: Misfortunes,
+        mishaps: list[Mishap],
+        can_settle: bool,
     ) -> None:
         one, other = pair
         sender, peer = self.world.nodes[one], self.known[pair]
@@ -123,8 +141,10 @@ class PeersMachine(RuleBasedStateMachine):
         parent = keys[start - 1] if start else None
         keys = keys[start:]
         num_here = sender.pool.num_cached(keys)
-        self.world.faults.expect(None, *faults)
+        for kind, fault in faults:
+            self.world.faults.expect(kind, fault)
         self.world.network.mishaps.extend(mishaps)
+        self.world.network.can_settle = can_settle
 
         def attempt() -> None:
             pushed = sender.to(peer).sender.push(keys, parent)
@@ -139,9 +159,22 @@ class PeersMachine(RuleBasedStateMachine):
         if not faults and not mishaps and self.is_undisturbed and error is not None:
             assert isinstance(error, PeerDeclined | StaleEpoch), error
 
-    @rule(pair=pairs, prompt=prompts, start=st.integers(0, 3), faults=faults, mishaps=mishaps)
+    @rule(
+        pair=pairs,
+        prompt=prompts,
+        start=st.sampled_from([0, 0, 0, 1, 2]),
+        faults=faults,
+        mishaps=mishaps,
+        can_settle=st.booleans(),
+    )
     def fetch(
-        self, pair: tuple[str, str], prompt: list[int], start: int, faults: list[Fault], mishaps: list[Mishap]
+        self,
+        pair: tuple[str, str],
+        prompt: list[int],
+        start: int,
+        faults: Misfortunes,
+        mishaps: list[Mishap],
+        can_settle: bool,
     ) -> None:
         one, other = pair
         reader, peer = self.world.nodes[one], self.known[pair]
@@ -150,8 +183,10 @@ class PeersMachine(RuleBasedStateMachine):
         start = min(start, len(keys) - 1)
         parent = keys[start - 1] if start else None
         keys = keys[start:]
-        self.world.faults.expect(None, *faults)
+        for kind, fault in faults:
+            self.world.faults.expect(kind, fault)
         self.world.network.mishaps.extend(mishaps)
+        self.world.network.can_settle = can_settle
 
         def attempt() -> None:
             num_there = self.world.nodes[other].pool.num_cached(keys)
@@ -166,9 +201,10 @@ class PeersMachine(RuleBasedStateMachine):
             assert isinstance(error, OutOfBlocks | StaleEpoch), error
 
     @rule(pair=pairs, num_blocks=st.integers(1, 3), is_kept=st.booleans(), faults=faults)
-    def reserve(self, pair: tuple[str, str], num_blocks: int, is_kept: bool, faults: list[Fault]) -> None:
+    def reserve(self, pair: tuple[str, str], num_blocks: int, is_kept: bool, faults: Misfortunes) -> None:
         sender = self.world.nodes[pair[0]].to(self.known[pair]).sender
-        self.world.faults.expect(None, *faults)
+        for kind, fault in faults:
+            self.world.faults.expect(kind, fault)
 
         def attempt() -> None:
             granted = sender.allocate(num_blocks)
@@ -189,15 +225,12 @@ class PeersMachine(RuleBasedStateMachine):
     def late_messages_arrive(self, count: int) -> None:
         self.world.faults.land(count)
 
-    @rule(seconds=st.sampled_from([RETRY_S, LEASE_S, RESERVATION_S]))
-    def time_passes(self, seconds: float) -> None:
+    @rule(seconds=st.sampled_from([RETRY_S, LEASE_S, RESERVATION_S]), can_fence=st.booleans())
+    def time_passes(self, seconds: float, can_fence: bool) -> None:
+        self.world.network.can_fence = can_fence
         self.world.clock.advance(seconds)
         for node in self.nodes():
             node.sweep()
-
-    @rule(can_settle=st.booleans(), can_fence=st.booleans())
-    def the_network_changes(self, can_settle: bool, can_fence: bool) -> None:
-        self.world.network.can_settle, self.world.network.can_fence = can_settle, can_fence
 
     @rule(pair=pairs)
     def learn(self, pair: tuple[str, str]) -> None:
@@ -242,4 +275,4 @@ class PeersMachine(RuleBasedStateMachine):
 
 
 TestPeers = PeersMachine.TestCase
-TestPeers.settings = settings(max_examples=100, stateful_step_count=50, deadline=None, derandomize=True)
+TestPeers.settings = settings(max_examples=60, stateful_step_count=50, deadline=None, derandomize=True)
