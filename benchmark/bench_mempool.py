@@ -1,10 +1,12 @@
-"""How fast the pool's own bookkeeping is, single-threaded: allocation, keys, index, checksums.
+"""How fast the pool's own bookkeeping is, single-threaded, and how fast it moves blocks.
 
     python benchmark/bench_mempool.py [--repeats N] [--cached N ...]
 
 A prompt here is 4,096 tokens in 256 blocks of 16. Pools are filled with chains of 256 blocks, of
-which `--cached` sizes are tried; no KV is moved but by the checksum, whose baseline is a memmove
-of the same bytes. Figures are medians; the paper's, where it has them, are the baselines.
+which `--cached` sizes are tried. The baseline of insert and match is SGLang's radix tree with as many
+of its own prompts, each a single node: its best case. (It compares tokens where the pool compares
+keys, which somebody has to compute once: see page_keys.) The baseline of whatever moves KV is a
+memmove of the same bytes, block by block. Figures are medians.
 """
 
 from __future__ import annotations
@@ -13,9 +15,16 @@ import argparse
 import ctypes
 import random
 import tracemalloc
-from collections.abc import Callable
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from itertools import cycle
+from types import SimpleNamespace
+from typing import TypeVar
+
+import numpy as np
 
 from figures import measure, measure_together, progress, report
+from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.ids import new_epoch
 from memserve.core.kv_layout import KVLayout
@@ -23,12 +32,17 @@ from memserve.mempool.arena import Arena
 from memserve.mempool.integrity import Checksum
 from memserve.mempool.pool import MemPool
 
+T = TypeVar("T")
+
 TOKENS, PAGE = 4096, 16
 BLOCKS = TOKENS // PAGE
 SMALLEST = KVLayout.of_heads("bookkeeping", 1, 1, 1, 1, ("int8", 1))
 """Blocks of a byte: a million of them fit anywhere."""
-REAL = KVLayout.of_heads("bench", 8, PAGE, 4, 64, ("bfloat16", 2))
-PAPER_ALLOC_NS, PAPER_INSERT_US = 800.0, 700.0
+REAL = KVLayout.of_heads("bench", 6, PAGE, 2, 64, ("float32", 4))
+"""Of `scripts/make_tiny_model.py --size bench`: 96 KiB a block."""
+PAPER_ALLOC_NS = 800.0
+MOVED_BLOCKS = (192 << 20) // REAL.block_bytes
+"""More than the caches hold, as blocks on their way to and from HBM are."""
 
 
 def main() -> None:
@@ -36,14 +50,18 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=21)
-    parser.add_argument("--cached", type=int, nargs="+", default=[1_000, 100_000, 1_000_000])
+    parser.add_argument("--cached", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
     args = parser.parse_args()
     bench_keys(args.repeats)
     for num_blocks in (1, 16, 256):
         bench_alloc(num_blocks, args.repeats)
     for num_cached in args.cached:
         bench_index(num_cached, args.repeats)
-    bench_checksum(args.repeats)
+    repeats = min(args.repeats, 7)
+    bench_checksum(repeats)
+    bench_swap(repeats)
+    bench_resize(repeats)
+    bench_kv_blocks(repeats)
 
 
 def bench_keys(repeats: int) -> None:
@@ -85,40 +103,31 @@ def bench_index(num_cached: int, repeats: int) -> None:
 
     rng = random.Random(1)
     whole = [chain for chain in chains if len(chain) == BLOCKS]
+    tree = SGLangTree(len(whole))
     for percent in (0, 50, 100):
         cut = BLOCKS * percent // 100
         queries = [[*rng.choice(whole)[:cut], *random_chain(rng, BLOCKS - cut)] for _ in range(repeats + 1)]
-        turns = iter(queries * 2)
-        report(
-            f"match, {percent}% cached, {name}",
-            microseconds(lambda t=turns: pool.match(next(t)), repeats),
-            "us",
-        )
-        turns = iter(queries * 2)
-        counted = microseconds(lambda t=turns: pool.num_cached(next(t)), repeats)
-        report(f"num_cached, {percent}% cached, {name}", counted, "us")
-    bench_insert(pool, name, repeats)
+        match, count = each(pool.match, queries), each(pool.num_cached, queries)
+        theirs = each(tree.match, list(tree.prompts(repeats + 1, TOKENS * percent // 100)))
+        report_us(f"match, {percent}% cached, {name}", *measure_together([match, theirs], repeats))
+        report_us(f"num_cached, {percent}% cached, {name}", measure(count, repeats))
+    bench_insert(pool, tree, name, repeats)
     bench_lease(pool, whole, name, repeats)
     bench_evict(pool, name, repeats)
     pool.arena.close()
 
 
-def bench_insert(pool: MemPool, name: str, repeats: int) -> None:
+def bench_insert(pool: MemPool, tree: SGLangTree, name: str, repeats: int) -> None:
     rng = random.Random(2)
-    samples = []
+    ours, theirs = [], []
     for _ in range(repeats + 1):
-        keys, addrs = random_chain(rng, BLOCKS), pool.alloc_mem(BLOCKS)
+        keys, addrs, (prompt,) = random_chain(rng, BLOCKS), pool.alloc_mem(BLOCKS), tree.prompts(1, 0)
         pool.seal(addrs)
-        samples += measure(lambda k=keys, a=addrs: pool.insert(k, a), repeats=1, warmup=0)
+        ours += measure(lambda k=keys, a=addrs: pool.insert(k, a), repeats=1, warmup=0)
+        theirs += measure(lambda p=prompt: tree.insert(p), repeats=1, warmup=0)
         pool.delete(keys)
         pool.take_events()
-    report(
-        f"insert, 4K tokens, {name}",
-        [1e6 * s for s in samples[1:]],
-        "us",
-        baseline=[PAPER_INSERT_US],
-        target=1.0,
-    )
+    report_us(f"insert, 4K tokens, {name}", ours[1:], theirs[1:])
 
 
 def bench_lease(pool: MemPool, chains: list[list[BlockKey]], name: str, repeats: int) -> None:
@@ -144,27 +153,144 @@ def bench_evict(pool: MemPool, name: str, repeats: int) -> None:
 
 
 def bench_checksum(repeats: int) -> None:
-    """Over more blocks than the caches hold, as blocks on their way to and from HBM are."""
-    num_blocks = (256 << 20) // REAL.block_bytes
-    arena = Arena(REAL.block_bytes, num_blocks)
-    blocks = [arena.block(slot) for slot in range(num_blocks)]
-    for slot, block in enumerate(blocks):
-        block[:] = bytes([slot % 251]) * REAL.block_bytes
+    arena = filled_arena(MOVED_BLOCKS)
     checksum = Checksum(REAL)
-    target = (ctypes.c_char * arena.num_bytes)()
-
-    def copy() -> None:
-        for slot in range(num_blocks):
-            offset = arena.offset(slot)
-            ctypes.memmove(ctypes.addressof(target) + offset, arena.address + offset, REAL.block_bytes)
+    blocks = [arena.block(slot) for slot in range(MOVED_BLOCKS)]
+    target = bytearray(arena.num_bytes)
 
     def check() -> None:
         for block in blocks:
             checksum.of(block)
 
-    times = measure_together([check, copy], min(repeats, 7))
-    summed, copied = ([arena.num_bytes / taken / 1e9 for taken in samples] for samples in times)
-    report(f"checksum, {REAL.block_bytes >> 10} KiB blocks, against memmove", summed, "GB/s", baseline=copied)
+    times = measure_together([check, lambda: move(arena, target)], repeats)
+    report_rate(f"checksum, {REAL.block_bytes >> 10} KiB blocks", arena.num_bytes, *times)
+
+
+def bench_swap(repeats: int) -> None:
+    """Whole prompts, from one tier to the other and back, checksums included."""
+    hbm, dram = filled_arena(MOVED_BLOCKS), Arena(REAL.block_bytes, MOVED_BLOCKS)
+    pool = MemPool(REAL, dram, new_epoch(), hbm=hbm)
+    rng = random.Random(4)
+    target = bytearray(hbm.num_bytes)
+    swapped_out, swapped_in, moved = [], [], []
+    for _ in range(repeats + 1):
+        pool.clear()
+        chains = [random_chain(rng, BLOCKS) for _ in range(MOVED_BLOCKS // BLOCKS)]
+        for keys in chains:
+            addrs = pool.alloc_mem(BLOCKS, Tier.HBM)
+            pool.seal(addrs)
+            pool.insert(keys, addrs)
+        swapped_out += measure(lambda: pool.swap_out(MOVED_BLOCKS), 1, warmup=0)
+        places = [pool.match(keys).addrs for keys in chains]
+        swapped_in += measure(lambda p=places: [pool.swap_in(addrs) for addrs in p], 1, warmup=0)
+        moved += measure(lambda: move(hbm, target), 1, warmup=0)
+    report_rate("swap_out", hbm.num_bytes, swapped_out[1:], moved[1:])
+    report_rate("swap_in", hbm.num_bytes, swapped_in[1:], moved[1:])
+
+
+def bench_resize(repeats: int) -> None:
+    """To half the size, with that much to move; and back, with nothing to move."""
+    arena = Arena(REAL.block_bytes, 2 * MOVED_BLOCKS)
+    pool = MemPool(REAL, arena, new_epoch())
+    half = arena.slot_bytes * MOVED_BLOCKS
+    target = bytearray(arena.num_bytes)
+    shrunk, grown, moved = [], [], []
+    for turn in range(repeats + 1):
+        pool.clear()
+        filler = pool.alloc_mem(MOVED_BLOCKS)
+        rng = random.Random(turn)
+        for _ in range(MOVED_BLOCKS // BLOCKS):
+            addrs = pool.alloc_mem(BLOCKS)
+            pool.seal(addrs)
+            pool.insert(random_chain(rng, BLOCKS), addrs)
+        pool.free_mem(filler)
+        moved += measure(lambda: move(arena, target, MOVED_BLOCKS), 1, warmup=0)
+        shrunk += measure(lambda: pool.resize(MOVED_BLOCKS), 1, warmup=0)
+        pool.clear()
+        grown += measure(lambda: pool.resize(2 * MOVED_BLOCKS), 1, warmup=0)
+    report_rate("resize, shrinking over cached blocks", half, shrunk[1:], moved[1:])
+    report_rate("resize, growing", half, grown[1:], moved[1:])
+
+
+def bench_kv_blocks(repeats: int) -> None:
+    """What the engine does between HBM and the pool: pages in any order, a layer at a time, one thread."""
+    import torch
+
+    from memserve.engine.kv_blocks import KVBlocks
+
+    torch.set_num_threads(1)
+    heads, width = REAL.parts[0]
+    shape = (MOVED_BLOCKS * PAGE, heads, width)
+    k_buffer, v_buffer = (
+        [torch.ones(shape, dtype=torch.float32) for _ in range(REAL.num_layers)] for _ in "kv"
+    )
+    arena = filled_arena(MOVED_BLOCKS)
+    blocks = KVBlocks(SimpleNamespace(k_buffer=k_buffer, v_buffer=v_buffer), REAL, arena)
+    order = torch.randperm(MOVED_BLOCKS, generator=torch.Generator().manual_seed(0))
+    tokens = (order[:, None] * PAGE + torch.arange(PAGE)).flatten()
+    slots = list(range(MOVED_BLOCKS))
+    target = bytearray(arena.num_bytes)
+
+    def load_back() -> None:
+        for start in range(0, MOVED_BLOCKS, BLOCKS):
+            for layer in range(REAL.num_layers):
+                some = slice(start * PAGE, (start + BLOCKS) * PAGE)
+                blocks.load_layer(layer, slots[start : start + BLOCKS], tokens[some])
+
+    pack, load, moved = measure_together(
+        [lambda: blocks.pack(slots, tokens), load_back, lambda: move(arena, target)], repeats
+    )
+    report_rate("offload (KVBlocks.pack)", arena.num_bytes, pack, moved, target=0.5)
+    report_rate(
+        "load back (KVBlocks.load_layer), 4K tokens at a time", arena.num_bytes, load, moved, target=0.5
+    )
+
+
+class SGLangTree:
+    """SGLang's own radix tree, with prompts of 4K tokens in it; none of it holds any KV."""
+
+    def __init__(self, num_prompts: int) -> None:
+        import torch
+        from sglang.srt.mem_cache.base_prefix_cache import InsertParams, MatchPrefixParams
+        from sglang.srt.mem_cache.radix_cache import RadixCache, RadixKey
+
+        self._key, self._insert, self._match = RadixKey, InsertParams, MatchPrefixParams
+        self._slots = torch.arange(TOKENS)
+        self._rng = np.random.default_rng(0)
+        self._cache = RadixCache.create_simulated(page_size=PAGE)
+        self._cached: list[array[int]] = []
+        for prompt in self.prompts(num_prompts, 0):
+            self.insert(prompt)
+            self._cached.append(prompt)
+
+    def prompts(self, count: int, num_cached: int) -> Iterator[array[int]]:
+        """Prompts of which so many tokens are in the tree."""
+        for _ in range(count):
+            fresh = array("q", self._rng.integers(0, 100_000, TOKENS).tobytes())
+            known = self._cached[self._rng.integers(len(self._cached))] if num_cached else fresh
+            yield known[:num_cached] + fresh[num_cached:]
+
+    def insert(self, prompt: array[int]) -> None:
+        self._cache.insert(self._insert(key=self._key(prompt), value=self._slots))
+
+    def match(self, prompt: array[int]) -> None:
+        self._cache.match_prefix(self._match(key=self._key(prompt)))
+
+
+def filled_arena(num_blocks: int) -> Arena:
+    """Blocks that differ, resident and read once."""
+    arena = Arena(REAL.block_bytes, num_blocks)
+    for slot in range(num_blocks):
+        arena.block(slot)[:] = bytes([slot % 251]) * REAL.block_bytes
+    return arena
+
+
+def move(arena: Arena, target: bytearray, num_blocks: int | None = None) -> None:
+    """The baseline: so many blocks out of an arena (default: all), one memmove each."""
+    place = ctypes.addressof(ctypes.c_char.from_buffer(target))
+    for slot in range(arena.num_slots if num_blocks is None else num_blocks):
+        offset = arena.offset(slot)
+        ctypes.memmove(place + offset, arena.address + offset, arena.block_bytes)
 
 
 def fill(pool: MemPool, num_blocks: int) -> list[list[BlockKey]]:
@@ -188,8 +314,30 @@ def random_chain(rng: random.Random, length: int) -> list[BlockKey]:
     return [BlockKey(rng.randbytes(32)) for _ in range(length)]
 
 
+def each(fn: Callable[[T], object], arguments: Sequence[T]) -> Callable[[], object]:
+    """A function that calls `fn` with the next of the arguments, from the first after the last."""
+    turns = cycle(arguments)
+    return lambda: fn(next(turns))
+
+
 def microseconds(fn: Callable[[], object], repeats: int) -> list[float]:
     return [1e6 * taken for taken in measure(fn, repeats)]
+
+
+def report_us(name: str, seconds: Sequence[float], baseline: Sequence[float] | None = None) -> None:
+    report(name, [1e6 * s for s in seconds], "us", baseline=baseline and [1e6 * s for s in baseline])
+
+
+def report_rate(
+    name: str,
+    num_bytes: int,
+    seconds: Sequence[float],
+    baseline: Sequence[float],
+    *,
+    target: float | None = None,
+) -> None:
+    rates = ([num_bytes / taken / 1e9 for taken in samples] for samples in (seconds, baseline))
+    report(f"{name}, against memmove", next(rates), "GB/s", baseline=next(rates), target=target)
 
 
 if __name__ == "__main__":
