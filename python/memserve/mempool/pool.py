@@ -116,7 +116,7 @@ class MemPool:
         Cached blocks move out of the slots that go, while there are free ones, or else are evicted.
         A slot that is leased or not the cache's stays, and all before it: call again later.
         Raises ConfigError, changing nothing, for less than 1, more than the arena can have, or too little
-        memory. Copies outside the lock; waits for nobody but another resize.
+        memory. Copies outside the lock, which it takes for a few ns per slot; waits for another resize only.
         """
         return self._dram.resize(num_slots)
 

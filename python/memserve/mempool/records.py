@@ -46,9 +46,10 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:
-    """One moment of a pool; the counters run from its start."""
+    """One moment of one tier of a pool; the counters run from its start."""
 
     total: int
+    """Usable slots: see `MemPool.resize`."""
     free: int
     private: int
     cached: int
@@ -61,7 +62,7 @@ class PoolStats:
     """Open ones, the quarantined included."""
     hits: int
     misses: int
-    """Blocks that `acquire` found, and did not find of those the match asked for."""
+    """Blocks that `acquire` found in this tier; did not find here or nearer, of those the match asked for."""
     evictions: int
     corruptions: int
     """Blocks whose checksum did not hold."""

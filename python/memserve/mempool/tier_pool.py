@@ -25,7 +25,7 @@ from memserve.mempool.records import Inserted, PoolStats
 logger = logging.getLogger(__name__)
 
 _MOVE_BLOCKS = 256
-"""Blocks that are copied between two looks at who uses them."""
+"""Blocks that are moved or evicted between two looks at who uses them."""
 
 
 class TierPool:
@@ -204,14 +204,13 @@ class TierPool:
         cache = self.cache
         with self.lock:
             cache.allocator.set_limit(limit)
-        moved = 1
-        while moved:
+        while True:
             with self.lock:
                 sources = cache.movable(limit)
                 lacking = len(sources) - cache.allocator.count(FREE)
                 if lacking > 0:
-                    cache.evict(lacking)
-                    sources = cache.movable(limit)
+                    cache.evict(min(lacking, _MOVE_BLOCKS))
+                    continue
                 sources = sources[:_MOVE_BLOCKS]
                 nodes = list(map(cache.index.at, sources.tolist()))
                 targets = cache.allocator.take(len(sources), PRIVATE)
@@ -219,7 +218,8 @@ class TierPool:
             for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
                 self.arena.block(target)[:] = self.arena.block(source)
             with self.lock:
-                moved = self._relocate(nodes, sources, targets)
+                if not self._relocate(nodes, sources, targets):
+                    return
 
     def _relocate(self, nodes: Sequence[CachedNode | None], sources: Slots, targets: Slots) -> int:
         """Find the blocks in their new slots that still are where they were, unleased; returns how many."""
