@@ -10,6 +10,7 @@ Source: MemServe, PD-Caching-3 (D to P at the request's end).
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -45,6 +46,9 @@ FETCH_TIMEOUT_S = 2.0
 NUM_FETCHERS = 4
 DRAM_PER_HBM = 2
 """Bytes of DRAM for each byte of KV in HBM, where nobody said how many."""
+MAX_GROWTH = 4
+"""How many times its first size a tier may ever have: each slot it could have costs some bytes."""
+RESIZE_TIMEOUT_S, RESIZE_RETRY_S = 30.0, 0.05
 MOST_OF_FREE = 0.25
 """But no more than this of the free memory: several servers may share a machine."""
 
@@ -98,6 +102,8 @@ class PoolNode:
         self._members: Membership | None = None
         self._fetching = FetchStats()
         self._fetchers = ThreadPoolExecutor(NUM_FETCHERS, thread_name_prefix="mempool-fetch")
+        self._resizer = ThreadPoolExecutor(1, thread_name_prefix="mempool-resize")
+        self._closing = threading.Event()
         self._outbox = Outbox(self._send)
         if settings.router is not None:
             self._join(settings, settings.router, epoch)
@@ -126,6 +132,16 @@ class PoolNode:
         """
         return self._fetchers.submit(self._fetch, keys, num_reachable)
 
+    # ---- how large it is
+
+    def resize(self, dram_bytes: int) -> None:
+        """Give the tier that much DRAM, all ranks together, soon: on a thread of its own, while it serves.
+
+        It grows to at most MAX_GROWTH times what it began with. Blocks that do not fit any more move or
+        are evicted; what somebody reads or writes just then goes later. The outcome is logged.
+        """
+        self._resizer.submit(self._resize, dram_slots(dram_bytes, self.pool.layout, 0))
+
     # ---- for those who watch
 
     def stats(self) -> dict[str, Any]:
@@ -144,7 +160,9 @@ class PoolNode:
         if self._members is not None:
             self._members.close()
         self._outbox.close()
-        self._fetchers.shutdown(wait=True, cancel_futures=True)
+        self._closing.set()
+        for executor in (self._fetchers, self._resizer):
+            executor.shutdown(wait=True, cancel_futures=True)
         if self._peers is not None:
             self._peers.close()
 
@@ -157,6 +175,7 @@ class PoolNode:
             mooncake_protocol=settings.mooncake_protocol,
         )
         self._peers = Peers(config, epoch, self._pool_of)
+        self._peers.add(self.pool)
         info = PoolInfo(
             instance_id=settings.instance_id,
             epoch=epoch,
@@ -232,6 +251,20 @@ class PoolNode:
                 stats.failed += 1
                 logger.warning("blocks not fetched from=%s num=%d: %s", best.instance_id, most, error)
         stats.seconds += time.monotonic() - begun
+
+    def _resize(self, num_slots: int) -> None:
+        before = self.pool.arena.num_slots
+        deadline = time.monotonic() + RESIZE_TIMEOUT_S
+        try:
+            while self.pool.resize(num_slots) > num_slots and time.monotonic() < deadline:
+                if self._closing.wait(RESIZE_RETRY_S):
+                    return
+            if self._peers is not None:
+                self._peers.resized(self.pool)
+        except MemServeError as error:
+            logger.warning("memory pool not resized to blocks=%d: %s", num_slots, error)
+        after = self.pool.arena.num_slots
+        logger.info("memory pool resized blocks=%d before=%d wanted=%d", after, before, num_slots)
 
     def _located(self, source: PoolInfo, keys: Sequence[BlockKey]) -> int:
         assert self._peers is not None

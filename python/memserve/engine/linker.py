@@ -12,6 +12,7 @@ latent or not. The public methods are the scheduler thread's. Knows no peers.
 from __future__ import annotations
 
 import logging
+import pkgutil
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
@@ -25,7 +26,8 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoa
 from memserve.core.block_keys import BlockKey, key_from_hex, keys_from_hex
 from memserve.core.errors import OutOfBlocks
 from memserve.core.ids import new_epoch
-from memserve.disagg.pool_node import PoolNode, dram_slots
+from memserve.disagg.pool_node import MAX_GROWTH, PoolNode, dram_slots
+from memserve.engine import seams
 from memserve.engine.fetching import Fetching
 from memserve.engine.kv_blocks import KVBlocks, layout_of
 from memserve.engine.settings import EngineSettings
@@ -92,7 +94,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         if components != {ComponentType.FULL}:
             names = ", ".join(sorted(component.name for component in components))
             raise ValueError(f"the memory pool serves full attention, not {names}: set --dram-gib 0")
-        settings = EngineSettings.inherited().pool
+        settings = EngineSettings.inherited().of_rank(pkgutil.resolve_name(seams.PARALLEL_STATE)().dp_rank)
         if settings is None:
             raise ValueError("the memory pool needs memserve.launch_server to start it")
         device_pool = params.token_to_kv_pool_allocator.get_kvcache()
@@ -104,7 +106,8 @@ class MemPoolLinker(UnifiedCacheLinker):
             num_ranks=server_args.tp_size,
         )
         hbm_bytes = layout.block_bytes * (device_pool.size // params.page_size)
-        arena = Arena(layout.block_bytes, dram_slots(settings.dram_bytes, layout, hbm_bytes))
+        num_slots = dram_slots(settings.dram_bytes, layout, hbm_bytes)
+        arena = Arena(layout.block_bytes, num_slots, max_slots=MAX_GROWTH * num_slots)
         epoch = new_epoch()
         self._pool = MemPool(layout, arena, epoch)
         self.node = PoolNode(settings, self._pool, epoch)

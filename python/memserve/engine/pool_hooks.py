@@ -5,6 +5,7 @@ Each hook does nothing in a server whose cache has no `MemPoolLinker`. Placed by
 
 from __future__ import annotations
 
+import pkgutil
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ import torch
 
 from memserve.engine import seams
 from memserve.engine.linker import MemPoolLinker
+
+DRAM_GIB = "memserve_dram_gib"
 
 
 def place() -> None:
@@ -23,6 +26,7 @@ def place() -> None:
     HookRegistry.register(seams.ARRIVAL, fetch_on_arrival, HookType.BEFORE)
     HookRegistry.register(seams.NEW_PREFILL_BATCH, hold_while_fetching, HookType.AROUND)
     HookRegistry.register(seams.DECODE_QUEUE, let_go_of_offloaded, HookType.BEFORE)
+    HookRegistry.register(seams.UPDATE_HANDLERS, offer_resize, HookType.AFTER)
 
 
 def linker_of(tree_cache: Any) -> MemPoolLinker | None:
@@ -79,6 +83,20 @@ def let_go_of_offloaded(scheduler: Any) -> None:
     """Unlock pages that are in DRAM by now: SGLang's decode loop does so only for its own second tier."""
     if linker_of(scheduler.tree_cache) is not None:
         scheduler.tree_cache.check_hicache_events()
+
+
+def offer_resize(handlers: Any, controller: Any) -> Any:
+    """Let `/set_internal_state` set `memserve_dram_gib`, the DRAM of all ranks together."""
+    linker = linker_of(controller.scheduler.tree_cache)
+    if linker is not None:
+        handler = pkgutil.resolve_name(seams.UPDATE_HANDLER)
+        handlers[DRAM_GIB] = handler(_check_gib, lambda _, gib: linker.node.resize(int(gib * 2**30)))
+    return handlers
+
+
+def _check_gib(name: str, gib: Any) -> None:
+    if not isinstance(gib, int | float) or not gib > 0:
+        raise pkgutil.resolve_name(seams.UPDATE_REJECTED)(f"{name} is a number above 0, not {gib!r}")
 
 
 def _all_reduce_min(scheduler: Any) -> Callable[[torch.Tensor], None]:

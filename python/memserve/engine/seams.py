@@ -28,7 +28,12 @@ CHECKPOINT = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpo
 ARRIVAL = f"{SCHEDULER_MODULE}.Scheduler._prefetch_kvcache"
 NEW_PREFILL_BATCH = f"{SCHEDULER_MODULE}.Scheduler.get_new_batch_prefill"
 DECODE_QUEUE = "sglang.srt.disaggregation.decode.SchedulerDisaggregationDecodeMixin.process_decode_queue"
+_INTERNAL_STATE = "sglang.srt.managers.scheduler_components.internal_state"
+UPDATE_HANDLERS = f"{_INTERNAL_STATE}.SchedulerInternalStateController._update_handlers"
+UPDATE_HANDLER = f"{_INTERNAL_STATE}:_UpdateHandler"
+UPDATE_REJECTED = f"{_INTERNAL_STATE}:UpdateRejected"
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
+PARALLEL_STATE = "sglang.srt.runtime_context:get_parallel"
 KV_SENDER = "sglang.srt.disaggregation.mooncake.conn:MooncakeKVSender"
 
 
@@ -199,6 +204,14 @@ SEAMS = (
         "same, and agreeing among ranks",
         members=("check_hicache_events", "_all_reduce_attn_groups"),
     ),
+    Seam(
+        "update handlers",
+        UPDATE_HANDLERS.replace(".SchedulerInternal", ":SchedulerInternal"),
+        "resizing the DRAM tier through /set_internal_state",
+    ),
+    Seam("update handler", UPDATE_HANDLER, "same", parameters=("validate", "apply")),
+    Seam("update rejected", UPDATE_REJECTED, "same"),
+    Seam("parallel state", PARALLEL_STATE, "telling data-parallel ranks apart"),
     Seam("http app", f"{HTTP_SERVER}:app", "answering /mempool", members=("add_api_route",)),
     Seam("http state", f"{HTTP_SERVER}:get_global_state", "same"),
     Seam("shared engine", SHARED_ENGINE, "finding the scheduler's transfer engine"),

@@ -6,6 +6,7 @@ import os
 
 import msgspec
 
+from memserve.core.ids import InstanceId
 from memserve.disagg.pool_node import PoolSettings
 from memserve.transport.select import MooncakeProtocol, TransportName
 
@@ -24,6 +25,13 @@ class EngineSettings(msgspec.Struct, frozen=True):
     def export(self) -> None:
         """Hand these settings to the processes started from here on."""
         os.environ[SETTINGS_VARIABLE] = msgspec.json.encode(self).decode()
+
+    def of_rank(self, dp_rank: int | None) -> PoolSettings | None:
+        """The pool's, by a name of its own where several data-parallel ranks share a server."""
+        if self.pool is None or dp_rank is None:
+            return self.pool
+        name = InstanceId(f"{self.pool.instance_id}/dp{dp_rank}")
+        return msgspec.structs.replace(self.pool, instance_id=name)
 
     @classmethod
     def inherited(cls) -> EngineSettings:

@@ -10,6 +10,7 @@ import pytest
 import torch
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
+from sglang.srt.runtime_context import get_parallel
 
 from memserve.core.block_keys import page_keys
 from memserve.core.caching import CachingMode
@@ -63,6 +64,11 @@ def make_linker(pool: Any, num_blocks: int = 64) -> MemPoolLinker:
     )
     EngineSettings("auto", "tcp", None, settings).export()
     allocator = SimpleNamespace(get_kvcache=lambda: pool)
+    with get_parallel().override(dp_rank=None):
+        return _linker(allocator)
+
+
+def _linker(allocator: Any) -> MemPoolLinker:
     return MemPoolLinker(
         SimpleNamespace(model_path="model", tp_size=1),
         SimpleNamespace(token_to_kv_pool_allocator=allocator, page_size=PAGE, tp_cache_group=None),
