@@ -49,7 +49,7 @@ class OwnMemory:
         self._ids = RegionTable()
         self._regions: dict[bytes, Region] = {}
         self.epoch = epoch
-        """Of the transports that are open now."""
+        """Of the transports that are open now; 0 if none are."""
         self.transports = tuple(open_transports(epoch))
         self.num_reopened = 0
 
@@ -132,6 +132,8 @@ class OwnMemory:
 
     def close(self) -> None:
         """Stop serving. Idempotent."""
+        with self._changed:
+            self.epoch = Epoch(0)
         for transport in self.transports:
             transport.close()
 

@@ -5,7 +5,7 @@
     transfer, reserve, claim        the paper's verbs on blocks that need not be cached
 
     threads: the control server's (answers), the sweeper's (deadlines, fencing), one for transfers,
-    a few for the fetches that a router asks for; push, fetch and locate run on the caller's
+    a few for the fetches that a router asks for, one for making pools; the rest runs on the caller's
 
 What a peer does wrong, late or not at all costs a miss or an error here: never a block, never a
 byte in the wrong place. Knows no SGLang, no HBM and no membership; source of the verbs: MemServe.
@@ -16,7 +16,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 
 from memserve.core.block_addr import BlockAddr
 from memserve.core.block_keys import BlockKey
@@ -42,6 +42,7 @@ from memserve.wire.messages import (
     Allocate,
     Commit,
     Fetch,
+    Hello,
     Locate,
     Located,
     Message,
@@ -62,12 +63,11 @@ class Peers:
     ) -> None:
         """Open the transports and answer peers. Raises ConfigError if that cannot be.
 
-        `pool_of` is called on the control thread for each peer that introduces itself; it may make
-        a pool, and raises LayoutMismatch, naming what differs, if there is to be none.
+        `pool_of` is called for each peer that introduces itself, by one thread at a time; it may make a
+        pool, which may take a while, and raises LayoutMismatch, naming what differs, if there is none.
         """
         self._config = config
         self.epoch = epoch
-        self._pool_of = pool_of
         self._tally = Tally()
         wiring = wiring or Wiring.of(config)
         self._memory = OwnMemory(wiring.open_transports, epoch, config.timeout_s)
@@ -78,6 +78,7 @@ class Peers:
         )
         self._reserved = Reservations()
         self._fetches = Fetches(self.fetch)
+        self._slow = ThreadPoolExecutor(1, thread_name_prefix="peer-pools")
         self._sweeper = Sweeper(self._sweep)
         self._transfers = Transfers(self._memory)
         self._is_closed = False
@@ -145,7 +146,7 @@ class Peers:
         self, peer: PeerAddress, layout: KVLayout, keys: Sequence[BlockKey], *, timeout_s: float
     ) -> int:
         """How many of `keys`, from the front, the peer holds. Asks once; raises as `push`."""
-        remote = self._use(peer, self._pool_of(layout)).remote
+        remote = self._use(peer, self._server.pool_for(layout)).remote
         answer = remote.ask(Locate(layout.digest, tuple(keys)), timeout_s=timeout_s, attempts=1)
         if not isinstance(answer, Located):
             raise WireMismatch(f"{peer} did not say what it holds: {type(answer).__name__}")
@@ -234,6 +235,7 @@ class Peers:
         self._is_closed = True
         self._transfers.close()
         self._fetches.close()
+        self._slow.shutdown(wait=True, cancel_futures=True)
         self._control.close()
         self._sweeper.close()
         self._remotes.close()
@@ -287,6 +289,8 @@ class Peers:
 
     def _answer(self, message: Message) -> Message | Future[Message]:
         """Control thread."""
+        if isinstance(message, Hello) and self._server.pool(message.layout.digest) is None:
+            return self._slow.submit(self._server.answer, message)
         if isinstance(message, Fetch):
             return self._fetches.answer(message, self._server.pool(message.layout))
         answer = self._server.answer(message)

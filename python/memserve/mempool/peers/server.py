@@ -54,7 +54,7 @@ RETRY_S = 1.0
 """Between attempts to fence a peer."""
 
 PoolOf = Callable[[KVLayout], MemPool]
-"""The pool of such blocks. Raises LayoutMismatch, naming what differs, if there is none."""
+"""The one pool of such blocks. Raises LayoutMismatch, naming what differs, if there is none."""
 
 
 class PeerServer:
@@ -75,6 +75,7 @@ class PeerServer:
         self._tally = tally
         self._now = now
         self._lock = threading.Lock()
+        self._making = threading.Lock()
         self._guests = Guests()
         self._receiving = Receiving(tally, config.reservation_s, config.lease_s)
         self._lending = Lending(tally, config.lease_s)
@@ -89,6 +90,13 @@ class PeerServer:
         """The pool of blocks of that layout, if it was ever used or added."""
         with self._lock:
             return self._pools.get(digest)
+
+    def pool_for(self, layout: KVLayout) -> MemPool:
+        """The pool of such blocks, made if need be: that may take seconds. Raises what `PoolOf` raises."""
+        with self._making:
+            pool = self._pool_of(layout)
+        self.add(pool)
+        return pool
 
     def answer(self, message: Message) -> Message:
         """The answer to a peer. Raises BlockStateError if the message makes no sense."""
@@ -188,12 +196,11 @@ class PeerServer:
         if hello.peer_epoch != self._epoch:
             return nothing
         try:
-            pool = self._pool_of(hello.layout)
+            pool = self.pool_for(hello.layout)
         except LayoutMismatch as error:
             return Refused(str(error))
         except MemServeError as error:
             return Declined(str(error))
-        self.add(pool)
         with self._lock:
             if not self._guests.welcome(hello.epoch, hello.data_epoch):
                 return Welcome(self._epoch, memory.epoch, (), nothing.arena, 0, is_fenced=True)

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from memserve.core.errors import LayoutMismatch
-from memserve.core.ids import Epoch, new_epoch
+from memserve.core.ids import new_epoch
 from memserve.core.kv_layout import KVLayout
 from memserve.mempool.peers.config import PeerAddress, PeersConfig
 from memserve.mempool.peers.peers import Peers
@@ -79,7 +79,10 @@ class End:
 
 
 def start(
-    config: PeersConfig | None = None, *, pool: MemPool | None = None, epoch: Epoch | None = None
+    config: PeersConfig | None = None,
+    *,
+    pool: MemPool | None = None,
+    before_pool_of: Callable[[], object] = nothing,
 ) -> End:
     """A process's end: `tcp` unless the config says otherwise."""
     config = config or PeersConfig(transport="tcp", timeout_s=TIMEOUT_S)
@@ -92,12 +95,13 @@ def start(
     )
 
     def pool_of(layout: KVLayout) -> MemPool:
+        before_pool_of()
         differences = held.layout.differences(layout)
         if differences:
             raise LayoutMismatch("; ".join(differences))
         return held
 
-    return End(held, Peers(config, epoch or new_epoch(), pool_of, wiring), faults, hooks)
+    return End(held, Peers(config, new_epoch(), pool_of, wiring), faults, hooks)
 
 
 @contextmanager

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
@@ -188,6 +189,25 @@ def test_an_old_epoch_is_refused(ends: tuple[End, End]) -> None:
         here.peers.fetch(stale, here.pool, keys_of([9]), timeout_s=TIMEOUT_S)
     assert there.has(PROMPT) == 0
     assert here.peers.stats().failures == 2
+
+
+def test_making_a_pool_does_not_hold_up_the_control_thread() -> None:
+    is_making, may_go_on = threading.Event(), threading.Event()
+
+    def make() -> None:
+        is_making.set()
+        assert may_go_on.wait(TIMEOUT_S)
+
+    here, there = start(), start(before_pool_of=make)
+    with running(here, there), ThreadPoolExecutor(1) as threads:
+        store(here.pool, PROMPT)
+        pushed = threads.submit(here.peers.push, there.peer, here.pool, keys_of(PROMPT))
+        assert is_making.wait(TIMEOUT_S)
+        with closing(ControlClient(there.peer.control)) as client:
+            answer = client.request(Locate(LAYOUT.digest, tuple(keys_of(PROMPT))), timeout_s=TIMEOUT_S)
+        assert answer == Located(0)
+        may_go_on.set()
+        assert pushed.result(TIMEOUT_S).num_sent == 4
 
 
 # ---- what a router asks for
