@@ -12,7 +12,7 @@ Not thread-safe; its owner locks.
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from typing import Generic, TypeVar
 
 import msgspec
@@ -42,6 +42,13 @@ class Node(msgspec.Struct, Generic[P], eq=False):
     @property
     def is_leaf(self) -> bool:
         return self._first_child is None
+
+    def is_leaf_without(self, others: Container[Node[P]]) -> bool:
+        """Whether it would be a leaf, were those gone."""
+        child = self._first_child
+        while child is not None and child in others:
+            child = child._next
+        return child is None
 
     def children(self) -> Iterator[Node[P]]:
         """The nodes right below, newest first. The tree must not change meanwhile."""

@@ -221,9 +221,7 @@ class BlockIndex:
     def _value(self, slot: int, leaving: Container[CachedNode] = ()) -> float | None:
         """The ordering's word on a slot; None if its block may not be evicted after those `leaving`."""
         node = self._nodes[slot]
-        if node is None or self._pins.is_pinned(slot):
-            return None
-        if not node.is_leaf and not (leaving and all(child in leaving for child in node.children())):
+        if node is None or self._pins.is_pinned(slot) or not node.is_leaf_without(leaving):
             return None
         return self._ordering(BlockUse(self._last_used[slot], self._uses[slot], self._depths[slot]))
 

@@ -164,9 +164,7 @@ def _may_leave(hbm: TierPool, victims: dict[CachedNode, int]) -> bool:
     """Whether all of them are where they were, with no lease, and with nothing new after them."""
     index = hbm.cache.index
     return all(
-        index.at(slot) is node
-        and not index.is_pinned(node)
-        and all(child in victims for child in node.children())
+        index.at(slot) is node and not index.is_pinned(node) and node.is_leaf_without(victims)
         for node, slot in victims.items()
     )
 
