@@ -233,10 +233,10 @@ class Peers:
         if self._is_closed:
             return
         self._is_closed = True
+        self._control.close()
         self._transfers.close()
         self._fetches.close()
         self._slow.shutdown(wait=True, cancel_futures=True)
-        self._control.close()
         self._sweeper.close()
         self._remotes.close()
         self._memory.close()

@@ -22,6 +22,7 @@ from memserve.mempool.peers.remote import Reached, RemotePool
 from memserve.mempool.peers.sending import chunk_blocks
 from memserve.mempool.pool import MemPool
 from memserve.mempool.records import Reservation
+from memserve.transport.base import Peer
 from memserve.wire.messages import AcquireLease, Leased, ReleaseLease
 
 logger = logging.getLogger(__name__)
@@ -65,11 +66,16 @@ class Doubtful:
         """Try again to settle; returns the seconds until there may be more to do, or infinity."""
         with self._lock:
             waiting = list(self._waiting)
+        silent: set[Peer] = set()  # Asked once in a sweep: each of their answers is waited for.
         for one in waiting:
+            if one.reached.peer in silent:
+                continue
             if self._is_settled(one.reached):
                 one.pool.settle(one.reservation)
                 with self._lock:
                     self._waiting.remove(one)
+            else:
+                silent.add(one.reached.peer)
         with self._lock:
             return RETRY_S if self._waiting else float("inf")
 

@@ -88,6 +88,7 @@ class RemotePool:
         self._lock = threading.Lock()
         self._hello_lock = threading.Lock()
         self._reached: Reached | None = None
+        self._last_reached: Reached | None = None
         self._idle: list[Link] = []
         self._is_closed = False
 
@@ -155,15 +156,15 @@ class RemotePool:
             return reached
         with self._hello_lock:
             if self._reached is None:
-                self._reached = self._introduced(timeout_s)
+                self._reached = self._last_reached = self._introduced(timeout_s)
             return self._reached
 
     def close(self) -> None:
-        """Let go of the peer; running requests end as they would."""
+        """Let go of the peer, and of what may be in doubt with it; running requests end as they would."""
         with self._lock:
             self._is_closed = True
             idle, self._idle = self._idle, []
-            reached, self._reached = self._reached, None
+            reached, self._reached = self._last_reached, None
         for link in idle:
             link.close()
         if reached is not None:

@@ -181,7 +181,7 @@ def test_a_push_that_cannot_be_told_is_cancelled_with_the_next(kind: type[Messag
 
 
 def test_a_commit_after_its_reservation_has_run_out_is_declined() -> None:
-    with two(reservation_s=0.1) as (here, there):
+    with two(reservation_s=0.5) as (here, there):
         store(here.pool, PROMPT)
 
         def run_out() -> None:
@@ -216,7 +216,7 @@ def test_a_cancel_that_is_lost_is_left_to_the_receiver() -> None:
 
 @pytest.mark.parametrize("transport", ["tcp", "local"])
 def test_a_live_sender_that_was_fenced_begins_anew(transport: str) -> None:
-    here, there = end(transport, reservation_s=0.1), end(transport, reservation_s=0.1)
+    here, there = end(transport, reservation_s=0.5), end(transport, reservation_s=0.5)
     with running(here, there):
         store(here.pool, PROMPT)
         here.peers.push(there.peer, here.pool, keys_of(PROMPT[:1]))
@@ -325,7 +325,7 @@ def test_a_peer_killed_in_a_fetch_costs_an_error(transport: str) -> None:
 
 @pytest.mark.parametrize("is_told", [True, False], ids=["membership", "deadline"])
 def test_a_writer_that_died_gives_its_blocks_back(is_told: bool) -> None:
-    here = end(reservation_s=30.0 if is_told else 0.2)
+    here = end(reservation_s=30.0 if is_told else 1.0)
     with child() as other, running(here):
         other.ask("reserve", control=here.peer.control, epoch=here.peer.epoch, num_blocks=3)
         assert here.pool.stats().reserved + here.pool.stats().quarantined == 3
@@ -339,7 +339,7 @@ def test_a_writer_that_died_gives_its_blocks_back(is_told: bool) -> None:
 
 def test_a_late_write_never_lands_in_what_was_given_to_somebody_else() -> None:
     here = end(reservation_s=0.2)
-    with child(reservation_s=0.2) as other, running(here):
+    with child(reservation_s=1.0) as other, running(here):
         store(here.pool, PROMPT)
         once(here.hooks, "before_copy", other.stop)
         failed(lambda: here.peers.push(other.peer, here.pool, keys_of(PROMPT)))  # in the child's socket now
@@ -364,6 +364,17 @@ def test_a_peer_stopped_in_a_fetch_leaves_nothing_when_it_runs_again() -> None:
         wait_until(lambda: here.peers.stats().quarantined == 0, "the read to be settled")
         here.assert_clean()
         assert here.peers.fetch(other.peer, here.pool, keys_of(PROMPT), timeout_s=TIMEOUT_S) == 4
+
+
+def test_a_read_from_a_peer_that_hangs_is_over_when_it_is_said_to_be_gone() -> None:
+    here = end(timeout_s=0.5)
+    with child() as other, running(here):
+        other.ask("put", prompt=PROMPT)
+        once(here.hooks, "before_copy", other.stop)
+        failed(lambda: here.peers.fetch(other.peer, here.pool, keys_of(PROMPT), timeout_s=TIMEOUT_S))
+        assert here.peers.stats().quarantined == len(PROMPT)
+        here.peers.gone(other.peer.epoch)
+        wait_until(lambda: here.peers.stats().quarantined == 0, "the read to be settled")
 
 
 def test_a_child_that_restarts_at_its_port_is_another_process() -> None:
