@@ -215,11 +215,14 @@ class TierPool:
                 nodes = list(map(cache.index.at, sources.tolist()))
                 targets = cache.allocator.take(len(sources), PRIVATE)
             # Should a block leave its slot meanwhile, or be leased there, its copy is of no use.
-            for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
-                self.arena.block(target)[:] = self.arena.block(source)
+            self._copy(sources, targets)
             with self.lock:
                 if not self._relocate(nodes, sources, targets):
                     return
+
+    def _copy(self, sources: Slots, targets: Slots) -> None:
+        for source, target in zip(sources.tolist(), targets.tolist(), strict=True):
+            self.arena.block(target)[:] = self.arena.block(source)
 
     def _relocate(self, nodes: Sequence[CachedNode | None], sources: Slots, targets: Slots) -> int:
         """Find the blocks in their new slots that still are where they were, unleased; returns how many."""
