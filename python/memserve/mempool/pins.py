@@ -30,7 +30,6 @@ class Pins:
         """A chain of unpinned blocks after the one in slot `above`, or after none (NO_SLOT)."""
         self._above_of[slots[1:]] = slots[:-1]
         self._above[int(slots[0])] = above
-        self._counts_of[slots] = 0
 
     def relink(self, slot: int, above: int) -> None:
         """The block before that in `slot` is in another slot now."""
@@ -39,7 +38,6 @@ class Pins:
     def move(self, before: int, after: int) -> None:
         """An unpinned block is in another slot now; the caller relinks those after it."""
         self._above[after] = self._above[before]
-        self._counts[after] = 0
 
     def chain_to(self, slot: int, num_blocks: int) -> list[int]:
         """The slots of that many blocks that end with this one, in order."""

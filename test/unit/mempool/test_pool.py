@@ -172,6 +172,27 @@ def test_a_slot_does_not_inherit_the_rank_of_the_block_it_had() -> None:
     assert (pool.num_cached(keys_of([2])), pool.num_cached(keys_of([3]))) == (0, 1)
 
 
+def test_a_head_inherits_the_uses_of_its_tail() -> None:
+    pool = make_pool(4, lfu)
+
+    def use(prompt: list[int], times: int) -> None:
+        for _ in range(times):
+            pool.release(pool.acquire(pool.match(keys_of(prompt))))
+
+    store(pool, [1, 2])
+    store(pool, [3])
+    store(pool, [4])
+    use([1, 2], 3)
+    use([3], 9)
+    use([4], 9)
+    pool.free_mem(pool.alloc_mem(1))
+    assert pool.num_cached(keys_of([1, 2])) == 1
+    store(pool, [5])
+    use([5], 1)
+    pool.free_mem(pool.alloc_mem(1))
+    assert (pool.num_cached(keys_of([1])), pool.num_cached(keys_of([5]))) == (1, 0)
+
+
 def test_hits_and_misses_are_counted_by_acquire_alone() -> None:
     pool = make_pool(4)
     store(pool, [1, 2])

@@ -56,6 +56,17 @@ def test_a_block_in_use_holds_the_size_until_it_is_free() -> None:
         pool.alloc_mem(1)
 
 
+def test_a_block_that_moved_is_ranked_as_before() -> None:
+    pool = make_pool(8, lambda use: use.depth)
+    filler = pool.alloc_mem(4)
+    store(pool, [1, 2])
+    store(pool, [3])
+    pool.free_mem(filler)
+    assert pool.resize(3) == 3
+    pool.alloc_mem(1)
+    assert (pool.num_cached(keys_of([1, 2])), pool.num_cached(keys_of([3]))) == (2, 0)
+
+
 def test_a_leased_block_stays_where_its_reader_looks() -> None:
     pool = make_pool(8)
     private = pool.alloc_mem(4)

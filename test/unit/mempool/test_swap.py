@@ -102,10 +102,9 @@ def test_what_dram_has_already_leaves_hbm_without_a_copy() -> None:
 def test_a_follower_never_loses_a_block_that_is_swapped_out() -> None:
     pool, follower = make_pool(4, hbm_slots=4), Follower()
     store(pool, [1, 2], HBM)
-    pool.swap_out(1)
     pool.take_events()
     follower.reset(pool.snapshot())
-    pool.swap_out(1)
+    pool.swap_out(2)
     store(pool, [5], HBM)
     for event in pool.take_events():
         assert follower.apply(event)

@@ -115,12 +115,19 @@ class SwapMachine(PoolMachine):
             self.cached[prompt] = BlockAddr(first + node.payload)
         assert Counter(addrs) == Counter(self.cached[prompt] for prompt in gone)
 
+    @rule(prompt=prompts, num_blocks=few)
+    def store_near_and_swap_out(self, prompt: list[int], num_blocks: int) -> None:
+        self.store_near(prompt)
+        self.swap_out(num_blocks)
+
     @precondition(lambda self: self.cached)
-    @rule(pick=picks, start=st.integers(0, 3), flip=st.none() | st.integers(0, 5))
-    def swap_in(self, pick: int, start: int, flip: int | None) -> None:
-        """A chain by name; sometimes with a block that has gone bad in DRAM."""
-        prompt = list(self.pick(pick))
-        start = min(start, len(prompt) - 1)
+    @rule(pick=picks, back=st.integers(-1, 3), flip=st.none() | st.integers(0, 5))
+    def swap_in(self, pick: int, back: int, flip: int | None) -> None:
+        """A chain by name, from around where HBM ends; sometimes with a block that has gone bad in DRAM."""
+        swapped = [one for one in self.cached if one[:1] in self.near and one not in self.near]
+        some = sorted(swapped if swapped and back else self.cached)
+        prompt = list(some[pick % len(some)])
+        start = max(0, min(self.near_depth(prompt) - back, len(prompt) - 1))
         chain = [tuple(prompt[: i + 1]) for i in range(start, len(prompt))]
         addrs = [self.cached[one] for one in chain]
         known = max(0, self.near_depth(prompt) - start)
@@ -225,4 +232,4 @@ class SwapMachine(PoolMachine):
 
 
 TestSwap = SwapMachine.TestCase
-TestSwap.settings = settings(max_examples=120, stateful_step_count=60, deadline=None, derandomize=True)
+TestSwap.settings = settings(max_examples=250, stateful_step_count=60, deadline=None, derandomize=True)
