@@ -88,7 +88,7 @@ def main() -> int:
         results = {}
         for mode in chosen:
             with start(model.resolve(), log_dir / mode, mode) as cluster:
-                results[mode] = converse(cluster)
+                results[mode] = converse(cluster, mode)
                 print_summary(results[mode])
                 if args.keep:
                     keep(cluster)
@@ -152,7 +152,7 @@ def wait_with_bar(cluster: Cluster) -> None:
         bar.update(bar.total - bar.n)
 
 
-def converse(cluster: Cluster) -> list[Turn]:
+def converse(cluster: Cluster, mode: CachingMode) -> list[Turn]:
     """A conversation in SGLang's frontend language, then one over OpenAI's API, streamed."""
     document = (ROOT / "LICENSE").read_text()[:DOCUMENT_CHARACTERS]
     questions = [question.format(document=document) for question in QUESTIONS]
@@ -172,7 +172,7 @@ def converse(cluster: Cluster) -> list[Turn]:
                     "frontend",
                     meta["prompt_tokens"],
                     meta["prefill_cached_tokens"],
-                    meta["cached_tokens"],
+                    at_decode(mode, meta["cached_tokens"]),
                     *meter.moved(),
                     meta["prefill_e2e_latency"],
                     meta["e2e_latency"],
@@ -185,14 +185,21 @@ def converse(cluster: Cluster) -> list[Turn]:
     messages: list[dict[str, str]] = []
     for question in questions[:2]:
         messages.append({"role": "user", "content": question})
-        turn, answer = openai_turn(cluster.url, messages, meter)
+        turn, answer = openai_turn(cluster.url, messages, meter, mode)
         messages.append({"role": "assistant", "content": answer})
         turns.append(turn)
         print_row(turns)
     return turns
 
 
-def openai_turn(url: str, messages: list[dict[str, str]], meter: Meter) -> tuple[Turn, str]:
+def at_decode(mode: CachingMode, cached_tokens: int) -> int:
+    """Tokens that decode held; one that keeps nothing reports what prefill has told it."""
+    return cached_tokens if mode.decode_keeps else 0
+
+
+def openai_turn(
+    url: str, messages: list[dict[str, str]], meter: Meter, mode: CachingMode
+) -> tuple[Turn, str]:
     """One streamed chat completion; what prefill reused comes in a comment, asked for by a header."""
     body = {
         "model": "default",
@@ -222,11 +229,10 @@ def openai_turn(url: str, messages: list[dict[str, str]], meter: Meter) -> tuple
                 first_token_s = time.monotonic() - begun
             answer += text
     total_s = time.monotonic() - begun
-    at_decode = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
+    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
     at_prefill = report.get("prefill_cached_tokens") or 0
-    turn = Turn(
-        "openai", usage["prompt_tokens"], at_prefill, at_decode, *meter.moved(), first_token_s, total_s
-    )
+    tokens = (usage["prompt_tokens"], at_prefill, at_decode(mode, cached))
+    turn = Turn("openai", *tokens, *meter.moved(), first_token_s, total_s)
     return turn, answer
 
 
