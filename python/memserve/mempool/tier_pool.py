@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Sequence
+from typing import cast
 
 import numpy as np
 
@@ -92,7 +93,7 @@ class TierPool:
         """
         slots, last = self.cache.index.locate(keys, start)
         first = self.first
-        return [BlockAddr(first + slot) for slot in slots], last
+        return cast("list[BlockAddr]", [first + slot for slot in slots]), last
 
     # ---- private blocks
 
