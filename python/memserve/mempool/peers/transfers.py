@@ -12,13 +12,16 @@ import logging
 import os
 import queue
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
+from contextlib import contextmanager
+from functools import partial
 
 from memserve.core.block_addr import BlockAddr
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import BlockStateError, MemServeError, PeerDeclined, TransferTimeout
+from memserve.mempool.peers.faults import HelloNeeded
 from memserve.mempool.peers.memory import OwnMemory
 from memserve.mempool.peers.records import Pushed
 from memserve.mempool.peers.sending import Blocks, Granted, Sender, chunk_blocks
@@ -155,7 +158,7 @@ class Transfers:
         parent: BlockKey | None,
     ) -> Pushed:
         """Write to reserved blocks, and end their reservation if there are keys."""
-        with self._memory.hold(reservation.granted.reached.own_epoch):
+        with self._held(reservation.granted, reservation.cancel):
             reservation.write(addrs, blocks)
         num_sent = reservation.commit(keys, parent) if keys is not None else len(addrs)
         return Pushed(0, num_sent, len(addrs) * reservation.block_bytes, tuple(addrs))
@@ -173,12 +176,22 @@ class Transfers:
                 done += sender.insert(keys[start : start + step], part, before)
                 continue
             granted = sender.allocate(len(part.addrs))
-            with self._memory.hold(granted.reached.own_epoch):
+            with self._held(granted, partial(sender.cancel, granted)):
                 sender.write(granted, granted.addrs, part)
             sender.commit(granted, part.checksums, (), None)
             num_bytes = len(part.addrs) * sender.block_bytes
             done += Pushed(0, len(part.addrs), num_bytes, tuple(map(BlockAddr, granted.addrs)))
         return done
+
+    @contextmanager
+    def _held(self, granted: Granted, cancel: Callable[[], None]) -> Iterator[None]:
+        """Keep the transports open by which a reservation was made, or end it: PeerDeclined."""
+        try:
+            with self._memory.hold(granted.reached.own_epoch):
+                yield
+        except HelloNeeded as error:
+            cancel()
+            raise PeerDeclined(granted.reached.peer.name, f"reserved in an earlier life: {error}") from error
 
     def _run(self) -> None:
         try:

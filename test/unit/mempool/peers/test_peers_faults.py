@@ -232,6 +232,27 @@ def test_a_live_sender_that_was_fenced_begins_anew(transport: str) -> None:
         assert there.peers.fetch(here.peer, there.pool, keys_of([7]), timeout_s=TIMEOUT_S) == 1
 
 
+def test_a_reservation_of_an_earlier_life_is_declined() -> None:
+    here, there, strict = end(), end(), end(reservation_s=0.1)
+    with running(here, there, strict):
+        store(here.pool, PROMPT)
+        here.peers.push(strict.peer, here.pool, keys_of(PROMPT[:1]))
+        reservation = here.peers.reserve(here.pool, there.peer, 1)
+        here.peers.reserve(here.pool, strict.peer, 1)
+        wait_until(lambda: strict.peers.stats().fenced == 1, "one of the two to fence the sender")
+        assert here.peers.locate(strict.peer, LAYOUT, keys_of(PROMPT), timeout_s=TIMEOUT_S) == 1
+        with pytest.raises(PeerDeclined):
+            here.peers.reserve(here.pool, strict.peer, NUM_SLOTS + 1)
+        assert here.peers.stats().reopened == 1
+        with here.pool.acquire(here.pool.match(keys_of(PROMPT[:1]))) as lease:
+            ticket = here.peers.transfer(
+                here.pool, there.peer, lease.addrs, reservation.addrs, TransferMode.AGGREGATED
+            )
+            with pytest.raises(PeerDeclined, match="earlier life"):
+                ticket.result(TIMEOUT_S)
+        there.assert_clean()
+
+
 def test_a_receiver_that_restarts_before_the_commit_is_another_process() -> None:
     here, there = end(), end()
     port = int(there.peer.control.rsplit(":", 1)[1])
