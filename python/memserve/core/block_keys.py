@@ -15,7 +15,7 @@ from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from hashlib import sha256
-from typing import NewType
+from typing import NewType, cast
 
 BlockKey = NewType("BlockKey", bytes)
 """32 bytes. Compared, hashed and sent as they are."""
@@ -103,11 +103,11 @@ def _chain(previous: bytes, token_ids: Sequence[int], page_tokens: int) -> list[
         words.byteswap()
     data = words.tobytes()
     step = page_tokens * words.itemsize
-    keys: list[BlockKey] = []
+    keys: list[bytes] = []
     for start in range(0, len(data), step):
         previous = sha256(previous + data[start : start + step]).digest()
-        keys.append(BlockKey(previous))
-    return keys
+        keys.append(previous)
+    return cast("list[BlockKey]", keys)
 
 
 def _chain_wide(previous: bytes, token_ids: Sequence[int], page_tokens: int) -> list[BlockKey]:
