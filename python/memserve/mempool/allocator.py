@@ -47,7 +47,7 @@ class Allocator:
     def __init__(self, num_slots: int, max_slots: int) -> None:
         self.max_slots = max_slots
         self._states = np.full(max_slots, FREE, np.uint8)
-        self._free = np.empty(max_slots, np.int64)  # a stack: the first count(FREE) entries
+        self._free = np.empty(max_slots, np.uint32)  # a stack: the first count(FREE) entries
         self._counts = [max_slots, 0, 0, 0, 0, 0]
         self.set_limit(num_slots)
 
@@ -91,7 +91,7 @@ class Allocator:
         top = self._counts[FREE]
         if not 0 <= num_blocks <= top:
             raise InvariantViolated(f"{num_blocks} slots taken of {top} free ones")
-        slots = self._free[top - num_blocks : top].copy()
+        slots = self._free[top - num_blocks : top].astype(np.int64)
         self._states[slots] = state
         self._counts[FREE] -= num_blocks
         self._counts[state] += num_blocks

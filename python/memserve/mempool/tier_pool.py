@@ -54,7 +54,7 @@ class TierPool:
         self.bytes_sealed = self.bytes_verified = 0
 
     def addrs(self, slots: Slots) -> list[BlockAddr]:
-        return list((slots + self.first).tolist())
+        return cast("list[BlockAddr]", (slots + self.first).tolist())
 
     def slots(self, addrs: Sequence[BlockAddr]) -> Slots:
         """Not checked: a foreign address gives a slot that is not here."""
