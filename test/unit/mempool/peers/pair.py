@@ -104,6 +104,22 @@ def start(
     return End(held, Peers(config, new_epoch(), pool_of, wiring), faults, hooks)
 
 
+def end(transport: str = "tcp", **settings: float) -> End:
+    """As `start`, with other settings and less patience."""
+    config = PeersConfig(transport=transport, **{"timeout_s": 1.0, **settings})  # type: ignore[arg-type]
+    return start(config)
+
+
+def once(hooks: Hooks, name: str, action: Callable[[], None]) -> None:
+    """Have a hook do something the next time it is called, and nothing after that."""
+
+    def run() -> None:
+        setattr(hooks, name, nothing)
+        action()
+
+    setattr(hooks, name, run)
+
+
 @contextmanager
 def running(*ends: End) -> Iterator[None]:
     """Close them in the end, and see that nothing is left in their pools."""

@@ -11,7 +11,6 @@ from dataclasses import replace
 import pytest
 
 from memserve.core.errors import (
-    BlockStateError,
     ConfigError,
     LayoutMismatch,
     OutOfBlocks,
@@ -19,7 +18,6 @@ from memserve.core.errors import (
     StaleEpoch,
 )
 from memserve.core.ids import Epoch
-from memserve.core.kv_layout import TransferMode
 from memserve.mempool.arena import Arena
 from memserve.mempool.peers.config import PeerAddress, PeersConfig
 from memserve.mempool.peers.records import Pushed
@@ -28,7 +26,7 @@ from memserve.mempool.pool import MemPool
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import Fetch, Fetched, Locate, Located
 
-from ..stage import EPOCH, LAYOUT, content, keys_of, make_pool, store, write
+from ..stage import EPOCH, LAYOUT, keys_of, make_pool, store
 from .pair import TIMEOUT_S, End, running, start
 
 PROMPT = [1, 2, 3, 4]
@@ -244,11 +242,12 @@ def test_a_fetch_that_fails_is_an_answer_with_the_reason(ends: tuple[End, End]) 
         assert "epoch" in answer.reason
 
 
-def test_many_fetches_do_not_hold_up_the_control_thread(ends: tuple[End, End]) -> None:
-    here, there = ends
-    here.peers.add(here.pool)
-    store(there.pool, PROMPT)
-    with ThreadPoolExecutor(8) as threads, closing(ControlClient(here.peer.control)) as client:
+def test_many_fetches_do_not_hold_up_the_control_thread() -> None:
+    here, there = start(pool=make_pool(40)), start()  # Each of those that run has room of its own.
+    client = ControlClient(here.peer.control)
+    with running(here, there), ThreadPoolExecutor(8) as threads, closing(client):
+        here.peers.add(here.pool)
+        store(there.pool, PROMPT)
 
         def ask(_: int) -> object:
             with closing(ControlClient(here.peer.control)) as router:
@@ -259,79 +258,6 @@ def test_many_fetches_do_not_hold_up_the_control_thread(ends: tuple[End, End]) -
             located = client.request(Locate(LAYOUT.digest, tuple(keys_of(PROMPT))), timeout_s=TIMEOUT_S)
             assert isinstance(located, Located)
         assert list(answers) == [Fetched(4)] * 8
-
-
-# ---- blocks that need not be cached
-
-
-@pytest.mark.parametrize("mode", TransferMode)
-def test_transfer_leaves_blocks_to_be_claimed(ends: tuple[End, End], mode: TransferMode) -> None:
-    here, there = ends
-    keys = keys_of(PROMPT)
-    src = write(here.pool, keys)
-    pushed = here.peers.transfer(here.pool, there.peer, src, None, mode).result(TIMEOUT_S)
-    assert (pushed.num_sent, pushed.num_bytes) == (4, 4 * BLOCK_BYTES)
-    assert there.has(PROMPT) == 0
-    there.peers.claim(there.pool, pushed.addrs)
-    assert [bytes(there.pool.block(addr)) for addr in pushed.addrs] == [content(key) for key in keys]
-    with pytest.raises(BlockStateError):
-        there.peers.claim(there.pool, pushed.addrs)
-    there.pool.free_mem(pushed.addrs)
-    here.pool.free_mem(src)
-
-
-@pytest.mark.parametrize("mode", TransferMode)
-def test_transfer_with_insert_indexes_them(ends: tuple[End, End], mode: TransferMode) -> None:
-    here, there = ends
-    src = write(here.pool, keys_of(PROMPT))
-    store(there.pool, PROMPT[:1])
-    ticket = here.peers.transfer_with_insert(here.pool, there.peer, keys_of(PROMPT), src, None, mode)
-    assert ticket.result(TIMEOUT_S) == Pushed(1, 3, 3 * BLOCK_BYTES)
-    assert ticket.done()
-    assert there.has(PROMPT) == 4
-    here.pool.free_mem(src)
-
-
-def test_a_reservation_is_filled_in_parts_and_committed(ends: tuple[End, End]) -> None:
-    here, there = ends
-    keys = keys_of(PROMPT)
-    src = write(here.pool, keys)
-    reservation = here.peers.reserve(here.pool, there.peer, 4)
-    assert there.pool.stats().reserved == 4
-    for part in (slice(0, 1), slice(1, 4)):
-        ticket = here.peers.transfer(
-            here.pool, there.peer, src[part], reservation.addrs[part], TransferMode.AGGREGATED
-        )
-        assert ticket.result(TIMEOUT_S).num_sent == len(src[part])
-    assert reservation.commit(keys) == 4
-    assert there.has(PROMPT) == 4
-    with pytest.raises(BlockStateError):
-        here.peers.transfer(here.pool, there.peer, src, reservation.addrs, TransferMode.AGGREGATED)
-    here.pool.free_mem(src)
-
-
-def test_transfer_with_insert_commits_an_earlier_reservation(ends: tuple[End, End]) -> None:
-    here, there = ends
-    src = write(here.pool, keys_of(PROMPT))
-    reservation = here.peers.reserve(here.pool, there.peer, 4)
-    ticket = here.peers.transfer_with_insert(
-        here.pool, there.peer, keys_of(PROMPT), src, reservation.addrs, TransferMode.BY_LAYER
-    )
-    assert ticket.result(TIMEOUT_S).num_sent == 4
-    assert there.has(PROMPT) == 4
-    here.pool.free_mem(src)
-
-
-def test_a_reservation_that_is_not_full_goes_on_until_it_is_cancelled(ends: tuple[End, End]) -> None:
-    here, there = ends
-    reservation = here.peers.reserve(here.pool, there.peer, 4)
-    with pytest.raises(BlockStateError, match="0 blocks written"):
-        reservation.commit()
-    assert there.pool.stats().reserved == 4
-    reservation.cancel()
-    assert there.pool.stats().reserved == 0
-    with pytest.raises(PeerDeclined, match="13 blocks wanted"):
-        here.peers.reserve(here.pool, there.peer, 13)
 
 
 # ---- one's own life
