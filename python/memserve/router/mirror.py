@@ -1,0 +1,58 @@
+"""What a worker that reports nothing probably holds: what it was sent, within its capacity and a TTL.
+
+The worker is taken to evict the least recently used block first, tails before heads. A use of a prompt
+is noted at its last block first, so a block is always older than all that come before it.
+Knows no tree. Loop thread only. Source: MemServe ("index updates ride on responses"; TTL in minutes).
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Sequence
+
+from memserve.core.block_keys import BlockKey
+
+
+class Mirror:
+    """One worker's blocks, least recently used first."""
+
+    __slots__ = ("_capacity_blocks", "_ttl_s", "_used")
+
+    def __init__(self, capacity_blocks: int | None, ttl_s: float) -> None:
+        """`capacity_blocks`: None if it is not known. Raises ValueError if it is no capacity, or no TTL."""
+        if ttl_s <= 0 or (capacity_blocks is not None and capacity_blocks < 1):
+            raise ValueError(f"no mirror of {capacity_blocks} blocks for {ttl_s} s")
+        self._capacity_blocks = capacity_blocks
+        self._ttl_s = ttl_s
+        self._used: OrderedDict[BlockKey, float] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._used)
+
+    def use(self, keys: Sequence[BlockKey], now_s: float) -> list[BlockKey]:
+        """A prompt was served; returns what had to go for it, tails first, if it is too long its own too."""
+        used = self._used
+        for key in reversed(keys):
+            used[key] = now_s
+            used.move_to_end(key)
+        gone = []
+        while self._capacity_blocks is not None and len(used) > self._capacity_blocks:
+            gone.append(used.popitem(last=False)[0])
+        return gone
+
+    def due_s(self) -> float:
+        """When the next block is too old to be believed in."""
+        for since_s in self._used.values():
+            return since_s + self._ttl_s
+        return float("inf")
+
+    def expire(self, now_s: float) -> list[BlockKey]:
+        """Forget what is too old; returns it, tails first."""
+        gone = []
+        while self.due_s() <= now_s:
+            gone.append(self._used.popitem(last=False)[0])
+        return gone
+
+    def discard(self, key: BlockKey) -> bool:
+        """The tree has forgotten this block; whether it was here."""
+        return self._used.pop(key, None) is not None

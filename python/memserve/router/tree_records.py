@@ -1,0 +1,90 @@
+"""What the cluster's prompt tree tells of itself. Plain records."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memserve.core.ids import InstanceId
+
+
+@dataclass(frozen=True, slots=True)
+class Depth:
+    """Of one holder, for one chain of keys."""
+
+    near: int
+    """Blocks from the front that are in HBM."""
+    total: int
+    """Blocks from the front that are in some tier of it, or soon will be. Not less than `near`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Held:
+    """How many blocks an instance holds, as far as is known, by tier."""
+
+    hbm: int
+    dram: int
+
+
+@dataclass(frozen=True, slots=True)
+class Truth:
+    """The tree's word on one instance against the instance's own, in (block, tier) pairs."""
+
+    held: int
+    """That the tree has."""
+    reported: int
+    """That the snapshot has."""
+    both: int
+    behind: int
+    """Events that the snapshot has seen and the tree has not; negative if it is the other way round.
+    Unless it is 0, the two need not agree."""
+
+    @property
+    def phantoms(self) -> int:
+        """In the tree, but not there: each costs a miss."""
+        return self.held - self.both
+
+    @property
+    def precision(self) -> float:
+        """Of what the tree has, the share that is there."""
+        return self.both / self.held if self.held else 1.0
+
+    @property
+    def recall(self) -> float:
+        """Of what is there, the share that the tree has."""
+        return self.both / self.reported if self.reported else 1.0
+
+
+@dataclass(slots=True)
+class TreeCounters:
+    """What has happened to a tree since it was made."""
+
+    gaps: int = 0
+    """Batches of events that stopped at a missing one."""
+    resets: int = 0
+    """Snapshots taken in."""
+    repeated: int = 0
+    """Events, snapshots that came when what they say was known."""
+    unknown: int = 0
+    """Calls with an instance that is not there, or an epoch that is over."""
+    orphans: int = 0
+    """Blocks refused because what comes before them is not known to be held."""
+    refused: int = 0
+    """Blocks refused because they are no keys, too many, or contradict the tree."""
+    phantoms: int = 0
+    """Found by `compare`, where the tree was as old as the snapshot."""
+    forgotten: int = 0
+    """Blocks forgotten, or not even taken in, to keep the budget."""
+
+
+@dataclass(frozen=True, slots=True)
+class TreeStats:
+    """A tree at one moment."""
+
+    blocks: int
+    """In memory; a few of them may be nobody's any more."""
+    holdings: int
+    """(block, instance, tier) triples."""
+    holder_sets: int
+    expected: int
+    instances: dict[InstanceId, Held]
+    counters: TreeCounters
