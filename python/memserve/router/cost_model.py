@@ -1,0 +1,231 @@
+"""What work costs in seconds: prefill, a decode step, moving bytes. Knows no clock and no queue.
+
+    exec(x, y) = fixed + linear * x(1 - y) + quadratic * x^2(1 - y^2)      y: the cached share of x
+
+The products with the weights grow with the tokens that are computed, x(1 - y); attention of each of
+them over all that precede it with x^2(1 - y^2). Observed prefills refine the three coefficients by
+recursive least squares; `Refined` is a value, `observe` a pure function of it.
+Source: MemServe, cost model of exec(x, y) and transfer() = bytes / bandwidth; the fit is ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
+
+from memserve.core.block_addr import Tier
+from memserve.core.ids import InstanceId
+
+Vector = tuple[float, float, float]
+Matrix = tuple[Vector, Vector, Vector]
+
+FORGETTING = 0.998
+"""What an observation weighs after the next one: about the last 500 of them count."""
+
+ERROR_MEMORY = 0.98
+"""The same for the tracked prediction error."""
+
+_SCALE: Vector = (1e-2, 1e-5, 1e-9)
+"""Usual sizes of the coefficients: the fit works on multiples of them."""
+
+_UNSURE = 1e6
+"""Variance of a coefficient that nobody has measured, where an observation varies by 1 of its size."""
+
+
+@dataclass(frozen=True, slots=True)
+class PrefillCost:
+    """Coefficients of exec(x, y). None is negative."""
+
+    fixed_s: float
+    """Of a prefill, however short: launching kernels, sampling."""
+    token_s: float
+    """Of each computed token, x(1 - y)."""
+    token_pair_s: float
+    """Of each unit of x^2(1 - y^2); a computed token attends to half as many pairs."""
+
+
+@dataclass(frozen=True, slots=True)
+class DecodeCost:
+    """What one step of a running batch takes."""
+
+    fixed_s: float
+    """Reading the weights once."""
+    sequence_s: float
+    context_token_s: float
+    """Reading the KV of one token of the batch's contexts."""
+
+
+@dataclass(frozen=True, slots=True)
+class Path:
+    """A way that bytes take."""
+
+    latency_s: float
+    bytes_per_s: float
+
+    def seconds(self, num_bytes: int) -> float:
+        """How long that many bytes take; none take no time."""
+        return self.latency_s + num_bytes / self.bytes_per_s if num_bytes else 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class CostModel:
+    """What the router believes its instances' work costs."""
+
+    prefill: PrefillCost
+    decode: DecodeCost
+    kv_bytes_per_token: int
+    dram: Path
+    """Of an instance's own DRAM to its HBM."""
+    remote: Path
+    """Of another instance's memory, where `pairs` does not say."""
+    pairs: Mapping[tuple[InstanceId, InstanceId, Tier], Path] = field(
+        default_factory=lambda: MappingProxyType({})
+    )
+    """By source, target and the source's tier, where a pair was measured."""
+
+    def exec_s(self, num_tokens: int, num_cached: int) -> float:
+        """Prefill of a prompt whose first `num_cached` tokens are cached: exec(x, y), y = num_cached / x."""
+        cost = self.prefill
+        return (
+            cost.fixed_s
+            + cost.token_s * (num_tokens - num_cached)
+            + cost.token_pair_s * (num_tokens * num_tokens - num_cached * num_cached)
+        )
+
+    def step_s(self, num_sequences: int, context_tokens: int) -> float:
+        """One decode step of a batch with so many tokens of context in all."""
+        cost = self.decode
+        return cost.fixed_s + cost.sequence_s * num_sequences + cost.context_token_s * context_tokens
+
+    def load_s(self, num_tokens: int) -> float:
+        """Bringing so many tokens' KV from the own DRAM to where it is computed with."""
+        return self.dram.seconds(num_tokens * self.kv_bytes_per_token)
+
+    def transfer_s(
+        self, num_tokens: int, source: InstanceId, target: InstanceId, tier: Tier = Tier.DRAM
+    ) -> float:
+        """Moving so many tokens' KV from that tier of `source` to `target`; nothing if they are the same."""
+        if source == target:
+            return 0.0
+        path = self.pairs.get((source, target, tier), self.remote) if self.pairs else self.remote
+        return path.seconds(num_tokens * self.kv_bytes_per_token)
+
+
+GPU_COSTS = CostModel(
+    PrefillCost(fixed_s=8e-3, token_s=3.6e-5, token_pair_s=8.7e-10),
+    DecodeCost(fixed_s=8e-3, sequence_s=3e-5, context_token_s=5e-8),
+    kv_bytes_per_token=131072,
+    dram=Path(2e-4, 25e9),
+    remote=Path(2e-3, 12e9),
+)
+"""An 8B model with grouped-query attention on one H100-class GPU, reckoned from its FLOPs and bytes
+at 45% of the peak, PCIe 5 and a 100 Gb/s network. A place to begin: not measured."""
+
+CPU_COSTS = CostModel(
+    PrefillCost(fixed_s=2e-2, token_s=2e-4, token_pair_s=2e-9),
+    DecodeCost(fixed_s=1.5e-2, sequence_s=1e-3, context_token_s=2e-7),
+    kv_bytes_per_token=4096,
+    dram=Path(1e-4, 5e9),
+    remote=Path(1e-3, 2e9),
+)
+"""A model of a few million parameters on two CPU cores, as in the tests. A place to begin: not measured."""
+
+TOKEN_COSTS = CostModel(
+    PrefillCost(fixed_s=0.0, token_s=1.0, token_pair_s=0.0),
+    DecodeCost(fixed_s=0.0, sequence_s=1.0, context_token_s=0.0),
+    kv_bytes_per_token=1,
+    dram=Path(0.0, float("inf")),
+    remote=Path(0.0, float("inf")),
+)
+"""Where no time is modelled: a computed token is the unit of everything."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observation:
+    """A prefill that was timed: from its start to its first token."""
+
+    num_tokens: int
+    num_cached: int
+    seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Refined:
+    """Coefficients with what is known of their certainty. A value: `observe` makes the next one."""
+
+    cost: PrefillCost
+    estimate: Vector
+    """The coefficients as fitted, in multiples of `_SCALE`; one may be negative for a while."""
+    covariance: Matrix
+    num_observed: int = 0
+    error: float = 0.0
+    """Moving mean of |predicted - observed| / observed, each predicted before it was learnt from."""
+
+    @classmethod
+    def of(cls, cost: PrefillCost, certainty: float = 0.0) -> Refined:
+        """Begin at `cost`; at certainty 0 the first observations overrule it, at 1 hardly any does."""
+        if not 0 <= certainty <= 1:
+            raise ValueError(f"a certainty is between 0 and 1, not {certainty}")
+        variance = _UNSURE ** (1 - 2 * certainty)
+        estimate = (
+            cost.fixed_s / _SCALE[0],
+            cost.token_s / _SCALE[1],
+            cost.token_pair_s / _SCALE[2],
+        )
+        return cls(cost, estimate, ((variance, 0.0, 0.0), (0.0, variance, 0.0), (0.0, 0.0, variance)))
+
+
+def observe(refined: Refined, seen: Observation) -> Refined:
+    """The coefficients after one more prefill.
+
+    Least squares of *relative* errors, so that long prompts do not drown short ones; an observation
+    far slower than predicted counts by what it was, not by what it should have been, so that a
+    hiccup of the machine moves little. Raises ValueError for an observation that cannot be.
+    """
+    if not 0 <= seen.num_cached < seen.num_tokens or not seen.seconds > 0:
+        raise ValueError(f"not a prefill: {seen}")
+    predicted = _exec_s(refined.cost, seen)
+    error = abs(predicted - seen.seconds) / seen.seconds
+    num_observed = refined.num_observed + 1
+    memory = min(ERROR_MEMORY, 1 - 1 / num_observed)
+    estimate, covariance = _least_squares_step(refined, seen, max(predicted, seen.seconds))
+    cost = PrefillCost(*(max(0.0, value * scale) for value, scale in zip(estimate, _SCALE, strict=True)))
+    return Refined(cost, estimate, covariance, num_observed, memory * refined.error + (1 - memory) * error)
+
+
+def with_prefill(costs: CostModel, cost: PrefillCost) -> CostModel:
+    """The same model with other prefill coefficients."""
+    return replace(costs, prefill=cost)
+
+
+def _exec_s(cost: PrefillCost, seen: Observation) -> float:
+    pairs = seen.num_tokens**2 - seen.num_cached**2
+    return cost.fixed_s + cost.token_s * (seen.num_tokens - seen.num_cached) + cost.token_pair_s * pairs
+
+
+def _least_squares_step(refined: Refined, seen: Observation, weigh_by: float) -> tuple[Vector, Matrix]:
+    """One step of recursive least squares with forgetting, features and target over `weigh_by`."""
+    features = (
+        _SCALE[0] / weigh_by,
+        _SCALE[1] * (seen.num_tokens - seen.num_cached) / weigh_by,
+        _SCALE[2] * (seen.num_tokens**2 - seen.num_cached**2) / weigh_by,
+    )
+    old, before = refined.covariance, refined.estimate
+    spread = [_dot(row, features) for row in old]
+    gain = [value / (FORGETTING + _dot(tuple(spread), features)) for value in spread]
+    surprise = seen.seconds / weigh_by - _dot(before, features)
+    after = [value + step * surprise for value, step in zip(before, gain, strict=True)]
+    # Forgetting lets the variance of what is never observed grow without end: it stops at _UNSURE.
+    new = [[(old[i][j] - gain[i] * spread[j]) / FORGETTING for j in range(3)] for i in range(3)]
+    if max(new[i][i] for i in range(3)) > _UNSURE:
+        new = [[value * FORGETTING for value in row] for row in new]
+    return (after[0], after[1], after[2]), (
+        (new[0][0], new[0][1], new[0][2]),
+        (new[1][0], new[1][1], new[1][2]),
+        (new[2][0], new[2][1], new[2][2]),
+    )
+
+
+def _dot(left: tuple[float, ...], right: tuple[float, ...]) -> float:
+    return sum(a * b for a, b in zip(left, right, strict=True))

@@ -1,0 +1,98 @@
+"""What the router itself knows of load: the work it dispatched and has not seen done.
+
+Knows no clock (the time is given), no network and no cached blocks.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from dataclasses import dataclass, field
+
+from memserve.core.ids import InstanceId
+from memserve.router.policies import Candidate
+
+
+@dataclass(slots=True)
+class _Account:
+    queued: OrderedDict[int, float] = field(default_factory=OrderedDict)
+    """Predicted seconds by request, in order of dispatch."""
+    queued_s: float = 0.0
+    head_since_s: float = 0.0
+    """Since when the first of them is at work."""
+    recent: deque[tuple[float, float]] = field(default_factory=deque)
+    recent_s: float = 0.0
+    running: int = 0
+    decode_batch: int = 0
+    context_tokens: int = 0
+
+
+class Ledger:
+    """The accounts of all instances. One thread only."""
+
+    def __init__(self, window_s: float) -> None:
+        """`window_s`: how long work counts as recent."""
+        self._window_s = window_s
+        self._accounts: dict[InstanceId, _Account] = {}
+
+    def join(self, instance_id: InstanceId) -> None:
+        self._accounts[instance_id] = _Account()
+
+    def prefill_dispatched(self, instance_id: InstanceId, request: int, work_s: float, now_s: float) -> None:
+        """A prefill of `work_s`, as predicted, was put into the instance's queue."""
+        account = self._accounts[instance_id]
+        if not account.queued:
+            account.head_since_s = now_s
+        account.queued[request] = work_s
+        account.queued_s += work_s
+        account.running += 1
+        self.placed(instance_id, work_s, now_s)
+
+    def placed(self, instance_id: InstanceId, work_s: float, now_s: float) -> None:
+        """Work was given to the instance, in no queue that anyone sees the end of."""
+        account = self._accounts[instance_id]
+        account.recent.append((now_s, work_s))
+        account.recent_s += work_s
+
+    def prefill_done(self, instance_id: InstanceId, request: int, now_s: float) -> None:
+        """Its first token has come, or it has failed. Idempotent."""
+        account = self._accounts[instance_id]
+        work_s = account.queued.pop(request, None)
+        if work_s is None:
+            return
+        account.queued_s = account.queued_s - work_s if account.queued else 0.0
+        account.head_since_s = now_s
+        account.running -= 1
+
+    def decode_dispatched(self, instance_id: InstanceId, context_tokens: int) -> None:
+        """A request will be decoded there."""
+        account = self._accounts[instance_id]
+        account.decode_batch += 1
+        account.running += 1
+        account.context_tokens += context_tokens
+
+    def decode_done(self, instance_id: InstanceId, context_tokens: int) -> None:
+        """It has ended; `context_tokens` as it was dispatched with."""
+        account = self._accounts[instance_id]
+        account.decode_batch -= 1
+        account.running -= 1
+        account.context_tokens -= context_tokens
+
+    def candidate(self, instance_id: InstanceId, near: int, total: int, now_s: float) -> Candidate:
+        """The instance as a policy sees it, with so many blocks of the request in question."""
+        account = self._accounts[instance_id]
+        while account.recent and account.recent[0][0] <= now_s - self._window_s:
+            account.recent_s -= account.recent.popleft()[1]
+        queued_s = account.queued_s
+        if account.queued:  # what the first of them has done already is no longer queued
+            queued_s -= min(now_s - account.head_since_s, next(iter(account.queued.values())))
+        return Candidate(
+            instance_id,
+            near,
+            total,
+            queued_s=max(queued_s, 0.0),
+            queued=len(account.queued),
+            recent_s=account.recent_s if account.recent else 0.0,
+            running=account.running,
+            decode_batch=account.decode_batch,
+            context_tokens=account.context_tokens,
+        )
