@@ -227,18 +227,18 @@ def bench_kv_blocks(repeats: int) -> None:
     arena = filled_arena(MOVED_BLOCKS)
     blocks = KVBlocks(SimpleNamespace(k_buffer=k_buffer, v_buffer=v_buffer), REAL, arena)
     order = torch.randperm(MOVED_BLOCKS, generator=torch.Generator().manual_seed(0))
-    tokens = (order[:, None] * PAGE + torch.arange(PAGE)).flatten()
+    pages = blocks.pages((order[:, None] * PAGE + torch.arange(PAGE)).flatten())
     slots = list(range(MOVED_BLOCKS))
     target = bytearray(arena.num_bytes)
 
     def load_back() -> None:
         for start in range(0, MOVED_BLOCKS, BLOCKS):
             for layer in range(REAL.num_layers):
-                some = slice(start * PAGE, (start + BLOCKS) * PAGE)
-                blocks.load_layer(layer, slots[start : start + BLOCKS], tokens[some])
+                some = slice(start, start + BLOCKS)
+                blocks.load_layer(layer, slots[some], pages[some])
 
     pack, load, moved = measure_together(
-        [lambda: blocks.pack(slots, tokens), load_back, lambda: move(arena, target)], repeats
+        [lambda: blocks.pack(slots, pages), load_back, lambda: move(arena, target)], repeats
     )
     report_rate("offload (KVBlocks.pack)", arena.num_bytes, pack, moved, target=0.5)
     report_rate(

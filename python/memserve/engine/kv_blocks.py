@@ -46,36 +46,51 @@ class KVBlocks:
     def __init__(self, device_pool: Any, layout: KVLayout, arena: Arena) -> None:
         """`layout` is the pool's (see `layout_of`), and that of the arena's blocks."""
         self._page = layout.page_tokens
-        self._parts = _buffers(device_pool)
+        # Each buffer by page: [pages, page_tokens * heads * width], as SGLang gives them out.
+        self._parts = [[_by_page(buffer, self._page) for buffer in part] for part in _buffers(device_pool)]
         rows = torch.frombuffer(arena.memory, dtype=torch.uint8).view(-1, arena.slot_bytes)
         dtype = self._parts[0][0].dtype
 
         def view(layer: int, part: int) -> torch.Tensor:
             start = layout.offset(layer, part)
-            columns = rows[:, start : start + layout.part_bytes[part]]
-            return columns.view(dtype).unflatten(1, (self._page, *layout.parts[part]))
+            return rows[:, start : start + layout.part_bytes[part]].view(dtype)
 
-        # One view of all slots for each part of each layer: [slots, page_tokens, heads, width].
+        # The same of all slots, for each part of each layer: [slots, page_tokens * heads * width].
         self._views = [
             [view(layer, part) for layer in range(layout.num_layers)] for part in range(len(layout.parts))
         ]
 
-    def pack(self, slots: list[int], tokens: torch.Tensor) -> None:
-        """Copy pages into blocks. tokens: [len(slots) * page_tokens], device indices in page order."""
-        page = self._page
+    def pages(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The device pages of [n * page_tokens] device indices, in order: [n].
+
+        Raises IndexError if they do not make whole pages, which SGLang's allocator sees to.
+        """
+        first = tokens[:: self._page]
+        if len(tokens) % self._page or bool((first % self._page).any()):
+            raise IndexError(f"{len(tokens)} tokens that are not whole pages of {self._page}")
+        return first // self._page
+
+    def pack(self, slots: list[int], pages: torch.Tensor) -> None:
+        """Copy device pages into blocks, one by one."""
         for start in range(0, len(slots), PACK_BLOCKS):
             some = torch.tensor(slots[start : start + PACK_BLOCKS])
-            index = tokens[start * page : (start + len(some)) * page]
+            index = pages[start : start + len(some)]
             for views, buffers in zip(self._views, self._parts, strict=True):
                 for blocks, buffer in zip(views, buffers, strict=True):
-                    blocks[some] = buffer.index_select(0, index).unflatten(0, (-1, page)).cpu()
+                    blocks.index_copy_(0, some, buffer.index_select(0, index).cpu())
 
-    def load_layer(self, layer: int, slots: list[int], tokens: torch.Tensor) -> None:
-        """Copy one layer of blocks back. tokens: as in `pack`."""
+    def load_layer(self, layer: int, slots: list[int], pages: torch.Tensor) -> None:
+        """Copy one layer of blocks back to device pages."""
         some = torch.tensor(slots)
         for views, buffers in zip(self._views, self._parts, strict=True):
-            rows = views[layer][some].flatten(0, 1)
-            buffers[layer].index_copy_(0, tokens, rows.to(buffers[layer].device))
+            rows = views[layer].index_select(0, some)
+            buffers[layer].index_copy_(0, pages, rows.to(buffers[layer].device))
+
+
+def _by_page(buffer: torch.Tensor, page_tokens: int) -> torch.Tensor:
+    """The same memory, a row per page; a page that is cut off at the end belongs to nobody."""
+    num_pages = buffer.shape[0] // page_tokens
+    return buffer[: num_pages * page_tokens].view(num_pages, -1)
 
 
 def _buffers(device_pool: Any) -> Sequence[Sequence[torch.Tensor]]:

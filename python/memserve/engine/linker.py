@@ -209,9 +209,9 @@ class MemPoolLinker(UnifiedCacheLinker):
         self._stats.loads += len(loads)
         try:
             slots = [slot for load in loads for slot in self._pool.slots(load.lease.addrs)]
-            tokens = torch.cat([load.tokens for load in loads])
+            pages = self._blocks.pages(torch.cat([load.tokens for load in loads]))
             for layer in range(self.layer_done_counter.num_layers):
-                self._blocks.load_layer(layer, slots, tokens)
+                self._blocks.load_layer(layer, slots, pages)
                 self.layer_done_counter.complete(index, layer)
         except (RuntimeError, IndexError) as error:
             logger.error("load from dram failed rids=%s: %s", [load.rid for load in loads], error)
@@ -250,7 +250,7 @@ class MemPoolLinker(UnifiedCacheLinker):
             logger.warning("not offloaded pages=%d: %s", len(keys), error)
             return False
         page = self._pool.layout.page_tokens
-        self._blocks.pack(self._pool.slots(addrs), task.tokens[known * page :])
+        self._blocks.pack(self._pool.slots(addrs), self._blocks.pages(task.tokens[known * page :]))
         self._pool.seal(addrs)
         inserted = self._pool.insert(keys, addrs, parent)
         self._pool.free_mem([*inserted.duplicates, *inserted.orphans])

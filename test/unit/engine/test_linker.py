@@ -138,12 +138,12 @@ def test_pages_survive_a_round_trip_through_blocks(
     slots = torch.randperm(128)[:num_pages].tolist()
     source = torch.randperm(TOKENS // PAGE)[:num_pages, None] * PAGE + torch.arange(PAGE)
     before = kv_at(pool, source.flatten())
-    blocks.pack(slots, source.flatten())
+    blocks.pack(slots, blocks.pages(source.flatten()))
     for buffer in buffers_of(pool):
         buffer.zero_()
     target = torch.randperm(TOKENS // PAGE)[:num_pages, None] * PAGE + torch.arange(PAGE)
     for layer in range(LAYERS):
-        blocks.load_layer(layer, slots, target.flatten())
+        blocks.load_layer(layer, slots, blocks.pages(target.flatten()))
     assert torch.equal(kv_at(pool, target.flatten()), before)
 
 
@@ -236,3 +236,11 @@ def test_a_model_it_cannot_serve_is_refused(component: ComponentType) -> None:
         MemPoolLinker(None, None, components={ComponentType.FULL, component}, extra_config={})
     with pytest.raises(ValueError, match="--dram-gib"):
         layout_of(SimpleNamespace(kv_buffer=[]), PAGE, model="m", rank=0, num_ranks=1)
+
+
+@pytest.mark.parametrize("tokens", [range(PAGE - 1), range(1, PAGE + 1)], ids=["part of a page", "askew"])
+def test_tokens_that_are_no_pages_are_refused(pool: Any, tokens: range) -> None:
+    layout = layout_of(pool, PAGE, model="model", rank=0, num_ranks=1)
+    blocks = KVBlocks(pool, layout, Arena(layout.block_bytes, 1))
+    with pytest.raises(IndexError, match="whole pages"):
+        blocks.pages(torch.tensor(tokens))
