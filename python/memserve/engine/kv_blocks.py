@@ -9,7 +9,8 @@ Works on whatever device the pool is on; copies end before a call returns. Knows
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ import torch
 from memserve.core.kv_layout import KVLayout, Part
 from memserve.mempool.arena import Arena
 
-PACK_BLOCKS = 64
-"""Blocks packed at a time: bounds the staging memory on the device."""
+MAX_BATCH_BLOCKS = 64
+"""Blocks copied at a time: bounds the staging memory on the device."""
+MIN_RUN_BLOCKS = 4
+"""Neighbours on average, below which copies by index are the cheaper ones."""
 
 
 def layout_of(device_pool: Any, page_tokens: int, *, model: str, rank: int, num_ranks: int) -> KVLayout:
@@ -70,21 +73,41 @@ class KVBlocks:
             raise IndexError(f"{len(tokens)} tokens that are not whole pages of {self._page}")
         return first // self._page
 
-    def pack(self, slots: list[int], pages: torch.Tensor) -> None:
+    def pack(self, slots: Sequence[int], pages: torch.Tensor) -> None:
         """Copy device pages into blocks, one by one."""
-        for start in range(0, len(slots), PACK_BLOCKS):
-            some = torch.tensor(slots[start : start + PACK_BLOCKS])
-            index = pages[start : start + len(some)]
+        for start, stop, rows in _batches(slots):
+            index = pages[start:stop]
             for views, buffers in zip(self._views, self._parts, strict=True):
                 for blocks, buffer in zip(views, buffers, strict=True):
-                    blocks.index_copy_(0, some, buffer.index_select(0, index).cpu())
+                    if isinstance(rows, torch.Tensor):
+                        blocks.index_copy_(0, rows, buffer.index_select(0, index).cpu())
+                    elif buffer.device.type == "cpu":
+                        torch.index_select(buffer, 0, index, out=blocks[rows])
+                    else:
+                        blocks[rows].copy_(buffer.index_select(0, index))
 
-    def load_layer(self, layer: int, slots: list[int], pages: torch.Tensor) -> None:
+    def load_layer(self, layer: int, slots: Sequence[int], pages: torch.Tensor) -> None:
         """Copy one layer of blocks back to device pages."""
-        some = torch.tensor(slots)
-        for views, buffers in zip(self._views, self._parts, strict=True):
-            rows = views[layer].index_select(0, some)
-            buffers[layer].index_copy_(0, pages, rows.to(buffers[layer].device))
+        for start, stop, rows in _batches(slots):
+            for views, buffers in zip(self._views, self._parts, strict=True):
+                buffer = buffers[layer]
+                buffer.index_copy_(0, pages[start:stop], views[layer][rows].to(buffer.device))
+
+
+def _batches(slots: Sequence[int]) -> Iterator[tuple[int, int, slice | torch.Tensor]]:
+    """What to copy in one go: slots[start:stop], as a slice if they are neighbours, or as an index.
+
+    A pool gives out neighbours as long as it can, and those take one copy instead of two.
+    """
+    gaps = [i for i in range(1, len(slots)) if slots[i] != slots[i - 1] + 1]
+    are_scattered = len(gaps) * MIN_RUN_BLOCKS > len(slots)
+    for first, end in pairwise([0, *(() if are_scattered else gaps), len(slots)]):
+        for start in range(first, end, MAX_BATCH_BLOCKS):
+            stop = min(start + MAX_BATCH_BLOCKS, end)
+            if are_scattered:
+                yield start, stop, torch.tensor(slots[start:stop])
+            else:
+                yield start, stop, slice(slots[start], slots[start] + stop - start)
 
 
 def _by_page(buffer: torch.Tensor, page_tokens: int) -> torch.Tensor:

@@ -87,11 +87,14 @@ class Allocator:
         return SlotState(self._states[slot])
 
     def take(self, num_blocks: int, state: SlotState) -> Slots:
-        """Turn that many FREE slots into PRIVATE or RESERVED ones. The pool saw to it that there are."""
+        """Turn that many FREE slots into PRIVATE or RESERVED ones. The pool saw to it that there are.
+
+        What came back together goes out together, in the same order: neighbours stay neighbours.
+        """
         top = self._counts[FREE]
         if not 0 <= num_blocks <= top:
             raise InvariantViolated(f"{num_blocks} slots taken of {top} free ones")
-        slots = self._free[top - num_blocks : top].astype(np.int64)
+        slots = self._free[top - num_blocks : top][::-1].astype(np.int64)
         self._states[slots] = state
         self._counts[FREE] -= num_blocks
         self._counts[state] += num_blocks
@@ -114,7 +117,7 @@ class Allocator:
             if self.limit < self.max_slots and (slots >= self.limit).any():
                 slots = self._retire(slots)
             top = self._counts[FREE]
-            self._free[top - len(slots) : top] = slots
+            self._free[top - len(slots) : top] = slots[::-1]
 
     def _retire(self, slots: Slots) -> Slots:
         """Of slots that have become FREE, retire those beyond the limit; returns the others."""

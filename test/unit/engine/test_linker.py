@@ -16,7 +16,7 @@ from memserve.core.block_keys import page_keys
 from memserve.core.caching import CachingMode
 from memserve.core.ids import InstanceId
 from memserve.disagg.pool_node import PoolSettings
-from memserve.engine.kv_blocks import PACK_BLOCKS, KVBlocks, layout_of
+from memserve.engine.kv_blocks import MAX_BATCH_BLOCKS, KVBlocks, layout_of
 from memserve.engine.linker import MemPoolLinker
 from memserve.engine.settings import SETTINGS_VARIABLE, EngineSettings
 from memserve.mempool.arena import Arena
@@ -126,16 +126,17 @@ def buffers_of(pool: Any) -> list[torch.Tensor]:
     return [*getattr(pool, "k_buffer", ()), *getattr(pool, "v_buffer", ()), *getattr(pool, "kv_buffer", ())]
 
 
+@pytest.mark.parametrize("scattered", [True, False])
 @pytest.mark.parametrize("make", [device_pool, latent_pool, uneven_pool])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("num_pages", [1, 3, PACK_BLOCKS, PACK_BLOCKS + 1])
+@pytest.mark.parametrize("num_pages", [1, 3, MAX_BATCH_BLOCKS, MAX_BATCH_BLOCKS + 1])
 def test_pages_survive_a_round_trip_through_blocks(
-    make: Callable[[torch.dtype], Any], dtype: torch.dtype, num_pages: int
+    make: Callable[[torch.dtype], Any], dtype: torch.dtype, num_pages: int, scattered: bool
 ) -> None:
     pool = make(dtype)
     layout = layout_of(pool, PAGE, model="model", rank=0, num_ranks=1)
     blocks = KVBlocks(pool, layout, Arena(layout.block_bytes, 128))
-    slots = torch.randperm(128)[:num_pages].tolist()
+    slots = torch.randperm(128)[:num_pages].tolist() if scattered else list(range(20, 20 + num_pages))
     source = torch.randperm(TOKENS // PAGE)[:num_pages, None] * PAGE + torch.arange(PAGE)
     before = kv_at(pool, source.flatten())
     blocks.pack(slots, blocks.pages(source.flatten()))
