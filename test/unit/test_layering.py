@@ -41,7 +41,7 @@ THIRD_PARTY = {
     "wire": {"msgspec", "zmq"},
     "transport": {"numpy", "mooncake"},
     "mempool": {"numpy", "xxhash"},
-    "router": {"aiohttp", "msgspec", "uvloop"},
+    "router": {"aiohttp", "matplotlib", "msgspec", "tqdm", "uvloop"},
 }
 
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 
 from memserve.core.ids import InstanceId
 from memserve.router.policies import Candidate
+from memserve.router.prompt_tree import Depth
 
 
 @dataclass(slots=True)
@@ -77,8 +78,8 @@ class Ledger:
         account.running -= 1
         account.context_tokens -= context_tokens
 
-    def candidate(self, instance_id: InstanceId, near: int, total: int, now_s: float) -> Candidate:
-        """The instance as a policy sees it, with so many blocks of the request in question."""
+    def candidate(self, instance_id: InstanceId, depth: Depth, now_s: float) -> Candidate:
+        """The instance as a policy sees it, which has `depth` of the request in question."""
         account = self._accounts[instance_id]
         while account.recent and account.recent[0][0] <= now_s - self._window_s:
             account.recent_s -= account.recent.popleft()[1]
@@ -87,8 +88,8 @@ class Ledger:
             queued_s -= min(now_s - account.head_since_s, next(iter(account.queued.values())))
         return Candidate(
             instance_id,
-            near,
-            total,
+            depth.near,
+            depth.total,
             queued_s=max(queued_s, 0.0),
             queued=len(account.queued),
             recent_s=account.recent_s if account.recent else 0.0,

@@ -20,6 +20,7 @@ from memserve.router.policies import (
     Situation,
     decide,
 )
+from memserve.router.prompt_tree import Depth
 from memserve.router.sim_ledger import Ledger
 
 SLOW_NETWORK = replace(GPU_COSTS, remote=Path(2e-3, 1e8))
@@ -233,7 +234,7 @@ def test_cold_prompts_spread_at_any_concurrency(
         candidates = []
         for name in names:
             blocks = 9 if is_warm and name == home else shared_blocks * (name in seen)
-            candidates.append(ledger.candidate(name, blocks, blocks, now_s))
+            candidates.append(ledger.candidate(name, Depth(blocks, blocks), now_s))
         asked = Situation(5120, 512, tuple(candidates), turn=turn)
         name = decide(asked, GPU_COSTS, can_fetch=False).prefill
         blocks = next(it.total_blocks for it in candidates if it.instance_id == name)
