@@ -29,6 +29,7 @@ from memserve.core.ids import Epoch, InstanceId
 from memserve.core.kv_layout import KVLayout
 from memserve.disagg.membership import Membership
 from memserve.disagg.outbox import Errand, Outbox
+from memserve.disagg.publisher import Publisher
 from memserve.mempool.free_memory import free_memory_bytes
 from memserve.mempool.peers.config import PeerAddress, PeersConfig
 from memserve.mempool.peers.peers import Peers
@@ -100,6 +101,7 @@ class PoolNode:
         self._settings = settings
         self._peers: Peers | None = None
         self._members: Membership | None = None
+        self._publisher: Publisher | None = None
         self._fetching = FetchStats()
         self._fetchers = ThreadPoolExecutor(NUM_FETCHERS, thread_name_prefix="mempool-fetch")
         self._resizer = ThreadPoolExecutor(1, thread_name_prefix="mempool-resize")
@@ -157,6 +159,8 @@ class PoolNode:
 
     def close(self) -> None:
         """Leave the cluster and stop all threads. The pool stays."""
+        if self._publisher is not None:
+            self._publisher.close()
         if self._members is not None:
             self._members.close()
         self._outbox.close()
@@ -186,6 +190,9 @@ class PoolNode:
             bootstrap=settings.bootstrap,
         )
         self._members = Membership(ControlClient(router, key=key), info, on_gone=self._peers.gone)
+        if self.pool.layout.rank == 0:  # The ranks of a server hold the same.
+            client = ControlClient(router, key=key)
+            self._publisher = Publisher(client, epoch, self.pool.take_events, self.pool.snapshot)
 
     def _pool_of(self, layout: KVLayout) -> MemPool:
         if layout.digest != self.pool.layout.digest:

@@ -8,6 +8,7 @@ from memserve.core.errors import Retryable
 from memserve.router.caching import why_refused
 from memserve.router.cluster import Cluster
 from memserve.router.config import STATIC_EPOCH
+from memserve.router.feed import TreeFeed
 from memserve.router.pools import Pools
 from memserve.wire.messages import (
     Accepted,
@@ -17,12 +18,14 @@ from memserve.wire.messages import (
     Heartbeat,
     InstanceInfo,
     Message,
+    PoolEvents,
     PoolHeartbeat,
     PoolInfo,
     Refused,
     Register,
     RegisterPool,
     Role,
+    SnapshotPart,
     Unknown,
 )
 
@@ -32,9 +35,12 @@ LOOP_TIMEOUT_S = 5.0
 class ControlHandler:
     """Answers control messages. Called on the control thread; acts on the loop's."""
 
-    def __init__(self, cluster: Cluster, pools: Pools, loop: asyncio.AbstractEventLoop) -> None:
+    def __init__(
+        self, cluster: Cluster, pools: Pools, feed: TreeFeed, loop: asyncio.AbstractEventLoop
+    ) -> None:
         self._cluster = cluster
         self._pools = pools
+        self._feed = feed
         self._loop = loop
 
     def __call__(self, message: Message) -> Message:
@@ -47,6 +53,10 @@ class ControlHandler:
             raise Retryable("the router is too busy to answer") from error
 
     async def _answer(self, message: Message) -> Message:
+        if isinstance(message, PoolEvents):
+            return self._feed.events(message)
+        if isinstance(message, SnapshotPart):
+            return self._feed.part(message)
         return answer(self._cluster, self._pools, message)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from dataclasses import asdict
 
 import aiohttp
 import msgspec
@@ -15,6 +16,7 @@ from memserve.router.api import JsonObject, encode_json
 from memserve.router.caching import caching_of
 from memserve.router.cluster import Cluster, Member
 from memserve.router.failures import failure, message_of
+from memserve.router.feed import TreeFeed
 from memserve.router.http import json_response
 from memserve.router.instance import Instance
 from memserve.router.pools import PoolMember, Pools
@@ -30,9 +32,12 @@ FLUSH_WAIT_S = 5
 class Pages:
     """Serves everything but generation. Event loop thread only."""
 
-    def __init__(self, cluster: Cluster, pools: Pools, session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self, cluster: Cluster, pools: Pools, feed: TreeFeed, session: aiohttp.ClientSession
+    ) -> None:
         self._cluster = cluster
         self._pools = pools
+        self._feed = feed
         self._session = session
         self._started_s = int(time.time())
 
@@ -43,6 +48,7 @@ class Pages:
             web.get("/liveness", self.live),
             web.get("/readiness", self.ready),
             web.get("/workers", self.workers),
+            web.get("/tree", self.tree),
             web.get("/v1/models", self.models),
             web.get("/v1/models/{model:.+}", self.model),
             web.get("/model_info", self.model_info),
@@ -87,6 +93,10 @@ class Pages:
             "pools": [_describe_pool(member, self._pools.age_s(member)) for member in self._pools.members()],
         }
         return json_response(encode_json(page))
+
+    async def tree(self, _: web.Request) -> web.Response:
+        """How many blocks the global prompt tree knows of, whose they are, and how true it has been."""
+        return json_response(encode_json(asdict(self._feed.tree.stats())))
 
     async def models(self, _: web.Request) -> web.Response:
         """OpenAI's list of models."""

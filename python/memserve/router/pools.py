@@ -41,6 +41,11 @@ class Pools:
         self._version = secrets.randbits(62)
         """Random at first: the members of a router that restarted never seem unchanged."""
 
+    @property
+    def version(self) -> int:
+        """Another number whenever somebody has come or gone."""
+        return self._version
+
     def members(self) -> list[PoolMember]:
         """Every pool, in the order in which they came."""
         return list(self._members.values())

@@ -20,12 +20,14 @@ from memserve.router.config import RouterConfig
 from memserve.router.control import ControlHandler
 from memserve.router.dispatch import Dispatcher
 from memserve.router.failures import failure
+from memserve.router.feed import TreeFeed
 from memserve.router.http import GenerateHandler, json_response
 from memserve.router.instance import Instance
 from memserve.router.pages import Pages
 from memserve.router.policy import round_robin
 from memserve.router.pools import Pools
 from memserve.router.probe import Prober
+from memserve.router.prompt_tree import ClusterTree
 from memserve.router.upstream import Upstream, open_session
 from memserve.wire.link import ControlServer
 
@@ -42,6 +44,7 @@ class Router:
     control_address: str
     cluster: Cluster
     pools: Pools
+    feed: TreeFeed
 
 
 @asynccontextmanager
@@ -67,15 +70,17 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         prober = Prober(
             cluster, pools, session, interval_s=config.health_check_interval_secs, clock=time.monotonic
         )
-        pages = Pages(cluster, pools, session)
+        feed = TreeFeed(ClusterTree(), pools)
+        pages = Pages(cluster, pools, feed, session)
         port = await _serve_http(stack, config, [*generate.routes(), *pages.routes()])
-        handler = ControlHandler(cluster, pools, asyncio.get_running_loop())
+        handler = ControlHandler(cluster, pools, feed, asyncio.get_running_loop())
         control = ControlServer(config.host, _control_port(config, port), handler, key=key)
         stack.push_async_callback(asyncio.to_thread, control.close)
         stack.push_async_callback(generate.stop, config.shutdown_grace_period_secs)
         probing = asyncio.create_task(prober.run())
         stack.callback(probing.cancel)
-        yield Router(f"http://{bracketed(config.host)}:{port}", control.address, cluster, pools)
+        url = f"http://{bracketed(config.host)}:{port}"
+        yield Router(url, control.address, cluster, pools, feed)
 
 
 async def serve(config: RouterConfig) -> None:

@@ -11,12 +11,13 @@ from enum import StrEnum
 import msgspec
 
 from memserve.core.block_keys import BlockKey
+from memserve.core.cache_events import CacheEvent, Stored
 from memserve.core.caching import CachingMode
 from memserve.core.errors import WireMismatch
 from memserve.core.ids import Epoch, InstanceId
 from memserve.core.kv_layout import KVLayout
 
-WIRE_VERSION = 3
+WIRE_VERSION = 2
 
 
 class Role(StrEnum):
@@ -305,11 +306,36 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     """It is so now."""
 
 
-ToRouter = Register | Heartbeat | Deregister | RegisterPool | PoolHeartbeat | DeregisterPool
-FromRouter = Accepted | Unknown | Members
+class PoolEvents(msgspec.Struct, frozen=True, tag=True):
+    """Pool → router: what changed in my index. Answered `Done`, `SnapshotWanted`, or `Unknown`."""
+
+    epoch: Epoch
+    events: tuple[CacheEvent, ...]
+    """All since the last message, in the order of their numbers."""
+
+
+class SnapshotWanted(msgspec.Struct, frozen=True, tag=True):
+    """Router → pool: events are missing here; send all that you have."""
+
+
+class SnapshotPart(msgspec.Struct, frozen=True, tag=True):
+    """Pool → router: part of all that was cached after event `sequence`. Answered `Done`, `Unknown`,
+    or `SnapshotWanted` if a part before it has not arrived."""
+
+    epoch: Epoch
+    sequence: int
+    index: int
+    """0, 1, 2, ...; 0 begins anew."""
+    is_last: bool
+    chains: tuple[Stored, ...]
+
+
+ToRouter = Register | Heartbeat | Deregister
+PoolToRouter = RegisterPool | PoolHeartbeat | DeregisterPool | PoolEvents | SnapshotPart
+FromRouter = Accepted | Unknown | Members | SnapshotWanted
 ToPool = Hello | Reserve | Allocate | Commit | Cancel | Locate | AcquireLease | ReleaseLease | Fetch
 FromPool = Welcome | Reserved | Declined | Committed | Located | Leased | Fetched | Done
-Message = ToRouter | FromRouter | Open | Opened | ToPool | FromPool | Refused
+Message = ToRouter | PoolToRouter | FromRouter | Open | Opened | ToPool | FromPool | Refused
 
 
 class _Envelope(msgspec.Struct, frozen=True, array_like=True):
