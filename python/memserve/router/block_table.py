@@ -100,9 +100,9 @@ class BlockTable:
         self.children[parent] = top
         self._offer(last)
 
-    def remove(self, slot: int) -> int:
+    def remove(self, slot: int, key: BlockKey) -> int:
         """Take out a block that has none after it; returns its parent, which is as young as it was."""
-        del self.index[self.key_of(slot)]
+        del self.index[key]
         after, before, parent = self._next[slot], self._previous[slot], self.parents[slot]
         if after:
             self._previous[after] = before

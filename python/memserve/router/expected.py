@@ -10,6 +10,7 @@ from collections.abc import Iterable, Sequence
 
 from memserve.core.block_keys import BlockKey
 from memserve.core.ids import InstanceId
+from memserve.router.tree_records import Depth
 
 
 class ExpectedBlocks:
@@ -65,12 +66,13 @@ class ExpectedBlocks:
             if not mine:
                 del self._until[instance]
 
-    def extend(self, depths: dict[InstanceId, int], keys: Sequence[BlockKey], now_s: float) -> None:
-        """Lengthen what each instance holds of `keys` by what is expected of it right after that."""
+    def lengthen(self, depths: dict[InstanceId, Depth], keys: Sequence[BlockKey], now_s: float) -> None:
+        """Add to what each instance holds of `keys` what is expected of it right after that."""
         num_keys = len(keys)
         for instance, mine in self._until.items():
-            start = end = depths.get(instance, 0)
+            held = depths.get(instance)
+            start = end = held.total if held else 0
             while end < num_keys and mine.get(keys[end], now_s) > now_s:
                 end += 1
             if end > start:
-                depths[instance] = end
+                depths[instance] = Depth(held.near if held else 0, end)

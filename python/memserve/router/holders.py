@@ -17,11 +17,13 @@ EMPTY = 0
 class HolderSets:
     """Interned sets, counted by use. A set that nothing uses any more gives its id back."""
 
-    __slots__ = ("_free", "_ids", "_uses", "masks", "stale")
+    __slots__ = ("_free", "_ids", "_uses", "masks", "sizes", "stale")
 
     def __init__(self) -> None:
         self.masks = [0]
         """By id. For reading."""
+        self.sizes = [0]
+        """How many are in each set, by id. For reading."""
         self.stale: set[int] = set()
         """Ids in use whose set has another, canonical id: `id_of` their mask. For reading."""
         self._uses = [0]
@@ -40,9 +42,11 @@ class HolderSets:
         if self._free:
             new = self._free.pop()
             self.masks[new] = mask
+            self.sizes[new] = mask.bit_count()
         else:
             new = len(self.masks)
             self.masks.append(mask)
+            self.sizes.append(mask.bit_count())
             self._uses.append(0)
         self._ids[mask] = new
         return new
@@ -66,6 +70,7 @@ class HolderSets:
         free = set(self._free)
         keep = ~bits
         self.masks = masks = [mask & keep for mask in self.masks]
+        self.sizes = list(map(int.bit_count, masks))
         self._ids = ids = {0: EMPTY}
         self.stale = stale = set[int]()
         for set_id, mask in enumerate(masks):

@@ -78,31 +78,35 @@ class Holdings:
         self.held[holder] += len(new)
         return end
 
-    def remove(self, holder: int, keys: Sequence[BlockKey]) -> int:
-        """The holder does not have these any more, nor what comes after them. Returns how many it had."""
+    def remove(self, holder: int, keys: Sequence[BlockKey]) -> None:
+        """The holder does not have these any more, nor what comes after them."""
         table, sets, bit = self._table, self._sets, 1 << holder
         masks, get, set_of, children = sets.masks, table.index.get, table.sets, table.children
-        removed = 0
-        last, changed = -1, EMPTY  # most keys have the set of the one before: ask once
+        removed, run = 0, 0
+        last, changed = -1, EMPTY  # most keys have the set of the one before: count them together
         for key in keys:
             slot = get(key, TOP)
             set_id = set_of[slot]
             if set_id != last:
+                self._move(last, changed, run)
+                last, run = -1, 0
                 if not masks[set_id] & bit:
                     continue
                 last, changed = set_id, sets.id_of(masks[set_id] ^ bit)
             if children[slot] and (below := self._below(slot, bit)):
-                removed += self.remove(holder, [table.key_of(one) for one in below])
-                last = -1
+                self._move(last, changed, run)
+                run = 0
+                self.remove(holder, [table.key_of(one) for one in below])
                 changed = sets.id_of(masks[set_id] ^ bit)
+            run += 1
             removed += 1
-            self.held[holder] -= 1
             set_of[slot] = changed
-            sets.use(changed, 1)
-            sets.use(set_id, -1)
-            if changed == EMPTY:
-                self._remove_unheld(slot)
-        return removed
+            if not masks[changed] and not children[slot]:
+                parent = table.remove(slot, key)
+                if not masks[set_of[parent]]:
+                    self._remove_unheld(parent)
+        self._move(last, changed, run)
+        self.held[holder] -= removed
 
     def clear(self, holders: Sequence[int]) -> None:
         """These have nothing any more; at once, the memory follows bit by bit."""
@@ -113,11 +117,13 @@ class Holdings:
             del self.held[holder]
 
     def ends(self, keys: Sequence[BlockKey]) -> list[tuple[int, int]]:
-        """(the bits of holders that have so many of `keys` from the front and no more, how many).
+        """(bits of holders, how many of `keys`, from the front, they have), fewest blocks first.
 
-        Fewest first; who has none is in none. Counts as a use of what is found. O(changes x log n).
+        Who has none is in none; of who is in several, the last is true: where nearly all end at once,
+        all are named, as that set comes again and again. Counts as a use. O(changes x log n).
         """
-        get, set_of, masks = self._table.index.get, self._table.sets, self._sets.masks
+        get, set_of = self._table.index.get, self._table.sets
+        masks, sizes = self._sets.masks, self._sets.sizes
         num_keys = len(keys)
         result: list[tuple[int, int]] = []
         end = 0
@@ -143,10 +149,11 @@ class Holdings:
                     else:
                         high = middle
                 end = high
-            set_id = set_of[get(keys[end], TOP)] if end < num_keys else EMPTY
+            before, set_id = set_id, set_of[get(keys[end], TOP)] if end < num_keys else EMPTY
             left = holders & masks[set_id]
             if left != holders:
-                result.append((holders ^ left, end))
+                most = sizes[before] > 2 * sizes[set_id]
+                result.append((holders if most else holders ^ left, end))
                 holders = left
         if end:
             self._table.use(get(keys[end - 1], TOP))
@@ -183,10 +190,11 @@ class Holdings:
                 break
             set_id = table.sets[slot]
             mask = sets.masks[set_id]
-            forgotten.append((table.key_of(slot), mask))
+            key = table.key_of(slot)
+            forgotten.append((key, mask))
             self.held.subtract(members_of(mask))
             sets.use(set_id, -1)
-            self._remove_unheld(table.remove(slot))
+            self._remove_unheld(table.remove(slot, key))
         return forgotten
 
     def sweep(self, num_slots: int) -> None:
@@ -206,6 +214,12 @@ class Holdings:
                 else:
                     self._remove_unheld(slot)
 
+    def _move(self, before: int, after: int, num_blocks: int) -> None:
+        """So many blocks have another set now."""
+        if num_blocks:
+            self._sets.use(after, num_blocks)
+            self._sets.use(before, -num_blocks)
+
     def _mark(self, holder: int, slots: Sequence[int]) -> None:
         """The holder has these blocks, which are here and chain."""
         set_of, sets, bit, start = self._table.sets, self._sets, 1 << holder, 0
@@ -216,8 +230,7 @@ class Holdings:
                 changed = sets.id_of(mask | bit)
                 for slot in slots[start:end]:
                     set_of[slot] = changed
-                sets.use(changed, end - start)
-                sets.use(set_id, start - end)
+                self._move(set_id, changed, end - start)
                 self.held[holder] += end - start
             start = end
         if slots:
@@ -236,4 +249,4 @@ class Holdings:
         table, sets = self._table, self._sets
         while slot and not table.children[slot] and not sets.masks[table.sets[slot]]:
             sets.use(table.sets[slot], -1)
-            slot = table.remove(slot)
+            slot = table.remove(slot, table.key_of(slot))

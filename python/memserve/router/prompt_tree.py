@@ -78,7 +78,7 @@ class ClusterTree:
         """Whose holders the numbers from 2 i on are."""
         self._learned = 0
         self._learned_due_s = float("inf")
-        self._groups: dict[int, tuple[list[InstanceId], list[InstanceId]]] = {}
+        self._groups: dict[int, tuple[dict[InstanceId, None], list[InstanceId]]] = {}
         self._counters = TreeCounters()
 
     def join(self, instance: InstanceId, epoch: Epoch) -> None:
@@ -187,21 +187,15 @@ class ClusterTree:
         now_s = self._clock()
         if self._learned_due_s <= now_s:
             self._expire_learned(now_s)
-        near: dict[InstanceId, int] = {}
-        total: dict[InstanceId, int] = {}
+        result: dict[InstanceId, Depth] = {}
         for holders, depth in self._holdings.ends(keys):  # fewest blocks first: the last word is the most
-            in_hbm, in_some = self._group(holders)
-            near.update(dict.fromkeys(in_hbm, depth))
-            total.update(dict.fromkeys(in_some, depth))
-        self._expected.extend(total, keys, now_s)
-        get, made = near.get, dict[tuple[int, int], Depth]()
-        result = {}
-        for instance, depth in total.items():
-            pair = (get(instance, 0), depth)
-            known = made.get(pair)
-            if known is None:
-                known = made[pair] = Depth(*pair)
-            result[instance] = known
+            in_hbm, in_dram = self._group(holders)
+            if in_hbm:
+                result.update(dict.fromkeys(in_hbm, Depth(depth, depth)))
+            for instance in in_dram:
+                before = result.get(instance)
+                result[instance] = Depth(before.near if before else 0, depth)
+        self._expected.lengthen(result, keys, now_s)
         return result
 
     def stats(self) -> TreeStats:
@@ -312,20 +306,15 @@ class ClusterTree:
                 self._holdings.remove(member.numbers[Tier.HBM], gone)
                 self._learned_due_s = min(self._learned_due_s, member.mirror.due_s())
 
-    def _group(self, holders: int) -> tuple[list[InstanceId], list[InstanceId]]:
-        """Of a set of holders, the instances whose HBM, and those whose HBM or DRAM is in it."""
+    def _group(self, holders: int) -> tuple[dict[InstanceId, None], list[InstanceId]]:
+        """Of a set of holders, the instances whose HBM is in it, and those of whom only DRAM is."""
         group = self._groups.get(holders)
         if group is None:
             if len(self._groups) >= _MAX_GROUPS:
                 self._groups.clear()
-            in_hbm: list[InstanceId] = []
-            in_some: dict[InstanceId, None] = {}
-            for number in members_of(holders):
-                place, tier = divmod(number, _TIERS)
-                member = self._holders[place]
-                if member is not None:
-                    in_some[member.instance] = None
-                    if tier == Tier.HBM:
-                        in_hbm.append(member.instance)
-            group = self._groups[holders] = in_hbm, list(in_some)
+            found = [divmod(number, _TIERS) for number in members_of(holders)]
+            names = {place: member.instance for place, _ in found if (member := self._holders[place])}
+            in_hbm = {names[place]: None for place, tier in found if tier == Tier.HBM}
+            in_dram = [name for name in names.values() if name not in in_hbm]
+            group = self._groups[holders] = in_hbm, in_dram
         return group
