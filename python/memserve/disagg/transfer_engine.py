@@ -27,7 +27,8 @@ from memserve.disagg.session import Session, SessionId
 from memserve.transport.regions import AddressMap, Int64s, Region, RegionTable
 from memserve.transport.select import MooncakeProtocol, Place, TransportName, open_transports
 from memserve.wire.link import ControlServer
-from memserve.wire.messages import Endpoint, MemoryRange, Message, Open, Opened, Refused
+from memserve.wire.messages import Message, Open, Opened, Refused
+from memserve.wire.peer_messages import Endpoint, MemoryRange
 
 logger = logging.getLogger(__name__)
 

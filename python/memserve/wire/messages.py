@@ -10,12 +10,11 @@ from enum import StrEnum
 
 import msgspec
 
-from memserve.core.block_keys import BlockKey
 from memserve.core.cache_events import CacheEvent, Stored
 from memserve.core.caching import CachingMode
 from memserve.core.errors import WireMismatch
 from memserve.core.ids import Epoch, InstanceId
-from memserve.core.kv_layout import KVLayout
+from memserve.wire.peer_messages import Endpoint, FromPool, MemoryRange, ToPool
 
 WIRE_VERSION = 2
 
@@ -87,21 +86,6 @@ class Open(msgspec.Struct, frozen=True, tag=True):
     """The epoch the caller believes it talks to."""
 
 
-class Endpoint(msgspec.Struct, frozen=True):
-    """How one transport of a process is reached, as that transport wrote it down."""
-
-    transport: str
-    address: str
-
-
-class MemoryRange(msgspec.Struct, frozen=True):
-    """One registered region of the answering process."""
-
-    region_id: int
-    address: int
-    num_bytes: int
-
-
 class Opened(msgspec.Struct, frozen=True, tag=True):
     """Peer → transfer engine: my life's epoch, my transports and my memory."""
 
@@ -154,154 +138,6 @@ class Members(msgspec.Struct, frozen=True, tag=True):
     """None: unchanged since the version that was named."""
 
 
-class Hello(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: who I am, who I think you are, what my blocks are. Answered `Welcome`, `Refused`."""
-
-    epoch: Epoch
-    peer_epoch: Epoch
-    data_epoch: Epoch
-    """Under which my transports write to you: `epoch`, until I was fenced and began anew."""
-    layout: KVLayout
-
-
-class Welcome(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: how my memory for such blocks is reached. Of use only if `epoch` is the one you meant."""
-
-    epoch: Epoch
-    data_epoch: Epoch
-    """Of my transports."""
-    endpoints: tuple[Endpoint, ...]
-    arena: MemoryRange
-    slot_bytes: int
-    is_fenced: bool = False
-    """Your data epoch is refused here for good: say Hello under another."""
-
-
-class Reserve(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: I would write the blocks of this chain that you lack. Answered `Reserved`, `Declined`.
-
-    keys[0] comes after `parent`, or begins a prompt. `transfer_id` is the sender's, never used twice;
-    a repeated request gets the same answer. `Unknown`, here and below: say Hello first.
-    """
-
-    epoch: Epoch
-    transfer_id: int
-    layout: bytes
-    """Digest."""
-    keys: tuple[BlockKey, ...]
-    parent: BlockKey | None
-
-
-class Allocate(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: reserve blocks that nobody indexes. Answered `Reserved`, `Declined`."""
-
-    epoch: Epoch
-    transfer_id: int
-    layout: bytes
-    num_blocks: int
-
-
-class Reserved(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: write here, then commit or cancel."""
-
-    num_known: int
-    """So many blocks, from the front of the chain, are here already."""
-    addrs: tuple[int, ...]
-    """`BlockAddr` of a slot for each block after those."""
-
-
-class Declined(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: not now; nothing has changed here."""
-
-    reason: str
-    parent_unknown: bool = False
-    """Send the chain from its root and it may be taken."""
-
-
-class Commit(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: all bytes of the reservation are in place. Answered `Committed`, `Declined`."""
-
-    epoch: Epoch
-    transfer_id: int
-    checksums: tuple[int, ...]
-    """Of each block written, in the order of the reserved addresses."""
-    keys: tuple[BlockKey, ...] = ()
-    """How to index blocks that were reserved by `Allocate`; none: they wait to be claimed."""
-    parent: BlockKey | None = None
-
-
-class Committed(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: so many blocks are in the index that were not; 0 for blocks nobody indexes."""
-
-    num_new: int
-
-
-class Cancel(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: the reservation will not be committed. Answered `Done`, also when it is unknown."""
-
-    epoch: Epoch
-    transfer_id: int
-    settled: bool
-    """No byte of mine can land any more; else the blocks stay in quarantine."""
-
-
-class Locate(msgspec.Struct, frozen=True, tag=True):
-    """Anyone → pool: how much of this chain do you hold? Answered `Located`."""
-
-    layout: bytes
-    keys: tuple[BlockKey, ...]
-
-
-class Located(msgspec.Struct, frozen=True, tag=True):
-    """Pool → anyone: so many blocks, from the front."""
-
-    num_blocks: int
-
-
-class AcquireLease(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: hold these while I read them. Answered `Leased`, an empty one if none is there."""
-
-    epoch: Epoch
-    lease_id: int
-    """The reader's, never used twice; a repeated request gets the same answer."""
-    layout: bytes
-    keys: tuple[BlockKey, ...]
-
-
-class Leased(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: where the longest prefix that is here can be read, and what its bytes sum to."""
-
-    addrs: tuple[int, ...]
-    checksums: tuple[int, ...]
-
-
-class ReleaseLease(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: I have read them. Answered `Done`, also when the lease is unknown or has run out."""
-
-    epoch: Epoch
-    lease_id: int
-
-
-class Fetch(msgspec.Struct, frozen=True, tag=True):
-    """Router → pool: get what you lack of this chain from `holder`. Answered `Fetched`."""
-
-    layout: bytes
-    keys: tuple[BlockKey, ...]
-    parent: BlockKey | None
-    holder: str
-    """`host:port` of the other pool's control server."""
-    holder_epoch: Epoch
-    timeout_s: float
-
-
-class Fetched(msgspec.Struct, frozen=True, tag=True):
-    """Pool → router: so many blocks of the chain, from the front, are here now."""
-
-    num_blocks: int
-    reason: str = ""
-    """Why it is not all of them."""
-
-
 class Done(msgspec.Struct, frozen=True, tag=True):
     """It is so now."""
 
@@ -333,9 +169,7 @@ class SnapshotPart(msgspec.Struct, frozen=True, tag=True):
 ToRouter = Register | Heartbeat | Deregister
 PoolToRouter = RegisterPool | PoolHeartbeat | DeregisterPool | PoolEvents | SnapshotPart
 FromRouter = Accepted | Unknown | Members | SnapshotWanted
-ToPool = Hello | Reserve | Allocate | Commit | Cancel | Locate | AcquireLease | ReleaseLease | Fetch
-FromPool = Welcome | Reserved | Declined | Committed | Located | Leased | Fetched | Done
-Message = ToRouter | PoolToRouter | FromRouter | Open | Opened | ToPool | FromPool | Refused
+Message = ToRouter | PoolToRouter | FromRouter | Open | Opened | ToPool | FromPool | Done | Refused
 
 
 class _Envelope(msgspec.Struct, frozen=True, array_like=True):

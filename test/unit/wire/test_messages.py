@@ -13,10 +13,8 @@ from memserve.wire.messages import (
     WIRE_VERSION,
     Accepted,
     Deregister,
-    Endpoint,
     Heartbeat,
     InstanceInfo,
-    MemoryRange,
     Message,
     Open,
     Opened,
@@ -27,6 +25,7 @@ from memserve.wire.messages import (
     decode,
     encode,
 )
+from memserve.wire.peer_messages import Endpoint, MemoryRange
 
 words = st.sampled_from(["", "a", "http://h:1", "ü", "x" * 300])
 names = words.map(InstanceId)

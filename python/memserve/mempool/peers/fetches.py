@@ -15,7 +15,8 @@ from memserve.core.block_keys import BlockKey
 from memserve.core.errors import MemServeError
 from memserve.mempool.peers.config import PeerAddress
 from memserve.mempool.pool import MemPool
-from memserve.wire.messages import Fetch, Fetched, Message
+from memserve.wire.messages import Message
+from memserve.wire.peer_messages import Fetch, Fetched
 
 logger = logging.getLogger(__name__)
 

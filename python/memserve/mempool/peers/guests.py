@@ -20,7 +20,8 @@ from memserve.core.ids import Epoch
 from memserve.mempool.lease import Lease
 from memserve.mempool.pool import MemPool
 from memserve.mempool.records import Reservation
-from memserve.wire.messages import Declined, Leased, Message, Reserved
+from memserve.wire.messages import Message
+from memserve.wire.peer_messages import Declined, Leased, Reserved
 
 MAX_GUESTS = 256
 """Idle ones beyond that are forgotten, oldest first: they say Hello again."""

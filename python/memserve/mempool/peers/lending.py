@@ -14,7 +14,8 @@ from memserve.mempool.peers.guests import Guest, Lent, Over
 from memserve.mempool.peers.records import PeersStats, Tally
 from memserve.mempool.pool import MemPool
 from memserve.mempool.records import Match
-from memserve.wire.messages import AcquireLease, Done, Leased, Message, ReleaseLease
+from memserve.wire.messages import Done, Message
+from memserve.wire.peer_messages import AcquireLease, Leased, ReleaseLease
 
 logger = logging.getLogger(__name__)
 

@@ -37,17 +37,8 @@ from memserve.mempool.peers.sweeper import Sweeper
 from memserve.mempool.peers.transfers import RemoteReservation, Reservations, Ticket, Transfers
 from memserve.mempool.pool import MemPool
 from memserve.wire.link import ControlServer
-from memserve.wire.messages import (
-    AcquireLease,
-    Allocate,
-    Commit,
-    Fetch,
-    Hello,
-    Locate,
-    Located,
-    Message,
-    Reserve,
-)
+from memserve.wire.messages import Message
+from memserve.wire.peer_messages import AcquireLease, Allocate, Commit, Fetch, Hello, Locate, Located, Reserve
 
 logger = logging.getLogger(__name__)
 

@@ -23,7 +23,7 @@ from memserve.mempool.peers.sending import chunk_blocks
 from memserve.mempool.pool import MemPool
 from memserve.mempool.records import Reservation
 from memserve.transport.base import Peer
-from memserve.wire.messages import AcquireLease, Leased, ReleaseLease
+from memserve.wire.peer_messages import AcquireLease, Leased, ReleaseLease
 
 logger = logging.getLogger(__name__)
 

@@ -19,17 +19,8 @@ from memserve.mempool.lease import Lease
 from memserve.mempool.peers.guests import OVER, Guest, Incoming, Over
 from memserve.mempool.peers.records import PeersStats, Tally
 from memserve.mempool.pool import MemPool
-from memserve.wire.messages import (
-    Allocate,
-    Cancel,
-    Commit,
-    Committed,
-    Declined,
-    Done,
-    Message,
-    Reserve,
-    Reserved,
-)
+from memserve.wire.messages import Done, Message
+from memserve.wire.peer_messages import Allocate, Cancel, Commit, Committed, Declined, Reserve, Reserved
 
 logger = logging.getLogger(__name__)
 

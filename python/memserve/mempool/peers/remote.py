@@ -38,7 +38,8 @@ from memserve.transport.base import Peer, Transport
 from memserve.transport.copies import Copies
 from memserve.transport.regions import Region, RegionTable
 from memserve.transport.select import connect_best
-from memserve.wire.messages import Declined, Hello, Message, Refused, Unknown, Welcome
+from memserve.wire.messages import Message, Refused, Unknown
+from memserve.wire.peer_messages import Declined, Hello, Welcome
 
 logger = logging.getLogger(__name__)
 

@@ -25,16 +25,8 @@ from memserve.core.kv_layout import TransferMode
 from memserve.mempool.peers.lending import readable
 from memserve.mempool.peers.records import Pushed
 from memserve.mempool.peers.remote import Reached, RemotePool, Result
-from memserve.wire.messages import (
-    Allocate,
-    Cancel,
-    Commit,
-    Committed,
-    Declined,
-    Message,
-    Reserve,
-    Reserved,
-)
+from memserve.wire.messages import Message
+from memserve.wire.peer_messages import Allocate, Cancel, Commit, Committed, Declined, Reserve, Reserved
 
 logger = logging.getLogger(__name__)
 

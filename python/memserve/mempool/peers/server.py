@@ -28,23 +28,20 @@ from memserve.mempool.peers.memory import OwnMemory
 from memserve.mempool.peers.receiving import Receiving
 from memserve.mempool.peers.records import PeersStats, Tally
 from memserve.mempool.pool import MemPool
-from memserve.wire.messages import (
+from memserve.wire.messages import Done, Message, Refused, Unknown
+from memserve.wire.peer_messages import (
     AcquireLease,
     Allocate,
     Cancel,
     Commit,
     Declined,
-    Done,
     Endpoint,
     Hello,
     Locate,
     Located,
     MemoryRange,
-    Message,
-    Refused,
     ReleaseLease,
     Reserve,
-    Unknown,
     Welcome,
 )
 

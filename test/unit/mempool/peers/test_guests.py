@@ -9,18 +9,16 @@ from memserve.core.ids import Epoch
 from memserve.mempool.peers.guests import MAX_GUESTS, MAX_OVER, OVER, Guests, Ledger, Over
 from memserve.mempool.peers.server import RETRY_S
 from memserve.testing.faulty_link import Fault
-from memserve.wire.messages import (
+from memserve.wire.messages import Done, Refused, Unknown
+from memserve.wire.peer_messages import (
     Allocate,
     Cancel,
     Commit,
     Committed,
     Declined,
-    Done,
     Hello,
-    Refused,
     Reserve,
     Reserved,
-    Unknown,
     Welcome,
 )
 

@@ -24,7 +24,7 @@ from memserve.mempool.peers.records import Pushed
 from memserve.mempool.peers.sending import MAX_CHUNK_BLOCKS, chunk_blocks
 from memserve.mempool.pool import MemPool
 from memserve.wire.link import ControlClient
-from memserve.wire.messages import Fetch, Fetched, Locate, Located
+from memserve.wire.peer_messages import Fetch, Fetched, Locate, Located
 
 from ..stage import EPOCH, LAYOUT, keys_of, make_pool, store
 from .pair import TIMEOUT_S, End, running, start

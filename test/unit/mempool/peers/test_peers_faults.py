@@ -20,7 +20,8 @@ from memserve.mempool.peers.config import PeersConfig
 from memserve.mempool.peers.records import Pushed
 from memserve.testing.faulty_link import Fault
 from memserve.testing.transport_process import wait_until
-from memserve.wire.messages import AcquireLease, Cancel, Commit, Hello, Message, ReleaseLease, Reserve
+from memserve.wire.messages import Message
+from memserve.wire.peer_messages import AcquireLease, Cancel, Commit, Hello, ReleaseLease, Reserve
 
 from ..stage import LAYOUT, keys_of, store
 from .pair import End, end, once, running, start

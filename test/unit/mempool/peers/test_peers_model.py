@@ -20,7 +20,8 @@ from memserve.core.errors import (
 from memserve.mempool.peers.config import PeerAddress
 from memserve.mempool.peers.server import RETRY_S
 from memserve.testing.faulty_link import Fault
-from memserve.wire.messages import AcquireLease, Cancel, Commit, Hello, Message, ReleaseLease, Reserve
+from memserve.wire.messages import Message
+from memserve.wire.peer_messages import AcquireLease, Cancel, Commit, Hello, ReleaseLease, Reserve
 
 from ..stage import content, keys_of, store
 from .network import Mishap
