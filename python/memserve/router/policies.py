@@ -28,7 +28,7 @@ would win each time. It also stands for the cache that the work took, and will p
 """
 
 
-FOLLOWERS = 0.5
+FOLLOWERS = 0.3
 """How many requests a new one will keep waiting, for each that waits already.
 
 Eq. 1 alone counts only what the request itself waits for. Of two equal sums, the one with more work
@@ -142,8 +142,8 @@ class Decision(msgspec.Struct, frozen=True):
         return explain(self)
 
 
-Rank = tuple[float, ...]
-Policy = Callable[[Situation, Sequence[Candidate], CostModel], list[Rank]]
+Rank = float | tuple[float, ...]
+Policy = Callable[[Situation, Sequence[Candidate], CostModel], Sequence[Rank]]
 """A rank for each candidate, of which there is at least one. Lower is better; ties are broken outside."""
 
 
@@ -177,10 +177,15 @@ def worthwhile_fetch(situation: Situation, prefill: Candidate, costs: CostModel)
     """Eq. 2: from which other holder moving KV to `prefill` saves most, None if recomputing is as fast."""
     best, most = None, 0.0
     tokens = situation.prompt_tokens
-    for holder in (*situation.prefills, *situation.decodes, *situation.holders):
+    holders = [
+        it
+        for it in (*situation.prefills, *situation.decodes, *situation.holders)
+        if it.total_blocks > prefill.total_blocks and it.instance_id != prefill.instance_id
+    ]
+    if holders and not costs.pairs:  # then from the deepest, if any: what a token saves grows with its place
+        holders = [max(holders, key=lambda it: it.total_blocks)]
+    for holder in holders:
         own, other = (situation.cached_tokens(it.total_blocks) for it in (prefill, holder))
-        if other <= own or holder.instance_id == prefill.instance_id:
-            continue
         transfer_s = costs.transfer_s(other - own, holder.instance_id, prefill.instance_id)
         saved_s = costs.exec_s(tokens, own) - costs.exec_s(tokens, other)
         if saved_s - transfer_s > most:
@@ -207,16 +212,8 @@ def prefill_score(situation: Situation, candidate: Candidate, costs: CostModel) 
 
 def decode_score(situation: Situation, candidate: Candidate, costs: CostModel) -> Score:
     """One decode: receiving what it lacks, then this answer's steps in the batch it would join."""
-    lacking = situation.prompt_tokens - situation.cached_tokens(candidate.total_blocks)
-    step_s = costs.step_s(candidate.decode_batch + 1, candidate.context_tokens + situation.prompt_tokens)
-    return Score(
-        candidate,
-        0.0,
-        costs.remote.seconds(lacking * costs.kv_bytes_per_token),
-        step_s * situation.output_tokens,
-        0.0,
-        0.0,
-    )
+    arrival_s = _arrival_s(situation, candidate, costs)
+    return Score(candidate, 0.0, arrival_s, _steps_s(situation, candidate, costs), 0.0, 0.0)
 
 
 def explain(decision: Decision) -> str:
@@ -250,56 +247,81 @@ def explain(decision: Decision) -> str:
 
 def _best(situation: Situation, candidates: Sequence[Candidate], ranks: Sequence[Rank]) -> Candidate:
     """The lowest rank; of equals the one with the least recent work, then the next in turn."""
+    lowest = min(ranks)
+    if ranks.count(lowest) == 1:
+        return candidates[ranks.index(lowest)]
     count = len(candidates)
-
-    def order(i: int) -> tuple[Rank, float, int]:
-        return ranks[i], candidates[i].recent_s, (i - situation.turn) % count
-
-    return candidates[min(range(count), key=order)]
+    return candidates[
+        min(
+            (i for i in range(count) if ranks[i] == lowest),
+            key=lambda i: (candidates[i].recent_s, (i - situation.turn) % count),
+        )
+    ]
 
 
 def _prompt_tree(situation: Situation, candidates: Sequence[Candidate], costs: CostModel) -> list[Rank]:
-    return [(prefill_score(situation, it, costs).total_s,) for it in candidates]
+    """The totals of `prefill_score`, without making scores: this is done for every request."""
+    tokens, page_tokens = situation.prompt_tokens, situation.page_tokens
+    ranks: list[Rank] = []
+    for it in candidates:
+        total = min(it.total_blocks * page_tokens, tokens - 1)
+        own_s = costs.exec_s(tokens, total)
+        if it.near_blocks != it.total_blocks:
+            own_s += costs.load_s(total - min(it.near_blocks * page_tokens, tokens - 1))
+        ranks.append(it.queued_s + own_s * (1 + FOLLOWERS * it.queued) + RECENT_WEIGHT * it.recent_s)
+    return ranks
+
+
+def _arrival_s(situation: Situation, candidate: Candidate, costs: CostModel) -> float:
+    lacking = situation.prompt_tokens - situation.cached_tokens(candidate.total_blocks)
+    return costs.remote.seconds(lacking * costs.kv_bytes_per_token)
+
+
+def _steps_s(situation: Situation, candidate: Candidate, costs: CostModel) -> float:
+    context_tokens = candidate.context_tokens + situation.prompt_tokens
+    return costs.step_s(candidate.decode_batch + 1, context_tokens) * situation.output_tokens
 
 
 def _prompt_tree_decode(
     situation: Situation, candidates: Sequence[Candidate], costs: CostModel
 ) -> list[Rank]:
-    return [(decode_score(situation, it, costs).total_s,) for it in candidates]
+    return [_arrival_s(situation, it, costs) + _steps_s(situation, it, costs) for it in candidates]
 
 
 def _longest_prefix(situation: Situation, candidates: Sequence[Candidate], _: CostModel) -> list[Rank]:
-    return [(-it.total_blocks,) for it in candidates]
+    return [-it.total_blocks for it in candidates]
 
 
 def _round_robin(situation: Situation, candidates: Sequence[Candidate], _: CostModel) -> list[Rank]:
     count = len(candidates)
-    return [((i - situation.turn) % count,) for i in range(count)]
+    return [(i - situation.turn) % count for i in range(count)]
 
 
 def _random(situation: Situation, candidates: Sequence[Candidate], _: CostModel) -> list[Rank]:
-    return [(_mixed(situation.seed, situation.turn, i),) for i in range(len(candidates))]
+    drawn = _mixed(situation.seed, situation.turn) % len(candidates)
+    return [float(i != drawn) for i in range(len(candidates))]
 
 
 def _least_load(situation: Situation, candidates: Sequence[Candidate], _: CostModel) -> list[Rank]:
     return [_load(it) for it in candidates]
 
 
-def _power_of_two(situation: Situation, candidates: Sequence[Candidate], costs: CostModel) -> list[Rank]:
+def _power_of_two(situation: Situation, candidates: Sequence[Candidate], _: CostModel) -> list[Rank]:
     """The less loaded of two that are drawn."""
-    drawn = [rank[0] for rank in _random(situation, candidates, costs)]
-    worst = sorted(drawn)[:2][-1]
-    return [(float(draw > worst), *_load(it)) for draw, it in zip(drawn, candidates, strict=True)]
+    count = len(candidates)
+    one = _mixed(situation.seed, situation.turn) % count
+    other = (one + 1 + _mixed(situation.seed, situation.turn, 1) % max(count - 1, 1)) % count
+    return [(float(i not in (one, other)), *_load(it)) for i, it in enumerate(candidates)]
 
 
 def _session(situation: Situation, candidates: Sequence[Candidate], costs: CostModel) -> list[Rank]:
     """Rendezvous hashing: a session stays where it is as long as that instance is there."""
     if situation.session is None:
         return _least_load(situation, candidates, costs)
-    return [(_mixed(situation.session, crc32(it.instance_id.encode())),) for it in candidates]
+    return [_mixed(situation.session, crc32(it.instance_id.encode())) for it in candidates]
 
 
-def _load(candidate: Candidate) -> Rank:
+def _load(candidate: Candidate) -> tuple[float, ...]:
     """Work at hand, whichever of the two kinds the instance does."""
     return candidate.queued_s, candidate.decode_batch, candidate.running
 

@@ -9,8 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
+import msgspec
+
 from memserve.core.errors import ConfigError
-from memserve.router.cost_model import CPU_COSTS, GPU_COSTS, CostModel
+from memserve.router.cost_model import CPU_COSTS, GPU_COSTS, CostModel, DecodeCost, PrefillCost
+from memserve.router.cost_model import Path as PathCost
 from memserve.router.policies import DECODE_POLICIES, PREFILL_POLICIES
 from memserve.router.sim_report import Goal, figures, ideal_load
 from memserve.router.simulation import SimulationConfig, simulate
@@ -63,7 +66,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     trace = read_trace(arguments.trace, arguments.block_tokens)
-    costs: CostModel = COSTS[arguments.costs]
+    costs = _costs(arguments.costs)
     config = SimulationConfig(
         instances=arguments.instances,
         decodes=arguments.decodes,
@@ -84,6 +87,31 @@ def _run(arguments: argparse.Namespace) -> None:
         print(f"wrote {path}", file=sys.stderr)
     rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(result).items()}
     print(json.dumps(rounded), flush=True)
+
+
+def _costs(name: str) -> CostModel:
+    """One of `COSTS`, or what benchmark/fit_cost_model.py wrote."""
+    if name in COSTS:
+        return COSTS[name]
+    try:
+        return msgspec.json.decode(Path(name).read_bytes(), type=_CostFile).model()
+    except OSError as error:
+        raise ConfigError(f"--costs {name}: {error.strerror}; else it is {' or '.join(COSTS)}") from error
+    except msgspec.DecodeError as error:
+        raise ConfigError(f"--costs {name}: {error}") from error
+
+
+class _CostFile(msgspec.Struct, forbid_unknown_fields=True):
+    """A `CostModel` without pairs."""
+
+    prefill: PrefillCost
+    decode: DecodeCost
+    kv_bytes_per_token: int
+    dram: PathCost
+    remote: PathCost
+
+    def model(self) -> CostModel:
+        return CostModel(self.prefill, self.decode, self.kv_bytes_per_token, self.dram, self.remote)
 
 
 def _speed(arguments: argparse.Namespace, trace: Trace, costs: CostModel) -> float:
@@ -141,7 +169,12 @@ def _parser() -> argparse.ArgumentParser:
     cluster.add_argument(
         "--capacity", type=int, metavar="TOKENS", help="cache of each instance (default: without end)"
     )
-    cluster.add_argument("--costs", choices=COSTS, default="gpu", help="which cost model (default: gpu)")
+    cluster.add_argument(
+        "--costs",
+        default="gpu",
+        metavar="gpu|cpu|FILE",
+        help="the cost model; FILE is what benchmark/fit_cost_model.py wrote (default: gpu)",
+    )
     routing = parser.add_argument_group("routing")
     names, decode_names = list(PREFILL_POLICIES), list(DECODE_POLICIES)
     routing.add_argument("--policy", choices=names, default="prompt_tree", help="(default: prompt_tree)")

@@ -174,13 +174,14 @@ def test_nobody_to_choose_from_is_an_error() -> None:
 
 CANDIDATES = st.lists(
     st.builds(
-        lambda name, near, far, queued_s, recent_s: candidate(
-            f"i{name}", near + far, near, queued_s=queued_s, recent_s=recent_s
+        lambda name, near, far, queued_s, queued, recent_s: candidate(
+            f"i{name}", near + far, near, queued_s=queued_s, queued=queued, recent_s=recent_s
         ),
         st.integers(0, 99),
         st.integers(0, 5),
         st.integers(0, 5),
         st.floats(0, 100),
+        st.integers(0, 9),
         st.floats(0, 100),
     ),
     min_size=1,
@@ -202,6 +203,16 @@ def test_every_policy_chooses_one_of_the_candidates_and_again_the_same(
     assert decision.fetch_from in names | {None}
     assert decision.fetch_from != decision.prefill
     assert decision.reason
+
+
+@given(CANDIDATES, st.integers(0, 99))
+def test_prompt_tree_takes_the_lowest_of_the_scores_it_shows(candidates: list[Candidate], turn: int) -> None:
+    given_ = situation(*candidates, decodes=tuple(candidates), turn=turn)
+    decision = decide(given_, GPU_COSTS)
+    for name, scores in ((decision.prefill, decision.scores), (decision.decode, decision.decode_scores)):
+        totals = {score.candidate.instance_id: score.total_s for score in scores}
+        assert name is not None
+        assert totals[name] == pytest.approx(min(totals.values()))
 
 
 def test_prefill_and_decode_have_the_same_choice_of_policies() -> None:

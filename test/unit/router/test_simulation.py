@@ -324,6 +324,7 @@ def test_plots_are_drawn(file: Path, tmp_path: Path) -> None:
         (["--instances", "0"], "at least one instance"),
         (["--load", "0.5"], "--load needs --timed"),
         (["--load", "-1", "--timed"], "--load is more than 0"),
+        (["--costs", "nowhere.json"], "No such file or directory; else it is gpu or cpu"),
         (["--block-tokens", "16"], "line 1: .* hash_ids, but"),
     ],
 )
@@ -337,6 +338,26 @@ def test_a_bad_flag_ends_with_one_line_that_says_why(
     assert text.startswith("error: ")
     assert re.search(problem, text)
     assert make_trace.main(["conversation", "--requests", "0"]) == 2
+
+
+def test_a_fitted_cost_model_is_read_from_its_file(
+    file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    costs = {
+        "prefill": {"fixed_s": 0.0, "token_s": 1e-3, "token_pair_s": 0.0},
+        "decode": {"fixed_s": 1e-3, "sequence_s": 0.0, "context_token_s": 0.0},
+        "kv_bytes_per_token": 1000,
+        "dram": {"latency_s": 0.0, "bytes_per_s": 1e9},
+        "remote": {"latency_s": 0.0, "bytes_per_s": 1e9},
+    }
+    path = tmp_path / "costs.json"
+    path.write_text(json.dumps(costs))
+    flags = ["--trace", str(file), "--timed", "--quiet", "--costs", str(path)]
+    assert simulate.main(flags) == 0
+    assert json.loads(capsys.readouterr().out)["token_mean_s"] == pytest.approx(1e-3)
+    path.write_text(json.dumps(costs | {"decode": {}}))
+    assert simulate.main(flags) == 2
+    assert "missing required field `fixed_s` - at `$.decode`" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("command", [simulate.main, make_trace.main])
