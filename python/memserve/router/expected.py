@@ -7,72 +7,88 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
 
 from memserve.core.block_keys import BlockKey
 from memserve.core.ids import InstanceId
 from memserve.router.tree_records import Depth
 
 
+class _Dispatched(NamedTuple):
+    until_s: float
+    keys: Sequence[BlockKey]
+    """The whole prompt, not only what is expected of it."""
+
+
 class ExpectedBlocks:
     """Tails of dispatched prompts, by instance. Forgotten when reported, when late, or with the instance."""
 
     def __init__(self, max_blocks: int | None) -> None:
-        """`max_blocks`: more than that are not remembered, over all instances."""
+        """`max_blocks`: of prompts with more than that, over all instances, no more are remembered."""
         self._max_blocks = max_blocks
-        self._until: dict[InstanceId, dict[BlockKey, float]] = {}
-        self._due: list[tuple[float, int, InstanceId, Sequence[BlockKey]]] = []
+        self._expected: dict[InstanceId, dict[BlockKey, _Dispatched]] = {}
+        self._due: list[tuple[float, int, InstanceId, _Dispatched]] = []
         self._order = 0
         self._num_due = 0
 
     def __len__(self) -> int:
         """Blocks that are expected, or were and have not been looked at since."""
-        return sum(map(len, self._until.values()))
+        return sum(map(len, self._expected.values()))
 
-    def add(self, instance: InstanceId, keys: Sequence[BlockKey], until_s: float) -> bool:
-        """Expect `keys`, which chain; False, changing nothing, if there is no room."""
+    def add(self, instance: InstanceId, keys: Sequence[BlockKey], depth: int, until_s: float) -> bool:
+        """Expect `keys`, a prompt, from `depth` on; False, changing nothing, if there is no room."""
         if self._max_blocks is not None and self._num_due + len(keys) > self._max_blocks:
             return False
-        mine = self._until.setdefault(instance, {})
-        later = {key: until for key in keys if (until := mine.get(key)) is not None and until > until_s}
-        mine.update(dict.fromkeys(keys, until_s))
+        tail = keys[depth:]
+        if not tail:
+            return True
+        mine = self._expected.setdefault(instance, {})
+        prompt = _Dispatched(until_s, tuple(keys))
+        later = {key: one for key in tail if (one := mine.get(key)) is not None and one.until_s > until_s}
+        mine.update(dict.fromkeys(tail, prompt))
         mine.update(later)
         self._order += 1
         self._num_due += len(keys)
-        heapq.heappush(self._due, (until_s, self._order, instance, tuple(keys)))
+        heapq.heappush(self._due, (until_s, self._order, instance, prompt))
         return True
+
+    def chain_to(self, instance: InstanceId, key: BlockKey) -> Sequence[BlockKey]:
+        """The blocks of a prompt up to this one, if it is expected of the instance; else none."""
+        prompt = self._expected.get(instance, {}).get(key)
+        return () if prompt is None else prompt.keys[: prompt.keys.index(key) + 1]
 
     def reported(self, instance: InstanceId, keys: Iterable[BlockKey]) -> None:
         """The instance has told of these: what it says from now on is what counts."""
-        mine = self._until.get(instance)
+        mine = self._expected.get(instance)
         if mine:
             for key in keys:
                 mine.pop(key, None)
 
     def forget(self, instance: InstanceId) -> None:
         """Expect nothing of it any more."""
-        self._until.pop(instance, None)
+        self._expected.pop(instance, None)
 
     def expire(self, now_s: float) -> None:
         """Drop what is late."""
         while self._due and self._due[0][0] <= now_s:
-            _, _, instance, keys = heapq.heappop(self._due)
-            self._num_due -= len(keys)
-            mine = self._until.get(instance)
+            _, _, instance, prompt = heapq.heappop(self._due)
+            self._num_due -= len(prompt.keys)
+            mine = self._expected.get(instance)
             if mine is None:
                 continue
-            for key in keys:
-                if mine.get(key, now_s + 1) <= now_s:
+            for key in prompt.keys:
+                if mine.get(key) is prompt:
                     del mine[key]
             if not mine:
-                del self._until[instance]
+                del self._expected[instance]
 
     def lengthen(self, depths: dict[InstanceId, Depth], keys: Sequence[BlockKey], now_s: float) -> None:
         """Add to what each instance holds of `keys` what is expected of it right after that."""
         num_keys = len(keys)
-        for instance, mine in self._until.items():
+        for instance, mine in self._expected.items():
             held = depths.get(instance)
             start = end = held.total if held else 0
-            while end < num_keys and mine.get(keys[end], now_s) > now_s:
+            while end < num_keys and (one := mine.get(keys[end])) is not None and one.until_s > now_s:
                 end += 1
             if end > start:
                 depths[instance] = Depth(held.near if held else 0, end)

@@ -7,7 +7,7 @@
 
 Within `max_blocks` it forgets the tails used longest ago. A wrong entry costs a miss, never a wrong
 answer. Knows no sockets and no policy. Files: `holdings` (prefixes by holder), `block_table` (columns),
-`holders` (interned sets), `expected`, `mirror`, `tree_records`.
+`holders` (interned sets), `roster` (instances), `expected`, `mirror`, `tree_records`.
 Source: MemServe (global prompt trees, TTL); sequence numbers, epochs and tiers are ours.
 """
 
@@ -16,16 +16,16 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey
 from memserve.core.cache_events import CacheEvent, Snapshot, Stored
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.expected import ExpectedBlocks
-from memserve.router.holders import members_of
 from memserve.router.holdings import SWEEP_SLOTS, Holdings
 from memserve.router.mirror import Mirror
+from memserve.router.roster import TIERS, Member, Roster
 from memserve.router.tree_records import Depth, Held, TreeCounters, TreeStats, Truth
 
 __all__ = ["BYTES_PER_BLOCK", "ClusterTree", "Depth", "Held", "TreeCounters", "TreeStats", "Truth"]
@@ -42,25 +42,6 @@ BLOCKS_PER_SET = 16
 """Within a budget there is at most one distinct set of holders for so many blocks, or `MIN_SETS`."""
 MIN_SETS = 1024
 
-_TIERS = 2
-_MAX_GROUPS = 512
-
-
-@dataclass(slots=True)
-class _Member:
-    """An instance. Its holders are numbers[Tier.HBM] and numbers[Tier.DRAM]."""
-
-    instance: InstanceId
-    epoch: Epoch | None
-    numbers: tuple[int, ...]
-    sequence: int = 0
-    """The last event that is in the tree."""
-    mirror: Mirror | None = None
-
-    @property
-    def bits(self) -> int:
-        return sum(1 << number for number in self.numbers)
-
 
 class ClusterTree:
     """Loop thread only. No call raises for what an instance sent."""
@@ -73,17 +54,14 @@ class ClusterTree:
         self._clock = clock
         self._holdings = Holdings(None if max_blocks is None else max(MIN_SETS, max_blocks // BLOCKS_PER_SET))
         self._expected = ExpectedBlocks(None if max_blocks is None else max(1, max_blocks // 4))
-        self._members: dict[InstanceId, _Member] = {}
-        self._holders: list[_Member | None] = []
-        """Whose holders the numbers from 2 i on are."""
+        self._roster = Roster()
         self._learned = 0
         self._learned_due_s = float("inf")
-        self._groups: dict[int, tuple[dict[InstanceId, None], list[InstanceId]]] = {}
         self._counters = TreeCounters()
 
     def join(self, instance: InstanceId, epoch: Epoch) -> None:
         """It reports from now on, and has nothing yet. Idempotent; a new epoch forgets the old one."""
-        known = self._members.get(instance)
+        known = self._roster.get(instance)
         if known is None or known.epoch != epoch:
             self._enter(instance, epoch)
 
@@ -97,14 +75,13 @@ class ClusterTree:
 
     def leave(self, instance: InstanceId) -> None:
         """All its holdings go, at once: O(sets of holders), not O(blocks). Idempotent."""
-        member = self._members.pop(instance, None)
+        member = self._roster.get(instance)
         if member is None:
             return
         self._learned -= len(member.mirror or ())
         self._holdings.clear(member.numbers)
         self._expected.forget(instance)
-        self._holders[member.numbers[0] // _TIERS] = None
-        self._groups.clear()
+        self._roster.leave(member)
 
     def apply(self, instance: InstanceId, epoch: Epoch, events: Sequence[CacheEvent]) -> bool:
         """Bring the instance's holdings up to the last of `events`, leaving out those that are in already.
@@ -151,19 +128,19 @@ class ClusterTree:
 
         What it holds already is not expected. Left out if it is not known, or too much is expected.
         """
-        member = self._members.get(instance)
+        member = self._roster.get(instance)
         if member is None:
             self._counters.unknown += 1
             return
         now_s = self._clock()
         self._expected.expire(now_s)
         depth = self._holdings.depth(member.bits, keys)
-        if until_s > now_s and not self._expected.add(instance, keys[depth:], until_s):
+        if until_s > now_s and not self._expected.add(instance, keys, depth, until_s):
             self._counters.forgotten += len(keys) - depth
 
     def learn(self, instance: InstanceId, keys: Sequence[BlockKey]) -> None:
         """A worker that never reports has answered: it has `keys`, from a prompt's first on, in HBM."""
-        member = self._members.get(instance)
+        member = self._roster.get(instance)
         if member is None or member.mirror is None:
             self._counters.unknown += 1
             return
@@ -189,7 +166,7 @@ class ClusterTree:
             self._expire_learned(now_s)
         result: dict[InstanceId, Depth] = {}
         for holders, depth in self._holdings.ends(keys):  # fewest blocks first: the last word is the most
-            in_hbm, in_dram = self._group(holders)
+            in_hbm, in_dram = self._roster.group(holders)
             if in_hbm:
                 result.update(dict.fromkeys(in_hbm, Depth(depth, depth)))
             for instance in in_dram:
@@ -207,16 +184,15 @@ class ClusterTree:
             holder_sets=self._holdings.num_sets,
             expected=len(self._expected),
             instances={
-                instance: Held(*(held[number] for number in member.numbers))
-                for instance, member in self._members.items()
+                member.instance: Held(*(held[number] for number in member.numbers)) for member in self._roster
             },
             counters=replace(self._counters),
         )
 
     def compare(self, instance: InstanceId, snapshot: Snapshot) -> Truth:
         """The tree's word on an instance against a snapshot of it, which changes nothing but a counter."""
-        member = self._members.get(instance)
-        chains = [chain for chain in snapshot.chains if chain.tier < _TIERS]
+        member = self._roster.get(instance)
+        chains = [chain for chain in snapshot.chains if chain.tier < TIERS]
         reported = sum(len(chain.keys) for chain in chains)
         if member is None:
             return Truth(0, reported, 0, snapshot.sequence)
@@ -231,24 +207,20 @@ class ClusterTree:
         """Give back memory of what is late or nobody's. For a timer; events do it in passing, too."""
         self._tidy(num_blocks)
 
-    def _enter(self, instance: InstanceId, epoch: Epoch | None) -> _Member:
+    def _enter(self, instance: InstanceId, epoch: Epoch | None) -> Member:
         self.leave(instance)
-        place = self._holders.index(None) if None in self._holders else len(self._holders)
-        member = _Member(instance, epoch, tuple(range(place * _TIERS, (place + 1) * _TIERS)))
-        self._holders[place : place + 1] = [member]
-        self._members[instance] = member
-        return member
+        return self._roster.enter(instance, epoch)
 
-    def _of(self, instance: InstanceId, epoch: Epoch) -> _Member | None:
-        member = self._members.get(instance)
+    def _of(self, instance: InstanceId, epoch: Epoch) -> Member | None:
+        member = self._roster.get(instance)
         if member is None or member.epoch != epoch:
             self._counters.unknown += 1
             return None
         return member
 
-    def _change(self, member: _Member, event: CacheEvent) -> None:
-        """What REMOTE memory holds is another instance's, and told by that one."""
-        if event.tier >= _TIERS:
+    def _change(self, member: Member, event: CacheEvent) -> None:
+        """Apply one event, or a chain of a snapshot."""
+        if event.tier >= TIERS:
             return
         number = member.numbers[event.tier]
         keys = event.keys
@@ -259,6 +231,10 @@ class ClusterTree:
             if self._max_blocks is not None and len(keys) > self._max_blocks:
                 self._counters.forgotten += len(keys) - self._max_blocks
                 keys = keys[: self._max_blocks]
+            if event.parent is not None and not self._holdings.num_held(1 << number, [event.parent]):
+                # It has been forgotten, yet who has a block has all that comes before it.
+                chain = self._expected.chain_to(member.instance, event.parent)
+                self._expected.reported(member.instance, chain[: self._holdings.store(number, None, chain)])
             taken = self._holdings.store(number, event.parent, keys)
             if taken < len(keys):
                 if taken or event.parent is None:
@@ -280,15 +256,11 @@ class ClusterTree:
             gone = holdings.forget_until(len(holdings) - max(0, min(over, 1) if self._learned else over))
             self._counters.forgotten += len(gone)
             for key, holders in gone if self._learned else ():
-                self._unlearn(key, holders)
+                for member in self._roster.of(holders):
+                    if member.mirror is not None:
+                        self._learned -= member.mirror.discard(key)
             if over <= 1 or not self._learned:
                 return
-
-    def _unlearn(self, key: BlockKey, holders: int) -> None:
-        for number in members_of(holders):
-            member = self._holders[number // _TIERS]
-            if member is not None and member.mirror is not None:
-                self._learned -= member.mirror.discard(key)
 
     def _tidy(self, num_blocks: int) -> None:
         now_s = self._clock()
@@ -299,22 +271,9 @@ class ClusterTree:
 
     def _expire_learned(self, now_s: float) -> None:
         self._learned_due_s = float("inf")
-        for member in self._members.values():
+        for member in self._roster:
             if member.mirror is not None:
                 gone = member.mirror.expire(now_s)
                 self._learned -= len(gone)
                 self._holdings.remove(member.numbers[Tier.HBM], gone)
                 self._learned_due_s = min(self._learned_due_s, member.mirror.due_s())
-
-    def _group(self, holders: int) -> tuple[dict[InstanceId, None], list[InstanceId]]:
-        """Of a set of holders, the instances whose HBM is in it, and those of whom only DRAM is."""
-        group = self._groups.get(holders)
-        if group is None:
-            if len(self._groups) >= _MAX_GROUPS:
-                self._groups.clear()
-            found = [divmod(number, _TIERS) for number in members_of(holders)]
-            names = {place: member.instance for place, _ in found if (member := self._holders[place])}
-            in_hbm = {names[place]: None for place, tier in found if tier == Tier.HBM}
-            in_dram = [name for name in names.values() if name not in in_hbm]
-            group = self._groups[holders] = in_hbm, in_dram
-        return group

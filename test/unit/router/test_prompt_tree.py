@@ -352,3 +352,14 @@ def test_a_snapshot_tells_how_true_the_tree_is() -> None:
 def test_a_tree_of_no_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one block"):
         ClusterTree(max_blocks=0)
+
+
+def test_what_was_forgotten_is_known_again_when_a_dispatched_prompt_grows() -> None:
+    tree = tree_of((ANN, [stored(1, "abcdef")]), max_blocks=32)
+    assert tree.apply(ANN, EPOCH, [stored(2, "0123456789ABCDEFGHIJKLMNOPQR")])
+    assert tree.depths(keys("abcdef"))[ANN].total == 4
+    tree.expect(ANN, keys("abcdefg"), until_s=float("inf"))
+    assert tree.apply(ANN, EPOCH, [stored(3, "abcdefg", HBM, start=6)])
+    assert tree.depths(keys("abcdefg")) == {ANN: Depth(7, 7)}
+    assert tree.stats().counters.orphans == 0
+    assert tree.stats().expected == 0
