@@ -41,7 +41,7 @@ THIRD_PARTY = {
     "wire": {"msgspec", "zmq"},
     "transport": {"numpy", "mooncake"},
     "mempool": {"numpy", "xxhash"},
-    "router": {"aiohttp", "matplotlib", "msgspec", "tqdm", "uvloop"},
+    "router": {"aiohttp", "jinja2", "matplotlib", "msgspec", "tokenizers", "tqdm", "uvloop"},
 }
 
 
