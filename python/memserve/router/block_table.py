@@ -27,8 +27,8 @@ class BlockTable:
     """Prefix-closed blocks by key. The columns are for reading, `sets` also for writing."""
 
     __slots__ = (
-        "_free", "_keys", "_next", "_previous", "_queue", "_queued", "_tick", "_used",
-        "children", "index", "parents", "sets",
+        "_free", "_keys", "_previous", "_queue", "_queued", "_tick", "_used",
+        "children", "index", "parents", "sets", "siblings",
     )  # fmt: skip
 
     def __init__(self, *, with_order: bool) -> None:
@@ -37,8 +37,9 @@ class BlockTable:
         self.sets = array("I", [0])
         self.parents = array("I", [0])
         self.children = array("I", [0])
-        """The newest child; the others are threaded through it."""
-        self._next = array("I", [0])
+        """The newest child of each."""
+        self.siblings = array("I", [0])
+        """The next older child of the same parent."""
         self._previous = array("I", [0])
         self._used = array("Q", [0])
         self._keys = bytearray(KEY_BYTES)
@@ -64,7 +65,7 @@ class BlockTable:
         """The blocks right after one. They may be removed meanwhile, once they have been named."""
         child = self.children[slot]
         while child:
-            following = self._next[child]
+            following = self.siblings[child]
             yield child
             child = following
 
@@ -88,14 +89,14 @@ class BlockTable:
             self.children.extend(range(top + 1, last + 1))
             self.children.append(0)
             zeros = bytes(4 * num)
-            self._next.frombytes(zeros)
+            self.siblings.frombytes(zeros)
             self._previous.frombytes(zeros)
             self._used += array("Q", [self._tick]) * num
             if self._queued is not None:
                 self._queued += bytes(num)
         sibling = self.children[parent]
         if sibling:
-            self._next[top] = sibling
+            self.siblings[top] = sibling
             self._previous[sibling] = top
         self.children[parent] = top
         self._offer(last)
@@ -103,19 +104,22 @@ class BlockTable:
     def remove(self, slot: int, key: BlockKey) -> int:
         """Take out a block that has none after it; returns its parent, which is as young as it was."""
         del self.index[key]
-        after, before, parent = self._next[slot], self._previous[slot], self.parents[slot]
+        after, before, parent = self.siblings[slot], self._previous[slot], self.parents[slot]
         if after:
             self._previous[after] = before
+            self.siblings[slot] = 0
         if before:
-            self._next[before] = after
+            self.siblings[before] = after
+            self._previous[slot] = 0
         else:
             self.children[parent] = after
-        self._next[slot] = self._previous[slot] = self.sets[slot] = 0
+        self.sets[slot] = 0
         self._free.append(slot)
         if self._queued is not None and parent:
-            if self._used[slot] > self._used[parent]:
-                self._used[parent] = self._used[slot]
-            if not self.children[parent]:
+            used = self._used
+            if used[slot] > used[parent]:
+                used[parent] = used[slot]
+            if not after and not self.children[parent]:
                 self._offer(parent)
         return parent
 

@@ -93,7 +93,9 @@ class Holdings:
                 if not masks[set_id] & bit:
                     continue
                 last, changed = set_id, sets.id_of(masks[set_id] ^ bit)
-            if children[slot] and (below := self._below(slot, bit)):
+            child = children[slot]
+            tail = not child or (set_of[child] == changed and not table.siblings[child])
+            if not tail and (below := self._below(slot, bit)):
                 self._move(last, changed, run)
                 run = 0
                 self.remove(holder, [table.key_of(one) for one in below])
@@ -101,7 +103,7 @@ class Holdings:
             run += 1
             removed += 1
             set_of[slot] = changed
-            if not masks[changed] and not children[slot]:
+            if changed == EMPTY and not children[slot]:
                 parent = table.remove(slot, key)
                 if not masks[set_of[parent]]:
                     self._remove_unheld(parent)

@@ -1,0 +1,117 @@
+"""Cache events of workers that name blocks by 64 bits, as SGLang's own do, turned into the tree's.
+
+    BlockStored(hashes, parent, token ids)  ──>  Stored(keys)    as far as the keys are known for certain
+    BlockRemoved(hashes)                    ──>  Removed(keys)
+
+A key is known from a prompt that came by, or computed from the event's own tokens, and then has to have
+the event's name. Two keys of one name are noticed, and neither is stored from then on, while both are
+removed: a worker seems to have less than it has, never what it has not. That holds while what is in
+the tree is remembered here, so this has to be the larger of the two.
+Knows no sockets and no instances. Loop thread only. Source: SGLang 0.5.23, disaggregation/kv_events.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from memserve.core.block_addr import Tier
+from memserve.core.block_keys import BlockKey, continue_keys, event_hash, page_keys
+from memserve.core.cache_events import Removed, Stored
+
+
+class ShortKeys:
+    """Keys by their 64-bit names: those that were of use lately."""
+
+    def __init__(self, max_keys: int) -> None:
+        """Between half of `max_keys` and all of them are remembered. Raises ValueError if it is below 2."""
+        if max_keys < 2:
+            raise ValueError(f"at least two keys, not {max_keys}")
+        self._max_young = max_keys // 2
+        self._young: dict[int, BlockKey] = {}
+        self._old: dict[int, BlockKey] = {}
+        self._ambiguous: dict[int, set[BlockKey]] = {}
+
+    def __len__(self) -> int:
+        """Keys that are remembered."""
+        return len(self._young) + sum(1 for name in self._old if name not in self._young)
+
+    @property
+    def num_ambiguous(self) -> int:
+        """Names that are not believed any more."""
+        return len(self._ambiguous)
+
+    def know(self, keys: Iterable[BlockKey]) -> None:
+        """These exist: of a prompt that came by, or that an event told of."""
+        for key in keys:
+            name = event_hash(key)
+            known = self._young.get(name) or self._old.get(name)
+            if name in self._ambiguous:
+                self._ambiguous[name].add(key)
+            elif known is not None and known != key:
+                self._ambiguous[name] = {known, key}
+            else:
+                self._remember(name, key)
+
+    def key_of(self, name: int) -> BlockKey | None:
+        """The key of that name; None if none, or more than one, is known."""
+        if name in self._ambiguous:
+            return None
+        key = self._young.get(name)
+        if key is None:
+            key = self._old.get(name)
+            if key is not None:
+                self._remember(name, key)
+        return key
+
+    def stored(
+        self,
+        sequence: int,
+        tier: Tier,
+        parent: int | None,
+        names: Sequence[int],
+        token_ids: Sequence[int] = (),
+    ) -> Stored:
+        """The event in the tree's words, with as many of its blocks, from the front, as are certain.
+
+        `token_ids`: of all blocks, or none. An event of which nothing is certain has no keys, and keeps
+        its place in the sequence. Never raises for what a worker sent.
+        """
+        above = None if parent is None else self.key_of(parent)
+        if parent is not None and above is None:
+            return Stored(sequence, tier, None, ())
+        computed = _computed(above, names, token_ids)
+        keys: list[BlockKey] = []
+        for i, name in enumerate(names):
+            if i < len(computed) and event_hash(computed[i]) == name:
+                self.know(computed[i : i + 1])
+            key = self.key_of(name)
+            if key is None:
+                break
+            keys.append(key)
+        return Stored(sequence, tier, above, tuple(keys))
+
+    def removed(self, sequence: int, tier: Tier, names: Sequence[int]) -> Removed:
+        """The event in the tree's words: of a name that is not certain, every key that has it."""
+        keys: list[BlockKey] = []
+        for name in names:
+            key = self.key_of(name)
+            keys += self._ambiguous.get(name, ()) if key is None else (key,)
+        return Removed(sequence, tier, tuple(keys))
+
+    def _remember(self, name: int, key: BlockKey) -> None:
+        if len(self._young) >= self._max_young and name not in self._young:
+            self._old, self._young = self._young, {}
+        self._young[name] = key
+
+
+def _computed(above: BlockKey | None, names: Sequence[int], token_ids: Sequence[int]) -> Sequence[BlockKey]:
+    """The keys that blocks of these tokens have, if there is no namespace; none if they are no blocks."""
+    page_tokens, rest = divmod(len(token_ids), max(1, len(names)))
+    if rest or not page_tokens:
+        return ()
+    try:
+        if above is None:
+            return page_keys(token_ids, page_tokens)
+        return continue_keys(above, token_ids, page_tokens)
+    except ValueError:
+        return ()
