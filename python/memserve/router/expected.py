@@ -29,15 +29,16 @@ class ExpectedBlocks:
         self._expected: dict[InstanceId, dict[BlockKey, _Dispatched]] = {}
         self._due: list[tuple[float, int, InstanceId, _Dispatched]] = []
         self._order = 0
-        self._num_due = 0
+        self.num_kept = 0
+        """Blocks of all dispatched prompts that are not late, reported or not: what takes memory."""
 
     def __len__(self) -> int:
-        """Blocks that are expected, or were and have not been looked at since."""
+        """Blocks that are expected, late ones included if `expire` has not come by."""
         return sum(map(len, self._expected.values()))
 
     def add(self, instance: InstanceId, keys: Sequence[BlockKey], depth: int, until_s: float) -> bool:
         """Expect `keys`, a prompt, from `depth` on; False, changing nothing, if there is no room."""
-        if self._max_blocks is not None and self._num_due + len(keys) > self._max_blocks:
+        if self._max_blocks is not None and self.num_kept + len(keys) > self._max_blocks:
             return False
         tail = keys[depth:]
         if not tail:
@@ -48,7 +49,7 @@ class ExpectedBlocks:
         mine.update(dict.fromkeys(tail, prompt))
         mine.update(later)
         self._order += 1
-        self._num_due += len(keys)
+        self.num_kept += len(keys)
         heapq.heappush(self._due, (until_s, self._order, instance, prompt))
         return True
 
@@ -72,7 +73,7 @@ class ExpectedBlocks:
         """Drop what is late."""
         while self._due and self._due[0][0] <= now_s:
             _, _, instance, prompt = heapq.heappop(self._due)
-            self._num_due -= len(prompt.keys)
+            self.num_kept -= len(prompt.keys)
             mine = self._expected.get(instance)
             if mine is None:
                 continue

@@ -47,7 +47,8 @@ class ClusterTree:
     """Loop thread only. No call raises for what an instance sent."""
 
     def __init__(self, *, max_blocks: int | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        """`max_blocks`: bytes of the budget // BYTES_PER_BLOCK. A block that is learned counts twice."""
+        """`max_blocks`: bytes of the budget // BYTES_PER_BLOCK. A block counts once more for each
+        worker that it is learned of, and each prompt in which it is expected."""
         if max_blocks is not None and max_blocks < 1:
             raise ValueError(f"a tree has at least one block, not {max_blocks}")
         self._max_blocks = max_blocks
@@ -137,6 +138,7 @@ class ClusterTree:
         depth = self._holdings.depth(member.bits, keys)
         if until_s > now_s and not self._expected.add(instance, keys, depth, until_s):
             self._counters.forgotten += len(keys) - depth
+        self._keep_budget()
 
     def learn(self, instance: InstanceId, keys: Sequence[BlockKey]) -> None:
         """A worker that never reports has answered: it has `keys`, from a prompt's first on, in HBM."""
@@ -165,13 +167,13 @@ class ClusterTree:
         if self._learned_due_s <= now_s:
             self._expire_learned(now_s)
         result: dict[InstanceId, Depth] = {}
+        get, group, nothing = result.get, self._roster.group, Depth(0, 0)
         for holders, depth in self._holdings.ends(keys):  # fewest blocks first: the last word is the most
-            in_hbm, in_dram = self._roster.group(holders)
+            in_hbm, in_dram = group(holders)
             if in_hbm:
                 result.update(dict.fromkeys(in_hbm, Depth(depth, depth)))
             for instance in in_dram:
-                before = result.get(instance)
-                result[instance] = Depth(before.near if before else 0, depth)
+                result[instance] = Depth(get(instance, nothing).near, depth)
         self._expected.lengthen(result, keys, now_s)
         return result
 
@@ -252,14 +254,14 @@ class ClusterTree:
             return
         holdings = self._holdings
         while True:
-            over = len(holdings) + self._learned - self._max_blocks
+            over = len(holdings) + self._learned + self._expected.num_kept - self._max_blocks
             gone = holdings.forget_until(len(holdings) - max(0, min(over, 1) if self._learned else over))
             self._counters.forgotten += len(gone)
             for key, holders in gone if self._learned else ():
                 for member in self._roster.of(holders):
                     if member.mirror is not None:
                         self._learned -= member.mirror.discard(key)
-            if over <= 1 or not self._learned:
+            if over <= 1 or not self._learned or not gone:
                 return
 
     def _tidy(self, num_blocks: int) -> None:

@@ -268,6 +268,31 @@ def test_a_block_takes_the_memory_that_is_promised(max_blocks: int | None) -> No
     assert 0.75 * BYTES_PER_BLOCK < taken < 1.25 * BYTES_PER_BLOCK
 
 
+def test_the_budget_is_of_bytes_whatever_the_blocks_are_there_for() -> None:
+    """Reported, learned and expected ones, and each by other holders than the one before."""
+    tree = tree_of(*((InstanceId(f"i{n}"), []) for n in range(40)), max_blocks=20_000)
+    for n in range(4):
+        tree.mirror(InstanceId(f"m{n}"), capacity_blocks=None, ttl_s=60)
+    rng = random.Random(0)
+    tracemalloc.start()
+    try:
+        for n in range(3000):
+            chain = tuple(BlockKey(rng.randbytes(32)) for _ in range(20))
+            for name in (f"i{n % 40}", f"i{n % 37}"):
+                sequence = tree.compare(InstanceId(name), Snapshot(0, ())).behind * -1 + 1
+                assert tree.apply(InstanceId(name), EPOCH, [Stored(sequence, DRAM, None, chain)])
+            tree.learn(InstanceId(f"m{n % 4}"), chain[:10])
+            tree.expect(ANN, chain, 0.0)
+            tree.expect(InstanceId(f"i{n % 7}"), tuple(BlockKey(rng.randbytes(32)) for _ in range(5)), 1e12)
+        del chain
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert taken < 20_000 * BYTES_PER_BLOCK
+    assert tree.stats().blocks > 5_000
+    assert tree.stats().expected > 4_000
+
+
 ABC = keys("abc")
 HOSTILE: list[CacheEvent] = [
     stored(2, "abcdef", HBM, start=5),
