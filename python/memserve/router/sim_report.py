@@ -55,6 +55,8 @@ class Figures:
     goodput_per_s: float | None = None
     """Requests per second that met the goal."""
     goodput_ratio: float | None = None
+    prediction_error: float | None = None
+    """Of the router's latest predictions of prefills, relative; None if it began with the true costs."""
 
 
 def figures(outcome: Outcome, costs: CostModel, goal: Goal = Goal()) -> Figures:
@@ -133,4 +135,5 @@ def _with_times(untimed: Figures, outcome: Outcome, costs: CostModel, goal: Goal
         requests_per_s=len(jobs) / duration_s if duration_s else None,
         goodput_per_s=good / duration_s if duration_s else None,
         goodput_ratio=good / len(jobs),
+        prediction_error=outcome.refined.error if outcome.refined.num_observed else None,
     )

@@ -78,6 +78,7 @@ def _run(arguments: argparse.Namespace) -> None:
         speed=_speed(arguments, trace, costs),
         staleness_s=arguments.staleness,
         event_loss=arguments.event_loss,
+        cost_error=arguments.cost_error,
         seed=arguments.seed,
     )
     draw = _plotter(arguments.plots)
@@ -189,6 +190,13 @@ def _parser() -> argparse.ArgumentParser:
     )
     routing.add_argument(
         "--event-loss", type=float, default=0.0, metavar="P", help="share of the cache events that get lost"
+    )
+    routing.add_argument(
+        "--cost-error",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="with --timed: the router begins by believing prefills X times as slow as they are, and learns",
     )
     time = parser.add_argument_group("time")
     time.add_argument("--timed", action="store_true", help="model how long things take")

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from functools import partial
 from itertools import count
 from random import Random
@@ -23,7 +23,16 @@ from memserve.core.block_keys import BlockKey
 from memserve.core.cache_events import CacheEvent, Removed, Snapshot, Stored
 from memserve.core.errors import ConfigError
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cost_model import GPU_COSTS, TOKEN_COSTS, CostModel
+from memserve.router.cost_model import (
+    GPU_COSTS,
+    TOKEN_COSTS,
+    CostModel,
+    Observation,
+    PrefillCost,
+    Refined,
+    observe,
+    with_prefill,
+)
 from memserve.router.policies import PREFILL_POLICIES, Decision, Fetch, Situation, decide
 from memserve.router.prompt_tree import ClusterTree, Depth
 from memserve.router.sim_cache import PromptCache
@@ -63,6 +72,8 @@ class SimulationConfig:
     """How late the router learns what is cached."""
     event_loss: float = 0.0
     """Which share of the events never arrives; the gap is noticed at the next one."""
+    cost_error: float = 1.0
+    """The router begins by believing that prefills take so many times what they do, and learns."""
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -73,8 +84,10 @@ class SimulationConfig:
                 raise ConfigError(f"there is no policy {name}; there are {', '.join(PREFILL_POLICIES)}")
         if self.capacity_tokens is not None and self.capacity_tokens < 1:
             raise ConfigError("a cache has room for at least one token")
-        if not self.speed > 0 or self.staleness_s < 0 or not 0 <= self.event_loss <= 1:
-            raise ConfigError("speed is above 0, staleness not below, and event loss is a share of 1")
+        if min(self.speed, self.cost_error) <= 0 or self.staleness_s < 0 or not 0 <= self.event_loss <= 1:
+            raise ConfigError(
+                "speed and cost error are above 0, staleness is not below, and event loss is a share of 1"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +99,8 @@ class Outcome:
     jobs: tuple[Job, ...]
     prefills: tuple[InstanceId, ...]
     num_resyncs: int
+    refined: Refined
+    """What the router has learnt of prefills; of none if it was right from the beginning."""
 
 
 class Simulation:
@@ -94,6 +109,10 @@ class Simulation:
     def __init__(self, trace: Trace, config: SimulationConfig, costs: CostModel) -> None:
         self._trace, self._config = trace, config
         self._costs = costs if config.timed else TOKEN_COSTS
+        self._refined = Refined.of(
+            PrefillCost(*(value * config.cost_error for value in astuple(self._costs.prefill)))
+        )
+        self._believed = with_prefill(self._costs, self._refined.cost)
         self._random = Random(config.seed)
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
@@ -118,7 +137,7 @@ class Simulation:
         self._run_until(float("inf"))
         self._ended.sort(key=lambda job: job.request.number)
         names = tuple(it.instance_id for it in self._prefills)
-        return Outcome(self._config, self._trace, tuple(self._ended), names, self._num_resyncs)
+        return Outcome(self._config, self._trace, tuple(self._ended), names, self._num_resyncs, self._refined)
 
     def _instance(self, name: str) -> SimulatedInstance:
         capacity = self._config.capacity_tokens
@@ -146,7 +165,7 @@ class Simulation:
         known = depths.get(decision.prefill, NOTHING).total
         if decision.fetch:
             known = decision.fetch.num_blocks
-        job.predicted_s = self._costs.exec_s(tokens, decision.situation.cached_tokens(known))
+        job.predicted_s = self._believed.exec_s(tokens, decision.situation.cached_tokens(known))
         self._index.expect(decision.prefill, request.keys, self._now_s + EXPECT_S)
         if not self._config.timed:
             self._ledger.placed(decision.prefill, job.predicted_s, self._now_s)
@@ -179,7 +198,7 @@ class Simulation:
             seed=config.seed,
         )
         can_fetch = config.can_fetch and config.timed
-        return decide(situation, self._costs, config.policy, config.decode_policy, can_fetch), depths
+        return decide(situation, self._believed, config.policy, config.decode_policy, can_fetch), depths
 
     def _place(self, job: Job) -> None:
         """Without times: the prompt is computed and cached at once."""
@@ -212,10 +231,14 @@ class Simulation:
         begun = instance.prefills.begin()
         if begun is not None:
             job, duration_s = begun
-            self._at(self._now_s + duration_s, partial(self._prefilled, job, instance))
+            self._at(self._now_s + duration_s, partial(self._prefilled, job, instance, duration_s))
 
-    def _prefilled(self, job: Job, instance: SimulatedInstance) -> None:
+    def _prefilled(self, job: Job, instance: SimulatedInstance, duration_s: float) -> None:
         instance.prefills.end()
+        if self._config.cost_error != 1:
+            tokens = job.request.prompt_tokens
+            self._refined = observe(self._refined, Observation(tokens, tokens - job.work_tokens, duration_s))
+            self._believed = with_prefill(self._costs, self._refined.cost)
         self._insert(instance, job.request.keys)
         self._ledger.prefill_done(job.prefill, job.request.number, self._now_s)
         self._begin_prefill(instance)

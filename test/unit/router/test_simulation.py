@@ -237,6 +237,19 @@ def test_fetching_moves_blocks_and_saves_time(trace: Trace) -> None:
     assert with_fetch.ttft_mean_s < without.ttft_mean_s
 
 
+@pytest.mark.parametrize("cost_error", [0.2, 5.0])
+def test_a_router_that_is_wrong_about_costs_learns_them(trace: Trace, cost_error: float) -> None:
+    right, wrong = (
+        summed(run(trace, SimulationConfig(4, timed=True, speed=1.5, cost_error=error)))
+        for error in (1.0, cost_error)
+    )
+    assert right.prediction_error is None
+    assert wrong.prediction_error is not None
+    assert wrong.prediction_error < 0.01
+    assert right.ttft_mean_s is not None
+    assert wrong.ttft_mean_s == pytest.approx(right.ttft_mean_s, rel=0.25)
+
+
 def test_a_lone_request_takes_what_the_cost_model_says() -> None:
     trace = parse_trace([line(output_length=11)], "t")
     (job,) = run(trace, SimulationConfig(1, timed=True)).jobs
@@ -276,6 +289,7 @@ def test_a_percentile_is_one_of_the_values(share: float, expected: float) -> Non
         {"policy": "best"},
         {"capacity_tokens": 0},
         {"speed": 0.0},
+        {"cost_error": 0.0},
         {"event_loss": 1.5},
         {"staleness_s": -1.0},
     ],
