@@ -13,7 +13,8 @@ Source: MemServe, section on caching steps, in whole pages.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import itertools
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +26,12 @@ from memserve.testing.cluster import Cluster
 from memserve.testing.pool_reports import pool_reports, sent_home_bytes, wait_settled
 from memserve.wire.messages import Role
 
-from .conftest import Pair
+from .conftest import SMALL_HBM_TOKENS, Pair
 from .geometry import PAGE, full_pages, page_bytes, pages
 
 NUM_TURNS = 6
 NEW_TOKENS = 50
+FILLER_TOKENS = 500
 WORDS = [
     "Tell me about the sea. " * 5,
     " And then? ",
@@ -65,12 +67,15 @@ def expected(mode: CachingMode, prompts: list[int]) -> list[Turn]:
     return turns
 
 
-def converse(pair: Pair) -> tuple[list[int], list[Turn], list[list[int]]]:
+def converse(
+    pair: Pair, between: Callable[[], None] = lambda: None
+) -> tuple[list[int], list[Turn], list[list[int]]]:
     """Six turns: tokens of each prompt, what each cost, and the tokens that came back."""
     page = page_bytes(pair.model)
     history, prompts, turns, outputs = "", [], [], []
     for words in WORDS:
         history += words
+        between()
         moved, home = pair.moved_bytes(), sent_home_bytes(pool_reports(pair.server_urls()))
         answer: Any = pair.generate(text=history, sampling_params={"max_new_tokens": NEW_TOKENS})
         wait_settled(pair.server_urls())
@@ -113,6 +118,31 @@ def test_full_costs_what_its_closed_form_says(in_full: tuple[list[int], list[Tur
     assert len(turns) == NUM_TURNS
     assert turns == expected(CachingMode.FULL, prompts)
     assert any(turn.to_prefill for turn in turns)
+
+
+def test_history_that_lives_in_dram_costs_no_more(
+    expendable_pair: Pair, in_full: tuple[list[int], list[Turn], list[list[int]]]
+) -> None:
+    """Between the turns, other prompts fill all of prefill's HBM."""
+    pair, fillers = expendable_pair, itertools.count()
+    pair.flush()
+
+    def fill() -> None:
+        for _ in range(SMALL_HBM_TOKENS // FILLER_TOKENS + 1):
+            text = f"{next(fillers):04}" + "x" * (FILLER_TOKENS - 5)
+            pair.generate(text=text, sampling_params={"max_new_tokens": 1})
+        wait_settled(pair.server_urls())
+
+    loaded = loaded_blocks(pair)
+    prompts, turns, outputs = converse(pair, fill)
+    assert turns == expected(CachingMode.FULL, prompts)
+    assert (prompts, outputs) == (in_full[0], in_full[2])
+    reused = sum(prompt - turn.computed for prompt, turn in zip(prompts, turns, strict=True))
+    assert loaded_blocks(pair) - loaded == reused // PAGE, "none of it was in HBM any more"
+
+
+def loaded_blocks(pair: Pair) -> int:
+    return sum(report["linker"]["loaded_blocks"] for report in pool_reports(pair.server_urls()))
 
 
 def test_each_mode_costs_what_its_closed_form_says_and_answers_the_same(
