@@ -32,8 +32,9 @@ FOLLOWERS = 0.3
 """How many requests a new one will keep waiting, for each that waits already.
 
 Eq. 1 alone counts only what the request itself waits for. Of two equal sums, the one with more work
-of its own (fewer cached blocks) holds up everyone behind it: at load 0.9 that is half of the mean
-time to first token, and past the knee it keeps conversations where their history is.
+of its own (fewer cached blocks) holds up everyone behind it. On Mooncake's conversation trace, in
+simulation over 8 instances, this saves a third of the mean time to first token at load 0.9 and over
+half past the knee, where it keeps conversations at their history; a higher weight costs the tail.
 """
 
 
