@@ -54,6 +54,7 @@ def tokenizer(pair: Pair, tiny_model: Path) -> Tokenizer:
         agreement = asyncio.run(tokenizer.verify(url, info, ask))
         assert agreement.texts
         assert agreement.chats
+        assert agreement.model
     return tokenizer
 
 

@@ -34,7 +34,7 @@ class TokenizerFiles:
     special_tokens: Mapping[str, str]
     """By their names, such as `bos_token`."""
     all_special_tokens: tuple[str, ...]
-    """Those, and all that the tokenizer finds in a text."""
+    """Those, further ones that the configuration names, and all that the tokenizer finds in a text."""
     chat_template: str | None
     """None also if there are several: which one is used is a flag of the server."""
     no_chats: str | None
@@ -60,7 +60,7 @@ def read_tokenizer_files(directory: Path) -> TokenizerFiles:
     return TokenizerFiles(
         backend=backend,
         special_tokens=special_tokens,
-        all_special_tokens=tuple(dict.fromkeys([*special_tokens.values(), *added, *_named_in(config)])),
+        all_special_tokens=tuple(dict.fromkeys([*special_tokens.values(), *_named_in(config), *added])),
         chat_template=template,
         no_chats=_no_chats(directory),
     )

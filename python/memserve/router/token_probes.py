@@ -14,6 +14,8 @@ from dataclasses import dataclass
 
 from memserve.router.api import JsonObject
 
+_MAX_SPECIAL_TOKENS = 512
+
 _TEXTS = (
     "Hello, world!  Two spaces,\ttab,\n\n\nthree lines; and 1234567890 or 3.14159e-10 digits. ",
     " A leading space; it's WE'LL they'd, I'M; naïve café, cafe\u0301, \ufb01 Å Ａ ½ ²",
@@ -59,8 +61,12 @@ _GUESSED = re.compile(
 
 
 def probe_texts(special_tokens: Sequence[str]) -> list[str]:
-    """Texts that tell tokenizers apart; each special token stands between words, spaces and itself."""
-    return [*_TEXTS, *(f"a{token}b {token} c\n{token}{token}" for token in special_tokens)]
+    """Texts that tell tokenizers apart; each special token stands between words, spaces and itself.
+
+    Of thousands of special tokens, the first are asked about.
+    """
+    asked = special_tokens[:_MAX_SPECIAL_TOKENS]
+    return [*_TEXTS, *(f"a{token}b {token} c\n{token}{token}" for token in asked)]
 
 
 def renders_chats(server_info: JsonObject) -> bool:

@@ -20,6 +20,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import jinja2
 
@@ -32,6 +33,9 @@ from memserve.router.token_probes import CHATS, Agreement, Agreements, probe_tex
 from memserve.router.token_records import CannotKnow, KnownTokens, TokenizerStats, Tokens, UnknownTokens
 
 logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
 
 Ask = Callable[[JsonObject], Awaitable[object]]
 """Posts a body to a server's /v1/tokenize; gives its answer as parsed JSON, None if it was refused."""
@@ -94,7 +98,7 @@ class Tokenizer:
             if (ids := _given_ids(call)) is not None:
                 return KnownTokens(ids)
             self._check_confirmed(call)
-            reading = await self._on_thread(call)
+            reading = await self._on_thread(self._read, call)
         except CannotKnow as cannot:
             self.stats.unknown[cannot.reason] += 1
             return UnknownTokens(cannot.reason)
@@ -130,7 +134,7 @@ class Tokenizer:
         name. Raises what `ask` raises; what was known of the server stays.
         """
         texts = probe_texts(self._special_tokens)
-        ours = [list(self._encoder.encode(text, framed=True).ids) for text in texts]
+        ours = await self._on_thread(self._text_ids, texts)
         answer = await ask({"prompt": texts})
         agrees = isinstance(answer, dict) and answer.get("tokens") == ours
         num_chats = 0
@@ -156,11 +160,11 @@ class Tokenizer:
         equal = 0
         for body in CHATS:
             try:
-                ours = list(self._read_chat(body).known.prompts[0])
+                reading = await self._on_thread(self._read_chat, body)
             except CannotKnow:
                 continue  # not every template takes tools, or a system message
             answer = await ask(body)
-            if not isinstance(answer, dict) or answer.get("tokens") != ours:
+            if not isinstance(answer, dict) or answer.get("tokens") != list(reading.known.prompts[0]):
                 return 0
             equal += 1
         return equal
@@ -182,8 +186,8 @@ class Tokenizer:
         if not (self._agreements.chats if call.api is Api.CHAT else self._agreements.texts):
             raise CannotKnow(UNCONFIRMED)
 
-    async def _on_thread(self, call: Call) -> _Reading:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._read, call)
+    async def _on_thread(self, work: Callable[[T], R], argument: T) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, argument)
 
     # From here on: any thread.
 
@@ -195,6 +199,9 @@ class Tokenizer:
             raise CannotKnow(MALFORMED) from error
         reading.seconds = time.perf_counter() - start
         return reading
+
+    def _text_ids(self, texts: list[str]) -> list[list[int]]:
+        return [list(self._encoder.encode(text, framed=True).ids) for text in texts]
 
     def _read_texts(self, call: Call) -> _Reading:
         value = call.body["text" if call.api is Api.GENERATE else "prompt"]

@@ -43,6 +43,7 @@ WORDS = [
     "it's",
     "123456",
     "cafe\u0301",
+    "<think>\u0338",  # composed, its last character is no ">": this is no token
     "日本",
     "🙂",
     "▁",
