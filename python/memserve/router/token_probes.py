@@ -55,7 +55,8 @@ CHATS: tuple[JsonObject, ...] = (
 
 # For these model paths SGLang takes a conversation of its own in place of the model's chat template.
 _GUESSED = re.compile(
-    r"points|moss|internvl|janus|vicuna|llava|deepseek.*vl2|minicpm|phi-4-m|ocr|unlimited|whisper",
+    r"\bpoints\b|moss.*vl|internvl|janus|vicuna|llava|deepseek.*vl2|minicpm-[vo]|phi-4-multimodal"
+    r"|deepseek-ocr|paddleocr|unlimited|whisper",
     re.IGNORECASE,
 )
 

@@ -12,6 +12,7 @@ import pytest
 from memserve.core.block_keys import Namespace, page_keys
 from memserve.core.errors import ConfigError
 from memserve.router.api import Api, Call
+from memserve.router.token_probes import probe_texts, renders_chats
 from memserve.router.token_records import KnownTokens, Tokens, UnknownTokens, keys_of
 from memserve.router.tokenizer import UNCONFIRMED, Tokenizer
 from memserve.router.validation import Limits, read_call
@@ -340,6 +341,33 @@ def test_chats_are_unknown_where_sglang_has_a_conversation_of_its_own(
 
 
 @pytest.mark.parametrize(
+    "model_path",
+    [
+        "/data/checkpoints/Qwen3-8B",
+        "meta-llama/Llama-3.1-8B-Instruct",
+        "microsoft/Phi-4",
+        "WePOINTS/POINTS-1-5",
+        "OpenGVLab/InternVL2_5-8B",
+        "deepseek-ai/Janus-Pro-7B",
+        "lmsys/vicuna-7b-v1.5",
+        "lmms-lab/llava-onevision-qwen2-7b-ov",
+        "deepseek-ai/deepseek-vl2-small",
+        "openbmb/MiniCPM-V-2_6",
+        "microsoft/Phi-4-multimodal-instruct",
+        "deepseek-ai/DeepSeek-OCR",
+        "PaddlePaddle/PaddleOCR-VL",
+        "openai/whisper-large-v3",
+        "OpenMOSS/MOSS-VL",
+    ],
+)
+def test_sglang_guesses_a_conversation_where_we_think_so(model_path: str) -> None:
+    from sglang.srt.parser.conversation import get_conv_template_by_model_path
+
+    guessed = get_conv_template_by_model_path(model_path)
+    assert renders_chats({"model_path": model_path, "chat_template": None}) is (guessed is None)
+
+
+@pytest.mark.parametrize(
     ("config", "template", "reason"),
     [
         ({"vision_config": {}}, CHATML, "a multimodal model"),
@@ -359,6 +387,10 @@ def test_chats_of_some_models_are_unknown(
     tokens = tokens_of(tokenizer, Api.CHAT, messages=[USER])
     assert isinstance(tokens, UnknownTokens)
     assert tokens.reason.startswith(reason)
+
+
+def test_thousands_of_special_tokens_are_not_all_asked_about() -> None:
+    assert len(probe_texts([f"<{number}>" for number in range(5000)])) < 600
 
 
 @pytest.mark.parametrize("found", ["nothing", "no tokenizer", "no JSON", "dropout"])
