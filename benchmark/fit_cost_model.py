@@ -1,0 +1,170 @@
+"""Fit the router's cost model to a live instance, and say how well it predicts.
+
+    python benchmark/fit_cost_model.py --url http://127.0.0.1:30000 -o costs.json
+    python -m memserve.router.simulate --trace trace.jsonl --costs costs.json --timed
+
+Prefill: prompts of random tokens, a share of which has just been sent, timed to one token; fitted as
+the router does online, and judged on prompts that were not fitted to. Decode: batches of equal
+requests, timed per token. Bytes per token and the paths are not measured: they come from --like.
+Nobody else may use the instance meanwhile.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import threading
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import numpy as np
+import requests
+
+from figures import progress, report
+from memserve.router.cost_model import (
+    CPU_COSTS,
+    GPU_COSTS,
+    CostModel,
+    DecodeCost,
+    Observation,
+    Refined,
+    observe,
+    with_prefill,
+)
+
+TIMEOUT_S = 300
+LEAST_TOKENS = 32
+REPEATS = 3
+"""Prompts of each size, of which the median counts: others may be at work on the machine."""
+DECODE_TOKENS = 64
+BATCHES = ((1, 64), (1, 1024), (4, 64), (4, 1024), (8, 64), (8, 512))
+"""Requests at a time, and the tokens of each one's prompt."""
+
+
+class Instance:
+    """A server with SGLang's native API."""
+
+    def __init__(self, url: str, vocab_size: int, random: Random) -> None:
+        self.url, self._vocab_size, self._random = url.rstrip("/"), vocab_size, random
+
+    def tokens(self, count: int) -> list[int]:
+        return [self._random.randrange(10, self._vocab_size) for _ in range(count)]
+
+    def generate(self, tokens: list[int], num_new: int) -> tuple[float, dict[str, Any]]:
+        """Seconds, and what the server says of the request."""
+        params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": num_new}
+        begun = time.perf_counter()
+        answer = requests.post(
+            f"{self.url}/generate", json={"input_ids": tokens, "sampling_params": params}, timeout=TIMEOUT_S
+        )
+        taken_s = time.perf_counter() - begun
+        answer.raise_for_status()
+        return taken_s, answer.json()["meta_info"]
+
+    def prefill(self, num_tokens: int, cached_share: float) -> Observation:
+        """One prompt; the server's own word counts for how much of it was cached."""
+        prompt = self.tokens(num_tokens)
+        if cached_share:
+            self.generate(prompt[: int(num_tokens * cached_share)], 1)
+        seconds, said = self.generate(prompt, 1)
+        return Observation(num_tokens, min(int(said.get("cached_tokens", 0)), num_tokens - 1), seconds)
+
+    def step_s(self, num_sequences: int, num_tokens: int) -> float:
+        """Seconds per decode step of a batch that begins with prompts of that length, all cached."""
+        prompts = [self.tokens(num_tokens) for _ in range(num_sequences)]
+        for prompt in prompts:
+            self.generate(prompt, 1)
+        long_s, short_s = (self._together_s(prompts, count) for count in (DECODE_TOKENS, 1))
+        return (long_s - short_s) / (DECODE_TOKENS - 1)
+
+    def _together_s(self, prompts: list[list[int]], num_new: int) -> float:
+        threads = [threading.Thread(target=self.generate, args=(prompt, num_new)) for prompt in prompts]
+        begun = time.perf_counter()
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        return time.perf_counter() - begun
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--url", required=True, help="a colocated instance, or a router of one")
+    parser.add_argument("--prompts", type=int, default=60, help="sizes to time (default: %(default)s)")
+    parser.add_argument("--longest", type=int, default=1800, help="prompt, in tokens (default: %(default)s)")
+    parser.add_argument("--vocab-size", type=int, default=500, help="token ids below (default: %(default)s)")
+    parser.add_argument("--like", choices=("gpu", "cpu"), default="gpu", help="what else to assume")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("-o", "--output", type=Path, help="write the model here, as JSON")
+    args = parser.parse_args()
+    random = Random(args.seed)
+    instance = Instance(args.url, args.vocab_size, random)
+    costs = GPU_COSTS if args.like == "gpu" else CPU_COSTS
+    seen = time_prefills(instance, args.prompts, args.longest, random)
+    fitted, judged = seen[: len(seen) * 3 // 4], seen[len(seen) * 3 // 4 :]
+    refined = Refined.of(costs.prefill)
+    for one in fitted:
+        refined = observe(refined, one)
+    before = [abs(costs.exec_s(it.num_tokens, it.num_cached) / it.seconds - 1) for it in judged]
+    costs = with_prefill(costs, refined.cost)
+    errors = [abs(costs.exec_s(it.num_tokens, it.num_cached) / it.seconds - 1) for it in judged]
+    for it in judged:
+        predicted_s = costs.exec_s(it.num_tokens, it.num_cached)
+        progress(
+            f"{it.num_tokens} tokens, {it.num_cached} cached: {it.seconds:.4g} s, predicted {predicted_s:.4g}"
+        )
+    report("relative error of predicted prefills", errors, "of observed", baseline=before)
+    costs = replace(costs, decode=fit_decode(instance, args.longest))
+    text = json.dumps(as_json(costs), indent=2)
+    progress(text)
+    if args.output:
+        args.output.write_text(text + "\n")
+
+
+def time_prefills(instance: Instance, count: int, longest: int, random: Random) -> list[Observation]:
+    for _ in range(3):
+        instance.prefill(longest, 0.0)  # warm up
+    seen = []
+    for i in range(count):
+        num_tokens = int(LEAST_TOKENS * (longest / LEAST_TOKENS) ** random.random())
+        share = random.choice((0.0, 0.0, 0.5, 0.9))
+        alike = [instance.prefill(num_tokens, share) for _ in range(REPEATS)]
+        seen.append(sorted(alike, key=lambda it: it.seconds)[REPEATS // 2])
+        if i % 10 == 9:
+            progress(f"{i + 1} of {count} sizes")
+    return seen
+
+
+def fit_decode(instance: Instance, longest: int) -> DecodeCost:
+    """Least squares of the three terms, none below 0."""
+    batches = [(count, min(tokens, longest)) for count, tokens in BATCHES]
+    rows, targets = [], []
+    for count, tokens in batches:
+        taken_s = statistics.median(instance.step_s(count, tokens) for _ in range(3))
+        progress(f"decode, {count} x {tokens} tokens: {taken_s:.3g} s a step")
+        rows.append([1.0, count, count * (tokens + DECODE_TOKENS / 2)])
+        targets.append(taken_s)
+    solved = np.linalg.lstsq(np.array(rows), np.array(targets), rcond=None)[0]
+    fixed_s, sequence_s, context_token_s = (max(float(value), 0.0) for value in solved)
+    return DecodeCost(fixed_s, sequence_s, context_token_s)
+
+
+def as_json(costs: CostModel) -> dict[str, Any]:
+    """What the simulator's --costs reads: all but `pairs`."""
+    return {
+        "prefill": asdict(costs.prefill),
+        "decode": asdict(costs.decode),
+        "kv_bytes_per_token": costs.kv_bytes_per_token,
+        "dram": asdict(costs.dram),
+        "remote": asdict(costs.remote),
+    }
+
+
+if __name__ == "__main__":
+    main()
