@@ -196,7 +196,7 @@ class Holdings:
             forgotten.append((key, mask))
             self.held.subtract(members_of(mask))
             sets.use(set_id, -1)
-            self._remove_unheld(table.remove(slot, key))
+            table.remove(slot, key)
         return forgotten
 
     def sweep(self, num_slots: int) -> None:

@@ -54,6 +54,7 @@ def tree_of(*reports: tuple[InstanceId, Sequence[CacheEvent]], max_blocks: int |
         ([stored(1, "abcd", DRAM), stored(2, "abcd"), removed(3, "abcd", 3)], Depth(1, 4)),
         ([stored(1, "abcde"), Removed(2, HBM, tuple(keys("abcde")[2:]))], Depth(2, 2)),
         ([stored(1, "abcde"), Removed(2, HBM, tuple(keys("abc")[2:]))], Depth(2, 2)),
+        ([stored(1, "abc"), stored(2, "abd"), Removed(3, HBM, (keys("abd")[2], keys("ab")[1]))], Depth(1, 1)),
         ([stored(1, "abxy"), stored(2, "abcd"), removed(3, "abxy", 2)], Depth(4, 4)),
         ([stored(1, "abxy")], Depth(2, 2)),
         ([stored(1, "abcd", REMOTE)], None),
@@ -250,9 +251,8 @@ def test_distinct_sets_of_holders_are_within_the_budget_too() -> None:
     }
 
 
-@pytest.mark.parametrize("max_blocks", [None, 200_000])
-def test_a_block_takes_the_memory_that_is_promised(max_blocks: int | None) -> None:
-    tree = tree_of((ANN, []), (BOB, []), max_blocks=max_blocks)
+def test_a_block_takes_the_memory_that_is_promised() -> None:
+    tree = tree_of((ANN, []), (BOB, []), max_blocks=200_000)
     rng = random.Random(0)
     tracemalloc.start()
     try:
@@ -270,13 +270,13 @@ def test_a_block_takes_the_memory_that_is_promised(max_blocks: int | None) -> No
 
 def test_the_budget_is_of_bytes_whatever_the_blocks_are_there_for() -> None:
     """Reported, learned and expected ones, and each by other holders than the one before."""
-    tree = tree_of(*((InstanceId(f"i{n}"), []) for n in range(40)), max_blocks=20_000)
+    tree = tree_of(*((InstanceId(f"i{n}"), []) for n in range(40)), max_blocks=6000)
     for n in range(4):
         tree.mirror(InstanceId(f"m{n}"), capacity_blocks=None, ttl_s=60)
     rng = random.Random(0)
     tracemalloc.start()
     try:
-        for n in range(3000):
+        for n in range(800):
             chain = tuple(BlockKey(rng.randbytes(32)) for _ in range(20))
             for name in (f"i{n % 40}", f"i{n % 37}"):
                 sequence = tree.compare(InstanceId(name), Snapshot(0, ())).behind * -1 + 1
@@ -288,9 +288,9 @@ def test_the_budget_is_of_bytes_whatever_the_blocks_are_there_for() -> None:
         taken = tracemalloc.get_traced_memory()[0]
     finally:
         tracemalloc.stop()
-    assert taken < 20_000 * BYTES_PER_BLOCK
-    assert tree.stats().blocks > 5_000
-    assert tree.stats().expected > 4_000
+    assert taken < 1.25 * 6000 * BYTES_PER_BLOCK
+    assert tree.stats().blocks > 1000
+    assert tree.stats().expected > 1000
 
 
 ABC = keys("abc")

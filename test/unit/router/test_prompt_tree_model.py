@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 
-from hypothesis import settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
@@ -289,7 +289,44 @@ class BudgetMachine(ClusterMachine):
         assert stats.blocks <= stats.holdings
 
 
-FEW = settings(max_examples=100, stateful_step_count=40, deadline=None, derandomize=True)
+steps = st.lists(st.tuples(st.integers(0, 1), prompts, st.integers(0, 2)), max_size=30)
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(steps=steps, capacity=st.integers(1, 12))
+def test_mirrors_are_lists_of_blocks_in_order_of_use(
+    steps: list[tuple[int, Prompt, int]], capacity: int
+) -> None:
+    """Two workers that report nothing, and one that does."""
+    now_s, ttl_s = 0.0, 5
+    tree = ClusterTree(clock=lambda: now_s)
+    ann, bob, cyd = NAMES
+    tree.join(cyd, Epoch(1))
+    assert tree.apply(cyd, Epoch(1), [Stored(1, Tier.DRAM, None, tuple(keys_of((0, 1, 0, 1))))])
+    models: dict[InstanceId, list[tuple[Prompt, float]]] = {ann: [], bob: []}
+    for name in models:
+        tree.mirror(name, capacity_blocks=capacity, ttl_s=ttl_s)
+    for who, prompt, passed_s in steps:
+        now_s += passed_s
+        tree.learn(NAMES[who], keys_of(prompt))
+        used = prefixes(prompt)
+        known = [one for one in models[NAMES[who]] if one[0] not in used and one[1] + ttl_s > now_s]
+        models[NAMES[who]] = [*known, *((one, now_s) for one in reversed(used))][-capacity:]
+        held = {
+            name: {block for block, since_s in model if since_s + ttl_s > now_s}
+            for name, model in models.items()
+        }
+        for asked in [one[1] for one in steps]:
+            depths = {name: leading(asked, blocks) for name, blocks in held.items()}
+            expected = {name: Depth(depth, depth) for name, depth in depths.items() if depth}
+            if depth := leading(asked, prefixes((0, 1, 0, 1))):
+                expected[cyd] = Depth(0, depth)
+            assert tree.depths(keys_of(asked)) == expected
+        tree.tidy()
+        assert tree.stats().blocks == len(held[ann] | held[bob] | set(prefixes((0, 1, 0, 1))))
+
+
+FEW = settings(max_examples=70, stateful_step_count=40, deadline=None, derandomize=True)
 TestCluster = ClusterMachine.TestCase
 TestCluster.settings = FEW
 TestBudget = BudgetMachine.TestCase
