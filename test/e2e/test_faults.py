@@ -13,9 +13,11 @@ import pytest
 import requests
 
 from memserve.testing.cluster import Cluster, is_ready, wait_for
+from memserve.testing.pool_reports import pool_reports, wait_settled
 from memserve.wire.messages import Role
 
 from .conftest import Pair, num_requests
+from .geometry import PAGE, full_pages
 
 ANSWER_WITHIN_S = 5.0
 BACK_WITHIN_S = 2.0
@@ -83,6 +85,21 @@ def test_a_prefill_killed_in_a_request_answers_with_an_error(expendable_pair: Pa
     wait_registered_again(pair, Role.PREFILL)
 
 
+def test_a_prefill_that_was_killed_finds_its_history_at_decode(expendable_pair: Pair) -> None:
+    pair, new_tokens = expendable_pair, 40
+    text = "What a prefill has forgotten, its decode may still know. " * 10
+    params = {"max_new_tokens": new_tokens}
+    first = pair.generate(text=text, sampling_params=params)
+    wait_settled(pair.server_urls())
+    pair.cluster.servers["prefill"].kill()
+    wait_registered_again(pair, Role.PREFILL)
+    pair.wait_pair()
+    history = f"{text}{first['text']} And then?"
+    meta = pair.generate(text=history, sampling_params=params)["meta_info"]
+    held = full_pages(first["meta_info"]["prompt_tokens"] + new_tokens - 1)
+    assert meta["prefill_cached_tokens"] == held * PAGE
+
+
 def test_a_server_told_to_stop_leaves_the_router_at_once(expendable_pair: Pair) -> None:
     pair = expendable_pair
     decode = pair.cluster.servers.pop("decode")
@@ -125,7 +142,7 @@ def _session_pids(leader: int) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def _leave_a_whole_pair(expendable_pair: Pair) -> Any:
-    """If a test failed half-way, bring back what it killed."""
+    """Nothing has leaked; and if a test failed half-way, bring back what it killed."""
     yield
     for role in (Role.PREFILL, Role.DECODE):
         process = expendable_pair.cluster.servers.get(str(role))
@@ -133,3 +150,7 @@ def _leave_a_whole_pair(expendable_pair: Pair) -> Any:
             expendable_pair.launch(role)
     expendable_pair.cluster.wait_ready()
     expendable_pair.wait_pair()
+    wait_settled(expendable_pair.server_urls())
+    for report in pool_reports(expendable_pair.server_urls()):
+        held = {name: report["pool"][name] for name in ("private", "reserved", "quarantined", "leases")}
+        assert not any(held.values()), held
