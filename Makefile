@@ -30,7 +30,7 @@ check:
 	$(PYTHON) -m pytest -q test/unit
 
 bench: install
-	@for benchmark in transfer attention router mempool; do $(PYTHON) benchmark/bench_$$benchmark.py || exit 1; done
+	@for benchmark in transfer attention router tree mempool; do $(PYTHON) benchmark/bench_$$benchmark.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) models logs

@@ -1,6 +1,9 @@
-"""How fast the pool's own bookkeeping is, single-threaded, and how fast it moves blocks.
+"""How fast the pool's own bookkeeping is, single-threaded, how fast it moves blocks, what it costs servers.
 
-    python benchmark/bench_mempool.py [--repeats N] [--cached N ...]
+    python benchmark/bench_mempool.py [--repeats N] [--cached N ...] [--local]
+
+The figures between processes (bench_peers) and on real servers (bench_serving, some minutes) come last;
+--local leaves them out.
 
 A prompt here is 4,096 tokens in 256 blocks of 16. Pools are filled with chains of 256 blocks, of
 which `--cached` sizes are tried. The baseline of insert and match is SGLang's radix tree with as many
@@ -23,6 +26,8 @@ from typing import TypeVar
 
 import numpy as np
 
+import bench_peers
+import bench_serving
 from figures import measure, measure_together, progress, report
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, page_keys
@@ -51,6 +56,7 @@ def main() -> None:
     )
     parser.add_argument("--repeats", type=int, default=21)
     parser.add_argument("--cached", type=int, nargs="+", default=[1_000, 10_000, 100_000, 1_000_000])
+    parser.add_argument("--local", action="store_true", help="only what one process can measure")
     args = parser.parse_args()
     bench_keys(args.repeats)
     for num_blocks in (1, 16, 256):
@@ -62,6 +68,9 @@ def main() -> None:
     bench_swap(repeats)
     bench_resize(repeats)
     bench_kv_blocks(repeats)
+    if not args.local:
+        bench_peers.run(repeats)
+        bench_serving.run(bench_serving.make_model(), repeats)
 
 
 def bench_keys(repeats: int) -> None:

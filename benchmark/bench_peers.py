@@ -48,7 +48,11 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--repeats", type=int, default=11, help="default: %(default)s")
-    repeats = parser.parse_args().repeats
+    run(parser.parse_args().repeats)
+
+
+def run(repeats: int) -> None:
+    """All figures."""
     measure_modes(repeats)
     with Cluster(Path(tempfile.mkdtemp(prefix="memserve-bench-"))) as cluster:
         cluster.launch_memory("memory", 1.0)

@@ -53,9 +53,13 @@ def main() -> None:
     parser.add_argument("--model-path", type=Path, help="default: the bench model, made on the spot")
     parser.add_argument("--rounds", type=int, default=9, help="default: %(default)s")
     args = parser.parse_args()
+    run(args.model_path or make_model(), args.rounds)
+
+
+def run(model: Path, rounds: int) -> None:
+    """All figures."""
     with ExitStack() as stack:
         logs = Path(tempfile.mkdtemp(prefix="memserve-bench-"))
-        model = args.model_path or make_model()
         progress(f"starting two pairs (logs in {logs})")
         clusters = {
             name: stack.enter_context(start(model, logs / name, flags)) for name, flags in VARIANTS.items()
@@ -64,8 +68,8 @@ def main() -> None:
             cluster.wait_ready()
             wait_for(lambda url=cluster.url: is_ready(url), what="a pair")
             wait_acquainted(cluster.server_urls())
-        measure_cost(clusters, args.rounds)
-        measure_gain(clusters, max(3, args.rounds // 3))
+        measure_cost(clusters, rounds)
+        measure_gain(clusters, max(3, rounds // 3))
 
 
 def make_model() -> Path:
