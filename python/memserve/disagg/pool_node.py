@@ -12,9 +12,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +75,16 @@ class PoolSettings(msgspec.Struct, frozen=True):
 
 @dataclass(slots=True)
 class FetchStats:
-    """What was asked of peers for requests that were waiting. Guarded by the node's executor: approximate."""
+    """What was asked of peers for requests that were waiting."""
 
     asked: int = 0
     found: int = 0
     blocks: int = 0
     failed: int = 0
     seconds: float = 0.0
+
+    def __add__(self, other: FetchStats) -> FetchStats:
+        return FetchStats(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
 
 def dram_slots(dram_bytes: int | None, layout: KVLayout, hbm_bytes: int) -> int:
@@ -102,6 +105,7 @@ class PoolNode:
         self._peers: Peers | None = None
         self._members: Membership | None = None
         self._publisher: Publisher | None = None
+        self._counting = threading.Lock()
         self._fetching = FetchStats()
         self._fetchers = ThreadPoolExecutor(NUM_FETCHERS, thread_name_prefix="mempool-fetch")
         self._resizer = ThreadPoolExecutor(1, thread_name_prefix="mempool-resize")
@@ -123,13 +127,15 @@ class PoolNode:
 
     # ---- what comes in
 
-    def may_fetch(self) -> bool:
-        """Whether there is anybody to ask."""
-        return bool(self._sources())
+    @property
+    def fetches(self) -> bool:
+        """Whether this server ever asks others; the same for all of its ranks, whoever they know of."""
+        return self._members is not None and self._settings.role is not Role.DECODE
 
-    def fetch(self, keys: Sequence[BlockKey], num_reachable: int) -> Future[None]:
-        """Get what a peer holds of a prompt (keys from its root) beyond the first `num_reachable` blocks.
+    def fetch(self, keys: Callable[[], Sequence[BlockKey]], num_reachable: int) -> Future[None]:
+        """Get what a peer holds of a prompt beyond the first `num_reachable` blocks.
 
+        `keys` gives those of the prompt, from its root, and is called only if there is anybody to ask.
         Ends within FETCH_TIMEOUT_S or so, whatever happens; a failure is a miss.
         """
         return self._fetchers.submit(self._fetch, keys, num_reachable)
@@ -154,7 +160,7 @@ class PoolNode:
             "pool": asdict(self.pool.stats()),
             "peers": asdict(self._peers.stats()) if self._peers is not None else None,
             "outbox": asdict(self._outbox.stats()),
-            "fetch": asdict(self._fetching),
+            "fetch": asdict(self._fetched()),
         }
 
     def close(self) -> None:
@@ -215,7 +221,7 @@ class PoolNode:
 
     def _sources(self) -> tuple[PoolInfo, ...]:
         """Who may hold pages that this pool lacks; those who answer soonest first."""
-        if self._members is None or self._settings.role is Role.DECODE:
+        if self._members is None or not self.fetches:
             return ()
         roles = [Role.MEMORY]
         if self._settings.role is Role.PREFILL and self._settings.caching.returns:
@@ -233,31 +239,43 @@ class PoolNode:
         chain = self.pool.chain_to(errand.keys[-1])
         return self._peers.push(to, self.pool, chain).num_sent if chain else 0
 
-    def _fetch(self, keys: Sequence[BlockKey], num_reachable: int) -> None:
-        assert self._peers is not None
-        begun = time.monotonic()
-        stats = self._fetching
-        stats.asked += 1
+    def _fetch(self, keys_of: Callable[[], Sequence[BlockKey]], num_reachable: int) -> None:
+        sources = self._sources()
+        if not sources:
+            return
+        begun, keys = time.monotonic(), keys_of()
+        deadline = begun + FETCH_TIMEOUT_S
         here = self.pool.num_cached(keys)
         missing, parent = keys[here:], keys[here - 1] if here else None
         best, most = None, num_reachable - here
-        for source in self._sources():
-            found = self._located(source, missing)
+        for source in sources:
+            found = self._located(source, missing) if time.monotonic() < deadline else 0
             if found > most:
                 best, most = source, found
+        outcome = FetchStats(asked=1)
         if best is not None:
-            stats.found += 1
-            try:
-                address = PeerAddress(best.address, best.epoch)
-                left_s = FETCH_TIMEOUT_S - (time.monotonic() - begun)
-                fetched = self._peers.fetch(
-                    address, self.pool, missing[:most], parent=parent, timeout_s=max(left_s, 0.1)
-                )
-                stats.blocks += fetched
-            except MemServeError as error:
-                stats.failed += 1
-                logger.warning("blocks not fetched from=%s num=%d: %s", best.instance_id, most, error)
-        stats.seconds += time.monotonic() - begun
+            outcome = self._fetch_from(best, missing[:most], parent, deadline)
+        outcome.seconds = time.monotonic() - begun
+        with self._counting:
+            self._fetching += outcome
+
+    def _fetch_from(
+        self, source: PoolInfo, keys: Sequence[BlockKey], parent: BlockKey | None, deadline: float
+    ) -> FetchStats:
+        assert self._peers is not None
+        address, left_s = PeerAddress(source.address, source.epoch), deadline - time.monotonic()
+        try:
+            blocks = self._peers.fetch(
+                address, self.pool, keys, parent=parent, timeout_s=max(left_s, LOCATE_TIMEOUT_S)
+            )
+        except MemServeError as error:
+            logger.warning("blocks not fetched from=%s num=%d: %s", source.instance_id, len(keys), error)
+            return FetchStats(asked=1, found=1, failed=1)
+        return FetchStats(asked=1, found=1, blocks=blocks)
+
+    def _fetched(self) -> FetchStats:
+        with self._counting:
+            return self._fetching
 
     def _resize(self, num_slots: int) -> None:
         before = self.pool.arena.num_slots

@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from memserve.core.block_keys import Namespace, page_keys
+from memserve.core.block_keys import BlockKey, Namespace, page_keys
 from memserve.disagg.pool_node import PoolNode
 
 IDLE_WAIT_S = 0.001
@@ -25,7 +25,7 @@ AllReduceMin = Callable[[torch.Tensor], None]
 
 
 class Fetching:
-    """The fetches under way, by request."""
+    """The fetches under way, by request. A fetch that raises, which is a bug, ends the scheduler."""
 
     def __init__(self, node: PoolNode) -> None:
         self._node = node
@@ -33,14 +33,17 @@ class Fetching:
 
     def begin(self, req: Any, num_reachable_tokens: int) -> None:
         """Look for what this rank can reach of the request's prompt in none of its own tiers."""
-        page = self._node.pool.layout.page_tokens
-        tokens = req.origin_input_ids
+        page, tokens = self._node.pool.layout.page_tokens, req.origin_input_ids
         num_pages = (len(tokens) - 1) // page  # The last token is always computed.
         num_reachable = num_reachable_tokens // page
-        if num_pages > num_reachable and self._node.may_fetch():
-            namespace = Namespace(req.extra_key, req.cache_salt)
-            keys = page_keys(tokens[: num_pages * page], page, namespace)
-            self._fetches[req.rid] = self._node.fetch(keys, num_reachable)
+        if num_pages <= num_reachable:
+            return
+        namespace = Namespace(req.extra_key, req.cache_salt)
+
+        def keys() -> list[BlockKey]:
+            return page_keys(tokens[: num_pages * page], page, namespace)
+
+        self._fetches[req.rid] = self._node.fetch(keys, num_reachable)
 
     def hold(self, queue: list[Any], all_reduce_min: AllReduceMin) -> list[Any]:
         """Those of `queue` that must wait, on every rank alike."""
@@ -50,7 +53,7 @@ class Fetching:
         all_reduce_min(done)
         for rid, is_done in zip(list(self._fetches), done.tolist(), strict=True):
             if is_done:
-                del self._fetches[rid]
+                self._fetches.pop(rid).result()
         return [req for req in queue if req.rid in self._fetches]
 
     def wait(self) -> None:

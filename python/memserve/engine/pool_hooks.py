@@ -58,7 +58,7 @@ def name_ended_request(original: Callable[..., Any], cache: Any, req: Any, **kwa
 def fetch_on_arrival(scheduler: Any, req: Any, *_: Any, **__: Any) -> None:
     """Begin to fetch what other pools hold of a prompt, unless this server can reach it itself."""
     linker = linker_of(scheduler.tree_cache)
-    if linker is not None and linker.node.may_fetch():
+    if linker is not None and linker.node.fetches:
         req.init_next_round_input(scheduler.tree_cache, cow_mamba=False)
         linker.fetching.begin(req, req.prefix_len + req.host_hit_length)
 

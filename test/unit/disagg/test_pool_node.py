@@ -132,17 +132,18 @@ def test_no_other_mode_sends_anything_home(join: Join) -> None:
     decode.stored(keys, None, BOOTSTRAP)
     wait_sent(decode)
     assert prefill.pool.stats().cached == 0
-    assert not prefill.may_fetch()
+    prefill.fetch(lambda: keys, num_reachable=0).result(timeout=10)
+    assert prefill.pool.stats().cached == 0
 
 
 def test_a_prompt_is_fetched_from_decode_as_far_as_it_goes(join: Join) -> None:
     prefill, decode = join(Role.PREFILL), join(Role.DECODE)
-    assert prefill.may_fetch()
-    assert not decode.may_fetch()
+    assert prefill.fetches
+    assert not decode.fetches
     keys = chain(8)
     data = store(decode, keys[:6])
     head = store(prefill, keys[:2])
-    prefill.fetch(keys, num_reachable=2).result(timeout=10)
+    prefill.fetch(lambda: keys, num_reachable=2).result(timeout=10)
     assert read(prefill, keys) == head + data[2:]
     assert prefill.stats()["fetch"] | {"seconds": 0} == {
         "asked": 1,
@@ -157,7 +158,7 @@ def test_what_this_server_can_reach_is_not_fetched(join: Join) -> None:
     prefill, decode = join(Role.PREFILL), join(Role.DECODE)
     keys = chain(6)
     store(decode, keys)
-    prefill.fetch(keys, num_reachable=6).result(timeout=10)
+    prefill.fetch(lambda: keys, num_reachable=6).result(timeout=10)
     assert prefill.pool.stats().cached == 0, "the radix cache has them"
 
 
@@ -165,16 +166,16 @@ def test_a_fetch_without_room_is_a_miss(join: Join) -> None:
     prefill, decode = join(Role.PREFILL, num_blocks=2), join(Role.DECODE)
     keys = chain(6)
     store(decode, keys)
-    prefill.fetch(keys, num_reachable=0).result(timeout=10)
+    prefill.fetch(lambda: keys, num_reachable=0).result(timeout=10)
     assert prefill.pool.stats().cached <= 2
 
 
 def test_a_decode_that_is_gone_is_asked_no_more(join: Join) -> None:
     prefill, decode = join(Role.PREFILL), join(Role.DECODE)
     decode.close()
-    wait_for(lambda: not prefill.may_fetch(), what="decode to be gone", timeout_s=10)
-    prefill.fetch(chain(3), num_reachable=0).result(timeout=10)
-    assert prefill.stats()["fetch"]["found"] == 0
+    wait_for(lambda: prefill.stats()["members"]["known"] == 0, what="decode to be gone", timeout_s=10)
+    prefill.fetch(lambda: chain(3), num_reachable=0).result(timeout=10)
+    assert prefill.stats()["fetch"]["asked"] == 0
 
 
 def test_a_tier_is_resized_while_it_serves(join: Join) -> None:
@@ -191,7 +192,7 @@ def test_a_tier_is_resized_while_it_serves(join: Join) -> None:
     kept = prefill.pool.stats().cached
     assert 0 < kept <= 8
     assert read(prefill, keys) == data[:kept]
-    prefill.fetch(keys[:8], num_reachable=0).result(timeout=10)
+    prefill.fetch(lambda: keys[:8], num_reachable=0).result(timeout=10)
     assert read(prefill, keys[:8]) == data[:8], "decode finds the memory that is left"
 
 
