@@ -22,8 +22,8 @@ from memserve.router.traces import BLOCK_TOKENS, Request, Trace, read_trace
 COSTS = {"gpu": GPU_COSTS, "cpu": CPU_COSTS}
 
 HELP = """\
-Replays a trace against simulated instances, with the policies and the cost model that the router
-itself runs. The last line on stdout is one JSON object; progress goes to stderr.
+Replays a trace against simulated instances, with the router's prompt tree, policies and cost model.
+The last line on stdout is one JSON object; progress goes to stderr.
 
 A trace has one request a line, as Mooncake publishes them:
   {"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [0, 46, 47, ...]}

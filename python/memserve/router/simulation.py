@@ -1,4 +1,4 @@
-"""A cluster simulated over a trace, under the very policies and cost model that the router runs.
+"""A cluster simulated over a trace, under the router's own policies and cost model.
 
     arrival -> decide -> [fetch] -> queue -> prefill -> [transfer] -> decode -> end
                  ^                              |
