@@ -58,8 +58,13 @@ def test_a_decode_killed_in_a_stream_ends_it_with_an_error(expendable_pair: Pair
     wait_registered_again(pair, Role.DECODE)
 
 
-def test_a_prefill_killed_in_a_request_answers_with_an_error(expendable_pair: Pair) -> None:
-    pair = expendable_pair
+def test_a_prefill_killed_in_a_request_answers_with_an_error_and_loses_no_history(
+    expendable_pair: Pair,
+) -> None:
+    pair, new_tokens = expendable_pair, 40
+    text = "What a prefill has forgotten, its decode may still know. " * 10
+    first = pair.generate(text=text, sampling_params={"max_new_tokens": new_tokens})
+    wait_settled(pair.server_urls())
     answers: list[Any] = []
     prefill = pair.cluster.servers["prefill"]
     # Stopped first, so that the request is certain to be there when it dies.
@@ -84,20 +89,10 @@ def test_a_prefill_killed_in_a_request_answers_with_an_error(expendable_pair: Pa
     wait_for(lambda: num_requests(decode_url) == 0, what="decode to be rid of the request", timeout_s=10)
     wait_registered_again(pair, Role.PREFILL)
 
-
-def test_a_prefill_that_was_killed_finds_its_history_at_decode(expendable_pair: Pair) -> None:
-    pair, new_tokens = expendable_pair, 40
-    text = "What a prefill has forgotten, its decode may still know. " * 10
-    params = {"max_new_tokens": new_tokens}
-    first = pair.generate(text=text, sampling_params=params)
-    wait_settled(pair.server_urls())
-    pair.cluster.servers["prefill"].kill()
-    wait_registered_again(pair, Role.PREFILL)
     pair.wait_pair()
-    history = f"{text}{first['text']} And then?"
-    meta = pair.generate(text=history, sampling_params=params)["meta_info"]
+    meta = pair.generate(text=f"{text}{first['text']} And then?")["meta_info"]
     held = full_pages(first["meta_info"]["prompt_tokens"] + new_tokens - 1)
-    assert meta["prefill_cached_tokens"] == held * PAGE
+    assert meta["prefill_cached_tokens"] == held * PAGE, "fetched from decode"
 
 
 def test_a_server_told_to_stop_leaves_the_router_at_once(expendable_pair: Pair) -> None:

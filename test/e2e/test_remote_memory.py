@@ -10,12 +10,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 
 from memserve.testing.cluster import Cluster, wait_for
 from memserve.testing.pool_reports import pool_reports, wait_settled
 from memserve.wire.messages import Role
 
-from .conftest import Pair
+from .conftest import REQUEST_TIMEOUT_S, Pair
 from .geometry import PAGE, full_pages, page_bytes
 
 NEW_TOKENS = 40
@@ -74,6 +75,16 @@ def report(pair: Pair, name: str) -> dict[str, Any]:
     return only
 
 
+def shrink(pair: Pair, name: str, dram_gib: float) -> None:
+    """Give one server that much DRAM from now on."""
+    (url,) = (worker["url"] for worker in pair.workers() if worker["instance_id"] == name)
+    before = report(pair, name)["pool"]["total"]
+    body = {"server_args": {"memserve_dram_gib": dram_gib}}
+    answer = requests.post(f"{url}/set_internal_state", json=body, timeout=REQUEST_TIMEOUT_S)
+    assert answer.json() == [True]
+    wait_for(lambda: report(pair, name)["pool"]["total"] < before, what="the tier to shrink", timeout_s=30)
+
+
 def test_history_that_prefill_lost_comes_from_decode(scarce: Pair, pair: Pair) -> None:
     computed, least, outputs = converse(scarce, "a")
     assert computed == least, "what decode holds need not be computed"
@@ -86,17 +97,8 @@ def test_history_that_prefill_lost_comes_from_decode(scarce: Pair, pair: Pair) -
 
 
 def test_a_memory_instance_raises_the_hit_rate_and_its_death_costs_only_recomputation(scarce: Pair) -> None:
-    """Decode's DRAM is made small, too: without help most history is lost.
-
-    Its HBM is larger: SGLang's decode takes no request without room for 512 tokens of answer.
-    """
-    scarce.cluster.servers["decode"].stop()
-    one = gib_of(HBM_TOKENS, scarce.model)
-    scarce.cluster.launch(
-        "decode", Role.DECODE, scarce.model, "--max-total-tokens", str(2 * HBM_TOKENS), "--dram-gib", one
-    )
-    scarce.cluster.wait_ready()
-    scarce.wait_pair()
+    """Decode's DRAM shrinks while it serves, too: without help most history is lost."""
+    shrink(scarce, "decode", float(gib_of(HBM_TOKENS, scarce.model)))
     alone, least, _ = converse(scarce, "b")
     assert alone > least
 
