@@ -18,7 +18,7 @@ import json
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -57,8 +57,9 @@ def run(repeats: int) -> None:
     with Cluster(Path(tempfile.mkdtemp(prefix="memserve-bench-"))) as cluster:
         cluster.launch_memory("memory", 1.0)
         cluster.wait_ready()
+        seeds = itertools.count()  # No chain twice: what is there already is not sent.
         for transport in ("local", "tcp"):
-            measure_exchange(transport, memory_of(cluster), repeats)
+            measure_exchange(transport, memory_of(cluster), seeds, repeats)
 
 
 def measure_modes(repeats: int) -> None:
@@ -117,13 +118,14 @@ def memory_of(cluster: Cluster) -> PeerAddress:
     return PeerAddress(pool["address"], Epoch(int(pool["epoch"], 16)))
 
 
-def measure_exchange(transport: TransportName, memory: PeerAddress, repeats: int) -> None:
+def measure_exchange(
+    transport: TransportName, memory: PeerAddress, seeds: Iterator[int], repeats: int
+) -> None:
     """4,096 tokens there and back, and one page there, against memmove of the same bytes."""
     progress(f"push and fetch over {transport}")
     epoch = new_epoch()
     pool = MemPool(LAYOUT, Arena(LAYOUT.block_bytes, 2 * NUM_BLOCKS), epoch)
     peers = Peers(PeersConfig(transport=transport), epoch, lambda _: pool)
-    seeds = itertools.count()
     chains: list[list[BlockKey]] = []
 
     def push() -> None:
