@@ -11,7 +11,7 @@ from __future__ import annotations
 import pkgutil
 from typing import Any
 
-from memserve.disagg.pool_metrics import exposition
+from memserve.disagg.pool_metrics import CONTENT_TYPE, exposition
 from memserve.engine import seams
 
 
@@ -23,7 +23,7 @@ def add_pages() -> None:
         return await _pools()
 
     async def metrics() -> Response:
-        return Response(exposition(await _pools()), media_type="text/plain; version=0.0.4")
+        return Response(exposition(await _pools()), media_type=CONTENT_TYPE)
 
     app = pkgutil.resolve_name(f"{seams.HTTP_SERVER}:app")
     app.add_api_route("/mempool", mempool, methods=["GET"])
