@@ -37,7 +37,7 @@ from memserve.router.policies import PREFILL_POLICIES, Decision, Fetch, Situatio
 from memserve.router.prompt_tree import ClusterTree, Depth
 from memserve.router.sim_cache import PromptCache
 from memserve.router.sim_engine import Job, SimulatedInstance
-from memserve.router.sim_ledger import Ledger
+from memserve.router.ledger import Ledger
 from memserve.router.traces import Request, Trace
 
 WINDOW_S = 180.0

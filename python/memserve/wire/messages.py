@@ -16,7 +16,7 @@ from memserve.core.errors import WireMismatch
 from memserve.core.ids import Epoch, InstanceId
 from memserve.wire.peer_messages import Endpoint, FromPool, MemoryRange, ToPool
 
-WIRE_VERSION = 2
+WIRE_VERSION = 3
 
 
 class Role(StrEnum):
@@ -108,6 +108,8 @@ class PoolInfo(msgspec.Struct, frozen=True):
     """Digest of its blocks' layout, in hex; empty for a pool that takes any."""
     bootstrap: str = ""
     """`host:port` by which requests name this prefill to decode; empty for other roles."""
+    block_bytes: int = 0
+    """Of the KV of one block, on all ranks together; 0 for a pool that takes any."""
 
 
 class RegisterPool(msgspec.Struct, frozen=True, tag=True):
@@ -136,6 +138,8 @@ class Members(msgspec.Struct, frozen=True, tag=True):
     version: int
     pools: tuple[PoolInfo, ...] | None
     """None: unchanged since the version that was named."""
+    directs_fetches: bool = False
+    """The router tells a pool what to fetch for a prompt, before the prompt comes: no need to ask around."""
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
@@ -143,7 +147,8 @@ class Done(msgspec.Struct, frozen=True, tag=True):
 
 
 class PoolEvents(msgspec.Struct, frozen=True, tag=True):
-    """Pool → router: what changed in my index. Answered `Done`, `SnapshotWanted`, or `Unknown`."""
+    """Pool → router: what changed in my index; nothing, now and then. Answered `Done`, `SnapshotWanted`,
+    `AuditWanted`, or `Unknown`."""
 
     epoch: Epoch
     events: tuple[CacheEvent, ...]
@@ -152,6 +157,10 @@ class PoolEvents(msgspec.Struct, frozen=True, tag=True):
 
 class SnapshotWanted(msgspec.Struct, frozen=True, tag=True):
     """Router → pool: events are missing here; send all that you have."""
+
+
+class AuditWanted(msgspec.Struct, frozen=True, tag=True):
+    """Router → pool: done, and send a snapshot: not that it is needed, but to see how true the tree is."""
 
 
 class SnapshotPart(msgspec.Struct, frozen=True, tag=True):
@@ -164,11 +173,13 @@ class SnapshotPart(msgspec.Struct, frozen=True, tag=True):
     """0, 1, 2, ...; 0 begins anew."""
     is_last: bool
     chains: tuple[Stored, ...]
+    is_audit: bool = False
+    """To be compared, not taken in."""
 
 
 ToRouter = Register | Heartbeat | Deregister
 PoolToRouter = RegisterPool | PoolHeartbeat | DeregisterPool | PoolEvents | SnapshotPart
-FromRouter = Accepted | Unknown | Members | SnapshotWanted
+FromRouter = Accepted | Unknown | Members | SnapshotWanted | AuditWanted
 Message = ToRouter | PoolToRouter | FromRouter | Open | Opened | ToPool | FromPool | Done | Refused
 
 

@@ -21,7 +21,7 @@ from memserve.router.policies import (
     decide,
 )
 from memserve.router.prompt_tree import Depth
-from memserve.router.sim_ledger import Ledger
+from memserve.router.ledger import Ledger
 
 SLOW_NETWORK = replace(GPU_COSTS, remote=Path(2e-3, 1e8))
 
