@@ -195,6 +195,7 @@ class PoolNode:
             layout=self.pool.layout.digest.hex(),
             bootstrap=settings.bootstrap,
             block_bytes=self.pool.layout.block_bytes * self.pool.layout.num_ranks,
+            rank=self.pool.layout.rank,
         )
         self._members = Membership(ControlClient(router, key=key), info, on_gone=self._peers.gone)
         if self.pool.layout.rank == 0:  # The ranks of a server hold the same.

@@ -41,7 +41,7 @@ class TreeFeed:
         """What the pools hold that are members now."""
         if self._version != self._pools.version:
             self._version = self._pools.version
-            self._follow({info.epoch: info for info in self._pools.infos()})
+            self._follow({info.epoch: info for info in self._pools.infos() if info.rank == 0})
         return self._tree
 
     def events(self, message: PoolEvents) -> Message:

@@ -110,6 +110,8 @@ class PoolInfo(msgspec.Struct, frozen=True):
     """`host:port` by which requests name this prefill to decode; empty for other roles."""
     block_bytes: int = 0
     """Of the KV of one block, on all ranks together; 0 for a pool that takes any."""
+    rank: int = 0
+    """Of its tensor-parallel rank: the ranks of one instance hold the same blocks, and rank 0 tells of them."""
 
 
 class RegisterPool(msgspec.Struct, frozen=True, tag=True):
