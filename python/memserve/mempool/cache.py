@@ -52,6 +52,10 @@ class BlockCache:
         self.evictions += len(victims)
         self._uncache(victims, FREE)
 
+    def nodes(self) -> list[CachedNode]:
+        """All blocks, parents first: a copy."""
+        return self.index.tree.nodes()
+
     def publish(self, keys: Sequence[BlockKey], slots: Slots, parent: BlockKey | None) -> int:
         """PRIVATE slots become CACHED where their key is new, from some key to the end; returns how many.
 

@@ -8,11 +8,17 @@ their sequence numbers, removals first. Knows no sockets. Not thread-safe: its p
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+import numpy as np
 
 from memserve.core.block_addr import Tier
-from memserve.core.block_keys import BlockKey
+from memserve.core.block_keys import KEY_BYTES, BlockKey
 from memserve.core.cache_events import CacheEvent, Removed, Snapshot, Stored
 from memserve.core.prompt_tree import Node
+
+CachedNodes = tuple[Tier, Sequence[Node[int]]]
+"""All blocks of a tier, parents first."""
 
 
 class EventLog:
@@ -84,7 +90,7 @@ class _Changes:
         self.removed: dict[BlockKey, None] = {}
 
 
-def snapshot(sequence: int, cached: Iterable[tuple[Tier, Sequence[Node[int]]]]) -> Snapshot:
+def snapshot(sequence: int, cached: Iterable[CachedNodes]) -> Snapshot:
     """All that each tier has (parents first) as of event `sequence`.
 
     Any thread: keys and parents of nodes never change.
@@ -93,6 +99,20 @@ def snapshot(sequence: int, cached: Iterable[tuple[Tier, Sequence[Node[int]]]]) 
     for tier, nodes in cached:
         stored += [Stored(0, tier, *chain) for chain in chains(_pairs(nodes))]
     return Snapshot(sequence, tuple(stored))
+
+
+class Digest(NamedTuple):
+    """Equal for equal sets of blocks, in whatever order, and hardly ever for others."""
+
+    num_blocks: int
+    xor: str
+    """Of the first 8 bytes of each key, as 16 hex digits."""
+
+
+def digest(nodes: Sequence[Node[int]]) -> Digest:
+    """Any thread, as keys never change."""
+    keys = np.frombuffer(b"".join([node.key for node in nodes]), ">u8").reshape(-1, KEY_BYTES // 8)
+    return Digest(len(nodes), f"{np.bitwise_xor.reduce(keys[:, 0]):016x}")
 
 
 def _pairs(nodes: Iterable[Node[int]]) -> list[tuple[BlockKey, BlockKey | None]]:

@@ -7,7 +7,7 @@
 
 Nothing is found before its bytes are complete and summed, nothing is overwritten while somebody
 reads it, and what fails its checksum is a miss. Knows no peers and no SGLang: inside an engine, HBM
-is SGLang's, and the pool has the DRAM tier alone.
+is SGLang's, and the pool has the DRAM tier alone; of HBM it only passes on what it is told.
 """
 
 from __future__ import annotations
@@ -23,8 +23,9 @@ from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout
 from memserve.mempool.arena import Arena
 from memserve.mempool.cache import BlockCache
-from memserve.mempool.events import EventLog, snapshot
+from memserve.mempool.events import CachedNodes, EventLog, snapshot
 from memserve.mempool.eviction import Ordering, lru
+from memserve.mempool.foreign import ForeignTier
 from memserve.mempool.integrity import Checksum
 from memserve.mempool.lease import Lease
 from memserve.mempool.leases import Leases
@@ -66,6 +67,7 @@ class MemPool:
         self._dram = tier_pool(Tier.DRAM, arena, Checksum(layout))
         self._hbm = None if hbm is None else tier_pool(Tier.HBM, hbm, None)
         self._tiers = (self._dram,) if self._hbm is None else (self._hbm, self._dram)
+        self._foreign: list[ForeignTier] = []
         self._reservations = Reservations(self._dram)
         self._leases = Leases(self._tiers)
 
@@ -249,11 +251,21 @@ class MemPool:
             return self._events.take()
 
     def snapshot(self) -> Snapshot:
-        """All that is cached, for a follower that joins late. One copy of the list of blocks is locked."""
+        """All that is cached, for a follower that joins late."""
+        return snapshot(*self.cached())
+
+    def cached(self) -> tuple[int, list[CachedNodes]]:
+        """All blocks of each tier, as of the event with this number. Only their lists are copied, locked."""
         with self._lock:
-            sequence = self._events.sequence()
-            cached = [(tier.cache.tier, tier.cache.index.tree.nodes()) for tier in self._tiers]
-        return snapshot(sequence, cached)
+            tiers: list[BlockCache | ForeignTier] = [*(tier.cache for tier in self._tiers), *self._foreign]
+            return self._events.sequence(), [(tier.tier, tier.nodes()) for tier in tiers]
+
+    def follow(self, tier: Tier) -> ForeignTier:
+        """Tell of somebody else's tier, too. Raises ConfigError if the pool has or follows it already."""
+        if any(tier == other for other, _ in self.cached()[1]):
+            raise ConfigError(f"one {tier.name} tier is known already")
+        self._foreign.append(ForeignTier(tier, self._events, self._lock))
+        return self._foreign[-1]
 
     def stats(self, tier: Tier = Tier.DRAM) -> PoolStats:
         """All numbers of one tier, of one moment; leases are the pool's, reservations in DRAM."""
