@@ -178,6 +178,15 @@ class Holdings:
                 high = middle
         return low
 
+    def digest(self, holder: int) -> tuple[int, int]:
+        """How many blocks it has, and the first 8 bytes of their keys, xored. O(all blocks)."""
+        set_of, masks, bit, xor, count = self._table.sets, self._sets.masks, 1 << holder, 0, 0
+        for key, slot in self._table.index.items():
+            if masks[set_of[slot]] & bit:
+                xor ^= int.from_bytes(key[:8], "big")
+                count += 1
+        return count, xor
+
     def forget_until(self, max_blocks: int) -> list[tuple[BlockKey, int]]:
         """Forget what was used longest ago, tails first, until it fits: (key, bits of who had it)."""
         table, sets = self._table, self._sets

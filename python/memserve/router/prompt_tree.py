@@ -205,6 +205,15 @@ class ClusterTree:
             self._counters.phantoms += truth.phantoms
         return truth
 
+    def digest(self, instance: InstanceId) -> dict[Tier, tuple[int, int]]:
+        """By tier, how many blocks it holds, and the first 8 bytes of their keys, big-endian, xored.
+
+        Empty if it is not known. O(all blocks): for tests, and audits by hand.
+        """
+        member = self._roster.get(instance)
+        numbers = member.numbers if member is not None else ()
+        return {Tier(tier): self._holdings.digest(number) for tier, number in enumerate(numbers)}
+
     def tidy(self, num_blocks: int = 65536) -> None:
         """Give back memory of what is late or nobody's. For a timer; events do it in passing, too."""
         self._tidy(num_blocks)

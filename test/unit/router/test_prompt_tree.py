@@ -5,6 +5,8 @@ from __future__ import annotations
 import random
 import tracemalloc
 from collections.abc import Sequence
+from functools import reduce
+from operator import xor
 
 import pytest
 
@@ -388,3 +390,22 @@ def test_what_was_forgotten_is_known_again_when_a_dispatched_prompt_grows() -> N
     assert tree.depths(keys("abcdefg")) == {ANN: Depth(7, 7)}
     assert tree.stats().counters.orphans == 0
     assert tree.stats().expected == 0
+
+
+def test_a_digest_is_of_the_blocks_that_are_held_by_tier_whatever_way_they_came() -> None:
+    tree = tree_of((ANN, [stored(1, "abcd"), stored(2, "abx", DRAM)]), (BOB, [stored(1, "abcdxyz", DRAM)]))
+
+    def digest(*prompts: str) -> tuple[int, int]:
+        names = {int.from_bytes(key[:8], "big") for prompt in prompts for key in keys(prompt)}
+        return len(names), reduce(xor, names, 0)
+
+    assert tree.digest(ANN) == {HBM: digest("abcd"), DRAM: digest("abx")}
+    assert tree.digest(BOB) == {HBM: (0, 0), DRAM: digest("abcdxyz")}
+    assert tree.digest(CYD) == {}
+    assert tree.apply(ANN, EPOCH, [removed(3, "abcd", 2), stored(4, "abef", start=2)])
+    assert tree.digest(ANN)[HBM] == digest("abef")
+    tree.leave(BOB)
+    tree.join(BOB, EPOCH)
+    assert tree.digest(BOB)[DRAM] == (0, 0)
+    tree.reset(ANN, EPOCH, Snapshot(9, (stored(0, "abx", DRAM), stored(0, "abcd", DRAM, start=2))))
+    assert tree.digest(ANN) == {HBM: (0, 0), DRAM: digest("abx", "abcd")}
