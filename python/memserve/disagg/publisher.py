@@ -1,11 +1,13 @@
-"""Tells the router what a pool holds: its events as they come, a snapshot whenever one is missing.
+"""Tells the router what a pool holds: its events as they come, a snapshot when it lacks some.
 
-    in step:      events since the last time ──> Done
-    out of step:  all that is cached, in parts ──> Done, and in step again
+    reach     nothing ──> Unknown: later; anything else: send a snapshot, in parts, and be in step
+    in step   events since the last time, or nothing once a second ──> Done
+                                                                   ──> AuditWanted: a snapshot to compare
+              SnapshotWanted, Unknown, too much at once ──> reach
 
-Whatever goes wrong (a router that restarts, a lost answer, too much at once) ends in a snapshot: the
-router may lack something for a moment, but never believes what is not so for long.
-Knows the pool by two functions, and no blocks.
+What is not answered is said again, word for word, until it is: the router leaves out what it knows, and
+the pool keeps what changes meanwhile as its net effect. So the router is late by one lost message,
+never by a snapshot. Knows the pool by two functions, and no blocks.
 """
 
 from __future__ import annotations
@@ -13,26 +15,34 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from itertools import chain, repeat
 
 from memserve.core.cache_events import CacheEvent, Snapshot, Stored
 from memserve.core.errors import MemServeError
 from memserve.core.ids import Epoch
 from memserve.wire.link import ControlClient
-from memserve.wire.messages import Done, Message, PoolEvents, SnapshotPart
+from memserve.wire.messages import AuditWanted, Done, Message, PoolEvents, Refused, SnapshotPart, Unknown
 
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 0.02
 """How old news may be; events in between are sent together."""
-RETRY_S = 0.5
-ANSWER_TIMEOUT_S = 2.0
+IDLE_S = 1.0
+"""How long to say nothing: a router that has lost what it knew is noticed then."""
+UNKNOWN_S = 0.1
+"""How often to ask a router that does not know this pool: it registers on another thread."""
+ANSWER_TIMEOUTS_S = (0.25, 0.25, 0.25, 0.5, 1.0, 2.0)
+"""Short while a message may be lost, so that three in a row cost less than a second; then longer and
+longer, the last for ever, so that a router that is only busy is not kept busy."""
+PAUSE = 0.2
+"""Of that time, between two attempts."""
 MAX_KEYS = 1 << 16
 """In one message: 2 MiB."""
 
 
 class Publisher:
-    """Sends on a thread of its own, from `start` to `close`."""
+    """Sends on a thread of its own, from the beginning to `close`."""
 
     def __init__(
         self,
@@ -43,61 +53,123 @@ class Publisher:
     ) -> None:
         """Takes `client` and closes it in the end."""
         self._client = client
-        self._epoch = epoch
-        self._take_events = take_events
-        self._snapshot = snapshot
         self._closing = threading.Event()
+        self._report = Report(client, epoch, take_events, snapshot, self._closing.wait)
         self._thread = threading.Thread(target=self._run, name="mempool-events", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Say nothing more. Idempotent."""
+        """Say nothing more. Takes at most a few seconds; idempotent."""
         self._closing.set()
         self._thread.join()
 
     def _run(self) -> None:
         try:
-            in_step, wait_s = False, PERIOD_S
-            while not self._closing.wait(wait_s):
-                in_step = self._publish() if in_step else self._begin_anew()
-                wait_s = PERIOD_S if in_step else RETRY_S
+            self._report.run()
             self._client.close()
         except Exception:
             logger.exception("the publisher of the memory pool failed; this process cannot go on")
             os._exit(1)
 
-    def _publish(self) -> bool:
+
+class Report:
+    """What a publisher says, in order. Belongs to whoever runs it."""
+
+    def __init__(
+        self,
+        client: ControlClient,
+        epoch: Epoch,
+        take_events: Callable[[], list[CacheEvent]],
+        snapshot: Callable[[], Snapshot],
+        wait: Callable[[float], bool],
+    ) -> None:
+        """`wait` lets so many seconds pass; true when it is time to stop."""
+        self._client = client
+        self._epoch = epoch
+        self._take_events = take_events
+        self._snapshot = snapshot
+        self._wait = wait
+        self._left: list[CacheEvent] = []
+        """Taken, but not said yet: later than an audit."""
+        self._quiet_s = 0.0
+
+    def run(self) -> None:
+        """Return when it is time to stop."""
+        in_step = False
+        while not self._wait(PERIOD_S if in_step else UNKNOWN_S):
+            in_step = self._tell_news() if in_step else self._begin_anew()
+
+    def _tell_news(self) -> bool:
         """Send what is new; whether the router has all of it."""
-        events = self._take_events()
-        if not events:
+        events = [*self._left, *self._take_events()]
+        self._left = []
+        self._quiet_s += PERIOD_S
+        if not events and self._quiet_s < IDLE_S:
             return True
-        if sum(len(event.keys) for event in events) > MAX_KEYS:
+        self._quiet_s = 0.0
+        if _num_keys(events) > MAX_KEYS:
             return self._begin_anew()
-        return isinstance(self._tell(PoolEvents(self._epoch, tuple(events))), Done)
+        answer = self._ask(PoolEvents(self._epoch, tuple(events)))
+        return self._audit() if isinstance(answer, AuditWanted) else isinstance(answer, Done)
 
     def _begin_anew(self) -> bool:
-        """Send everything; whether the router has it."""
+        """Send everything, if anybody listens; whether the router has it."""
+        if isinstance(self._ask(PoolEvents(self._epoch, ())), Unknown | None):
+            return False
+        self._left = []
+        self._take_events()  # They are in the snapshot.
+        return self._send(parts(self._epoch, self._snapshot()))
+
+    def _audit(self) -> bool:
+        """Send everything to a router that has all events, so that it sees whether it has the same.
+
+        What happens after the snapshot is said after it: else the two would not be of one moment.
+        """
         snapshot = self._snapshot()
-        return all(isinstance(self._tell(part), Done) for part in parts(self._epoch, snapshot))
+        events = self._take_events()
+        self._left = [event for event in events if event.sequence > snapshot.sequence]
+        before = events[: len(events) - len(self._left)]
+        if _num_keys(before) > MAX_KEYS:
+            return self._begin_anew()
+        return self._send(
+            [PoolEvents(self._epoch, tuple(before)), *parts(self._epoch, snapshot, is_audit=True)]
+        )
 
-    def _tell(self, message: Message) -> Message | None:
-        try:
-            return self._client.request(message, timeout_s=ANSWER_TIMEOUT_S)
-        except MemServeError as error:
-            logger.debug("events not sent: %s", error)
-            return None
+    def _send(self, messages: Iterable[Message]) -> bool:
+        """Whether the router has taken all of them in."""
+        return all(isinstance(self._ask(message), Done | AuditWanted) for message in messages)
+
+    def _ask(self, message: Message) -> Message | None:
+        """The answer, however often it takes; None if it is time to stop."""
+        for timeout_s in chain(ANSWER_TIMEOUTS_S, repeat(ANSWER_TIMEOUTS_S[-1])):
+            try:
+                answer = self._client.request(message, timeout_s=timeout_s)
+                if not isinstance(answer, Refused):
+                    return answer
+                logger.debug("refused: %s", answer.reason)
+            except MemServeError as error:
+                logger.debug("not answered: %s", error)
+            if self._wait(PAUSE * timeout_s):
+                break
+        return None
 
 
-def parts(epoch: Epoch, snapshot: Snapshot, max_keys: int = MAX_KEYS) -> Iterator[SnapshotPart]:
+def parts(
+    epoch: Epoch, snapshot: Snapshot, max_keys: int = MAX_KEYS, *, is_audit: bool = False
+) -> Iterator[SnapshotPart]:
     """The messages that a snapshot is sent in: at least one. Pure."""
     index, room = 0, max_keys
     chains: list[Stored] = []
-    for chain in snapshot.chains:
-        parent, keys = chain.parent, chain.keys
+    for one in snapshot.chains:
+        parent, keys = one.parent, one.keys
         while keys:
-            chains.append(Stored(0, chain.tier, parent, keys[:room]))
+            chains.append(Stored(0, one.tier, parent, keys[:room]))
             parent, keys, room = keys[min(room, len(keys)) - 1], keys[room:], room - len(chains[-1].keys)
             if not room:
-                yield SnapshotPart(epoch, snapshot.sequence, index, False, tuple(chains))
+                yield SnapshotPart(epoch, snapshot.sequence, index, False, tuple(chains), is_audit)
                 index, room, chains = index + 1, max_keys, []
-    yield SnapshotPart(epoch, snapshot.sequence, index, True, tuple(chains))
+    yield SnapshotPart(epoch, snapshot.sequence, index, True, tuple(chains), is_audit)
+
+
+def _num_keys(events: Iterable[CacheEvent]) -> int:
+    return sum(len(event.keys) for event in events)

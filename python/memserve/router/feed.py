@@ -1,6 +1,7 @@
-"""Keeps the global prompt tree true to what the pools report.
+"""Keeps the global prompt tree true to what the pools report, and finds out how true it is.
 
     events ──> applied, or a gap ──> "send a snapshot" ──> its parts ──> the pool's part of the tree anew
+    now and then, all is well ──> "send an audit" ──> its parts ──> compared ──> untrue: anew, too
 
 Only registered pools are heard: what a stranger, or an earlier life, says is not believed. Loop
 thread only. Knows messages and the tree; not how it is used.
@@ -8,74 +9,227 @@ thread only. Knows messages and the tree; not how it is used.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from types import MappingProxyType
 
+from memserve.core.block_keys import KEY_BYTES
 from memserve.core.cache_events import Snapshot, Stored
-from memserve.core.ids import Epoch
+from memserve.core.ids import Epoch, InstanceId
 from memserve.router.pools import Pools
-from memserve.router.prompt_tree import ClusterTree
-from memserve.wire.messages import Done, Message, PoolEvents, PoolInfo, SnapshotPart, SnapshotWanted, Unknown
+from memserve.router.prompt_tree import ClusterTree, Truth
+from memserve.router.tree_records import FeedCounters
+from memserve.wire.messages import (
+    AuditWanted,
+    Done,
+    Message,
+    PoolEvents,
+    PoolInfo,
+    SnapshotPart,
+    SnapshotWanted,
+    Unknown,
+)
 
+logger = logging.getLogger(__name__)
 
-@dataclass(slots=True)
-class _Parts:
-    """A snapshot that is arriving."""
-
-    sequence: int
-    chains: list[Stored] = field(default_factory=list)
-    num_parts: int = 0
+AUDIT_S = 60.0
+AUDIT_BYTES_PER_S = 1 << 20
+"""Of all pools together: audits of large ones come less often."""
+MAX_SNAPSHOT_BLOCKS = 1 << 22
+"""Of one pool. What it says beyond that is left out: it costs misses, and no memory."""
 
 
 class TreeFeed:
     """The tree, and those whose reports it follows."""
 
-    def __init__(self, tree: ClusterTree, pools: Pools) -> None:
+    def __init__(
+        self,
+        tree: ClusterTree,
+        pools: Pools,
+        *,
+        audit_s: float = AUDIT_S,
+        max_snapshot_blocks: int = MAX_SNAPSHOT_BLOCKS,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Each pool is audited every `audit_s`, the first time after that, if it is not too large."""
         self._tree = tree
         self._pools = pools
+        self._audit_s = audit_s
+        self._max_snapshot_blocks = max_snapshot_blocks
+        self._clock = clock
         self._version = -1
-        self._known: dict[Epoch, PoolInfo] = {}
-        self._arriving: dict[Epoch, _Parts] = {}
+        self._known: dict[Epoch, _Followed] = {}
+        self._no_audit_until_s = 0.0
+        self._truth: dict[InstanceId, Truth] = {}
+        self._counters = FeedCounters()
 
     @property
     def tree(self) -> ClusterTree:
         """What the pools hold that are members now."""
         if self._version != self._pools.version:
             self._version = self._pools.version
-            self._follow({info.epoch: info for info in self._pools.infos() if info.rank == 0})
+            # Of two lives of an instance, the later is meant; the ranks of one life hold the same.
+            lives = {info.instance_id: info for info in self._pools.infos() if info.rank == 0}
+            self._follow({info.epoch: info for info in lives.values()})
         return self._tree
+
+    def truth(self) -> Mapping[InstanceId, Truth]:
+        """What the last audit of each instance has found; none of those that have gone, or not had one."""
+        return MappingProxyType(self._truth)
+
+    def counters(self) -> FeedCounters:
+        """What has happened so far; a copy."""
+        return replace(self._counters)
 
     def events(self, message: PoolEvents) -> Message:
         """Apply what a pool says of its changes."""
-        tree, info = self.tree, self._known.get(message.epoch)
-        if info is None:
+        tree, pool = self.tree, self._known.get(message.epoch)
+        if pool is None:
             return Unknown()
-        applied = tree.apply(info.instance_id, message.epoch, message.events)
-        return Done() if applied else SnapshotWanted()
+        if not pool.heard and not message.events:
+            return SnapshotWanted()  # "Nothing new" means nothing to whom knows nothing old.
+        if not tree.apply(pool.info.instance_id, message.epoch, message.events):
+            return SnapshotWanted()
+        pool.heard = True
+        return AuditWanted() if self._is_audit_due(pool) else Done()
 
     def part(self, message: SnapshotPart) -> Message:
-        """Keep a part of a snapshot; with the last one the pool's part of the tree is replaced."""
-        tree, info = self.tree, self._known.get(message.epoch)
-        if info is None:
+        """Keep a part of a snapshot; with the last one the pool's part of the tree is replaced, or compared.
+
+        A part that comes again is left out. An audit that nobody has asked for, or that lacks a part,
+        is answered Done and comes to nothing.
+        """
+        tree, pool = self.tree, self._known.get(message.epoch)
+        if pool is None:
             return Unknown()
+        if message.is_audit and not pool.is_audit_asked:
+            self._counters.unasked_parts += 1
+            return Done()
         if message.index == 0:
-            self._arriving[message.epoch] = _Parts(message.sequence)
-        arriving = self._arriving.get(message.epoch)
-        if arriving is None or (arriving.sequence, arriving.num_parts) != (message.sequence, message.index):
-            return SnapshotWanted()
-        arriving.chains += message.chains
-        arriving.num_parts += 1
-        if message.is_last:
-            del self._arriving[message.epoch]
-            snapshot = Snapshot(message.sequence, tuple(arriving.chains))
-            tree.reset(info.instance_id, message.epoch, snapshot)
+            pool.arriving[message.is_audit] = _Parts(message.sequence, self._max_snapshot_blocks)
+        arriving = pool.arriving.get(message.is_audit)
+        if arriving is None or not arriving.take(message):
+            if not message.is_audit:
+                return SnapshotWanted()
+            self._end_audit(pool)
+            self._counters.void_audits += 1
+            return Done()
+        snapshot = arriving.snapshot() if message.is_last else None
+        if snapshot is not None:
+            self._counters.left_out += arriving.left_out
+            if message.is_audit:
+                self._end_audit(pool)
+                self._compare(pool.info, snapshot, is_whole=not arriving.left_out)
+            else:
+                pool.heard = True
+                tree.reset(pool.info.instance_id, message.epoch, snapshot)
         return Done()
+
+    def _is_audit_due(self, pool: _Followed) -> bool:
+        """Whether to ask for one; it is asked for then."""
+        now_s = self._clock()
+        if now_s < max(pool.audit_due_s, self._no_audit_until_s):
+            return False
+        self._end_audit(pool)
+        pool.is_audit_asked = True
+        pool.audit_due_s = now_s + self._audit_s
+        self._counters.audits_asked += 1
+        held = self._tree.stats().instances[pool.info.instance_id]
+        self._rest(held.hbm + held.dram)
+        return True
+
+    def _end_audit(self, pool: _Followed) -> None:
+        pool.is_audit_asked = False
+        pool.arriving.pop(True, None)
+
+    def _compare(self, info: PoolInfo, snapshot: Snapshot, *, is_whole: bool) -> None:
+        """The verdict of an audit. Where the tree is wrong, it is put right."""
+        truth = self._tree.compare(info.instance_id, snapshot)
+        self._rest(truth.reported)
+        if truth.behind or not is_whole:
+            self._counters.void_audits += 1
+            return
+        self._counters.audits += 1
+        self._truth[info.instance_id] = truth
+        missing = truth.reported - truth.both
+        if self._counters.left_out or self._tree.stats().counters.forgotten:
+            missing = 0  # The tree lacks some on purpose.
+        if truth.phantoms or missing:
+            self._counters.untrue_audits += 1
+            logger.warning(
+                "the prompt tree was wrong instance=%s sequence=%d phantoms=%d missing=%d of=%d",
+                info.instance_id, snapshot.sequence, truth.phantoms, missing, truth.reported,
+            )  # fmt: skip
+            self._tree.reset(info.instance_id, info.epoch, snapshot)
+
+    def _rest(self, num_blocks: int) -> None:
+        """Ask for no audit for as long as one of so many blocks stands for."""
+        until_s = self._clock() + num_blocks * KEY_BYTES / AUDIT_BYTES_PER_S
+        self._no_audit_until_s = max(self._no_audit_until_s, until_s)
 
     def _follow(self, members: dict[Epoch, PoolInfo]) -> None:
         """Forget what the gone held; listen to those that have come."""
         for epoch in self._known.keys() - members.keys():
-            self._tree.leave(self._known.pop(epoch).instance_id)
-            self._arriving.pop(epoch, None)
+            instance = self._known.pop(epoch).info.instance_id
+            self._tree.leave(instance)
+            self._truth.pop(instance, None)
         for epoch, info in members.items():
             if epoch not in self._known:
-                self._known[epoch] = info
+                self._known[epoch] = _Followed(info, self._clock() + self._audit_s)
                 self._tree.join(info.instance_id, epoch)
+
+
+@dataclass(slots=True)
+class _Followed:
+    """A pool that is heard."""
+
+    info: PoolInfo
+    audit_due_s: float
+    heard: bool = False
+    """Whether it has said what it holds."""
+    is_audit_asked: bool = False
+    arriving: dict[bool, _Parts] = field(default_factory=dict)
+    """Its snapshot, and its audit (True)."""
+
+
+class _Parts:
+    """A snapshot that is arriving."""
+
+    def __init__(self, sequence: int, max_blocks: int) -> None:
+        self.left_out = 0
+        """Blocks beyond `max_blocks`."""
+        self._sequence = sequence
+        self._room = max_blocks
+        self._chains: list[Stored] = []
+        self._num_parts = 0
+        self._is_whole = False
+        self._is_given = False
+
+    def take(self, part: SnapshotPart) -> bool:
+        """Keep the next part; false, changing nothing, if that is not what it is, nor the one before."""
+        if part.sequence != self._sequence or part.index not in (self._num_parts - 1, self._num_parts):
+            return False
+        if part.index < self._num_parts:
+            return True
+        if self._is_whole:
+            return False
+        self._num_parts += 1
+        self._is_whole = part.is_last
+        for chain in part.chains:
+            size = max(1, len(chain.keys))  # One of no keys takes memory, too.
+            if size > self._room:
+                self._room = 0  # What comes after it may hang on it.
+                self.left_out += len(chain.keys)
+            else:
+                self._room -= size
+                self._chains.append(chain)
+        return True
+
+    def snapshot(self) -> Snapshot | None:
+        """All of it, when the last part is here; once."""
+        if not self._is_whole or self._is_given:
+            return None
+        chains, self._chains, self._is_given = tuple(self._chains), [], True
+        return Snapshot(self._sequence, chains)

@@ -77,6 +77,23 @@ class TreeCounters:
     """Blocks forgotten, or not even taken in, to keep the budget."""
 
 
+@dataclass(slots=True)
+class FeedCounters:
+    """What has come of audits since the router began, and what was not let in."""
+
+    audits_asked: int = 0
+    audits: int = 0
+    """That came to a verdict."""
+    void_audits: int = 0
+    """That came to none: a part was missing, or the tree was not of the same moment."""
+    untrue_audits: int = 0
+    """That found the tree wrong; it was put right then."""
+    unasked_parts: int = 0
+    """Of audits that nobody had asked for."""
+    left_out: int = 0
+    """Blocks of snapshots that were too large."""
+
+
 @dataclass(frozen=True, slots=True)
 class TreeStats:
     """A tree at one moment."""
