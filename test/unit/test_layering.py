@@ -33,7 +33,7 @@ CONFINED = {
     "sglang": {"engine"},
     "transformers": {"engine"},
     "mooncake": {"transport"},
-    "zmq": {"wire"},
+    "zmq": {"wire", "router"},
     "aiohttp": {"router", "testing"},
 }
 THIRD_PARTY = {
@@ -41,7 +41,7 @@ THIRD_PARTY = {
     "wire": {"msgspec", "zmq"},
     "transport": {"numpy", "mooncake"},
     "mempool": {"numpy", "xxhash"},
-    "router": {"aiohttp", "jinja2", "matplotlib", "msgspec", "tokenizers", "tqdm", "uvloop"},
+    "router": {"aiohttp", "jinja2", "matplotlib", "msgspec", "tokenizers", "tqdm", "uvloop", "zmq"},
 }
 
 

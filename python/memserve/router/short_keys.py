@@ -1,22 +1,37 @@
 """Cache events of workers that name blocks by 64 bits, as SGLang's own do, turned into the tree's.
 
-    BlockStored(hashes, parent, token ids)  ──>  Stored(keys)    as far as the keys are known for certain
-    BlockRemoved(hashes)                    ──>  Removed(keys)
+    BlockStored(hashes, parent, token ids, salt)  ──>  Stored(keys)   as far as the keys are certain
+    BlockRemoved(hashes)                          ──>  Removed(keys)
 
 A key is known from a prompt that came by, or computed from the event's own tokens, and then has to have
-the event's name. Two keys of one name are noticed, and neither is stored from then on, while both are
-removed: a worker seems to have less than it has, never what it has not. That holds while what is in
-the tree is remembered here, so this has to be the larger of the two.
-Knows no sockets and no instances. Loop thread only. Source: SGLang 0.5.23, disaggregation/kv_events.py.
+the event's name. SGLang leaves an `extra_key` without a salt out of its names: such blocks pass for
+those of nobody's namespace, which costs a miss.
+Two keys of one name are noticed, and neither is stored from then on, while both are removed: a worker
+seems to have less than it has, never what it has not. That holds while what is in the tree is
+remembered here, so this has to be the larger of the two.
+Knows no sockets and no instances. Loop thread only. Source: SGLang 0.5.23,
+disaggregation/kv_events.py, mem_cache/utils.py (compute_node_event_hash_values).
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
+from hashlib import sha256
+from typing import NamedTuple
 
 from memserve.core.block_addr import Tier
-from memserve.core.block_keys import BlockKey, continue_keys, event_hash, page_keys
+from memserve.core.block_keys import BlockKey, Namespace, continue_keys, event_hash, page_keys
 from memserve.core.cache_events import Removed, Stored
+
+_SALT_TAG = b"sglang-cache-salt-v1\0"
+
+
+class _Named(NamedTuple):
+    """A block that has a name."""
+
+    key: BlockKey
+    link: BlockKey
+    """What the name is of, and the names of the blocks after it: the key, unless there is a salt."""
 
 
 class ShortKeys:
@@ -27,8 +42,8 @@ class ShortKeys:
         if max_keys < 2:
             raise ValueError(f"at least two keys, not {max_keys}")
         self._max_young = max_keys // 2
-        self._young: dict[int, BlockKey] = {}
-        self._old: dict[int, BlockKey] = {}
+        self._young: dict[int, _Named] = {}
+        self._old: dict[int, _Named] = {}
         self._ambiguous: dict[int, set[BlockKey]] = {}
 
     def __len__(self) -> int:
@@ -43,25 +58,12 @@ class ShortKeys:
     def know(self, keys: Iterable[BlockKey]) -> None:
         """These exist: of a prompt that came by, or that an event told of."""
         for key in keys:
-            name = event_hash(key)
-            known = self._young.get(name) or self._old.get(name)
-            if name in self._ambiguous:
-                self._ambiguous[name].add(key)
-            elif known is not None and known != key:
-                self._ambiguous[name] = {known, key}
-            else:
-                self._remember(name, key)
+            self._know(event_hash(key), key, key)
 
     def key_of(self, name: int) -> BlockKey | None:
         """The key of that name; None if none, or more than one, is known."""
-        if name in self._ambiguous:
-            return None
-        key = self._young.get(name)
-        if key is None:
-            key = self._old.get(name)
-            if key is not None:
-                self._remember(name, key)
-        return key
+        named = self._of(name)
+        return None if named is None else named.key
 
     def stored(
         self,
@@ -70,25 +72,26 @@ class ShortKeys:
         parent: int | None,
         names: Sequence[int],
         token_ids: Sequence[int] = (),
+        cache_salt: str | None = None,
     ) -> Stored:
         """The event in the tree's words, with as many of its blocks, from the front, as are certain.
 
         `token_ids`: of all blocks, or none. An event of which nothing is certain has no keys, and keeps
         its place in the sequence. Never raises for what a worker sent.
         """
-        above = None if parent is None else self.key_of(parent)
+        above = None if parent is None else self._of(parent)
         if parent is not None and above is None:
             return Stored(sequence, tier, None, ())
-        computed = _computed(above, names, token_ids)
+        computed, links = _computed(above, names, token_ids, cache_salt)
         keys: list[BlockKey] = []
         for i, name in enumerate(names):
-            if i < len(computed) and event_hash(computed[i]) == name:
-                self.know(computed[i : i + 1])
-            key = self.key_of(name)
-            if key is None:
+            if i < len(links) and event_hash(links[i]) == name:
+                self._know(name, computed[i], links[i])
+            named = self._of(name)
+            if named is None:
                 break
-            keys.append(key)
-        return Stored(sequence, tier, above, tuple(keys))
+            keys.append(named.key)
+        return Stored(sequence, tier, None if above is None else above.key, tuple(keys))
 
     def removed(self, sequence: int, tier: Tier, names: Sequence[int]) -> Removed:
         """The event in the tree's words: of a name that is not certain, every key that has it."""
@@ -98,20 +101,49 @@ class ShortKeys:
             keys += self._ambiguous.get(name, ()) if key is None else (key,)
         return Removed(sequence, tier, tuple(keys))
 
-    def _remember(self, name: int, key: BlockKey) -> None:
+    def _know(self, name: int, key: BlockKey, link: BlockKey) -> None:
+        known = self._young.get(name) or self._old.get(name)
+        if name in self._ambiguous:
+            self._ambiguous[name].add(key)
+        elif known is not None and known.key != key:
+            self._ambiguous[name] = {known.key, key}
+        else:
+            self._remember(name, known or _Named(key, link))
+
+    def _of(self, name: int) -> _Named | None:
+        if name in self._ambiguous:
+            return None
+        named = self._young.get(name)
+        if named is None:
+            named = self._old.get(name)
+            if named is not None:
+                self._remember(name, named)
+        return named
+
+    def _remember(self, name: int, named: _Named) -> None:
         if len(self._young) >= self._max_young and name not in self._young:
             self._old, self._young = self._young, {}
-        self._young[name] = key
+        self._young[name] = named
 
 
-def _computed(above: BlockKey | None, names: Sequence[int], token_ids: Sequence[int]) -> Sequence[BlockKey]:
-    """The keys that blocks of these tokens have, if there is no namespace; none if they are no blocks."""
+def _computed(
+    above: _Named | None, names: Sequence[int], token_ids: Sequence[int], cache_salt: str | None
+) -> tuple[Sequence[BlockKey], Sequence[BlockKey]]:
+    """The keys that blocks of these tokens have, and their links; none if they are no blocks."""
     page_tokens, rest = divmod(len(token_ids), max(1, len(names)))
     if rest or not page_tokens:
-        return ()
+        return (), ()
     try:
-        if above is None:
-            return page_keys(token_ids, page_tokens)
-        return continue_keys(above, token_ids, page_tokens)
+        if above is not None:
+            keys = continue_keys(above.key, token_ids, page_tokens)
+            if above.link == above.key:
+                return keys, keys
+            return keys, continue_keys(above.link, token_ids, page_tokens)
+        if not cache_salt:
+            keys = page_keys(token_ids, page_tokens)
+            return keys, keys
+        seed = BlockKey(sha256(_SALT_TAG + cache_salt.encode()).digest())
+        keys = page_keys(token_ids, page_tokens, Namespace(cache_salt=cache_salt))
+        return keys, continue_keys(seed, token_ids, page_tokens)
     except ValueError:
-        return ()
+        return (), ()

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from hashlib import sha256
+
 import pytest
 
 from memserve.core.block_addr import Tier
-from memserve.core.block_keys import BlockKey, Namespace, event_hash, page_keys
+from memserve.core.block_keys import BlockKey, Namespace, continue_keys, event_hash, page_keys
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.prompt_tree import ClusterTree, Depth
 from memserve.router.short_keys import ShortKeys
@@ -93,3 +95,18 @@ def test_what_is_not_used_is_forgotten_first() -> None:
     assert short.key_of(NAMES[0]) is None
     with pytest.raises(ValueError, match="at least two"):
         ShortKeys(1)
+
+
+def test_salted_keys_are_computed_from_the_events_salt() -> None:
+    """SGLang's names are of another chain than its keys: one that begins with the salt alone."""
+    seed = BlockKey(sha256(b"sglang-cache-salt-v1\0tenant").digest())
+    names = [event_hash(link) for link in continue_keys(seed, TOKENS, 2)]
+    short = ShortKeys(100)
+    assert short.stored(1, Tier.HBM, None, names[:4], TOKENS[:8], "tenant").keys == tuple(SALTED[:4])
+    event = short.stored(2, Tier.HBM, names[3], names[4:], TOKENS[8:], "tenant")
+    assert (event.parent, event.keys) == (SALTED[3], tuple(SALTED[4:]))
+    assert short.removed(3, Tier.HBM, names[5:]).keys == tuple(SALTED[5:])
+    assert short.stored(4, Tier.HBM, None, names, TOKENS, "other").keys == tuple(SALTED), (
+        "they are known by now"
+    )
+    assert ShortKeys(100).stored(4, Tier.HBM, None, names, TOKENS, "other").keys == ()
