@@ -5,54 +5,31 @@ from __future__ import annotations
 import pytest
 
 from memserve.core.block_addr import Tier
-from memserve.core.block_keys import BlockKey, page_keys
-from memserve.core.cache_events import Removed, Stored
-from memserve.core.caching import CachingMode
-from memserve.core.ids import Epoch, InstanceId
+from memserve.core.cache_events import Removed
 from memserve.router.feed import TreeFeed
 from memserve.router.pools import Pools
-from memserve.router.prompt_tree import ClusterTree, Depth
+from memserve.router.prompt_tree import ClusterTree
 from memserve.testing.fake_clock import FakeClock
-from memserve.wire.messages import (
-    Done,
-    PoolEvents,
-    PoolInfo,
-    Role,
-    SnapshotPart,
-    SnapshotWanted,
-    Unknown,
-)
+from memserve.wire.messages import Done, PoolEvents, SnapshotPart, SnapshotWanted, Unknown
 
-DECODE = InstanceId("decode")
-ONE, TWO = Epoch(1), Epoch(2)
-
-
-def info(epoch: Epoch, name: InstanceId = DECODE) -> PoolInfo:
-    return PoolInfo(name, epoch, Role.DECODE, CachingMode.FULL, f"127.0.0.1:{epoch}", "layout")
-
-
-def chain(num_blocks: int, seed: int = 1) -> tuple[BlockKey, ...]:
-    return tuple(page_keys([seed] * num_blocks, 1))
-
-
-def stored(sequence: int, keys: tuple[BlockKey, ...], parent: BlockKey | None = None) -> Stored:
-    return Stored(sequence, Tier.DRAM, parent, keys)
+from .feed_stage import AUDIT_S, ONE, TWO, chain, depth, info, stored
 
 
 @pytest.fixture
-def pools() -> Pools:
-    pools = Pools(heartbeat_s=1.0, clock=FakeClock())
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def pools(clock: FakeClock) -> Pools:
+    pools = Pools(heartbeat_s=1.0, clock=clock)
     pools.register(info(ONE))
     return pools
 
 
 @pytest.fixture
-def feed(pools: Pools) -> TreeFeed:
-    return TreeFeed(ClusterTree(), pools)
-
-
-def depth(feed: TreeFeed, keys: tuple[BlockKey, ...], name: InstanceId = DECODE) -> int:
-    return feed.tree.depths(keys).get(name, Depth(0, 0)).total
+def feed(pools: Pools, clock: FakeClock) -> TreeFeed:
+    return TreeFeed(ClusterTree(clock=clock), pools, audit_s=AUDIT_S, clock=clock)
 
 
 def test_events_reach_the_tree(feed: TreeFeed) -> None:
@@ -125,3 +102,44 @@ def test_a_new_life_begins_with_nothing(feed: TreeFeed, pools: Pools) -> None:
     assert feed.events(PoolEvents(ONE, (stored(2, keys),))) == Unknown()
     assert feed.events(PoolEvents(TWO, (stored(1, keys[:1]),))) == Done()
     assert depth(feed, keys) == 1
+
+
+def test_of_two_lives_of_an_instance_the_later_is_heard_whatever_becomes_of_the_other(
+    feed: TreeFeed, pools: Pools
+) -> None:
+    """Another model under the same name: their pools do not replace each other."""
+    keys = chain(3)
+    feed.events(PoolEvents(ONE, (stored(1, keys),)))
+    pools.register(info(TWO, layout="another"))
+    assert feed.events(PoolEvents(ONE, (stored(2, chain(2, seed=2)),))) == Unknown()
+    assert feed.events(PoolEvents(TWO, (stored(1, keys[:2]),))) == Done()
+    pools.deregister(ONE)
+    assert depth(feed, keys) == 2
+    assert feed.events(PoolEvents(TWO, (stored(2, keys[2:], keys[1]),))) == Done()
+
+
+def test_only_the_first_rank_of_an_instance_is_heard(feed: TreeFeed, pools: Pools) -> None:
+    feed.events(PoolEvents(ONE, (stored(1, chain(3)),)))
+    pools.register(info(TWO, layout="second half", rank=1))
+    assert feed.events(PoolEvents(TWO, (stored(1, chain(1)),))) == Unknown()
+    assert depth(feed, chain(3)) == 3
+
+
+def test_nothing_new_is_news_from_one_who_has_said_nothing_yet(feed: TreeFeed) -> None:
+    assert feed.events(PoolEvents(ONE, ())) == SnapshotWanted()
+    assert feed.part(SnapshotPart(ONE, 7, 0, True, ())) == Done()
+    assert feed.events(PoolEvents(ONE, ())) == Done()
+    assert feed.events(PoolEvents(ONE, (stored(8, chain(2)),))) == Done()
+
+
+def test_a_part_that_comes_again_is_left_out(feed: TreeFeed) -> None:
+    keys = chain(6)
+    for part in ((0, False, stored(0, keys[:4])), (1, False, stored(0, keys[4:5], keys[3]))):
+        message = SnapshotPart(ONE, 3, *part[:2], part[2:])
+        assert [feed.part(message), feed.part(message)] == [Done()] * 2
+    last = SnapshotPart(ONE, 3, 2, True, (stored(0, keys[5:], keys[4]),))
+    assert feed.part(last) == Done()
+    feed.events(PoolEvents(ONE, (Removed(4, Tier.DRAM, keys[:1:-1]),)))
+    assert feed.part(last) == Done()
+    assert depth(feed, keys) == 2
+    assert feed.tree.stats().counters.resets == 1
