@@ -53,6 +53,7 @@ class Membership:
         self._clock = clock
         self._view: tuple[PoolInfo, ...] = ()
         self._registered = False
+        self._directs_fetches = False
         # The rest belongs to the thread.
         self._listed: tuple[PoolInfo, ...] = ()
         self._version = 0
@@ -73,6 +74,11 @@ class Membership:
     def registered(self) -> bool:
         """Whether a router has accepted this pool; it stays so while that router is away."""
         return self._registered
+
+    @property
+    def directs_fetches(self) -> bool:
+        """Whether the router tells this pool what to fetch before a prompt comes."""
+        return self._directs_fetches
 
     def pools(self) -> tuple[PoolInfo, ...]:
         """The other pools, whatever they hold; a new tuple whenever they change."""
@@ -107,6 +113,7 @@ class Membership:
         if answer.pools is not None:
             self._listed = tuple(info for info in answer.pools if info.epoch != self._info.epoch)
         self._registered = True
+        self._directs_fetches = answer.directs_fetches
         self._update()
         return answer.heartbeat_s
 

@@ -1,6 +1,7 @@
 """One rank's memory pool as a member of the cluster: which peers it fills, and which fill it.
 
-    prefill   what it stores goes to a memory instance; what it lacks it asks of decode and memory
+    prefill   what it stores goes to a memory instance; what it lacks it asks of decode and memory,
+              unless the router tells it what to fetch
     decode    when a request ends, its pages go home to the prefill it came from
 
 Without a router it is a pool and nothing more. Knows no SGLang and no HBM.
@@ -30,6 +31,7 @@ from memserve.core.kv_layout import KVLayout
 from memserve.disagg.membership import Membership
 from memserve.disagg.outbox import Errand, Outbox
 from memserve.disagg.publisher import Publisher
+from memserve.mempool.events import digest
 from memserve.mempool.free_memory import free_memory_bytes
 from memserve.mempool.peers.config import PeerAddress, PeersConfig
 from memserve.mempool.peers.peers import Peers
@@ -155,12 +157,15 @@ class PoolNode:
     def stats(self) -> dict[str, Any]:
         """Everything there is to know, as plain values."""
         members = self._members.pools() if self._members is not None else ()
+        sequence, cached = self.pool.cached()
         return {
             "members": {"known": len(members)},
             "pool": asdict(self.pool.stats()),
             "peers": asdict(self._peers.stats()) if self._peers is not None else None,
             "outbox": asdict(self._outbox.stats()),
             "fetch": asdict(self._fetched()),
+            "events": {"numbered": sequence},
+            "digest": {tier.name.lower(): digest(nodes) for tier, nodes in cached},
         }
 
     def close(self) -> None:
@@ -222,8 +227,9 @@ class PoolNode:
         return list(memories)
 
     def _sources(self) -> tuple[PoolInfo, ...]:
-        """Who may hold pages that this pool lacks; those who answer soonest first."""
-        if self._members is None or not self.fetches:
+        """Who may hold pages that this pool lacks; those who answer soonest first. Nobody, if a router
+        knows better."""
+        if self._members is None or not self.fetches or self._members.directs_fetches:
             return ()
         roles = [Role.MEMORY]
         if self._settings.role is Role.PREFILL and self._settings.caching.returns:

@@ -40,6 +40,8 @@ class Call:
     num_samples: int
     """Answers wanted per prompt."""
     model: str | None
+    body_bytes: int = 0
+    """As it came over the wire."""
     authorization: str | None = None
     wants_report: bool = False
     """A stream ends with a comment that tells what prefill reused."""

@@ -16,6 +16,15 @@ from memserve.wire.messages import InstanceInfo, Role
 
 DEFAULT_PORT = 30000
 DEFAULT_BOOTSTRAP_PORT = 8998
+PolicyName = Literal[
+    "prompt_tree",
+    "longest_prefix",
+    "session",
+    "least_load",
+    "power_of_two",
+    "round_robin",
+    "random",
+]
 STATIC_EPOCH = Epoch(0)
 """A server that was named by URL never told its epoch."""
 
@@ -47,7 +56,34 @@ class RouterConfig:
     cluster_key_file: Path | None = setting(
         None, "secret shared by the cluster; needed as soon as --host is not this machine itself"
     )
-    policy: Literal["round_robin"] = setting("round_robin", "how instances are chosen")
+    policy: PolicyName = setting(
+        "prompt_tree",
+        "how instances are chosen; prompt_tree: by what each holds of the prompt, its queue, and what "
+        "moving or computing the rest would cost",
+    )
+    prefill_policy: PolicyName | None = setting(
+        None, "how prefill and colocated instances are chosen, if otherwise"
+    )
+    decode_policy: PolicyName | None = setting(None, "the same for decode instances only")
+    fetch: Literal["auto", "never"] = setting(
+        "auto", "whether a prefill fetches history from a better holder before it gets a request"
+    )
+    tokenizer_path: str | None = setting(
+        None,
+        "model directory with the tokenizer for requests; the instances' own --model-path unless given; "
+        "none: leave it to them, and place requests by load and session",
+        metavar="DIR",
+    )
+    costs: str = setting(
+        "gpu", "what work costs to begin with: gpu, cpu, or a file that benchmark/fit_cost_model.py wrote"
+    )
+    tree_budget_mib: int = setting(1024, "memory that the prompt tree may take; 256 bytes a block")
+    tree_audit_secs: float = setting(
+        60.0, "how often the tree is compared with what an instance really holds"
+    )
+    learnt_ttl_secs: float = setting(
+        600.0, "how long a server that reports nothing is believed to keep what it was sent"
+    )
     request_timeout_secs: float = setting(1800.0, "a request that takes longer is ended with an error")
     shutdown_grace_period_secs: float = setting(10.0, "how long running requests may finish after SIGTERM")
     health_check_interval_secs: float = setting(10.0, "how often a server that was named by URL is checked")
@@ -62,11 +98,19 @@ class RouterConfig:
             port = getattr(self, name)
             if port is not None and not 0 <= port < 65536:
                 raise ConfigError(f"--{name.replace('_', '-')} {port} is not a port")
-        for name in ("request_timeout_secs", "health_check_interval_secs", "heartbeat_secs"):
+        for name in (
+            "request_timeout_secs",
+            "health_check_interval_secs",
+            "heartbeat_secs",
+            "tree_audit_secs",
+            "learnt_ttl_secs",
+        ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} has to be more than 0")
         if self.shutdown_grace_period_secs < 0:
             raise ConfigError("--shutdown-grace-period-secs cannot be negative")
+        if self.tree_budget_mib < 1:
+            raise ConfigError("--tree-budget-mib has to be at least 1")
         if self.max_body_bytes < 1:
             raise ConfigError("--max-body-bytes has to be at least 1")
         urls = [info.url for info in self.static]

@@ -1,23 +1,30 @@
-"""From a checked call to an answer: asks the policy for a route and runs the call there."""
+"""From a checked call to an answer: read, placed, its history fetched if that pays, and run there.
+
+read ──> Prompt      place ──> Placed      answer, stream:  fetch ── legs ── prefilled ── ended
+"""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
+from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from memserve.core.errors import BadRequest
 from memserve.router.api import Api, Call, encode_json
 from memserve.router.cluster import Cluster
+from memserve.router.decision import Decision
 from memserve.router.failures import NoRoute
-from memserve.router.instance import Instance, Pair, Route, Snapshot
-from memserve.router.merge import rid_field
-from memserve.router.pair import PairRunner, Write
+from memserve.router.fetching import Fetcher
+from memserve.router.instance import Instance, Pair, Snapshot
+from memserve.router.merge import prefill_cached_tokens, rid_field
+from memserve.router.pair import OnPrefilled, PairRunner, Write
+from memserve.router.placement import Placed, Placer
+from memserve.router.prompts import Prompt, PromptReader
 from memserve.router.samples import SampleJoiner, as_batch, as_singles, join_answers
 from memserve.router.upstream import Upstream
 
 T = TypeVar("T")
-Policy = Callable[[Snapshot, int], Route | None]
 
 DEFAULT_MODEL = "default"
 """What SGLang calls the model that a request does not name."""
@@ -26,12 +33,15 @@ DEFAULT_MODEL = "default"
 class Dispatcher:
     """Runs calls. Event loop thread only."""
 
-    def __init__(self, cluster: Cluster, policy: Policy, upstream: Upstream) -> None:
+    def __init__(
+        self, cluster: Cluster, reader: PromptReader, placer: Placer, fetcher: Fetcher, upstream: Upstream
+    ) -> None:
         self._cluster = cluster
-        self._policy = policy
+        self._reader = reader
+        self._placer = placer
+        self._fetcher = fetcher
         self._upstream = upstream
         self._pairs = PairRunner(upstream)
-        self._turn = 0
 
     def candidates(self, model: str | None) -> Snapshot:
         """The ready instances that serve `model`.
@@ -51,42 +61,81 @@ class Dispatcher:
             raise BadRequest(message, field="model", status=404)
         return serving
 
-    def route(self, candidates: Snapshot) -> Route:
-        """Who takes the next call. Raises NoRoute if no pair is whole."""
-        route = self._policy(candidates, self._turn)
-        if route is None:
+    async def read(self, call: Call, candidates: Snapshot, headers: Mapping[str, str]) -> tuple[Call, Prompt]:
+        """The call as servers should get it, and what is known of its prompts."""
+        facts = [one.facts for one in candidates.all()]
+        model = facts[0].model if facts else None
+        page_tokens = next((one.page_size for one in facts if one.page_size), None)
+        return await self._reader.read(call, model, page_tokens, headers)
+
+    def place(self, candidates: Snapshot, prompt: Prompt) -> Placed:
+        """Who takes the call, which then has to be run. Raises NoRoute if no pair is whole."""
+        placed = self._placer.place(candidates, prompt)
+        if placed is None:
             raise NoRoute(candidates.why_unready() or "no server is ready")
-        self._turn += 1
-        return route
+        return placed
 
-    async def answer(self, call: Call, route: Route) -> bytes:
+    def explain(self, candidates: Snapshot, prompt: Prompt) -> Decision:
+        """Who would take it. Raises as `place`."""
+        decision = self._placer.decide(candidates, prompt)
+        if decision is None:
+            raise NoRoute(candidates.why_unready() or "no server is ready")
+        return decision
+
+    async def answer(self, call: Call, placed: Placed) -> bytes:
         """The whole answer. Raises what `Upstream.leg` raises."""
-        if not isinstance(route, Pair):
-            return await self._upstream.fetch(route.worker, call, _own_body(call))
-        if call.num_samples == 1:
-            return await self._pairs.answer(call, route)
-        if call.api is Api.GENERATE:
-            return await self._pairs.answer(as_batch(call), route)
-        answers = await _all(self._pairs.answer(single, route) for single in as_singles(call))
-        return join_answers(call, answers)
+        route = placed.route
+        async with self._running(call, placed) as on_prefilled:
+            if not isinstance(route, Pair):
+                return await self._upstream.fetch(route.worker, call, _own_body(call))
+            if call.num_samples == 1:
+                return await self._pairs.answer(call, route, on_prefilled)
+            if call.api is Api.GENERATE:
+                return await self._pairs.answer(as_batch(call), route, on_prefilled)
+            answers = await _all(
+                self._pairs.answer(single, route, on_prefilled) for single in as_singles(call)
+            )
+            return join_answers(call, answers)
 
-    async def stream(self, call: Call, route: Route, write: Write) -> None:
+    async def stream(self, call: Call, placed: Placed, write: Write) -> None:
         """Write the events as they come. Raises what `Upstream.leg` raises, maybe after a write."""
-        if not isinstance(route, Pair):
-            await self._relay(call, route.worker, write)
-        elif call.num_samples == 1:
-            await self._pairs.stream(call, route, write)
-        elif call.api is Api.GENERATE:
-            await self._pairs.stream(as_batch(call), route, write)
-        else:
-            await self._stream_samples(call, route, write)
+        route = placed.route
+        async with self._running(call, placed) as on_prefilled:
+            if not isinstance(route, Pair):
+                await self._relay(call, route.worker, on_prefilled, write)
+            elif call.num_samples == 1:
+                await self._pairs.stream(call, route, on_prefilled, write)
+            elif call.api is Api.GENERATE:
+                await self._pairs.stream(as_batch(call), route, on_prefilled, write)
+            else:
+                await self._stream_samples(call, route, on_prefilled, write)
 
-    async def _relay(self, call: Call, worker: Instance, write: Write) -> None:
+    @asynccontextmanager
+    async def _running(self, call: Call, placed: Placed) -> AsyncIterator[OnPrefilled]:
+        """A call on its way, its history fetched before; settled however the block is left."""
+
+        def on_prefilled(answer: bytes) -> None:
+            cached = prefill_cached_tokens(call, answer) if answer else None
+            if isinstance(cached, list):
+                cached = sum(cached) if None not in cached else None
+            self._placer.prefilled(placed, cached)
+
+        is_answered = False
+        try:
+            if placed.plan is not None:
+                self._placer.fetched(placed, await self._fetcher.run(placed.plan))
+            yield on_prefilled
+            is_answered = True
+        finally:
+            self._placer.ended(placed, is_answered=is_answered)
+
+    async def _relay(self, call: Call, worker: Instance, on_prefilled: OnPrefilled, write: Write) -> None:
         async with self._upstream.leg(worker, call, _own_body(call)) as leg:
             while chunk := await leg.next():
+                on_prefilled(b"")
                 await write(chunk)
 
-    async def _stream_samples(self, call: Call, pair: Pair, write: Write) -> None:
+    async def _stream_samples(self, call: Call, pair: Pair, on_prefilled: OnPrefilled, write: Write) -> None:
         joiner = SampleJoiner(call)
 
         async def run(sample: int, single: Call) -> None:
@@ -94,7 +143,7 @@ class Dispatcher:
                 if joined := joiner.feed(sample, chunk):
                     await write(joined)
 
-            await self._pairs.stream(single, pair, write_sample)
+            await self._pairs.stream(single, pair, on_prefilled, write_sample)
 
         await _all(run(sample, single) for sample, single in enumerate(as_singles(call)))
         await write(joiner.end())

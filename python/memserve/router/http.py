@@ -11,17 +11,22 @@ from dataclasses import dataclass, replace
 from aiohttp import web
 
 from memserve.core.errors import BadRequest, MemServeError
-from memserve.router.api import Api
+from memserve.router.api import Api, Call, JsonObject, encode_json
 from memserve.router.client import ClientStream
 from memserve.router.dispatch import Dispatcher
+from memserve.router.explain import MAX_LISTED, explained
 from memserve.router.failures import CLIENT_LEFT_STATUS, ShuttingDown, failure_of
 from memserve.router.instance import Snapshot
+from memserve.router.metrics import RouterMetrics
 from memserve.router.validation import Limits, read_body, read_call
 
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
 REPORT = "x-memserve-report"
+EXPLAIN = "x-memserve-explain"
+DECISION = "x-memserve-decision"
+"""The header of an answer whose request asked for an explanation: JSON, as `POST /explain` answers."""
 
 
 @dataclass(slots=True)
@@ -38,15 +43,20 @@ class _Log:
 class GenerateHandler:
     """Serves the endpoints of `Api`. Event loop thread only."""
 
-    def __init__(self, dispatcher: Dispatcher, *, max_body_bytes: int) -> None:
+    def __init__(self, dispatcher: Dispatcher, metrics: RouterMetrics, *, max_body_bytes: int) -> None:
         self._dispatcher = dispatcher
+        self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._running: set[asyncio.Task[object]] = set()
         self._stopping = False
 
     def routes(self) -> list[web.RouteDef]:
         """Where these endpoints are served; SGLang takes PUT for /generate too."""
-        return [*(web.post(api, self.handle) for api in Api), web.put(Api.GENERATE, self.handle)]
+        return [
+            *(web.post(api, self.handle) for api in Api),
+            web.put(Api.GENERATE, self.handle),
+            web.post("/explain", self.explain),
+        ]
 
     async def handle(self, request: web.Request) -> web.StreamResponse:
         """Answer one request. The client's leaving cancels this, which aborts both legs."""
@@ -61,11 +71,25 @@ class GenerateHandler:
             raise
         finally:
             self._running.discard(task)
+            self._metrics.requests.labels(log.api, log.status).inc()
             elapsed_ms = (time.monotonic() - start) * 1000
             logger.info(
                 "request end path=%s rid=%s instances=%s status=%d ms=%.1f reason=%s",
                 *(log.api, log.rid, log.route, log.status, elapsed_ms, log.reason),
             )
+
+    async def explain(self, request: web.Request) -> web.Response:
+        """Where a request would go, and why; nothing is sent. The body is that of any generating endpoint."""
+        try:
+            body = read_body(await self._read(request))
+            api = Api.CHAT if "messages" in body else Api.COMPLETIONS if "prompt" in body else Api.GENERATE
+            call, candidates = self._checked(request, api, body)
+            _, prompt = await self._dispatcher.read(call, candidates, request.headers)
+            decision = self._dispatcher.explain(candidates, prompt)
+        except MemServeError as error:
+            failed = failure_of(error)
+            return json_response(failed.body(), failed.status)
+        return json_response(encode_json(explained(decision, prompt)))
 
     async def stop(self, grace_s: float) -> None:
         """Take nothing new; give what runs `grace_s` to end, then end it with a retryable error."""
@@ -102,22 +126,30 @@ class GenerateHandler:
     ) -> web.StreamResponse:
         if self._stopping:
             raise ShuttingDown("the router is stopping")
-        api = Api(request.path)
-        body = read_body(await self._read(request))
+        call, candidates = self._checked(request, Api(request.path), read_body(await self._read(request)))
+        log.rid = call.rid
+        call, prompt = await self._dispatcher.read(call, candidates, request.headers)
+        placed = self._dispatcher.place(candidates, prompt)
+        log.route = str(placed.route)
+        if request.headers.get(EXPLAIN, "0") != "0":
+            told = explained(placed.decision, prompt, MAX_LISTED)
+            headers[DECISION] = encode_json(told).decode()
+        if not call.is_stream:
+            return json_response(await self._dispatcher.answer(call, placed), 200, headers)
+        await self._dispatcher.stream(call, placed, stream.write)
+        return await stream.end()
+
+    def _checked(self, request: web.Request, api: Api, body: JsonObject) -> tuple[Call, Snapshot]:
+        """The call in a request, and who could serve it."""
         model = body.get("model") if api is not Api.GENERATE else None
         candidates = self._dispatcher.candidates(model if isinstance(model, str) else None)
         call = replace(
             read_call(api, body, limits_of(candidates), new_rid=secrets.token_hex(16)),
+            body_bytes=request.content_length or 0,
             authorization=request.headers.get("authorization"),
             wants_report=request.headers.get(REPORT, "0") != "0",
         )
-        log.rid = call.rid
-        route = self._dispatcher.route(candidates)
-        log.route = str(route)
-        if not call.is_stream:
-            return json_response(await self._dispatcher.answer(call, route), 200, headers)
-        await self._dispatcher.stream(call, route, stream.write)
-        return await stream.end()
+        return call, candidates
 
     async def _read(self, request: web.Request) -> bytes:
         too_large = BadRequest(f"the body is larger than {self._max_body_bytes} bytes", status=413)

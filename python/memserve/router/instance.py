@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from memserve.core.ids import Epoch, InstanceId
+from memserve.router.following import Following
 from memserve.wire.messages import Role
 
 
@@ -24,6 +25,8 @@ class Facts:
     """Its tokenizer makes at least one token of "": a prompt of none ends an SGLang server."""
     model_info: bytes = field(default=b"{}", repr=False)
     """Its own /model_info, as JSON."""
+    following: Following = field(default_factory=Following)
+    """How its cache can be followed, if it has no memory pool."""
 
 
 @dataclass(frozen=True, slots=True)

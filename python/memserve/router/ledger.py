@@ -1,16 +1,18 @@
 """What the router itself knows of load: the work it dispatched and has not seen done.
 
-Knows no clock (the time is given), no network and no cached blocks.
+Knows no clock (the time is given), no network and no cached blocks. Ends are idempotent, and those of
+an instance that has left concern nobody.
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict, deque
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 from memserve.core.ids import InstanceId
-from memserve.router.policies import Candidate
 from memserve.router.prompt_tree import Depth
+from memserve.router.situation import Candidate
 
 
 @dataclass(slots=True)
@@ -22,8 +24,8 @@ class _Account:
     """Since when the first of them is at work."""
     recent: deque[tuple[float, float]] = field(default_factory=deque)
     recent_s: float = 0.0
-    running: int = 0
-    decode_batch: int = 0
+    decoding: dict[int, int] = field(default_factory=dict)
+    """Tokens of context by request."""
     context_tokens: int = 0
 
 
@@ -35,52 +37,57 @@ class Ledger:
         self._window_s = window_s
         self._accounts: dict[InstanceId, _Account] = {}
 
-    def join(self, instance_id: InstanceId) -> None:
-        self._accounts[instance_id] = _Account()
+    def keep(self, instances: Container[InstanceId]) -> None:
+        """Forget all others."""
+        for gone in [name for name in self._accounts if name not in instances]:
+            del self._accounts[gone]
 
     def prefill_dispatched(self, instance_id: InstanceId, request: int, work_s: float, now_s: float) -> None:
         """A prefill of `work_s`, as predicted, was put into the instance's queue."""
-        account = self._accounts[instance_id]
+        account = self._account(instance_id)
         if not account.queued:
             account.head_since_s = now_s
         account.queued[request] = work_s
         account.queued_s += work_s
-        account.running += 1
         self.placed(instance_id, work_s, now_s)
 
     def placed(self, instance_id: InstanceId, work_s: float, now_s: float) -> None:
         """Work was given to the instance, in no queue that anyone sees the end of."""
-        account = self._accounts[instance_id]
+        account = self._account(instance_id)
         account.recent.append((now_s, work_s))
         account.recent_s += work_s
 
     def prefill_done(self, instance_id: InstanceId, request: int, now_s: float) -> None:
-        """Its first token has come, or it has failed. Idempotent."""
-        account = self._accounts[instance_id]
-        work_s = account.queued.pop(request, None)
-        if work_s is None:
+        """Its first token has come, or it has failed."""
+        account = self._accounts.get(instance_id)
+        work_s = None if account is None else account.queued.pop(request, None)
+        if account is None or work_s is None:
             return
         account.queued_s = account.queued_s - work_s if account.queued else 0.0
         account.head_since_s = now_s
-        account.running -= 1
 
-    def decode_dispatched(self, instance_id: InstanceId, context_tokens: int) -> None:
+    def num_queued(self, instance_id: InstanceId) -> int:
+        """How many prefills it was given that are not done."""
+        account = self._accounts.get(instance_id)
+        return 0 if account is None else len(account.queued)
+
+    def decode_dispatched(self, instance_id: InstanceId, request: int, context_tokens: int) -> None:
         """A request will be decoded there."""
-        account = self._accounts[instance_id]
-        account.decode_batch += 1
-        account.running += 1
+        account = self._account(instance_id)
+        account.decoding[request] = context_tokens
         account.context_tokens += context_tokens
 
-    def decode_done(self, instance_id: InstanceId, context_tokens: int) -> None:
-        """It has ended; `context_tokens` as it was dispatched with."""
-        account = self._accounts[instance_id]
-        account.decode_batch -= 1
-        account.running -= 1
-        account.context_tokens -= context_tokens
+    def decode_done(self, instance_id: InstanceId, request: int) -> None:
+        """It has ended, one way or the other."""
+        account = self._accounts.get(instance_id)
+        if account is not None:
+            account.context_tokens -= account.decoding.pop(request, 0)
 
-    def candidate(self, instance_id: InstanceId, depth: Depth, now_s: float) -> Candidate:
+    def candidate(
+        self, instance_id: InstanceId, depth: Depth, now_s: float, fetchable_blocks: int | None = None
+    ) -> Candidate:
         """The instance as a policy sees it, which has `depth` of the request in question."""
-        account = self._accounts[instance_id]
+        account = self._account(instance_id)
         while account.recent and account.recent[0][0] <= now_s - self._window_s:
             account.recent_s -= account.recent.popleft()[1]
         queued_s = account.queued_s
@@ -90,10 +97,17 @@ class Ledger:
             instance_id,
             depth.near,
             depth.total,
+            fetchable_blocks=fetchable_blocks,
             queued_s=max(queued_s, 0.0),
             queued=len(account.queued),
             recent_s=account.recent_s if account.recent else 0.0,
-            running=account.running,
-            decode_batch=account.decode_batch,
+            running=len(account.queued) + len(account.decoding),
+            decode_batch=len(account.decoding),
             context_tokens=account.context_tokens,
         )
+
+    def _account(self, instance_id: InstanceId) -> _Account:
+        account = self._accounts.get(instance_id)
+        if account is None:
+            account = self._accounts[instance_id] = _Account()
+        return account

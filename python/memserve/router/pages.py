@@ -14,12 +14,13 @@ from aiohttp import web
 from memserve import __version__
 from memserve.router.api import JsonObject, encode_json
 from memserve.router.caching import caching_of
-from memserve.router.cluster import Cluster, Member
+from memserve.router.cluster import Member
 from memserve.router.failures import failure, message_of
-from memserve.router.feed import TreeFeed
 from memserve.router.http import json_response
 from memserve.router.instance import Instance
-from memserve.router.pools import PoolMember, Pools
+from memserve.router.metrics import CONTENT_TYPE, RouterMetrics
+from memserve.router.pools import PoolMember
+from memserve.router.state_metrics import RouterState
 from memserve.router.upstream import describe
 
 logger = logging.getLogger(__name__)
@@ -32,12 +33,12 @@ FLUSH_WAIT_S = 5
 class Pages:
     """Serves everything but generation. Event loop thread only."""
 
-    def __init__(
-        self, cluster: Cluster, pools: Pools, feed: TreeFeed, session: aiohttp.ClientSession
-    ) -> None:
-        self._cluster = cluster
-        self._pools = pools
-        self._feed = feed
+    def __init__(self, state: RouterState, metrics: RouterMetrics, session: aiohttp.ClientSession) -> None:
+        self._state = state
+        self._cluster = state.cluster
+        self._pools = state.pools
+        self._feed = state.feed
+        self._metrics = metrics
         self._session = session
         self._started_s = int(time.time())
 
@@ -49,6 +50,7 @@ class Pages:
             web.get("/readiness", self.ready),
             web.get("/workers", self.workers),
             web.get("/tree", self.tree),
+            web.get("/metrics", self.metrics),
             web.get("/v1/models", self.models),
             web.get("/v1/models/{model:.+}", self.model),
             web.get("/model_info", self.model_info),
@@ -82,6 +84,7 @@ class Pages:
                 if member.reason
             },
             "token_ids_not_checked": unchecked,
+            "placed_without_tokens": self._state.tokenizers.reasons(),
         }
         return json_response(encode_json(page), 200 if reason is None else 503)
 
@@ -90,6 +93,7 @@ class Pages:
         page: JsonObject = {
             "caching": caching_of(self._cluster, self._pools),
             "workers": self._members(),
+            "followed": {name: how.mode for name, how in self._state.followers.stats().items()},
             "pools": [_describe_pool(member, self._pools.age_s(member)) for member in self._pools.members()],
         }
         return json_response(encode_json(page))
@@ -97,6 +101,10 @@ class Pages:
     async def tree(self, _: web.Request) -> web.Response:
         """How many blocks the global prompt tree knows of, whose they are, and how true it has been."""
         return json_response(encode_json(asdict(self._feed.tree.stats())))
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        """Everything that is counted, for Prometheus."""
+        return web.Response(body=self._metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
 
     async def models(self, _: web.Request) -> web.Response:
         """OpenAI's list of models."""

@@ -25,6 +25,8 @@ from memserve.router.upstream import Upstream
 
 T = TypeVar("T")
 Write = Callable[[bytes], Awaitable[None]]
+OnPrefilled = Callable[[bytes], None]
+"""Told of prefill's answer, as soon as it is there."""
 
 PREFILL_END_S = 5.0
 """After decode's last byte prefill has nothing left to do but to say so."""
@@ -37,29 +39,35 @@ class PairRunner:
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
 
-    async def answer(self, call: Call, pair: Pair) -> bytes:
+    async def answer(self, call: Call, pair: Pair, on_prefilled: OnPrefilled) -> bytes:
         """The whole answer. Raises what `Upstream.leg` raises, for either leg."""
         for_prefill, for_decode = leg_bodies(call, pair, _draw_room)
-        async with self._prefilling(call, pair.prefill, for_prefill) as prefill:
+        async with self._prefilling(call, pair.prefill, for_prefill, on_prefilled) as prefill:
             answer = await _unless_fails(prefill, self._upstream.fetch(pair.decode, call, for_decode))
             return merge_answers(call, await prefill, answer)
 
-    async def stream(self, call: Call, pair: Pair, write: Write) -> None:
+    async def stream(self, call: Call, pair: Pair, on_prefilled: OnPrefilled, write: Write) -> None:
         """Write decode's events as they come, byte for byte unless prefill has to add to them.
 
         Raises what `Upstream.leg` raises; before the first `write` if the request was refused.
         """
         for_prefill, for_decode = leg_bodies(call, pair, _draw_room)
-        async with self._prefilling(call, pair.prefill, for_prefill) as prefill:
+        async with self._prefilling(call, pair.prefill, for_prefill, on_prefilled) as prefill:
             await _unless_fails(prefill, self._relay(call, pair.decode, for_decode, prefill, write))
             await asyncio.wait((prefill,), timeout=PREFILL_END_S)
 
     @asynccontextmanager
     async def _prefilling(
-        self, call: Call, instance: Instance, body: bytes
+        self, call: Call, instance: Instance, body: bytes, on_prefilled: OnPrefilled
     ) -> AsyncIterator[asyncio.Task[bytes]]:
         """Prefill's leg as a task; taken back if the block is left before it has ended."""
-        task = asyncio.create_task(self._upstream.fetch(instance, call, body))
+
+        async def prefill() -> bytes:
+            answer = await self._upstream.fetch(instance, call, body)
+            on_prefilled(answer)
+            return answer
+
+        task = asyncio.create_task(prefill())
         try:
             yield task
         finally:

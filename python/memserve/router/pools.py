@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import logging
 import secrets
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from memserve.core.ids import Epoch
+from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster import HEARTBEAT_MISSES
-from memserve.wire.messages import Members, PoolInfo
+from memserve.router.tree_records import server_of
+from memserve.wire.messages import Members, PoolInfo, Role
 
 logger = logging.getLogger(__name__)
 
@@ -32,14 +33,20 @@ class PoolMember:
 class Pools:
     """The registered pools, one per epoch, and a number for each change. Event loop thread only."""
 
-    def __init__(self, *, heartbeat_s: float, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, *, heartbeat_s: float, clock: Callable[[], float], directs_fetches: bool = False
+    ) -> None:
+        """`directs_fetches`: pools are told what to fetch, and need not ask around."""
         self.heartbeat_s = heartbeat_s
         self._clock = clock
+        self._directs_fetches = directs_fetches
         self._members: dict[Epoch, PoolMember] = {}
         self._successors: dict[Epoch, Epoch] = {}
         """Of pools that were replaced, who is in their place."""
         self._version = secrets.randbits(62)
         """Random at first: the members of a router that restarted never seem unchanged."""
+        self._grouped_at = -1
+        self._grouped: dict[InstanceId, tuple[PoolInfo, ...]] = {}
 
     @property
     def version(self) -> int:
@@ -53,6 +60,14 @@ class Pools:
     def infos(self) -> tuple[PoolInfo, ...]:
         """What they said of themselves, in the same order."""
         return tuple(member.info for member in self._members.values())
+
+    def of(self, server: InstanceId) -> tuple[PoolInfo, ...]:
+        """Those of one server's ranks, tensor and data parallel."""
+        return self._by_server().get(server, ())
+
+    def memories(self) -> tuple[InstanceId, ...]:
+        """The names of memory instances."""
+        return tuple(name for name, infos in self._by_server().items() if infos[0].role is Role.MEMORY)
 
     def age_s(self, member: PoolMember) -> float:
         """For how long it has been a member."""
@@ -91,7 +106,7 @@ class Pools:
             return None
         member.seen_s = self._clock()
         if version == self._version:
-            return Members(self.heartbeat_s, version, None)
+            return Members(self.heartbeat_s, version, None, self._directs_fetches)
         return self._all()
 
     def deregister(self, epoch: Epoch) -> None:
@@ -107,7 +122,15 @@ class Pools:
                 self._forget(member.info, f"{HEARTBEAT_MISSES} heartbeats missed")
 
     def _all(self) -> Members:
-        return Members(self.heartbeat_s, self._version, self.infos())
+        return Members(self.heartbeat_s, self._version, self.infos(), self._directs_fetches)
+
+    def _by_server(self) -> Mapping[InstanceId, tuple[PoolInfo, ...]]:
+        if self._grouped_at != self._version:
+            self._grouped_at, self._grouped = self._version, {}
+            for info in self.infos():
+                server = server_of(info.instance_id)
+                self._grouped[server] = (*self._grouped.get(server, ()), info)
+        return self._grouped
 
     def _replace(self, old: PoolInfo, new: PoolInfo) -> None:
         if old.epoch != new.epoch:

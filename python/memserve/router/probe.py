@@ -13,11 +13,14 @@ import aiohttp
 
 from memserve.core.errors import InstanceLost
 from memserve.core.ids import InstanceId
+from memserve.router.api import JsonObject
 from memserve.router.cluster import Cluster, Member, State
-from memserve.router.instance import Facts
+from memserve.router.following import read_following
+from memserve.router.instance import Facts, Snapshot
 from memserve.router.pools import Pools
+from memserve.router.tokenizers import Tokenizers, Unfit
 from memserve.router.upstream import describe
-from memserve.wire.messages import Role
+from memserve.wire.messages import InstanceInfo, Role
 
 logger = logging.getLogger(__name__)
 
@@ -39,6 +42,7 @@ class Prober:
         self,
         cluster: Cluster,
         pools: Pools,
+        tokenizers: Tokenizers,
         session: aiohttp.ClientSession,
         *,
         interval_s: float,
@@ -47,10 +51,13 @@ class Prober:
         """`interval_s` is how often a ready instance without heartbeats is checked."""
         self._cluster = cluster
         self._pools = pools
+        self._tokenizers = tokenizers
         self._session = session
         self._interval_s = interval_s
         self._clock = clock
         self._probed_s: dict[InstanceId, float] = {}
+        self._unfit: set[InstanceId] = set()
+        """Those that serve, but not what the others do: looked at again, only not so soon."""
         self._running: dict[InstanceId, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
@@ -73,6 +80,8 @@ class Prober:
         members = {member.info.instance_id: member for member in self._cluster.members()}
         for gone in self._probed_s.keys() - members.keys():
             del self._probed_s[gone]
+            self._unfit.discard(gone)
+            self._tokenizers.forget(gone)
         for instance_id, member in members.items():
             if instance_id not in self._running and self._is_due(member):
                 task = asyncio.create_task(self._probe(member))
@@ -83,7 +92,8 @@ class Prober:
         if member.state is State.READY and not member.static:
             return False
         since_s = self._clock() - self._probed_s.get(member.info.instance_id, float("-inf"))
-        return since_s >= (self._interval_s if member.state is State.READY else RETRY_S)
+        is_settled = member.state is State.READY or member.info.instance_id in self._unfit
+        return since_s >= (self._interval_s if is_settled else RETRY_S)
 
     async def _probe(self, member: Member) -> None:
         info = member.info
@@ -91,22 +101,42 @@ class Prober:
             # An instance registers when it serves; the others have to show it.
             if member.static or member.state is State.DOWN:
                 await self._get(info.url, "/health", HEALTH_TIMEOUT_S)
-            facts = await self._facts(info.url, info.role)
+            facts = await self._facts(info, is_new=member.state is not State.READY)
+            self._unfit.discard(info.instance_id)
+        except Unfit as error:
+            self._unfit.add(info.instance_id)
+            self._cluster.lost_contact(info.instance_id, info.epoch, error.reason)
         except _PROBE_ERRORS as error:
             self._cluster.lost_contact(info.instance_id, info.epoch, f"{info.url}: {describe(error)}")
         else:
             self._cluster.joined(info.instance_id, info.epoch, facts)
-        self._probed_s[info.instance_id] = self._clock()
+        finally:
+            self._probed_s[info.instance_id] = self._clock()
 
-    async def _facts(self, url: str, role: Role) -> Facts:
+    async def _facts(self, info: InstanceInfo, *, is_new: bool) -> Facts:
+        """What the instance says of itself. Raises Unfit if that does not go with the others."""
+        url = info.url
         model_info, server_info, models, takes_empty_text = await asyncio.gather(
             self._get(url, "/model_info", FACTS_TIMEOUT_S),
             self._get(url, "/server_info", FACTS_TIMEOUT_S),
             self._get(url, "/v1/models", FACTS_TIMEOUT_S),
             self._takes_empty_text(url),
         )
-        facts = read_facts(url, role, model_info, server_info, models)
-        return replace(facts, takes_empty_text=takes_empty_text)
+        facts = read_facts(url, info.role, model_info, server_info, models)
+        if reason := why_unfit(info.instance_id, facts, self._cluster.snapshot):
+            raise Unfit(url, reason)
+        said = json.loads(server_info)
+        if is_new:
+            await self._tokenizers.admit(
+                info.instance_id, facts.model, facts.model_path, said, lambda body: self._tokenize(url, body)
+            )
+        return replace(facts, takes_empty_text=takes_empty_text, following=read_following(said))
+
+    async def _tokenize(self, url: str, body: JsonObject) -> object:
+        """The answer of a server's own tokenizer; None if it refuses."""
+        timeout = aiohttp.ClientTimeout(total=FACTS_TIMEOUT_S)
+        async with self._session.post(url + "/v1/tokenize", json=body, timeout=timeout) as response:
+            return await response.json() if response.status == 200 else None
 
     async def _takes_empty_text(self, url: str) -> bool:
         """Whether the tokenizer puts a token, such as BOS, before every text; False if it cannot be asked."""
@@ -142,6 +172,18 @@ def read_facts(url: str, role: Role, model_info: bytes, server_info: bytes, mode
         page_size=_number(server.get("page_size")),
         model_info=model_info,
     )
+
+
+def why_unfit(instance: InstanceId, facts: Facts, ready: Snapshot) -> str | None:
+    """Why an instance cannot serve its model beside those that do; None if it can."""
+    for other in ready.serving(facts.model).all():
+        known = None not in (facts.page_size, other.facts.page_size)
+        if known and other.instance_id != instance and facts.page_size != other.facts.page_size:
+            return (
+                f"its page size is {facts.page_size}, that of {other.instance_id}, which serves "
+                f"{facts.model} too, is {other.facts.page_size}: blocks of one are none of the other"
+            )
+    return None
 
 
 def read_vocab_size(model_path: str) -> int | None:

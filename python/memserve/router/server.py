@@ -18,22 +18,30 @@ from memserve.core.hosts import bracketed
 from memserve.router.cluster import Cluster
 from memserve.router.config import RouterConfig
 from memserve.router.control import ControlHandler
+from memserve.router.cost_file import COSTS, read_costs
 from memserve.router.dispatch import Dispatcher
 from memserve.router.failures import failure
 from memserve.router.feed import TreeFeed
+from memserve.router.fetching import Fetcher
+from memserve.router.followers import Followers
 from memserve.router.http import GenerateHandler, json_response
 from memserve.router.instance import Instance
+from memserve.router.metrics import RouterMetrics
 from memserve.router.pages import Pages
-from memserve.router.policy import round_robin
+from memserve.router.placement import Placer, PlacerSettings
 from memserve.router.pools import Pools
 from memserve.router.probe import Prober
-from memserve.router.prompt_tree import ClusterTree
+from memserve.router.prompt_tree import BYTES_PER_BLOCK, ClusterTree
+from memserve.router.prompts import PromptReader
+from memserve.router.state_metrics import RouterState
+from memserve.router.tokenizers import Tokenizers
 from memserve.router.upstream import Upstream, open_session
 from memserve.wire.link import ControlServer
 
 logger = logging.getLogger(__name__)
 
-POLICIES = {"round_robin": round_robin}
+TIDY_S = 0.25
+"""How often what has changed meanwhile is followed up, and a little of the tree's memory given back."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,8 +51,15 @@ class Router:
     url: str
     control_address: str
     cluster: Cluster
-    pools: Pools
-    feed: TreeFeed
+    state: RouterState
+
+    @property
+    def pools(self) -> Pools:
+        return self.state.pools
+
+    @property
+    def feed(self) -> TreeFeed:
+        return self.state.feed
 
 
 @asynccontextmanager
@@ -54,8 +69,10 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
     Raises ConfigError if an address cannot be had.
     """
     key = ClusterKey.read(config.cluster_key_file) if config.cluster_key_file else None
-    cluster = Cluster(config.static, heartbeat_s=config.heartbeat_secs, clock=time.monotonic)
-    pools = Pools(heartbeat_s=config.heartbeat_secs, clock=time.monotonic)
+    metrics = RouterMetrics()
+    state = _new_state(config, metrics)
+    metrics.watch(state)
+    cluster, pools, feed = state.cluster, state.pools, state.feed
 
     def on_lost(instance: Instance, reason: str) -> None:
         cluster.lost_contact(instance.instance_id, instance.epoch, reason)
@@ -64,23 +81,31 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         session = await stack.enter_async_context(open_session())
         upstream = Upstream(session, timeout_s=config.request_timeout_secs, on_lost=on_lost)
         stack.push_async_callback(upstream.close)
-        generate = GenerateHandler(
-            Dispatcher(cluster, POLICIES[config.policy], upstream), max_body_bytes=config.max_body_bytes
-        )
+        stack.callback(state.tokenizers.close)
+        stack.push_async_callback(state.followers.close)
+        fetcher = Fetcher(key)
+        stack.callback(fetcher.close)
+        dispatcher = Dispatcher(cluster, PromptReader(state.tokenizers), state.placer, fetcher, upstream)
+        generate = GenerateHandler(dispatcher, metrics, max_body_bytes=config.max_body_bytes)
         prober = Prober(
-            cluster, pools, session, interval_s=config.health_check_interval_secs, clock=time.monotonic
+            cluster,
+            pools,
+            state.tokenizers,
+            session,
+            interval_s=config.health_check_interval_secs,
+            clock=time.monotonic,
         )
-        feed = TreeFeed(ClusterTree(), pools)
-        pages = Pages(cluster, pools, feed, session)
+        pages = Pages(state, metrics, session)
         port = await _serve_http(stack, config, [*generate.routes(), *pages.routes()])
         handler = ControlHandler(cluster, pools, feed, asyncio.get_running_loop())
         control = ControlServer(config.host, _control_port(config, port), handler, key=key)
         stack.push_async_callback(asyncio.to_thread, control.close)
         stack.push_async_callback(generate.stop, config.shutdown_grace_period_secs)
-        probing = asyncio.create_task(prober.run())
-        stack.callback(probing.cancel)
+        for work in (prober.run(), _keep_up(state)):
+            task = asyncio.create_task(work)
+            stack.callback(task.cancel)
         url = f"http://{bracketed(config.host)}:{port}"
-        yield Router(url, control.address, cluster, pools, feed)
+        yield Router(url, control.address, cluster, state)
 
 
 async def serve(config: RouterConfig) -> None:
@@ -98,6 +123,40 @@ async def serve(config: RouterConfig) -> None:
         await stopped.wait()
         logger.info("router stopping")
     logger.info("router stopped")
+
+
+def _new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
+    """What a router knows when it starts: nothing. Raises ConfigError for costs that cannot be read."""
+    clock = time.monotonic
+    policy = config.policy
+    prefill_policy, decode_policy = config.prefill_policy or policy, config.decode_policy or policy
+    directs_fetches = config.fetch == "auto" and prefill_policy == "prompt_tree"
+    cluster = Cluster(config.static, heartbeat_s=config.heartbeat_secs, clock=clock)
+    pools = Pools(heartbeat_s=config.heartbeat_secs, clock=clock, directs_fetches=directs_fetches)
+    tree = ClusterTree(max_blocks=(config.tree_budget_mib << 20) // BYTES_PER_BLOCK, clock=clock)
+    feed = TreeFeed(tree, pools, audit_s=config.tree_audit_secs, clock=clock)
+    followers = Followers(
+        lambda: feed.tree, lambda one: one.facts.following, mirror_ttl_s=config.learnt_ttl_secs
+    )
+    settings = PlacerSettings(
+        prefill_policy,
+        decode_policy,
+        start_costs=read_costs(config.costs),
+        certainty=0.0 if config.costs in COSTS else 0.5,
+        fetches=directs_fetches,
+    )
+    placer = Placer(settings, feed, pools, followers, metrics, clock)
+    return RouterState(cluster, pools, feed, followers, Tokenizers(config.tokenizer_path), placer)
+
+
+async def _keep_up(state: RouterState) -> None:
+    """Follow who has come and gone, and give memory back, until cancelled."""
+    while True:
+        snapshot = state.cluster.snapshot
+        state.followers.follow(snapshot, state.pools)
+        state.placer.keep([one.instance_id for one in snapshot.all()])
+        state.feed.tree.tidy()
+        await asyncio.sleep(TIDY_S)
 
 
 async def _serve_http(stack: AsyncExitStack, config: RouterConfig, routes: list[web.RouteDef]) -> int:

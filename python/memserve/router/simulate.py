@@ -9,17 +9,13 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-import msgspec
-
 from memserve.core.errors import ConfigError
-from memserve.router.cost_model import CPU_COSTS, GPU_COSTS, CostModel, DecodeCost, PrefillCost
-from memserve.router.cost_model import Path as PathCost
-from memserve.router.policies import DECODE_POLICIES, PREFILL_POLICIES
+from memserve.router.cost_file import read_costs
+from memserve.router.cost_model import CostModel
+from memserve.router.policy import DECODE_POLICIES, PREFILL_POLICIES
 from memserve.router.sim_report import Goal, figures, ideal_load
 from memserve.router.simulation import SimulationConfig, simulate
 from memserve.router.traces import BLOCK_TOKENS, Request, Trace, read_trace
-
-COSTS = {"gpu": GPU_COSTS, "cpu": CPU_COSTS}
 
 HELP = """\
 Replays a trace against simulated instances, with the router's prompt tree, policies and cost model.
@@ -66,7 +62,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _run(arguments: argparse.Namespace) -> None:
     trace = read_trace(arguments.trace, arguments.block_tokens)
-    costs = _costs(arguments.costs)
+    costs = read_costs(arguments.costs)
     config = SimulationConfig(
         instances=arguments.instances,
         decodes=arguments.decodes,
@@ -88,31 +84,6 @@ def _run(arguments: argparse.Namespace) -> None:
         print(f"wrote {path}", file=sys.stderr)
     rounded = {k: round(v, 6) if isinstance(v, float) else v for k, v in asdict(result).items()}
     print(json.dumps(rounded), flush=True)
-
-
-def _costs(name: str) -> CostModel:
-    """One of `COSTS`, or what benchmark/fit_cost_model.py wrote."""
-    if name in COSTS:
-        return COSTS[name]
-    try:
-        return msgspec.json.decode(Path(name).read_bytes(), type=_CostFile).model()
-    except OSError as error:
-        raise ConfigError(f"--costs {name}: {error.strerror}; else it is {' or '.join(COSTS)}") from error
-    except msgspec.DecodeError as error:
-        raise ConfigError(f"--costs {name}: {error}") from error
-
-
-class _CostFile(msgspec.Struct, forbid_unknown_fields=True):
-    """A `CostModel` without pairs."""
-
-    prefill: PrefillCost
-    decode: DecodeCost
-    kv_bytes_per_token: int
-    dram: PathCost
-    remote: PathCost
-
-    def model(self) -> CostModel:
-        return CostModel(self.prefill, self.decode, self.kv_bytes_per_token, self.dram, self.remote)
 
 
 def _speed(arguments: argparse.Namespace, trace: Trace, costs: CostModel) -> float:

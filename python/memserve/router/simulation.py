@@ -33,11 +33,13 @@ from memserve.router.cost_model import (
     observe,
     with_prefill,
 )
-from memserve.router.policies import PREFILL_POLICIES, Decision, Fetch, Situation, decide
+from memserve.router.decision import Decision, Fetch, decide
+from memserve.router.ledger import Ledger
+from memserve.router.policy import PREFILL_POLICIES
 from memserve.router.prompt_tree import ClusterTree, Depth
 from memserve.router.sim_cache import PromptCache
 from memserve.router.sim_engine import Job, SimulatedInstance
-from memserve.router.ledger import Ledger
+from memserve.router.situation import Situation
 from memserve.router.traces import Request, Trace
 
 WINDOW_S = 180.0
@@ -145,7 +147,6 @@ class Simulation:
         cache = PromptCache(None if capacity is None else max(capacity // block_tokens, 1))
         instance = SimulatedInstance(InstanceId(name), self._costs, cache, block_tokens)
         self._index.join(instance.instance_id, EPOCH)
-        self._ledger.join(instance.instance_id)
         return instance
 
     def _at(self, when_s: float, what: Callable[[], None]) -> None:
@@ -172,7 +173,7 @@ class Simulation:
             self._place(job)
             return
         self._ledger.prefill_dispatched(decision.prefill, request.number, job.predicted_s, self._now_s)
-        self._ledger.decode_dispatched(job.decode, tokens)
+        self._ledger.decode_dispatched(job.decode, request.number, tokens)
         if decision.fetch:
             self._fetch(job, decision.fetch)
         else:
@@ -269,7 +270,7 @@ class Simulation:
             return
         job = instance.decodes.take_ended(self._now_s)
         job.end_s = self._now_s
-        self._ledger.decode_done(job.decode, job.request.prompt_tokens)
+        self._ledger.decode_done(job.decode, job.request.number)
         self._ended.append(job)
         self._foretell_end(instance)
 

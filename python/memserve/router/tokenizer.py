@@ -92,11 +92,8 @@ class Tokenizer:
     async def tokens_of(self, call: Call) -> Tokens:
         """The tokens of each prompt of `call`, which was checked (`read_call`)."""
         try:
-            reason = self._not_followed(call)
-            if reason is not None:
-                raise CannotKnow(reason)
-            if (ids := _given_ids(call)) is not None:
-                return KnownTokens(ids)
+            if (given := given_tokens(call, self._agreements.serves)) is not None:
+                return given
             self._check_confirmed(call)
             reading = await self._on_thread(self._read, call)
         except CannotKnow as cannot:
@@ -169,17 +166,6 @@ class Tokenizer:
             equal += 1
         return equal
 
-    def _not_followed(self, call: Call) -> str | None:
-        for name, reason in _NOT_FOLLOWED.items():
-            if call.body.get(name):
-                return reason
-        if call.api is Api.COMPLETIONS and call.body.get("suffix"):
-            return "a suffix"
-        if call.api is not Api.GENERATE and ":" in (call.model or ""):
-            # SGLang reads MODEL:ADAPTER, unless that is the name of the model.
-            return None if self._agreements.serves(call.model or "") else "a LoRA adapter"
-        return None
-
     def _check_confirmed(self, call: Call) -> None:
         if call.api is Api.CHAT and self._template is None:
             raise CannotKnow(self._no_chats)
@@ -229,6 +215,23 @@ class Tokenizer:
         """As SGLang: framed like any text, less a BOS at the start."""
         ids = self._encoder.encode(text, framed=True).ids
         return ids[1:] if ids and ids[0] == self._bos_id else ids
+
+
+def given_tokens(call: Call, serves: Callable[[str], bool]) -> KnownTokens | None:
+    """What needs no tokenizer: the ids of a call that came as ids; None if it came as text.
+
+    `serves` tells whether that is the whole name of a model. Raises CannotKnow for a call that is more
+    than its tokens.
+    """
+    for name, reason in _NOT_FOLLOWED.items():
+        if call.body.get(name):
+            raise CannotKnow(reason)
+    if call.api is Api.COMPLETIONS and call.body.get("suffix"):
+        raise CannotKnow("a suffix")
+    if call.api is not Api.GENERATE and ":" in (call.model or "") and not serves(call.model or ""):
+        raise CannotKnow("a LoRA adapter")  # SGLang reads MODEL:ADAPTER
+    ids = _given_ids(call)
+    return None if ids is None else KnownTokens(ids)
 
 
 def _given_ids(call: Call) -> tuple[Sequence[int], ...] | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import msgspec
@@ -16,6 +17,25 @@ class Depth(msgspec.Struct, frozen=True, gc=False):
     """Blocks from the front that are in HBM."""
     total: int
     """Blocks from the front that are in some tier of it, or soon will be. Not less than `near`."""
+
+
+def server_of(name: InstanceId) -> InstanceId:
+    """The server whose cache this is: data-parallel ranks add theirs to its name, as NAME/dpN."""
+    server, _, rank = name.rpartition("/dp")
+    return InstanceId(server) if server and rank.isdecimal() else name
+
+
+def by_server(depths: Mapping[InstanceId, Depth]) -> Mapping[InstanceId, Depth]:
+    """What caches hold, by the servers they are of; of several data-parallel ranks the most."""
+    if not any("/dp" in name for name in depths):
+        return depths
+    found: dict[InstanceId, Depth] = {}
+    for name, depth in depths.items():
+        server = server_of(name)
+        known = found.get(server)
+        if known is None or depth.total > known.total:
+            found[server] = depth
+    return found
 
 
 @dataclass(frozen=True, slots=True)

@@ -92,7 +92,7 @@ class ControlServer:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.IPV6, ":" in host)
         if key is not None:
-            self._socket.curve_secretkey = _key_pair(key)[1]
+            self._socket.curve_secretkey = key_pair(key)[1]
             self._socket.curve_server = True
         try:
             self._socket.bind(f"tcp://{bracketed(host)}:{port or '*'}")
@@ -206,7 +206,7 @@ class ControlClient:
             self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
             self._socket.setsockopt(zmq.IPV6, self.address.startswith("["))
             if self._key is not None:
-                public, secret = _key_pair(self._key)
+                public, secret = key_pair(self._key)
                 self._socket.curve_serverkey = public
                 self._socket.curve_publickey, self._socket.curve_secretkey = public, secret
             self._socket.connect(f"tcp://{self.address}")
@@ -218,7 +218,7 @@ class ControlClient:
             self._socket = None
 
 
-def _key_pair(key: ClusterKey) -> tuple[bytes, bytes]:
+def key_pair(key: ClusterKey) -> tuple[bytes, bytes]:
     """The CURVE key pair of the cluster. Its public half is a secret too: CURVE never sends a
     server's key, so knowing it is what admits a client."""
     secret = z85.encode(key.derive("zmq curve"))

@@ -283,10 +283,10 @@ def test_pairs_and_colocated_servers_share_the_work(run: Run) -> None:
     async def test() -> None:
         workers = [*pair(), FakeWorker(Role.PREFILL), FakeWorker(Role.COLOCATED)]
         async with staged(*workers) as stage:
-            for _ in range(8):
+            for _ in range(9):
                 assert (await stage.post("/generate", {"text": "hello"}))[0] == 200
             counts = {role: [len(w.requests) for w in them] for role, them in stage.workers.items()}
-            assert counts == {Role.PREFILL: [2, 2], Role.DECODE: [4], Role.COLOCATED: [4]}
+            assert counts == {Role.PREFILL: [3, 3], Role.DECODE: [6], Role.COLOCATED: [3]}
             for prefill in stage.workers[Role.PREFILL]:
                 ports = {one.body["bootstrap_port"] for one in prefill.requests}
                 assert ports == {prefill.bootstrap_port}

@@ -13,15 +13,11 @@ from hypothesis import strategies as st
 
 from memserve.core.ids import InstanceId
 from memserve.router.cost_model import GPU_COSTS, CostModel, Path
-from memserve.router.policies import (
-    DECODE_POLICIES,
-    PREFILL_POLICIES,
-    Candidate,
-    Situation,
-    decide,
-)
-from memserve.router.prompt_tree import Depth
+from memserve.router.decision import decide
 from memserve.router.ledger import Ledger
+from memserve.router.policy import DECODE_POLICIES, PREFILL_POLICIES
+from memserve.router.prompt_tree import Depth
+from memserve.router.situation import Candidate, Situation
 
 SLOW_NETWORK = replace(GPU_COSTS, remote=Path(2e-3, 1e8))
 
@@ -238,9 +234,6 @@ def test_cold_prompts_spread_at_any_concurrency(
         while ends and ends[0][0] <= now_s:
             end_s, number, name = heapq.heappop(ends)
             ledger.prefill_done(InstanceId(name), number, end_s)
-        if turn == 0:
-            for name in names:
-                ledger.join(name)
         is_warm, home = random.random() < warm_share, random.choice(names)
         candidates = []
         for name in names:

@@ -18,7 +18,7 @@ from memserve.core.errors import ConfigError
 from memserve.router import make_trace, simulate
 from memserve.router.cost_model import GPU_COSTS
 from memserve.router.make_trace import SHAPES
-from memserve.router.policies import PREFILL_POLICIES
+from memserve.router.policy import PREFILL_POLICIES
 from memserve.router.sim_cache import PromptCache
 from memserve.router.sim_report import Figures, figures, imbalance, percentile
 from memserve.router.simulation import Outcome, SimulationConfig

@@ -1,0 +1,343 @@
+"""From what is known of a request to where it goes, and what its way teaches about the next ones.
+
+    decide   prompt tree + ledger + costs ──> Situation ──> Decision          (changes nothing)
+    place    the same, entered in the ledger and expected in the tree ──> Placed
+    fetched, prefilled, ended: settle the ledger, refine the costs, count
+
+Knows no HTTP. Event loop thread only; the clock is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+from memserve.core.block_keys import BlockKey
+from memserve.core.ids import InstanceId
+from memserve.router.cost_model import CostModel, Observation
+from memserve.router.decision import Decision, decide, prefill_score
+from memserve.router.feed import TreeFeed
+from memserve.router.fetching import MAX_FETCH_S, FetchOutcome, FetchPlan, links_between
+from memserve.router.instance import Instance, Pair, Route, Single, Snapshot
+from memserve.router.learnt_costs import LearntCosts
+from memserve.router.ledger import Ledger
+from memserve.router.metrics import RouterMetrics
+from memserve.router.pools import Pools
+from memserve.router.prompt_tree import Depth
+from memserve.router.prompts import Prompt
+from memserve.router.situation import Candidate, Situation
+from memserve.router.tree_records import by_server
+from memserve.wire.messages import Role
+
+WINDOW_S = 180.0
+"""How long work counts as recent."""
+EXPECT_S = 30.0
+"""How much later than predicted a prompt may be reported and is still expected."""
+MAX_HINDSIGHT = 64
+"""Of more candidates than this, nobody reckons what the others would have taken."""
+ERROR_WEIGHT = 0.02
+"""What the newest prediction error weighs in the mean."""
+
+_NOTHING = Depth(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacerSettings:
+    """How requests are placed."""
+
+    prefill_policy: str
+    decode_policy: str
+    start_costs: CostModel
+    certainty: float
+    """Of those costs, 0 to 1."""
+    fetches: bool
+    """Whether history may be fetched before a request goes out."""
+
+
+@dataclass(slots=True)
+class Placed:
+    """A request that has been given to instances. Changed by `Placer` only."""
+
+    number: int
+    decision: Decision
+    prompt: Prompt
+    route: Route
+    plan: FetchPlan | None
+    """What to fetch before it goes out."""
+    begun_s: float
+    work_s: float
+    """Predicted, without the wait for others."""
+    had_queue: bool
+    """Others were waiting or at work when it came."""
+    is_prefilled: bool = False
+
+    @property
+    def prefill(self) -> Instance:
+        return self.route.prefill if isinstance(self.route, Pair) else self.route.worker
+
+    @property
+    def decode(self) -> Instance:
+        return self.route.decode if isinstance(self.route, Pair) else self.route.worker
+
+
+class Learner(Protocol):
+    """Follows the caches of workers that do not report theirs in full."""
+
+    def know(self, keys: Sequence[BlockKey]) -> None:
+        """A prompt with these blocks came by."""
+
+    def answered(self, instance: InstanceId, keys: Sequence[BlockKey]) -> None:
+        """That instance has computed, or received, these blocks."""
+
+
+class Placer:
+    """Places requests on the ready instances."""
+
+    def __init__(
+        self,
+        settings: PlacerSettings,
+        feed: TreeFeed,
+        pools: Pools,
+        learner: Learner,
+        metrics: RouterMetrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._feed = feed
+        self._pools = pools
+        self._learner = learner
+        self._metrics = metrics
+        self._clock = clock
+        self._ledger = Ledger(WINDOW_S)
+        self._costs: dict[str, LearntCosts] = {}
+        self._turn = 0
+        self._last: dict[InstanceId, int] = {}
+        """The request that each prefill was given last."""
+        self._error = 0.0
+        self._num_errors = 0
+
+    @property
+    def costs(self) -> Mapping[str, LearntCosts]:
+        """What has been learnt, by model."""
+        return self._costs
+
+    def decide(self, snapshot: Snapshot, prompt: Prompt) -> Decision | None:
+        """Where a request would go now; None if no pair is whole and nobody does both."""
+        prefills = (*(snapshot.prefills if snapshot.decodes else ()), *snapshot.colocated)
+        if not prefills:
+            return None
+        settings = self._settings
+        return decide(
+            self._situation(prefills, snapshot.decodes, prompt),
+            self._costs_of(prefills[0]).model,
+            settings.prefill_policy,
+            settings.decode_policy,
+            can_fetch=settings.fetches and len(prompt.chains) == 1,
+        )
+
+    def place(self, snapshot: Snapshot, prompt: Prompt) -> Placed | None:
+        """Where it goes, entered as work there; None as `decide`."""
+        decision = self.decide(snapshot, prompt)
+        if decision is None:
+            return None
+        now_s, route = self._clock(), _route(snapshot, decision)
+        plan = self._plan(decision, prompt)
+        placed = Placed(
+            number=self._turn,
+            decision=decision,
+            prompt=prompt,
+            route=route,
+            plan=plan,
+            begun_s=now_s,
+            work_s=_work_s(decision, plan),
+            had_queue=self._ledger.num_queued(decision.prefill) > 0,
+        )
+        self._turn += 1
+        self._enter(placed)
+        return placed
+
+    def fetched(self, placed: Placed, outcome: FetchOutcome) -> None:
+        """The fetch is over; the request goes out now."""
+        plan, wanted = placed.plan, placed.decision.fetch
+        assert plan is not None
+        assert wanted is not None
+        before = self._chosen(placed).total_blocks
+        num_new = outcome.num_blocks - before
+        is_whole = outcome.num_blocks >= wanted.num_blocks
+        self._metrics.fetches.labels("whole" if is_whole else "part" if num_new > 0 else "none").inc()
+        self._metrics.fetch_seconds.observe(outcome.seconds)
+        if num_new > 0:
+            self._metrics.fetched_blocks.inc(num_new)
+        if is_whole and num_new > 0:
+            num_tokens = num_new * placed.decision.situation.page_tokens
+            self._costs_of(placed.prefill).fetched(num_tokens, outcome.seconds)
+        placed.begun_s = self._clock()
+
+    def prefilled(self, placed: Placed, cached_tokens: int | None) -> None:
+        """Its first token is there; prefill had `cached_tokens` of it, if it says so. Idempotent."""
+        if placed.is_prefilled:
+            return
+        placed.is_prefilled = True
+        now_s = self._clock()
+        self._ledger.prefill_done(placed.decision.prefill, placed.number, now_s)
+        seconds = now_s - placed.begun_s
+        self._metrics.prefill_seconds.observe(seconds)
+        if cached_tokens is not None:
+            self._metrics.cached_tokens.inc(cached_tokens)
+        self._learn(placed, seconds, cached_tokens)
+        self._reckon(placed, seconds)
+
+    def ended(self, placed: Placed, *, is_answered: bool) -> None:
+        """Nobody works on it any more. Idempotent."""
+        now_s = self._clock()
+        self._ledger.prefill_done(placed.decision.prefill, placed.number, now_s)
+        self._ledger.decode_done(placed.decode.instance_id, placed.number)
+        if is_answered:
+            for chain in placed.prompt.chains:
+                for instance in {placed.prefill.instance_id, placed.decode.instance_id}:
+                    self._learner.answered(instance, chain)
+
+    def keep(self, instances: Sequence[InstanceId]) -> None:
+        """Forget the work of instances that are not there any more."""
+        self._ledger.keep(frozenset(instances))
+        for gone in self._last.keys() - set(instances):
+            del self._last[gone]
+
+    # ---- before
+
+    def _situation(
+        self, prefills: Sequence[Instance], decodes: Sequence[Instance], prompt: Prompt
+    ) -> Situation:
+        depths, now_s = self._depths(prompt), self._clock()
+
+        def candidates(instances: Sequence[Instance]) -> tuple[Candidate, ...]:
+            candidate, get = self._ledger.candidate, depths.get
+            return tuple(candidate(it.instance_id, get(it.instance_id, _NOTHING), now_s) for it in instances)
+
+        memories = (name for name in self._pools.memories() if name in depths)
+        return Situation(
+            prompt.num_tokens,
+            prefills[0].facts.page_size or 1,
+            candidates(prefills),
+            candidates(decodes),
+            holders=tuple(Candidate(name, total_blocks=depths[name].total) for name in memories),
+            session=prompt.session,
+            turn=self._turn,
+            output_tokens=prompt.output_tokens,
+        )
+
+    def _depths(self, prompt: Prompt) -> Mapping[InstanceId, Depth]:
+        """Of a batch, the sum over its prompts."""
+        tree = self._feed.tree
+        if len(prompt.chains) == 1:
+            return by_server(tree.depths(prompt.chains[0]))
+        sums: dict[InstanceId, Depth] = {}
+        for chain in prompt.chains:
+            for instance, depth in by_server(tree.depths(chain)).items():
+                known = sums.get(instance, _NOTHING)
+                sums[instance] = Depth(known.near + depth.near, known.total + depth.total)
+        return sums
+
+    def _plan(self, decision: Decision, prompt: Prompt) -> FetchPlan | None:
+        fetch = decision.fetch
+        if fetch is None:
+            return None
+        links = links_between(self._pools, decision.prefill, fetch.source)
+        if not links:
+            self._metrics.fetches.labels("impossible").inc()
+            return None
+        keys = prompt.chains[0][: fetch.num_blocks]
+        return FetchPlan(decision.prefill, fetch.source, keys, links, min(fetch.saved_s, MAX_FETCH_S))
+
+    def _enter(self, placed: Placed) -> None:
+        decision, prompt = placed.decision, placed.prompt
+        prefill, decode = placed.prefill.instance_id, placed.decode.instance_id
+        self._ledger.prefill_dispatched(prefill, placed.number, placed.work_s, placed.begun_s)
+        self._ledger.decode_dispatched(decode, placed.number, prompt.num_tokens)
+        self._last[prefill] = placed.number
+        until_s = placed.begun_s + self._chosen(placed).queued_s + placed.work_s + EXPECT_S
+        for instance in {prefill, decode}:
+            if self._feed.tree.follows(instance):
+                for chain in prompt.chains:
+                    self._feed.tree.expect(instance, chain, until_s)
+        for chain in prompt.chains:
+            self._learner.know(chain)
+        metrics, situation = self._metrics, decision.situation
+        metrics.placed.labels(prefill, placed.prefill.role).inc()
+        if decode != prefill:
+            metrics.placed.labels(decode, placed.decode.role).inc()
+        metrics.prompt_tokens.inc(prompt.num_tokens)
+        metrics.expected_tokens.inc(situation.cached_tokens(self._chosen(placed).total_blocks))
+        if prompt.unknown is not None:
+            metrics.unknown_tokens.labels(prompt.unknown).inc()
+
+    def _chosen(self, placed: Placed) -> Candidate:
+        name = placed.decision.prefill
+        return next(it for it in placed.decision.situation.prefills if it.instance_id == name)
+
+    def _costs_of(self, instance: Instance) -> LearntCosts:
+        """Of the model that the instance serves."""
+        facts = instance.facts
+        costs = self._costs.get(facts.model)
+        if costs is None:
+            costs = LearntCosts(self._settings.start_costs, certainty=self._settings.certainty)
+            self._costs[facts.model] = costs
+        pools = self._pools.of(instance.instance_id)
+        if pools and pools[0].block_bytes and facts.page_size:
+            costs.has_block_bytes(pools[0].block_bytes, facts.page_size)
+        return costs
+
+    # ---- after
+
+    def _learn(self, placed: Placed, seconds: float, cached_tokens: int | None) -> None:
+        """From a prefill that had its instance to itself all the time."""
+        name, num_tokens = placed.decision.prefill, placed.prompt.num_tokens
+        is_alone = not placed.had_queue and self._last.get(name) == placed.number
+        is_known = placed.prompt.unknown is None and len(placed.prompt.chains) == 1
+        if (
+            is_alone
+            and is_known
+            and cached_tokens is not None
+            and 0 <= cached_tokens < num_tokens
+            and seconds > 0
+        ):
+            self._costs_of(placed.prefill).prefilled(Observation(num_tokens, cached_tokens, seconds))
+
+    def _reckon(self, placed: Placed, seconds: float) -> None:
+        """How good the prediction was, and the choice."""
+        if seconds <= 0:
+            return
+        predicted_s = self._chosen(placed).queued_s + placed.work_s
+        self._num_errors += 1
+        error = abs(predicted_s - seconds) / seconds
+        self._error += max(ERROR_WEIGHT, 1 / self._num_errors) * (error - self._error)
+        self._metrics.ttft_error.set(self._error)
+        situation, costs = placed.decision.situation, self._costs_of(placed.prefill).model
+        if len(situation.prefills) <= MAX_HINDSIGHT:
+            scores = (
+                prefill_score(situation, it, costs)
+                for it in situation.prefills
+                if it.instance_id != placed.decision.prefill
+            )
+            best_s = min((one.queue_s + one.load_s + one.exec_s for one in scores), default=seconds)
+            self._metrics.regret_seconds.observe(max(0.0, seconds - best_s))
+
+
+def _route(snapshot: Snapshot, decision: Decision) -> Route:
+    prefills = (*snapshot.prefills, *snapshot.colocated)
+    prefill = next(it for it in prefills if it.instance_id == decision.prefill)
+    if prefill.role is Role.COLOCATED:
+        return Single(prefill)
+    return Pair(prefill, next(it for it in snapshot.decodes if it.instance_id == decision.decode))
+
+
+def _work_s(decision: Decision, plan: FetchPlan | None) -> float:
+    """What this request's own prefill will take, by the prediction."""
+    situation = decision.situation
+    candidate = next(it for it in situation.prefills if it.instance_id == decision.prefill)
+    if plan is not None:
+        num_cached = situation.cached_tokens(len(plan.keys))
+        return decision.costs.exec_s(situation.prompt_tokens, num_cached) + decision.costs.load_s(num_cached)
+    score = prefill_score(situation, candidate, decision.costs)
+    return score.load_s + score.exec_s

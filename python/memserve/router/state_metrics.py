@@ -1,0 +1,115 @@
+"""The router's state for Prometheus, read when somebody looks: who is there, the tree and its truth."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
+from prometheus_client.registry import Collector
+
+from memserve.router.cluster import Cluster
+from memserve.router.feed import TreeFeed
+from memserve.router.followers import Followers
+from memserve.router.metrics import PREFIX
+from memserve.router.placement import Placer
+from memserve.router.pools import Pools
+from memserve.router.tokenizers import Tokenizers
+
+
+@dataclass(frozen=True, slots=True)
+class RouterState(Collector):
+    """Everything that has a state to tell of. Event loop thread only."""
+
+    cluster: Cluster
+    pools: Pools
+    feed: TreeFeed
+    followers: Followers
+    tokenizers: Tokenizers
+    placer: Placer
+
+    def collect(self) -> Iterator[Metric]:
+        """All families."""
+        yield from self._members()
+        yield from self._tree()
+        yield from self._truth()
+        yield from self._tokens()
+        yield from self._costs()
+
+    def _members(self) -> Iterator[Metric]:
+        states = Counter((member.info.role, member.state) for member in self.cluster.members())
+        yield _gauge("instances", "Instances known.", ("role", "state"), states)
+        modes = Counter((how.mode,) for how in self.followers.stats().values())
+        yield _gauge("followed", "Ready instances, by how the prompt tree follows them.", ("by",), modes)
+        unknown = {(model,): 1 for model in self.tokenizers.reasons()}
+        yield _gauge("models_without_tokens", "Models whose requests are not tokenized.", ("model",), unknown)
+        yield _gauge("pools", "Memory pools known.", (), {(): len(self.pools.members())})
+
+    def _tree(self) -> Iterator[Metric]:
+        stats = self.feed.tree.stats()
+        held = {
+            (name, tier): blocks
+            for name, one in stats.instances.items()
+            for tier, blocks in (("hbm", one.hbm), ("dram", one.dram))
+        }
+        yield _gauge("tree_blocks", "Distinct blocks in the prompt tree.", (), {(): stats.blocks})
+        yield _gauge("tree_held_blocks", "Blocks that an instance holds.", ("instance", "tier"), held)
+        yield _gauge("tree_expected_blocks", "Dispatched, not reported yet.", (), {(): stats.expected})
+        happened = {**asdict(stats.counters), **asdict(self.feed.counters())}
+        counts = {(what,): count for what, count in happened.items()}
+        yield _counter("tree_events", "What has happened to the prompt tree.", ("what",), counts)
+
+    def _truth(self) -> Iterator[Metric]:
+        truths = self.feed.truth()
+        for name, help in (
+            ("precision", "Of what the tree had of an instance at its last audit, the share that was there."),
+            ("recall", "Of what was there, the share that the tree had."),
+            ("phantoms", "Blocks that the tree had and the instance had not."),
+        ):
+            values = {(instance,): getattr(truth, name) for instance, truth in truths.items()}
+            yield _gauge(f"tree_{name}", help, ("instance",), values)
+
+    def _tokens(self) -> Iterator[Metric]:
+        stats = self.tokenizers.stats()
+        for name, help in (
+            ("calls", "Calls whose text was tokenized."),
+            ("tokens", "Tokens of them."),
+            ("cached_tokens", "Tokens of them that were remembered."),
+            ("seconds", "Time spent tokenizing."),
+        ):
+            values = {(model,): getattr(one, name) for model, one in stats.items()}
+            yield _counter(f"tokenizer_{name}", help, ("model",), values)
+
+    def _costs(self) -> Iterator[Metric]:
+        errors, observed = {}, {}
+        for model, costs in self.placer.costs.items():
+            for what, one in (("prefill", costs.prefills), ("fetch", costs.fetches)):
+                errors[model, what] = one.error
+                observed[model, what] = one.num_observed
+        labels = ("model", "what")
+        yield _gauge(
+            "cost_error",
+            "Moving mean of |predicted - observed| / observed of undisturbed work.",
+            labels,
+            errors,
+        )
+        yield _counter("cost_observations", "Work that was timed.", labels, observed)
+
+
+Values = Mapping[Any, float]
+
+
+def _gauge(name: str, help: str, labels: tuple[str, ...], values: Values) -> Metric:
+    family = GaugeMetricFamily(f"{PREFIX}_{name}", help, labels=labels)
+    for key, value in values.items():
+        family.add_metric([str(part) for part in key], value)
+    return family
+
+
+def _counter(name: str, help: str, labels: tuple[str, ...], values: Values) -> Metric:
+    family = CounterMetricFamily(f"{PREFIX}_{name}", help, labels=labels)
+    for key, value in values.items():
+        family.add_metric([str(part) for part in key], value)
+    return family
