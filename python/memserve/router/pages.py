@@ -98,9 +98,20 @@ class Pages:
         }
         return json_response(encode_json(page))
 
-    async def tree(self, _: web.Request) -> web.Response:
-        """How many blocks the global prompt tree knows of, whose they are, and how true it has been."""
-        return json_response(encode_json(asdict(self._feed.tree.stats())))
+    async def tree(self, request: web.Request) -> web.Response:
+        """How many blocks the global prompt tree knows of, whose they are, and how true it has been.
+
+        `?digest=1`: and, by instance and tier, a digest of them, as a server has it on `/mempool`.
+        """
+        tree = self._feed.tree
+        stats = tree.stats()
+        page: JsonObject = asdict(stats)
+        if request.query.get("digest") == "1":
+            page["digest"] = {
+                name: {tier.name.lower(): (n, f"{xor:016x}") for tier, (n, xor) in tree.digest(name).items()}
+                for name in stats.instances
+            }
+        return json_response(encode_json(page))
 
     async def metrics(self, _: web.Request) -> web.Response:
         """Everything that is counted, for Prometheus."""
