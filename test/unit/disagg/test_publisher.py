@@ -17,6 +17,7 @@ from memserve.disagg.publisher import Publisher, parts
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
 from memserve.testing.cluster import wait_for
+from memserve.testing.faulty_link import Fault, Faults, FaultyLink, FaultyProxy
 from memserve.wire.link import ControlClient, ControlServer
 from memserve.wire.messages import Done, Message, PoolEvents, SnapshotPart, SnapshotWanted, Unknown
 
@@ -123,6 +124,27 @@ def test_what_is_turned_away_is_told_again(pool: MemPool, listener: Listener, pu
     store(pool, 3)
     wait_told(pool, listener)
     assert listener.turn_away == 0
+
+
+def test_what_is_lost_on_the_way_is_said_again_and_costs_no_snapshot(
+    pool: MemPool, listener: Listener
+) -> None:
+    server, faults = ControlServer("127.0.0.1", 0, listener), Faults()
+    with FaultyProxy(FaultyLink(ControlClient(server.address), faults)) as proxy:
+        store(pool, 50)
+        faults.expect(SnapshotPart, Fault.LOSE_ANSWER)
+        publisher = Publisher(ControlClient(proxy.address), Epoch(1), pool.take_events, pool.snapshot)
+        for fault in (Fault.LOSE_ANSWER, Fault.LOSE_REQUEST, Fault.DOUBLE, Fault.DELAY):
+            wait_told(pool, listener)
+            faults.expect(PoolEvents, fault)
+            store(pool, 30)
+        wait_told(pool, listener)
+        faults.land()
+        store(pool, 30)
+        wait_told(pool, listener)
+        publisher.close()
+    server.close()
+    assert listener.num_snapshots == 2, "the one whose answer was lost came twice"
 
 
 def test_a_snapshot_comes_in_parts_with_every_parent_before_its_children() -> None:
