@@ -1,8 +1,8 @@
 """What pools say of themselves, for Prometheus. Pure.
 
 A report is what `/mempool` shows of one pool: a section per component (`pool`, `peers`, `outbox`,
-`fetch`, `linker`), each a flat map from a counter's name to its number, or None. Knows the names and
-meanings of counters, not where they come from.
+`fetch`, `linker`, `hbm`, `events`), each a flat map from a counter's name to its number, or None. What
+is no number is left out. Knows the names and meanings of counters, not where they come from.
 Source: Prometheus, "Exposition formats", text format 0.0.4.
 """
 
@@ -96,12 +96,20 @@ _LINKER = {
     "load_s": Metric("load_seconds_total", "Time spent on copies from DRAM to HBM."),
     "failed_loads": Metric("failed_loads_total", "Copies to HBM that failed: recomputed."),
 }
+_HBM = {
+    "blocks": Metric("blocks", "Blocks in HBM, as the router is told.", "gauge"),
+    "events": Metric("events_total", "Changes of HBM that the engine told of."),
+    "left_out": Metric("left_out_blocks_total", "Blocks in HBM that could not be named for certain."),
+}
+_EVENTS = {"numbered": Metric("numbered_total", "Changes of the pool's tiers, as told to the router.")}
 SECTIONS: Mapping[str, Mapping[str, Metric]] = {
     "pool": _POOL,
     "peers": _PEERS,
     "outbox": _OUTBOX,
     "fetch": _FETCH,
     "linker": _LINKER,
+    "hbm": _HBM,
+    "events": _EVENTS,
 }
 """Every number that has a description; others are shown as they are."""
 

@@ -23,12 +23,14 @@ from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoadCounter, UnifiedCacheLinker
 
+from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, key_from_hex, keys_from_hex
 from memserve.core.errors import OutOfBlocks
 from memserve.core.ids import new_epoch
 from memserve.disagg.pool_node import MAX_GROWTH, PoolNode, dram_slots
 from memserve.engine import seams
 from memserve.engine.fetching import Fetching
+from memserve.engine.hbm_events import HbmPublisher
 from memserve.engine.kv_blocks import KVBlocks, layout_of
 from memserve.engine.settings import EngineSettings
 from memserve.engine.worker import Worker
@@ -120,6 +122,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         """Set before each `offload`: the key of the page before its first one."""
         self.ended_request_of: str | None = None
         """Set while the pages of a request that has ended are offloaded: its prefill, `host:port`."""
+        self._hbm: HbmPublisher | None = None
         self._stats = LinkerStats()
         self._queued: list[_Load] = []
         self._done: deque[bool] = deque()
@@ -130,7 +133,13 @@ class MemPoolLinker(UnifiedCacheLinker):
     def stats(self) -> dict[str, Any]:
         """All numbers of this rank's pool and its ways to others, of this moment."""
         own = asdict(self._stats)  # First: who sees no offload under way sees all that came of it.
-        return {**self.node.stats(), "linker": own}
+        hbm = self._hbm.stats() if self._hbm is not None else None
+        return {**self.node.stats(), "linker": own, "hbm": hbm}
+
+    def follow_hbm(self, events: HbmPublisher) -> None:
+        """Have the pool tell the router what these say, too. Once, before the first of them."""
+        events.join(self._pool.follow(Tier.HBM))
+        self._hbm = events
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Every prefix length, in pages, that DRAM could restore."""
@@ -200,6 +209,8 @@ class MemPoolLinker(UnifiedCacheLinker):
         """Leave the cluster and stop all threads; the memory goes with the process."""
         self.reset()
         self.node.close()
+        if self._hbm is not None:
+            self._hbm.shutdown()
         self._packer.close()
         self._loader.close()
 

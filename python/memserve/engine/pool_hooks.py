@@ -5,14 +5,19 @@ Each hook does nothing in a server whose cache has no `MemPoolLinker`. Placed by
 
 from __future__ import annotations
 
+import logging
 import pkgutil
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 
 from memserve.engine import seams
+from memserve.engine.hbm_events import ExtraKeys, HbmPublisher, is_ours, register_publisher
 from memserve.engine.linker import MemPoolLinker
+
+logger = logging.getLogger(__name__)
 
 DRAM_GIB = "memserve_dram_gib"
 
@@ -27,6 +32,10 @@ def place() -> None:
     HookRegistry.register(seams.NEW_PREFILL_BATCH, hold_while_fetching, HookType.AROUND)
     HookRegistry.register(seams.DECODE_QUEUE, let_go_of_offloaded, HookType.BEFORE)
     HookRegistry.register(seams.UPDATE_HANDLERS, offer_resize, HookType.AFTER)
+    HookRegistry.register(seams.EXTRA_KEY_NAMES, name_extra_keys, HookType.AFTER)
+    HookRegistry.register(seams.EVENTS_PUBLISHER, join_hbm_events, HookType.AFTER)
+    HookRegistry.register(seams.BATCH_RESULT, publish_hbm_events, HookType.AFTER)
+    register_publisher()
 
 
 def linker_of(tree_cache: Any) -> MemPoolLinker | None:
@@ -92,6 +101,31 @@ def offer_resize(handlers: Any, controller: Any) -> Any:
         handler = pkgutil.resolve_name(seams.UPDATE_HANDLER)
         handlers[DRAM_GIB] = handler(_check_gib, lambda _, gib: linker.node.resize(int(gib * 2**30)))
     return handlers
+
+
+def name_extra_keys(_: Any, scheduler: Any) -> None:
+    """Have the events of the cache that is about to be made carry the extra key of their blocks."""
+    if is_ours(pkgutil.resolve_name(seams.OBSERVABILITY)().kv_events_config):
+        scheduler.kv_event_lora_names = ExtraKeys()
+
+
+def join_hbm_events(_: Any, scheduler: Any) -> None:
+    """Have the pool told what is in HBM, on the rank that publishes events."""
+    linker, events = linker_of(scheduler.tree_cache), scheduler.kv_events_publisher
+    if linker is None:
+        return
+    if isinstance(events.kv_event_publisher, HbmPublisher):
+        linker.follow_hbm(events.kv_event_publisher)
+        # SGLang sends numbers of its own with its events, to a socket that nobody reads.
+        events.send_metrics_from_scheduler = SimpleNamespace(closed=True)
+    elif not is_ours(events.kv_events_config):
+        logger.info("hbm is not reported: --kv-events-config asks for something else")
+
+
+def publish_hbm_events(_: Any, scheduler: Any, *__: Any) -> None:
+    """Publish what a batch has changed: SGLang does so for each prefill, but every 40th decode."""
+    if isinstance(scheduler.kv_events_publisher.kv_event_publisher, HbmPublisher):
+        scheduler.kv_events_publisher.publish_kv_events()
 
 
 def _check_gib(name: str, gib: Any) -> None:

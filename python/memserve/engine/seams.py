@@ -32,6 +32,10 @@ _INTERNAL_STATE = "sglang.srt.managers.scheduler_components.internal_state"
 UPDATE_HANDLERS = f"{_INTERNAL_STATE}.SchedulerInternalStateController._update_handlers"
 UPDATE_HANDLER = f"{_INTERNAL_STATE}:_UpdateHandler"
 UPDATE_REJECTED = f"{_INTERNAL_STATE}:UpdateRejected"
+EXTRA_KEY_NAMES = f"{SCHEDULER_MODULE}.Scheduler.init_kv_event_lora_names"
+EVENTS_PUBLISHER = f"{SCHEDULER_MODULE}.Scheduler.init_kv_events_publisher"
+BATCH_RESULT = f"{SCHEDULER_MODULE}.Scheduler.process_batch_result"
+OBSERVABILITY = "sglang.srt.runtime_context:get_observability"
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 PARALLEL_STATE = "sglang.srt.runtime_context:get_parallel"
 KV_SENDER = "sglang.srt.disaggregation.mooncake.conn:MooncakeKVSender"
@@ -211,6 +215,68 @@ SEAMS = (
     ),
     Seam("update handler", UPDATE_HANDLER, "same", parameters=("validate", "apply")),
     Seam("update rejected", UPDATE_REJECTED, "same"),
+    Seam(
+        "kv events",
+        "sglang.srt.disaggregation.kv_events:EventPublisherFactory.register_publisher",
+        "learning what the radix cache holds in HBM",
+        parameters=("name", "ctor"),
+    ),
+    Seam(
+        "kv events publisher",
+        "sglang.srt.disaggregation.kv_events:EventPublisher",
+        "same",
+        members=("publish", "shutdown"),
+    ),
+    Seam(
+        "stored event",
+        "sglang.srt.disaggregation.kv_events:BlockStored",
+        "same",
+        members=("block_hashes", "parent_block_hash", "token_ids", "medium", "cache_salt", "lora_name"),
+    ),
+    Seam(
+        "removed event",
+        "sglang.srt.disaggregation.kv_events:BlockRemoved",
+        "same",
+        members=("block_hashes", "medium"),
+    ),
+    Seam("cleared event", "sglang.srt.disaggregation.kv_events:AllBlocksCleared", "same"),
+    Seam("medium", "sglang.srt.disaggregation.kv_events:StorageMedium", "same", members=("GPU",)),
+    Seam(
+        "names in events",
+        "sglang.srt.mem_cache.events:KvEventLoraNames.resolve",
+        "learning the extra key of what is in HBM",
+        parameters=("extra_key",),
+    ),
+    Seam("start of names in events", EXTRA_KEY_NAMES.replace(".Scheduler.", ":Scheduler."), "same"),
+    Seam(
+        "start of events",
+        EVENTS_PUBLISHER.replace(".Scheduler.", ":Scheduler."),
+        "joining the publisher of events to the pool",
+    ),
+    Seam(
+        "events of a scheduler",
+        "sglang.srt.managers.scheduler_components.kv_events_publisher:SchedulerKvEventsPublisher",
+        "same",
+        members=(
+            "kv_event_publisher",
+            "kv_events_config",
+            "send_metrics_from_scheduler",
+            "publish_kv_events",
+        ),
+    ),
+    Seam(
+        "batch result",
+        BATCH_RESULT.replace(".Scheduler.", ":Scheduler."),
+        "telling of a batch's blocks at once",
+        parameters=("batch", "result"),
+    ),
+    Seam("observability", OBSERVABILITY, "reading --kv-events-config"),
+    Seam(
+        "kv events config",
+        "sglang.srt.disaggregation.kv_events:KVEventsConfig.from_cli",
+        "same",
+        parameters=("cli_value",),
+    ),
     Seam("parallel state", PARALLEL_STATE, "telling data-parallel ranks apart"),
     Seam("http app", f"{HTTP_SERVER}:app", "answering /mempool", members=("add_api_route",)),
     Seam("http state", f"{HTTP_SERVER}:get_global_state", "same"),

@@ -20,6 +20,8 @@ KV_FRACTION_ON_CPU = 0.3
 """Of the memory free at start, for weights and KV: several servers share a laptop."""
 KV_TOKENS_ON_CPU = 65536
 """At most; SGLang touches every byte of its KV at start, gigabytes of it for a small model."""
+HBM_PUBLISHER = "memserve"
+"""What SGLang is told to call our publisher of its cache's events."""
 MAX_RUNNING_REQUESTS_ON_CPU = 32
 PAGE_TOKENS_ON_CPU = 16
 
@@ -75,12 +77,15 @@ def needs_pool(role: Role, caching: CachingMode) -> bool:
 
 
 def pool_flags() -> list[str]:
-    """Flags that put a memory pool under the radix cache of every rank."""
+    """Flags that put a memory pool under the radix cache of every rank, and have it told what is in HBM."""
     linker = {"linker_module_path": "memserve.engine.linker", "linker": "MemPoolLinker"}
+    # No endpoint: SGLang would advertise it as one to subscribe to.
+    events = {"publisher": HBM_PUBLISHER, "endpoint": "", "format": "dynamo"}
     return [
         "--enable-unified-cache-external-linker",
         *("--unified-cache-external-linker-backend", "dynamic"),
         *("--unified-cache-external-linker-config", json.dumps(linker)),
+        *("--kv-events-config", json.dumps(events)),
     ]
 
 

@@ -8,14 +8,16 @@ from typing import Any
 
 import pytest
 import torch
+from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockStored, KVEventBatch, StorageMedium
 from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.runtime_context import get_parallel
 
-from memserve.core.block_keys import page_keys
+from memserve.core.block_keys import event_hash, page_keys
 from memserve.core.caching import CachingMode
 from memserve.core.ids import InstanceId
 from memserve.disagg.pool_node import PoolSettings
+from memserve.engine.hbm_events import HbmPublisher
 from memserve.engine.kv_blocks import MAX_BATCH_BLOCKS, KVBlocks, layout_of
 from memserve.engine.linker import MemPoolLinker
 from memserve.engine.settings import SETTINGS_VARIABLE, EngineSettings
@@ -229,6 +231,26 @@ def test_reset_forgets_everything_and_goes_on(linker: MemPoolLinker) -> None:
     assert linker.lookup("rid", [transfer(3)]) == []
     assert linker.num_completed_offloads() == 0
     assert offload(linker, transfer(3))
+
+
+def test_what_is_in_hbm_is_told_beside_what_is_in_dram(linker: MemPoolLinker) -> None:
+    assert linker.stats()["hbm"] is None
+    publisher = HbmPublisher()
+    linker.follow_hbm(publisher)
+    tokens = [0] * 3 * PAGE
+    names = [event_hash(key) for key in page_keys(tokens, PAGE)]
+    told = BlockStored(names, None, tokens, PAGE, None, medium=StorageMedium.GPU)
+    publisher.publish(KVEventBatch(ts=0.0, events=[told]))
+    publisher.drain()
+    assert offload(linker, transfer(3))
+    stats = linker.stats()
+    assert stats["hbm"] == {"blocks": 3, "events": 1, "left_out": 0}
+    assert stats["digest"]["hbm"] == stats["digest"]["dram"] != (0, "0" * 16)
+    linker.reset()
+    assert linker.stats()["hbm"]["blocks"] == 3, "SGLang says when these are gone"
+    publisher.publish(KVEventBatch(ts=0.0, events=[AllBlocksCleared()]))
+    publisher.drain()
+    assert linker.stats()["digest"]["hbm"] == (0, "0" * 16)
 
 
 @pytest.mark.parametrize("component", [ComponentType.SWA, ComponentType.MAMBA])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import json
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import pytest
 from memserve.core.caching import CachingMode
 from memserve.core.errors import ConfigError
 from memserve.engine.server_flags import (
+    HBM_PUBLISHER,
     FreePorts,
     cpu_environment,
     cpu_flags,
@@ -80,6 +82,15 @@ def test_sglang_takes_every_flag_and_the_users_own_win() -> None:
         ]
         parsed = parser.parse_args(flags)
         assert (parsed.page_size, parsed.port, parsed.device) == (64, 99, "cpu")
+    for wanted in ("", '{"publisher": "zmq"}'):
+        flags = [*pool_flags(), "--model-path", "x", "--kv-events-config", wanted]
+        assert parser.parse_args(flags).kv_events_config == wanted
+
+
+def test_hbm_is_told_to_us_by_names_that_tell_namespaces_apart_and_advertised_to_nobody() -> None:
+    flags = pool_flags()
+    wanted = {"publisher": HBM_PUBLISHER, "endpoint": "", "format": "dynamo"}
+    assert json.loads(flags[flags.index("--kv-events-config") + 1]) == wanted
 
 
 @pytest.mark.parametrize(
