@@ -21,6 +21,7 @@ from memserve.router.policy import (
     FOLLOWERS,
     PREFILL_POLICIES,
     RECENT_WEIGHT,
+    WORK_WEIGHT,
     Rank,
     arrival_s,
     steps_s,
@@ -38,7 +39,7 @@ class Score(msgspec.Struct, frozen=True):
     exec_s: float
     """This request's own work: prefill, or its decode steps."""
     others_s: float
-    """What others will wait for it."""
+    """What others will wait for it, and what it wastes."""
     recent_s: float
     """The weighted work it got lately."""
 
@@ -134,6 +135,24 @@ def worthwhile_fetch(situation: Situation, prefill: Candidate, costs: CostModel)
     return best
 
 
+def fetching_at_most(decision: Decision, holder: InstanceId, num_blocks: int) -> Decision:
+    """The same choice, knowing that only so many blocks can be had from one of those that hold more."""
+
+    def known(candidates: tuple[Candidate, ...]) -> tuple[Candidate, ...]:
+        return tuple(
+            msgspec.structs.replace(it, fetchable_blocks=num_blocks) if it.instance_id == holder else it
+            for it in candidates
+        )
+
+    old = decision.situation
+    situation = msgspec.structs.replace(
+        old, prefills=known(old.prefills), decodes=known(old.decodes), holders=known(old.holders)
+    )
+    prefill = next(it for it in situation.prefills if it.instance_id == decision.prefill)
+    fetch = worthwhile_fetch(situation, prefill, decision.costs)
+    return msgspec.structs.replace(decision, situation=situation, fetch=fetch)
+
+
 def prefill_score(situation: Situation, candidate: Candidate, costs: CostModel) -> Score:
     """Eq. 1 for one prefill, each block at the price of the tier it is in."""
     near = situation.cached_tokens(candidate.near_blocks)
@@ -145,7 +164,7 @@ def prefill_score(situation: Situation, candidate: Candidate, costs: CostModel) 
         candidate.queued_s,
         load_s,
         exec_s,
-        FOLLOWERS * candidate.queued * (load_s + exec_s),
+        (WORK_WEIGHT - 1 + FOLLOWERS * candidate.queued) * (load_s + exec_s),
         RECENT_WEIGHT * candidate.recent_s,
     )
 

@@ -19,7 +19,8 @@ from memserve.router.fetching import Fetcher
 from memserve.router.instance import Instance, Pair, Snapshot
 from memserve.router.merge import prefill_cached_tokens, rid_field
 from memserve.router.pair import OnPrefilled, PairRunner, Write
-from memserve.router.placement import Placed, Placer
+from memserve.router.placed import Placed
+from memserve.router.placement import Placer
 from memserve.router.prompts import Prompt, PromptReader
 from memserve.router.samples import SampleJoiner, as_batch, as_singles, join_answers
 from memserve.router.upstream import Upstream

@@ -50,7 +50,7 @@ class RouterMetrics:
             "regret_seconds",
             "How much longer a prefill took than the best other choice would have, as known then.",
         )
-        self.ttft_error = Gauge(
+        self.prefill_seconds_error = Gauge(
             f"{PREFIX}_prefill_seconds_error",
             "Moving mean of |predicted - observed| / observed, queue included.",
             registry=self.registry,

@@ -13,16 +13,21 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
+import msgspec
+
+from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey
 from memserve.core.ids import InstanceId
-from memserve.router.cost_model import CostModel, Observation
-from memserve.router.decision import Decision, decide, prefill_score
+from memserve.router.cost_model import CostModel
+from memserve.router.decision import Decision, decide, fetching_at_most, prefill_score
 from memserve.router.feed import TreeFeed
 from memserve.router.fetching import MAX_FETCH_S, FetchOutcome, FetchPlan, links_between
+from memserve.router.hindsight import Hindsight, learn
 from memserve.router.instance import Instance, Pair, Route, Single, Snapshot
 from memserve.router.learnt_costs import LearntCosts
 from memserve.router.ledger import Ledger
 from memserve.router.metrics import RouterMetrics
+from memserve.router.placed import Placed
 from memserve.router.pools import Pools
 from memserve.router.prompt_tree import Depth
 from memserve.router.prompts import Prompt
@@ -34,11 +39,10 @@ WINDOW_S = 180.0
 """How long work counts as recent."""
 EXPECT_S = 30.0
 """How much later than predicted a prompt may be reported and is still expected."""
-MAX_HINDSIGHT = 64
-"""Of more candidates than this, nobody reckons what the others would have taken."""
-ERROR_WEIGHT = 0.02
-"""What the newest prediction error weighs in the mean."""
+MAX_HOLDERS = 3
+"""How many holders are looked at to fetch from, when they have less in DRAM than in HBM."""
 
+_NEED_TOKENS = frozenset({"prompt_tree", "longest_prefix"})
 _NOTHING = Depth(0, 0)
 
 
@@ -53,32 +57,6 @@ class PlacerSettings:
     """Of those costs, 0 to 1."""
     fetches: bool
     """Whether history may be fetched before a request goes out."""
-
-
-@dataclass(slots=True)
-class Placed:
-    """A request that has been given to instances. Changed by `Placer` only."""
-
-    number: int
-    decision: Decision
-    prompt: Prompt
-    route: Route
-    plan: FetchPlan | None
-    """What to fetch before it goes out."""
-    begun_s: float
-    work_s: float
-    """Predicted, without the wait for others."""
-    had_queue: bool
-    """Others were waiting or at work when it came."""
-    is_prefilled: bool = False
-
-    @property
-    def prefill(self) -> Instance:
-        return self.route.prefill if isinstance(self.route, Pair) else self.route.worker
-
-    @property
-    def decode(self) -> Instance:
-        return self.route.decode if isinstance(self.route, Pair) else self.route.worker
 
 
 class Learner(Protocol):
@@ -114,8 +92,7 @@ class Placer:
         self._turn = 0
         self._last: dict[InstanceId, int] = {}
         """The request that each prefill was given last."""
-        self._error = 0.0
-        self._num_errors = 0
+        self._hindsight = Hindsight(metrics)
 
     @property
     def costs(self) -> Mapping[str, LearntCosts]:
@@ -128,13 +105,17 @@ class Placer:
         if not prefills:
             return None
         settings = self._settings
-        return decide(
+        decision = decide(
             self._situation(prefills, snapshot.decodes, prompt),
             self._costs_of(prefills[0]).model,
-            settings.prefill_policy,
-            settings.decode_policy,
+            *self._policies(prompt),
             can_fetch=settings.fetches and len(prompt.chains) == 1,
         )
+        for _ in range(MAX_HOLDERS):
+            if decision.fetch is None or (less := self._offers_less(decision, prompt)) is None:
+                return decision
+            decision = fetching_at_most(decision, decision.fetch.source, less)
+        return msgspec.structs.replace(decision, fetch=None)
 
     def place(self, snapshot: Snapshot, prompt: Prompt) -> Placed | None:
         """Where it goes, entered as work there; None as `decide`."""
@@ -162,7 +143,7 @@ class Placer:
         plan, wanted = placed.plan, placed.decision.fetch
         assert plan is not None
         assert wanted is not None
-        before = self._chosen(placed).total_blocks
+        before = placed.chosen.total_blocks
         num_new = outcome.num_blocks - before
         is_whole = outcome.num_blocks >= wanted.num_blocks
         self._metrics.fetches.labels("whole" if is_whole else "part" if num_new > 0 else "none").inc()
@@ -185,8 +166,11 @@ class Placer:
         self._metrics.prefill_seconds.observe(seconds)
         if cached_tokens is not None:
             self._metrics.cached_tokens.inc(cached_tokens)
-        self._learn(placed, seconds, cached_tokens)
-        self._reckon(placed, seconds)
+        is_alone = not placed.had_queue and self._last.get(placed.decision.prefill) == placed.number
+        costs = self._costs_of(placed.prefill)
+        if is_alone:
+            learn(placed, seconds, cached_tokens, costs)
+        self._hindsight.reckon(placed, seconds, costs.model)
 
     def ended(self, placed: Placed, *, is_answered: bool) -> None:
         """Nobody works on it any more. Idempotent."""
@@ -205,6 +189,14 @@ class Placer:
             del self._last[gone]
 
     # ---- before
+
+    def _policies(self, prompt: Prompt) -> tuple[str, str]:
+        """Of prefill and of decode; a prompt of unknown tokens stays with its session, if it names one."""
+        settings = self._settings
+        blind = prompt.unknown is not None and prompt.session is not None
+        chosen = settings.prefill_policy, settings.decode_policy
+        prefill, decode = ("session" if blind and one in _NEED_TOKENS else one for one in chosen)
+        return prefill, decode
 
     def _situation(
         self, prefills: Sequence[Instance], decodes: Sequence[Instance], prompt: Prompt
@@ -239,6 +231,14 @@ class Placer:
                 sums[instance] = Depth(known.near + depth.near, known.total + depth.total)
         return sums
 
+    def _offers_less(self, decision: Decision, prompt: Prompt) -> int | None:
+        """How many blocks the holder has in DRAM, where others can read them; None if that is all it has."""
+        assert decision.fetch is not None
+        pools, tree = self._pools.of(decision.fetch.source), self._feed.tree
+        depths = (tree.depth_in(pool.instance_id, Tier.DRAM, prompt.chains[0]) for pool in pools)
+        offered = max(depths, default=0)
+        return None if offered >= decision.fetch.num_blocks else offered
+
     def _plan(self, decision: Decision, prompt: Prompt) -> FetchPlan | None:
         fetch = decision.fetch
         if fetch is None:
@@ -256,7 +256,7 @@ class Placer:
         self._ledger.prefill_dispatched(prefill, placed.number, placed.work_s, placed.begun_s)
         self._ledger.decode_dispatched(decode, placed.number, prompt.num_tokens)
         self._last[prefill] = placed.number
-        until_s = placed.begun_s + self._chosen(placed).queued_s + placed.work_s + EXPECT_S
+        until_s = placed.begun_s + placed.chosen.queued_s + placed.work_s + EXPECT_S
         for instance in {prefill, decode}:
             if self._feed.tree.follows(instance):
                 for chain in prompt.chains:
@@ -268,13 +268,9 @@ class Placer:
         if decode != prefill:
             metrics.placed.labels(decode, placed.decode.role).inc()
         metrics.prompt_tokens.inc(prompt.num_tokens)
-        metrics.expected_tokens.inc(situation.cached_tokens(self._chosen(placed).total_blocks))
+        metrics.expected_tokens.inc(situation.cached_tokens(placed.chosen.total_blocks))
         if prompt.unknown is not None:
             metrics.unknown_tokens.labels(prompt.unknown).inc()
-
-    def _chosen(self, placed: Placed) -> Candidate:
-        name = placed.decision.prefill
-        return next(it for it in placed.decision.situation.prefills if it.instance_id == name)
 
     def _costs_of(self, instance: Instance) -> LearntCosts:
         """Of the model that the instance serves."""
@@ -287,41 +283,6 @@ class Placer:
         if pools and pools[0].block_bytes and facts.page_size:
             costs.has_block_bytes(pools[0].block_bytes, facts.page_size)
         return costs
-
-    # ---- after
-
-    def _learn(self, placed: Placed, seconds: float, cached_tokens: int | None) -> None:
-        """From a prefill that had its instance to itself all the time."""
-        name, num_tokens = placed.decision.prefill, placed.prompt.num_tokens
-        is_alone = not placed.had_queue and self._last.get(name) == placed.number
-        is_known = placed.prompt.unknown is None and len(placed.prompt.chains) == 1
-        if (
-            is_alone
-            and is_known
-            and cached_tokens is not None
-            and 0 <= cached_tokens < num_tokens
-            and seconds > 0
-        ):
-            self._costs_of(placed.prefill).prefilled(Observation(num_tokens, cached_tokens, seconds))
-
-    def _reckon(self, placed: Placed, seconds: float) -> None:
-        """How good the prediction was, and the choice."""
-        if seconds <= 0:
-            return
-        predicted_s = self._chosen(placed).queued_s + placed.work_s
-        self._num_errors += 1
-        error = abs(predicted_s - seconds) / seconds
-        self._error += max(ERROR_WEIGHT, 1 / self._num_errors) * (error - self._error)
-        self._metrics.ttft_error.set(self._error)
-        situation, costs = placed.decision.situation, self._costs_of(placed.prefill).model
-        if len(situation.prefills) <= MAX_HINDSIGHT:
-            scores = (
-                prefill_score(situation, it, costs)
-                for it in situation.prefills
-                if it.instance_id != placed.decision.prefill
-            )
-            best_s = min((one.queue_s + one.load_s + one.exec_s for one in scores), default=seconds)
-            self._metrics.regret_seconds.observe(max(0.0, seconds - best_s))
 
 
 def _route(snapshot: Snapshot, decision: Decision) -> Route:

@@ -21,6 +21,14 @@ would win each time. It also stands for the cache that the work took, and will p
 """
 
 
+WORK_WEIGHT = 1.1
+"""What a request's own work counts, where waiting for others' counts 1.
+
+To wait for an instance that is computing a prefix takes as long as to compute it next door; but the
+one is idle and the other is work. Without this, a burst on one new prefix is computed by everybody.
+"""
+
+
 FOLLOWERS = 0.3
 """How many requests a new one will keep waiting, for each that waits already.
 
@@ -44,7 +52,7 @@ def _prompt_tree(situation: Situation, candidates: Sequence[Candidate], costs: C
         own_s = costs.exec_s(tokens, total)
         if it.near_blocks != it.total_blocks:
             own_s += costs.load_s(total - min(it.near_blocks * page_tokens, tokens - 1))
-        ranks.append(it.queued_s + own_s * (1 + FOLLOWERS * it.queued) + RECENT_WEIGHT * it.recent_s)
+        ranks.append(it.queued_s + own_s * (WORK_WEIGHT + FOLLOWERS * it.queued) + RECENT_WEIGHT * it.recent_s)
     return ranks
 
 

@@ -84,6 +84,10 @@ class ClusterTree:
         self._expected.forget(instance)
         self._roster.leave(member)
 
+    def follows(self, instance: InstanceId) -> bool:
+        """Whether it has joined, or is mirrored."""
+        return self._roster.get(instance) is not None
+
     def apply(self, instance: InstanceId, epoch: Epoch, events: Sequence[CacheEvent]) -> bool:
         """Bring the instance's holdings up to the last of `events`, leaving out those that are in already.
 
@@ -176,6 +180,13 @@ class ClusterTree:
                 result[instance] = Depth(get(instance, nothing).near, depth)
         self._expected.lengthen(result, keys, now_s)
         return result
+
+    def depth_in(self, instance: InstanceId, tier: Tier, keys: Sequence[BlockKey]) -> int:
+        """How many of a prompt's blocks, from the first, one instance has in one tier. O(log keys)."""
+        member = self._roster.get(instance)
+        if member is None or tier >= TIERS:
+            return 0
+        return self._holdings.depth(1 << member.numbers[tier], keys)
 
     def stats(self) -> TreeStats:
         """The tree now; a copy."""

@@ -50,6 +50,9 @@ class FakeWorker:
     model: str = "fake-model"
     model_path: str = "/nowhere/fake-model"
     context_tokens: int = 1024
+    page_size: int = 16
+    cache_tokens: int | None = None
+    """What it says its radix cache has room for; None: it has none."""
     port: int = 0
     """0: the system picks one. Kept over a restart."""
     bootstrap_port: int = 8998
@@ -192,7 +195,10 @@ class FakeWorker:
 
     async def _server_info(self, _: web.Request) -> web.Response:
         mode = "null" if self.role is Role.COLOCATED else str(self.role)
-        return web.json_response({"disaggregation_mode": mode, "page_size": 16, "version": "fake"})
+        info = {"disaggregation_mode": mode, "page_size": self.page_size, "version": "fake"}
+        if self.cache_tokens is not None:
+            info |= {"disable_radix_cache": False, "max_total_num_tokens": self.cache_tokens}
+        return web.json_response(info)
 
     async def _models(self, _: web.Request) -> web.Response:
         card = {"id": self.model, "object": "model", "max_model_len": self.context_tokens}

@@ -1,0 +1,43 @@
+"""A request on its way: where it was sent, and what was believed then. A plain record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memserve.router.decision import Decision
+from memserve.router.fetching import FetchPlan
+from memserve.router.instance import Instance, Pair, Route
+from memserve.router.prompts import Prompt
+from memserve.router.situation import Candidate
+
+
+@dataclass(slots=True)
+class Placed:
+    """A request that has been given to instances. Changed by `Placer` only."""
+
+    number: int
+    decision: Decision
+    prompt: Prompt
+    route: Route
+    plan: FetchPlan | None
+    """What to fetch before it goes out."""
+    begun_s: float
+    work_s: float
+    """Predicted, without the wait for others."""
+    had_queue: bool
+    """Others were waiting or at work when it came."""
+    is_prefilled: bool = False
+
+    @property
+    def chosen(self) -> Candidate:
+        """The prefill as it was known when it was chosen."""
+        name = self.decision.prefill
+        return next(it for it in self.decision.situation.prefills if it.instance_id == name)
+
+    @property
+    def prefill(self) -> Instance:
+        return self.route.prefill if isinstance(self.route, Pair) else self.route.worker
+
+    @property
+    def decode(self) -> Instance:
+        return self.route.decode if isinstance(self.route, Pair) else self.route.worker
