@@ -76,7 +76,7 @@ class _Followed:
 
     @property
     def is_displaced(self) -> bool:
-        return any(follower.stats.displaced for follower in self.followers)
+        return any(follower.is_displaced for follower in self.followers)
 
 
 class Followers:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import TypeGuard
 from urllib.parse import urlsplit
 
 from memserve.core.hosts import bracketed
@@ -98,7 +99,7 @@ def _publisher(server_info: Mapping[str, object], page_tokens: int | None) -> Ev
         return None
     host, port, topic = said.get("endpoint_host"), _number(said.get("endpoint_port_base")), said.get("topic")
     num_caches, replay_port = _number(said.get("dp_size")), _number(said.get("replay_endpoint_port_base"))
-    if not isinstance(host, str) or not isinstance(topic, str) or port is None or num_caches is None:
+    if not _is_text(host) or not _is_text(topic) or port is None or num_caches is None:
         return None
     if num_caches > MAX_DP_SIZE or port + num_caches > 65536 or said.get("block_size") != page_tokens:
         return None
@@ -107,6 +108,11 @@ def _publisher(server_info: Mapping[str, object], page_tokens: int | None) -> Ev
     if replay_port is not None and replay_port + num_caches > 65536:
         replay_port = None
     return EventPublisher(None if host in _WILDCARDS else host, port, replay_port, topic, num_caches)
+
+
+def _is_text(value: object) -> TypeGuard[str]:
+    """Something that ZMQ takes for a part of an address, or a topic."""
+    return isinstance(value, str) and value.isprintable()
 
 
 def _binds(config: object) -> bool:

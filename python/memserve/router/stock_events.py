@@ -94,6 +94,8 @@ class SourceStats:
 class Patience:
     """How long to wait for what."""
 
+    connect_s: float = 10.0
+    """Before it is logged that there is no connection; it is waited for all the same."""
     replay_s: float = 3.0
     """For the next message of a replay. Its sender looks for requests ten times a second."""
     retry_s: float = 1.0
@@ -136,6 +138,11 @@ class StockFollower:
         self._task = asyncio.create_task(self._run(), name=f"follow-{instance}")
 
     @property
+    def is_displaced(self) -> bool:
+        """Whether another reports in its place."""
+        return self._stats.displaced
+
+    @property
     def stats(self) -> SourceStats:
         """A copy."""
         return replace(self._stats, forgotten=Counter(self._stats.forgotten))
@@ -149,7 +156,11 @@ class StockFollower:
         while not self._stats.displaced:
             try:
                 with StockLine(self._context, self._source) as line:
-                    await line.connected()
+                    if not await line.connected(self._patience.connect_s):
+                        logger.warning(
+                            "cannot connect to the events of instance=%s %s", self.instance, self._source
+                        )
+                        await line.connected(None)
                     self._stats.connected = True
                     self._next, self._live = None, -1
                     await self._follow(line)
@@ -157,9 +168,8 @@ class StockFollower:
                 self._stats.displaced = True
             except LineLost as error:
                 self._forget("lost", str(error), joins=True)
-            except Exception:
-                logger.exception("following failed, and begins anew instance=%s", self.instance)
-                self._forget("failed", "as logged before", joins=True)
+            except Exception as error:
+                self._forget("failed", repr(error), joins=True)
             self._stats.connected = False
             await asyncio.sleep(self._patience.retry_s)
         logger.warning("another reports in its place, its events are not followed instance=%s", self.instance)
@@ -267,7 +277,10 @@ class StockFollower:
         now_s = asyncio.get_running_loop().time()
         if now_s >= self._warned_s + 10.0:
             self._warned_s = now_s
-            logger.warning("cache learnt anew instance=%s reason=%s %s", self.instance, reason, detail)
+            is_ours = reason == "failed"
+            logger.warning(
+                "cache learnt anew instance=%s reason=%s %s", self.instance, reason, detail, exc_info=is_ours
+            )
         if not joins:
             self._clear()
         elif self._tree().apply(self.instance, self._epoch, ()):

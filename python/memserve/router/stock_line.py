@@ -72,12 +72,17 @@ class StockLine:
     ) -> None:
         self._close()
 
-    async def connected(self) -> None:
-        """Wait for the publisher, for as long as it takes."""
-        while not self._is_open:
-            self._look()
-            if not self._is_open:
-                await self._wait(None)
+    async def connected(self, timeout_s: float | None) -> bool:
+        """Wait for the publisher; whether it is there."""
+        try:
+            async with asyncio.timeout(timeout_s):
+                while True:
+                    self._look()
+                    if self._is_open:
+                        return True
+                    await self._wait(None)
+        except TimeoutError:
+            return False
 
     async def next(self) -> Numbered:
         """The next live message. Raises MalformedFrames, and LineLost if there will be none."""

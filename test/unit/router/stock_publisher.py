@@ -104,9 +104,13 @@ class FakePublisher:
     async def frames(self, *frames: bytes) -> None:
         await self._socket.send_multipart(frames)
 
+    def vanish(self) -> None:
+        """Its process ends."""
+        self._socket.close(linger=0)
+
     async def restart(self) -> None:
         """Another process in the same place."""
-        self._socket.close(linger=0)
+        self.vanish()
         async with asyncio.timeout(DEADLINE_S):
             while True:
                 try:

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from itertools import pairwise
 from typing import Any
@@ -405,6 +405,25 @@ def test_it_gives_way_too_when_its_worker_is_lost(run: Run) -> None:
             await it.publisher.restart()
             await until(lambda: it.follower.stats.displaced)
             assert it.depth(KEYS) == 1
+
+    run(body())
+
+
+def test_a_worker_whose_events_cannot_be_reached_is_waited_for(run: Run, caplog: Any) -> None:
+    async def body() -> None:
+        publisher = FakePublisher()
+        publisher.vanish()
+        patience = replace(SOON, connect_s=0.01)
+        tree, short, context = ClusterTree(), ShortKeys(100), zmq.Context[zmq.Socket[bytes]]()
+        follower = StockFollower(ANN, publisher.source, lambda: tree, short, context, patience)
+        await until(lambda: "cannot connect" in caplog.text)
+        assert not follower.stats.connected
+        await publisher.restart()
+        await publisher.subscribed()
+        await until(lambda: follower.stats.connected)
+        await asyncio.wait([follower.stop()])
+        context.destroy(linger=0)
+        await publisher.close()
 
     run(body())
 
