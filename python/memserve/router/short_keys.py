@@ -57,8 +57,13 @@ class ShortKeys:
 
     def know(self, keys: Iterable[BlockKey]) -> None:
         """These exist: of a prompt that came by, or that an event told of."""
+        young = self._young
         for key in keys:
-            self._know(event_hash(key), key, key)
+            name = event_hash(key)
+            named = young.get(name)
+            if named is None or named[0] != key:
+                self._know(name, key, key)
+                young = self._young
 
     def key_of(self, name: int) -> BlockKey | None:
         """The key of that name; None if none, or more than one, is known."""
@@ -85,9 +90,8 @@ class ShortKeys:
         computed, links = _computed(above, names, token_ids, cache_salt)
         keys: list[BlockKey] = []
         for i, name in enumerate(names):
-            if i < len(links) and event_hash(links[i]) == name:
-                self._know(name, computed[i], links[i])
-            named = self._of(name)
+            is_known = i < len(links) and event_hash(links[i]) == name
+            named = self._know(name, computed[i], links[i]) if is_known else self._of(name)
             if named is None:
                 break
             keys.append(named.key)
@@ -101,14 +105,17 @@ class ShortKeys:
             keys += self._ambiguous.get(name, ()) if key is None else (key,)
         return Removed(sequence, tier, tuple(keys))
 
-    def _know(self, name: int, key: BlockKey, link: BlockKey) -> None:
-        known = self._young.get(name) or self._old.get(name)
+    def _know(self, name: int, key: BlockKey, link: BlockKey) -> _Named | None:
+        """What the name means from now on."""
+        named = self._young.get(name) or self._old.get(name) or _Named(key, link)
         if name in self._ambiguous:
             self._ambiguous[name].add(key)
-        elif known is not None and known.key != key:
-            self._ambiguous[name] = {known.key, key}
+        elif named.key != key:
+            self._ambiguous[name] = {named.key, key}
         else:
-            self._remember(name, known or _Named(key, link))
+            self._remember(name, named)
+            return named
+        return None
 
     def _of(self, name: int) -> _Named | None:
         if name in self._ambiguous:

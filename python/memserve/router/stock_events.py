@@ -33,7 +33,7 @@ from memserve.router.stock_line import LineLost, MalformedFrames, StockLine
 
 logger = logging.getLogger(__name__)
 
-PIECE_BLOCKS = 1024
+PIECE_BLOCKS = 256
 """As many blocks of a message are taken in before the event loop has its turn: about a millisecond."""
 
 _TIERS = {None: Tier.HBM, "GPU": Tier.HBM, "CPU_PINNED": Tier.DRAM}
