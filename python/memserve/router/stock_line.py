@@ -109,14 +109,16 @@ class StockLine:
         try:
             dealer.connect(self._source.replay)
             dealer.send_multipart((b"", first.to_bytes(8, "big")), zmq.NOBLOCK)
+            until_s = asyncio.get_running_loop().time() + timeout_s
             while True:
                 self._look()
                 try:
                     frames = dealer.recv_multipart(zmq.NOBLOCK)
                 except zmq.Again:
-                    if not await self._wait(timeout_s):
+                    if not await self._wait(until_s):
                         return
                     continue
+                until_s = asyncio.get_running_loop().time() + timeout_s
                 if len(frames) == 4 and frames[2] == _END:
                     yield None
                     return
@@ -140,10 +142,10 @@ class StockLine:
             elif self._is_open:
                 raise LineLost(f"{self._source.endpoint}: the connection is lost")
 
-    async def _wait(self, timeout_s: float | None) -> bool:
-        """Until a socket may have something; False if it took too long. All were empty before."""
+    async def _wait(self, until_s: float | None) -> bool:
+        """Until a socket may have something; False if it is that late on the loop's clock."""
         try:
-            async with asyncio.timeout(timeout_s):
+            async with asyncio.timeout_at(until_s):
                 await self._readable.wait()
         except TimeoutError:
             return False

@@ -223,6 +223,23 @@ def test_a_replay_without_what_is_missing_fills_no_gap(run: Run, answers: bool, 
     run(body())
 
 
+def test_a_replay_that_cannot_be_reached_is_not_waited_for_long(run: Run) -> None:
+    async def body() -> None:
+        publisher, other = FakePublisher(), FakePublisher()
+        other.vanish()
+        publisher.source = replace(publisher.source, replay=other.source.endpoint)
+        async with following(publisher, replace(SOON, replay_s=0.5)) as it:
+            await it.publisher.publish(STORED)
+            await it.has(KEYS, 4)
+            await it.publisher.publish(removed(KEYS), lost=True)
+            await it.publisher.publish(OTHERS)
+            await it.has(OTHER, 4)
+            assert (it.depth(KEYS), it.forgotten) == (0, Counter(gap=1))
+        await other.close()
+
+    run(body())
+
+
 def test_a_sequence_that_begins_again_is_another_life(run: Run) -> None:
     async def body() -> None:
         async with following(FakePublisher()) as it:
