@@ -39,6 +39,9 @@ PAUSE = 0.2
 """Of that time, between two attempts."""
 MAX_KEYS = 1 << 16
 """In one message: 2 MiB."""
+MAX_AUDIT_KEYS = 1 << 14
+"""In one message of an audit: no router is kept from its requests for longer than it takes to compare
+so many. News waits until the audit is over, about 0.7 s for a million blocks."""
 
 
 class Publisher:
@@ -131,9 +134,8 @@ class Report:
         before = events[: len(events) - len(self._left)]
         if _num_keys(before) > MAX_KEYS:
             return self._begin_anew()
-        return self._send(
-            [PoolEvents(self._epoch, tuple(before)), *parts(self._epoch, snapshot, is_audit=True)]
-        )
+        audit = parts(self._epoch, snapshot, MAX_AUDIT_KEYS, is_audit=True)
+        return self._send(chain([PoolEvents(self._epoch, tuple(before))], audit))
 
     def _send(self, messages: Iterable[Message]) -> bool:
         """Whether the router has taken all of them in."""

@@ -1,7 +1,7 @@
 """Keeps the global prompt tree true to what the pools report, and finds out how true it is.
 
     events ──> applied, or a gap ──> "send a snapshot" ──> its parts ──> the pool's part of the tree anew
-    now and then, all is well ──> "send an audit" ──> its parts ──> compared ──> untrue: anew, too
+    now and then, all is well ──> "send an audit" ──> its parts, compared ──> untrue: "send a snapshot"
 
 Only registered pools are heard: what a stranger, or an earlier life, says is not believed. Loop
 thread only. Knows messages and the tree; not how it is used.
@@ -12,7 +12,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from types import MappingProxyType
 
 from memserve.core.block_keys import KEY_BYTES
@@ -90,41 +90,30 @@ class TreeFeed:
             return Unknown()
         if not pool.heard and not message.events:
             return SnapshotWanted()  # "Nothing new" means nothing to whom knows nothing old.
-        if not tree.apply(pool.info.instance_id, message.epoch, message.events):
+        if not tree.apply(pool.info.instance_id, message.epoch, message.events) or pool.is_wrong:
             return SnapshotWanted()
         pool.heard = True
         return AuditWanted() if self._is_audit_due(pool) else Done()
 
     def part(self, message: SnapshotPart) -> Message:
-        """Keep a part of a snapshot; with the last one the pool's part of the tree is replaced, or compared.
+        """Keep a part of a snapshot; with the last one the pool's part of the tree is replaced.
 
-        A part that comes again is left out. An audit that nobody has asked for, or that lacks a part,
-        is answered Done and comes to nothing.
+        A part that comes again is left out.
         """
         tree, pool = self.tree, self._known.get(message.epoch)
         if pool is None:
             return Unknown()
-        if message.is_audit and not pool.is_audit_asked:
-            self._counters.unasked_parts += 1
-            return Done()
+        if message.is_audit:
+            return self._audit(pool, message)
         if message.index == 0:
-            pool.arriving[message.is_audit] = _Parts(message.sequence, self._max_snapshot_blocks)
-        arriving = pool.arriving.get(message.is_audit)
-        if arriving is None or not arriving.take(message):
-            if not message.is_audit:
-                return SnapshotWanted()
-            self._end_audit(pool)
-            self._counters.void_audits += 1
-            return Done()
-        snapshot = arriving.snapshot() if message.is_last else None
+            pool.arriving = _Parts(message.sequence, self._max_snapshot_blocks)
+        if pool.arriving is None or not pool.arriving.take(message):
+            return SnapshotWanted()
+        snapshot = pool.arriving.snapshot() if message.is_last else None
         if snapshot is not None:
-            self._counters.left_out += arriving.left_out
-            if message.is_audit:
-                self._end_audit(pool)
-                self._compare(pool.info, snapshot, is_whole=not arriving.left_out)
-            else:
-                pool.heard = True
-                tree.reset(pool.info.instance_id, message.epoch, snapshot)
+            self._counters.left_out += pool.arriving.left_out
+            pool.heard, pool.is_wrong = True, False
+            tree.reset(pool.info.instance_id, message.epoch, snapshot)
         return Done()
 
     def _is_audit_due(self, pool: _Followed) -> bool:
@@ -132,37 +121,53 @@ class TreeFeed:
         now_s = self._clock()
         if now_s < max(pool.audit_due_s, self._no_audit_until_s):
             return False
-        self._end_audit(pool)
-        pool.is_audit_asked = True
+        pool.audit = _Audit()
         pool.audit_due_s = now_s + self._audit_s
         self._counters.audits_asked += 1
         held = self._tree.stats().instances[pool.info.instance_id]
         self._rest(held.hbm + held.dram)
         return True
 
-    def _end_audit(self, pool: _Followed) -> None:
-        pool.is_audit_asked = False
-        pool.arriving.pop(True, None)
-
-    def _compare(self, info: PoolInfo, snapshot: Snapshot, *, is_whole: bool) -> None:
-        """The verdict of an audit. Where the tree is wrong, it is put right."""
-        truth = self._tree.compare(info.instance_id, snapshot)
-        self._rest(truth.reported)
-        if truth.behind or not is_whole:
+    def _audit(self, pool: _Followed, part: SnapshotPart) -> Message:
+        """Compare a part, and keep nothing of it. One that nobody has asked for comes to nothing."""
+        audit = pool.audit
+        if audit is None:
+            self._counters.unasked_parts += 1
+            return Done()
+        if part.index == audit.num_parts - 1:
+            return Done()
+        truth = self._tree.compare(pool.info.instance_id, Snapshot(part.sequence, part.chains))
+        if truth.behind or part.index != audit.num_parts:
+            pool.audit = None
             self._counters.void_audits += 1
-            return
+            return Done()
+        audit.num_parts += 1
+        audit.reported += truth.reported
+        audit.both += truth.both
+        if not part.is_last:
+            return Done()
+        pool.audit = None
+        return self._conclude(pool, Truth(truth.held, audit.reported, audit.both, 0))
+
+    def _conclude(self, pool: _Followed, truth: Truth) -> Message:
+        """The verdict of an audit. If the tree is wrong, a snapshot puts it right."""
+        instance = pool.info.instance_id
+        self._rest(truth.reported)
         self._counters.audits += 1
-        self._truth[info.instance_id] = truth
+        self._counters.phantoms += truth.phantoms
+        self._truth[instance] = truth
         missing = truth.reported - truth.both
         if self._counters.left_out or self._tree.stats().counters.forgotten:
             missing = 0  # The tree lacks some on purpose.
-        if truth.phantoms or missing:
-            self._counters.untrue_audits += 1
-            logger.warning(
-                "the prompt tree was wrong instance=%s sequence=%d phantoms=%d missing=%d of=%d",
-                info.instance_id, snapshot.sequence, truth.phantoms, missing, truth.reported,
-            )  # fmt: skip
-            self._tree.reset(info.instance_id, info.epoch, snapshot)
+        pool.is_wrong = bool(truth.phantoms or missing)
+        if not pool.is_wrong:
+            return Done()
+        self._counters.untrue_audits += 1
+        logger.warning(
+            "the prompt tree was wrong instance=%s phantoms=%d missing=%d of=%d",
+            instance, truth.phantoms, missing, truth.reported,
+        )  # fmt: skip
+        return SnapshotWanted()
 
     def _rest(self, num_blocks: int) -> None:
         """Ask for no audit for as long as one of so many blocks stands for."""
@@ -189,9 +194,20 @@ class _Followed:
     audit_due_s: float
     heard: bool = False
     """Whether it has said what it holds."""
-    is_audit_asked: bool = False
-    arriving: dict[bool, _Parts] = field(default_factory=dict)
-    """Its snapshot, and its audit (True)."""
+    is_wrong: bool = False
+    """Whether the tree is, as far as this one is concerned."""
+    arriving: _Parts | None = None
+    audit: _Audit | None = None
+    """None: nobody has asked for one."""
+
+
+@dataclass(slots=True)
+class _Audit:
+    """One that was asked for, so far."""
+
+    num_parts: int = 0
+    reported: int = 0
+    both: int = 0
 
 
 class _Parts:

@@ -211,10 +211,7 @@ class ClusterTree:
             return Truth(0, reported, 0, snapshot.sequence)
         held = sum(self._holdings.held[number] for number in member.numbers)
         both = sum(self._holdings.num_held(1 << member.numbers[one.tier], one.keys) for one in chains)
-        truth = Truth(held, reported, both, snapshot.sequence - member.sequence)
-        if not truth.behind:
-            self._counters.phantoms += truth.phantoms
-        return truth
+        return Truth(held, reported, both, snapshot.sequence - member.sequence)
 
     def digest(self, instance: InstanceId) -> dict[Tier, tuple[int, int]]:
         """By tier, how many blocks it holds, and the first 8 bytes of their keys, big-endian, xored.

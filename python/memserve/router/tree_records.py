@@ -91,8 +91,6 @@ class TreeCounters:
     """Blocks refused because what comes before them is not known to be held."""
     refused: int = 0
     """Blocks refused because they are no keys, too many, or contradict the tree."""
-    phantoms: int = 0
-    """Found by `compare`, where the tree was as old as the snapshot."""
     forgotten: int = 0
     """Blocks forgotten, or not even taken in, to keep the budget."""
 
@@ -107,7 +105,9 @@ class FeedCounters:
     void_audits: int = 0
     """That came to none: a part was missing, or the tree was not of the same moment."""
     untrue_audits: int = 0
-    """That found the tree wrong; it was put right then."""
+    """That found the tree wrong; a snapshot has put it right."""
+    phantoms: int = 0
+    """Blocks that the tree had and the instance had not."""
     unasked_parts: int = 0
     """Of audits that nobody had asked for."""
     left_out: int = 0

@@ -36,7 +36,7 @@ def depth(feed: TreeFeed, keys: tuple[BlockKey, ...], name: InstanceId = DECODE)
     return feed.tree.depths(keys).get(name, Depth(0, 0)).total
 
 
-def audit(epoch: Epoch, sequence: int, *chains: Stored) -> list[Message]:
+def audit(epoch: Epoch, sequence: int, *chains: Stored) -> list[SnapshotPart]:
     """In as many parts as there are chains."""
     last = len(chains) - 1
     return [SnapshotPart(epoch, sequence, i, i == last, (one,), True) for i, one in enumerate(chains)]

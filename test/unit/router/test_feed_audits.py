@@ -14,7 +14,7 @@ from memserve.router.feed import AUDIT_BYTES_PER_S, TreeFeed
 from memserve.router.pools import Pools
 from memserve.router.prompt_tree import ClusterTree, Truth
 from memserve.testing.fake_clock import FakeClock
-from memserve.wire.messages import AuditWanted, Done, PoolEvents, SnapshotPart, Unknown
+from memserve.wire.messages import AuditWanted, Done, PoolEvents, SnapshotPart, SnapshotWanted, Unknown
 
 from .feed_stage import AUDIT_S, DECODE, ONE, OTHER, THREE, TWO, audit, chain, depth, hear, info, stored
 
@@ -53,18 +53,26 @@ def test_each_pool_is_audited_now_and_then(feed: TreeFeed, clock: FakeClock) -> 
     assert feed.tree.stats().counters.resets == 0, "what is true is left alone"
 
 
+@pytest.mark.parametrize("is_heard", [True, False], ids=["", "and its answer is lost"])
 def test_what_an_audit_finds_wrong_is_put_right(
-    feed: TreeFeed, pools: Pools, clock: FakeClock, caplog: pytest.LogCaptureFixture
+    feed: TreeFeed, pools: Pools, clock: FakeClock, caplog: pytest.LogCaptureFixture, is_heard: bool
 ) -> None:
     keys, other = chain(5), chain(3, seed=2)
     feed.events(PoolEvents(ONE, (stored(1, keys),)))
     clock.advance(AUDIT_S)
     assert feed.events(PoolEvents(ONE, ())) == AuditWanted()
-    hear(feed, audit(ONE, 1, stored(0, keys[:2]), stored(0, other)))
+    truth = audit(ONE, 1, stored(0, keys[:2]), stored(0, other))
+    assert [feed.part(one) for one in truth] == [Done(), SnapshotWanted()]
     assert feed.truth() == {DECODE: Truth(5, 5, 2, 0)}
     assert "phantoms=3 missing=3 of=5" in caplog.text
+    if not is_heard:
+        assert feed.part(truth[-1]) == Done()
+        assert feed.events(PoolEvents(ONE, (stored(2, keys[:1]),))) == SnapshotWanted()
+    snapshot = SnapshotPart(ONE, 2, 0, True, (stored(0, keys[:2]), stored(0, other)))
+    assert feed.part(snapshot) == feed.events(PoolEvents(ONE, ())) == Done()
     assert (depth(feed, keys), depth(feed, other)) == (2, 3)
-    assert feed.counters().untrue_audits == feed.tree.stats().counters.resets == 1
+    counters = feed.counters()
+    assert (counters.untrue_audits, counters.phantoms, feed.tree.stats().counters.resets) == (1, 3, 1)
     pools.deregister(ONE)
     assert feed.tree.depths(keys) == feed.truth() == {}
 
@@ -171,9 +179,8 @@ def test_of_an_enormous_snapshot_the_beginning_is_taken_in(pools: Pools, clock: 
     assert depth(feed, keys) == 7
     clock.advance(AUDIT_S)
     assert feed.events(PoolEvents(ONE, ())) == AuditWanted()
-    hear(feed, audit(ONE, 10, stored(0, keys[:7]), stored(0, other)))
-    assert feed.counters().void_audits == 1, "an audit in part is none"
-    assert depth(feed, keys) == 7
+    assert hear(feed, audit(ONE, 10, stored(0, keys[:7]), stored(0, other))) == {"Done"}
+    assert feed.truth()[DECODE].recall == 7 / 11, "it is not asked for again, as it would not fit again"
 
 
 @pytest.mark.parametrize("seed", range(20))

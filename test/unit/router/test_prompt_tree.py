@@ -373,7 +373,6 @@ def test_a_snapshot_tells_how_true_the_tree_is() -> None:
     assert (later.behind, later.phantoms) == (3, 6)
     assert tree.compare(CYD, Snapshot(1, (stored(0, "a"),))).recall == 0
     assert tree.compare(BOB, Snapshot(1, (stored(0, "abcdxyz"),))).precision == 1
-    assert tree.stats().counters.phantoms == 2, "a tree that is behind is not wrong"
 
 
 def test_a_tree_of_no_blocks_is_refused() -> None:
