@@ -111,7 +111,7 @@ class PoolInfo(msgspec.Struct, frozen=True):
     block_bytes: int = 0
     """Of the KV of one block, on all ranks together; 0 for a pool that takes any."""
     rank: int = 0
-    """Of its tensor-parallel rank: the ranks of one instance hold the same blocks, and rank 0 tells of them."""
+    """Tensor-parallel. The ranks of one instance hold the same blocks, and rank 0 tells of them."""
 
 
 class RegisterPool(msgspec.Struct, frozen=True, tag=True):
@@ -166,8 +166,8 @@ class AuditWanted(msgspec.Struct, frozen=True, tag=True):
 
 
 class SnapshotPart(msgspec.Struct, frozen=True, tag=True):
-    """Pool → router: part of all that was cached after event `sequence`. Answered `Done`, `Unknown`,
-    or `SnapshotWanted` if a part before it has not arrived."""
+    """Pool → router: part of all that was cached after event `sequence`. Answered `Done`, `Unknown`, or
+    `SnapshotWanted` if a part before it has not arrived, or an audit has found that the tree is wrong."""
 
     epoch: Epoch
     sequence: int
