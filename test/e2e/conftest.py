@@ -8,8 +8,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -95,18 +95,38 @@ class Pair:
         wait_acquainted(self.server_urls())
 
 
+NewCluster = Callable[..., AbstractContextManager[Cluster]]
+
+
 @pytest.fixture(scope="session")
-def pairs(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Pair]]:
-    logs = tmp_path_factory.mktemp("servers")
-    key = logs / "cluster.key"
+def new_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewCluster]:
+    """Makes clusters, called with the name of one. Those that are left stop while tests go on."""
+    with ExitStack() as stopping:
+
+        @contextmanager
+        def new(name: str, **kwargs: Any) -> Iterator[Cluster]:
+            cluster = stopping.enter_context(Cluster(tmp_path_factory.mktemp(name), **kwargs))
+            try:
+                yield cluster
+            finally:
+                cluster.begin_close()
+
+        yield new
+
+
+@pytest.fixture(scope="session")
+def pairs(
+    tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, new_cluster: NewCluster
+) -> Iterator[dict[str, Pair]]:
+    key = tmp_path_factory.mktemp("keys") / "cluster.key"
     key.write_bytes(b"a secret of the test cluster")
     key.chmod(0o600)
     keyed = ("--cluster-key-file", str(key))
     with ExitStack() as stack:
         pairs = {
-            "local": Pair(stack.enter_context(Cluster(logs / "local")), tiny_model, ("--transfer", "local")),
+            "local": Pair(stack.enter_context(new_cluster("local")), tiny_model, ("--transfer", "local")),
             "tcp": Pair(
-                stack.enter_context(Cluster(logs / "tcp", router_flags=keyed)),
+                stack.enter_context(new_cluster("tcp", router_flags=keyed)),
                 tiny_model,
                 ("--transfer", "tcp", *keyed),
                 ("--max-total-tokens", str(SMALL_HBM_TOKENS), "--dram-gib", "0.05"),

@@ -22,11 +22,10 @@ from typing import Any
 import pytest
 
 from memserve.core.caching import CachingMode
-from memserve.testing.cluster import Cluster
 from memserve.testing.pool_reports import pool_reports, sent_home_bytes, wait_settled
 from memserve.wire.messages import Role
 
-from .conftest import SMALL_HBM_TOKENS, Pair
+from .conftest import SMALL_HBM_TOKENS, NewCluster, Pair
 from .geometry import PAGE, full_pages, page_bytes, pages
 
 NUM_TURNS = 6
@@ -94,10 +93,10 @@ def converse(
 
 @pytest.fixture(scope="module", params=[CachingMode.NONE, CachingMode.PREFILL, CachingMode.BOTH], ids=str)
 def other_pair(
-    request: pytest.FixtureRequest, tiny_model: Path, tmp_path_factory: pytest.TempPathFactory
+    request: pytest.FixtureRequest, tiny_model: Path, new_cluster: NewCluster
 ) -> Iterator[tuple[CachingMode, Pair]]:
     mode = request.param
-    with Cluster(tmp_path_factory.mktemp(f"caching-{mode}")) as cluster:
+    with new_cluster(f"caching-{mode}") as cluster:
         pair = Pair(cluster, tiny_model, ("--caching", str(mode)))
         pair.launch(Role.PREFILL)
         pair.launch(Role.DECODE)

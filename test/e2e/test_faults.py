@@ -6,6 +6,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from memserve.testing.cluster import Cluster, is_ready, wait_for
 from memserve.testing.pool_reports import pool_reports, wait_settled
 from memserve.wire.messages import Role
 
-from .conftest import Pair, num_requests
+from .conftest import NewCluster, Pair, num_requests
 from .geometry import PAGE, full_pages
 
 ANSWER_WITHIN_S = 5.0
@@ -100,25 +101,32 @@ def test_a_server_told_to_stop_leaves_the_router_at_once(expendable_pair: Pair) 
     decode = pair.cluster.servers.pop("decode")
     decode.send(signal.SIGTERM)
     wait_for(lambda: not is_ready(pair.url), what="the router to drop decode", timeout_s=2)
-    assert decode.wait() == 0
     wait_registered_again(pair, Role.DECODE)
+    assert decode.wait() == 0
 
 
-def test_a_restarted_router_gets_its_instances_back(tiny_model: Path, tmp_path: Path) -> None:
-    """Colocated, alone, on a router port that is used twice."""
-    with Cluster(tmp_path) as cluster:
-        server = cluster.launch("alone", Role.COLOCATED, tiny_model)
-        cluster.wait_ready()
-        port, control = cluster.url.rsplit(":", 1)[1], cluster.control.rsplit(":", 1)[1]
-        assert cluster.router.stop() == 0
-        with Cluster(tmp_path / "again", router_flags=["--port", port, "--control-port", control]) as again:
-            wait_for(lambda: is_ready(again.url), [server], what="the server to register again", timeout_s=10)
-            body = {"text": "hello", "sampling_params": {"max_new_tokens": 5, "ignore_eos": True}}
-            answer = requests.post(f"{again.url}/generate", json=body, timeout=30)
-            assert answer.json()["meta_info"]["completion_tokens"] == 5
-        server.send(signal.SIGINT)
-        assert server.wait() == 0
-        assert "Traceback" not in server.output()
+@pytest.fixture(scope="module")
+def alone(tiny_model: Path, new_cluster: NewCluster) -> Iterator[Cluster]:
+    """One colocated server, which starts while the other tests wait for theirs."""
+    with new_cluster("alone") as cluster:
+        cluster.launch("alone", Role.COLOCATED, tiny_model)
+        yield cluster
+
+
+def test_a_restarted_router_gets_its_instances_back(alone: Cluster, tmp_path: Path) -> None:
+    """On a router port that is used twice."""
+    alone.wait_ready()
+    server = alone.servers["alone"]
+    port, control = alone.url.rsplit(":", 1)[1], alone.control.rsplit(":", 1)[1]
+    assert alone.router.stop() == 0
+    with Cluster(tmp_path / "again", router_flags=["--port", port, "--control-port", control]) as again:
+        wait_for(lambda: is_ready(again.url), [server], what="the server to register again", timeout_s=10)
+        body = {"text": "hello", "sampling_params": {"max_new_tokens": 5, "ignore_eos": True}}
+        answer = requests.post(f"{again.url}/generate", json=body, timeout=30)
+        assert answer.json()["meta_info"]["completion_tokens"] == 5
+    server.send(signal.SIGINT)
+    assert server.wait() == 0
+    assert "Traceback" not in server.output()
 
 
 def _session_pids(leader: int) -> list[int]:
@@ -136,7 +144,7 @@ def _session_pids(leader: int) -> list[int]:
 
 
 @pytest.fixture(autouse=True)
-def _leave_a_whole_pair(expendable_pair: Pair) -> Any:
+def _leave_a_whole_pair(expendable_pair: Pair, alone: Cluster) -> Any:
     """Nothing has leaked; and if a test failed half-way, bring back what it killed."""
     yield
     for role in (Role.PREFILL, Role.DECODE):

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import requests
 
-from memserve.testing.cluster import Cluster, wait_for
+from memserve.testing.cluster import wait_for
 from memserve.testing.pool_reports import pool_reports, wait_settled
 from memserve.wire.messages import Role
 
-from .conftest import REQUEST_TIMEOUT_S, Pair
+from .conftest import REQUEST_TIMEOUT_S, NewCluster, Pair
 from .geometry import PAGE, full_pages, page_bytes
 
 NEW_TOKENS = 40
@@ -32,11 +32,11 @@ def gib_of(tokens: int, model: Path) -> str:
 
 
 @pytest.fixture(scope="module")
-def scarce(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pair]:
+def scarce(tiny_model: Path, new_cluster: NewCluster) -> Iterator[Pair]:
     """A pair whose prefill has room for one conversation in HBM and one in DRAM; decode has plenty."""
     one = gib_of(HBM_TOKENS, tiny_model)
     small = ("--max-total-tokens", str(HBM_TOKENS), "--dram-gib", one)
-    with Cluster(tmp_path_factory.mktemp("scarce")) as cluster:
+    with new_cluster("scarce") as cluster:
         pair = Pair(cluster, tiny_model, (), small)
         pair.launch(Role.PREFILL)
         pair.launch(Role.DECODE)

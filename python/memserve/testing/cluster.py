@@ -41,6 +41,7 @@ class Process:
         self.argv = ["-m", *argv]
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
+        log.unlink(missing_ok=True)  # a predecessor that has yet to stop goes on writing to its own
         with log.open("wb") as output:
             self._popen = subprocess.Popen(
                 [sys.executable, *self.argv],
@@ -169,12 +170,15 @@ class Cluster:
         states = [state for worker in workers for state in worker["server_info"]["internal_states"]]
         return sum(state["memserve"].get("transfer", {"num_bytes": 0})["num_bytes"] for state in states)
 
+    def begin_close(self) -> None:
+        """Tell everything to stop, which takes a server seconds in which it does nothing; see `close`."""
+        for process in [*self.servers.values(), self.router]:
+            process.send(signal.SIGTERM)
+
     def close(self) -> None:
         """Stop everything, all at once. Idempotent."""
-        processes = [*self.servers.values(), self.router]
-        for process in processes:
-            process.send(signal.SIGTERM)
-        for process in processes:
+        self.begin_close()
+        for process in [*self.servers.values(), self.router]:
             process.stop()
 
     def __enter__(self) -> Cluster:
