@@ -312,4 +312,4 @@ class PoolMachine(PoolModel):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=150, stateful_step_count=60, deadline=None, derandomize=True)
+TestPool.settings = settings(max_examples=100, stateful_step_count=60, deadline=None, derandomize=True)

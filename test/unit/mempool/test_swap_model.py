@@ -232,4 +232,4 @@ class SwapMachine(PoolMachine):
 
 
 TestSwap = SwapMachine.TestCase
-TestSwap.settings = settings(max_examples=250, stateful_step_count=60, deadline=None, derandomize=True)
+TestSwap.settings = settings(max_examples=120, stateful_step_count=60, deadline=None, derandomize=True)
