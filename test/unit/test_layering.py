@@ -41,7 +41,10 @@ THIRD_PARTY = {
     "wire": {"msgspec", "zmq"},
     "transport": {"numpy", "mooncake"},
     "mempool": {"numpy", "xxhash"},
-    "router": {"aiohttp", "jinja2", "matplotlib", "msgspec", "tokenizers", "tqdm", "uvloop", "zmq"},
+    "router": {
+        *("aiohttp", "jinja2", "matplotlib", "msgspec", "prometheus_client", "tokenizers", "tqdm"),
+        *("uvloop", "zmq"),
+    },
 }
 
 

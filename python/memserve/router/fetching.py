@@ -92,6 +92,10 @@ class Fetcher:
             )
         return FetchOutcome(least.num_blocks, self._clock() - begun_s, least.reason)
 
+    def keep(self, pools: Pools) -> None:
+        """Close the connections to pools that are not there any more."""
+        self._client.keep({info.address for info in pools.infos()})
+
     def close(self) -> None:
         """Release the sockets; whoever waits gets nothing."""
         self._client.close()

@@ -101,7 +101,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         control = ControlServer(config.host, _control_port(config, port), handler, key=key)
         stack.push_async_callback(asyncio.to_thread, control.close)
         stack.push_async_callback(generate.stop, config.shutdown_grace_period_secs)
-        for work in (prober.run(), _keep_up(state)):
+        for work in (prober.run(), _keep_up(state, fetcher)):
             task = asyncio.create_task(work)
             stack.callback(task.cancel)
         url = f"http://{bracketed(config.host)}:{port}"
@@ -149,12 +149,13 @@ def _new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
     return RouterState(cluster, pools, feed, followers, Tokenizers(config.tokenizer_path), placer)
 
 
-async def _keep_up(state: RouterState) -> None:
+async def _keep_up(state: RouterState, fetcher: Fetcher) -> None:
     """Follow who has come and gone, and give memory back, until cancelled."""
     while True:
         snapshot = state.cluster.snapshot
         state.followers.follow(snapshot, state.pools)
         state.placer.keep([one.instance_id for one in snapshot.all()])
+        fetcher.keep(state.pools)
         state.feed.tree.tidy()
         await asyncio.sleep(TIDY_S)
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+from collections.abc import Container
 from dataclasses import dataclass, field
 
 import zmq
@@ -62,6 +63,11 @@ class AsyncControlClient:
         if peer is not None:
             peer.reading.cancel()
             peer.socket.close(linger=0)
+
+    def keep(self, addresses: Container[str]) -> None:
+        """Forget all others."""
+        for address in [address for address in self._peers if address not in addresses]:
+            self.forget(address)
 
     def close(self) -> None:
         """Close all connections. Idempotent."""

@@ -1,0 +1,234 @@
+"""What routing is worth, with real servers: one trace, several policies, the same servers behind each.
+
+    python benchmark/bench_routing.py [--policies session prompt_tree] [--rounds N]
+
+A LooGLE-like trace (questions about long documents, each asked about in several sessions) is replayed
+against 3 prefill and 1 decode server, scaled down so that a CPU can serve it: a block of 512 tokens
+becomes one of 512 / --scale. For each policy a router takes the place of the one before, all caches are
+flushed, and the requests come at the trace's times, at a clock that gives --load: the work that an ideal
+cache would leave, over what was measured that the servers can compute. Policies take turns.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+
+import aiohttp
+import requests
+
+from figures import progress, report
+from memserve.router.make_trace import Shape, loogle
+from memserve.router.traces import BLOCK_TOKENS, Line
+from memserve.testing.cluster import Cluster, is_ready, wait_for
+from memserve.wire.messages import Role
+
+ROOT = Path(__file__).resolve().parent.parent
+VOCABULARY = 1000
+FIRST_TOKEN = 100
+"""Past the special ones."""
+ANSWER_TOKENS = 4
+TIMEOUT_S = 300.0
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one request took."""
+
+    ttft_s: float
+    prompt_tokens: int
+    cached_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Prompt:
+    """One request of the scaled trace."""
+
+    at_s: float
+    """In units of the trace's clock."""
+    tokens: list[int]
+    session: int
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model-path", type=Path, help="default: a tiny model, made on the spot")
+    parser.add_argument("--policies", nargs="+", default=["session", "prompt_tree"], metavar="POLICY")
+    parser.add_argument("--rounds", type=int, default=2, help="replays with each policy (default: 2)")
+    parser.add_argument("--requests", type=int, default=250)
+    parser.add_argument("--sessions", type=int, default=80)
+    parser.add_argument("--share-ratio", type=int, default=3, help="sessions that ask about one document")
+    parser.add_argument("--scale", type=int, default=16, help="tokens of the trace for one here")
+    parser.add_argument("--load", type=float, default=0.8, help="of an ideal cache; 1 is full (default: 0.8)")
+    args = parser.parse_args()
+    shape = Shape(requests=args.requests, sessions=args.sessions, share_ratio=args.share_ratio)
+    prompts = scaled(loogle(shape), args.scale)
+    with tempfile.TemporaryDirectory(prefix="memserve-routing-") as scratch, ExitStack() as stack:
+        first = stack.enter_context(Cluster(Path(scratch) / "first"))
+        launch(first, args.model_path or make_model())
+        clock = clock_of(prompts, first.url, args.load)
+        answers: dict[str, list[list[Answer]]] = {policy: [] for policy in args.policies}
+        for turn in range(args.rounds):
+            for policy in args.policies:
+                progress(f"round {turn + 1}: {policy}")
+                answers[policy].append(replay(first, policy, prompts, clock, Path(scratch)))
+    show(answers)
+
+
+def scaled(lines: Sequence[Line], scale: int) -> list[Prompt]:
+    """The trace with real token ids: those of a block are drawn by its id."""
+    block = BLOCK_TOKENS // scale
+    prompts = []
+    for line in lines:
+        tokens: list[int] = []
+        for number in line.hash_ids:
+            draw = Random(number)
+            tokens += [draw.randrange(FIRST_TOKEN, VOCABULARY) for _ in range(block)]
+        length = max(1, line.input_length // scale)
+        prompts.append(Prompt(line.timestamp / 1000, tokens[:length], line.session_id or 0))
+    return prompts
+
+
+def launch(cluster: Cluster, model: Path) -> None:
+    """3 prefills and a decode, with memory for all the documents."""
+    for number in range(3):
+        cluster.launch(f"prefill{number}", Role.PREFILL, model)
+    cluster.launch("decode", Role.DECODE, model)
+    progress("starting 3 prefill and 1 decode server")
+    cluster.wait_ready()
+
+
+def clock_of(prompts: Sequence[Prompt], url: str, load: float) -> float:
+    """Seconds here for one of the trace, so that the offered work is `load` of what can be computed."""
+    draw = Random(1)
+    mean = sum(len(prompt.tokens) for prompt in prompts) // len(prompts)
+    cold = [
+        Prompt(0.0, [draw.randrange(FIRST_TOKEN, VOCABULARY) for _ in range(mean)], number)
+        for number in range(12)
+    ]
+    for trial in (cold[:3], cold[3:]):  # the first warms up
+        begun = time.perf_counter()
+        asyncio.run(run(url, trial, 0.0))
+        per_s = sum(len(prompt.tokens) for prompt in trial) / (time.perf_counter() - begun)
+    seen: set[tuple[int, ...]] = set()
+    work = 0
+    for prompt in prompts:
+        cached, page = 0, 16
+        for end in range(page, len(prompt.tokens), page):
+            key = tuple(prompt.tokens[end - page : end])
+            cached += page if key in seen else 0
+            seen.add(key)
+        work += len(prompt.tokens) - cached
+    duration_s = work / per_s / load
+    progress(f"{per_s:.0f} tokens/s; an ideal cache leaves {work} tokens: {duration_s:.0f} s for each replay")
+    return duration_s / max(prompt.at_s for prompt in prompts)
+
+
+def replay(
+    first: Cluster, policy: str, prompts: Sequence[Prompt], clock: float, scratch: Path
+) -> list[Answer]:
+    """One pass of the trace through a router of its own, over cold caches."""
+    first.router.stop()
+    port = first.control.rpartition(":")[2]
+    log_dir = scratch / f"{policy}-{time.monotonic_ns()}"
+    with Cluster(log_dir, router_flags=["--control-port", port, "--policy", policy]) as cluster:
+        url = cluster.url
+        wait_for(lambda: is_ready(url) and num_ready(url) == 4, what="the servers")
+        requests.post(f"{url}/flush_cache", timeout=TIMEOUT_S).raise_for_status()
+        return asyncio.run(run(url, prompts, clock))
+
+
+def num_ready(url: str) -> int:
+    """Servers that the router would send requests to, and whose pools it knows."""
+    page = requests.get(f"{url}/workers", timeout=TIMEOUT_S).json()
+    ready = sum(worker["state"] == "ready" for worker in page["workers"])
+    return min(ready, sum(mode == "pool" for mode in page["followed"].values()))
+
+
+async def run(url: str, prompts: Sequence[Prompt], clock: float) -> list[Answer]:
+    """Send each prompt when its time has come, whatever became of those before."""
+    timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
+        begun = time.perf_counter()
+
+        async def one(prompt: Prompt) -> Answer:
+            await asyncio.sleep(max(0.0, prompt.at_s * clock - (time.perf_counter() - begun)))
+            return await ask(session, url, prompt)
+
+        return list(await asyncio.gather(*(one(prompt) for prompt in prompts)))
+
+
+async def ask(session: aiohttp.ClientSession, url: str, prompt: Prompt) -> Answer:
+    """Stream one answer; its first token is what counts."""
+    body = {
+        "input_ids": prompt.tokens,
+        "sampling_params": {"max_new_tokens": ANSWER_TOKENS, "temperature": 0, "ignore_eos": True},
+        "stream": True,
+    }
+    headers = {"x-session-id": str(prompt.session), "x-memserve-report": "1"}
+    begun = time.perf_counter()
+    ttft_s = None
+    cached = 0
+    async with session.post(f"{url}/generate", json=body, headers=headers) as answer:
+        answer.raise_for_status()
+        async for line in answer.content:
+            if ttft_s is None and line.startswith(b"data:"):
+                ttft_s = time.perf_counter() - begun
+            if line.startswith(b": memserve "):
+                cached = json.loads(line.removeprefix(b": memserve "))["prefill_cached_tokens"]
+    assert ttft_s is not None, "no token came"
+    return Answer(ttft_s, len(prompt.tokens), cached)
+
+
+def show(answers: dict[str, list[list[Answer]]]) -> None:
+    """Figures of each policy, as ratios to the first one's."""
+    baseline: dict[str, list[float]] = {}
+    for policy, rounds in answers.items():
+        figures = {
+            "ttft_p99_s": [percentile([one.ttft_s for one in run], 0.99) for run in rounds],
+            "ttft_p50_s": [percentile([one.ttft_s for one in run], 0.5) for run in rounds],
+            "ttft_mean_s": [statistics.mean(one.ttft_s for one in run) for run in rounds],
+            "cached_share": [
+                sum(one.cached_tokens for one in run) / sum(one.prompt_tokens for one in run)
+                for run in rounds
+            ],
+        }
+        for name, samples in figures.items():
+            unit = "s" if name.endswith("_s") else "of prompt tokens"
+            report(f"routing/loogle/{policy}/{name}", samples, unit, baseline=baseline.get(name))
+        baseline = baseline or figures
+
+
+def percentile(values: Sequence[float], share: float) -> float:
+    """The smallest value that `share` of them do not exceed."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
+
+
+def make_model() -> Path:
+    """A tiny model that stays between runs."""
+    path = ROOT / "models" / "tiny"
+    subprocess.run(
+        [sys.executable, str(ROOT / "scripts" / "make_tiny_model.py"), str(path)],
+        check=True,
+        stdout=sys.stderr,
+    )
+    return path
+
+
+if __name__ == "__main__":
+    main()
