@@ -2,13 +2,15 @@
 VENV   ?= .venv
 PYTHON := $(VENV)/bin/python
 INSTALL = python3 scripts/install.py --venv $(VENV)
+# Unit tests share nothing, so two at a time; a test with servers has the machine to itself.
+UNIT    = $(PYTHON) -m pytest -q -n 2 --dist worksteal test/unit
 
 .PHONY: help install demo test check bench clean
 
 help:
 	@echo "make demo     router, prefill and decode serve a conversation (KEEP=1 leaves them up, CACHING=all compares)"
 	@echo "make test     everything, with real servers"
-	@echo "make check    lint, types, layering and unit tests: about a minute"
+	@echo "make check    lint, types, layering and unit tests: about two minutes"
 	@echo "make bench    the benchmarks, one JSON line per figure"
 	@echo "make install  only $(VENV)"
 
@@ -20,14 +22,15 @@ demo: install
 
 test:
 	@$(INSTALL) --dev --mooncake
-	@$(PYTHON) -m pytest test
+	@$(UNIT)
+	@$(PYTHON) -m pytest test --ignore test/unit
 
 check:
 	@$(INSTALL) --dev
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
-	$(PYTHON) -m pytest -q test/unit
+	$(UNIT)
 
 bench: install
 	@for benchmark in transfer attention router tree mempool; do $(PYTHON) benchmark/bench_$$benchmark.py || exit 1; done
