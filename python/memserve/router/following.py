@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass
+from math import isfinite
 from typing import TypeGuard
 from urllib.parse import urlsplit
 
@@ -68,6 +69,8 @@ class Following:
     capacity_tokens: int | None = None
     """Of all its caches."""
     events: EventPublisher | None = None
+    start_s: float | None = None
+    """How long its scheduler took to start, to the nanosecond: what tells one life from another."""
 
     @property
     def capacity_blocks(self) -> int | None:
@@ -84,11 +87,14 @@ def read_following(server_info: Mapping[str, object]) -> Following:
     num_caches = (_number(server_info.get("dp_size")) or 1) * (_number(server_info.get("attn_dp_size")) or 1)
     tokens = _number(server_info.get("max_total_num_tokens"))
     page_tokens = None if page is None else page * shards
+    startup = server_info.get("startup_time")
+    start_s = startup.get("scheduler_e2e") if isinstance(startup, dict) else None
     return Following(
         keeps=server_info.get("disable_radix_cache") is False,
         page_tokens=page_tokens,
         capacity_tokens=None if tokens is None else tokens * min(num_caches, MAX_DP_SIZE),
         events=_publisher(server_info, page_tokens),
+        start_s=start_s if isinstance(start_s, float) and isfinite(start_s) else None,
     )
 
 

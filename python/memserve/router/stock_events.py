@@ -279,8 +279,10 @@ class StockFollower:
             self._warned_s = now_s
             is_ours = reason == "failed"
             logger.warning(
-                "cache learnt anew instance=%s reason=%s %s", self.instance, reason, detail, exc_info=is_ours
-            )
+                "cache learnt anew instance=%s reason=%s %a",
+                self.instance, reason, detail[:200],
+                exc_info=is_ours,
+            )  # fmt: skip
         if not joins:
             self._clear()
         elif self._tree().apply(self.instance, self._epoch, ()):

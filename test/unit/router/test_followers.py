@@ -172,6 +172,9 @@ def test_a_new_process_is_followed_anew_and_the_same_one_is_not(run: Run) -> Non
             it.followers.answered(ANN, KEYS)
             it.follow(instance(ANN, replace(KEEPS, capacity_tokens=6), epoch=2))
             assert it.depths() == {}
+            it.followers.answered(ANN, KEYS)
+            it.follow(instance(ANN, replace(KEEPS, capacity_tokens=6, start_s=1.5), epoch=2))
+            assert it.depths() == {}, "it has started again since, and was never seen down"
 
     run(body())
 

@@ -30,6 +30,7 @@ SERVER_INFO: dict[str, Any] = {
     "dp_size": 1,
     "attn_dp_size": 1,
     "dcp_size": 1,
+    "startup_time": {"load_weight": 0.02403804899950046, "scheduler_e2e": 1.9181070390004606},
     "kv_events_config": CONFIG,
     "kv_events": PUBLISHES,
 }
@@ -45,7 +46,7 @@ def publishes(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_servers_cache_and_its_events_are_read() -> None:
-    assert read_following(SERVER_INFO) == Following(True, 16, 1024, PUBLISHER)
+    assert read_following(SERVER_INFO) == Following(True, 16, 1024, PUBLISHER, 1.9181070390004606)
     assert read_following(SERVER_INFO).capacity_blocks == 64
     assert PUBLISHER.sources("http://worker:30000") == (
         EventSource("tcp://127.0.0.1:52137", "kv", "tcp://127.0.0.1:42161"),
