@@ -1,0 +1,164 @@
+"""When is it right to fetch history instead of computing it? Eq. 2's choice against both, measured.
+
+    python benchmark/bench_fetch.py [--model-path DIR] [--rounds N]
+
+A prefill, a decode and a memory instance. The memory instance has the first N pages of a prompt, the
+prefill nothing. The time to prefill's end is measured with the N pages fetched first, and with all of it
+computed, in turn; the router is asked which it would do (`POST /explain`). Real servers throughout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import random
+import statistics
+import tempfile
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import requests
+
+from bench_routing import FIRST_TOKEN, TIMEOUT_S, VOCABULARY, make_model
+from figures import progress, report
+from memserve.core.block_keys import page_keys
+from memserve.core.ids import Epoch
+from memserve.testing.cluster import Cluster, wait_for
+from memserve.testing.pool_reports import wait_settled
+from memserve.wire.link import ControlClient
+from memserve.wire.messages import Role
+from memserve.wire.peer_messages import Fetch, Fetched
+
+PAGE = 16
+PAGES = (1, 2, 4, 8, 16, 32, 64, 128)
+TAIL_TOKENS = 8
+WARM_UP = 30
+"""Requests from which the router learns what prefills cost here."""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--model-path", type=Path, help="default: a tiny model, made on the spot")
+    parser.add_argument("--rounds", type=int, default=7, help="of each size (default: 7)")
+    args = parser.parse_args()
+    model = args.model_path or make_model()
+    with tempfile.TemporaryDirectory(prefix="memserve-fetch-") as scratch, ExitStack() as stack:
+        cluster = stack.enter_context(Cluster(Path(scratch)))
+        cluster.launch("prefill", Role.PREFILL, model)
+        cluster.launch("decode", Role.DECODE, model)
+        cluster.launch_memory("memory", 1.0)
+        progress("starting prefill, decode and memory")
+        cluster.wait_ready()
+        bench = Bench(cluster)
+        wait_for(lambda: len(bench.pools()) == 3, what="the pools")
+        bench.warm_up()
+        for pages in PAGES:
+            bench.compare(pages, args.rounds)
+
+
+class Bench:
+    """A cluster whose prefill's cache is emptied between measurements, not the memory instance's."""
+
+    def __init__(self, cluster: Cluster) -> None:
+        self._url = cluster.url
+        self._urls = cluster.server_urls
+        self._draw = random.Random(7)
+
+    def pools(self) -> dict[str, dict[str, Any]]:
+        """What the router knows of each pool."""
+        page = requests.get(f"{self._url}/workers", timeout=TIMEOUT_S).json()
+        return {pool["instance_id"]: pool for pool in page["pools"]}
+
+    def warm_up(self) -> None:
+        """Prompts of all lengths, cold and cached, one after another; and fetches of a few."""
+        self._pools = self.pools()
+        self._client = ControlClient(self._pools["prefill"]["address"])
+        for number in range(WARM_UP):
+            tokens = self._tokens(PAGES[number % len(PAGES)])
+            self._prefill_s(tokens)
+            self._prefill_s(tokens)
+        for _ in range(5):
+            for pages in (4, 128):
+                tokens = self._stored_remotely(pages)
+                self._generate(tokens)
+
+    def compare(self, pages: int, rounds: int) -> None:
+        """Both ways for a history of so many pages, and the choice."""
+        fetched, computed, chosen = [], [], 0
+        for _ in range(rounds):
+            tokens = self._stored_remotely(pages)
+            chosen += self._would_fetch(tokens)
+            begun = time.perf_counter()
+            self._fetch(tokens)
+            fetch_s = time.perf_counter() - begun
+            fetched.append((fetch_s + self._prefill_s(tokens)) * 1000)
+            computed.append(self._prefill_s(self._tokens(pages)) * 1000)
+        name = f"fetch/{pages * PAGE}_tokens"
+        baseline = computed
+        report(f"{name}/computed_ms", computed, "ms")
+        report(f"{name}/fetched_ms", fetched, "ms", baseline=baseline)
+        report(f"{name}/eq2_fetches", [chosen / rounds], "of decisions")
+        faster = statistics.median(fetched) < statistics.median(computed)
+        progress(f"{pages} pages: {'fetching' if faster else 'computing'} is faster, "
+                 f"Eq. 2 fetched in {chosen} of {rounds}")  # fmt: skip
+
+    def _stored_remotely(self, pages: int) -> list[int]:
+        """A prompt of which the memory instance holds so many pages, and nobody else any."""
+        tokens = self._tokens(pages)
+        self._prefill_s(tokens)
+        wait_settled(self._urls())
+        self._flush()
+        self._settle(tokens, pages)
+        return tokens
+
+    def _settle(self, tokens: list[int], pages: int) -> None:
+        """Until the router knows."""
+
+        def is_known() -> bool:
+            told = self._explain(tokens)
+            return all(one["blocks"] == 0 for one in told["prefill_candidates"])
+
+        wait_for(is_known, what="the router to see the flush", timeout_s=30)
+
+    def _would_fetch(self, tokens: list[int]) -> bool:
+        fetch = self._explain(tokens)["fetch"]
+        return fetch is not None
+
+    def _explain(self, tokens: list[int]) -> dict[str, Any]:
+        told: dict[str, Any] = requests.post(
+            f"{self._url}/explain", json={"input_ids": tokens}, timeout=TIMEOUT_S
+        ).json()
+        return told
+
+    def _fetch(self, tokens: list[int]) -> None:
+        """As the router would, whatever it thinks of it."""
+        keys = tuple(page_keys(tokens, PAGE))
+        memory, prefill = self._pools["memory"], self._pools["prefill"]
+        epoch = Epoch(int(memory["epoch"], 16))
+        wanted = Fetch(bytes.fromhex(prefill["layout"]), keys, None, memory["address"], epoch, 5.0)
+        answer = self._client.request(wanted, timeout_s=6.0)
+        assert isinstance(answer, Fetched)
+        assert answer.num_blocks == len(keys), answer.reason
+
+    def _prefill_s(self, tokens: list[int]) -> float:
+        """Seconds that the request takes, whose answer is one token."""
+        begun = time.perf_counter()
+        self._generate(tokens)
+        return time.perf_counter() - begun
+
+    def _generate(self, tokens: list[int]) -> None:
+        body = {"input_ids": tokens, "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
+        requests.post(f"{self._url}/generate", json=body, timeout=TIMEOUT_S).raise_for_status()
+
+    def _flush(self) -> None:
+        requests.post(f"{self._url}/flush_cache", timeout=TIMEOUT_S).raise_for_status()
+
+    def _tokens(self, pages: int) -> list[int]:
+        return [self._draw.randrange(FIRST_TOKEN, VOCABULARY) for _ in range(pages * PAGE + TAIL_TOKENS)]
+
+
+if __name__ == "__main__":
+    main()
