@@ -204,7 +204,7 @@ class MemPool:
         Unleased ones, tails before heads. What DRAM lacks of their heads is copied with them. All or
         nothing: raises OutOfBlocks with every block where it was. Source: MemServe (swap_out).
         """
-        return swap_out(self._near(), self._dram, num_blocks)
+        return swap_out(self._tier(Tier.HBM), self._dram, num_blocks)
 
     def swap_in(self, addrs: Sequence[BlockAddr]) -> list[BlockAddr]:
         """Copy cached DRAM blocks to HBM: a chain, whose head is in HBM; returns where they are there.
@@ -213,7 +213,7 @@ class MemPool:
         blocks, or another may be in the same place. Raises, changing nothing, OutOfBlocks, or
         BlockStateError for what is not such a chain. Source: MemServe (swap_in).
         """
-        return swap_in(self._near(), self._dram, addrs)
+        return swap_in(self._tier(Tier.HBM), self._dram, addrs)
 
     # ---- reservations: what peers write to
 
@@ -276,14 +276,10 @@ class MemPool:
     # ---- tiers
 
     def _tier(self, tier: Tier) -> TierPool:
-        if tier == Tier.REMOTE:
-            raise BlockStateError("what is elsewhere is not this pool's")
-        return self._dram if tier == Tier.DRAM else self._near()
-
-    def _near(self) -> TierPool:
-        if self._hbm is None:
-            raise BlockStateError("this pool has no HBM")
-        return self._hbm
+        for one in self._tiers:
+            if one.cache.tier == tier:
+                return one
+        raise BlockStateError(f"this pool has no {tier.name}")
 
     def _home(self, addrs: Sequence[BlockAddr]) -> TierPool:
         """The tier of the first address; if it is foreign, one that will say so."""
