@@ -25,8 +25,8 @@ from memserve.core.errors import InstanceLost, MemServeError
 from memserve.wire.link import ControlServer
 from memserve.wire.messages import Message
 
-PROXY_TIMEOUT_S = 10.0
-"""How long a server behind a `FaultyProxy` may take to answer."""
+PROXY_TIMEOUT_S = 2.0
+"""How long a server behind a `FaultyProxy` may take to answer: those who ask wait no longer either."""
 
 
 class Link(Protocol):
