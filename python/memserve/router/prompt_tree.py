@@ -203,7 +203,7 @@ class ClusterTree:
         )
 
     def compare(self, instance: InstanceId, snapshot: Snapshot) -> Truth:
-        """The tree's word on an instance against a snapshot of it, which changes nothing but a counter."""
+        """The tree's word on an instance against a snapshot of it, or a part of one. Pure."""
         member = self._roster.get(instance)
         chains = [chain for chain in snapshot.chains if chain.tier < TIERS]
         reported = sum(len(chain.keys) for chain in chains)
@@ -214,10 +214,7 @@ class ClusterTree:
         return Truth(held, reported, both, snapshot.sequence - member.sequence)
 
     def digest(self, instance: InstanceId) -> dict[Tier, tuple[int, int]]:
-        """By tier, how many blocks it holds, and the first 8 bytes of their keys, big-endian, xored.
-
-        Empty if it is not known. O(all blocks): for tests, and audits by hand.
-        """
+        """By tier, how many blocks it holds, and the first 8 bytes of their keys xored. O(all blocks)."""
         member = self._roster.get(instance)
         numbers = member.numbers if member is not None else ()
         return {Tier(tier): self._holdings.digest(number) for tier, number in enumerate(numbers)}
