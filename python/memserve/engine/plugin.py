@@ -37,16 +37,23 @@ def register() -> None:
             register_cpu_attention()
             _send_from_host_memory()
         if launched:
-            _leave_signals_to_the_launcher()
+            leave_signals_to_the_launcher()
             engine = drop_in(EngineSettings.inherited())
             HookRegistry.register(seams.TRANSFER_ENGINE, engine, HookType.REPLACE)
             if seams.SCHEDULER_MODULE in sys.modules:
-                HookRegistry.register(seams.INTERNAL_STATE, report_state, HookType.AFTER)
-                from memserve.engine import pool_hooks
-
-                pool_hooks.place()
+                hook_scheduler()
     except MemServeError as error:
         raise SystemExit(f"memserve: {error}") from error
+
+
+def hook_scheduler() -> None:
+    """Place the hooks of the process that runs the model, whose module has been imported."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    from memserve.engine import pool_hooks
+
+    HookRegistry.register(seams.INTERNAL_STATE, report_state, HookType.AFTER)
+    pool_hooks.place()
 
 
 def drop_in(settings: EngineSettings) -> type[Any]:
@@ -86,8 +93,8 @@ def report_state(output: Any, inquirer: Any, *_: Any) -> Any:
     return output
 
 
-def _leave_signals_to_the_launcher() -> None:
-    """Let Ctrl-C and a service manager's SIGTERM, which reach every process of the server, end it
+def leave_signals_to_the_launcher() -> None:
+    """In a child: let Ctrl-C and a service manager's SIGTERM, which reach every process of the server, end it
     in the launcher's order: SGLang's children, when hit first, would count as crashed."""
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)

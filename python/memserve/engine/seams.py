@@ -36,6 +36,7 @@ EXTRA_KEY_NAMES = f"{SCHEDULER_MODULE}.Scheduler.init_kv_event_lora_names"
 EVENTS_PUBLISHER = f"{SCHEDULER_MODULE}.Scheduler.init_kv_events_publisher"
 BATCH_RESULT = f"{SCHEDULER_MODULE}.Scheduler.process_batch_result"
 OBSERVABILITY = "sglang.srt.runtime_context:get_observability"
+START_METHOD = "sglang.srt.entrypoints.engine._set_envs_and_config"
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 PARALLEL_STATE = "sglang.srt.runtime_context:get_parallel"
 KV_SENDER = "sglang.srt.disaggregation.mooncake.conn:MooncakeKVSender"
@@ -113,6 +114,12 @@ SEAMS = (
         "sglang.srt.entrypoints.http_server:launch_server",
         "serving, and knowing when it is ready",
         parameters=("server_args", "launch_callback"),
+    ),
+    Seam(
+        "start method",
+        START_METHOD.replace(".engine.", ".engine:"),
+        "forking a CPU server's processes, which spares them their imports",
+        parameters=("server_args",),
     ),
     Seam(
         "server arguments",

@@ -19,7 +19,7 @@ from memserve.core.caching import CachingMode
 from memserve.core.errors import ConfigError
 from memserve.core.hosts import is_loopback
 from memserve.disagg.registrar import Registrar
-from memserve.engine import pool_pages, seams, server_flags
+from memserve.engine import forking, pool_pages, seams, server_flags
 from memserve.engine.amx import avoid_faulty_amx
 from memserve.engine.machine import is_cpu_machine
 from memserve.engine.settings import EngineSettings
@@ -102,6 +102,8 @@ def run(server_args: Any, registrar: Registrar | None) -> None:
     interrupted = threading.Event()
     HookRegistry.register(seams.SIGTERM_HANDLER, leave, HookType.BEFORE)
     HookRegistry.register(seams.SIGINT_HANDLER, interrupt_as_sigterm, HookType.AROUND)
+    if is_cpu_machine():
+        forking.fork_children()
     HookRegistry.apply_hooks()
     pool_pages.add_pages()
     try:
