@@ -10,6 +10,8 @@ from collections.abc import AsyncIterator, Coroutine, Iterable, Mapping
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
+import msgspec
+
 from memserve.core.errors import BadRequest
 from memserve.router.api import Api, Call, encode_json
 from memserve.router.cluster import Cluster
@@ -23,6 +25,7 @@ from memserve.router.placed import Placed
 from memserve.router.placement import Placer
 from memserve.router.prompts import Prompt, PromptReader
 from memserve.router.samples import SampleJoiner, as_batch, as_singles, join_answers
+from memserve.router.sse import data_of
 from memserve.router.upstream import Upstream
 
 T = TypeVar("T")
@@ -88,7 +91,9 @@ class Dispatcher:
         route = placed.route
         async with self._running(call, placed) as on_prefilled:
             if not isinstance(route, Pair):
-                return await self._upstream.fetch(route.worker, call, _own_body(call))
+                whole = await self._upstream.fetch(route.worker, call, _own_body(call))
+                self._placer.prefilled(placed, _num_cached(call, whole), is_timely=False)
+                return whole
             if call.num_samples == 1:
                 return await self._pairs.answer(call, route, on_prefilled)
             if call.api is Api.GENERATE:
@@ -116,10 +121,7 @@ class Dispatcher:
         """A call on its way, its history fetched before; settled however the block is left."""
 
         def on_prefilled(answer: bytes) -> None:
-            cached = prefill_cached_tokens(call, answer) if answer else None
-            if isinstance(cached, list):
-                cached = sum(cached) if None not in cached else None
-            self._placer.prefilled(placed, cached)
+            self._placer.prefilled(placed, _num_cached(call, answer))
 
         is_answered = False
         try:
@@ -132,9 +134,11 @@ class Dispatcher:
 
     async def _relay(self, call: Call, worker: Instance, on_prefilled: OnPrefilled, write: Write) -> None:
         async with self._upstream.leg(worker, call, _own_body(call)) as leg:
-            while chunk := await leg.next():
-                on_prefilled(b"")
+            if chunk := await leg.next():
+                on_prefilled(data_of(chunk))
+            while chunk:
                 await write(chunk)
+                chunk = await leg.next()
 
     async def _stream_samples(self, call: Call, pair: Pair, on_prefilled: OnPrefilled, write: Write) -> None:
         joiner = SampleJoiner(call)
@@ -153,6 +157,18 @@ class Dispatcher:
 def _own_body(call: Call) -> bytes:
     """The body for a server that does everything itself."""
     return encode_json({**call.body, "rid": rid_field(call)})
+
+
+def _num_cached(call: Call, answer: bytes) -> int | None:
+    """Prompt tokens that were cached, all prompts together, by an answer or the first event of one."""
+    try:
+        cached = prefill_cached_tokens(call, answer)
+    except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+        return None  # an event that says nothing of it, or has come in part
+    if isinstance(cached, list):
+        counts = [one for one in cached if one is not None]
+        return sum(counts) if len(counts) == len(cached) else None
+    return cached
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:

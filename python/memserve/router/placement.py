@@ -155,17 +155,22 @@ class Placer:
             self._costs_of(placed.prefill).fetched(num_tokens, outcome.seconds)
         placed.begun_s = self._clock()
 
-    def prefilled(self, placed: Placed, cached_tokens: int | None) -> None:
-        """Its first token is there; prefill had `cached_tokens` of it, if it says so. Idempotent."""
+    def prefilled(self, placed: Placed, cached_tokens: int | None, *, is_timely: bool = True) -> None:
+        """Its first token is there; prefill had `cached_tokens` of it, if it says so. Idempotent.
+
+        `is_timely`: just now, not some time ago.
+        """
         if placed.is_prefilled:
             return
         placed.is_prefilled = True
         now_s = self._clock()
         self._ledger.prefill_done(placed.decision.prefill, placed.number, now_s)
-        seconds = now_s - placed.begun_s
-        self._metrics.prefill_seconds.observe(seconds)
         if cached_tokens is not None:
             self._metrics.cached_tokens.inc(cached_tokens)
+        if not is_timely:
+            return
+        seconds = now_s - placed.begun_s
+        self._metrics.prefill_seconds.observe(seconds)
         is_alone = not placed.had_queue and self._last.get(placed.decision.prefill) == placed.number
         costs = self._costs_of(placed.prefill)
         if is_alone:

@@ -130,7 +130,7 @@ class Prober:
             await self._tokenizers.admit(
                 info.instance_id, facts.model, facts.model_path, said, lambda body: self._tokenize(url, body)
             )
-        return replace(facts, takes_empty_text=takes_empty_text, following=read_following(said))
+        return replace(facts, takes_empty_text=takes_empty_text)
 
     async def _tokenize(self, url: str, body: JsonObject) -> object:
         """The answer of a server's own tokenizer; None if it refuses."""
@@ -163,14 +163,16 @@ def read_facts(url: str, role: Role, model_info: bytes, server_info: bytes, mode
     if mode in _MODES and _MODES[mode] is not role:
         raise InstanceLost(url, f"named as {role}, but it runs as {_MODES[mode]}")
     path = str(model.get("model_path", ""))
+    following = read_following(server)
     card: dict[str, object] = next(iter(cards.get("data") or []), {})
     return Facts(
         model=str(model.get("served_model_name") or card.get("id") or path),
         model_path=path,
         context_tokens=None if server.get("allow_auto_truncate") else _number(card.get("max_model_len")),
         vocab_size=read_vocab_size(path),
-        page_size=_number(server.get("page_size")),
+        page_size=following.page_tokens,
         model_info=model_info,
+        following=following,
     )
 
 

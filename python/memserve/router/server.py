@@ -23,7 +23,7 @@ from memserve.router.dispatch import Dispatcher
 from memserve.router.failures import failure
 from memserve.router.feed import TreeFeed
 from memserve.router.fetching import Fetcher
-from memserve.router.followers import Followers
+from memserve.router.followers import MAX_NAMED_KEYS, Followers
 from memserve.router.http import GenerateHandler, json_response
 from memserve.router.instance import Instance
 from memserve.router.metrics import RouterMetrics
@@ -133,10 +133,14 @@ def _new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
     directs_fetches = config.fetch == "auto" and prefill_policy == "prompt_tree"
     cluster = Cluster(config.static, heartbeat_s=config.heartbeat_secs, clock=clock)
     pools = Pools(heartbeat_s=config.heartbeat_secs, clock=clock, directs_fetches=directs_fetches)
-    tree = ClusterTree(max_blocks=(config.tree_budget_mib << 20) // BYTES_PER_BLOCK, clock=clock)
+    max_blocks = (config.tree_budget_mib << 20) // BYTES_PER_BLOCK
+    tree = ClusterTree(max_blocks=max_blocks, clock=clock)
     feed = TreeFeed(tree, pools, audit_s=config.tree_audit_secs, clock=clock)
     followers = Followers(
-        lambda: feed.tree, lambda one: one.facts.following, mirror_ttl_s=config.learnt_ttl_secs
+        lambda: feed.tree,
+        lambda one: one.facts.following,
+        max_named_keys=max(MAX_NAMED_KEYS, max_blocks // 4),
+        mirror_ttl_s=config.learnt_ttl_secs,
     )
     settings = PlacerSettings(
         prefill_policy,

@@ -43,6 +43,21 @@ class RouterState(Collector):
         yield _gauge("instances", "Instances known.", ("role", "state"), states)
         modes = Counter((how.mode,) for how in self.followers.stats().values())
         yield _gauge("followed", "Ready instances, by how the prompt tree follows them.", ("by",), modes)
+        events = self.followers.stats().items()
+        sources = {name: one for _, how in events for name, one in how.sources.items()}
+        for name, help in (
+            ("connected", "Whether a worker's own cache events arrive."),
+            ("complete", "Whether none of them was missed."),
+        ):
+            values = {(source,): int(getattr(one, name)) for source, one in sources.items()}
+            yield _gauge(f"events_{name}", help, ("instance",), values)
+        forgotten = {
+            (source, reason): count
+            for source, one in sources.items()
+            for reason, count in one.forgotten.items()
+        }
+        help = "Times that all that was believed of a worker was forgotten."
+        yield _counter("events_forgotten", help, ("instance", "reason"), forgotten)
         unknown = {(model,): 1 for model in self.tokenizers.reasons()}
         yield _gauge("models_without_tokens", "Models whose requests are not tokenized.", ("model",), unknown)
         yield _gauge("pools", "Memory pools known.", (), {(): len(self.pools.members())})
