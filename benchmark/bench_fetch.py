@@ -24,8 +24,7 @@ from bench_routing import FIRST_TOKEN, TIMEOUT_S, VOCABULARY, make_model
 from figures import progress, report
 from memserve.core.block_keys import page_keys
 from memserve.core.ids import Epoch
-from memserve.testing.cluster import Cluster, wait_for
-from memserve.testing.pool_reports import wait_settled
+from memserve.testing.cluster import Cluster, is_ready, wait_for
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import Role
 from memserve.wire.peer_messages import Fetch, Fetched
@@ -41,7 +40,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model-path", type=Path, help="default: a tiny model, made on the spot")
+    parser.add_argument("--model-path", type=Path, help="default: the bench model, made on the spot")
     parser.add_argument("--rounds", type=int, default=7, help="of each size (default: 7)")
     args = parser.parse_args()
     model = args.model_path or make_model()
@@ -53,7 +52,7 @@ def main() -> None:
         progress("starting prefill, decode and memory")
         cluster.wait_ready()
         bench = Bench(cluster)
-        wait_for(lambda: len(bench.pools()) == 3, what="the pools")
+        wait_for(lambda: len(bench.pools()) == 3 and is_ready(cluster.url), what="the pools")
         bench.warm_up()
         for pages in PAGES:
             bench.compare(pages, args.rounds)
@@ -64,7 +63,6 @@ class Bench:
 
     def __init__(self, cluster: Cluster) -> None:
         self._url = cluster.url
-        self._urls = cluster.server_urls
         self._draw = random.Random(7)
 
     def pools(self) -> dict[str, dict[str, Any]]:
@@ -109,19 +107,23 @@ class Bench:
         """A prompt of which the memory instance holds so many pages, and nobody else any."""
         tokens = self._tokens(pages)
         self._prefill_s(tokens)
-        wait_settled(self._urls())
-        self._flush()
-        self._settle(tokens, pages)
+        memory = [{"instance": "memory", "blocks": pages}]
+        wait_for(
+            lambda: self._explain(tokens)["memory"] == memory, what="the memory to have it", timeout_s=30
+        )
+        requests.post(f"{self._url}/flush_cache", timeout=TIMEOUT_S).raise_for_status()
+        wait_for(self._is_flushed, what="the router to see the flush")
         return tokens
 
-    def _settle(self, tokens: list[int], pages: int) -> None:
-        """Until the router knows."""
+    def _is_flushed(self) -> bool:
+        held = self._held()
+        return not any(sum(held[name].values()) for name in ("prefill", "decode"))
 
-        def is_known() -> bool:
-            told = self._explain(tokens)
-            return all(one["blocks"] == 0 for one in told["prefill_candidates"])
-
-        wait_for(is_known, what="the router to see the flush", timeout_s=30)
+    def _held(self) -> dict[str, dict[str, int]]:
+        """Blocks that the router believes in, by instance and tier."""
+        page = requests.get(f"{self._url}/tree", timeout=TIMEOUT_S).json()
+        held: dict[str, dict[str, int]] = page["instances"]
+        return held
 
     def _would_fetch(self, tokens: list[int]) -> bool:
         fetch = self._explain(tokens)["fetch"]
@@ -152,9 +154,6 @@ class Bench:
     def _generate(self, tokens: list[int]) -> None:
         body = {"input_ids": tokens, "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
         requests.post(f"{self._url}/generate", json=body, timeout=TIMEOUT_S).raise_for_status()
-
-    def _flush(self) -> None:
-        requests.post(f"{self._url}/flush_cache", timeout=TIMEOUT_S).raise_for_status()
 
     def _tokens(self, pages: int) -> list[int]:
         return [self._draw.randrange(FIRST_TOKEN, VOCABULARY) for _ in range(pages * PAGE + TAIL_TOKENS)]

@@ -35,8 +35,8 @@ from memserve.testing.cluster import Cluster, is_ready, wait_for
 from memserve.wire.messages import Role
 
 ROOT = Path(__file__).resolve().parent.parent
-VOCABULARY = 1000
-FIRST_TOKEN = 100
+VOCABULARY = 250
+FIRST_TOKEN = 10
 """Past the special ones."""
 ANSWER_TOKENS = 4
 TIMEOUT_S = 300.0
@@ -65,7 +65,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--model-path", type=Path, help="default: a tiny model, made on the spot")
+    parser.add_argument("--model-path", type=Path, help="default: the bench model, made on the spot")
     parser.add_argument("--policies", nargs="+", default=["session", "prompt_tree"], metavar="POLICY")
     parser.add_argument("--rounds", type=int, default=2, help="replays with each policy (default: 2)")
     parser.add_argument("--requests", type=int, default=250)
@@ -220,10 +220,10 @@ def percentile(values: Sequence[float], share: float) -> float:
 
 
 def make_model() -> Path:
-    """A tiny model that stays between runs."""
-    path = ROOT / "models" / "tiny"
+    """The bench model, which stays between runs."""
+    path = ROOT / "models" / "bench"
     subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "make_tiny_model.py"), str(path)],
+        [sys.executable, str(ROOT / "scripts" / "make_tiny_model.py"), "--size", "bench", str(path)],
         check=True,
         stdout=sys.stderr,
     )

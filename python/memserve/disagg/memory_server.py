@@ -33,6 +33,8 @@ from memserve.core.ids import InstanceId, new_epoch
 from memserve.disagg.lent_memory import LastUse, LentMemory
 from memserve.disagg.membership import Membership
 from memserve.disagg.pool_metrics import CONTENT_TYPE, exposition
+from memserve.disagg.publisher import Publisher
+from memserve.mempool.events import digest
 from memserve.mempool.free_memory import free_memory_bytes
 from memserve.mempool.peers.config import PeersConfig
 from memserve.mempool.peers.peers import Peers
@@ -43,7 +45,7 @@ from memserve.wire.messages import PoolInfo, Role
 
 logger = logging.getLogger(__name__)
 
-BALANCE_S = 5.0
+BALANCE_S = 1.0
 """How often pools that are not at their share are looked at."""
 MOST_OF_FREE = 0.9
 """Of the free memory, that may be lent: the process itself has to live, too."""
@@ -147,13 +149,18 @@ class MemoryServer:
         )
         client = ControlClient(config.router, key=config.cluster_key)
         self.members = Membership(client, info, on_gone=self.peers.gone)
+        self._epoch = epoch
+        self._publishers: dict[bytes, Publisher] = {}
         self._serving = threading.Thread(
             target=self._pages.serve_forever, args=(0.1,), name="pages", daemon=True
         )
         self._serving.start()
 
     def balance(self) -> bool:
-        """Bring the pools one step nearer to their shares; whether that has changed anything."""
+        """Report on new pools, bring all one step nearer to their shares; whether that has changed any."""
+        for pool in self.lent.pools():
+            if pool.layout.rank == 0 and pool.layout.digest not in self._publishers:
+                self._publishers[pool.layout.digest] = self._publish(pool)
         of_members = {info.layout for info in self.members.pools()}
         digests = [pool.layout.digest for pool in self.lent.pools()]
         return self.lent.balance(self._last_use.unused(digests, of_members))
@@ -166,7 +173,11 @@ class MemoryServer:
             "registered": self.members.registered,
             "budget_bytes": self._config.dram_bytes,
             "pools": [
-                {"labels": {"layout": pool.layout.digest.hex()}, "pool": asdict(pool.stats())}
+                {
+                    "labels": {"layout": pool.layout.digest.hex()},
+                    "pool": asdict(pool.stats()),
+                    "digest": {tier.name.lower(): digest(nodes) for tier, nodes in pool.cached()[1]},
+                }
                 for pool in self.lent.pools()
             ],
             "peers": asdict(self.peers.stats()),
@@ -179,12 +190,20 @@ class MemoryServer:
 
     def close(self) -> None:
         """Deregister, then stop answering, then give the memory back. Takes at most a few seconds."""
+        for publisher in self._publishers.values():
+            publisher.close()
         self.members.close()
         self._pages.shutdown()
         self._serving.join()
         self._pages.server_close()
         self.peers.close()
         self.lent.close()
+
+    def _publish(self, pool: MemPool) -> Publisher:
+        """Tell the router what is in it; the ranks of an instance hold the same, so one of them tells."""
+        client = ControlClient(self._config.router, key=self._config.cluster_key)
+        layout = pool.layout.digest.hex()
+        return Publisher(client, self._epoch, pool.take_events, pool.snapshot, layout)
 
     def _resized(self, pool: MemPool) -> None:
         self.peers.resized(pool)

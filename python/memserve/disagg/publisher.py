@@ -16,6 +16,7 @@ import logging
 import os
 import threading
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
 from itertools import chain, repeat
 
 from memserve.core.cache_events import CacheEvent, Snapshot, Stored
@@ -53,11 +54,13 @@ class Publisher:
         epoch: Epoch,
         take_events: Callable[[], list[CacheEvent]],
         snapshot: Callable[[], Snapshot],
+        layout: str = "",
     ) -> None:
-        """Takes `client` and closes it in the end."""
+        """Takes `client` and closes it in the end. `layout`: as in `PoolEvents`."""
         self._client = client
         self._closing = threading.Event()
-        self._report = Report(client, epoch, take_events, snapshot, self._closing.wait)
+        source = Source(epoch, take_events, snapshot, layout)
+        self._report = Report(client, source, self._closing.wait)
         self._thread = threading.Thread(target=self._run, name="mempool-events", daemon=True)
         self._thread.start()
 
@@ -75,22 +78,29 @@ class Publisher:
             os._exit(1)
 
 
+@dataclass(frozen=True, slots=True)
+class Source:
+    """A pool, as far as it is reported."""
+
+    epoch: Epoch
+    take_events: Callable[[], list[CacheEvent]]
+    snapshot: Callable[[], Snapshot]
+    layout: str = ""
+    """As in `PoolEvents`."""
+
+    def news(self, events: Iterable[CacheEvent]) -> PoolEvents:
+        return PoolEvents(self.epoch, tuple(events), self.layout)
+
+
 class Report:
     """What a publisher says, in order. Belongs to whoever runs it."""
 
-    def __init__(
-        self,
-        client: ControlClient,
-        epoch: Epoch,
-        take_events: Callable[[], list[CacheEvent]],
-        snapshot: Callable[[], Snapshot],
-        wait: Callable[[float], bool],
-    ) -> None:
+    def __init__(self, client: ControlClient, source: Source, wait: Callable[[float], bool]) -> None:
         """`wait` lets so many seconds pass; true when it is time to stop."""
         self._client = client
-        self._epoch = epoch
-        self._take_events = take_events
-        self._snapshot = snapshot
+        self._source = source
+        self._take_events = source.take_events
+        self._snapshot = source.snapshot
         self._wait = wait
         self._left: list[CacheEvent] = []
         """Taken, but not said yet: later than an audit."""
@@ -112,16 +122,16 @@ class Report:
         self._quiet_s = 0.0
         if _num_keys(events) > MAX_KEYS:
             return self._begin_anew()
-        answer = self._ask(PoolEvents(self._epoch, tuple(events)))
+        answer = self._ask(self._source.news(events))
         return self._audit() if isinstance(answer, AuditWanted) else isinstance(answer, Done)
 
     def _begin_anew(self) -> bool:
         """Send everything, if anybody listens; whether the router has it."""
-        if isinstance(self._ask(PoolEvents(self._epoch, ())), Unknown | None):
+        if isinstance(self._ask(self._source.news(())), Unknown | None):
             return False
         self._left = []
         self._take_events()  # They are in the snapshot.
-        return self._send(parts(self._epoch, self._snapshot()))
+        return self._send(parts(self._source, self._snapshot()))
 
     def _audit(self) -> bool:
         """Send everything to a router that has all events, so that it sees whether it has the same.
@@ -134,8 +144,8 @@ class Report:
         before = events[: len(events) - len(self._left)]
         if _num_keys(before) > MAX_KEYS:
             return self._begin_anew()
-        audit = parts(self._epoch, snapshot, MAX_AUDIT_KEYS, is_audit=True)
-        return self._send(chain([PoolEvents(self._epoch, tuple(before))], audit))
+        audit = parts(self._source, snapshot, MAX_AUDIT_KEYS, is_audit=True)
+        return self._send(chain([self._source.news(before)], audit))
 
     def _send(self, messages: Iterable[Message]) -> bool:
         """Whether the router has taken all of them in."""
@@ -157,20 +167,25 @@ class Report:
 
 
 def parts(
-    epoch: Epoch, snapshot: Snapshot, max_keys: int = MAX_KEYS, *, is_audit: bool = False
+    source: Source, snapshot: Snapshot, max_keys: int = MAX_KEYS, *, is_audit: bool = False
 ) -> Iterator[SnapshotPart]:
     """The messages that a snapshot is sent in: at least one. Pure."""
     index, room = 0, max_keys
     chains: list[Stored] = []
+
+    def part(is_last: bool) -> SnapshotPart:
+        whole = tuple(chains)
+        return SnapshotPart(source.epoch, snapshot.sequence, index, is_last, whole, is_audit, source.layout)
+
     for one in snapshot.chains:
         parent, keys = one.parent, one.keys
         while keys:
             chains.append(Stored(0, one.tier, parent, keys[:room]))
             parent, keys, room = keys[min(room, len(keys)) - 1], keys[room:], room - len(chains[-1].keys)
             if not room:
-                yield SnapshotPart(epoch, snapshot.sequence, index, False, tuple(chains), is_audit)
+                yield part(is_last=False)
                 index, room, chains = index + 1, max_keys, []
-    yield SnapshotPart(epoch, snapshot.sequence, index, True, tuple(chains), is_audit)
+    yield part(is_last=True)
 
 
 def _num_keys(events: Iterable[CacheEvent]) -> int:

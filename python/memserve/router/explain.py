@@ -35,6 +35,7 @@ def explained(decision: Decision, prompt: Prompt, max_listed: int | None = None)
         },
         "prefill_candidates": _listed(decision.scores, max_listed),
         "decode_candidates": _listed(decision.decode_scores, max_listed),
+        "memory": [{"instance": it.instance_id, "blocks": it.total_blocks} for it in situation.holders],
         "costs": {"prefill": asdict(decision.costs.prefill), "remote": asdict(decision.costs.remote)},
     }
 

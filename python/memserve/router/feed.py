@@ -20,13 +20,14 @@ from memserve.core.cache_events import Snapshot, Stored
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.pools import Pools
 from memserve.router.prompt_tree import ClusterTree, Truth
-from memserve.router.tree_records import FeedCounters
+from memserve.router.tree_records import FeedCounters, pool_name
 from memserve.wire.messages import (
     AuditWanted,
     Done,
     Message,
     PoolEvents,
     PoolInfo,
+    Role,
     SnapshotPart,
     SnapshotWanted,
     Unknown,
@@ -37,6 +38,9 @@ logger = logging.getLogger(__name__)
 AUDIT_S = 60.0
 AUDIT_BYTES_PER_S = 1 << 20
 """Of all pools together: audits of large ones come less often."""
+MAX_LAYOUTS = 64
+"""Of one memory instance."""
+MAX_LAYOUT_CHARS = 128
 MAX_SNAPSHOT_BLOCKS = 1 << 22
 """Of one pool. What it says beyond that is left out: it costs misses, and no memory."""
 
@@ -60,7 +64,9 @@ class TreeFeed:
         self._max_snapshot_blocks = max_snapshot_blocks
         self._clock = clock
         self._version = -1
-        self._known: dict[Epoch, _Followed] = {}
+        self._known: dict[tuple[Epoch, str], _Followed] = {}
+        """By epoch and layout: a memory instance has a pool for each, and tells of each."""
+        self._memories: dict[Epoch, InstanceId] = {}
         self._no_audit_until_s = 0.0
         self._truth: dict[InstanceId, Truth] = {}
         self._counters = FeedCounters()
@@ -85,12 +91,12 @@ class TreeFeed:
 
     def events(self, message: PoolEvents) -> Message:
         """Apply what a pool says of its changes."""
-        tree, pool = self.tree, self._known.get(message.epoch)
+        tree, pool = self.tree, self._find(message)
         if pool is None:
             return Unknown()
         if not pool.heard and not message.events:
             return SnapshotWanted()  # "Nothing new" means nothing to whom knows nothing old.
-        if not tree.apply(pool.info.instance_id, message.epoch, message.events) or pool.is_wrong:
+        if not tree.apply(pool.name, message.epoch, message.events) or pool.is_wrong:
             return SnapshotWanted()
         pool.heard = True
         return AuditWanted() if self._is_audit_due(pool) else Done()
@@ -100,7 +106,7 @@ class TreeFeed:
 
         A part that comes again is left out.
         """
-        tree, pool = self.tree, self._known.get(message.epoch)
+        tree, pool = self.tree, self._find(message)
         if pool is None:
             return Unknown()
         if message.is_audit:
@@ -113,7 +119,7 @@ class TreeFeed:
         if snapshot is not None:
             self._counters.left_out += pool.arriving.left_out
             pool.heard, pool.is_wrong = True, False
-            tree.reset(pool.info.instance_id, message.epoch, snapshot)
+            tree.reset(pool.name, message.epoch, snapshot)
         return Done()
 
     def _is_audit_due(self, pool: _Followed) -> bool:
@@ -124,7 +130,7 @@ class TreeFeed:
         pool.audit = _Audit()
         pool.audit_due_s = now_s + self._audit_s
         self._counters.audits_asked += 1
-        held = self._tree.stats().instances[pool.info.instance_id]
+        held = self._tree.stats().instances[pool.name]
         self._rest(held.hbm + held.dram)
         return True
 
@@ -136,7 +142,7 @@ class TreeFeed:
             return Done()
         if part.index == audit.num_parts - 1:
             return Done()
-        truth = self._tree.compare(pool.info.instance_id, Snapshot(part.sequence, part.chains))
+        truth = self._tree.compare(pool.name, Snapshot(part.sequence, part.chains))
         if truth.behind or part.index != audit.num_parts:
             pool.audit = None
             self._counters.void_audits += 1
@@ -151,7 +157,7 @@ class TreeFeed:
 
     def _conclude(self, pool: _Followed, truth: Truth) -> Message:
         """The verdict of an audit. If the tree is wrong, a snapshot puts it right."""
-        instance = pool.info.instance_id
+        instance = pool.name
         self._rest(truth.reported)
         self._counters.audits += 1
         self._counters.phantoms += truth.phantoms
@@ -174,23 +180,41 @@ class TreeFeed:
         until_s = self._clock() + num_blocks * KEY_BYTES / AUDIT_BYTES_PER_S
         self._no_audit_until_s = max(self._no_audit_until_s, until_s)
 
+    def _find(self, message: PoolEvents | SnapshotPart) -> _Followed | None:
+        """Whose message that is; a memory instance may tell of another layout than before."""
+        key = message.epoch, message.layout
+        known = self._known.get(key)
+        if known is None and message.layout and len(message.layout) <= MAX_LAYOUT_CHARS:
+            layouts = [layout for epoch, layout in self._known if epoch == message.epoch]
+            instance = self._memories.get(message.epoch)
+            if instance is not None and len(layouts) < MAX_LAYOUTS:
+                known = self._join(message.epoch, pool_name(instance, message.layout), message.layout)
+        return known
+
+    def _join(self, epoch: Epoch, name: InstanceId, layout: str = "") -> _Followed:
+        known = self._known[epoch, layout] = _Followed(name, self._clock() + self._audit_s)
+        self._tree.join(name, epoch)
+        return known
+
     def _follow(self, members: dict[Epoch, PoolInfo]) -> None:
         """Forget what the gone held; listen to those that have come."""
-        for epoch in self._known.keys() - members.keys():
-            instance = self._known.pop(epoch).info.instance_id
-            self._tree.leave(instance)
-            self._truth.pop(instance, None)
+        for key in [key for key in self._known if key[0] not in members]:
+            name = self._known.pop(key).name
+            self._tree.leave(name)
+            self._truth.pop(name, None)
+        memories = (info for info in members.values() if info.role is Role.MEMORY)
+        self._memories = {info.epoch: info.instance_id for info in memories}
         for epoch, info in members.items():
-            if epoch not in self._known:
-                self._known[epoch] = _Followed(info, self._clock() + self._audit_s)
-                self._tree.join(info.instance_id, epoch)
+            if epoch not in self._memories and (epoch, "") not in self._known:
+                self._join(epoch, info.instance_id)
 
 
 @dataclass(slots=True)
 class _Followed:
     """A pool that is heard."""
 
-    info: PoolInfo
+    name: InstanceId
+    """In the tree."""
     audit_due_s: float
     heard: bool = False
     """Whether it has said what it holds."""

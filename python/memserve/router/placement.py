@@ -32,7 +32,7 @@ from memserve.router.pools import Pools
 from memserve.router.prompt_tree import Depth
 from memserve.router.prompts import Prompt
 from memserve.router.situation import Candidate, Situation
-from memserve.router.tree_records import by_server
+from memserve.router.tree_records import by_server, pool_name
 from memserve.wire.messages import Role
 
 WINDOW_S = 180.0
@@ -212,13 +212,18 @@ class Placer:
             candidate, get = self._ledger.candidate, depths.get
             return tuple(candidate(it.instance_id, get(it.instance_id, _NOTHING), now_s) for it in instances)
 
-        memories = (name for name in self._pools.memories() if name in depths)
+        memories = (
+            Candidate(name, total_blocks=depths[inside].total)
+            for name in self._pools.memories()
+            for inside in self._names_of(name, prefills[0].instance_id)
+            if inside in depths
+        )
         return Situation(
             prompt.num_tokens,
             prefills[0].facts.page_size or 1,
             candidates(prefills),
             candidates(decodes),
-            holders=tuple(Candidate(name, total_blocks=depths[name].total) for name in memories),
+            holders=tuple(memories),
             session=prompt.session,
             turn=self._turn,
             output_tokens=prompt.output_tokens,
@@ -239,10 +244,21 @@ class Placer:
     def _offers_less(self, decision: Decision, prompt: Prompt) -> int | None:
         """How many blocks the holder has in DRAM, where others can read them; None if that is all it has."""
         assert decision.fetch is not None
-        pools, tree = self._pools.of(decision.fetch.source), self._feed.tree
-        depths = (tree.depth_in(pool.instance_id, Tier.DRAM, prompt.chains[0]) for pool in pools)
-        offered = max(depths, default=0)
+        names = self._names_of(decision.fetch.source, decision.prefill)
+        tree, chain = self._feed.tree, prompt.chains[0]
+        offered = max((tree.depth_in(name, Tier.DRAM, chain) for name in names), default=0)
         return None if offered >= decision.fetch.num_blocks else offered
+
+    def _names_of(self, holder: InstanceId, target: InstanceId) -> list[InstanceId]:
+        """What a holder's pools are called in the tree; of a memory instance's, those like the target's."""
+        layouts = {pool.layout for pool in self._pools.of(target) if pool.rank == 0}
+        names = []
+        for pool in self._pools.of(holder):
+            if pool.role is Role.MEMORY:
+                names += [pool_name(holder, layout) for layout in layouts]
+            else:
+                names.append(pool.instance_id)
+        return names
 
     def _plan(self, decision: Decision, prompt: Prompt) -> FetchPlan | None:
         fetch = decision.fetch

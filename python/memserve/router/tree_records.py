@@ -19,6 +19,11 @@ class Depth(msgspec.Struct, frozen=True, gc=False):
     """Blocks from the front that are in some tier of it, or soon will be. Not less than `near`."""
 
 
+def pool_name(memory: InstanceId, layout: str) -> InstanceId:
+    """What the pool of a memory instance for blocks of a layout is called in the tree."""
+    return InstanceId(f"{memory}#{layout[:16]}")
+
+
 def server_of(name: InstanceId) -> InstanceId:
     """The server whose cache this is: data-parallel ranks add theirs to its name, as NAME/dpN."""
     server, _, rank = name.rpartition("/dp")

@@ -155,6 +155,8 @@ class PoolEvents(msgspec.Struct, frozen=True, tag=True):
     epoch: Epoch
     events: tuple[CacheEvent, ...]
     """All since the last message, in the order of their numbers."""
+    layout: str = ""
+    """Of a memory instance, which has a pool for each layout: which one, as a digest in hex; else empty."""
 
 
 class SnapshotWanted(msgspec.Struct, frozen=True, tag=True):
@@ -177,6 +179,8 @@ class SnapshotPart(msgspec.Struct, frozen=True, tag=True):
     chains: tuple[Stored, ...]
     is_audit: bool = False
     """To be compared, not taken in."""
+    layout: str = ""
+    """As in `PoolEvents`."""
 
 
 ToRouter = Register | Heartbeat | Deregister

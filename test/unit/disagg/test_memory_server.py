@@ -133,6 +133,13 @@ def pool_names(cluster: Cluster) -> list[str]:
         return [pool["instance_id"] for pool in json.load(answer)["pools"]]
 
 
+def digests(cluster: Cluster, name: str) -> list[Any]:
+    """Of what the router believes the memory server's pools to hold."""
+    with urllib.request.urlopen(f"{cluster.url}/tree?digest=1", timeout=WAIT_S) as answer:
+        told = json.load(answer)["digest"]
+    return [tiers["dram"] for pool, tiers in told.items() if pool.startswith(f"{name}#")]
+
+
 @pytest.mark.parametrize("transfer", ["auto", "tcp"])
 def test_blocks_come_back_as_they_went(cluster: Cluster, instance: Instance, transfer: str) -> None:
     name = f"memory-{transfer}"
@@ -148,6 +155,11 @@ def test_blocks_come_back_as_they_went(cluster: Cluster, instance: Instance, tra
     assert (shown["role"], shown["registered"], shown["budget_bytes"]) == ("memory", True, BUDGET_BYTES)
     assert shown["pools"][0]["pool"]["cached"] == NUM_BLOCKS
     assert shown["peers"]["blocks_received"] == NUM_BLOCKS
+    wait_for(
+        lambda: digests(cluster, name) == [shown["pools"][0]["digest"]["dram"]],
+        what="the router's tree to hold what the memory holds",
+        timeout_s=WAIT_S,
+    )
     assert "torch" not in Path(f"/proc/{process.pid}/maps").read_text()
     process.stop()
 

@@ -25,8 +25,16 @@ Join = Callable[..., PoolNode]
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A router alone."""
-    with Cluster(tmp_path_factory.mktemp("nodes"), router_flags=("--heartbeat-secs", "0.1")) as cluster:
+    """A router alone, which leaves it to the nodes to ask each other for blocks."""
+    flags = ("--heartbeat-secs", "0.1", "--fetch", "never")
+    with Cluster(tmp_path_factory.mktemp("nodes"), router_flags=flags) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def directing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A router alone, which tells the nodes what to fetch."""
+    with Cluster(tmp_path_factory.mktemp("told"), router_flags=("--heartbeat-secs", "0.1")) as cluster:
         yield cluster
 
 
@@ -36,14 +44,18 @@ def join(cluster: Cluster) -> Iterator[Join]:
     nodes: list[PoolNode] = []
 
     def make(
-        role: Role, *, num_blocks: int = NUM_BLOCKS, caching: CachingMode = CachingMode.FULL
+        role: Role,
+        *,
+        num_blocks: int = NUM_BLOCKS,
+        caching: CachingMode = CachingMode.FULL,
+        router: Cluster = cluster,
     ) -> PoolNode:
         settings = PoolSettings(
             instance_id=InstanceId(f"{role}-{len(nodes)}"),
             role=role,
             caching=caching,
             dram_bytes=None,
-            router=cluster.control,
+            router=router.control,
             host="127.0.0.1",
             bootstrap=BOOTSTRAP if role is Role.PREFILL else "",
             transfer="tcp",
@@ -134,6 +146,15 @@ def test_no_other_mode_sends_anything_home(join: Join) -> None:
     assert prefill.pool.stats().cached == 0
     prefill.fetch(lambda: keys, num_reachable=0).result(timeout=10)
     assert prefill.pool.stats().cached == 0
+
+
+def test_a_prefill_asks_nobody_if_the_router_tells_it_what_to_fetch(join: Join, directing: Cluster) -> None:
+    prefill, decode = join(Role.PREFILL, router=directing), join(Role.DECODE, router=directing)
+    keys = chain(6)
+    store(decode, keys)
+    prefill.fetch(lambda: keys, num_reachable=0).result(timeout=10)
+    assert prefill.pool.stats().cached == 0
+    assert prefill.stats()["fetch"]["asked"] == 0
 
 
 def test_a_prompt_is_fetched_from_decode_as_far_as_it_goes(join: Join) -> None:

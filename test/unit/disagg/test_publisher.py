@@ -13,7 +13,7 @@ from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import Follower, Snapshot, Stored
 from memserve.core.ids import Epoch, new_epoch
 from memserve.core.kv_layout import KVLayout
-from memserve.disagg.publisher import Publisher, parts
+from memserve.disagg.publisher import Publisher, Source, parts
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
 from memserve.testing.cluster import wait_for
@@ -21,6 +21,7 @@ from memserve.testing.faulty_link import Fault, Faults, FaultyLink, FaultyProxy
 from memserve.wire.link import ControlClient, ControlServer
 from memserve.wire.messages import Done, Message, PoolEvents, SnapshotPart, SnapshotWanted, Unknown
 
+SOURCE = Source(Epoch(7), list, lambda: Snapshot(0, ()))
 LAYOUT = KVLayout.of_heads("model", 1, 1, 1, 4, ("float32", 4))
 
 
@@ -152,7 +153,7 @@ def test_a_snapshot_comes_in_parts_with_every_parent_before_its_children() -> No
     other = tuple(page_keys(list(range(20, 23)), 1))
     chains = (Stored(0, Tier.DRAM, None, keys), Stored(0, Tier.HBM, None, other))
     for max_keys in range(1, 15):
-        sent = list(parts(Epoch(7), Snapshot(4, chains), max_keys))
+        sent = list(parts(SOURCE, Snapshot(4, chains), max_keys))
         assert [part.index for part in sent] == list(range(len(sent)))
         assert [part.is_last for part in sent] == [False] * (len(sent) - 1) + [True]
         assert max(sum(len(chain.keys) for chain in part.chains) for part in sent) <= max_keys
@@ -165,4 +166,4 @@ def test_a_snapshot_comes_in_parts_with_every_parent_before_its_children() -> No
 
 
 def test_an_empty_snapshot_is_one_part() -> None:
-    assert list(parts(Epoch(7), Snapshot(4, ()))) == [SnapshotPart(Epoch(7), 4, 0, True, ())]
+    assert list(parts(SOURCE, Snapshot(4, ()))) == [SnapshotPart(Epoch(7), 4, 0, True, ())]

@@ -19,7 +19,7 @@ from memserve.core.cache_events import Snapshot, Stored
 from memserve.core.caching import CachingMode
 from memserve.core.ids import InstanceId, new_epoch
 from memserve.core.kv_layout import KVLayout
-from memserve.disagg.publisher import Report
+from memserve.disagg.publisher import Report, Source
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
 from memserve.router.feed import TreeFeed
@@ -85,7 +85,8 @@ class Stage:
             self._live(wait_s)
             return self.clock() >= until_s
 
-        Report(self._link, self.epoch, self.pool.take_events, self.pool.snapshot, wait).run()
+        source = Source(self.epoch, self.pool.take_events, self.pool.snapshot)
+        Report(self._link, source, wait).run()
 
     def at(self, seconds: float, what: Callable[[], object]) -> None:
         """Do that so long from now."""

@@ -6,11 +6,14 @@ import pytest
 
 from memserve.core.block_addr import Tier
 from memserve.core.cache_events import Removed
-from memserve.router.feed import TreeFeed
+from memserve.core.caching import CachingMode
+from memserve.core.ids import Epoch, InstanceId
+from memserve.router.feed import MAX_LAYOUTS, TreeFeed
 from memserve.router.pools import Pools
 from memserve.router.prompt_tree import ClusterTree
+from memserve.router.tree_records import pool_name
 from memserve.testing.fake_clock import FakeClock
-from memserve.wire.messages import Done, PoolEvents, SnapshotPart, SnapshotWanted, Unknown
+from memserve.wire.messages import Done, PoolEvents, PoolInfo, Role, SnapshotPart, SnapshotWanted, Unknown
 
 from .feed_stage import AUDIT_S, ONE, TWO, chain, depth, info, stored
 
@@ -143,3 +146,26 @@ def test_a_part_that_comes_again_is_left_out(feed: TreeFeed) -> None:
     assert feed.part(last) == Done()
     assert depth(feed, keys) == 2
     assert feed.tree.stats().counters.resets == 1
+
+
+def test_a_memory_instance_tells_of_each_layout_by_itself() -> None:
+    clock = FakeClock()
+    pools = Pools(heartbeat_s=1, clock=clock)
+    feed = TreeFeed(ClusterTree(clock=clock), pools, clock=clock)
+    memory, epoch = InstanceId("m"), Epoch(5)
+    pools.register(PoolInfo(memory, epoch, Role.MEMORY, CachingMode.FULL, "127.0.0.1:5", ""))
+    for layout, length in (("aa", 3), ("bb", 2)):
+        parts = (stored(1, chain(length)),)
+        assert isinstance(feed.part(SnapshotPart(epoch, 1, 0, True, parts, layout=layout)), Done)
+        assert isinstance(feed.events(PoolEvents(epoch, (stored(2, chain(9, seed=2)),), layout)), Done)
+    assert {name: depth(feed, chain(9), pool_name(memory, name)) for name in ("aa", "bb")} == {
+        "aa": 3,
+        "bb": 2,
+    }
+    assert depth(feed, chain(9), memory) == 0
+    assert isinstance(feed.events(PoolEvents(epoch, (), "c" * 1000)), Unknown), "no layout's digest"
+    for number in range(100):
+        feed.part(SnapshotPart(epoch, 1, 0, True, (stored(1, chain(1)),), layout=f"{number:04}"))
+    assert len(feed.tree.depths(chain(1))) == MAX_LAYOUTS, "however many it names"
+    pools.deregister(epoch)
+    assert feed.tree.depths(chain(9)) == {}

@@ -31,6 +31,8 @@ FACTS = Facts("model", "/model", page_size=PAGE)
 EPOCH = Epoch(7)
 TOKENS = list(range(4096))
 KEYS = page_keys(TOKENS, PAGE)
+MEMORY = 4
+"""The epoch of the memory instance."""
 
 
 def instance(name: str, role: Role) -> Instance:
@@ -85,7 +87,8 @@ class Stage:
 
     def holds(self, epoch: int, num_blocks: int, tier: Tier = Tier.DRAM, sequence: int = 1) -> None:
         stored = Stored(sequence, tier, None, tuple(KEYS[:num_blocks]))
-        self.feed.events(PoolEvents(Epoch(epoch), (stored,)))
+        layout = "aa" if epoch == MEMORY else ""
+        self.feed.events(PoolEvents(Epoch(epoch), (stored,), layout))
 
     def place(self, prompt: Prompt) -> Placed:
         placed = self.placer.place(self.snapshot, prompt)
@@ -149,8 +152,10 @@ def test_blocks_that_are_only_in_hbm_cannot_be_fetched() -> None:
 
 def test_no_fetch_between_pools_of_different_blocks() -> None:
     stage = Stage()
-    stage.pools.register(pool("m", Role.MEMORY, 9, layout="bb"))
-    stage.pools.deregister(Epoch(4))
+    stage.feed.events(PoolEvents(Epoch(MEMORY), (Stored(1, Tier.DRAM, None, tuple(KEYS)),), "bb"))
+    assert stage.place(prompt()).plan is None, "those are another model's"
+    stage.pools.deregister(Epoch(3))
+    stage.pools.register(pool("d", Role.DECODE, 9, layout="bb"))
     stage.holds(9, 256)
     assert stage.place(prompt()).plan is None
     assert stage.value("fetches_total", outcome="impossible") == 1
