@@ -154,6 +154,7 @@ def test_no_fetch_between_pools_of_different_blocks() -> None:
     stage = Stage()
     stage.feed.events(PoolEvents(Epoch(MEMORY), (Stored(1, Tier.DRAM, None, tuple(KEYS)),), "bb"))
     assert stage.place(prompt()).plan is None, "those are another model's"
+    stage = Stage()
     stage.pools.deregister(Epoch(3))
     stage.pools.register(pool("d", Role.DECODE, 9, layout="bb"))
     stage.holds(9, 256)
