@@ -1,6 +1,7 @@
 """History that prefill has no room for comes from its peers: decode's DRAM, or a memory instance.
 
-Prefill's HBM and DRAM hold one conversation each, and several take turns.
+Prefill's HBM and DRAM hold one conversation each, and several take turns. The router leaves it to prefill
+to ask its peers: it would compute what is as quickly computed.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ def scarce(tiny_model: Path, new_cluster: NewCluster) -> Iterator[Pair]:
     """A pair whose prefill has room for one conversation in HBM and one in DRAM; decode has plenty."""
     one = gib_of(HBM_TOKENS, tiny_model)
     small = ("--max-total-tokens", str(HBM_TOKENS), "--dram-gib", one)
-    with new_cluster("scarce") as cluster:
+    with new_cluster("scarce", router_flags=("--fetch", "never")) as cluster:
         pair = Pair(cluster, tiny_model, (), small)
         pair.launch(Role.PREFILL)
         pair.launch(Role.DECODE)

@@ -56,6 +56,7 @@ class Fetch(msgspec.Struct, frozen=True):
     """How many it has of the prompt, counted from the first."""
     transfer_s: float
     saved_s: float
+    """What need not be computed, less bringing it from DRAM, where it arrives, to HBM."""
 
 
 class Decision(msgspec.Struct, frozen=True):
@@ -128,7 +129,7 @@ def worthwhile_fetch(situation: Situation, prefill: Candidate, costs: CostModel)
     for holder in holders:
         own, other = (situation.cached_tokens(it) for it in (prefill.total_blocks, holder.offered_blocks))
         transfer_s = costs.transfer_s(other - own, holder.instance_id, prefill.instance_id)
-        saved_s = costs.exec_s(tokens, own) - costs.exec_s(tokens, other)
+        saved_s = costs.exec_s(tokens, own) - costs.exec_s(tokens, other) - costs.load_s(other - own)
         if saved_s - transfer_s > most:
             most = saved_s - transfer_s
             best = Fetch(holder.instance_id, holder.offered_blocks, transfer_s, saved_s)

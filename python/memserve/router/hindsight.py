@@ -22,7 +22,13 @@ def learn(placed: Placed, seconds: float, cached_tokens: int | None, costs: Lear
     prompt = placed.prompt
     if prompt.unknown is not None or len(prompt.chains) != 1 or cached_tokens is None or seconds <= 0:
         return
-    if 0 <= cached_tokens < prompt.num_tokens:
+    if not 0 <= cached_tokens < prompt.num_tokens:
+        return
+    situation = placed.decision.situation
+    num_loaded = cached_tokens - situation.cached_tokens(placed.chosen.near_blocks)
+    if num_loaded >= situation.page_tokens:
+        costs.loaded(num_loaded, seconds - costs.model.exec_s(prompt.num_tokens, cached_tokens))
+    else:
         costs.prefilled(Observation(prompt.num_tokens, cached_tokens, seconds))
 
 

@@ -54,6 +54,13 @@ class LearntCosts:
         self._refined = observe(self._refined, seen)
         self._model = with_prefill(self._model, self._refined.cost)
 
+    def loaded(self, num_tokens: int, seconds: float) -> None:
+        """The KV of so many tokens came from an instance's own DRAM, and made its prefill so much longer."""
+        num_bytes = num_tokens * self._model.kv_bytes_per_token
+        if num_bytes > 0:
+            seen_s = max(seconds, LEAST_LATENCY_S)
+            self._model = replace(self._model, dram=_after(self._model.dram, num_bytes, seen_s))
+
     def fetched(self, num_tokens: int, seconds: float) -> None:
         """The KV of so many tokens came from another instance."""
         num_bytes, path = num_tokens * self._model.kv_bytes_per_token, self._model.remote

@@ -49,3 +49,17 @@ def test_nothing_is_learnt_from_nothing() -> None:
     costs.fetched(0, 1.0)
     costs.fetched(100, 0.0)
     assert costs.model == GPU_COSTS
+
+
+def test_what_loading_adds_to_a_prefill_is_learnt_apart() -> None:
+    costs = LearntCosts(GPU_COSTS)
+    costs.has_block_bytes(16 * 4096, 16)
+    for _ in range(60):
+        costs.loaded(4096, 0.05)
+        costs.loaded(16, 0.004)
+    assert costs.model.load_s(4096) == pytest.approx(0.05, rel=0.2)
+    assert costs.model.load_s(16) == pytest.approx(0.004, rel=0.2)
+    for _ in range(60):
+        costs.loaded(16, -0.01)
+    assert costs.model.load_s(16) < 0.001
+    assert costs.model.prefill == GPU_COSTS.prefill

@@ -1,0 +1,163 @@
+"""The router sends prompts where their history is, moves it where that pays, and answers whatever happens.
+
+Two prefills, a decode and a memory instance behind a router that has been told nothing: it learns what
+work costs from what it sees.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from random import Random
+from typing import Any
+
+import pytest
+import requests
+
+from memserve.testing.cluster import Cluster, Process, is_ready, wait_for
+from memserve.testing.pool_reports import wait_acquainted, wait_settled
+from memserve.wire.messages import Role
+
+from .conftest import REQUEST_TIMEOUT_S, NewCluster
+from .geometry import PAGE
+
+PREFILLS = ("prefill0", "prefill1")
+HISTORY_TOKENS = 2048
+SETTLED_S = 20.0
+
+Answer = dict[str, Any]
+
+
+@dataclasses.dataclass
+class Stage:
+    cluster: Cluster
+    memory: Process
+    draw: Random = dataclasses.field(default_factory=lambda: Random(11))
+
+    def tokens(self, count: int) -> list[int]:
+        return [self.draw.randrange(10, 250) for _ in range(count)]
+
+    def post(self, path: str, body: Any = None, **kwargs: Any) -> requests.Response:
+        answer = requests.post(self.cluster.url + path, json=body, timeout=REQUEST_TIMEOUT_S, **kwargs)
+        assert answer.status_code == 200, answer.text
+        return answer
+
+    def generate(self, tokens: Sequence[int], num_new: int = 4) -> Answer:
+        params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": num_new}
+        answer = self.post(
+            "/generate",
+            {"input_ids": list(tokens), "sampling_params": params},
+            headers={"x-memserve-explain": "1"},
+        )
+        return {**answer.json(), "home": json.loads(answer.headers["x-memserve-decision"])["prefill"]}
+
+    def explain(self, tokens: Sequence[int]) -> Answer:
+        told: Answer = self.post("/explain", {"input_ids": list(tokens)}).json()
+        return told
+
+    def flush(self) -> None:
+        """All but the memory instance forget everything, and the router knows."""
+        wait_settled(self.cluster.server_urls())
+        self.post("/flush_cache")
+
+        def is_empty() -> bool:
+            held = requests.get(f"{self.cluster.url}/tree", timeout=REQUEST_TIMEOUT_S).json()["instances"]
+            return not any(sum(held[name].values()) for name in (*PREFILLS, "decode"))
+
+        wait_for(is_empty, what="the router to see the flush", timeout_s=SETTLED_S)
+
+    def wait_remembered(self, tokens: Sequence[int]) -> None:
+        """Until the router knows that the memory instance has a prompt's whole pages."""
+        known = [{"instance": "memory", "blocks": len(tokens) // PAGE}]
+        wait_for(lambda: self.explain(tokens)["memory"] == known, what="the memory", timeout_s=SETTLED_S)
+
+    def count(self, name: str) -> float:
+        page = requests.get(f"{self.cluster.url}/metrics", timeout=REQUEST_TIMEOUT_S).text
+        found = re.search(rf"^memserve_router_{re.escape(name)} (\S+)$", page, re.MULTILINE)
+        return float(found[1]) if found else 0.0
+
+
+@pytest.fixture(scope="module")
+def stage(tiny_model: Path, new_cluster: NewCluster) -> Iterator[Stage]:
+    with new_cluster("routing", router_flags=("--heartbeat-secs", "0.5")) as cluster:
+        for name in PREFILLS:
+            cluster.launch(name, Role.PREFILL, tiny_model)
+        cluster.launch("decode", Role.DECODE, tiny_model)
+        memory = cluster.launch_memory("memory", 0.1)
+        cluster.wait_ready()
+        wait_for(lambda: is_ready(cluster.url), what="a pair", timeout_s=SETTLED_S)
+        wait_acquainted(cluster.server_urls())
+        stage = Stage(cluster, memory)
+        for length in (40, 400, 1600, 100, 800, 2000, 200, 1200):  # What work costs here.
+            stage.generate(stage.tokens(length))
+        yield stage
+
+
+def computed(answer: Answer) -> int:
+    meta = answer["meta_info"]
+    return int(meta["prompt_tokens"] - meta["prefill_cached_tokens"])
+
+
+def test_a_conversation_stays_with_its_history(stage: Stage) -> None:
+    homes = []
+    for _ in range(4):
+        history = stage.tokens(600)
+        answer = stage.generate(history)
+        homes.append(answer["home"])
+        for _ in range(2):
+            history = [*history, *answer["output_ids"], *stage.tokens(30)]
+            told = stage.explain(history)
+            assert told["prefill"] == homes[-1], told["reason"]
+            answer = stage.generate(history)
+            assert computed(answer) <= 30 + 4 + 2 * PAGE
+    assert set(homes) == set(PREFILLS), "different ones are spread"
+
+
+def test_history_elsewhere_is_fetched_if_that_is_faster_and_else_computed(stage: Stage) -> None:
+    history = stage.tokens(HISTORY_TOKENS)
+    cold = stage.generate([*history, *stage.tokens(20)])
+    assert computed(cold) == HISTORY_TOKENS + 20
+    stage.wait_remembered(history)
+    stage.flush()
+    prompt = [*history, *stage.tokens(20)]
+    told = stage.explain(prompt)
+    assert told["fetch"]["source"] == "memory", told["reason"]
+    assert told["fetch"]["transfer_s"] < told["fetch"]["saved_s"]
+    before = stage.count('fetches_total{outcome="whole"}')
+    fetched = stage.generate(prompt)
+    assert stage.count('fetches_total{outcome="whole"}') == before + 1
+    assert computed(fetched) <= 20 + PAGE
+    assert fetched["meta_info"]["e2e_latency"] < cold["meta_info"]["e2e_latency"]
+    stage.flush()
+    tiny = stage.explain([*history[:PAGE], *stage.tokens(20)])
+    assert tiny["memory"] == [{"instance": "memory", "blocks": 1}]
+    if tiny["fetch"] is not None:
+        assert tiny["fetch"]["transfer_s"] < tiny["fetch"]["saved_s"], "never against Eq. 2"
+
+
+def test_a_prefix_that_many_ask_for_is_replicated(stage: Stage) -> None:
+    """One prefill has it; while that one has much to do, the other fetches it and helps."""
+    prefix = stage.tokens(HISTORY_TOKENS)
+    stage.generate(prefix)
+    wait_settled(stage.cluster.server_urls())
+    prompts = [[*prefix, *stage.tokens(1500)] for _ in range(8)]
+    with ThreadPoolExecutor(len(prompts)) as threads:
+        answers = list(threads.map(stage.generate, prompts))
+    assert {answer["home"] for answer in answers} == set(PREFILLS)
+    assert max(map(computed, answers)) <= 1500 + 2 * PAGE, "nobody computed the prefix again"
+
+
+def test_the_memory_instances_death_costs_recomputation_only(stage: Stage) -> None:
+    prompt = stage.tokens(HISTORY_TOKENS)
+    expected = stage.generate(prompt)["output_ids"]
+    stage.wait_remembered(prompt)
+    stage.flush()
+    stage.memory.kill()
+    answer = stage.generate(prompt)
+    assert answer["output_ids"] == expected
+    assert computed(answer) == HISTORY_TOKENS
+    wait_for(lambda: stage.explain(prompt)["memory"] == [], what="the router to notice", timeout_s=SETTLED_S)
