@@ -40,6 +40,7 @@ FIRST_TOKEN = 10
 """Past the special ones."""
 ANSWER_TOKENS = 4
 TIMEOUT_S = 300.0
+NUM_PREFILLS = 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,11 +75,12 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=16, help="tokens of the trace for one here")
     parser.add_argument("--load", type=float, default=0.8, help="of an ideal cache; 1 is full (default: 0.8)")
     args = parser.parse_args()
-    shape = Shape(requests=args.requests, sessions=args.sessions, share_ratio=args.share_ratio)
+    shape = Shape(args.requests, 1.0, args.sessions, args.share_ratio)
     prompts = scaled(loogle(shape), args.scale)
     with tempfile.TemporaryDirectory(prefix="memserve-routing-") as scratch, ExitStack() as stack:
         first = stack.enter_context(Cluster(Path(scratch) / "first"))
         launch(first, args.model_path or make_model())
+        wait_all(first.url)
         clock = clock_of(prompts, first.url, args.load)
         answers: dict[str, list[list[Answer]]] = {policy: [] for policy in args.policies}
         for turn in range(args.rounds):
@@ -104,7 +106,7 @@ def scaled(lines: Sequence[Line], scale: int) -> list[Prompt]:
 
 def launch(cluster: Cluster, model: Path) -> None:
     """3 prefills and a decode, with memory for all the documents."""
-    for number in range(3):
+    for number in range(NUM_PREFILLS):
         cluster.launch(f"prefill{number}", Role.PREFILL, model)
     cluster.launch("decode", Role.DECODE, model)
     progress("starting 3 prefill and 1 decode server")
@@ -146,9 +148,14 @@ def replay(
     log_dir = scratch / f"{policy}-{time.monotonic_ns()}"
     with Cluster(log_dir, router_flags=["--control-port", port, "--policy", policy]) as cluster:
         url = cluster.url
-        wait_for(lambda: is_ready(url) and num_ready(url) == 4, what="the servers")
+        wait_all(url)
         requests.post(f"{url}/flush_cache", timeout=TIMEOUT_S).raise_for_status()
         return asyncio.run(run(url, prompts, clock))
+
+
+def wait_all(url: str) -> None:
+    """Until the router would send requests to every server."""
+    wait_for(lambda: is_ready(url) and num_ready(url) == NUM_PREFILLS + 1, what="the servers")
 
 
 def num_ready(url: str) -> int:
