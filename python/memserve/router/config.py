@@ -56,6 +56,9 @@ class RouterConfig:
     cluster_key_file: Path | None = setting(
         None, "secret shared by the cluster; needed as soon as --host is not this machine itself"
     )
+    api_keys_file: Path | None = setting(
+        None, "lines of KEY TENANT: requests need one of the keys, and tenants share no cached blocks"
+    )
     policy: PolicyName = setting(
         "prompt_tree",
         "how instances are chosen; prompt_tree: by what each holds of the prompt, its queue, and what "

@@ -17,6 +17,7 @@ CLIENT_LEFT_STATUS = 499
 """Seen in logs only."""
 
 _TYPES = {
+    401: "authentication_error",
     404: "not_found_error",
     413: "request_too_large",
     501: "not_implemented_error",

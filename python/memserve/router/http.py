@@ -18,6 +18,7 @@ from memserve.router.explain import MAX_LISTED, explained
 from memserve.router.failures import CLIENT_LEFT_STATUS, ShuttingDown, failure_of
 from memserve.router.instance import Snapshot
 from memserve.router.metrics import RouterMetrics
+from memserve.router.tenants import Tenants, salted
 from memserve.router.validation import Limits, read_body, read_call
 
 logger = logging.getLogger(__name__)
@@ -43,8 +44,17 @@ class _Log:
 class GenerateHandler:
     """Serves the endpoints of `Api`. Event loop thread only."""
 
-    def __init__(self, dispatcher: Dispatcher, metrics: RouterMetrics, *, max_body_bytes: int) -> None:
+    def __init__(
+        self,
+        dispatcher: Dispatcher,
+        metrics: RouterMetrics,
+        *,
+        max_body_bytes: int,
+        tenants: Tenants | None = None,
+    ) -> None:
+        """`tenants`: who may ask; None: everybody, and all share one cache."""
         self._dispatcher = dispatcher
+        self._tenants = tenants
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._running: set[asyncio.Task[object]] = set()
@@ -141,15 +151,17 @@ class GenerateHandler:
 
     def _checked(self, request: web.Request, api: Api, body: JsonObject) -> tuple[Call, Snapshot]:
         """The call in a request, and who could serve it."""
+        authorization = request.headers.get("authorization")
+        tenant = None if self._tenants is None else self._tenants.tenant_of(authorization)
         model = body.get("model") if api is not Api.GENERATE else None
         candidates = self._dispatcher.candidates(model if isinstance(model, str) else None)
         call = replace(
             read_call(api, body, limits_of(candidates), new_rid=secrets.token_hex(16)),
             body_bytes=request.content_length or 0,
-            authorization=request.headers.get("authorization"),
+            authorization=authorization,
             wants_report=request.headers.get(REPORT, "0") != "0",
         )
-        return call, candidates
+        return (call if tenant is None else salted(call, tenant)), candidates
 
     async def _read(self, request: web.Request) -> bytes:
         too_large = BadRequest(f"the body is larger than {self._max_body_bytes} bytes", status=413)

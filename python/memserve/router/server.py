@@ -34,6 +34,7 @@ from memserve.router.probe import Prober
 from memserve.router.prompt_tree import BYTES_PER_BLOCK, ClusterTree
 from memserve.router.prompts import PromptReader
 from memserve.router.state_metrics import RouterState
+from memserve.router.tenants import Tenants
 from memserve.router.tokenizers import Tokenizers
 from memserve.router.upstream import Upstream, open_session
 from memserve.wire.link import ControlServer
@@ -69,6 +70,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
     Raises ConfigError if an address cannot be had.
     """
     key = ClusterKey.read(config.cluster_key_file) if config.cluster_key_file else None
+    tenants = Tenants.read(config.api_keys_file) if config.api_keys_file else None
     metrics = RouterMetrics()
     state = _new_state(config, metrics)
     metrics.watch(state)
@@ -86,7 +88,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         fetcher = Fetcher(key)
         stack.callback(fetcher.close)
         dispatcher = Dispatcher(cluster, PromptReader(state.tokenizers), state.placer, fetcher, upstream)
-        generate = GenerateHandler(dispatcher, metrics, max_body_bytes=config.max_body_bytes)
+        generate = GenerateHandler(dispatcher, metrics, max_body_bytes=config.max_body_bytes, tenants=tenants)
         prober = Prober(
             cluster,
             pools,

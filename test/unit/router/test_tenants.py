@@ -1,0 +1,109 @@
+"""Tenants are known by their keys, and never meet in a cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memserve.core.errors import BadRequest, ConfigError
+from memserve.router.tenants import Tenants
+from memserve.testing.fake_worker import FakeWorker
+from memserve.wire.messages import Role
+
+from .stage import Stage, staged
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+KEYS = "# keys\n\nkey-a alice\nkey-b bob\nkey-a2 alice\n"
+PROMPT = list(range(100, 612))
+
+
+@pytest.fixture
+def keys_file(tmp_path: Path) -> Path:
+    return write(tmp_path / "keys", KEYS)
+
+
+def write(path: Path, text: str, mode: int = 0o600) -> Path:
+    path.write_text(text)
+    path.chmod(mode)
+    return path
+
+
+def auth(key: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {key}"}
+
+
+def test_a_key_tells_whose_request_it_is(keys_file: Path) -> None:
+    tenants = Tenants.read(keys_file)
+    assert [tenants.tenant_of(f"Bearer {key}") for key in ("key-a", "key-b", "key-a2")] == [
+        "alice",
+        "bob",
+        "alice",
+    ]
+
+
+@pytest.mark.parametrize(
+    "header", [None, "", "Bearer", "Bearer ", "Bearer key-c", "Basic key-a", "key-a", "Bearer \x00"]
+)
+def test_nobody_else_is_let_in(keys_file: Path, header: str | None) -> None:
+    with pytest.raises(BadRequest) as caught:
+        Tenants.read(keys_file).tenant_of(header)
+    assert caught.value.status == 401
+
+
+@pytest.mark.parametrize("text", ["", "# none\n", "key\n", "key a b\n", "key a\nkey b\n"])
+def test_a_file_that_says_something_else_is_refused(tmp_path: Path, text: str) -> None:
+    with pytest.raises(ConfigError):
+        Tenants.read(write(tmp_path / "keys", text))
+
+
+def test_a_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="chmod 600"):
+        Tenants.read(write(tmp_path / "keys", KEYS, 0o644))
+    with pytest.raises(ConfigError, match="cannot read"):
+        Tenants.read(tmp_path / "missing")
+
+
+async def depths(stage: Stage, key: str, **fields: Any) -> set[int]:
+    status, told = await stage.post("/explain", {"input_ids": PROMPT, **fields}, headers=auth(key))
+    assert status == 200, told
+    return {one["blocks"] for one in told["prefill_candidates"]}
+
+
+def test_tenants_share_no_blocks_whatever_they_claim(run: Run, keys_file: Path) -> None:
+    async def test() -> None:
+        worker = FakeWorker(Role.COLOCATED, cache_tokens=1 << 16, context_tokens=4096)
+        async with staged(worker, api_keys_file=keys_file) as stage:
+            await stage.until(stage.router.state.followers.stats)
+            assert (await stage.post("/generate", {"input_ids": PROMPT}))[0] == 401
+            assert (await stage.post("/explain", {"input_ids": PROMPT}))[0] == 401
+            assert not worker.requests
+            body = {"input_ids": PROMPT}
+            assert (await stage.post("/generate", body, headers=auth("key-a")))[0] == 200
+            salt = worker.requests[0].body["cache_salt"]
+            assert "authorization" not in {name.lower() for name in worker.requests[0].headers}
+            assert await depths(stage, "key-a") == await depths(stage, "key-a2") == {32}
+            assert await depths(stage, "key-b") == {0}
+            assert await depths(stage, "key-b", cache_salt=salt) == {0}, "a salt is no key to another's cache"
+            assert await depths(stage, "key-a", cache_salt="mine") == {0}
+            batch = {"input_ids": [PROMPT, PROMPT], "cache_salt": ["x", "y"]}
+            assert (await stage.post("/generate", batch, headers=auth("key-b")))[0] == 200
+            salts = worker.requests[1].body["cache_salt"]
+            assert len({salt, *salts}) == 3
+
+    run(test())
+
+
+def test_chats_and_completions_are_salted_too(run: Run, keys_file: Path) -> None:
+    async def test() -> None:
+        worker = FakeWorker(Role.COLOCATED)
+        async with staged(worker, api_keys_file=keys_file) as stage:
+            chat = {"messages": [{"role": "user", "content": "hello"}]}
+            for path, body in (("/v1/chat/completions", chat), ("/v1/completions", {"prompt": "hello"})):
+                assert (await stage.post(path, body))[0] == 401
+                assert (await stage.post(path, body, headers=auth("key-b")))[0] == 200
+            assert len({request.body["cache_salt"] for request in worker.requests}) == 1
+
+    run(test())
