@@ -8,8 +8,8 @@ from memserve.router.api import JsonObject
 from memserve.router.decision import Decision, Score
 from memserve.router.prompts import Prompt
 
-MAX_LISTED = 16
-"""Candidates that a response header has room for: the cheapest."""
+MAX_LISTED = 8
+"""Candidates of each role that a response header, of 8 KB, has room for: the cheapest."""
 
 
 def explained(decision: Decision, prompt: Prompt, max_listed: int | None = None) -> JsonObject:

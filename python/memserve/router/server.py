@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -105,6 +106,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         stack.push_async_callback(generate.stop, config.shutdown_grace_period_secs)
         for work in (prober.run(), _keep_up(state, fetcher)):
             task = asyncio.create_task(work)
+            task.add_done_callback(_end_if_failed)
             stack.callback(task.cancel)
         url = f"http://{bracketed(config.host)}:{port}"
         yield Router(url, control.address, cluster, state)
@@ -164,6 +166,13 @@ async def _keep_up(state: RouterState, fetcher: Fetcher) -> None:
         fetcher.keep(state.pools)
         state.feed.tree.tidy()
         await asyncio.sleep(TIDY_S)
+
+
+def _end_if_failed(task: asyncio.Task[None]) -> None:
+    """A router that notices nobody's coming and going any more is worse than one that is started again."""
+    if not task.cancelled() and task.exception() is not None:
+        logger.critical("a part of the router failed; it cannot go on", exc_info=task.exception())
+        os.kill(os.getpid(), signal.SIGTERM)
 
 
 async def _serve_http(stack: AsyncExitStack, config: RouterConfig, routes: list[web.RouteDef]) -> int:
