@@ -29,6 +29,7 @@ import aiohttp
 import requests
 
 from figures import progress, report
+from memserve.core.caching import CachingMode
 from memserve.router.make_trace import Shape, loogle
 from memserve.router.traces import BLOCK_TOKENS, Line
 from memserve.testing.cluster import Cluster, is_ready, wait_for
@@ -74,12 +75,19 @@ def main() -> None:
     parser.add_argument("--share-ratio", type=int, default=3, help="sessions that ask about one document")
     parser.add_argument("--scale", type=int, default=16, help="tokens of the trace for one here")
     parser.add_argument("--load", type=float, default=0.6, help="of an ideal cache; 1 is full (default: 0.6)")
+    parser.add_argument(
+        "--caching",
+        type=CachingMode,
+        choices=list(CachingMode),
+        default=CachingMode.BOTH,
+        help="full: prefills may fetch from decode, whatever the policy (default: both)",
+    )
     args = parser.parse_args()
     shape = Shape(args.requests, 1.0, args.sessions, args.share_ratio)
     prompts = scaled(loogle(shape), args.scale)
     with tempfile.TemporaryDirectory(prefix="memserve-routing-") as scratch, ExitStack() as stack:
         first = stack.enter_context(Cluster(Path(scratch) / "first"))
-        launch(first, args.model_path or make_model())
+        launch(first, args.model_path or make_model(), args.caching)
         wait_all(first.url)
         clock = clock_of(prompts, first.url, args.load)
         answers: dict[str, list[list[Answer]]] = {policy: [] for policy in args.policies}
@@ -104,11 +112,11 @@ def scaled(lines: Sequence[Line], scale: int) -> list[Prompt]:
     return prompts
 
 
-def launch(cluster: Cluster, model: Path) -> None:
+def launch(cluster: Cluster, model: Path, caching: CachingMode) -> None:
     """3 prefills and a decode, with memory for all the documents."""
     for number in range(NUM_PREFILLS):
-        cluster.launch(f"prefill{number}", Role.PREFILL, model)
-    cluster.launch("decode", Role.DECODE, model)
+        cluster.launch(f"prefill{number}", Role.PREFILL, model, "--caching", str(caching))
+    cluster.launch("decode", Role.DECODE, model, "--caching", str(caching))
     progress("starting 3 prefill and 1 decode server")
     cluster.wait_ready()
 
@@ -166,10 +174,10 @@ def wait_all(url: str) -> None:
 
 
 def num_ready(url: str) -> int:
-    """Servers that the router would send requests to, and whose pools it knows."""
+    """Servers that the router would send requests to, and whose caches it follows."""
     page = requests.get(f"{url}/workers", timeout=TIMEOUT_S).json()
     ready = sum(worker["state"] == "ready" for worker in page["workers"])
-    return min(ready, sum(mode == "pool" for mode in page["followed"].values()))
+    return min(ready, len(page["followed"]))
 
 
 async def run(url: str, prompts: Sequence[Prompt], clock: float) -> list[Answer]:
