@@ -71,6 +71,11 @@ class Ledger:
         account = self._accounts.get(instance_id)
         return 0 if account is None else len(account.queued)
 
+    def num_running(self, instance_id: InstanceId) -> int:
+        """How many requests it works on, be it their prefill, their decode or both."""
+        account = self._accounts.get(instance_id)
+        return 0 if account is None else len(account.queued.keys() | account.decoding.keys())
+
     def decode_dispatched(self, instance_id: InstanceId, request: int, context_tokens: int) -> None:
         """A request will be decoded there."""
         account = self._account(instance_id)

@@ -187,6 +187,10 @@ class Placer:
                 for instance in {placed.prefill.instance_id, placed.decode.instance_id}:
                     self._learner.answered(instance, chain)
 
+    def num_running(self, instance: InstanceId) -> int:
+        """How many of the requests that were placed there it has still to work on."""
+        return self._ledger.num_running(instance)
+
     def keep(self, instances: Sequence[InstanceId]) -> None:
         """Forget the work of instances that are not there any more."""
         self._ledger.keep(frozenset(instances))

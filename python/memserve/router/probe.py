@@ -89,10 +89,10 @@ class Prober:
                 task.add_done_callback(lambda _, done=instance_id: self._running.pop(done))  # type: ignore[misc]
 
     def _is_due(self, member: Member) -> bool:
-        if member.state is State.READY and not member.static:
+        if member.is_up and not member.static:
             return False
         since_s = self._clock() - self._probed_s.get(member.info.instance_id, float("-inf"))
-        is_settled = member.state is State.READY or member.info.instance_id in self._unfit
+        is_settled = member.is_up or member.info.instance_id in self._unfit
         return since_s >= (self._interval_s if is_settled else RETRY_S)
 
     async def _probe(self, member: Member) -> None:
@@ -101,7 +101,7 @@ class Prober:
             # An instance registers when it serves; the others have to show it.
             if member.static or member.state is State.DOWN:
                 await self._get(info.url, "/health", HEALTH_TIMEOUT_S)
-            facts = await self._facts(info, is_new=member.state is not State.READY)
+            facts = await self._facts(info, is_new=not member.is_up)
             self._unfit.discard(info.instance_id)
         except Unfit as error:
             self._unfit.add(info.instance_id)
@@ -123,7 +123,7 @@ class Prober:
             self._takes_empty_text(url),
         )
         facts = read_facts(url, info.role, model_info, server_info, models)
-        if reason := why_unfit(info.instance_id, facts, self._cluster.snapshot):
+        if reason := why_unfit(info.instance_id, facts, self._cluster.up):
             raise Unfit(url, reason)
         said = json.loads(server_info)
         if is_new:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster import HEARTBEAT_MISSES, Cluster, State
+from memserve.router.cluster import HEARTBEAT_MISSES, Cluster, Member, State
 from memserve.router.config import STATIC_EPOCH
 from memserve.router.control import answer
 from memserve.router.instance import Facts
@@ -166,4 +166,77 @@ def test_control_messages_are_answered(cluster: Cluster, pools: Pools) -> None:
 )
 def test_nonsense_is_refused(cluster: Cluster, pools: Pools, message: Register) -> None:
     assert isinstance(answer(cluster, pools, message), Refused)
+    assert states(cluster) == {}
+
+
+def joined(cluster: Cluster, info: InstanceInfo) -> Member:
+    cluster.register(info)
+    cluster.joined(info.instance_id, info.epoch, FACTS)
+    member = cluster.find(info.instance_id)
+    assert member is not None
+    return member
+
+
+def test_a_draining_instance_gets_nothing_new_and_is_up(cluster: Cluster) -> None:
+    member = joined(cluster, decode())
+    cluster.drain(member)
+    cluster.drain(member)
+    assert states(cluster) == {NAME: State.DRAINING}
+    assert not cluster.snapshot.decodes
+    assert [one.instance_id for one in cluster.up.decodes] == cluster.working() == [NAME]
+    cluster.undrain(member)
+    assert states(cluster) == {NAME: State.READY}
+    assert cluster.snapshot == cluster.up
+
+
+def test_heartbeats_probes_and_lost_contact_end_no_drain(cluster: Cluster) -> None:
+    member = joined(cluster, decode())
+    cluster.drain(member)
+    cluster.register(decode())
+    assert cluster.heartbeat(NAME, ONE)
+    cluster.joined(NAME, ONE, FACTS)
+    assert states(cluster) == {NAME: State.DRAINING}
+    cluster.lost_contact(NAME, ONE, "reset")
+    assert states(cluster) == {NAME: State.DOWN}
+    assert cluster.working() == [NAME]
+    cluster.joined(NAME, ONE, FACTS)
+    assert states(cluster) == {NAME: State.DRAINING}
+
+
+def test_one_that_drains_before_it_has_joined_is_never_ready(cluster: Cluster) -> None:
+    cluster.register(decode())
+    cluster.drain(cluster.members()[0])
+    assert states(cluster) == {NAME: State.JOINING}
+    cluster.joined(NAME, ONE, FACTS)
+    assert states(cluster) == {NAME: State.DRAINING}
+
+
+def test_a_new_process_does_not_drain(cluster: Cluster) -> None:
+    cluster.drain(joined(cluster, decode()))
+    joined(cluster, decode(TWO))
+    assert states(cluster) == {NAME: State.READY}
+    cluster.deregister(NAME, TWO)
+    cluster.drain(joined(cluster, decode(TWO)))
+    cluster.deregister(NAME, TWO)
+    joined(cluster, decode(TWO))
+    assert states(cluster) == {NAME: State.READY}
+
+
+def test_servers_are_named_and_forgotten_at_run_time(cluster: Cluster) -> None:
+    info = decode(STATIC_EPOCH, name="http://h:1")
+    assert cluster.name(info) is info
+    assert cluster.name(decode(STATIC_EPOCH, name="http://h:1")) is info
+    assert list(states(cluster)) == ["http://h:1"]
+    cluster.unname("http://h:1")
+    cluster.unname("http://h:1")
+    assert states(cluster) == {}
+
+
+def test_a_name_does_not_touch_who_has_registered_there(cluster: Cluster) -> None:
+    joined(cluster, decode())
+    cluster.name(decode(STATIC_EPOCH, name="http://h:1"))
+    assert list(states(cluster)) == [NAME]
+    cluster.unname("http://h:1")
+    assert list(states(cluster)) == [NAME]
+    cluster.deregister(NAME, ONE)
     assert states(cluster) == {}
