@@ -154,8 +154,8 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
     namespace = parser.parse_args(argv)
     static = [
         *(_prefill(values) for values in namespace.prefill),
-        *(_named(url, Role.DECODE) for url in namespace.decode),
-        *(_named(url, Role.COLOCATED) for url in namespace.worker_urls),
+        *(named_server(url, Role.DECODE) for url in namespace.decode),
+        *(named_server(url, Role.COLOCATED) for url in namespace.worker_urls),
     ]
     return from_namespace(RouterConfig, namespace, static=tuple(static))
 
@@ -166,10 +166,11 @@ def _prefill(values: list[str]) -> InstanceInfo:
     port = values[1] if len(values) == 2 else str(DEFAULT_BOOTSTRAP_PORT)
     if not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"--prefill {values[0]} {port}: the bootstrap port is not a port")
-    return _named(values[0], Role.PREFILL, int(port))
+    return named_server(values[0], Role.PREFILL, int(port))
 
 
-def _named(url: str, role: Role, bootstrap_port: int | None = None) -> InstanceInfo:
+def named_server(url: str, role: Role, bootstrap_port: int | None = None) -> InstanceInfo:
+    """A server that does not register. Raises ConfigError for what is no server's URL."""
     url = url.rstrip("/")
     try:
         parts = urlsplit(url)

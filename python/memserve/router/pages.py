@@ -13,15 +13,14 @@ from aiohttp import web
 
 from memserve import __version__
 from memserve.router.api import JsonObject, encode_json
-from memserve.router.caching import caching_of
-from memserve.router.cluster import Member
+from memserve.router.cluster import State
 from memserve.router.failures import failure, message_of
 from memserve.router.http import json_response
 from memserve.router.instance import Instance
 from memserve.router.metrics import CONTENT_TYPE, RouterMetrics
-from memserve.router.pools import PoolMember
 from memserve.router.state_metrics import RouterState
 from memserve.router.upstream import describe
+from memserve.router.workers_api import describe_member
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +35,6 @@ class Pages:
     def __init__(self, state: RouterState, metrics: RouterMetrics, session: aiohttp.ClientSession) -> None:
         self._state = state
         self._cluster = state.cluster
-        self._pools = state.pools
         self._feed = state.feed
         self._metrics = metrics
         self._session = session
@@ -48,7 +46,6 @@ class Pages:
             web.get("/health", self.live),
             web.get("/liveness", self.live),
             web.get("/readiness", self.ready),
-            web.get("/workers", self.workers),
             web.get("/tree", self.tree),
             web.get("/metrics", self.metrics),
             web.get("/v1/models", self.models),
@@ -78,6 +75,7 @@ class Pages:
             "prefill": len(snapshot.prefills),
             "decode": len(snapshot.decodes),
             "colocated": len(snapshot.colocated),
+            "draining": sum(member.state is State.DRAINING for member in self._cluster.members()),
             "not_ready": {
                 str(member.info.instance_id): member.reason
                 for member in self._cluster.members()
@@ -87,16 +85,6 @@ class Pages:
             "placed_without_tokens": self._state.tokenizers.reasons(),
         }
         return json_response(encode_json(page), 200 if reason is None else 503)
-
-    async def workers(self, _: web.Request) -> web.Response:
-        """Everyone the router knows of, the pools they exchange blocks with, and what they keep."""
-        page: JsonObject = {
-            "caching": caching_of(self._cluster, self._pools),
-            "workers": self._members(),
-            "followed": {name: how.mode for name, how in self._state.followers.stats().items()},
-            "pools": [_describe_pool(member, self._pools.age_s(member)) for member in self._pools.members()],
-        }
-        return json_response(encode_json(page))
 
     async def tree(self, request: web.Request) -> web.Response:
         """How many blocks the global prompt tree knows of, whose they are, and how true it has been.
@@ -141,7 +129,7 @@ class Pages:
 
     async def server_info(self, _: web.Request) -> web.Response:
         """What an answering instance says of itself, as a stock server would; everyone's under `workers`."""
-        instances = self._cluster.snapshot.all()
+        instances = self._cluster.up.all()
         answers = await asyncio.gather(*(self._ask(one, "GET", "/server_info") for one in instances))
         infos = [msgspec.json.decode(body) if status == 200 else {} for status, body in answers]
         infos = [info if isinstance(info, dict) else {} for info in infos]
@@ -157,8 +145,8 @@ class Pages:
         return json_response(encode_json(page))
 
     async def flush_cache(self, request: web.Request) -> web.Response:
-        """Flush every ready instance; 200 if all of them did."""
-        instances = self._cluster.snapshot.all()
+        """Flush every instance that is up; 200 if all of them did."""
+        instances = self._cluster.up.all()
         if not instances:
             return self._unavailable()
         path = request.path_qs if request.query_string else f"/flush_cache?timeout={FLUSH_WAIT_S}"
@@ -174,9 +162,9 @@ class Pages:
         return web.Response(text=f"Cache flushed on {len(instances)} instances.\n")
 
     async def abort_request(self, request: web.Request) -> web.Response:
-        """Hand SGLang's own abort to every ready instance; those that do not know the rid ignore it."""
+        """Hand SGLang's own abort to every instance that is up; those that do not know the rid ignore it."""
         body = await request.read()
-        instances = self._cluster.snapshot.all()
+        instances = self._cluster.up.all()
         answers = await asyncio.gather(*(self._ask(one, "POST", "/abort_request", body) for one in instances))
         worst = max(answers, default=(200, b""))
         return web.Response(status=worst[0], body=worst[1])
@@ -212,7 +200,7 @@ class Pages:
         return json_response(failure(503, "no server is ready", retryable=True).body(), 503)
 
     def _members(self) -> list[JsonObject]:
-        return [_describe_member(member) for member in self._cluster.members()]
+        return [describe_member(member) for member in self._cluster.members()]
 
     def _cards(self) -> dict[str, JsonObject]:
         """OpenAI's model objects by name."""
@@ -233,35 +221,3 @@ class Pages:
 class _Concatenation(msgspec.Struct):
     src_rids: list[str]
     dst_rid: str
-
-
-def _describe_member(member: Member) -> JsonObject:
-    info, facts = member.info, member.facts
-    return {
-        "instance_id": info.instance_id,
-        "role": info.role,
-        "url": info.url,
-        "bootstrap_port": info.bootstrap_port,
-        "state": member.state,
-        "reason": member.reason or None,
-        "registered": not member.static,
-        "caching": None if member.static else info.caching,
-        "model": facts.model if facts else None,
-        "context_tokens": facts.context_tokens if facts else None,
-        "vocab_size": facts.vocab_size if facts else None,
-        "page_size": facts.page_size if facts else None,
-    }
-
-
-def _describe_pool(member: PoolMember, age_s: float) -> JsonObject:
-    info = member.info
-    return {
-        "instance_id": info.instance_id,
-        "epoch": f"{info.epoch:016x}",
-        "role": info.role,
-        "caching": info.caching,
-        "address": info.address,
-        "layout": info.layout or None,
-        "bootstrap": info.bootstrap or None,
-        "age_s": round(age_s, 1),
-    }

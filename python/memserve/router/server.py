@@ -38,6 +38,7 @@ from memserve.router.state_metrics import RouterState
 from memserve.router.tenants import Tenants
 from memserve.router.tokenizers import Tokenizers
 from memserve.router.upstream import Upstream, open_session
+from memserve.router.workers_api import WorkersApi
 from memserve.wire.link import ControlServer
 
 logger = logging.getLogger(__name__)
@@ -99,7 +100,8 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
             clock=time.monotonic,
         )
         pages = Pages(state, metrics, session)
-        port = await _serve_http(stack, config, [*generate.routes(), *pages.routes()])
+        workers = WorkersApi(state, is_guarded=key is not None)
+        port = await _serve_http(stack, config, [*generate.routes(), *workers.routes(), *pages.routes()])
         handler = ControlHandler(cluster, pools, feed, asyncio.get_running_loop())
         control = ControlServer(config.host, _control_port(config, port), handler, key=key)
         stack.push_async_callback(asyncio.to_thread, control.close)
@@ -160,9 +162,8 @@ def _new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
 async def _keep_up(state: RouterState, fetcher: Fetcher) -> None:
     """Follow who has come and gone, and give memory back, until cancelled."""
     while True:
-        snapshot = state.cluster.snapshot
-        state.followers.follow(snapshot, state.pools)
-        state.placer.keep([one.instance_id for one in snapshot.all()])
+        state.followers.follow(state.cluster.up, state.pools)
+        state.placer.keep(state.cluster.working())
         fetcher.keep(state.pools)
         state.feed.tree.tidy()
         await asyncio.sleep(TIDY_S)
