@@ -99,6 +99,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         settings = EngineSettings.inherited().of_rank(pkgutil.resolve_name(seams.PARALLEL_STATE)().dp_rank)
         if settings is None:
             raise ValueError("the memory pool needs memserve.launch_server to start it")
+        pkgutil.resolve_name(seams.PAGE_HASH)([0], None, 1)  # compiles it, the first time on a machine
         device_pool = params.token_to_kv_pool_allocator.get_kvcache()
         layout = layout_of(
             device_pool,

@@ -36,6 +36,7 @@ EXTRA_KEY_NAMES = f"{SCHEDULER_MODULE}.Scheduler.init_kv_event_lora_names"
 EVENTS_PUBLISHER = f"{SCHEDULER_MODULE}.Scheduler.init_kv_events_publisher"
 BATCH_RESULT = f"{SCHEDULER_MODULE}.Scheduler.process_batch_result"
 OBSERVABILITY = "sglang.srt.runtime_context:get_observability"
+PAGE_HASH = "sglang.srt.mem_cache.utils:get_hash_str"
 START_METHOD = "sglang.srt.entrypoints.engine._set_envs_and_config"
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 PARALLEL_STATE = "sglang.srt.runtime_context:get_parallel"
@@ -179,6 +180,12 @@ SEAMS = (
         f"{LINKER_MODULE}:UnifiedCacheLinkerWrapper._offload_node",
         "learning which page comes before the offloaded ones",
         parameters=("node_id", "transfers"),
+    ),
+    Seam(
+        "page hash",
+        PAGE_HASH,
+        "having it compiled before the first request, which would wait for that",
+        parameters=("token_ids", "prior_hash", "page_size"),
     ),
     Seam(
         "prefix hashes",
