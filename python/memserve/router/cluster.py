@@ -64,7 +64,7 @@ class Cluster:
     def __init__(
         self, static: Iterable[InstanceInfo], *, heartbeat_s: float, clock: Callable[[], float]
     ) -> None:
-        """`static` are instances that do not register: they are never forgotten."""
+        """`static` are servers that do not register: they are forgotten by `unname` only."""
         self.heartbeat_s = heartbeat_s
         self.stirred = asyncio.Event()
         """Set whenever a member needs a probe."""

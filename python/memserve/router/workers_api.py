@@ -226,6 +226,7 @@ def describe_member(member: Member) -> JsonObject:
         "url": info.url,
         "bootstrap_port": info.bootstrap_port,
         "state": member.state,
+        "draining": member.is_draining,
         "reason": member.reason or None,
         "registered": not member.static,
         "caching": None if member.static else info.caching,

@@ -184,6 +184,7 @@ def test_a_named_server_drains_through_probes(run: Run) -> None:
             assert (await ask(stage, "POST", path + "/drain"))[1]["drained"]
             await worker.kill()
             await stage.until(lambda: state_of(stage, worker.url) is State.DOWN)
+            assert (await ask(stage, "GET", path))[1]["draining"]
             await worker.start()
             await stage.until(lambda: state_of(stage, worker.url) is State.DRAINING)
             assert (await stage.post("/generate", ANY))[0] == 503
