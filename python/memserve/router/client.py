@@ -22,6 +22,11 @@ class ClientStream:
         """What was begun; None while the client has not seen anything."""
         return self._response
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether the client may have seen anything."""
+        return self._response is not None
+
     async def write(self, chunk: bytes) -> None:
         """Send `chunk` now; the first one commits the status 200. Raises ClientLeft."""
         try:

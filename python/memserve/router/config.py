@@ -88,6 +88,17 @@ class RouterConfig:
         600.0, "how long a server that reports nothing is believed to keep what it was sent"
     )
     request_timeout_secs: float = setting(1800.0, "a request that takes longer is ended with an error")
+    retry_max_retries: int = setting(
+        3, "how often a request that an instance lost or failed (5xx) is done again; 0: never"
+    )
+    retry_initial_backoff_ms: int = setting(
+        50, "wait before the first of them; twice as long before each next one", metavar="MS"
+    )
+    retry_max_backoff_ms: int = setting(2000, "but no longer than this", metavar="MS")
+    cb_failure_threshold: int = setting(
+        5, "an instance that fails so many requests in a row gets none while there are others"
+    )
+    cb_timeout_secs: float = setting(2.0, "how long, before it gets one more to try it")
     shutdown_grace_period_secs: float = setting(10.0, "how long running requests may finish after SIGTERM")
     health_check_interval_secs: float = setting(10.0, "how often a server that was named by URL is checked")
     heartbeat_secs: float = setting(2.0, "how often a registered instance says that it lives")
@@ -103,6 +114,7 @@ class RouterConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} {port} is not a port")
         for name in (
             "request_timeout_secs",
+            "cb_timeout_secs",
             "health_check_interval_secs",
             "heartbeat_secs",
             "tree_audit_secs",
@@ -112,10 +124,12 @@ class RouterConfig:
                 raise ConfigError(f"--{name.replace('_', '-')} has to be more than 0")
         if self.shutdown_grace_period_secs < 0:
             raise ConfigError("--shutdown-grace-period-secs cannot be negative")
-        if self.tree_budget_mib < 1:
-            raise ConfigError("--tree-budget-mib has to be at least 1")
-        if self.max_body_bytes < 1:
-            raise ConfigError("--max-body-bytes has to be at least 1")
+        for name in ("retry_max_retries", "retry_initial_backoff_ms", "retry_max_backoff_ms"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"--{name.replace('_', '-')} cannot be negative")
+        for name in ("tree_budget_mib", "max_body_bytes", "cb_failure_threshold"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} has to be at least 1")
         urls = [info.url for info in self.static]
         if repeated := {url for url in urls if urls.count(url) > 1}:
             raise ConfigError(f"{repeated.pop()} is named twice")

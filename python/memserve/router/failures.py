@@ -31,21 +31,39 @@ class NoRoute(Retryable):
     """No instance, or no whole pair, can take the request now."""
 
 
-class LegLost(Retryable):
+class WorkerFault(Retryable):
+    """An instance did not do its share of a request: another one may."""
+
+    kind = "fault"
+
+    def __init__(self, instance_id: InstanceId, message: str) -> None:
+        super().__init__(message)
+        self.instance_id = instance_id
+        self.num_attempts = 1
+        """How often the request has been tried, on this instance and others."""
+
+    def __str__(self) -> str:
+        tried = f" (attempt {self.num_attempts}, the last)" if self.num_attempts > 1 else ""
+        return super().__str__() + tried
+
+
+class LegLost(WorkerFault):
     """The connection to an instance could not be made, or broke before the answer was complete."""
 
+    kind = "lost"
+
     def __init__(self, instance_id: InstanceId, role: str, reason: str) -> None:
-        super().__init__(f"the {role} server {instance_id} was lost: {reason}")
-        self.instance_id = instance_id
+        super().__init__(instance_id, f"the {role} server {instance_id} was lost: {reason}")
         self.reason = reason
 
 
-class LegFailed(Retryable):
+class LegFailed(WorkerFault):
     """An instance answered with an error of its own (5xx)."""
 
+    kind = "failed"
+
     def __init__(self, instance_id: InstanceId, role: str, status: int, message: str) -> None:
-        super().__init__(f"the {role} server {instance_id} failed with {status}: {message}")
-        self.instance_id = instance_id
+        super().__init__(instance_id, f"the {role} server {instance_id} failed with {status}: {message}")
         self.status = status
 
 

@@ -18,6 +18,7 @@ from memserve.router.explain import MAX_LISTED, explained
 from memserve.router.failures import CLIENT_LEFT_STATUS, ShuttingDown, failure_of
 from memserve.router.instance import Snapshot
 from memserve.router.metrics import RouterMetrics
+from memserve.router.placed import Placed
 from memserve.router.tenants import Tenants, salted
 from memserve.router.validation import Limits, read_body, read_call
 
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 REQUEST_ID = "x-request-id"
 REPORT = "x-memserve-report"
 EXPLAIN = "x-memserve-explain"
+ATTEMPTS = "x-memserve-attempts"
+"""The header that tells how often a request was tried, if more than once."""
 DECISION = "x-memserve-decision"
 """The header of an answer whose request asked for an explanation: JSON, as `POST /explain` answers."""
 
@@ -94,12 +97,12 @@ class GenerateHandler:
             body = read_body(await self._read(request))
             api = Api.CHAT if "messages" in body else Api.COMPLETIONS if "prompt" in body else Api.GENERATE
             call, candidates = self._checked(request, api, body)
-            _, prompt = await self._dispatcher.read(call, candidates, request.headers)
-            decision = self._dispatcher.explain(candidates, prompt)
+            job = await self._dispatcher.read(call, candidates, request.headers)
+            decision = self._dispatcher.explain(job)
         except MemServeError as error:
             failed = failure_of(error)
             return json_response(failed.body(), failed.status)
-        return json_response(encode_json(explained(decision, prompt)))
+        return json_response(encode_json(explained(decision, job.prompt)))
 
     async def stop(self, grace_s: float) -> None:
         """Take nothing new; give what runs `grace_s` to end, then end it with a retryable error."""
@@ -138,15 +141,19 @@ class GenerateHandler:
             raise ShuttingDown("the router is stopping")
         call, candidates = self._checked(request, Api(request.path), read_body(await self._read(request)))
         log.rid = call.rid
-        call, prompt = await self._dispatcher.read(call, candidates, request.headers)
-        placed = self._dispatcher.place(candidates, prompt)
-        log.route = str(placed.route)
-        if request.headers.get(EXPLAIN, "0") != "0":
-            told = explained(placed.decision, prompt, MAX_LISTED)
-            headers[DECISION] = encode_json(told).decode()
+        job = await self._dispatcher.read(call, candidates, request.headers)
+
+        def on_placed(placed: Placed, attempt: int) -> None:
+            log.route = str(placed.route)
+            if attempt > 1:
+                headers[ATTEMPTS] = str(attempt)
+            if request.headers.get(EXPLAIN, "0") != "0":
+                told = explained(placed.decision, job.prompt, MAX_LISTED)
+                headers[DECISION] = encode_json(told).decode()
+
         if not call.is_stream:
-            return json_response(await self._dispatcher.answer(call, placed), 200, headers)
-        await self._dispatcher.stream(call, placed, stream.write)
+            return json_response(await self._dispatcher.answer(job, on_placed), 200, headers)
+        await self._dispatcher.stream(job, on_placed, stream)
         return await stream.end()
 
     def _checked(self, request: web.Request, api: Api, body: JsonObject) -> tuple[Call, Snapshot]:

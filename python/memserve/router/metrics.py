@@ -25,6 +25,7 @@ class RouterMetrics:
             return Histogram(f"{PREFIX}_{name}", help, registry=self.registry, buckets=_SECONDS)
 
         self.requests = counter("requests", "Requests that have ended.", "path", "status")
+        self.retries = counter("retries", "Requests done again as an instance was lost or failed.", "reason")
         self.placed = counter("placed", "Requests sent to an instance.", "instance", "role")
         self.unknown_tokens = counter(
             "unknown_tokens",

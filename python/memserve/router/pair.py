@@ -14,13 +14,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
-import msgspec
-
 from memserve.router.api import Call, encode_json
-from memserve.router.failures import LegFailed, LegRefused, message_of, refusal
+from memserve.router.failures import LegFailed, LegLost
 from memserve.router.instance import Instance, Pair
 from memserve.router.merge import LogprobMerger, leg_bodies, merge_answers, prefill_cached_tokens
-from memserve.router.sse import DONE, EventSplitter, data_of
+from memserve.router.sse import DONE, EventSplitter
 from memserve.router.upstream import Upstream
 
 T = TypeVar("T")
@@ -30,7 +28,6 @@ OnPrefilled = Callable[[bytes], None]
 
 PREFILL_END_S = 5.0
 """After decode's last byte prefill has nothing left to do but to say so."""
-_ERROR = b'data: {"error"'
 
 
 class PairRunner:
@@ -49,7 +46,7 @@ class PairRunner:
     async def stream(self, call: Call, pair: Pair, on_prefilled: OnPrefilled, write: Write) -> None:
         """Write decode's events as they come, byte for byte unless prefill has to add to them.
 
-        Raises what `Upstream.leg` raises; before the first `write` if the request was refused.
+        Raises what `Upstream.leg` raises; before the first `write` if the request was refused or not begun.
         """
         for_prefill, for_decode = leg_bodies(call, pair, _draw_room)
         async with self._prefilling(call, pair.prefill, for_prefill, on_prefilled) as prefill:
@@ -80,9 +77,7 @@ class PairRunner:
         self, call: Call, decode: Instance, body: bytes, prefill: asyncio.Task[bytes], write: Write
     ) -> None:
         async with self._upstream.leg(decode, call, body) as leg:
-            chunk = await leg.next()
-            if chunk.startswith(_ERROR):
-                raise _refused(decode, chunk)
+            chunk = await leg.first()
             if call.wants_input_logprobs or call.wants_report:
                 write = _Rewriter(call, prefill, write).write
             while chunk:
@@ -122,26 +117,25 @@ class _Rewriter:
 
 
 async def _unless_fails(prefill: asyncio.Task[bytes], decode: Coroutine[Any, Any, T]) -> T:
-    """The result of `decode`; if `prefill` fails first, its error, with `decode` cancelled."""
+    """The result of `decode`; if `prefill` fails first, its error, with `decode` cancelled.
+
+    If both have failed, and one of them was lost, then that is why the other one failed.
+    """
     task = asyncio.create_task(decode)
     try:
         await asyncio.wait((task, prefill), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
             prefill.result()
         return await task
+    except LegFailed:
+        for leg in (task, prefill):
+            if leg.done() and not leg.cancelled() and isinstance(lost := leg.exception(), LegLost):
+                raise lost from None
+        raise
     finally:
         if not task.done():
             task.cancel()
             await asyncio.wait((task,))
-
-
-def _refused(instance: Instance, event: bytes) -> LegRefused | LegFailed:
-    """SGLang's /generate refuses a stream inside a 200; the status it means is in the event."""
-    body = data_of(event)
-    code = msgspec.json.decode(body)["error"].get("code")
-    if isinstance(code, int) and 500 <= code < 600:
-        return LegFailed(instance.instance_id, instance.role, code, message_of(code, body))
-    return refusal(code if isinstance(code, int) and 400 <= code < 500 else 400, body)
 
 
 def _draw_room() -> int:

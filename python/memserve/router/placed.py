@@ -35,6 +35,12 @@ class Placed:
         return next(it for it in self.decision.situation.prefills if it.instance_id == name)
 
     @property
+    def instances(self) -> tuple[Instance, ...]:
+        """All that work on it."""
+        route = self.route
+        return (route.prefill, route.decode) if isinstance(route, Pair) else (route.worker,)
+
+    @property
     def prefill(self) -> Instance:
         return self.route.prefill if isinstance(self.route, Pair) else self.route.worker
 

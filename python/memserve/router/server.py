@@ -16,6 +16,7 @@ from aiohttp import web
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import ConfigError
 from memserve.core.hosts import bracketed
+from memserve.router.breaker import Breakers
 from memserve.router.cluster import Cluster
 from memserve.router.config import RouterConfig
 from memserve.router.control import ControlHandler
@@ -33,7 +34,7 @@ from memserve.router.placement import Placer, PlacerSettings
 from memserve.router.pools import Pools
 from memserve.router.probe import Prober
 from memserve.router.prompt_tree import BYTES_PER_BLOCK, ClusterTree
-from memserve.router.prompts import PromptReader
+from memserve.router.retry import Patience
 from memserve.router.state_metrics import RouterState
 from memserve.router.tenants import Tenants
 from memserve.router.tokenizers import Tokenizers
@@ -79,17 +80,19 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
     cluster, pools, feed = state.cluster, state.pools, state.feed
 
     def on_lost(instance: Instance, reason: str) -> None:
+        if instance in cluster.snapshot.all():  # one fault, however many requests it had
+            state.breakers.failed(instance)
         cluster.lost_contact(instance.instance_id, instance.epoch, reason)
 
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(open_session())
-        upstream = Upstream(session, timeout_s=config.request_timeout_secs, on_lost=on_lost)
+        upstream = Upstream(session, on_lost=on_lost)
         stack.push_async_callback(upstream.close)
         stack.callback(state.tokenizers.close)
         stack.push_async_callback(state.followers.close)
         fetcher = Fetcher(key)
         stack.callback(fetcher.close)
-        dispatcher = Dispatcher(cluster, PromptReader(state.tokenizers), state.placer, fetcher, upstream)
+        dispatcher = Dispatcher(state, fetcher, upstream, _patience(config), metrics)
         generate = GenerateHandler(dispatcher, metrics, max_body_bytes=config.max_body_bytes, tenants=tenants)
         prober = Prober(
             cluster,
@@ -156,13 +159,24 @@ def _new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
         fetches=directs_fetches,
     )
     placer = Placer(settings, feed, pools, followers, metrics, clock)
-    return RouterState(cluster, pools, feed, followers, Tokenizers(config.tokenizer_path), placer)
+    breakers = Breakers(threshold=config.cb_failure_threshold, timeout_s=config.cb_timeout_secs, clock=clock)
+    return RouterState(cluster, pools, feed, followers, Tokenizers(config.tokenizer_path), placer, breakers)
+
+
+def _patience(config: RouterConfig) -> Patience:
+    return Patience(
+        timeout_s=config.request_timeout_secs,
+        max_retries=config.retry_max_retries,
+        initial_backoff_s=config.retry_initial_backoff_ms / 1000,
+        max_backoff_s=config.retry_max_backoff_ms / 1000,
+    )
 
 
 async def _keep_up(state: RouterState, fetcher: Fetcher) -> None:
     """Follow who has come and gone, and give memory back, until cancelled."""
     while True:
         state.followers.follow(state.cluster.up, state.pools)
+        state.breakers.keep((it.info.instance_id, it.info.epoch) for it in state.cluster.members())
         state.placer.keep(state.cluster.working())
         fetcher.keep(state.pools)
         state.feed.tree.tidy()

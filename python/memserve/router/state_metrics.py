@@ -10,6 +10,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from memserve.router.breaker import Breakers
 from memserve.router.cluster import Cluster
 from memserve.router.feed import TreeFeed
 from memserve.router.followers import Followers
@@ -29,6 +30,7 @@ class RouterState(Collector):
     followers: Followers
     tokenizers: Tokenizers
     placer: Placer
+    breakers: Breakers
 
     def collect(self) -> Iterator[Metric]:
         """All families."""
@@ -41,6 +43,11 @@ class RouterState(Collector):
     def _members(self) -> Iterator[Metric]:
         states = Counter((member.info.role, member.state) for member in self.cluster.members())
         yield _gauge("instances", "Instances known.", ("role", "state"), states)
+        breakers = {
+            (info.instance_id, self.breakers.state(info.instance_id, info.epoch)): 1
+            for info in (member.info for member in self.cluster.members())
+        }
+        yield _gauge("breakers", "The state of each instance's breaker.", ("instance", "state"), breakers)
         modes = Counter((how.mode,) for how in self.followers.stats().values())
         yield _gauge("followed", "Ready instances, by how the prompt tree follows them.", ("by",), modes)
         events = self.followers.stats().items()

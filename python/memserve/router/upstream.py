@@ -8,11 +8,13 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 
 import aiohttp
+import msgspec
 
 from memserve.core.errors import InstanceLost
 from memserve.router.api import Call
-from memserve.router.failures import LegFailed, LegLost, LegTimeout, message_of, refusal
+from memserve.router.failures import LegFailed, LegLost, LegRefused, message_of, refusal
 from memserve.router.instance import Instance
+from memserve.router.sse import data_of
 
 logger = logging.getLogger(__name__)
 
@@ -22,6 +24,7 @@ KEEPALIVE_S = 2.0
 ABORT_TIMEOUT_S = 3.0
 ABORT_AGAIN_S = 1.0
 """An abort may overtake the request it means; it is said again after this long."""
+_ERROR = b'data: {"error"'
 
 
 def open_session() -> aiohttp.ClientSession:
@@ -41,6 +44,13 @@ class Leg:
         """The whole answer."""
         return await self._response.read()
 
+    async def first(self) -> bytes:
+        """What came first. Raises LegRefused, LegFailed: SGLang refuses streams inside a 200."""
+        chunk = await self.next()
+        if chunk.startswith(_ERROR):
+            raise _refused(self.instance, chunk)
+        return chunk
+
     async def next(self) -> bytes:
         """What came next, as soon as it came; b"" at the end of the answer."""
         return await self._response.content.readany()
@@ -53,12 +63,11 @@ class Upstream:
         self,
         session: aiohttp.ClientSession,
         *,
-        timeout_s: float,
         on_lost: Callable[[Instance, str], None],
     ) -> None:
         """`on_lost` is told of each instance whose connection failed."""
         self._session = session
-        self._timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=CONNECT_TIMEOUT_S)
+        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
         self._on_lost = on_lost
         self._aborting: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
@@ -68,7 +77,7 @@ class Upstream:
         """Send `body`, this instance's share of `call`, and wait until it begins to answer 200.
 
         Leaving with an exception, cancellation included, closes the connection and aborts the call there.
-        Raises LegLost, LegFailed (5xx), LegRefused (4xx) or LegTimeout, from inside the block too.
+        Raises LegLost, LegFailed (5xx) or LegRefused (4xx), from inside the block too. Sets no limit of time.
         """
         headers = {"Content-Type": "application/json"}
         if call.authorization is not None:
@@ -88,11 +97,7 @@ class Upstream:
                 raise LegFailed(instance.instance_id, instance.role, response.status, message)
             yield Leg(instance, response)
             answered = True
-        except aiohttp.ClientError as error:
-            raise self._lost(instance, error) from error
-        except TimeoutError as error:  # an OSError too, but the request's, not the connection's
-            raise LegTimeout(f"no answer from {instance.instance_id} in time") from error
-        except OSError as error:
+        except (aiohttp.ClientError, OSError) as error:
             raise self._lost(instance, error) from error
         finally:
             if response is not None:
@@ -138,6 +143,15 @@ class Upstream:
         for rid in call.rids:
             async with self._session.post(url, json={"rid": rid}, timeout=timeout) as response:
                 await response.read()
+
+
+def _refused(instance: Instance, event: bytes) -> LegRefused | LegFailed:
+    """The status that is meant is in the event."""
+    body = data_of(event)
+    code = msgspec.json.decode(body)["error"].get("code")
+    if isinstance(code, int) and 500 <= code < 600:
+        return LegFailed(instance.instance_id, instance.role, code, message_of(code, body))
+    return refusal(code if isinstance(code, int) and 400 <= code < 500 else 400, body)
 
 
 def describe(error: BaseException) -> str:

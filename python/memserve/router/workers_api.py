@@ -201,7 +201,8 @@ class WorkersApi:
         return member
 
     def _describe(self, member: Member) -> JsonObject:
-        return {**describe_member(member), "running": self._running(member)}
+        breaker = self._state.breakers.state(member.info.instance_id, member.info.epoch)
+        return {**describe_member(member), "breaker": breaker, "running": self._running(member)}
 
     def _change(self, handler: Handler) -> Handler:
         """`handler`, for those who may."""
