@@ -55,7 +55,7 @@ class Breakers:
 
     def admitted(self, snapshot: Snapshot) -> Snapshot:
         """The instances that are not open; of a role without any, or if no route is whole so, all."""
-        if not any(self._is_open(one) for one in snapshot.all()):
+        if not self._faulty or not any(self._is_open(one) for one in snapshot.all()):
             return snapshot
         kept = Snapshot.of(one for one in snapshot.all() if not self._is_open(one))
         if kept.why_unready() is None:

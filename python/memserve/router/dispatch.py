@@ -171,8 +171,7 @@ class Dispatcher:
 
     def _ready(self, job: Job) -> Snapshot:
         """Who could serve it now."""
-        snapshot = self._cluster.snapshot
-        return snapshot if job.model is None else snapshot.serving(job.model)
+        return Snapshot() if job.model is None else self._cluster.snapshot.serving(job.model)
 
     def _place(self, job: Job) -> Placed:
         """Who takes the call, which then has to be run. Raises NoRoute if no pair is whole."""

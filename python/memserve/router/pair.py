@@ -40,7 +40,7 @@ class PairRunner:
         """The whole answer. Raises what `Upstream.leg` raises, for either leg."""
         for_prefill, for_decode = leg_bodies(call, pair, _draw_room)
         async with self._prefilling(call, pair.prefill, for_prefill, on_prefilled) as prefill:
-            answer = await _unless_fails(prefill, self._upstream.fetch(pair.decode, call, for_decode))
+            answer = await unless_fails(prefill, self._upstream.fetch(pair.decode, call, for_decode))
             return merge_answers(call, await prefill, answer)
 
     async def stream(self, call: Call, pair: Pair, on_prefilled: OnPrefilled, write: Write) -> None:
@@ -50,7 +50,7 @@ class PairRunner:
         """
         for_prefill, for_decode = leg_bodies(call, pair, _draw_room)
         async with self._prefilling(call, pair.prefill, for_prefill, on_prefilled) as prefill:
-            await _unless_fails(prefill, self._relay(call, pair.decode, for_decode, prefill, write))
+            await unless_fails(prefill, self._relay(call, pair.decode, for_decode, prefill, write))
             await asyncio.wait((prefill,), timeout=PREFILL_END_S)
 
     @asynccontextmanager
@@ -116,7 +116,7 @@ class _Rewriter:
         return b": memserve " + encode_json({"prefill_cached_tokens": cached}) + b"\n\n"
 
 
-async def _unless_fails(prefill: asyncio.Task[bytes], decode: Coroutine[Any, Any, T]) -> T:
+async def unless_fails(prefill: asyncio.Task[bytes], decode: Coroutine[Any, Any, T]) -> T:
     """The result of `decode`; if `prefill` fails first, its error, with `decode` cancelled.
 
     If both have failed, and one of them was lost, then that is why the other one failed.

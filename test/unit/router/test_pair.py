@@ -11,6 +11,9 @@ from typing import Any
 import aiohttp
 import pytest
 
+from memserve.core.ids import InstanceId
+from memserve.router.failures import LegFailed, LegLost
+from memserve.router.pair import unless_fails
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
@@ -225,6 +228,24 @@ def test_a_stream_that_breaks_ends_with_an_error_event(run: Run, path: str, body
             assert len(events) == 3
             assert events[-1]["error"]["retryable"] is True
             await stage.prefill.until(lambda w: w.requests[0].dropped)
+
+    run(test())
+
+
+@pytest.mark.parametrize("lost", [Role.PREFILL, Role.DECODE])
+def test_a_leg_that_was_lost_is_to_blame_for_the_error_of_the_other(run: Run, lost: Role) -> None:
+    """SGLang answers 500 when its partner in a transfer has died."""
+
+    async def leg(role: Role) -> bytes:
+        if role is lost:
+            raise LegLost(InstanceId(role), role, "gone")
+        raise LegFailed(InstanceId(role), role, 500, "KVTransferError")
+
+    async def test() -> None:
+        prefill = asyncio.create_task(leg(Role.PREFILL))
+        with pytest.raises(LegLost) as caught:
+            await unless_fails(prefill, leg(Role.DECODE))
+        assert caught.value.instance_id == lost
 
     run(test())
 

@@ -19,7 +19,8 @@ from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
 
-from .stage import Stage, info_of, staged
+from .retry_stage import Ask, metric, state, texts
+from .stage import Stage, staged
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
@@ -96,50 +97,6 @@ def test_an_alias_leaves_streams_however_they_are_cut(run: Run) -> None:
 
 
 # ---- with workers
-
-
-class Ask:
-    """A request that runs while the test does something to the workers."""
-
-    def __init__(self, stage: Stage, path: str = "/generate", body: dict[str, Any] | None = None) -> None:
-        self._stage = stage
-        self._path = path
-        self._body = body or {"text": "hello"}
-        self.headers: Any = {}
-        self.task = asyncio.create_task(self._run())
-
-    async def _run(self) -> tuple[int, str]:
-        async with self._stage.client.post(self._stage.url(self._path), json=self._body) as response:
-            self.headers = response.headers
-            return response.status, await response.text()
-
-
-def texts(answer: str, stream: bool) -> list[str]:
-    """What a client reads in an answer, per choice."""
-    parts: dict[int, str] = {}
-    if stream:
-        assert answer.endswith("data: [DONE]\n\n")
-        items = [json.loads(event[6:]) for event in answer.split("\n\n") if event.startswith("data: {")]
-    else:
-        whole = json.loads(answer)
-        items = [{**one, "index": i} for i, one in enumerate(whole)] if isinstance(whole, list) else [whole]
-    for item in items:
-        if "text" in item:
-            parts[item.get("index", 0)] = item["text"]
-        for choice in item.get("choices", ()):
-            said = choice.get("text") or (choice.get("delta") or choice.get("message"))["content"]
-            parts[choice["index"]] = parts.get(choice["index"], "") + said
-    return list(parts.values())
-
-
-async def metric(stage: Stage, line: str) -> bool:
-    async with stage.client.get(stage.url("/metrics")) as response:
-        return line in await response.text()
-
-
-def state(stage: Stage, worker: FakeWorker) -> BreakerState:
-    info = info_of(worker)
-    return stage.router.state.breakers.state(info.instance_id, info.epoch)
 
 
 def team() -> list[FakeWorker]:
@@ -284,76 +241,6 @@ def test_when_all_fail_the_last_error_tells_of_the_attempts(run: Run, max_retrie
             assert ("attempt 4" in error["message"]) is (max_retries == 3)
             assert ask.headers.get("x-memserve-attempts") == ("4" if max_retries else None)
             assert sum(len(one.requests) for one in workers) == max_retries + 1
-
-    run(test())
-
-
-def test_requests_of_a_worker_that_fails_go_elsewhere_and_soon_are_not_sent_there(run: Run) -> None:
-    async def test() -> None:
-        settings = {"policy": "round_robin", "cb_timeout_secs": 600.0, "retry_initial_backoff_ms": 1}
-        async with staged(FakeWorker(), FakeWorker(), **settings) as stage:
-            bad, good = stage.workers[Role.COLOCATED]
-            bad.script = Script(status=500)
-            for _ in range(30):
-                assert (await Ask(stage).task)[0] == 200
-            assert (len(bad.requests), len(good.requests)) == (5, 30)
-            assert state(stage, bad) is BreakerState.OPEN
-            line = f'memserve_router_breakers{{instance="{info_of(bad).instance_id}",state="open"}} 1.0'
-            assert await metric(stage, line)
-            workers = (await stage.get("/workers"))[1]["workers"]
-            assert [one["breaker"] for one in workers] == ["open", "closed"]
-            await good.kill()
-            bad.script = Script()
-            assert (await Ask(stage).task)[0] == 200, "nobody else is there"
-            assert state(stage, bad) is BreakerState.CLOSED
-
-    run(test())
-
-
-def test_a_worker_that_has_recovered_is_given_requests_again(run: Run) -> None:
-    async def test() -> None:
-        settings = {"policy": "round_robin", "cb_timeout_secs": 0.05, "cb_failure_threshold": 1}
-        async with staged(FakeWorker(), FakeWorker(), **settings) as stage:
-            bad, _ = stage.workers[Role.COLOCATED]
-            bad.script = Script(status=503)
-            while not bad.requests:
-                assert (await Ask(stage).task)[0] == 200
-            bad.script = Script()
-            await stage.until(lambda: state(stage, bad) is BreakerState.HALF_OPEN)
-            while state(stage, bad) is not BreakerState.CLOSED:
-                assert (await Ask(stage).task)[0] == 200
-            assert len(bad.requests) == 2
-
-    run(test())
-
-
-def test_a_client_that_errs_says_nothing_of_the_worker(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker(), cb_failure_threshold=1) as stage:
-            stage.colocated.script = Script(status=400, message="too long")
-            for number in range(3):
-                status, answer = await Ask(stage).task
-                assert (status, "too long" in answer) == (400, True)
-                assert len(stage.colocated.requests) == number + 1, "once is enough"
-            stage.colocated.script = Script(gates={0: asyncio.Event()})
-            leaving = Ask(stage)
-            await stage.colocated.until(lambda w: len(w.requests) == 4)
-            leaving.task.cancel()
-            await stage.colocated.until(lambda w: w.requests[3].dropped)
-            assert state(stage, stage.colocated) is BreakerState.CLOSED
-
-    run(test())
-
-
-def test_a_lost_connection_counts_once_however_many_requests_it_had(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker(), cb_failure_threshold=2, retry_max_retries=0) as stage:
-            stage.colocated.script = Script(gates={0: asyncio.Event()})
-            asks = [Ask(stage) for _ in range(5)]
-            await stage.colocated.until(lambda w: len(w.requests) == 5)
-            await stage.colocated.kill()
-            assert {(await ask.task)[0] for ask in asks} == {503}
-            assert state(stage, stage.colocated) is BreakerState.CLOSED
 
     run(test())
 
