@@ -12,8 +12,11 @@ import pytest
 import yarl
 
 from memserve.core.ids import Epoch
+from memserve.router.api import Call
 from memserve.router.cluster import State
 from memserve.router.config import STATIC_EPOCH
+from memserve.router.token_records import Tokens
+from memserve.router.tokenizers import Tokenizers
 from memserve.router.workers_api import is_from_here
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
@@ -125,6 +128,29 @@ def test_a_prefill_is_drained_when_its_requests_are_decoded_elsewhere(run: Run) 
             gate.set()
             assert (await request)[0] == 200
             assert (await ask(stage, "POST", path_of(stage.decode) + "/drain"))[1]["drained"]
+
+    run(test())
+
+
+def test_a_request_that_is_being_read_does_not_go_to_who_drains_meanwhile(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def test() -> None:
+        gate, tokens_of, held = asyncio.Event(), Tokenizers.tokens_of, asyncio.Event()
+
+        async def tokens_in_time(self: Tokenizers, call: Call, model: str | None) -> Tokens:
+            held.set()
+            await gate.wait()
+            return await tokens_of(self, call, model)
+
+        monkeypatch.setattr(Tokenizers, "tokens_of", tokens_in_time)
+        async with staged(FakeWorker()) as stage:
+            request = asyncio.create_task(stage.post("/generate", ANY))
+            await held.wait()
+            assert (await ask(stage, "POST", path_of(stage.colocated) + "/drain"))[1]["drained"]
+            gate.set()
+            assert (await request)[0] == 503
+            assert not stage.colocated.requests
 
     run(test())
 
@@ -386,7 +412,7 @@ async def restarted(stage: Stage, worker: FakeWorker, statuses: list[int]) -> No
 def test_a_rolling_restart_loses_no_request(run: Run) -> None:
     async def test() -> None:
         workers = [FakeWorker(role) for role in (Role.PREFILL, Role.DECODE) for _ in range(2)]
-        async with staged(*workers) as stage:
+        async with staged(*workers, retry_max_retries=0) as stage:
             statuses: list[int] = []
             is_over = asyncio.Event()
 
