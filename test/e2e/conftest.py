@@ -2,7 +2,7 @@
 
 `local`  one pair that hands KV over within the host's memory
 `tcp`    one pair over our tcp transport, under a cluster key, whose prefill has a small radix cache
-         over a DRAM tier; tests may kill its servers
+         over a DRAM tier, and asks decode for what it lacks, whatever that costs; tests may kill its servers
 """
 
 from __future__ import annotations
@@ -126,7 +126,7 @@ def pairs(
         pairs = {
             "local": Pair(stack.enter_context(new_cluster("local")), tiny_model, ("--transfer", "local")),
             "tcp": Pair(
-                stack.enter_context(new_cluster("tcp", router_flags=keyed)),
+                stack.enter_context(new_cluster("tcp", router_flags=(*keyed, "--fetch", "never"))),
                 tiny_model,
                 ("--transfer", "tcp", *keyed),
                 ("--max-total-tokens", str(SMALL_HBM_TOKENS), "--dram-gib", "0.05"),
