@@ -134,6 +134,7 @@ def test_after_decode_was_killed_and_came_back(stage: Stage) -> None:
     pair = stage.pair
     pair.cluster.servers["decode"].kill()
     wait_for(lambda: stage.believed().keys() == {"prefill"}, what="the dead to be forgotten", timeout_s=15)
+    wait_for(lambda: len(pair.server_urls()) == 1, what="its server to be forgotten, too", timeout_s=15)
     held = stage.wait_agreed("prefill")
     assert held["prefill"]["dram"][0] > 0, "of the living, nothing is forgotten"
     pair.launch(Role.DECODE)
