@@ -75,6 +75,7 @@ def main() -> None:
     parser.add_argument("--share-ratio", type=int, default=3, help="sessions that ask about one document")
     parser.add_argument("--scale", type=int, default=16, help="tokens of the trace for one here")
     parser.add_argument("--load", type=float, default=0.6, help="of an ideal cache; 1 is full (default: 0.6)")
+    parser.add_argument("--seconds", type=float, help="how long a replay takes, in place of --load")
     parser.add_argument(
         "--caching",
         type=CachingMode,
@@ -90,6 +91,8 @@ def main() -> None:
         launch(first, args.model_path or make_model(), args.caching)
         wait_all(first.url)
         clock = clock_of(prompts, first.url, args.load)
+        if args.seconds is not None:
+            clock = args.seconds / max(prompt.at_s for prompt in prompts)
         answers: dict[str, list[list[Answer]]] = {policy: [] for policy in args.policies}
         for turn in range(args.rounds):
             for policy in args.policies:
