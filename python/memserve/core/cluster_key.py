@@ -11,6 +11,7 @@ import hmac
 from pathlib import Path
 
 from memserve.core.errors import ConfigError
+from memserve.core.secret_file import read_secret_file
 
 MIN_KEY_BYTES = 16
 
@@ -30,14 +31,7 @@ class ClusterKey:
 
         Raises ConfigError if the file cannot be read, is too short, or is readable by others.
         """
-        try:
-            mode = path.stat().st_mode
-            secret = path.read_bytes().strip()
-        except OSError as error:
-            raise ConfigError(f"cannot read the cluster key file {path}: {error.strerror}") from error
-        if mode & 0o077:
-            raise ConfigError(f"the cluster key file {path} is open to other users: chmod 600 {path}")
-        return cls(secret)
+        return cls(read_secret_file(path, "cluster key").strip())
 
     def derive(self, label: str) -> bytes:
         """32 bytes for one use, named by `label`; other labels give unrelated keys."""

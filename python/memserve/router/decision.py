@@ -71,6 +71,11 @@ class Decision(msgspec.Struct, frozen=True):
     """Names of the policies that chose the prefill and the decode."""
 
     @property
+    def chosen(self) -> Candidate:
+        """The prefill, as it was known."""
+        return next(it for it in self.situation.prefills if it.instance_id == self.prefill)
+
+    @property
     def fetch_from(self) -> InstanceId | None:
         return self.fetch.source if self.fetch else None
 
@@ -149,8 +154,7 @@ def fetching_at_most(decision: Decision, holder: InstanceId, num_blocks: int) ->
     situation = msgspec.structs.replace(
         old, prefills=known(old.prefills), decodes=known(old.decodes), holders=known(old.holders)
     )
-    prefill = next(it for it in situation.prefills if it.instance_id == decision.prefill)
-    fetch = worthwhile_fetch(situation, prefill, decision.costs)
+    fetch = worthwhile_fetch(situation, decision.chosen, decision.costs)
     return msgspec.structs.replace(decision, situation=situation, fetch=fetch)
 
 

@@ -8,7 +8,6 @@ read ──> Prompt      answer, stream:  place ── fetch ── legs ── 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
@@ -185,12 +184,14 @@ class Dispatcher:
     async def _place_again(self, job: Job, faults: Sequence[WorkerFault], ends_s: float) -> Placed:
         """The same after a while, elsewhere if possible. Raises the last fault if nobody is ready then."""
         fault, failed = faults[-1], [one.instance_id for one in faults]
-        for number in itertools.count(len(faults)):
+        num_tries = len(faults)
+        while True:
             left_s = ends_s - asyncio.get_running_loop().time()
-            seconds = wait_s(self._patience, number, left_s)
+            seconds = wait_s(self._patience, num_tries, left_s)
             if seconds is None:
                 raise fault
             await asyncio.sleep(seconds)
+            num_tries += 1
             for snapshot in choices(self._ready(job), failed):
                 placed = self._placer.place(self._breakers.admitted(snapshot), job.prompt)
                 if placed is not None:
@@ -201,7 +202,6 @@ class Dispatcher:
                         *(job.call.rid, len(faults) + 1, placed.route, fault),
                     )
                     return placed
-        raise fault
 
     def _sent(self, placed: Placed) -> None:
         for instance in placed.instances:

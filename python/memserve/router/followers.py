@@ -29,6 +29,7 @@ from memserve.router.pools import Pools
 from memserve.router.prompt_tree import ClusterTree
 from memserve.router.short_keys import ShortKeys
 from memserve.router.stock_events import Patience, SourceStats, StockFollower
+from memserve.router.tree_records import server_of
 
 logger = logging.getLogger(__name__)
 
@@ -115,7 +116,8 @@ class Followers:
         self._seen = snapshot, pools.version
         pool_names = {info.instance_id for info in pools.infos()}
         self._tree()
-        plans = {one.instance_id: self._plan(one, pool_names) for one in snapshot.all()}
+        with_pools = pool_names | {server_of(name) for name in pool_names}
+        plans = {one.instance_id: self._plan(one, with_pools) for one in snapshot.all()}
         for instance_id, followed in list(self._followed.items()):
             if plans.get(instance_id) != followed.plan or followed.is_displaced:
                 del self._followed[instance_id]
@@ -161,10 +163,9 @@ class Followers:
             await asyncio.wait(self._stopping)
         self._context.destroy(linger=0)
 
-    def _plan(self, instance: Instance, pool_names: set[InstanceId]) -> _Plan:
+    def _plan(self, instance: Instance, with_pools: set[InstanceId]) -> _Plan:
         following = self._following(instance)
-        own = {name for name in pool_names if _is_of(name, instance.instance_id)}
-        if own:
+        if instance.instance_id in with_pools:
             mode = Mode.POOL
         elif not following.keeps:
             mode = Mode.NONE
@@ -205,9 +206,3 @@ class Followers:
             task.add_done_callback(self._stopping.discard)
         for name in names - pool_names:
             self._tree().leave(name)
-
-
-def _is_of(pool: InstanceId, instance: InstanceId) -> bool:
-    """Whether a pool of that name is the instance's, or one of its caches'."""
-    head, _, rank = pool.rpartition("/dp")
-    return pool == instance or (head == instance and rank.isdecimal())

@@ -25,7 +25,7 @@ def learn(placed: Placed, seconds: float, cached_tokens: int | None, costs: Lear
     if not 0 <= cached_tokens < prompt.num_tokens:
         return
     situation = placed.decision.situation
-    num_loaded = cached_tokens - situation.cached_tokens(placed.chosen.near_blocks)
+    num_loaded = cached_tokens - situation.cached_tokens(placed.decision.chosen.near_blocks)
     if num_loaded >= situation.page_tokens:
         costs.loaded(num_loaded, seconds - costs.model.exec_s(prompt.num_tokens, cached_tokens))
     else:
@@ -45,7 +45,7 @@ class Hindsight:
         now, says of the queues of then."""
         if seconds <= 0:
             return
-        predicted_s = placed.chosen.queued_s + placed.work_s
+        predicted_s = placed.decision.chosen.queued_s + placed.work_s
         self._num_reckoned += 1
         error = abs(predicted_s - seconds) / seconds
         self._error += max(ERROR_WEIGHT, 1 / self._num_reckoned) * (error - self._error)

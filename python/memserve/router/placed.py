@@ -8,7 +8,6 @@ from memserve.router.decision import Decision
 from memserve.router.fetching import FetchPlan
 from memserve.router.instance import Instance, Pair, Route
 from memserve.router.prompts import Prompt
-from memserve.router.situation import Candidate
 
 
 @dataclass(slots=True)
@@ -27,12 +26,6 @@ class Placed:
     had_queue: bool
     """Others were waiting or at work when it came."""
     is_prefilled: bool = False
-
-    @property
-    def chosen(self) -> Candidate:
-        """The prefill as it was known when it was chosen."""
-        name = self.decision.prefill
-        return next(it for it in self.decision.situation.prefills if it.instance_id == name)
 
     @property
     def instances(self) -> tuple[Instance, ...]:

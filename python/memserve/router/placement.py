@@ -143,7 +143,7 @@ class Placer:
         plan, wanted = placed.plan, placed.decision.fetch
         assert plan is not None
         assert wanted is not None
-        before = placed.chosen.total_blocks
+        before = placed.decision.chosen.total_blocks
         num_new = outcome.num_blocks - before
         is_whole = outcome.num_blocks >= wanted.num_blocks
         self._metrics.fetches.labels("whole" if is_whole else "part" if num_new > 0 else "none").inc()
@@ -281,7 +281,7 @@ class Placer:
         self._ledger.prefill_dispatched(prefill, placed.number, placed.work_s, placed.begun_s)
         self._ledger.decode_dispatched(decode, placed.number, prompt.num_tokens)
         self._last[prefill] = placed.number
-        until_s = placed.begun_s + placed.chosen.queued_s + placed.work_s + EXPECT_S
+        until_s = placed.begun_s + placed.decision.chosen.queued_s + placed.work_s + EXPECT_S
         for instance in {prefill, decode}:
             if self._feed.tree.follows(instance):
                 for chain in prompt.chains:
@@ -293,7 +293,7 @@ class Placer:
         if decode != prefill:
             metrics.placed.labels(decode, placed.decode.role).inc()
         metrics.prompt_tokens.inc(prompt.num_tokens)
-        metrics.expected_tokens.inc(situation.cached_tokens(placed.chosen.total_blocks))
+        metrics.expected_tokens.inc(situation.cached_tokens(placed.decision.chosen.total_blocks))
         if prompt.unknown is not None:
             metrics.unknown_tokens.labels(prompt.unknown).inc()
 
@@ -321,9 +321,8 @@ def _route(snapshot: Snapshot, decision: Decision) -> Route:
 def _work_s(decision: Decision, plan: FetchPlan | None) -> float:
     """What this request's own prefill will take, by the prediction."""
     situation = decision.situation
-    candidate = next(it for it in situation.prefills if it.instance_id == decision.prefill)
     if plan is not None:
         num_cached = situation.cached_tokens(len(plan.keys))
         return decision.costs.exec_s(situation.prompt_tokens, num_cached) + decision.costs.load_s(num_cached)
-    score = prefill_score(situation, candidate, decision.costs)
+    score = prefill_score(situation, decision.chosen, decision.costs)
     return score.load_s + score.exec_s

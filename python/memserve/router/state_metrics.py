@@ -48,10 +48,10 @@ class RouterState(Collector):
             for info in (member.info for member in self.cluster.members())
         }
         yield _gauge("breakers", "The state of each instance's breaker.", ("instance", "state"), breakers)
-        modes = Counter((how.mode,) for how in self.followers.stats().values())
+        followed = self.followers.stats().values()
+        modes = Counter((how.mode,) for how in followed)
         yield _gauge("followed", "Ready instances, by how the prompt tree follows them.", ("by",), modes)
-        events = self.followers.stats().items()
-        sources = {name: one for _, how in events for name, one in how.sources.items()}
+        sources = {name: one for how in followed for name, one in how.sources.items()}
         for name, help in (
             ("connected", "Whether a worker's own cache events arrive."),
             ("complete", "Whether none of them was missed."),

@@ -13,6 +13,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from memserve.core.errors import BadRequest, ConfigError
+from memserve.core.secret_file import read_secret_file
 from memserve.router.api import Call
 
 
@@ -30,11 +31,9 @@ class Tenants:
         Raises ConfigError if it cannot be read, others may read it, or a line is something else.
         """
         try:
-            if path.stat().st_mode & 0o077:
-                raise ConfigError(f"{path} can be read by others: chmod 600 {path}")
-            lines = path.read_text().splitlines()
-        except (OSError, UnicodeDecodeError) as error:
-            raise ConfigError(f"cannot read the API keys in {path}: {error}") from error
+            lines = read_secret_file(path, "API key").decode().splitlines()
+        except UnicodeDecodeError as error:
+            raise ConfigError(f"the API key file {path} is no text: {error}") from error
         tenants: dict[str, str] = {}
         for number, line in enumerate(lines, start=1):
             words = line.split()

@@ -105,6 +105,16 @@ class Agreements:
         self._by_server.pop(server, None)
 
     @property
+    def is_empty(self) -> bool:
+        """Whether no server was asked."""
+        return not self._by_server
+
+    @property
+    def confirming(self) -> list[str]:
+        """The servers that read texts as we do."""
+        return [server for server, one in self._by_server.items() if one.texts]
+
+    @property
     def texts(self) -> bool:
         """Whether all servers read texts as we do, and there is one."""
         return bool(self._by_server) and all(one.texts for one in self._by_server.values())

@@ -76,7 +76,8 @@ class Tokenizer:
         bos = files.special_tokens.get("bos_token")
         self._bos_id = None if bos is None else self._encoder.id_of(bos)
         self._template, self._no_chats = _compile(files)
-        self._agreements = Agreements()
+        self.agreements = Agreements()
+        """With the servers that were asked. To be read."""
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenizer")
         self.stats = TokenizerStats()
 
@@ -92,7 +93,7 @@ class Tokenizer:
     async def tokens_of(self, call: Call) -> Tokens:
         """The tokens of each prompt of `call`, which was checked (`read_call`)."""
         try:
-            if (given := given_tokens(call, self._agreements.serves)) is not None:
+            if (given := given_tokens(call, self.agreements.serves)) is not None:
                 return given
             self._check_confirmed(call)
             reading = await self._on_thread(self._read, call)
@@ -139,14 +140,14 @@ class Tokenizer:
             num_chats = await self._num_equal_chats(ask)
         model = server_info.get("served_model_name")
         agreement = Agreement(agrees, num_chats > 0, model if isinstance(model, str) else None)
-        self._agreements.note(server, agreement)
+        self.agreements.note(server, agreement)
         level = logging.INFO if agrees else logging.WARNING
         logger.log(level, "tokenizer asked: server=%s texts=%s chats=%s", server, agrees, num_chats > 0)
         return agreement
 
     def forget(self, server: str) -> None:
         """`server` left: its answers to `verify` count no more."""
-        self._agreements.forget(server)
+        self.agreements.forget(server)
 
     def close(self) -> None:
         """End the threads; calls that wait for one are cancelled."""
@@ -169,7 +170,7 @@ class Tokenizer:
     def _check_confirmed(self, call: Call) -> None:
         if call.api is Api.CHAT and self._template is None:
             raise CannotKnow(self._no_chats)
-        if not (self._agreements.chats if call.api is Api.CHAT else self._agreements.texts):
+        if not (self.agreements.chats if call.api is Api.CHAT else self.agreements.texts):
             raise CannotKnow(UNCONFIRMED)
 
     async def _on_thread(self, work: Callable[[T], R], argument: T) -> R:

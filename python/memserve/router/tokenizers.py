@@ -39,8 +39,6 @@ class Tokenizers:
         self._by_model: dict[str, Tokenizer | str] = {}
         """The tokenizer, or why there is none."""
         self._loading = asyncio.Lock()
-        self._models: dict[InstanceId, str] = {}
-        self._agreed: dict[str, set[InstanceId]] = {}
 
     async def admit(
         self, instance: InstanceId, model: str, model_path: str, server_info: JsonObject, ask: Ask
@@ -56,22 +54,15 @@ class Tokenizers:
         if isinstance(tokenizer, str):
             return
         agreement = await tokenizer.verify(instance, server_info, ask)
-        agreed = self._agreed.setdefault(model, set())
-        if agreement.texts:
-            agreed.add(instance)
-        elif agreed:
+        others = tokenizer.agreements.confirming
+        if not agreement.texts and others:
             tokenizer.forget(instance)
-            raise Unfit(instance, f"its tokenizer is not that of {min(agreed)}, which serves {model} too")
-        self._models[instance] = model
+            raise Unfit(instance, f"its tokenizer is not that of {min(others)}, which serves {model} too")
 
     def forget(self, instance: InstanceId) -> None:
         """The instance is not there any more. Idempotent."""
-        model = self._models.pop(instance, None)
-        if model is not None:
-            self._agreed.get(model, set()).discard(instance)
-            tokenizer = self._by_model.get(model)
-            if isinstance(tokenizer, Tokenizer):
-                tokenizer.forget(instance)
+        for tokenizer in self._tokenizers().values():
+            tokenizer.forget(instance)
 
     async def tokens_of(self, call: Call, model: str | None) -> Tokens:
         """The tokens of each prompt of a checked call that `model` will serve."""
@@ -94,23 +85,21 @@ class Tokenizers:
         for model, tokenizer in self._by_model.items():
             if isinstance(tokenizer, str):
                 reasons[model] = tokenizer
-            elif model in self._models.values() and not self._agreed.get(model):
+            elif not tokenizer.agreements.is_empty and not tokenizer.agreements.confirming:
                 reasons[model] = "no instance confirms the tokenizer"
         return reasons
 
     def stats(self) -> dict[str, TokenizerStats]:
         """Of each model with a tokenizer."""
-        return {
-            model: tokenizer.stats
-            for model, tokenizer in self._by_model.items()
-            if isinstance(tokenizer, Tokenizer)
-        }
+        return {model: tokenizer.stats for model, tokenizer in self._tokenizers().items()}
 
     def close(self) -> None:
         """End the threads."""
-        for tokenizer in self._by_model.values():
-            if isinstance(tokenizer, Tokenizer):
-                tokenizer.close()
+        for tokenizer in self._tokenizers().values():
+            tokenizer.close()
+
+    def _tokenizers(self) -> dict[str, Tokenizer]:
+        return {model: one for model, one in self._by_model.items() if isinstance(one, Tokenizer)}
 
     async def _loaded(self, model: str, path: str) -> Tokenizer | str:
         async with self._loading:

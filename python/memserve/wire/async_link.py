@@ -16,7 +16,7 @@ import zmq.asyncio
 
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import InstanceLost, WireMismatch
-from memserve.wire.link import MAX_MESSAGE_BYTES, key_pair
+from memserve.wire.link import connect
 from memserve.wire.messages import Message, decode, encode
 
 logger = logging.getLogger(__name__)
@@ -77,14 +77,7 @@ class AsyncControlClient:
 
     def _connect(self, address: str) -> _Peer:
         socket = self._context.socket(zmq.DEALER)
-        socket.setsockopt(zmq.LINGER, 0)
-        socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-        socket.setsockopt(zmq.IPV6, address.startswith("["))
-        if self._key is not None:
-            public, secret = key_pair(self._key)
-            socket.curve_serverkey = public
-            socket.curve_publickey, socket.curve_secretkey = public, secret
-        socket.connect(f"tcp://{address}")
+        connect(socket, address, self._key)
         peer = _Peer(socket, asyncio.create_task(self._read(address, socket)))
         self._peers[address] = peer
         return peer

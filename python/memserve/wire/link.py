@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
+from typing import Any
 
 import zmq
 from zmq.utils import z85
@@ -92,7 +93,7 @@ class ControlServer:
         self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
         self._socket.setsockopt(zmq.IPV6, ":" in host)
         if key is not None:
-            self._socket.curve_secretkey = key_pair(key)[1]
+            self._socket.curve_secretkey = _key_pair(key)[1]
             self._socket.curve_server = True
         try:
             self._socket.bind(f"tcp://{bracketed(host)}:{port or '*'}")
@@ -202,14 +203,7 @@ class ControlClient:
     def _connected(self) -> zmq.Socket[bytes]:
         if self._socket is None:
             self._socket = self._context.socket(zmq.DEALER)
-            self._socket.setsockopt(zmq.LINGER, 0)
-            self._socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
-            self._socket.setsockopt(zmq.IPV6, self.address.startswith("["))
-            if self._key is not None:
-                public, secret = key_pair(self._key)
-                self._socket.curve_serverkey = public
-                self._socket.curve_publickey, self._socket.curve_secretkey = public, secret
-            self._socket.connect(f"tcp://{self.address}")
+            connect(self._socket, self.address, self._key)
         return self._socket
 
     def _disconnect(self) -> None:
@@ -218,7 +212,19 @@ class ControlClient:
             self._socket = None
 
 
-def key_pair(key: ClusterKey) -> tuple[bytes, bytes]:
+def connect(socket: zmq.Socket[Any], address: str, key: ClusterKey | None) -> None:
+    """Make a DEALER, just made, a client of the control server at `host:port`."""
+    socket.setsockopt(zmq.LINGER, 0)
+    socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
+    socket.setsockopt(zmq.IPV6, address.startswith("["))
+    if key is not None:
+        public, secret = _key_pair(key)
+        socket.curve_serverkey = public
+        socket.curve_publickey, socket.curve_secretkey = public, secret
+    socket.connect(f"tcp://{address}")
+
+
+def _key_pair(key: ClusterKey) -> tuple[bytes, bytes]:
     """The CURVE key pair of the cluster. Its public half is a secret too: CURVE never sends a
     server's key, so knowing it is what admits a client."""
     secret = z85.encode(key.derive("zmq curve"))
