@@ -31,7 +31,7 @@ import requests
 from figures import progress, report
 from memserve.core.caching import CachingMode
 from memserve.router.make_trace import Shape, loogle
-from memserve.router.traces import BLOCK_TOKENS, Line
+from memserve.router.simulation.traces import BLOCK_TOKENS, Line
 from memserve.testing.cluster import Cluster, is_ready, wait_for
 from memserve.wire.messages import Role
 

@@ -25,7 +25,7 @@ import numpy as np
 import requests
 
 from figures import progress, report
-from memserve.router.cost_model import (
+from memserve.router.costs.cost_model import (
     CPU_COSTS,
     GPU_COSTS,
     CostModel,

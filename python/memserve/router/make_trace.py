@@ -18,7 +18,7 @@ from random import Random
 import msgspec
 
 from memserve.core.errors import ConfigError
-from memserve.router.traces import BLOCK_TOKENS, Line
+from memserve.router.simulation.traces import BLOCK_TOKENS, Line
 
 
 @dataclass(frozen=True, slots=True)

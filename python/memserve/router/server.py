@@ -16,30 +16,31 @@ from aiohttp import web
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import ConfigError
 from memserve.core.hosts import bracketed
-from memserve.router.breaker import Breakers
-from memserve.router.cluster import Cluster
+from memserve.router.cluster.breaker import Breakers
+from memserve.router.cluster.cluster import Cluster
+from memserve.router.cluster.control import ControlHandler
+from memserve.router.cluster.instance import Instance
+from memserve.router.cluster.pools import Pools
+from memserve.router.cluster.probe import Prober
 from memserve.router.config import RouterConfig
-from memserve.router.control import ControlHandler
-from memserve.router.cost_file import COSTS, read_costs
-from memserve.router.dispatch import Dispatcher
-from memserve.router.failures import failure
-from memserve.router.feed import TreeFeed
-from memserve.router.fetching import Fetcher
-from memserve.router.followers import MAX_NAMED_KEYS, Followers
-from memserve.router.http import GenerateHandler, json_response
-from memserve.router.instance import Instance
-from memserve.router.metrics import RouterMetrics
-from memserve.router.pages import Pages
-from memserve.router.placement import Placer, PlacerSettings
-from memserve.router.pools import Pools
-from memserve.router.probe import Prober
-from memserve.router.prompt_tree import BYTES_PER_BLOCK, ClusterTree
-from memserve.router.retry import Patience
-from memserve.router.state_metrics import RouterState
-from memserve.router.tenants import Tenants
-from memserve.router.tokenizers import Tokenizers
-from memserve.router.upstream import Upstream, open_session
-from memserve.router.workers_api import WorkersApi
+from memserve.router.costs.cost_file import COSTS, read_costs
+from memserve.router.http.generate import GenerateHandler, json_response
+from memserve.router.http.pages import Pages
+from memserve.router.http.tenants import Tenants
+from memserve.router.http.workers_api import WorkersApi
+from memserve.router.observe.metrics import RouterMetrics
+from memserve.router.observe.state_metrics import StateCollector
+from memserve.router.placing.fetching import Fetcher
+from memserve.router.placing.placement import Placer, PlacerSettings
+from memserve.router.serving.dispatch import Dispatcher
+from memserve.router.serving.failures import failure
+from memserve.router.serving.retry import Patience
+from memserve.router.serving.upstream import Upstream, open_session
+from memserve.router.state import RouterState
+from memserve.router.text.tokenizers import Tokenizers
+from memserve.router.tree.feed import TreeFeed
+from memserve.router.tree.followers import MAX_NAMED_KEYS, Followers
+from memserve.router.tree.prompt_tree import BYTES_PER_BLOCK, ClusterTree
 from memserve.wire.link import ControlServer
 
 logger = logging.getLogger(__name__)
@@ -76,7 +77,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
     tenants = Tenants.read(config.api_keys_file) if config.api_keys_file else None
     metrics = RouterMetrics()
     state = _new_state(config, metrics)
-    metrics.watch(state)
+    metrics.watch(StateCollector(state))
     cluster, pools, feed = state.cluster, state.pools, state.feed
 
     def on_lost(instance: Instance, reason: str) -> None:

@@ -10,12 +10,12 @@ from dataclasses import asdict
 from pathlib import Path
 
 from memserve.core.errors import ConfigError
-from memserve.router.cost_file import read_costs
-from memserve.router.cost_model import CostModel
-from memserve.router.policy import DECODE_POLICIES, PREFILL_POLICIES
-from memserve.router.sim_report import Goal, figures, ideal_load
-from memserve.router.simulation import SimulationConfig, simulate
-from memserve.router.traces import BLOCK_TOKENS, Request, Trace, read_trace
+from memserve.router.costs.cost_file import read_costs
+from memserve.router.costs.cost_model import CostModel
+from memserve.router.placing.policy import DECODE_POLICIES, PREFILL_POLICIES
+from memserve.router.simulation.report import Goal, figures, ideal_load
+from memserve.router.simulation.simulation import SimulationConfig, simulate
+from memserve.router.simulation.traces import BLOCK_TOKENS, Request, Trace, read_trace
 
 HELP = """\
 Replays a trace against simulated instances, with the router's prompt tree, policies and cost model.
@@ -100,7 +100,7 @@ def _plotter(folder: Path | None) -> Callable[..., list[Path]] | None:
     """How to draw; found out before the simulation, so that a missing package costs nobody a run."""
     if folder is None:
         return None
-    from memserve.router.plots import check_plots, draw_plots
+    from memserve.router.simulation.plots import check_plots, draw_plots
 
     check_plots(folder)
     return lambda outcome: draw_plots(outcome, folder)

@@ -12,9 +12,9 @@ from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
 from memserve.disagg import presence
 from memserve.disagg.membership import Membership
-from memserve.router.cluster import Cluster
-from memserve.router.control import answer
-from memserve.router.pools import Pools
+from memserve.router.cluster.cluster import Cluster
+from memserve.router.cluster.control import answer
+from memserve.router.cluster.pools import Pools
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.link import ControlClient, ControlServer
 from memserve.wire.messages import (

@@ -22,9 +22,9 @@ from memserve.core.kv_layout import KVLayout
 from memserve.disagg.publisher import Report, Source
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
-from memserve.router.feed import TreeFeed
-from memserve.router.pools import Pools
-from memserve.router.prompt_tree import ClusterTree, Truth
+from memserve.router.cluster.pools import Pools
+from memserve.router.tree.feed import TreeFeed
+from memserve.router.tree.prompt_tree import ClusterTree, Truth
 from memserve.testing.fake_clock import FakeClock
 from memserve.testing.faulty_link import Fault, Faults, FaultyLink
 from memserve.wire.link import ControlClient, ControlServer

@@ -9,8 +9,8 @@ from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import Stored
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.feed import TreeFeed
-from memserve.router.prompt_tree import Depth
+from memserve.router.tree.feed import TreeFeed
+from memserve.router.tree.prompt_tree import Depth
 from memserve.wire.messages import Message, PoolInfo, Role, SnapshotPart
 
 DECODE = InstanceId("decode")

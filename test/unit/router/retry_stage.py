@@ -6,7 +6,7 @@ import asyncio
 import json
 from typing import Any
 
-from memserve.router.breaker import BreakerState
+from memserve.router.cluster.breaker import BreakerState
 from memserve.testing.fake_worker import FakeWorker
 
 from .stage import Stage, info_of

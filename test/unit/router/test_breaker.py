@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.breaker import Breakers, BreakerState
-from memserve.router.instance import Facts, Instance, Snapshot
+from memserve.router.cluster.breaker import Breakers, BreakerState
+from memserve.router.cluster.instance import Facts, Instance, Snapshot
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_clock import FakeClock
 from memserve.testing.fake_worker import FakeWorker

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster import HEARTBEAT_MISSES, Cluster, Member, State
+from memserve.router.cluster.cluster import HEARTBEAT_MISSES, Cluster, Member, State
+from memserve.router.cluster.control import answer
+from memserve.router.cluster.instance import Facts
+from memserve.router.cluster.pools import Pools
 from memserve.router.config import STATIC_EPOCH
-from memserve.router.control import answer
-from memserve.router.instance import Facts
-from memserve.router.pools import Pools
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.messages import (
     Accepted,

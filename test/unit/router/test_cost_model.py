@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from memserve.core.block_addr import Tier
 from memserve.core.ids import InstanceId
-from memserve.router.cost_model import (
+from memserve.router.costs.cost_model import (
     CPU_COSTS,
     GPU_COSTS,
     CostModel,

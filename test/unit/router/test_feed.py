@@ -8,10 +8,10 @@ from memserve.core.block_addr import Tier
 from memserve.core.cache_events import Removed
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.feed import MAX_LAYOUTS, TreeFeed
-from memserve.router.pools import Pools
-from memserve.router.prompt_tree import ClusterTree
-from memserve.router.tree_records import pool_name
+from memserve.router.cluster.pools import Pools
+from memserve.router.tree.feed import MAX_LAYOUTS, TreeFeed
+from memserve.router.tree.prompt_tree import ClusterTree
+from memserve.router.tree.records import pool_name
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.messages import Done, PoolEvents, PoolInfo, Role, SnapshotPart, SnapshotWanted, Unknown
 

@@ -10,9 +10,9 @@ import pytest
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey
 from memserve.core.cache_events import CacheEvent, Removed, Snapshot, Stored
-from memserve.router.feed import AUDIT_BYTES_PER_S, TreeFeed
-from memserve.router.pools import Pools
-from memserve.router.prompt_tree import ClusterTree, Truth
+from memserve.router.cluster.pools import Pools
+from memserve.router.tree.feed import AUDIT_BYTES_PER_S, TreeFeed
+from memserve.router.tree.prompt_tree import ClusterTree, Truth
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.messages import AuditWanted, Done, PoolEvents, SnapshotPart, SnapshotWanted, Unknown
 

@@ -12,7 +12,7 @@ import uvloop
 from memserve.core.block_keys import page_keys
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.fetching import Fetcher, FetchOutcome, FetchPlan
+from memserve.router.placing.fetching import Fetcher, FetchOutcome, FetchPlan
 from memserve.wire.link import ControlServer
 from memserve.wire.messages import Done, Message, PoolInfo, Role
 from memserve.wire.peer_messages import Fetch, Fetched

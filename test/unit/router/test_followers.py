@@ -16,12 +16,12 @@ from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import Stored
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.followers import Followers, FollowingStats, Mode
-from memserve.router.following import EventPublisher, Following
-from memserve.router.instance import Facts, Instance, Snapshot
-from memserve.router.pools import Pools
-from memserve.router.prompt_tree import ClusterTree, Depth
-from memserve.router.stock_events import Patience
+from memserve.router.cluster.instance import Facts, Instance, Snapshot
+from memserve.router.cluster.pools import Pools
+from memserve.router.tree.followers import Followers, FollowingStats, Mode
+from memserve.router.tree.following import EventPublisher, Following
+from memserve.router.tree.prompt_tree import ClusterTree, Depth
+from memserve.router.tree.stock_events import Patience
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.messages import PoolInfo, Role
 

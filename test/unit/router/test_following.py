@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from memserve.router.following import EventPublisher, EventSource, Following, read_following
+from memserve.router.tree.following import EventPublisher, EventSource, Following, read_following
 
 PUBLISHES = {
     "publisher": "zmq",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from memserve.router.cost_model import GPU_COSTS, Observation
-from memserve.router.learnt_costs import LearntCosts
+from memserve.router.costs.cost_model import GPU_COSTS, Observation
+from memserve.router.costs.learnt_costs import LearntCosts
 
 
 def test_it_begins_with_what_it_was_told_and_follows_what_it_sees() -> None:

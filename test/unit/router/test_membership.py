@@ -13,8 +13,8 @@ import pytest
 
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import InstanceLost
+from memserve.router.cluster.probe import read_facts, read_vocab_size
 from memserve.router.config import STATIC_EPOCH
-from memserve.router.probe import read_facts, read_vocab_size
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.link import ControlClient

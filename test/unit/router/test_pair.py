@@ -12,8 +12,8 @@ import aiohttp
 import pytest
 
 from memserve.core.ids import InstanceId
-from memserve.router.failures import LegFailed, LegLost
-from memserve.router.pair import unless_fails
+from memserve.router.serving.failures import LegFailed, LegLost
+from memserve.router.serving.pair import unless_fails
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role

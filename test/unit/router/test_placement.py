@@ -13,16 +13,16 @@ from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import Stored
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cost_model import GPU_COSTS
-from memserve.router.feed import TreeFeed
-from memserve.router.fetching import FetchOutcome
-from memserve.router.instance import Facts, Instance, Pair, Single, Snapshot
-from memserve.router.metrics import RouterMetrics
-from memserve.router.placed import Placed
-from memserve.router.placement import Placer, PlacerSettings
-from memserve.router.pools import Pools
-from memserve.router.prompt_tree import ClusterTree
-from memserve.router.prompts import Prompt
+from memserve.router.cluster.instance import Facts, Instance, Pair, Single, Snapshot
+from memserve.router.cluster.pools import Pools
+from memserve.router.costs.cost_model import GPU_COSTS
+from memserve.router.observe.metrics import RouterMetrics
+from memserve.router.placing.fetching import FetchOutcome
+from memserve.router.placing.placed import Placed
+from memserve.router.placing.placement import Placer, PlacerSettings
+from memserve.router.text.prompts import Prompt
+from memserve.router.tree.feed import TreeFeed
+from memserve.router.tree.prompt_tree import ClusterTree
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.messages import PoolEvents, PoolInfo, Role
 

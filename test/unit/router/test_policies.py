@@ -12,12 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve.core.ids import InstanceId
-from memserve.router.cost_model import GPU_COSTS, CostModel, Path
-from memserve.router.decision import decide
-from memserve.router.ledger import Ledger
-from memserve.router.policy import DECODE_POLICIES, PREFILL_POLICIES
-from memserve.router.prompt_tree import Depth
-from memserve.router.situation import Candidate, Situation
+from memserve.router.costs.cost_model import GPU_COSTS, CostModel, Path
+from memserve.router.placing.decision import decide
+from memserve.router.placing.ledger import Ledger
+from memserve.router.placing.policy import DECODE_POLICIES, PREFILL_POLICIES
+from memserve.router.placing.situation import Candidate, Situation
+from memserve.router.tree.prompt_tree import Depth
 
 SLOW_NETWORK = replace(GPU_COSTS, remote=Path(2e-3, 1e8))
 

@@ -10,11 +10,11 @@ import pytest
 
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.caching import caching_of
-from memserve.router.cluster import HEARTBEAT_MISSES, Cluster
+from memserve.router.cluster.caching import caching_of
+from memserve.router.cluster.cluster import HEARTBEAT_MISSES, Cluster
+from memserve.router.cluster.control import answer
+from memserve.router.cluster.pools import Pools
 from memserve.router.config import STATIC_EPOCH
-from memserve.router.control import answer
-from memserve.router.pools import Pools
 from memserve.testing.fake_clock import FakeClock
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.link import ControlClient

@@ -14,7 +14,7 @@ from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import CacheEvent, Removed, Snapshot, Stored
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.prompt_tree import BYTES_PER_BLOCK, MAX_CHAIN_BLOCKS, ClusterTree, Depth, Held
+from memserve.router.tree.prompt_tree import BYTES_PER_BLOCK, MAX_CHAIN_BLOCKS, ClusterTree, Depth, Held
 from memserve.testing.fake_clock import FakeClock
 
 ANN, BOB, CYD = InstanceId("ann"), InstanceId("bob"), InstanceId("cyd")

@@ -13,7 +13,7 @@ from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import CacheEvent, Removed, Snapshot, Stored
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.prompt_tree import ClusterTree, Depth
+from memserve.router.tree.prompt_tree import ClusterTree, Depth
 
 Prompt = tuple[int, ...]
 """A block per token; each prefix is a block."""

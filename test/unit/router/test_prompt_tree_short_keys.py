@@ -9,8 +9,8 @@ import pytest
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, Namespace, continue_keys, event_hash, page_keys
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.prompt_tree import ClusterTree, Depth
-from memserve.router.short_keys import ShortKeys
+from memserve.router.tree.prompt_tree import ClusterTree, Depth
+from memserve.router.tree.short_keys import ShortKeys
 
 TOKENS = list(range(12))
 KEYS = page_keys(TOKENS, 2)

@@ -10,8 +10,9 @@ import pytest
 
 from memserve.core.block_keys import Namespace, page_keys
 from memserve.core.ids import InstanceId
-from memserve.router.api import Api, Call
-from memserve.router.prompts import (
+from memserve.router.serving.api import Api, Call
+from memserve.router.serving.validation import Limits, read_call
+from memserve.router.text.prompts import (
     NO_PAGES,
     OUTPUT_TOKENS,
     PromptReader,
@@ -19,8 +20,7 @@ from memserve.router.prompts import (
     output_tokens_of,
     session_of,
 )
-from memserve.router.tokenizers import NOT_WANTED, OFF, Tokenizers, Unfit
-from memserve.router.validation import Limits, read_call
+from memserve.router.text.tokenizers import NOT_WANTED, OFF, Tokenizers, Unfit
 
 from .token_stage import SglangServer, written_model
 

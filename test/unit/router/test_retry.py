@@ -11,10 +11,10 @@ import aiohttp
 import pytest
 
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.api import Api, Call
-from memserve.router.breaker import BreakerState
-from memserve.router.instance import Facts, Instance, Snapshot
-from memserve.router.retry import Alias, Patience, choices, wait_s
+from memserve.router.cluster.breaker import BreakerState
+from memserve.router.cluster.instance import Facts, Instance, Snapshot
+from memserve.router.serving.api import Api, Call
+from memserve.router.serving.retry import Alias, Patience, choices, wait_s
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role

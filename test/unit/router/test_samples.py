@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 
 from memserve.core.errors import BadRequest
-from memserve.router.api import Api
-from memserve.router.samples import as_batch, as_singles
-from memserve.router.validation import Limits, read_call
+from memserve.router.serving.api import Api
+from memserve.router.serving.samples import as_batch, as_singles
+from memserve.router.serving.validation import Limits, read_call
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role

@@ -16,14 +16,14 @@ from hypothesis import strategies as st
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import ConfigError
 from memserve.router import make_trace, simulate
-from memserve.router.cost_model import GPU_COSTS
+from memserve.router.costs.cost_model import GPU_COSTS
 from memserve.router.make_trace import SHAPES
-from memserve.router.policy import PREFILL_POLICIES
-from memserve.router.sim_cache import PromptCache
-from memserve.router.sim_report import Figures, figures, imbalance, percentile
-from memserve.router.simulation import Outcome, SimulationConfig
-from memserve.router.simulation import simulate as run
-from memserve.router.traces import Trace, parse_trace
+from memserve.router.placing.policy import PREFILL_POLICIES
+from memserve.router.simulation.cache import PromptCache
+from memserve.router.simulation.report import Figures, figures, imbalance, percentile
+from memserve.router.simulation.simulation import Outcome, SimulationConfig
+from memserve.router.simulation.simulation import simulate as run
+from memserve.router.simulation.traces import Trace, parse_trace
 
 
 def trace_of(shape: str, **fields: int) -> Trace:

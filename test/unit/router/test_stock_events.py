@@ -21,11 +21,11 @@ from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, Namespace, continue_keys, page_keys
 from memserve.core.cache_events import Stored
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.following import EventSource
-from memserve.router.prompt_tree import ClusterTree, Depth, Held
-from memserve.router.short_keys import ShortKeys
-from memserve.router.stock_events import PIECE_BLOCKS, Patience, StockFollower
-from memserve.router.stock_line import MAX_MESSAGE_BYTES
+from memserve.router.tree.following import EventSource
+from memserve.router.tree.prompt_tree import ClusterTree, Depth, Held
+from memserve.router.tree.short_keys import ShortKeys
+from memserve.router.tree.stock_events import PIECE_BLOCKS, Patience, StockFollower
+from memserve.router.tree.stock_line import MAX_MESSAGE_BYTES
 
 from .stock_publisher import CLEARED, FakePublisher, packed, removed, stored, until
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from memserve.core.errors import BadRequest, ConfigError
-from memserve.router.tenants import Tenants
+from memserve.router.http.tenants import Tenants
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
 

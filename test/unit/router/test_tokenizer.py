@@ -11,11 +11,11 @@ import pytest
 
 from memserve.core.block_keys import Namespace, page_keys
 from memserve.core.errors import ConfigError
-from memserve.router.api import Api, Call
-from memserve.router.token_probes import probe_texts, renders_chats
-from memserve.router.token_records import KnownTokens, Tokens, UnknownTokens, keys_of
-from memserve.router.tokenizer import UNCONFIRMED, Tokenizer
-from memserve.router.validation import Limits, read_call
+from memserve.router.serving.api import Api, Call
+from memserve.router.serving.validation import Limits, read_call
+from memserve.router.text.token_probes import probe_texts, renders_chats
+from memserve.router.text.token_records import KnownTokens, Tokens, UnknownTokens, keys_of
+from memserve.router.text.tokenizer import UNCONFIRMED, Tokenizer
 
 from .token_stage import CHATML, MODELS, TODAY, SglangServer, byte_level, write_model, written_model
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
-from memserve.router.chat_messages import Chat
-from memserve.router.chat_template import ChatTemplate
-from memserve.router.token_encoder import Encoder
+from memserve.router.text.chat_messages import Chat
+from memserve.router.text.chat_template import ChatTemplate
+from memserve.router.text.token_encoder import Encoder
 
 from .token_stage import CHATML, CORPUS, MODELS, byte_level, framed
 

@@ -13,9 +13,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve.core.errors import BadRequest
-from memserve.router.api import Api, Call
-from memserve.router.sampling import SAMPLING_FIELDS
-from memserve.router.validation import Limits, read_body, read_call
+from memserve.router.serving.api import Api, Call
+from memserve.router.serving.sampling import SAMPLING_FIELDS
+from memserve.router.serving.validation import Limits, read_body, read_call
 
 LIMITS = Limits(vocab_size=100, context_tokens=8)
 HELLO = [{"role": "user", "content": "hello"}]

@@ -12,12 +12,12 @@ import pytest
 import yarl
 
 from memserve.core.ids import Epoch
-from memserve.router.api import Call
-from memserve.router.cluster import State
+from memserve.router.cluster.cluster import State
 from memserve.router.config import STATIC_EPOCH
-from memserve.router.token_records import Tokens
-from memserve.router.tokenizers import Tokenizers
-from memserve.router.workers_api import is_from_here
+from memserve.router.http.workers_api import is_from_here
+from memserve.router.serving.api import Call
+from memserve.router.text.token_records import Tokens
+from memserve.router.text.tokenizers import Tokenizers
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import InstanceInfo, Role

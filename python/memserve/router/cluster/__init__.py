@@ -1,0 +1,1 @@
+"""Who is there, in which state, and what they keep."""

@@ -1,0 +1,96 @@
+"""Which instances have failed too many requests in a row to be given more. Pure; the clock is given.
+
+    closed ──`threshold` faults in a row──> open ──`timeout_s`──> half open ──an answer──> closed
+                                              ^                       │ a request sent, or a fault
+                                              └───────────────────────┘
+Beside `Cluster`, not instead of it: an instance whose connection broke is down there until a probe
+finds it well. Here are those that are well by their own account, and fail what they are sent.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from enum import StrEnum
+
+from memserve.core.ids import Epoch, InstanceId
+from memserve.router.cluster.instance import Instance, Snapshot
+
+logger = logging.getLogger(__name__)
+
+
+class BreakerState(StrEnum):
+    """Whether an instance is given requests."""
+
+    CLOSED = "closed"
+    OPEN = "open"
+    HALF_OPEN = "half_open"
+    """The next request tells."""
+
+
+@dataclass(slots=True)
+class _Breaker:
+    num_faults: int = 0
+    """Since the last answer."""
+    try_s: float = 0.0
+    """When it may be given a request again, once open."""
+
+
+class Breakers:
+    """The faults in a row of each process. Event loop thread only."""
+
+    def __init__(self, *, threshold: int, timeout_s: float, clock: Callable[[], float]) -> None:
+        self._threshold = threshold
+        self._timeout_s = timeout_s
+        self._clock = clock
+        self._faulty: dict[tuple[InstanceId, Epoch], _Breaker] = {}
+
+    def state(self, instance_id: InstanceId, epoch: Epoch) -> BreakerState:
+        """Of the process of that epoch."""
+        breaker = self._faulty.get((instance_id, epoch))
+        if breaker is None or breaker.num_faults < self._threshold:
+            return BreakerState.CLOSED
+        return BreakerState.OPEN if self._clock() < breaker.try_s else BreakerState.HALF_OPEN
+
+    def admitted(self, snapshot: Snapshot) -> Snapshot:
+        """The instances that are not open; of a role without any, or if no route is whole so, all."""
+        if not self._faulty or not any(self._is_open(one) for one in snapshot.all()):
+            return snapshot
+        kept = Snapshot.of(one for one in snapshot.all() if not self._is_open(one))
+        if kept.why_unready() is None:
+            return kept
+        return Snapshot(
+            kept.prefills or snapshot.prefills,
+            kept.decodes or snapshot.decodes,
+            kept.colocated or snapshot.colocated,
+        )
+
+    def sent(self, instance: Instance) -> None:
+        """It has got a request. Half open, it gets no other for a while unless it answers."""
+        if self.state(instance.instance_id, instance.epoch) is BreakerState.HALF_OPEN:
+            self._faulty[instance.instance_id, instance.epoch].try_s = self._clock() + self._timeout_s
+
+    def answered(self, instance: Instance) -> None:
+        """It did its share of a request."""
+        if self._faulty.pop((instance.instance_id, instance.epoch), None) is not None:
+            logger.info("instance answers again instance=%s", instance.instance_id)
+
+    def failed(self, instance: Instance) -> None:
+        """A request failed by its fault: not the client's, and not another instance's."""
+        breaker = self._faulty.setdefault((instance.instance_id, instance.epoch), _Breaker())
+        breaker.num_faults += 1
+        if breaker.num_faults == self._threshold:
+            logger.warning(
+                "instance gets no requests, it failed %d in a row instance=%s",
+                *(breaker.num_faults, instance.instance_id),
+            )
+        breaker.try_s = self._clock() + self._timeout_s
+
+    def keep(self, processes: Iterable[tuple[InstanceId, Epoch]]) -> None:
+        """Forget all others."""
+        for gone in self._faulty.keys() - set(processes):
+            del self._faulty[gone]
+
+    def _is_open(self, instance: Instance) -> bool:
+        return self.state(instance.instance_id, instance.epoch) is BreakerState.OPEN

@@ -1,0 +1,105 @@
+"""The router's end of the control plane: instances and pools come, say that they live, and go."""
+
+from __future__ import annotations
+
+import asyncio
+
+from memserve.core.errors import Retryable
+from memserve.router.cluster.caching import why_refused
+from memserve.router.cluster.cluster import Cluster
+from memserve.router.cluster.pools import Pools
+from memserve.router.config import STATIC_EPOCH
+from memserve.router.tree.feed import TreeFeed
+from memserve.wire.messages import (
+    Accepted,
+    Deregister,
+    DeregisterPool,
+    Done,
+    Heartbeat,
+    InstanceInfo,
+    Message,
+    PoolEvents,
+    PoolHeartbeat,
+    PoolInfo,
+    Refused,
+    Register,
+    RegisterPool,
+    Role,
+    SnapshotPart,
+    Unknown,
+)
+
+LOOP_TIMEOUT_S = 5.0
+
+
+class ControlHandler:
+    """Answers control messages. Called on the control thread; acts on the loop's."""
+
+    def __init__(
+        self, cluster: Cluster, pools: Pools, feed: TreeFeed, loop: asyncio.AbstractEventLoop
+    ) -> None:
+        self._cluster = cluster
+        self._pools = pools
+        self._feed = feed
+        self._loop = loop
+
+    def __call__(self, message: Message) -> Message:
+        """The answer to one message. Raises Retryable if the loop does not get to it in time."""
+        asked = asyncio.run_coroutine_threadsafe(self._answer(message), self._loop)
+        try:
+            return asked.result(timeout=LOOP_TIMEOUT_S)
+        except TimeoutError as error:
+            asked.cancel()
+            raise Retryable("the router is too busy to answer") from error
+
+    async def _answer(self, message: Message) -> Message:
+        if isinstance(message, PoolEvents):
+            return self._feed.events(message)
+        if isinstance(message, SnapshotPart):
+            return self._feed.part(message)
+        return answer(self._cluster, self._pools, message)
+
+
+def answer(cluster: Cluster, pools: Pools, message: Message) -> Message:
+    """Apply `message` to `cluster` or `pools`. Loop thread only."""
+    match message:
+        case Register(info):
+            reason = _why_not(info) or why_refused(cluster, pools, info.instance_id, info.caching)
+            if reason is not None:
+                return Refused(reason)
+            cluster.register(info)
+            return Accepted(cluster.heartbeat_s)
+        case Heartbeat(instance_id, epoch):
+            return Accepted(cluster.heartbeat_s) if cluster.heartbeat(instance_id, epoch) else Unknown()
+        case Deregister(instance_id, epoch):
+            cluster.deregister(instance_id, epoch)
+            return Accepted(cluster.heartbeat_s)
+        case RegisterPool(pool):
+            reason = _why_no_pool(pool) or pools.why_refused(pool)
+            reason = reason or why_refused(cluster, pools, pool.instance_id, pool.caching)
+            return pools.register(pool) if reason is None else Refused(reason)
+        case PoolHeartbeat(epoch, version):
+            return pools.heartbeat(epoch, version) or Unknown()
+        case DeregisterPool(epoch):
+            pools.deregister(epoch)
+            return Done()
+        case _:
+            return Refused(f"a router does not answer {type(message).__name__}")
+
+
+def _why_not(info: InstanceInfo) -> str | None:
+    if info.epoch == STATIC_EPOCH:
+        return "an epoch is never 0"
+    if info.role is Role.MEMORY:
+        return "a memory instance takes no requests: it registers its pool only"
+    if info.role is Role.PREFILL and info.bootstrap_port is None:
+        return "a prefill instance has to say its bootstrap port"
+    return None
+
+
+def _why_no_pool(info: PoolInfo) -> str | None:
+    if info.epoch == STATIC_EPOCH:
+        return "an epoch is never 0"
+    if info.role is Role.PREFILL and not info.bootstrap:
+        return "the pool of a prefill instance has to say its bootstrap address"
+    return None

@@ -1,0 +1,113 @@
+"""Instances as the router's decisions see them: immutable, with what is known of their model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from urllib.parse import urlsplit
+
+from memserve.core.ids import Epoch, InstanceId
+from memserve.router.tree.following import Following
+from memserve.wire.messages import Role
+
+
+@dataclass(frozen=True, slots=True)
+class Facts:
+    """What an instance says of the model it serves; None where it does not say."""
+
+    model: str
+    model_path: str
+    context_tokens: int | None = None
+    """None also where longer prompts are cut to fit."""
+    vocab_size: int | None = None
+    page_size: int | None = None
+    takes_empty_text: bool = False
+    """Its tokenizer makes at least one token of "": a prompt of none ends an SGLang server."""
+    model_info: bytes = field(default=b"{}", repr=False)
+    """Its own /model_info, as JSON."""
+    following: Following = field(default_factory=Following)
+    """How its cache can be followed, if it has no memory pool."""
+
+
+@dataclass(frozen=True, slots=True)
+class Instance:
+    """One server that can take a request now."""
+
+    instance_id: InstanceId
+    epoch: Epoch
+    role: Role
+    url: str
+    bootstrap_port: int | None
+    facts: Facts
+
+    @property
+    def bootstrap_host(self) -> str:
+        """Where a decode server finds this prefill."""
+        return urlsplit(self.url).hostname or ""
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """A prefill and a decode server that share a request."""
+
+    prefill: Instance
+    decode: Instance
+
+    def __str__(self) -> str:
+        return f"{self.prefill.instance_id}+{self.decode.instance_id}"
+
+
+@dataclass(frozen=True, slots=True)
+class Single:
+    """A colocated server, which does both."""
+
+    worker: Instance
+
+    def __str__(self) -> str:
+        return str(self.worker.instance_id)
+
+
+Route = Pair | Single
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """The instances that could take a request at one moment. Everything a policy decides on."""
+
+    prefills: tuple[Instance, ...] = ()
+    decodes: tuple[Instance, ...] = ()
+    colocated: tuple[Instance, ...] = ()
+
+    @classmethod
+    def of(cls, instances: Iterable[Instance]) -> Snapshot:
+        """The snapshot of `instances`, each under its role, in the order given."""
+        by_role: dict[Role, list[Instance]] = {role: [] for role in Role}
+        for instance in instances:
+            by_role[instance.role].append(instance)
+        return cls(tuple(by_role[Role.PREFILL]), tuple(by_role[Role.DECODE]), tuple(by_role[Role.COLOCATED]))
+
+    def all(self) -> tuple[Instance, ...]:
+        """Every instance, those that give answers first."""
+        return self.colocated + self.decodes + self.prefills
+
+    def models(self) -> tuple[str, ...]:
+        """The names served here, each once."""
+        return tuple(dict.fromkeys(instance.facts.model for instance in self.all()))
+
+    def serving(self, model: str) -> Snapshot:
+        """Only the instances that serve `model`; also under `model:adapter`, as SGLang names LoRA."""
+        return Snapshot.of(
+            instance
+            for instance in self.all()
+            if model == instance.facts.model or model.startswith(instance.facts.model + ":")
+        )
+
+    def why_unready(self) -> str | None:
+        """Why no request can be served; None if one can."""
+        if self.colocated or (self.prefills and self.decodes):
+            return None
+        if self.prefills:
+            return "no decode server is ready"
+        if self.decodes:
+            return "no prefill server is ready"
+        return "no server is ready"

@@ -1,0 +1,158 @@
+"""Which memory pools exist, so that instances can exchange blocks. Does no I/O; the clock is given.
+
+    register ──> member ──deregister, no heartbeat──> forgotten
+                    └──another in its place──> replaced, and refused as long as that one is there
+
+Holds no more than the pools say of themselves: what is in them is no business of this module.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from memserve.core.ids import Epoch, InstanceId
+from memserve.router.cluster.cluster import HEARTBEAT_MISSES
+from memserve.router.tree.records import server_of
+from memserve.wire.messages import Members, PoolInfo, Role
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class PoolMember:
+    """One pool the router knows of. Changed by `Pools` only."""
+
+    info: PoolInfo
+    since_s: float
+    seen_s: float
+
+
+class Pools:
+    """The registered pools, one per epoch, and a number for each change. Event loop thread only."""
+
+    def __init__(
+        self, *, heartbeat_s: float, clock: Callable[[], float], directs_fetches: bool = False
+    ) -> None:
+        """`directs_fetches`: pools are told what to fetch, and need not ask around."""
+        self.heartbeat_s = heartbeat_s
+        self._clock = clock
+        self._directs_fetches = directs_fetches
+        self._members: dict[Epoch, PoolMember] = {}
+        self._successors: dict[Epoch, Epoch] = {}
+        """Of pools that were replaced, who is in their place."""
+        self._version = secrets.randbits(62)
+        """Random at first: the members of a router that restarted never seem unchanged."""
+        self._grouped_at = -1
+        self._grouped: dict[InstanceId, tuple[PoolInfo, ...]] = {}
+
+    @property
+    def version(self) -> int:
+        """Another number whenever somebody has come or gone."""
+        return self._version
+
+    def members(self) -> list[PoolMember]:
+        """Every pool, in the order in which they came."""
+        return list(self._members.values())
+
+    def infos(self) -> tuple[PoolInfo, ...]:
+        """What they said of themselves, in the same order."""
+        return tuple(member.info for member in self._members.values())
+
+    def of(self, server: InstanceId) -> tuple[PoolInfo, ...]:
+        """Those of one server's ranks, tensor and data parallel."""
+        return self._by_server().get(server, ())
+
+    def memories(self) -> tuple[InstanceId, ...]:
+        """The names of memory instances."""
+        return tuple(name for name, infos in self._by_server().items() if infos[0].role is Role.MEMORY)
+
+    def age_s(self, member: PoolMember) -> float:
+        """For how long it has been a member."""
+        return self._clock() - member.since_s
+
+    def why_refused(self, info: PoolInfo) -> str | None:
+        """Why the pool cannot register; None if it can. Two that want one place would replace each other
+        for ever, and each time all others would take one of them for dead."""
+        successor = self._successors.get(info.epoch)
+        if successor is None:
+            return None
+        return (
+            f"epoch {successor:016x} has taken the place of this pool: pools of one layout need an "
+            f"instance id each, and {info.instance_id} is taken"
+        )
+
+    def register(self, info: PoolInfo) -> Members:
+        """`info` can be reached. Idempotent; replaces who had its instance and layout, or its address."""
+        now_s = self._clock()
+        known = self._members.get(info.epoch)
+        if known is not None and known.info == info:
+            known.seen_s = now_s
+            return self._all()
+        for other in self.members():
+            if _replaces(info, other.info):
+                self._replace(other.info, info)
+        self._members[info.epoch] = PoolMember(info, now_s, now_s)
+        self._version += 1
+        logger.info("pool registered %s", _names(info))
+        return self._all()
+
+    def heartbeat(self, epoch: Epoch, version: int) -> Members | None:
+        """The pool lives: who is there, unless that is what it knows. None if it has to register again."""
+        member = self._members.get(epoch)
+        if member is None:
+            return None
+        member.seen_s = self._clock()
+        if version == self._version:
+            return Members(self.heartbeat_s, version, None, self._directs_fetches)
+        return self._all()
+
+    def deregister(self, epoch: Epoch) -> None:
+        """The pool goes. Idempotent."""
+        if epoch in self._members:
+            self._forget(self._members[epoch].info, "it deregistered")
+
+    def forget_silent(self) -> None:
+        """Forget the pools whose heartbeats have stopped."""
+        deadline = self._clock() - HEARTBEAT_MISSES * self.heartbeat_s
+        for member in self.members():
+            if member.seen_s < deadline:
+                self._forget(member.info, f"{HEARTBEAT_MISSES} heartbeats missed")
+
+    def _all(self) -> Members:
+        return Members(self.heartbeat_s, self._version, self.infos(), self._directs_fetches)
+
+    def _by_server(self) -> Mapping[InstanceId, tuple[PoolInfo, ...]]:
+        if self._grouped_at != self._version:
+            self._grouped_at, self._grouped = self._version, {}
+            for info in self.infos():
+                server = server_of(info.instance_id)
+                self._grouped[server] = (*self._grouped.get(server, ()), info)
+        return self._grouped
+
+    def _replace(self, old: PoolInfo, new: PoolInfo) -> None:
+        if old.epoch != new.epoch:
+            self._successors |= dict.fromkeys((old.epoch, *self._replaced_by(old)), new.epoch)
+        self._forget(old, "replaced")
+
+    def _forget(self, info: PoolInfo, reason: str) -> None:
+        logger.info("pool gone %s reason=%s", _names(info), reason)
+        del self._members[info.epoch]
+        for epoch in self._replaced_by(info):
+            del self._successors[epoch]
+        self._version += 1
+
+    def _replaced_by(self, info: PoolInfo) -> list[Epoch]:
+        return [epoch for epoch, successor in self._successors.items() if successor == info.epoch]
+
+
+def _replaces(new: PoolInfo, old: PoolInfo) -> bool:
+    """Whether `old` cannot be there any more when `new` is."""
+    same_place = (new.instance_id, new.layout) == (old.instance_id, old.layout)
+    return new.epoch == old.epoch or same_place or new.address == old.address
+
+
+def _names(info: PoolInfo) -> str:
+    return f"instance={info.instance_id} role={info.role} epoch={info.epoch:016x} address={info.address}"

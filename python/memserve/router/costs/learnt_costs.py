@@ -1,0 +1,83 @@
+"""The cost model of one served model, as far as the router has learnt it from what it timed.
+
+Begins where it is told to (a file fitted to a live instance, or a guess) and follows what it sees.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from memserve.router.costs.cost_model import CostModel, Observation, Path, Refined, observe, with_prefill
+
+NEWEST = 0.2
+"""What the newest observation of a path weighs."""
+MANY_BYTES = 1 << 20
+"""A transfer of so many tells of the bandwidth, a smaller one of the latency."""
+LEAST_LATENCY_S = 1e-4
+
+
+@dataclass(slots=True)
+class FetchError:
+    """How far transfers were from what was predicted."""
+
+    num_observed: int = 0
+    error: float = 0.0
+    """Moving mean of |predicted - observed| / observed."""
+
+
+class LearntCosts:
+    """`model` is what is believed now. Event loop thread only."""
+
+    def __init__(self, start: CostModel, *, certainty: float = 0.0) -> None:
+        """At certainty 0 the first observations overrule `start`, at 1 hardly any does."""
+        self._refined = Refined.of(start.prefill, certainty)
+        self._model = start
+        self.fetches = FetchError()
+
+    @property
+    def model(self) -> CostModel:
+        return self._model
+
+    @property
+    def prefills(self) -> Refined:
+        """What is believed of prefills, and how well it did."""
+        return self._refined
+
+    def has_block_bytes(self, block_bytes: int, page_tokens: int) -> None:
+        """A pool told the size of its blocks, which no guess beats."""
+        per_token = block_bytes // page_tokens
+        if per_token and per_token != self._model.kv_bytes_per_token:
+            self._model = replace(self._model, kv_bytes_per_token=per_token)
+
+    def prefilled(self, seen: Observation) -> None:
+        """A prefill that had an instance to itself took so long. Raises as `observe`."""
+        self._refined = observe(self._refined, seen)
+        self._model = with_prefill(self._model, self._refined.cost)
+
+    def loaded(self, num_tokens: int, seconds: float) -> None:
+        """The KV of so many tokens came from an instance's own DRAM, and made its prefill so much longer."""
+        num_bytes = num_tokens * self._model.kv_bytes_per_token
+        if num_bytes > 0:
+            seen_s = max(seconds, LEAST_LATENCY_S)
+            self._model = replace(self._model, dram=_after(self._model.dram, num_bytes, seen_s))
+
+    def fetched(self, num_tokens: int, seconds: float) -> None:
+        """The KV of so many tokens came from another instance."""
+        num_bytes, path = num_tokens * self._model.kv_bytes_per_token, self._model.remote
+        if num_bytes <= 0 or not seconds > 0:
+            return
+        found = self.fetches
+        error = abs(path.seconds(num_bytes) - seconds) / seconds
+        found.num_observed += 1
+        found.error += max(NEWEST, 1 / found.num_observed) * (error - found.error)
+        self._model = replace(self._model, remote=_after(path, num_bytes, seconds))
+
+
+def _after(path: Path, num_bytes: int, seconds: float) -> Path:
+    """The path after one more transfer over it."""
+    if num_bytes >= MANY_BYTES:
+        moving_s = max(seconds - path.latency_s, seconds / 2)
+        per_byte = 1 / path.bytes_per_s
+        return replace(path, bytes_per_s=1 / (per_byte + NEWEST * (moving_s / num_bytes - per_byte)))
+    waiting_s = max(seconds - num_bytes / path.bytes_per_s, LEAST_LATENCY_S)
+    return replace(path, latency_s=path.latency_s + NEWEST * (waiting_s - path.latency_s))

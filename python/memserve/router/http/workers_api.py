@@ -1,0 +1,306 @@
+"""The router's pages about its workers: who is there; name one, drain one, forget one.
+
+    GET    /workers              everyone, their pools, and what is kept
+    POST   /workers              {"url", "role", "bootstrap_port"}: a server that does not register
+    GET    /workers/ID           one of them
+    DELETE /workers/ID           drained briefly and forgotten; named servers only
+    POST   /workers/ID/drain     {"timeout_s"}: no new requests; answered when the last one has ended
+    DELETE /workers/ID/drain     requests again
+    POST   /add_worker?url=  /remove_worker?url=    GET /list_workers    as sglang-router has them
+
+ID is an instance's id or its URL, percent-encoded or not. Knows no instances' own pages.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import re
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from memserve.core.errors import BadRequest, ConfigError
+from memserve.router.cluster.caching import caching_of
+from memserve.router.cluster.cluster import Member
+from memserve.router.cluster.pools import PoolMember
+from memserve.router.config import DEFAULT_BOOTSTRAP_PORT, named_server
+from memserve.router.http.generate import json_response
+from memserve.router.serving.api import JsonObject, encode_json
+from memserve.router.serving.failures import failure_of
+from memserve.router.state import RouterState
+from memserve.wire.messages import InstanceInfo, Role
+
+T = TypeVar("T")
+Handler = Callable[[web.Request], Awaitable[web.Response]]
+
+LOOK_S = 0.02
+"""How often a drain looks whether it is done."""
+REMOVE_S = 10.0
+"""How long a server that is removed may finish what it has, unless the request says otherwise."""
+MAX_WAIT_S = 86400
+_FIELD = re.compile(r"(?:field `|at `\$\.)(\w+)")
+
+
+class Worker(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of `POST /workers`."""
+
+    url: str
+    role: Literal["prefill", "decode", "colocated"] = "colocated"
+    bootstrap_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
+    """Of a prefill: its --disaggregation-bootstrap-port."""
+
+    def info(self) -> InstanceInfo:
+        """As the command line would name it. Raises BadRequest with the field at fault."""
+        role, port = Role(self.role), self.bootstrap_port
+        if role is Role.PREFILL:
+            port = port or DEFAULT_BOOTSTRAP_PORT
+        elif port is not None:
+            raise BadRequest("only a prefill server has a bootstrap port", field="bootstrap_port")
+        try:
+            return named_server(self.url, role, port)
+        except ConfigError as error:
+            raise BadRequest(str(error), field="url") from error
+
+
+class Drain(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of `POST /workers/ID/drain`."""
+
+    timeout_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAIT_S)] = 30.0
+
+
+class WorkersApi:
+    """Serves these pages. Event loop thread only."""
+
+    def __init__(self, state: RouterState, *, is_guarded: bool) -> None:
+        """`is_guarded`: only this machine may change who works; others could have prompts sent to them."""
+        self._state = state
+        self._cluster = state.cluster
+        self._is_guarded = is_guarded
+
+    def routes(self) -> list[web.RouteDef]:
+        """Where these pages are."""
+        one, change = "/workers/{id:.+}", self._change
+        return [
+            web.get("/workers", self.show_all),
+            web.post("/workers", change(self.add)),
+            web.post(f"{one}/drain", change(self.drain)),
+            web.delete(f"{one}/drain", change(self.undrain)),
+            web.get(one, _answered(self.show)),
+            web.delete(one, change(self.remove)),
+            web.get("/list_workers", self.list_urls),
+            web.post("/add_worker", change(self.add_url)),
+            web.post("/remove_worker", change(self.remove_url)),
+        ]
+
+    async def show_all(self, _: web.Request) -> web.Response:
+        """Everyone the router knows of, the pools they exchange blocks with, and what they keep."""
+        pools = self._state.pools
+        page: JsonObject = {
+            "caching": caching_of(self._cluster, pools),
+            "workers": [self._describe(member) for member in self._cluster.members()],
+            "followed": {name: how.mode for name, how in self._state.followers.stats().items()},
+            "pools": [_describe_pool(member, pools.age_s(member)) for member in pools.members()],
+        }
+        return _page(page)
+
+    async def list_urls(self, _: web.Request) -> web.Response:
+        """The URLs alone."""
+        return _page({"urls": [member.info.url for member in self._cluster.members()]})
+
+    async def show(self, request: web.Request) -> web.Response:
+        """One of them; 404 if nobody has that id or URL."""
+        return _page(self._describe(self._member(request.match_info["id"])))
+
+    async def add(self, request: web.Request) -> web.Response:
+        """Name a server: 201, or 200 if it was. It gets requests when a probe has found it well."""
+        return self._add(_decoded(await request.read(), Worker).info())
+
+    async def add_url(self, request: web.Request) -> web.Response:
+        """The same for a colocated server."""
+        return self._add(Worker(_url_of(request)).info())
+
+    async def remove(self, request: web.Request) -> web.Response:
+        """Drain a named server for `?timeout_s=`, and forget it; what it has then may end all the same."""
+        return await self._remove(request, request.match_info["id"])
+
+    async def remove_url(self, request: web.Request) -> web.Response:
+        """The same by URL."""
+        return await self._remove(request, _url_of(request))
+
+    async def drain(self, request: web.Request) -> web.Response:
+        """No new requests; 200 when it has none left or the time is over, with `?wait=0` 202 at once."""
+        member = self._member(request.match_info["id"])
+        body = await request.read()
+        wanted = _decoded(body, Drain) if body else Drain()
+        is_awaited = request.query.get("wait", "1") != "0"
+        self._cluster.drain(member)
+        running = await self._wait_for(member, wanted.timeout_s if is_awaited else 0.0)
+        state = member.state if self._is_there(member) else "gone"
+        is_drained = member.is_draining and not running
+        page = {**_id_of(member), "state": state, "drained": is_drained, "running": running}
+        return _page(page, 200 if is_awaited else 202)
+
+    async def undrain(self, request: web.Request) -> web.Response:
+        """Requests for it again. Idempotent."""
+        member = self._member(request.match_info["id"])
+        self._cluster.undrain(member)
+        return _page(self._describe(member))
+
+    def _add(self, info: InstanceInfo) -> web.Response:
+        is_new = info.url not in self._cluster.named()
+        known = self._cluster.name(info)
+        if known != info:
+            raise BadRequest(
+                f"{known.url} is known as {known.role}, bootstrap port {known.bootstrap_port}: "
+                "remove it before it is added as another",
+                field="role" if known.role is not info.role else "bootstrap_port",
+                status=409,
+            )
+        return _page(self._describe(self._member(info.url)), 201 if is_new else 200)
+
+    async def _remove(self, request: web.Request, name: str) -> web.Response:
+        timeout_s = _seconds(request.query.get("timeout_s", str(REMOVE_S)))
+        member = self._member(name)
+        if not member.static:
+            raise BadRequest(
+                f"{member.info.instance_id} has registered itself, and would again: drain it with "
+                "POST /workers/ID/drain, then stop its process",
+                status=409,
+            )
+        self._cluster.drain(member)
+        running = await self._wait_for(member, timeout_s)
+        if self._is_there(member) and not member.is_draining:
+            raise BadRequest(f"{name} was put back meanwhile", status=409)
+        self._cluster.unname(member.info.url)
+        return _page({**_id_of(member), "removed": True, "drained": not running, "running": running})
+
+    async def _wait_for(self, member: Member, timeout_s: float) -> int:
+        """How many requests it has left when there are none, the time is over, or it drains no more."""
+        loop = asyncio.get_running_loop()
+        until_s = loop.time() + timeout_s
+        while (running := self._running(member)) and member.is_draining and self._is_there(member):
+            if (left_s := until_s - loop.time()) <= 0:
+                break
+            await asyncio.sleep(min(LOOK_S, left_s))
+        return running
+
+    def _running(self, member: Member) -> int:
+        return self._state.placer.num_running(member.info.instance_id)
+
+    def _is_there(self, member: Member) -> bool:
+        """Whether it is the process that it was."""
+        return self._cluster.find(member.info.instance_id) is member
+
+    def _member(self, name: str) -> Member:
+        member = self._cluster.find(name) or self._cluster.find(name.rstrip("/"))
+        if member is None:
+            raise BadRequest(f"no worker has the id or the URL {name}", field="id", status=404)
+        return member
+
+    def _describe(self, member: Member) -> JsonObject:
+        breaker = self._state.breakers.state(member.info.instance_id, member.info.epoch)
+        return {**describe_member(member), "breaker": breaker, "running": self._running(member)}
+
+    def _change(self, handler: Handler) -> Handler:
+        """`handler`, for those who may."""
+
+        async def guarded(request: web.Request) -> web.Response:
+            if self._is_guarded and not is_from_here(request.transport):
+                message = "with a cluster key, workers are changed from the router's own machine only"
+                raise BadRequest(message, status=403)
+            if "Origin" in request.headers:
+                raise BadRequest("workers are not changed by web pages", status=403)
+            return await handler(request)
+
+        return _answered(guarded)
+
+
+def describe_member(member: Member) -> JsonObject:
+    """What the router knows of an instance."""
+    info, facts = member.info, member.facts
+    return {
+        "instance_id": info.instance_id,
+        "role": info.role,
+        "url": info.url,
+        "bootstrap_port": info.bootstrap_port,
+        "state": member.state,
+        "draining": member.is_draining,
+        "reason": member.reason or None,
+        "registered": not member.static,
+        "caching": None if member.static else info.caching,
+        "model": facts.model if facts else None,
+        "context_tokens": facts.context_tokens if facts else None,
+        "vocab_size": facts.vocab_size if facts else None,
+        "page_size": facts.page_size if facts else None,
+    }
+
+
+def _describe_pool(member: PoolMember, age_s: float) -> JsonObject:
+    info = member.info
+    return {
+        "instance_id": info.instance_id,
+        "epoch": f"{info.epoch:016x}",
+        "role": info.role,
+        "caching": info.caching,
+        "address": info.address,
+        "layout": info.layout or None,
+        "bootstrap": info.bootstrap or None,
+        "age_s": round(age_s, 1),
+    }
+
+
+def is_from_here(transport: asyncio.BaseTransport | None) -> bool:
+    """Whether whoever is connected has this machine's own address."""
+    if transport is None:
+        return False
+    peer, own = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
+    return bool(peer and own and peer[0] == own[0])
+
+
+def _answered(handler: Handler) -> Handler:
+    """`handler`, its refusals in the envelope of all others."""
+
+    async def answered(request: web.Request) -> web.Response:
+        try:
+            return await handler(request)
+        except BadRequest as error:
+            failed = failure_of(error)
+            return json_response(failed.body(), failed.status)
+
+    return answered
+
+
+def _decoded(body: bytes, kind: type[T]) -> T:
+    """Raises BadRequest with the field at fault."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        found = _FIELD.search(str(error))
+        raise BadRequest(str(error), field=found.group(1) if found else None) from error
+
+
+def _url_of(request: web.Request) -> str:
+    if "url" not in request.query:
+        raise BadRequest("which one? write ?url=http://HOST:PORT", field="url")
+    return request.query["url"]
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= MAX_WAIT_S:
+        raise BadRequest(f"{text} is not a number of seconds from 0 to {MAX_WAIT_S}", field="timeout_s")
+    return seconds
+
+
+def _id_of(member: Member) -> JsonObject:
+    return {"instance_id": member.info.instance_id}
+
+
+def _page(page: JsonObject, status: int = 200) -> web.Response:
+    return json_response(encode_json(page), status)

@@ -1,0 +1,328 @@
+"""From what is known of a request to where it goes, and what its way teaches about the next ones.
+
+    decide   prompt tree + ledger + costs ──> Situation ──> Decision          (changes nothing)
+    place    the same, entered in the ledger and expected in the tree ──> Placed
+    fetched, prefilled, ended: settle the ledger, refine the costs, count
+
+Knows no HTTP. Event loop thread only; the clock is given.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import msgspec
+
+from memserve.core.block_addr import Tier
+from memserve.core.block_keys import BlockKey
+from memserve.core.ids import InstanceId
+from memserve.router.cluster.instance import Instance, Pair, Route, Single, Snapshot
+from memserve.router.cluster.pools import Pools
+from memserve.router.costs.cost_model import CostModel
+from memserve.router.costs.learnt_costs import LearntCosts
+from memserve.router.observe.metrics import RouterMetrics
+from memserve.router.placing.decision import Decision, decide, fetching_at_most, prefill_score
+from memserve.router.placing.fetching import MAX_FETCH_S, FetchOutcome, FetchPlan, links_between
+from memserve.router.placing.hindsight import Hindsight, learn
+from memserve.router.placing.ledger import Ledger
+from memserve.router.placing.placed import Placed
+from memserve.router.placing.situation import Candidate, Situation
+from memserve.router.text.prompts import Prompt
+from memserve.router.tree.feed import TreeFeed
+from memserve.router.tree.prompt_tree import Depth
+from memserve.router.tree.records import by_server, pool_name
+from memserve.wire.messages import Role
+
+WINDOW_S = 180.0
+"""How long work counts as recent."""
+EXPECT_S = 30.0
+"""How much later than predicted a prompt may be reported and is still expected."""
+MAX_HOLDERS = 3
+"""How many holders are looked at to fetch from, when they have less in DRAM than in HBM."""
+
+_NEED_TOKENS = frozenset({"prompt_tree", "longest_prefix"})
+_NOTHING = Depth(0, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class PlacerSettings:
+    """How requests are placed."""
+
+    prefill_policy: str
+    decode_policy: str
+    start_costs: CostModel
+    certainty: float
+    """Of those costs, 0 to 1."""
+    fetches: bool
+    """Whether history may be fetched before a request goes out."""
+
+
+class Learner(Protocol):
+    """Follows the caches of workers that do not report theirs in full."""
+
+    def know(self, keys: Sequence[BlockKey]) -> None:
+        """A prompt with these blocks came by."""
+
+    def answered(self, instance: InstanceId, keys: Sequence[BlockKey]) -> None:
+        """That instance has computed, or received, these blocks."""
+
+
+class Placer:
+    """Places requests on the ready instances."""
+
+    def __init__(
+        self,
+        settings: PlacerSettings,
+        feed: TreeFeed,
+        pools: Pools,
+        learner: Learner,
+        metrics: RouterMetrics,
+        clock: Callable[[], float],
+    ) -> None:
+        self._settings = settings
+        self._feed = feed
+        self._pools = pools
+        self._learner = learner
+        self._metrics = metrics
+        self._clock = clock
+        self._ledger = Ledger(WINDOW_S)
+        self._costs: dict[str, LearntCosts] = {}
+        self._turn = 0
+        self._last: dict[InstanceId, int] = {}
+        """The request that each prefill was given last."""
+        self._hindsight = Hindsight(metrics)
+
+    @property
+    def costs(self) -> Mapping[str, LearntCosts]:
+        """What has been learnt, by model."""
+        return self._costs
+
+    def decide(self, snapshot: Snapshot, prompt: Prompt) -> Decision | None:
+        """Where a request would go now; None if no pair is whole and nobody does both."""
+        prefills = (*(snapshot.prefills if snapshot.decodes else ()), *snapshot.colocated)
+        if not prefills:
+            return None
+        settings = self._settings
+        decision = decide(
+            self._situation(prefills, snapshot.decodes, prompt),
+            self._costs_of(prefills[0]).model,
+            *self._policies(prompt),
+            can_fetch=settings.fetches and len(prompt.chains) == 1,
+        )
+        for _ in range(MAX_HOLDERS):
+            if decision.fetch is None or (less := self._offers_less(decision, prompt)) is None:
+                return decision
+            decision = fetching_at_most(decision, decision.fetch.source, less)
+        return msgspec.structs.replace(decision, fetch=None)
+
+    def place(self, snapshot: Snapshot, prompt: Prompt) -> Placed | None:
+        """Where it goes, entered as work there; None as `decide`."""
+        decision = self.decide(snapshot, prompt)
+        if decision is None:
+            return None
+        now_s, route = self._clock(), _route(snapshot, decision)
+        plan = self._plan(decision, prompt)
+        placed = Placed(
+            number=self._turn,
+            decision=decision,
+            prompt=prompt,
+            route=route,
+            plan=plan,
+            begun_s=now_s,
+            work_s=_work_s(decision, plan),
+            had_queue=self._ledger.num_queued(decision.prefill) > 0,
+        )
+        self._turn += 1
+        self._enter(placed)
+        return placed
+
+    def fetched(self, placed: Placed, outcome: FetchOutcome) -> None:
+        """The fetch is over; the request goes out now."""
+        plan, wanted = placed.plan, placed.decision.fetch
+        assert plan is not None
+        assert wanted is not None
+        before = placed.decision.chosen.total_blocks
+        num_new = outcome.num_blocks - before
+        is_whole = outcome.num_blocks >= wanted.num_blocks
+        self._metrics.fetches.labels("whole" if is_whole else "part" if num_new > 0 else "none").inc()
+        self._metrics.fetch_seconds.observe(outcome.seconds)
+        if num_new > 0:
+            self._metrics.fetched_blocks.inc(num_new)
+        if is_whole and num_new > 0:
+            num_tokens = num_new * placed.decision.situation.page_tokens
+            self._costs_of(placed.prefill).fetched(num_tokens, outcome.seconds)
+        placed.begun_s = self._clock()
+
+    def prefilled(self, placed: Placed, cached_tokens: int | None, *, is_timely: bool = True) -> None:
+        """Its first token is there; prefill had `cached_tokens` of it, if it says so. Idempotent.
+
+        `is_timely`: just now, not some time ago.
+        """
+        if placed.is_prefilled:
+            return
+        placed.is_prefilled = True
+        now_s = self._clock()
+        self._ledger.prefill_done(placed.decision.prefill, placed.number, now_s)
+        if cached_tokens is not None:
+            self._metrics.cached_tokens.inc(cached_tokens)
+        if not is_timely:
+            return
+        seconds = now_s - placed.begun_s
+        self._metrics.prefill_seconds.observe(seconds)
+        is_alone = not placed.had_queue and self._last.get(placed.decision.prefill) == placed.number
+        costs = self._costs_of(placed.prefill)
+        if is_alone:
+            learn(placed, seconds, cached_tokens, costs)
+        self._hindsight.reckon(placed, seconds, costs.model)
+
+    def ended(self, placed: Placed, *, is_answered: bool) -> None:
+        """Nobody works on it any more. Idempotent."""
+        now_s = self._clock()
+        self._ledger.prefill_done(placed.decision.prefill, placed.number, now_s)
+        self._ledger.decode_done(placed.decode.instance_id, placed.number)
+        if is_answered:
+            for chain in placed.prompt.chains:
+                for instance in {placed.prefill.instance_id, placed.decode.instance_id}:
+                    self._learner.answered(instance, chain)
+
+    def num_running(self, instance: InstanceId) -> int:
+        """How many of the requests that were placed there it has still to work on."""
+        return self._ledger.num_running(instance)
+
+    def keep(self, instances: Sequence[InstanceId]) -> None:
+        """Forget the work of instances that are not there any more."""
+        self._ledger.keep(frozenset(instances))
+        for gone in self._last.keys() - set(instances):
+            del self._last[gone]
+
+    # ---- before
+
+    def _policies(self, prompt: Prompt) -> tuple[str, str]:
+        """Of prefill and of decode; a prompt of unknown tokens stays with its session, if it names one."""
+        settings = self._settings
+        blind = prompt.unknown is not None and prompt.session is not None
+        chosen = settings.prefill_policy, settings.decode_policy
+        prefill, decode = ("session" if blind and one in _NEED_TOKENS else one for one in chosen)
+        return prefill, decode
+
+    def _situation(
+        self, prefills: Sequence[Instance], decodes: Sequence[Instance], prompt: Prompt
+    ) -> Situation:
+        depths, now_s = self._depths(prompt), self._clock()
+
+        def candidates(instances: Sequence[Instance]) -> tuple[Candidate, ...]:
+            candidate, get = self._ledger.candidate, depths.get
+            return tuple(candidate(it.instance_id, get(it.instance_id, _NOTHING), now_s) for it in instances)
+
+        memories = (
+            Candidate(name, total_blocks=depths[inside].total)
+            for name in self._pools.memories()
+            for inside in self._names_of(name, prefills[0].instance_id)
+            if inside in depths
+        )
+        return Situation(
+            prompt.num_tokens,
+            prefills[0].facts.page_size or 1,
+            candidates(prefills),
+            candidates(decodes),
+            holders=tuple(memories),
+            session=prompt.session,
+            turn=self._turn,
+            output_tokens=prompt.output_tokens,
+        )
+
+    def _depths(self, prompt: Prompt) -> Mapping[InstanceId, Depth]:
+        """Of a batch, the sum over its prompts."""
+        tree = self._feed.tree
+        if len(prompt.chains) == 1:
+            return by_server(tree.depths(prompt.chains[0]))
+        sums: dict[InstanceId, Depth] = {}
+        for chain in prompt.chains:
+            for instance, depth in by_server(tree.depths(chain)).items():
+                known = sums.get(instance, _NOTHING)
+                sums[instance] = Depth(known.near + depth.near, known.total + depth.total)
+        return sums
+
+    def _offers_less(self, decision: Decision, prompt: Prompt) -> int | None:
+        """How many blocks the holder has in DRAM, where others can read them; None if that is all it has."""
+        assert decision.fetch is not None
+        names = self._names_of(decision.fetch.source, decision.prefill)
+        tree, chain = self._feed.tree, prompt.chains[0]
+        offered = max((tree.depth_in(name, Tier.DRAM, chain) for name in names), default=0)
+        return None if offered >= decision.fetch.num_blocks else offered
+
+    def _names_of(self, holder: InstanceId, target: InstanceId) -> list[InstanceId]:
+        """What a holder's pools are called in the tree; of a memory instance's, those like the target's."""
+        layouts = {pool.layout for pool in self._pools.of(target) if pool.rank == 0}
+        names = []
+        for pool in self._pools.of(holder):
+            if pool.role is Role.MEMORY:
+                names += [pool_name(holder, layout) for layout in layouts]
+            else:
+                names.append(pool.instance_id)
+        return names
+
+    def _plan(self, decision: Decision, prompt: Prompt) -> FetchPlan | None:
+        fetch = decision.fetch
+        if fetch is None:
+            return None
+        links = links_between(self._pools, decision.prefill, fetch.source)
+        if not links:
+            self._metrics.fetches.labels("impossible").inc()
+            return None
+        keys = prompt.chains[0][: fetch.num_blocks]
+        return FetchPlan(decision.prefill, fetch.source, keys, links, min(fetch.saved_s, MAX_FETCH_S))
+
+    def _enter(self, placed: Placed) -> None:
+        decision, prompt = placed.decision, placed.prompt
+        prefill, decode = placed.prefill.instance_id, placed.decode.instance_id
+        self._ledger.prefill_dispatched(prefill, placed.number, placed.work_s, placed.begun_s)
+        self._ledger.decode_dispatched(decode, placed.number, prompt.num_tokens)
+        self._last[prefill] = placed.number
+        until_s = placed.begun_s + placed.decision.chosen.queued_s + placed.work_s + EXPECT_S
+        for instance in {prefill, decode}:
+            if self._feed.tree.follows(instance):
+                for chain in prompt.chains:
+                    self._feed.tree.expect(instance, chain, until_s)
+        for chain in prompt.chains:
+            self._learner.know(chain)
+        metrics, situation = self._metrics, decision.situation
+        metrics.placed.labels(prefill, placed.prefill.role).inc()
+        if decode != prefill:
+            metrics.placed.labels(decode, placed.decode.role).inc()
+        metrics.prompt_tokens.inc(prompt.num_tokens)
+        metrics.expected_tokens.inc(situation.cached_tokens(placed.decision.chosen.total_blocks))
+        if prompt.unknown is not None:
+            metrics.unknown_tokens.labels(prompt.unknown).inc()
+
+    def _costs_of(self, instance: Instance) -> LearntCosts:
+        """Of the model that the instance serves."""
+        facts = instance.facts
+        costs = self._costs.get(facts.model)
+        if costs is None:
+            costs = LearntCosts(self._settings.start_costs, certainty=self._settings.certainty)
+            self._costs[facts.model] = costs
+        pools = self._pools.of(instance.instance_id)
+        if pools and pools[0].block_bytes and facts.page_size:
+            costs.has_block_bytes(pools[0].block_bytes, facts.page_size)
+        return costs
+
+
+def _route(snapshot: Snapshot, decision: Decision) -> Route:
+    prefills = (*snapshot.prefills, *snapshot.colocated)
+    prefill = next(it for it in prefills if it.instance_id == decision.prefill)
+    if prefill.role is Role.COLOCATED:
+        return Single(prefill)
+    return Pair(prefill, next(it for it in snapshot.decodes if it.instance_id == decision.decode))
+
+
+def _work_s(decision: Decision, plan: FetchPlan | None) -> float:
+    """What this request's own prefill will take, by the prediction."""
+    situation = decision.situation
+    if plan is not None:
+        num_cached = situation.cached_tokens(len(plan.keys))
+        return decision.costs.exec_s(situation.prompt_tokens, num_cached) + decision.costs.load_s(num_cached)
+    score = prefill_score(situation, decision.chosen, decision.costs)
+    return score.load_s + score.exec_s

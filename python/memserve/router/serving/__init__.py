@@ -1,0 +1,1 @@
+"""One request: checked, sent to its servers, tried again, its answers merged."""

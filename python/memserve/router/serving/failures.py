@@ -1,0 +1,156 @@
+"""How a request ends badly: the errors of one leg and of the router, and how a client reads them.
+
+A failure is what HTTP shows of an error: status, message, whether to try again. Knows no sockets.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import msgspec
+
+from memserve.core.errors import BadRequest, MemServeError, Retryable
+from memserve.core.ids import InstanceId
+from memserve.router.serving.api import JsonObject, encode_json
+
+CLIENT_LEFT_STATUS = 499
+"""Seen in logs only."""
+
+_TYPES = {
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    501: "not_implemented_error",
+    502: "bad_gateway",
+    503: "service_unavailable",
+    504: "timeout",
+}
+
+
+class NoRoute(Retryable):
+    """No instance, or no whole pair, can take the request now."""
+
+
+class WorkerFault(Retryable):
+    """An instance did not do its share of a request: another one may."""
+
+    kind = "fault"
+
+    def __init__(self, instance_id: InstanceId, message: str) -> None:
+        super().__init__(message)
+        self.instance_id = instance_id
+        self.num_attempts = 1
+        """How often the request has been tried, on this instance and others."""
+
+    def __str__(self) -> str:
+        tried = f" (attempt {self.num_attempts}, the last)" if self.num_attempts > 1 else ""
+        return super().__str__() + tried
+
+
+class LegLost(WorkerFault):
+    """The connection to an instance could not be made, or broke before the answer was complete."""
+
+    kind = "lost"
+
+    def __init__(self, instance_id: InstanceId, role: str, reason: str) -> None:
+        super().__init__(instance_id, f"the {role} server {instance_id} was lost: {reason}")
+        self.reason = reason
+
+
+class LegFailed(WorkerFault):
+    """An instance answered with an error of its own (5xx)."""
+
+    kind = "failed"
+
+    def __init__(self, instance_id: InstanceId, role: str, status: int, message: str) -> None:
+        super().__init__(instance_id, f"the {role} server {instance_id} failed with {status}: {message}")
+        self.status = status
+
+
+class LegTimeout(Retryable):
+    """A request took longer than it may."""
+
+
+class LegRefused(MemServeError):
+    """An instance refused the request as wrong (4xx). The message is its own."""
+
+    def __init__(self, status: int, error: JsonObject) -> None:
+        super().__init__(str(error.get("message", "")))
+        self.status = status
+        self.error = error
+
+
+class ClientLeft(MemServeError):
+    """Nobody waits for the answer any more."""
+
+
+class ShuttingDown(Retryable):
+    """The router is stopping and gives up what still runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What the client is told."""
+
+    status: int
+    error: JsonObject
+
+    def body(self) -> bytes:
+        """The JSON of both SGLang's and OpenAI's envelope."""
+        return encode_json({"error": self.error})
+
+    def event(self) -> bytes:
+        """The same, inside a stream."""
+        return b"data: " + self.body() + b"\n\n"
+
+
+def failure_of(error: MemServeError) -> Failure:
+    """What a client is told of `error`."""
+    if isinstance(error, ClientLeft):
+        return failure(CLIENT_LEFT_STATUS, str(error))
+    if isinstance(error, LegRefused):
+        return Failure(error.status, error.error)
+    if isinstance(error, BadRequest):
+        return failure(error.status, error.message, field=error.field)
+    if isinstance(error, LegFailed):
+        return failure(503 if error.status == 503 else 502, str(error), retryable=True)
+    if isinstance(error, LegTimeout):
+        return failure(504, str(error), retryable=True)
+    return failure(503, str(error), retryable=isinstance(error, Retryable))
+
+
+def failure(
+    status: int, message: str, *, field: str | None = None, code: str | None = None, retryable: bool = False
+) -> Failure:
+    """A failure in OpenAI's terms; `field` is the request's field at fault."""
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "internal_error")
+    error: JsonObject = {
+        "message": message,
+        "type": kind,
+        "param": field,
+        "code": code or status,
+        "retryable": retryable,
+    }
+    return Failure(status, error)
+
+
+def refusal(status: int, body: bytes) -> LegRefused:
+    """An instance's 4xx, whichever of SGLang's shapes its body has."""
+    return LegRefused(status, _error_object(status, body))
+
+
+def message_of(status: int, body: bytes) -> str:
+    """The message in an instance's error body."""
+    return str(_error_object(status, body)["message"])
+
+
+def _error_object(status: int, body: bytes) -> JsonObject:
+    """SGLang writes {"error": {"message"}}, {"error": "…"}, {"object": "error", "message"} or text."""
+    try:
+        parsed = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        parsed = body.decode(errors="replace").strip()[:1000] or f"status {status}"
+    error = parsed.get("error", parsed) if isinstance(parsed, dict) else parsed
+    own: JsonObject = error if isinstance(error, dict) and "message" in error else {"message": str(error)}
+    fallback = failure(status, "", retryable=status == 429).error
+    return {**fallback, **{key: own[key] for key in ("message", "type", "param", "code") if key in own}}

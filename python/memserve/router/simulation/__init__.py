@@ -1,0 +1,1 @@
+"""The same tree, cost model and policies against simulated instances."""

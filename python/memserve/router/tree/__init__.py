@@ -1,0 +1,1 @@
+"""The global prompt tree: who holds which block, as the instances report it. Knows no HTTP."""
