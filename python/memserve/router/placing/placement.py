@@ -276,7 +276,7 @@ class Placer:
         return FetchPlan(decision.prefill, fetch.source, keys, links, min(fetch.saved_s, MAX_FETCH_S))
 
     def _enter(self, placed: Placed) -> None:
-        decision, prompt = placed.decision, placed.prompt
+        prompt = placed.prompt
         prefill, decode = placed.prefill.instance_id, placed.decode.instance_id
         self._ledger.prefill_dispatched(prefill, placed.number, placed.work_s, placed.begun_s)
         self._ledger.decode_dispatched(decode, placed.number, prompt.num_tokens)
@@ -288,14 +288,25 @@ class Placer:
                     self._feed.tree.expect(instance, chain, until_s)
         for chain in prompt.chains:
             self._learner.know(chain)
-        metrics, situation = self._metrics, decision.situation
+        metrics = self._metrics
         metrics.placed.labels(prefill, placed.prefill.role).inc()
         if decode != prefill:
             metrics.placed.labels(decode, placed.decode.role).inc()
         metrics.prompt_tokens.inc(prompt.num_tokens)
-        metrics.expected_tokens.inc(situation.cached_tokens(placed.decision.chosen.total_blocks))
+        self._count_tiers(placed, prompt)
         if prompt.unknown is not None:
             metrics.unknown_tokens.labels(prompt.unknown).inc()
+
+    def _count_tiers(self, placed: Placed, prompt: Prompt) -> None:
+        """Where its tokens were seen for the prefill it goes to."""
+        metrics, situation, chosen = self._metrics, placed.decision.situation, placed.decision.chosen
+        near, total = map(situation.cached_tokens, (chosen.near_blocks, chosen.total_blocks))
+        after = total if placed.plan is None else max(total, situation.cached_tokens(len(placed.plan.keys)))
+        metrics.expected_tokens.inc(total)
+        metrics.hbm_tokens.inc(near)
+        metrics.dram_tokens.inc(total - near)
+        metrics.remote_tokens.inc(after - total)
+        metrics.computed_tokens.inc(prompt.num_tokens - after)
 
     def _costs_of(self, instance: Instance) -> LearntCosts:
         """Of the model that the instance serves."""
