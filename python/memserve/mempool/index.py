@@ -186,6 +186,11 @@ class BlockIndex:
             self._offer(parent)
         return free, held
 
+    def last_use(self, node: CachedNode) -> int:
+        """The tick at which a prompt last ended with this block; 0 if none has. Of a node that has left
+        its slot meanwhile, that of another one."""
+        return self._last_used[node.payload] if self._uses[node.payload] else 0
+
     def roots(self) -> list[CachedNode]:
         """Blocks that begin a prompt."""
         return [node for node in self.tree if node.parent is None]

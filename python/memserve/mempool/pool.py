@@ -153,6 +153,14 @@ class MemPool:
         with self._lock:
             return max((tier.cache.index.tree.chain_to(key) for tier in self._tiers), key=len)
 
+    def ends(self) -> list[BlockKey]:
+        """The last blocks of prompts cached in DRAM, those used last first; some may be gone by now."""
+        index = self._dram.cache.index
+        with self._lock:
+            nodes = index.tree.nodes()
+        used = [(tick, node.key) for node in nodes if (tick := index.last_use(node))]
+        return [key for _, key in sorted(used, reverse=True)]
+
     def delete(self, keys: Sequence[BlockKey]) -> int:
         """Drop the end of a cached chain, in each tier up to a block that is leased or has others after it.
 

@@ -99,6 +99,9 @@ class RouterConfig:
         5, "an instance that fails so many requests in a row gets none while there are others"
     )
     cb_timeout_secs: float = setting(2.0, "how long, before it gets one more to try it")
+    drain_evacuate_secs: float = setting(
+        10.0, "how long an instance that is drained may send the KV it holds to others; 0: it keeps it"
+    )
     shutdown_grace_period_secs: float = setting(10.0, "how long running requests may finish after SIGTERM")
     health_check_interval_secs: float = setting(10.0, "how often a server that was named by URL is checked")
     heartbeat_secs: float = setting(2.0, "how often a registered instance says that it lives")
@@ -122,9 +125,13 @@ class RouterConfig:
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} has to be more than 0")
-        if self.shutdown_grace_period_secs < 0:
-            raise ConfigError("--shutdown-grace-period-secs cannot be negative")
-        for name in ("retry_max_retries", "retry_initial_backoff_ms", "retry_max_backoff_ms"):
+        for name in (
+            "shutdown_grace_period_secs",
+            "drain_evacuate_secs",
+            "retry_max_retries",
+            "retry_initial_backoff_ms",
+            "retry_max_backoff_ms",
+        ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')} cannot be negative")
         for name in ("tree_budget_mib", "max_body_bytes", "cb_failure_threshold"):

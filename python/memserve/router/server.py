@@ -19,6 +19,7 @@ from memserve.core.hosts import bracketed
 from memserve.router.cluster.breaker import Breakers
 from memserve.router.cluster.cluster import Cluster
 from memserve.router.cluster.control import ControlHandler
+from memserve.router.cluster.draining import Drains
 from memserve.router.cluster.instance import Instance
 from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.probe import Prober
@@ -104,13 +105,17 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
             clock=time.monotonic,
         )
         pages = Pages(state, metrics, session)
-        workers = WorkersApi(state, is_guarded=key is not None)
+        drains = Drains(
+            cluster, pools, state.placer.num_running, key=key, evacuate_s=config.drain_evacuate_secs
+        )
+        stack.callback(drains.close)
+        workers = WorkersApi(state, drains, is_guarded=key is not None)
         port = await _serve_http(stack, config, [*generate.routes(), *workers.routes(), *pages.routes()])
         handler = ControlHandler(cluster, pools, feed, asyncio.get_running_loop())
         control = ControlServer(config.host, _control_port(config, port), handler, key=key)
         stack.push_async_callback(asyncio.to_thread, control.close)
         stack.push_async_callback(generate.stop, config.shutdown_grace_period_secs)
-        for work in (prober.run(), _keep_up(state, fetcher)):
+        for work in (prober.run(), _keep_up(state, fetcher, drains)):
             task = asyncio.create_task(work)
             task.add_done_callback(_end_if_failed)
             stack.callback(task.cancel)
@@ -173,13 +178,14 @@ def _patience(config: RouterConfig) -> Patience:
     )
 
 
-async def _keep_up(state: RouterState, fetcher: Fetcher) -> None:
+async def _keep_up(state: RouterState, fetcher: Fetcher, drains: Drains) -> None:
     """Follow who has come and gone, and give memory back, until cancelled."""
     while True:
         state.followers.follow(state.cluster.up, state.pools)
         state.breakers.keep((it.info.instance_id, it.info.epoch) for it in state.cluster.members())
         state.placer.keep(state.cluster.working())
         fetcher.keep(state.pools)
+        drains.keep()
         state.feed.tree.tidy()
         await asyncio.sleep(TIDY_S)
 

@@ -16,7 +16,7 @@ from memserve.core.errors import WireMismatch
 from memserve.core.ids import Epoch, InstanceId
 from memserve.wire.peer_messages import Endpoint, FromPool, MemoryRange, ToPool
 
-WIRE_VERSION = 3
+WIRE_VERSION = 4
 
 
 class Role(StrEnum):

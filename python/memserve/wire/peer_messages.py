@@ -126,6 +126,10 @@ class Located(msgspec.Struct, frozen=True, tag=True):
     """Pool → anyone: so many blocks, from the front."""
 
     num_blocks: int
+    num_free: int = 0
+    """Blocks of that layout that nothing is in."""
+    num_evictable: int = 0
+    """Cached blocks that could make room for others."""
 
 
 class AcquireLease(msgspec.Struct, frozen=True, tag=True):
@@ -172,5 +176,41 @@ class Fetched(msgspec.Struct, frozen=True, tag=True):
     """Why it is not all of them."""
 
 
-ToPool = Hello | Reserve | Allocate | Commit | Cancel | Locate | AcquireLease | ReleaseLease | Fetch
-FromPool = Welcome | Reserved | Declined | Committed | Located | Leased | Fetched
+class Shelter(msgspec.Struct, frozen=True):
+    """A pool that may take in what another one evacuates."""
+
+    name: str
+    """Of its instance, the same for all ranks: they choose alike."""
+    address: str
+    """`host:port` of its control server."""
+    epoch: Epoch
+
+
+class Evacuate(msgspec.Struct, frozen=True, tag=True):
+    """Router → pool: you are about to go, so send what these pools lack of what you hold, hottest first.
+
+    Answered `Evacuated`, within `timeout_s` and the time that one step of an exchange may take.
+    """
+
+    layout: bytes
+    shelters: tuple[Shelter, ...]
+    timeout_s: float
+
+
+class Evacuated(msgspec.Struct, frozen=True, tag=True):
+    """Pool → router: what has become of my blocks."""
+
+    num_sent: int
+    num_bytes: int
+    num_known: int
+    """Blocks that one of the others had already."""
+    num_left: int
+    """Blocks that are nowhere else, as far as I know."""
+    reason: str = ""
+    """Why blocks are left."""
+
+
+ToPool = (
+    Hello | Reserve | Allocate | Commit | Cancel | Locate | AcquireLease | ReleaseLease | Fetch | Evacuate
+)
+FromPool = Welcome | Reserved | Declined | Committed | Located | Leased | Fetched | Evacuated

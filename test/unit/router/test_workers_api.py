@@ -75,7 +75,8 @@ def test_a_drained_server_ends_what_it_has_and_gets_nothing_new(run: Run) -> Non
             status, answer = await draining
             assert status == 200
             assert answer == {
-                "instance_id": name_of(one), "state": "draining", "drained": True, "running": 0
+                "instance_id": name_of(one), "state": "draining", "drained": True, "running": 0,
+                "evacuated": None,
             }  # fmt: skip
             assert [status for status, _ in await asyncio.gather(*begun)] == [200, 200]
 

@@ -5,7 +5,8 @@
     transfer, reserve, claim        the paper's verbs on blocks that need not be cached
 
     threads: the control server's (answers), the sweeper's (deadlines, fencing), one for transfers,
-    a few for the fetches that a router asks for, one for making pools; the rest runs on the caller's
+    a few for the fetches that a router asks for, one for evacuations, one for making pools; the rest
+    runs on the caller's
 
 What a peer does wrong, late or not at all costs a miss or an error here: never a block, never a
 byte in the wrong place. Knows no SGLang, no HBM and no membership; source of the verbs: MemServe.
@@ -25,6 +26,7 @@ from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout, TransferMode
 from memserve.mempool.integrity import Checksum
 from memserve.mempool.peers.config import PeerAddress, PeersConfig
+from memserve.mempool.peers.evacuation import Evacuations
 from memserve.mempool.peers.fetches import Fetches
 from memserve.mempool.peers.memory import OwnMemory
 from memserve.mempool.peers.reading import Doubtful
@@ -38,7 +40,17 @@ from memserve.mempool.peers.transfers import RemoteReservation, Reservations, Ti
 from memserve.mempool.pool import MemPool
 from memserve.wire.link import ControlServer
 from memserve.wire.messages import Message
-from memserve.wire.peer_messages import AcquireLease, Allocate, Commit, Fetch, Hello, Locate, Located, Reserve
+from memserve.wire.peer_messages import (
+    AcquireLease,
+    Allocate,
+    Commit,
+    Evacuate,
+    Fetch,
+    Hello,
+    Locate,
+    Located,
+    Reserve,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +81,7 @@ class Peers:
         )
         self._reserved = Reservations()
         self._fetches = Fetches(self.fetch)
+        self._evacuations = Evacuations(self, time.monotonic)
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="peer-pools")
         self._sweeper = Sweeper(self._sweep)
         self._transfers = Transfers(self._memory)
@@ -139,9 +152,13 @@ class Peers:
         """How many of `keys`, from the front, the peer holds. Asks once; raises as `push`."""
         remote = self._use(peer, self._server.pool_for(layout)).remote
         answer = remote.ask(Locate(layout.digest, tuple(keys)), timeout_s=timeout_s, attempts=1)
-        if not isinstance(answer, Located):
-            raise WireMismatch(f"{peer} did not say what it holds: {type(answer).__name__}")
-        return answer.num_blocks
+        return _as_located(peer, answer).num_blocks
+
+    def room(self, peer: PeerAddress, pool: MemPool, keys: Sequence[BlockKey]) -> Located:
+        """The same, and how much room the peer has for such blocks; makes its pool, if need be."""
+        remote = self._use(peer, pool).remote
+        remote.reach(self._config.timeout_s)
+        return _as_located(peer, remote.ask(Locate(pool.layout.digest, tuple(keys))))
 
     # ---- blocks, cached or not
 
@@ -227,6 +244,7 @@ class Peers:
         self._control.close()
         self._transfers.close()
         self._fetches.close()
+        self._evacuations.close()
         self._slow.shutdown(wait=True, cancel_futures=True)
         self._sweeper.close()
         self._remotes.close()
@@ -284,6 +302,8 @@ class Peers:
             return self._slow.submit(self._server.answer, message)
         if isinstance(message, Fetch):
             return self._fetches.answer(message, self._server.pool(message.layout))
+        if isinstance(message, Evacuate):
+            return self._evacuations.answer(message, self._server.pool(message.layout))
         answer = self._server.answer(message)
         if isinstance(message, _WITH_DEADLINE):
             self._sweeper.expect(min(self._config.reservation_s, self._config.lease_s))
@@ -300,3 +320,9 @@ def _blocks(pool: MemPool, addrs: Sequence[BlockAddr], mode: TransferMode) -> Bl
 
 def _as_pushed(pushed: Pushed) -> PeersStats:
     return PeersStats(pushes=1, blocks_pushed=pushed.num_sent, bytes_pushed=pushed.num_bytes)
+
+
+def _as_located(peer: PeerAddress, answer: Message) -> Located:
+    if not isinstance(answer, Located):
+        raise WireMismatch(f"{peer} did not say what it holds: {type(answer).__name__}")
+    return answer

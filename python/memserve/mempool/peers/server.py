@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 
 from memserve.core.block_addr import BlockAddr
+from memserve.core.block_keys import BlockKey
 from memserve.core.errors import (
     BlockStateError,
     LayoutMismatch,
@@ -100,8 +101,7 @@ class PeerServer:
         if isinstance(message, Hello):
             return self._welcome(message)
         if isinstance(message, Locate):
-            pool = self.pool(message.layout)
-            return Located(pool.num_cached(message.keys) if pool is not None else 0)
+            return _located(self.pool(message.layout), message.keys)
         with self._lock:
             if isinstance(message, Cancel | ReleaseLease):
                 guest = self._guests.get(message.epoch)
@@ -223,3 +223,10 @@ class PeerServer:
         with self._lock:
             guest.to_fence -= epochs
             self._receiving.settle(guest, transfer_ids)
+
+
+def _located(pool: MemPool | None, keys: Sequence[BlockKey]) -> Located:
+    if pool is None:
+        return Located(0)
+    stats = pool.stats()
+    return Located(pool.num_cached(keys), stats.free, stats.evictable)

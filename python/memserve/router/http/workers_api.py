@@ -4,7 +4,8 @@
     POST   /workers              {"url", "role", "bootstrap_port"}: a server that does not register
     GET    /workers/ID           one of them
     DELETE /workers/ID           drained briefly and forgotten; named servers only
-    POST   /workers/ID/drain     {"timeout_s"}: no new requests; answered when the last one has ended
+    POST   /workers/ID/drain     {"timeout_s"}: no new requests; answered when the last one has ended and
+                                 what it holds is elsewhere
     DELETE /workers/ID/drain     requests again
     POST   /add_worker?url=  /remove_worker?url=    GET /list_workers    as sglang-router has them
 
@@ -25,6 +26,7 @@ from aiohttp import web
 from memserve.core.errors import BadRequest, ConfigError
 from memserve.router.cluster.caching import caching_of
 from memserve.router.cluster.cluster import Member
+from memserve.router.cluster.draining import Drained, Drains
 from memserve.router.cluster.pools import PoolMember
 from memserve.router.config import DEFAULT_BOOTSTRAP_PORT, named_server
 from memserve.router.http.generate import json_response
@@ -36,8 +38,6 @@ from memserve.wire.messages import InstanceInfo, Role
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.Response]]
 
-LOOK_S = 0.02
-"""How often a drain looks whether it is done."""
 REMOVE_S = 10.0
 """How long a server that is removed may finish what it has, unless the request says otherwise."""
 MAX_WAIT_S = 86400
@@ -74,10 +74,11 @@ class Drain(msgspec.Struct, forbid_unknown_fields=True):
 class WorkersApi:
     """Serves these pages. Event loop thread only."""
 
-    def __init__(self, state: RouterState, *, is_guarded: bool) -> None:
+    def __init__(self, state: RouterState, drains: Drains, *, is_guarded: bool) -> None:
         """`is_guarded`: only this machine may change who works; others could have prompts sent to them."""
         self._state = state
         self._cluster = state.cluster
+        self._drains = drains
         self._is_guarded = is_guarded
 
     def routes(self) -> list[web.RouteDef]:
@@ -131,22 +132,22 @@ class WorkersApi:
         return await self._remove(request, _url_of(request))
 
     async def drain(self, request: web.Request) -> web.Response:
-        """No new requests; 200 when it has none left or the time is over, with `?wait=0` 202 at once."""
+        """No new requests; 200 when it has none left and what it holds is elsewhere, or the time is over,
+        with `?wait=0` 202 at once."""
         member = self._member(request.match_info["id"])
         body = await request.read()
         wanted = _decoded(body, Drain) if body else Drain()
         is_awaited = request.query.get("wait", "1") != "0"
-        self._cluster.drain(member)
-        running = await self._wait_for(member, wanted.timeout_s if is_awaited else 0.0)
+        self._drains.begin(member)
+        drained = await self._drains.wait(member, wanted.timeout_s if is_awaited else 0.0)
         state = member.state if self._is_there(member) else "gone"
-        is_drained = member.is_draining and not running
-        page = {**_id_of(member), "state": state, "drained": is_drained, "running": running}
+        page = {**_id_of(member), "state": state, **_describe_drain(drained)}
         return _page(page, 200 if is_awaited else 202)
 
     async def undrain(self, request: web.Request) -> web.Response:
         """Requests for it again. Idempotent."""
         member = self._member(request.match_info["id"])
-        self._cluster.undrain(member)
+        self._drains.end(member)
         return _page(self._describe(member))
 
     def _add(self, info: InstanceInfo) -> web.Response:
@@ -170,25 +171,12 @@ class WorkersApi:
                 "POST /workers/ID/drain, then stop its process",
                 status=409,
             )
-        self._cluster.drain(member)
-        running = await self._wait_for(member, timeout_s)
+        self._drains.begin(member)
+        drained = await self._drains.wait(member, timeout_s)
         if self._is_there(member) and not member.is_draining:
             raise BadRequest(f"{name} was put back meanwhile", status=409)
         self._cluster.unname(member.info.url)
-        return _page({**_id_of(member), "removed": True, "drained": not running, "running": running})
-
-    async def _wait_for(self, member: Member, timeout_s: float) -> int:
-        """How many requests it has left when there are none, the time is over, or it drains no more."""
-        loop = asyncio.get_running_loop()
-        until_s = loop.time() + timeout_s
-        while (running := self._running(member)) and member.is_draining and self._is_there(member):
-            if (left_s := until_s - loop.time()) <= 0:
-                break
-            await asyncio.sleep(min(LOOK_S, left_s))
-        return running
-
-    def _running(self, member: Member) -> int:
-        return self._state.placer.num_running(member.info.instance_id)
+        return _page({**_id_of(member), "removed": True, **_describe_drain(drained)})
 
     def _is_there(self, member: Member) -> bool:
         """Whether it is the process that it was."""
@@ -202,7 +190,8 @@ class WorkersApi:
 
     def _describe(self, member: Member) -> JsonObject:
         breaker = self._state.breakers.state(member.info.instance_id, member.info.epoch)
-        return {**describe_member(member), "breaker": breaker, "running": self._running(member)}
+        drained = _describe_drain(self._drains.look(member))
+        return {**describe_member(member), "breaker": breaker, **drained}
 
     def _change(self, handler: Handler) -> Handler:
         """`handler`, for those who may."""
@@ -249,6 +238,24 @@ def _describe_pool(member: PoolMember, age_s: float) -> JsonObject:
         "layout": info.layout or None,
         "bootstrap": info.bootstrap or None,
         "age_s": round(age_s, 1),
+    }
+
+
+def _describe_drain(drained: Drained) -> JsonObject:
+    evacuation = drained.evacuation
+    return {
+        "drained": drained.is_done,
+        "running": drained.num_running,
+        "evacuated": None
+        if evacuation is None
+        else {
+            "blocks": evacuation.num_blocks,
+            "bytes": evacuation.num_bytes,
+            "known_elsewhere": evacuation.num_known,
+            "left": evacuation.num_left,
+            "seconds": round(evacuation.seconds, 3),
+            "reason": evacuation.reason or None,
+        },
     }
 
 
