@@ -5,11 +5,12 @@ INSTALL = python3 scripts/install.py --venv $(VENV)
 # Unit tests share nothing, so two at a time; a test with servers has the machine to itself.
 UNIT    = $(PYTHON) -m pytest -q -n 2 --dist worksteal test/unit
 
-.PHONY: help install demo test check bench clean
+.PHONY: help install demo test chaos check bench clean
 
 help:
 	@echo "make demo     router, prefill and decode serve a conversation (KEEP=1 leaves them up, CACHING=all compares)"
 	@echo "make test     everything, with real servers"
+	@echo "make chaos    servers are killed, cut off and confused under load, and a table of what became of each request"
 	@echo "make check    lint, types, layering and unit tests: about two minutes"
 	@echo "make bench    the benchmarks, one JSON line per figure"
 	@echo "make install  only $(VENV)"
@@ -24,6 +25,10 @@ test:
 	@$(INSTALL) --dev --mooncake
 	@$(UNIT)
 	@$(PYTHON) -m pytest test --ignore test/unit
+
+chaos:
+	@$(INSTALL) --dev
+	@$(PYTHON) -m pytest -s test/chaos
 
 check:
 	@$(INSTALL) --dev

@@ -26,7 +26,7 @@ Write = Callable[[bytes], Awaitable[None]]
 OnPrefilled = Callable[[bytes], None]
 """Told of prefill's answer, as soon as it is there."""
 
-PREFILL_END_S = 5.0
+PREFILL_END_S = 1.0
 """After decode's last byte prefill has nothing left to do but to say so."""
 
 

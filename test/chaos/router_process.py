@@ -1,0 +1,87 @@
+"""A router as a process that is stopped, killed and started again where it was."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import resource
+import signal
+from collections.abc import Sequence
+from pathlib import Path
+
+from memserve.testing.cluster import Process, wait_for
+
+SHIFTED = Path(__file__).parent / "shifted_router.py"
+_READY = re.compile(r"router ready http=(\S+) control=(\S+)")
+_TRACEBACK = re.compile(r"^Traceback.*(?:\n .*)*\n.*", re.MULTILINE)
+
+
+class RouterProcess:
+    """One router at a time, always on the same ports."""
+
+    def __init__(self, log_dir: Path, flags: Sequence[str]) -> None:
+        self._log_dir = log_dir
+        self._flags = list(flags)
+        self._ports = ["--port", "0", "--control-port", "0"]
+        self._count = 0
+        self.clock = log_dir / "clock"
+        """Seconds that the router's wall clock is ahead."""
+        self.url = self.control = ""
+
+    async def start(self) -> None:
+        """Returns when it serves. Raises ClusterFailed."""
+        self._count += 1
+        self.clock.parent.mkdir(parents=True, exist_ok=True)
+        self.clock.write_text("0")
+        log = self._log_dir / f"router-{self._count}.log"
+        argv = ["test.chaos.shifted_router", str(self.clock), *self._ports, *self._flags]
+        self.process = Process("router", argv, log)
+        await asyncio.to_thread(
+            wait_for,
+            lambda: _READY.search(self.process.output()),
+            [self.process],
+            what="the router",
+            timeout_s=60,
+        )
+        found = _READY.search(self.process.output())
+        assert found is not None
+        self.url, self.control = found.groups()
+        self._ports = ["--port", self.url.rsplit(":", 1)[1], "--control-port", self.control.rsplit(":", 1)[1]]
+
+    async def restart(self) -> None:
+        """SIGTERM, and start it again."""
+        await asyncio.to_thread(self.process.stop)
+        await self.start()
+
+    async def kill(self) -> None:
+        """SIGKILL."""
+        await asyncio.to_thread(self.process.kill)
+
+    async def stop(self) -> None:
+        """SIGTERM, and wait for its end."""
+        await asyncio.to_thread(self.process.stop)
+
+    async def freeze(self) -> None:
+        """SIGSTOP."""
+        self.process.send(signal.SIGSTOP)
+
+    async def thaw(self) -> None:
+        """SIGCONT."""
+        self.process.send(signal.SIGCONT)
+
+    async def fill_disk(self) -> None:
+        """No file of the router's grows from now on, its log first of all."""
+        _limit_files(self.process.pid, self.process.log.stat().st_size)
+
+    async def free_disk(self) -> None:
+        """They may again."""
+        _limit_files(self.process.pid, resource.RLIM_INFINITY)
+
+    def tracebacks(self) -> list[str]:
+        """The exceptions that any of them has logged."""
+        logs = [path.read_text(errors="replace") for path in sorted(self._log_dir.glob("router-*.log"))]
+        return [one for log in logs for one in _TRACEBACK.findall(log)]
+
+
+def _limit_files(pid: int, num_bytes: int) -> None:
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
