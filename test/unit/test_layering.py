@@ -42,7 +42,16 @@ THIRD_PARTY = {
     "transport": {"numpy", "mooncake"},
     "mempool": {"numpy", "xxhash"},
     "router": {
-        *("aiohttp", "jinja2", "matplotlib", "msgspec", "prometheus_client", "tokenizers", "tqdm"),
+        *(
+            "aiohttp",
+            "httptools",
+            "jinja2",
+            "matplotlib",
+            "msgspec",
+            "prometheus_client",
+            "tokenizers",
+            "tqdm",
+        ),
         *("uvloop", "zmq"),
     },
 }

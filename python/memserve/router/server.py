@@ -7,14 +7,13 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 
 from aiohttp import web
 
 from memserve.core.cluster_key import ClusterKey
-from memserve.core.errors import ConfigError
 from memserve.core.hosts import bracketed
 from memserve.router.cluster.breaker import Breakers
 from memserve.router.cluster.cluster import Cluster
@@ -25,6 +24,7 @@ from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.probe import Prober
 from memserve.router.config import RouterConfig
 from memserve.router.costs.cost_file import COSTS, read_costs
+from memserve.router.http.front import Front
 from memserve.router.http.generate import GenerateHandler, json_response
 from memserve.router.http.pages import Pages
 from memserve.router.http.tenants import Tenants
@@ -33,6 +33,7 @@ from memserve.router.observe.metrics import RouterMetrics
 from memserve.router.observe.state_metrics import StateCollector
 from memserve.router.placing.fetching import Fetcher
 from memserve.router.placing.placement import Placer, PlacerSettings
+from memserve.router.serving.connections import Connections
 from memserve.router.serving.dispatch import Dispatcher
 from memserve.router.serving.failures import failure
 from memserve.router.serving.retry import Patience
@@ -88,7 +89,9 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
 
     async with AsyncExitStack() as stack:
         session = await stack.enter_async_context(open_session())
-        upstream = Upstream(session, on_lost=on_lost)
+        connections = Connections()
+        stack.callback(connections.close)
+        upstream = Upstream(connections, session, on_lost=on_lost)
         stack.push_async_callback(upstream.close)
         stack.callback(state.tokenizers.close)
         stack.push_async_callback(state.followers.close)
@@ -110,12 +113,15 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         )
         stack.callback(drains.close)
         workers = WorkersApi(state, drains, is_guarded=key is not None)
-        port = await _serve_http(stack, config, [*generate.routes(), *workers.routes(), *pages.routes()])
+        port = await _serve_http(
+            stack, config, generate, [*generate.routes(), *workers.routes(), *pages.routes()]
+        )
         handler = ControlHandler(cluster, pools, feed, asyncio.get_running_loop())
         control = ControlServer(config.host, _control_port(config, port), handler, key=key)
         stack.push_async_callback(asyncio.to_thread, control.close)
         stack.push_async_callback(generate.stop, config.shutdown_grace_period_secs)
-        for work in (prober.run(), _keep_up(state, fetcher, drains)):
+        keepers = [lambda: fetcher.keep(pools), drains.keep, lambda: connections.keep(cluster.up)]
+        for work in (prober.run(), _keep_up(state, keepers)):
             task = asyncio.create_task(work)
             task.add_done_callback(_end_if_failed)
             stack.callback(task.cancel)
@@ -178,14 +184,14 @@ def _patience(config: RouterConfig) -> Patience:
     )
 
 
-async def _keep_up(state: RouterState, fetcher: Fetcher, drains: Drains) -> None:
+async def _keep_up(state: RouterState, keepers: Sequence[Callable[[], None]]) -> None:
     """Follow who has come and gone, and give memory back, until cancelled."""
     while True:
         state.followers.follow(state.cluster.up, state.pools)
         state.breakers.keep((it.info.instance_id, it.info.epoch) for it in state.cluster.members())
         state.placer.keep(state.cluster.working())
-        fetcher.keep(state.pools)
-        drains.keep()
+        for keep in keepers:
+            keep()
         state.feed.tree.tidy()
         await asyncio.sleep(TIDY_S)
 
@@ -197,20 +203,19 @@ def _end_if_failed(task: asyncio.Task[None]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-async def _serve_http(stack: AsyncExitStack, config: RouterConfig, routes: list[web.RouteDef]) -> int:
+async def _serve_http(
+    stack: AsyncExitStack, config: RouterConfig, generate: GenerateHandler, routes: list[web.RouteDef]
+) -> int:
     """Start the HTTP server; its port."""
     app = web.Application(client_max_size=config.max_body_bytes, middlewares=[_answer_errors])
     app.add_routes(routes)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
-    site = web.TCPSite(runner, config.host, config.port, backlog=1024)
-    try:
-        await site.start()
-    except OSError as error:
-        raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error.strerror}") from error
-    port: int = runner.addresses[0][1]
-    return port
+    assert runner.server is not None
+    front = Front(generate.handle, runner.server, max_body_bytes=config.max_body_bytes)
+    stack.push_async_callback(front.close)
+    return await front.listen(config.host, config.port)
 
 
 def _control_port(config: RouterConfig, http_port: int) -> int:

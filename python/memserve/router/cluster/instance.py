@@ -77,6 +77,7 @@ class Snapshot:
     prefills: tuple[Instance, ...] = ()
     decodes: tuple[Instance, ...] = ()
     colocated: tuple[Instance, ...] = ()
+    _serving: dict[str, Snapshot] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, instances: Iterable[Instance]) -> Snapshot:
@@ -96,11 +97,13 @@ class Snapshot:
 
     def serving(self, model: str) -> Snapshot:
         """Only the instances that serve `model`; also under `model:adapter`, as SGLang names LoRA."""
-        return Snapshot.of(
-            instance
-            for instance in self.all()
-            if model == instance.facts.model or model.startswith(instance.facts.model + ":")
-        )
+        serving = self._serving.get(model)
+        if serving is None:
+            chosen = [it for it in self.all() if f"{model}:".startswith(f"{it.facts.model}:")]
+            serving = self if len(chosen) == len(self.all()) else Snapshot.of(chosen)
+            if any(it.facts.model == model for it in chosen):  # the names of adapters are without end
+                self._serving[model] = serving
+        return serving
 
     def why_unready(self) -> str | None:
         """Why no request can be served; None if one can."""

@@ -4,22 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import secrets
 import time
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from contextlib import suppress
+from dataclasses import dataclass
 
+import msgspec
 from aiohttp import web
 
-from memserve.core.errors import BadRequest, MemServeError
-from memserve.router.cluster.instance import Snapshot
+from memserve.core.errors import MemServeError
+from memserve.router.cluster.instance import Route, Snapshot
+from memserve.router.http.exchange import Exchange, WebExchange
 from memserve.router.http.tenants import Tenants, salted
 from memserve.router.observe.metrics import RouterMetrics
 from memserve.router.placing.explain import MAX_LISTED, explained
 from memserve.router.placing.placed import Placed
-from memserve.router.serving.api import Api, Call, JsonObject, encode_json
-from memserve.router.serving.client import ClientStream
+from memserve.router.serving.api import Api, Call, JsonObject, Names, encode_json
 from memserve.router.serving.dispatch import Dispatcher
-from memserve.router.serving.failures import CLIENT_LEFT_STATUS, ShuttingDown, failure_of
+from memserve.router.serving.failures import CLIENT_LEFT_STATUS, ClientLeft, ShuttingDown, failure_of
 from memserve.router.serving.validation import Limits, read_body, read_call
 
 logger = logging.getLogger(__name__)
@@ -39,7 +41,7 @@ class _Log:
 
     api: Api
     rid: str = "-"
-    route: str = "-"
+    route: Route | str = "-"
     status: int = 200
     reason: str = "-"
 
@@ -61,42 +63,55 @@ class GenerateHandler:
         self._metrics = metrics
         self._max_body_bytes = max_body_bytes
         self._running: set[asyncio.Task[object]] = set()
+        self._names = Names()
+        self._limits: tuple[Snapshot, Limits] | None = None
         self._stopping = False
 
     def routes(self) -> list[web.RouteDef]:
         """Where these endpoints are served; SGLang takes PUT for /generate too."""
         return [
-            *(web.post(api, self.handle) for api in Api),
-            web.put(Api.GENERATE, self.handle),
+            *(web.post(api, self.handle_web) for api in Api),
+            web.put(Api.GENERATE, self.handle_web),
             web.post("/explain", self.explain),
         ]
 
-    async def handle(self, request: web.Request) -> web.StreamResponse:
+    async def handle(self, exchange: Exchange) -> None:
         """Answer one request. The client's leaving cancels this, which aborts both legs."""
         task = asyncio.current_task()
         assert task is not None
         self._running.add(task)
-        log, start = _Log(Api(request.path)), time.monotonic()
+        log, start = _Log(exchange.api), time.monotonic()
         try:
-            return await self._handle(request, log)
+            await self._handle(exchange, log)
         except asyncio.CancelledError:
             log.status, log.reason = CLIENT_LEFT_STATUS, "the client left"
             raise
         finally:
             self._running.discard(task)
             self._metrics.requests.labels(log.api, log.status).inc()
-            elapsed_ms = (time.monotonic() - start) * 1000
-            logger.info(
-                "request end path=%s rid=%s instances=%s status=%d ms=%.1f reason=%s",
-                *(log.api, log.rid, log.route, log.status, elapsed_ms, log.reason),
-            )
+            level = logging.DEBUG if log.status == 200 else logging.INFO
+            if logger.isEnabledFor(level):
+                elapsed_ms = (time.monotonic() - start) * 1000
+                logger.log(
+                    level,
+                    "request end path=%s rid=%s instances=%s status=%d ms=%.1f reason=%s",
+                    *(log.api, log.rid, log.route, log.status, elapsed_ms, log.reason),
+                )
+
+    async def handle_web(self, request: web.Request) -> web.StreamResponse:
+        """The same for a request that aiohttp has read."""
+        exchange = WebExchange(request, self._max_body_bytes)
+        await self.handle(exchange)
+        assert exchange.response is not None
+        return exchange.response
 
     async def explain(self, request: web.Request) -> web.Response:
         """Where a request would go, and why; nothing is sent. The body is that of any generating endpoint."""
         try:
-            body = read_body(await self._read(request))
+            raw = await WebExchange.read(request, self._max_body_bytes)
+            body = read_body(raw)
             api = Api.CHAT if "messages" in body else Api.COMPLETIONS if "prompt" in body else Api.GENERATE
-            call, candidates = self._checked(request, api, body)
+            call, candidates = self._checked(request.headers, api, body, len(raw))
             job = await self._dispatcher.read(call, candidates, request.headers)
             decision = self._dispatcher.explain(job)
         except MemServeError as error:
@@ -115,11 +130,11 @@ class GenerateHandler:
                 task.cancel()
             await asyncio.wait(left)
 
-    async def _handle(self, request: web.Request, log: _Log) -> web.StreamResponse:
-        headers = {REQUEST_ID: request.headers.get(REQUEST_ID) or secrets.token_hex(16)}
-        stream = ClientStream(request, headers)
+    async def _handle(self, exchange: Exchange, log: _Log) -> None:
+        exchange.reply[REQUEST_ID] = exchange.headers.get(REQUEST_ID) or self._names.new()
         try:
-            return await self._run(request, headers, stream, log)
+            await self._run(exchange, log)
+            return
         except asyncio.CancelledError as cancelled:
             if not self._stopping:
                 raise
@@ -129,55 +144,57 @@ class GenerateHandler:
             error = failed
         failure = failure_of(error)
         log.status, log.reason = failure.status, str(error)
-        if stream.response is None:
-            return json_response(failure.body(), failure.status, headers)
-        await stream.fail(failure)
-        return stream.response
+        if not exchange.has_begun:
+            exchange.answer(failure.body(), failure.status)
+            return
+        with suppress(ClientLeft):
+            await exchange.write(failure.event())
+            await exchange.end()
 
-    async def _run(
-        self, request: web.Request, headers: dict[str, str], stream: ClientStream, log: _Log
-    ) -> web.StreamResponse:
+    async def _run(self, exchange: Exchange, log: _Log) -> None:
         if self._stopping:
             raise ShuttingDown("the router is stopping")
-        call, candidates = self._checked(request, Api(request.path), read_body(await self._read(request)))
+        raw = await exchange.body()
+        call, candidates = self._checked(exchange.headers, exchange.api, read_body(raw), len(raw))
         log.rid = call.rid
-        job = await self._dispatcher.read(call, candidates, request.headers)
+        job = await self._dispatcher.read(call, candidates, exchange.headers)
 
         def on_placed(placed: Placed, attempt: int) -> None:
-            log.route = str(placed.route)
+            log.route = placed.route
             if attempt > 1:
-                headers[ATTEMPTS] = str(attempt)
-            if request.headers.get(EXPLAIN, "0") != "0":
+                exchange.reply[ATTEMPTS] = str(attempt)
+            if exchange.headers.get(EXPLAIN, "0") != "0":
                 told = explained(placed.decision, job.prompt, MAX_LISTED)
-                headers[DECISION] = encode_json(told).decode()
+                exchange.reply[DECISION] = encode_json(told).decode()
 
-        if not call.is_stream:
-            return json_response(await self._dispatcher.answer(job, on_placed), 200, headers)
-        await self._dispatcher.stream(job, on_placed, stream)
-        return await stream.end()
+        if call.is_stream:
+            await self._dispatcher.stream(job, on_placed, exchange)
+            await exchange.end()
+        else:
+            exchange.answer(await self._dispatcher.answer(job, on_placed))
 
-    def _checked(self, request: web.Request, api: Api, body: JsonObject) -> tuple[Call, Snapshot]:
+    def _checked(
+        self, headers: Mapping[str, str], api: Api, body: JsonObject, num_bytes: int
+    ) -> tuple[Call, Snapshot]:
         """The call in a request, and who could serve it."""
-        authorization = request.headers.get("authorization")
+        authorization = headers.get("authorization")
         tenant = None if self._tenants is None else self._tenants.tenant_of(authorization)
         model = body.get("model") if api is not Api.GENERATE else None
         candidates = self._dispatcher.candidates(model if isinstance(model, str) else None)
-        call = replace(
-            read_call(api, body, limits_of(candidates), new_rid=secrets.token_hex(16)),
-            body_bytes=request.content_length or 0,
+        limits = self._limits_of(candidates)
+        call = read_call(api, body, limits, new_rid=self._names.new())
+        call = msgspec.structs.replace(
+            call,
+            body_bytes=num_bytes,
             authorization=authorization,
-            wants_report=request.headers.get(REPORT, "0") != "0",
+            wants_report=headers.get(REPORT, "0") != "0",
         )
         return (call if tenant is None else salted(call, tenant)), candidates
 
-    async def _read(self, request: web.Request) -> bytes:
-        too_large = BadRequest(f"the body is larger than {self._max_body_bytes} bytes", status=413)
-        if (request.content_length or 0) > self._max_body_bytes:
-            raise too_large
-        try:
-            return await request.read()
-        except web.HTTPRequestEntityTooLarge as error:
-            raise too_large from error
+    def _limits_of(self, candidates: Snapshot) -> Limits:
+        if self._limits is None or self._limits[0] is not candidates:
+            self._limits = candidates, limits_of(candidates)
+        return self._limits[1]
 
 
 def limits_of(snapshot: Snapshot) -> Limits:

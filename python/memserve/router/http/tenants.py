@@ -8,9 +8,10 @@ cache further, and reaches nobody else's. Knows no instances.
 from __future__ import annotations
 
 import hmac
-from dataclasses import replace
 from hashlib import sha256
 from pathlib import Path
+
+from msgspec import structs
 
 from memserve.core.errors import BadRequest, ConfigError
 from memserve.core.secret_file import read_secret_file
@@ -60,7 +61,7 @@ def salted(call: Call, tenant: str) -> Call:
     """`call` as the servers should get it: in its tenant's part of the cache, without the API key."""
     own = call.body.get("cache_salt")
     salt = [_salt(tenant, one) for one in own] if isinstance(own, list) else _salt(tenant, own)
-    return replace(call, body={**call.body, "cache_salt": salt}, authorization=None)
+    return structs.replace(call, body={**call.body, "cache_salt": salt}, authorization=None)
 
 
 def _salt(tenant: str, own: object) -> str:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+import secrets
 from enum import StrEnum
 from typing import TypeAlias
 
@@ -22,8 +23,19 @@ class Api(StrEnum):
     COMPLETIONS = "/v1/completions"
 
 
-@dataclass(frozen=True, slots=True)
-class Call:
+class Names:
+    """Names for requests, as no other router process gives them. None is the beginning of another."""
+
+    def __init__(self) -> None:
+        self._process = secrets.token_hex(10)
+        self._counter = itertools.count()
+
+    def new(self) -> str:
+        """The next one."""
+        return f"{self._process}{next(self._counter):012x}"
+
+
+class Call(msgspec.Struct, frozen=True):
     """A checked request."""
 
     api: Api

@@ -52,9 +52,11 @@ class LegLost(WorkerFault):
 
     kind = "lost"
 
-    def __init__(self, instance_id: InstanceId, role: str, reason: str) -> None:
+    def __init__(self, instance_id: InstanceId, role: str, reason: str, *, was_sent: bool = True) -> None:
+        """`was_sent`: the instance had the request, or part of it."""
         super().__init__(instance_id, f"the {role} server {instance_id} was lost: {reason}")
         self.reason = reason
+        self.was_sent = was_sent
 
 
 class LegFailed(WorkerFault):

@@ -10,7 +10,9 @@ from __future__ import annotations
 import random
 import secrets
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
+
+from msgspec import structs
 
 from memserve.core.ids import InstanceId
 from memserve.router.cluster.instance import Snapshot
@@ -66,7 +68,7 @@ class Alias:
     def of(self, call: Call) -> Call:
         """`call` as the servers get it."""
         rids = tuple(self.mark + rid for rid in call.rids)
-        return replace(call, rid=self.mark + call.rid, rids=rids, rid_is_clients=False)
+        return structs.replace(call, rid=self.mark + call.rid, rids=rids, rid_is_clients=False)
 
     def removed(self, answer: bytes) -> bytes:
         """A whole answer, or whole events, with the call's own name."""

@@ -7,9 +7,9 @@ endpoints become n requests whose answers are joined here. Pure but for `SampleJ
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import msgspec
+from msgspec import structs
 
 from memserve.core.errors import BadRequest
 from memserve.router.serving.api import Call, JsonObject, encode_json
@@ -57,7 +57,7 @@ def as_batch(call: Call) -> Call:
         body["sampling_params"] = {**params, "n": 1}
     count = n * (call.num_prompts or 1)
     rids = tuple(f"{call.rid}_{i}" for i in range(count))
-    return replace(call, body=body, rids=rids, num_prompts=count, num_samples=1)
+    return structs.replace(call, body=body, rids=rids, num_prompts=count, num_samples=1)
 
 
 def as_singles(call: Call) -> list[Call]:
@@ -74,7 +74,7 @@ def _single(call: Call, sample: int) -> Call:
     if isinstance(seed := body.get("seed"), int):
         body["seed"] = seed + sample
     rids = (rid,) if call.num_prompts is None else tuple(f"{rid}_{i}" for i in range(call.num_prompts))
-    return replace(call, body=body, rid=rid, rids=rids, num_samples=1)
+    return structs.replace(call, body=body, rid=rid, rids=rids, num_samples=1)
 
 
 def join_answers(call: Call, answers: Sequence[bytes]) -> bytes:

@@ -6,21 +6,21 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
+from functools import lru_cache
+from urllib.parse import urlsplit
 
 import aiohttp
 import msgspec
 
 from memserve.core.errors import InstanceLost
 from memserve.router.cluster.instance import Instance
-from memserve.router.serving.api import Call
+from memserve.router.serving.api import Api, Call
+from memserve.router.serving.connections import KEEPALIVE_S, BrokenAnswer, Connection, Connections
 from memserve.router.serving.failures import LegFailed, LegLost, LegRefused, message_of, refusal
 from memserve.router.serving.sse import data_of
 
 logger = logging.getLogger(__name__)
 
-CONNECT_TIMEOUT_S = 3.0
-KEEPALIVE_S = 2.0
-"""Less than the 5 s after which SGLang closes an idle connection, so that none closes under a request."""
 ABORT_TIMEOUT_S = 3.0
 ABORT_AGAIN_S = 1.0
 """An abort may overtake the request it means; it is said again after this long."""
@@ -28,7 +28,7 @@ _ERROR = b'data: {"error"'
 
 
 def open_session() -> aiohttp.ClientSession:
-    """The router's connections to all instances."""
+    """Connections for what is not generation: probes, aborts, pages."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=60)
     return aiohttp.ClientSession(connector=connector, headers={"Accept-Encoding": "identity"})
 
@@ -36,13 +36,17 @@ def open_session() -> aiohttp.ClientSession:
 class Leg:
     """A request that an instance is working on. Made by `Upstream.leg`."""
 
-    def __init__(self, instance: Instance, response: aiohttp.ClientResponse) -> None:
+    __slots__ = ("_connection", "instance", "next")
+
+    def __init__(self, instance: Instance, connection: Connection) -> None:
         self.instance = instance
-        self._response = response
+        self._connection = connection
+        self.next = connection.next
+        """What came next, as soon as it came; b"" at the end of the answer."""
 
     async def read(self) -> bytes:
         """The whole answer."""
-        return await self._response.read()
+        return await self._connection.read()
 
     async def first(self) -> bytes:
         """What came first. Raises LegRefused, LegFailed: SGLang refuses streams inside a 200."""
@@ -51,23 +55,20 @@ class Leg:
             raise _refused(self.instance, chunk)
         return chunk
 
-    async def next(self) -> bytes:
-        """What came next, as soon as it came; b"" at the end of the answer."""
-        return await self._response.content.readany()
-
 
 class Upstream:
     """Sends requests to instances and reports those that are not there. Event loop thread only."""
 
     def __init__(
         self,
+        connections: Connections,
         session: aiohttp.ClientSession,
         *,
         on_lost: Callable[[Instance, str], None],
     ) -> None:
-        """`on_lost` is told of each instance whose connection failed."""
+        """`session`: for aborts. `on_lost` is told of each instance whose connection failed."""
+        self._connections = connections
         self._session = session
-        self._timeout = aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_TIMEOUT_S)
         self._on_lost = on_lost
         self._aborting: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
@@ -79,36 +80,47 @@ class Upstream:
         Leaving with an exception, cancellation included, closes the connection and aborts the call there.
         Raises LegLost, LegFailed (5xx) or LegRefused (4xx), from inside the block too. Sets no limit of time.
         """
-        headers = {"Content-Type": "application/json"}
-        if call.authorization is not None:
-            headers["Authorization"] = call.authorization
-        response: aiohttp.ClientResponse | None = None
+        connection: Connection | None = None
         answered = False
         try:
-            response = await self._session.post(
-                instance.url + call.api, data=body, headers=headers, timeout=self._timeout
-            )
-            if response.status != 200:
-                text = await response.read()
+            connection = await self._sent(instance, call, body)
+            if await connection.answered() != 200:
+                error = _error(instance, connection.status, await connection.read())
                 answered = True
-                if response.status < 500:
-                    raise refusal(response.status, text)
-                message = message_of(response.status, text)
-                raise LegFailed(instance.instance_id, instance.role, response.status, message)
-            yield Leg(instance, response)
+                raise error
+            yield Leg(instance, connection)
             answered = True
-        except (aiohttp.ClientError, OSError) as error:
-            raise self._lost(instance, error) from error
+        except OSError as error:
+            raise self._lost(instance, error, was_sent=connection is not None) from error
         finally:
-            if response is not None:
-                response.close() if not answered else response.release()
-            if not answered:
-                self._abort(instance, call)
+            self._leave(instance, call, connection, answered)
 
     async def fetch(self, instance: Instance, call: Call, body: bytes) -> bytes:
         """The whole answer of an instance. Raises and takes back as `leg` does."""
-        async with self.leg(instance, call, body) as leg:
-            return await leg.read()
+        connection: Connection | None = None
+        answered = False
+        try:
+            connection = await self._sent(instance, call, body)
+            answer = await connection.read()
+            answered = True
+            if connection.status != 200:
+                raise _error(instance, connection.status, answer)
+            return answer
+        except OSError as error:
+            raise self._lost(instance, error, was_sent=connection is not None) from error
+        finally:
+            self._leave(instance, call, connection, answered)
+
+    async def _sent(self, instance: Instance, call: Call, body: bytes) -> Connection:
+        connection = self._connections.free(instance.url) or await self._connections.connect(instance.url)
+        connection.send(_request(instance.url, call, body))
+        return connection
+
+    def _leave(self, instance: Instance, call: Call, connection: Connection | None, answered: bool) -> None:
+        if connection is not None:
+            connection.release() if answered else connection.close()
+        if not answered:
+            self._abort(instance, call)
 
     async def close(self) -> None:
         """Wait for the aborts that are still under way; those to be said again are said at once."""
@@ -116,10 +128,10 @@ class Upstream:
         if self._aborting:
             await asyncio.wait(self._aborting, timeout=ABORT_TIMEOUT_S)
 
-    def _lost(self, instance: Instance, error: Exception) -> LegLost:
-        reason = describe(error)
+    def _lost(self, instance: Instance, error: OSError, *, was_sent: bool) -> LegLost:
+        reason = describe(error) if was_sent else f"cannot connect ({error.strerror or describe(error)})"
         self._on_lost(instance, reason)
-        return LegLost(instance.instance_id, instance.role, reason)
+        return LegLost(instance.instance_id, instance.role, reason, was_sent=was_sent)
 
     def _abort(self, instance: Instance, call: Call) -> None:
         task = asyncio.create_task(self._send_aborts(instance, call))
@@ -145,6 +157,29 @@ class Upstream:
                 await response.read()
 
 
+@lru_cache(maxsize=1024)
+def _head(url: str, api: Api) -> str:
+    parts = urlsplit(url)
+    return (
+        f"POST {parts.path.rstrip('/')}{api} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+        "Content-Type: application/json\r\nAccept-Encoding: identity\r\n"
+    )
+
+
+def _request(url: str, call: Call, body: bytes) -> bytes:
+    head = _head(url, call.api)
+    if call.authorization is not None:
+        head += f"Authorization: {call.authorization}\r\n"
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def _error(instance: Instance, status: int, text: bytes) -> LegRefused | LegFailed:
+    """What an answer means that is not 200."""
+    if 400 <= status < 500:
+        return refusal(status, text)
+    return LegFailed(instance.instance_id, instance.role, status, message_of(status, text))
+
+
 def _refused(instance: Instance, event: bytes) -> LegRefused | LegFailed:
     """The status that is meant is in the event."""
     body = data_of(event)
@@ -160,6 +195,8 @@ def describe(error: BaseException) -> str:
         return error.reason
     if isinstance(error, aiohttp.ClientConnectorError):
         return f"cannot connect ({error.os_error.strerror or error.os_error})"
+    if isinstance(error, BrokenAnswer):
+        return str(error)
     if isinstance(error, TimeoutError):
         return "no answer in time"
     if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError | OSError):

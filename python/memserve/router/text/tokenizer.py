@@ -18,11 +18,12 @@ import time
 from array import array
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 import jinja2
+from msgspec import structs
 
 from memserve.router.serving.api import Api, Call, JsonObject
 from memserve.router.text.chat_messages import MALFORMED, MULTIMODAL, read_chat
@@ -119,11 +120,11 @@ class Tokenizer:
         lists = [list(ids) for ids in tokens.prompts]
         ids: object = lists[0] if call.num_prompts is None else lists
         if call.api is Api.CHAT:
-            return replace(call, body={**call.body, "input_ids": ids})
+            return structs.replace(call, body={**call.body, "input_ids": ids})
         if call.api is Api.COMPLETIONS:
-            return call if call.body.get("echo") else replace(call, body={**call.body, "prompt": ids})
+            return call if call.body.get("echo") else structs.replace(call, body={**call.body, "prompt": ids})
         body = {name: value for name, value in call.body.items() if name != "text"}
-        return replace(call, body={**body, "input_ids": ids})
+        return structs.replace(call, body={**body, "input_ids": ids})
 
     async def verify(self, server: str, server_info: JsonObject, ask: Ask) -> Agreement:
         """Have `server` read some texts and chats, and remember whether it reads them as we do.

@@ -1,0 +1,314 @@
+"""The router's HTTP port: lean connections for what generates, aiohttp's for everything else.
+
+    bytes ── plain POST to an `Api`, its length known ──> LeanExchange ── handler
+      └───── anything else ──> aiohttp takes the connection, from these bytes on
+
+A plain request costs a regular expression, a task and one write. Whatever is not plain (chunked or
+compressed bodies, `Expect`, repeated headers, odd bytes) is aiohttp's to read or to refuse: the same
+handler answers, through `WebExchange`. Knows no dispatch.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import ssl
+from collections.abc import Callable, Coroutine, Mapping
+from email.utils import formatdate
+from http import HTTPStatus
+from typing import Any, cast
+
+from memserve.core.errors import ConfigError
+from memserve.router.http.exchange import EVENT_STREAM, JSON, Exchange
+from memserve.router.serving.api import Api
+from memserve.router.serving.failures import ClientLeft, failure
+
+logger = logging.getLogger(__name__)
+
+MAX_HEAD_BYTES = 16 << 10
+MAX_PIPELINED_BYTES = 64 << 10
+"""What a client may send ahead, while its last request is being answered."""
+KEEPALIVE_S = 75.0
+"""How long a connection may be idle."""
+RECEIVE_S = 30.0
+"""How long a client may take for a request's head, and between two parts of its body."""
+SWEEP_S = 1.0
+
+_NAME = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_VALUE = rb"[\t\x20-\x7e\x80-\xff]*"
+_LINE = re.compile(rb"(%b):[ \t]*(%b)\r\n" % (_NAME, _VALUE))
+_HEAD = re.compile(
+    rb"(?:POST|PUT(?= /generate )) (%b) HTTP/1\.1\r\n((?:%b:%b\r\n)+)"
+    % (b"|".join(re.escape(api.encode()) for api in Api), _NAME, _VALUE)
+)
+_STARTS = (b"POST /", b"PUT /generate ")
+_NOT_PLAIN = frozenset({"transfer-encoding", "content-encoding", "expect", "upgrade"})
+_REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+Handler = Callable[[Exchange], Coroutine[Any, Any, None]]
+
+
+def plain_head(head: bytes) -> tuple[Api, dict[str, str], int] | None:
+    """What a plain request's head, up to its blank line, asks for, its headers, the length of its body."""
+    match = _HEAD.fullmatch(head)
+    if match is None:
+        return None
+    lines = _LINE.findall(match[2])
+    headers = {str(name, "latin-1").lower(): str(value, "latin-1").rstrip(" \t") for name, value in lines}
+    length = headers.get("content-length", "")
+    if len(headers) != len(lines) or not (length.isdecimal() and length.isascii()) or "host" not in headers:
+        return None
+    if not _NOT_PLAIN.isdisjoint(headers) or headers.get("connection", "keep-alive").lower() != "keep-alive":
+        return None
+    return Api(str(match[1], "latin-1")), headers, int(length)
+
+
+class LeanExchange:
+    """See `Exchange`. Made by the connection that it is on."""
+
+    __slots__ = ("_body", "_connection", "api", "has_begun", "headers", "is_complete", "reply")
+
+    def __init__(self, connection: _Connection, api: Api, headers: Mapping[str, str], body: bytes) -> None:
+        self.api = api
+        self.headers = headers
+        self.reply: dict[str, str] = {}
+        self.has_begun = False
+        self.is_complete = False
+        self._connection = connection
+        self._body = body
+
+    async def body(self) -> bytes:
+        return self._body
+
+    def answer(self, body: bytes, status: int = 200) -> None:
+        self.has_begun = self.is_complete = True
+        head = self._head(status, f"Content-Type: {JSON}\r\nContent-Length: {len(body)}\r\n")
+        self._connection.send(head + body)
+
+    async def write(self, chunk: bytes) -> None:
+        connection = self._connection
+        if connection.is_lost:
+            raise ClientLeft("the client left")
+        data = b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunk else b""
+        if not self.has_begun:
+            self.has_begun = True
+            fields = "".join(f"{name}: {value}\r\n" for name, value in EVENT_STREAM.items())
+            data = self._head(200, fields + "Transfer-Encoding: chunked\r\n") + data
+        connection.send(data)
+        if connection.is_full:
+            await connection.drained()
+
+    async def end(self) -> None:
+        if not self.has_begun:
+            await self.write(b"")
+        self.is_complete = True
+        self._connection.send(b"0\r\n\r\n")
+
+    def _head(self, status: int, fields: str) -> bytes:
+        reply = "".join([f"{name}: {value}\r\n" for name, value in self.reply.items()])
+        date = self._connection.front.date
+        return f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n{fields}{reply}Date: {date}\r\n\r\n".encode()
+
+
+class _Connection(asyncio.Protocol):
+    """One client, until aiohttp takes it over."""
+
+    __slots__ = (
+        *("_body", "_can_write", "_head", "_pending", "_task", "_transport", "_wanted"),
+        *("deadline_s", "front", "is_full", "is_lost"),
+    )
+
+    def __init__(self, front: Front) -> None:
+        self.front = front
+        self.is_full = False
+        self.is_lost = False
+        self.deadline_s: float | None = None
+        """Until when something has to come; None while it is the router's turn."""
+        self._pending = b""
+        """Received and not looked at: a head in part, or requests sent ahead."""
+        self._head: tuple[Api, dict[str, str]] | None = None
+        self._body = bytearray()
+        self._wanted = 0
+        """Bytes that the body in the making will have."""
+        self._task: asyncio.Task[None] | None = None
+        self._can_write: asyncio.Future[None] | None = None
+
+    # ---- called by the loop
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+        self.front.connections.add(self)
+        self.deadline_s = self.front.now_s() + RECEIVE_S
+
+    def data_received(self, data: bytes) -> None:
+        if self._head is not None:
+            self._body += data
+            self._receive_body()
+        elif self._task is not None:
+            self._pending += data
+            if len(self._pending) > MAX_PIPELINED_BYTES:
+                self._transport.pause_reading()
+        else:
+            self._pending = self._pending + data if self._pending else data
+            self._receive_head()
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.is_lost = True
+        self.front.connections.discard(self)
+        if self._task is not None:
+            self._task.cancel()
+        self.resume_writing()
+
+    def pause_writing(self) -> None:
+        self.is_full = True
+
+    def resume_writing(self) -> None:
+        self.is_full = False
+        if self._can_write is not None and not self._can_write.done():
+            self._can_write.set_result(None)
+
+    # ---- called by the exchange
+
+    def send(self, data: bytes) -> None:
+        """Write, unless nobody is there any more."""
+        if not self.is_lost:
+            self._transport.write(data)
+
+    async def drained(self) -> None:
+        """Until the client has read enough. Raises ClientLeft."""
+        self._can_write = self.front.loop.create_future()
+        await self._can_write
+        if self.is_lost:
+            raise ClientLeft("the client left")
+
+    # ---- called by the front
+
+    def expire(self) -> None:
+        """Nothing came in time."""
+        if self._pending or self._head is not None:
+            self._refuse(408, "the request did not arrive in time")
+        self.close()
+
+    def close(self) -> None:
+        """End the connection, if nothing is being answered on it."""
+        if self._task is None:
+            self._transport.close()
+
+    # ---- receiving
+
+    def _receive_head(self) -> None:
+        data = self._pending
+        end = data.find(b"\r\n\r\n")
+        if end < 0:
+            may_be_plain = data.startswith(_STARTS) or any(start.startswith(data) for start in _STARTS)
+            if not may_be_plain or len(data) > MAX_HEAD_BYTES:
+                self._hand_over()
+            elif self.deadline_s is not None:
+                self.deadline_s = min(self.deadline_s, self.front.now_s() + RECEIVE_S)
+            return
+        read = plain_head(data[: end + 2])
+        if read is None or read[2] > self.front.max_body_bytes:
+            self._hand_over()
+            return
+        api, headers, self._wanted = read
+        self._head = api, headers
+        self._body += memoryview(data)[end + 4 :]
+        self._pending = b""
+        self._receive_body()
+
+    def _receive_body(self) -> None:
+        if len(self._body) < self._wanted:
+            self.deadline_s = self.front.now_s() + RECEIVE_S
+            return
+        assert self._head is not None
+        api, headers = self._head
+        body, self._pending = bytes(self._body[: self._wanted]), bytes(self._body[self._wanted :])
+        self._head, self._body = None, bytearray()
+        self.deadline_s = None
+        exchange = LeanExchange(self, api, headers, body)
+        self._task = self.front.loop.create_task(self._serve(exchange))
+
+    def _hand_over(self) -> None:
+        """From here on this is a connection of aiohttp's."""
+        self.front.connections.discard(self)
+        web = self.front.make_web()
+        self._transport.set_protocol(web)
+        web.connection_made(self._transport)
+        web.data_received(self._pending)
+
+    # ---- answering
+
+    async def _serve(self, exchange: LeanExchange) -> None:
+        try:
+            await self.front.handler(exchange)
+        except Exception:
+            logger.exception("a request failed inside the router path=%s", exchange.api)
+            if not exchange.has_begun:
+                exchange.answer(failure(500, "the router failed; its log says how").body(), 500)
+        finally:
+            self._task = None
+            if not exchange.is_complete or self.front.is_closing:
+                self._transport.close()
+            elif not self.is_lost:
+                self._await_next()
+
+    def _await_next(self) -> None:
+        self.deadline_s = self.front.now_s() + KEEPALIVE_S
+        if self._pending:
+            self._transport.resume_reading()
+            self.front.loop.call_soon(self.data_received, b"")
+
+    def _refuse(self, status: int, message: str) -> None:
+        exchange = LeanExchange(self, Api.GENERATE, {}, b"")
+        exchange.reply["Connection"] = "close"
+        exchange.answer(failure(status, message, retryable=True).body(), status)
+
+
+class Front:
+    """A listening socket and its lean connections. Event loop thread only."""
+
+    def __init__(
+        self, handler: Handler, make_web: Callable[[], asyncio.Protocol], *, max_body_bytes: int
+    ) -> None:
+        """`make_web`: an aiohttp connection, as `web.Server` makes them."""
+        self.handler = handler
+        self.make_web = make_web
+        self.max_body_bytes = max_body_bytes
+        self.loop = asyncio.get_running_loop()
+        self.now_s = self.loop.time
+        self.connections: set[_Connection] = set()
+        self.is_closing = False
+        self.date = formatdate(usegmt=True)
+        self._sweeper: asyncio.TimerHandle | None = None
+        self._server: asyncio.Server | None = None
+
+    async def listen(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
+        """Begin to serve; the port. Raises ConfigError if the address cannot be had."""
+        try:
+            self._server = await self.loop.create_server(
+                lambda: _Connection(self), host, port, backlog=1024, ssl=tls
+            )
+        except OSError as error:
+            raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
+        self._sweep()
+        number: int = self._server.sockets[0].getsockname()[1]
+        return number
+
+    async def close(self) -> None:
+        """Accept nobody; end what is idle now, and the rest when it has been answered."""
+        self.is_closing = True
+        if self._sweeper is not None:
+            self._sweeper.cancel()
+        if self._server is not None:
+            self._server.close()
+        for connection in list(self.connections):
+            connection.close()
+
+    def _sweep(self) -> None:
+        self.date = formatdate(usegmt=True)
+        now_s = self.now_s()
+        for connection in list(self.connections):
+            if connection.deadline_s is not None and connection.deadline_s < now_s:
+                connection.expire()
+        self._sweeper = self.loop.call_later(SWEEP_S, self._sweep)

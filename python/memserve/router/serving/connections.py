@@ -1,0 +1,230 @@
+"""Kept-alive HTTP connections to instances, as lean as requests for generation allow.
+
+One request at a time on each; the answer's bytes are given out as they come. Knows no calls, no roles
+and no retries: it raises what the network raises.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections import deque
+from collections.abc import Callable
+from typing import cast
+from urllib.parse import urlsplit
+
+import httptools
+
+from memserve.router.cluster.instance import Snapshot
+
+CONNECT_TIMEOUT_S = 3.0
+KEEPALIVE_S = 2.0
+"""Less than the 5 s after which SGLang closes an idle connection, so that none closes under a request."""
+MAX_UNREAD_BYTES = 256 << 10
+"""What may wait for a slow client until the instance is made to wait as well."""
+
+
+class BrokenAnswer(ConnectionError):
+    """What an instance sent is no HTTP, or ended too early."""
+
+
+class Connection(asyncio.Protocol):
+    """One connection. The callbacks below `send` are httptools' and the loop's."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_free: Callable[[Connection], None]) -> None:
+        self.idle_since_s = 0.0
+        self.is_closed = False
+        self.status = 0
+        """Of the answer; 0 while it has not begun."""
+        self._loop = loop
+        self._on_free = on_free
+        self._is_busy = False
+        self._is_complete = False
+        self._ends_with_connection = True
+        self._can_be_kept = False
+        self._error: ConnectionError | None = None
+        self._chunks: list[bytes] = []
+        self._num_unread = 0
+        self._waiter: asyncio.Future[None] | None = None
+        self._wants_all = False
+
+    def send(self, request: bytes) -> None:
+        """Begin a request. The connection has to be new or free."""
+        self.status, self._is_busy, self._is_complete, self._wants_all = 0, True, False, False
+        self._ends_with_connection = True
+        self._can_be_kept = False
+        self._parser = httptools.HttpResponseParser(self)
+        self._transport.write(request)
+
+    async def answered(self) -> int:
+        """The status, once the answer's head is there. Raises ConnectionError."""
+        while not self.status:
+            await self._wait()
+        return self.status
+
+    async def next(self) -> bytes:
+        """What came since the last time, as soon as there is any; b"" at the end. Raises ConnectionError."""
+        while not self._chunks:
+            if self._is_complete:
+                return b""
+            await self._wait()
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        if self._num_unread > MAX_UNREAD_BYTES and not self.is_closed:
+            self._transport.resume_reading()
+        self._num_unread = 0
+        return data
+
+    async def read(self) -> bytes:
+        """All that is left. Raises ConnectionError."""
+        self._wants_all = True
+        if self._num_unread > MAX_UNREAD_BYTES and not self.is_closed:
+            self._transport.resume_reading()
+        while not self._is_complete:
+            await self._wait()
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self._num_unread = 0
+        return data
+
+    def release(self) -> None:
+        """Nobody reads on. Free for the next request if the answer was complete, else closed."""
+        if self.is_closed:
+            return
+        if self._is_complete and not self._chunks and self._can_be_kept:
+            self._is_busy = False
+            self.idle_since_s = self._loop.time()
+            self._on_free(self)
+        else:
+            self.close()
+
+    def close(self) -> None:
+        """Drop the connection at once."""
+        self.is_closed = True
+        self._transport.abort()
+
+    async def _wait(self) -> None:
+        if self._error is not None:
+            raise self._error
+        self._waiter = self._loop.create_future()
+        try:
+            await self._waiter
+        finally:
+            self._waiter = None
+        if self._error is not None and not self._is_complete:
+            raise self._error
+
+    def _wake(self) -> None:
+        if self._waiter is not None and not self._waiter.done():
+            self._waiter.set_result(None)
+
+    def _fail(self, error: ConnectionError) -> None:
+        self.is_closed = True
+        self._error = error
+        self._wake()
+
+    # ---- the loop's callbacks
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        self._transport = cast(asyncio.Transport, transport)
+
+    def data_received(self, data: bytes) -> None:
+        if not self._is_busy:  # an instance that speaks without being asked
+            self.close()
+            return
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserError as error:
+            self._transport.abort()
+            self._fail(BrokenAnswer(f"its answer is no HTTP: {error}"))
+
+    def connection_lost(self, error: Exception | None) -> None:
+        self.is_closed = True
+        if not self._is_busy or self._is_complete or self._error is not None:
+            return
+        if self.status and self._ends_with_connection and error is None:
+            self._is_complete = True
+            self._wake()
+        else:
+            self._fail(BrokenAnswer("the connection broke"))
+
+    # ---- the parser's callbacks
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        if len(name) in (14, 17) and name.lower() in (b"content-length", b"transfer-encoding"):
+            self._ends_with_connection = False
+
+    def on_headers_complete(self) -> None:
+        status: int = self._parser.get_status_code()
+        if status >= 200:
+            self.status = status
+            if not self._wants_all:
+                self._wake()
+
+    def on_body(self, body: bytes) -> None:
+        self._chunks.append(body)
+        if not self._wants_all:
+            self._num_unread += len(body)
+            if self._num_unread > MAX_UNREAD_BYTES:
+                self._transport.pause_reading()
+            self._wake()
+
+    def on_message_complete(self) -> None:
+        if self.status:
+            self._is_complete = True
+            self._can_be_kept = self._parser.should_keep_alive()
+            self._wake()
+
+
+class Connections:
+    """The connections to all instances. Event loop thread only."""
+
+    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
+        """`tls`: how https instances are verified; None: by the system's authorities."""
+        self._loop = asyncio.get_running_loop()
+        self._tls = tls
+        self._free: dict[str, deque[Connection]] = {}
+
+    def free(self, url: str) -> Connection | None:
+        """A connection to the instance at `url` that can be used at once; None if one has to be made."""
+        free = self._free.get(url)
+        while free:
+            connection = free.pop()
+            if not connection.is_closed:
+                if self._loop.time() - connection.idle_since_s < KEEPALIVE_S:
+                    return connection
+                connection.close()
+        return None
+
+    async def connect(self, url: str) -> Connection:
+        """A new one. Raises OSError; TimeoutError after `CONNECT_TIMEOUT_S`."""
+        parts = urlsplit(url)
+        tls = (self._tls or ssl.create_default_context()) if parts.scheme == "https" else None
+        free = self._free.setdefault(url, deque())
+        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+            _, connection = await self._loop.create_connection(
+                lambda: Connection(self._loop, free.append),
+                parts.hostname or "",
+                parts.port or (443 if tls else 80),
+                ssl=tls,
+            )
+        return connection
+
+    def keep(self, up: Snapshot) -> None:
+        """Close those that have been idle for long, and forget instances that are not up."""
+        urls = {instance.url for instance in up.all()}
+        old_s = self._loop.time() - KEEPALIVE_S
+        for url, free in list(self._free.items()):
+            while free and (free[0].is_closed or free[0].idle_since_s < old_s):
+                if not (connection := free.popleft()).is_closed:
+                    connection.close()
+            if not free and url not in urls:
+                del self._free[url]
+
+    def close(self) -> None:
+        """Close all that are free."""
+        for free in self._free.values():
+            for connection in free:
+                if not connection.is_closed:
+                    connection.close()
+        self._free.clear()
