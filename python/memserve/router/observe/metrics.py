@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+import prometheus_client
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
@@ -31,6 +32,7 @@ class RouterMetrics:
         self._counted: list[Counter | Gauge | Histogram] = []
         self._count_requests(durations)
         self._count_placing()
+        self._count_refusals()
         self.registry.register(_Counted(self._counted))
 
     def _count_requests(self, durations: tuple[float, ...]) -> None:
@@ -96,6 +98,17 @@ class RouterMetrics:
             "Moving mean of |predicted - observed| / observed, queue included.",
         )
         self._counted.append(self.prefill_seconds_error)
+
+    def _count_refusals(self) -> None:
+        self.refused = self._counter("refused", "Requests that were not let in.", "reason")
+        self.queue_seconds = self._histogram(
+            "queue_seconds", "What requests waited for their turn, if they had to.", _SECONDS
+        )
+
+    def show(self, name: str, help: str, value: Callable[[], float]) -> None:
+        """Show what `value` gives whenever somebody looks."""
+        shown = prometheus_client.Gauge(f"{PREFIX}_{name}", help, registry=self.registry)
+        shown.set_function(value)
 
     def watch(self, collector: Collector) -> None:
         """Show also what `collector` tells whenever somebody looks."""

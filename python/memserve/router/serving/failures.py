@@ -5,7 +5,8 @@ A failure is what HTTP shows of an error: status, message, whether to try again.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from math import ceil
 
 import msgspec
 
@@ -18,8 +19,11 @@ CLIENT_LEFT_STATUS = 499
 
 _TYPES = {
     401: "authentication_error",
+    403: "permission_error",
     404: "not_found_error",
+    408: "timeout",
     413: "request_too_large",
+    429: "rate_limit_error",
     501: "not_implemented_error",
     502: "bad_gateway",
     503: "service_unavailable",
@@ -86,6 +90,16 @@ class ClientLeft(MemServeError):
     """Nobody waits for the answer any more."""
 
 
+class Overloaded(Retryable):
+    """A request that was not let in, as there are too many, or its tenant's rate is used up."""
+
+    def __init__(self, message: str, status: int, after_s: float) -> None:
+        super().__init__(message)
+        self.status = status
+        self.after_s = after_s
+        """When it may be worth another try, in seconds."""
+
+
 class ShuttingDown(Retryable):
     """The router is stopping and gives up what still runs."""
 
@@ -96,6 +110,12 @@ class Failure:
 
     status: int
     error: JsonObject
+    retry_after_s: int | None = None
+    """When it may be worth another try, where that is known."""
+
+    def headers(self) -> dict[str, str]:
+        """What the response says beside its body."""
+        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
     def body(self) -> bytes:
         """The JSON of both SGLang's and OpenAI's envelope."""
@@ -118,6 +138,9 @@ def failure_of(error: MemServeError) -> Failure:
         return failure(503 if error.status == 503 else 502, str(error), retryable=True)
     if isinstance(error, LegTimeout):
         return failure(504, str(error), retryable=True)
+    if isinstance(error, Overloaded):
+        told = failure(error.status, f"{error}; try again later", retryable=True)
+        return replace(told, retry_after_s=max(1, ceil(error.after_s)))
     return failure(503, str(error), retryable=isinstance(error, Retryable))
 
 
