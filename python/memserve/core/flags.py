@@ -16,9 +16,12 @@ from typing import Any, TypeVar
 RecordT = TypeVar("RecordT")
 
 
-def setting(default: Any, help: str, *, metavar: str | None = None) -> Any:
-    """A dataclass field with its default and the line that `--help` shows for it."""
-    return dataclasses.field(default=default, metadata={"help": help, "metavar": metavar})
+def setting(default: Any, help: str, *, metavar: str | None = None, is_secret: bool = False) -> Any:
+    """A dataclass field with its default and the line that `--help` shows for it.
+
+    A secret is not in the record's repr.
+    """
+    return dataclasses.field(default=default, repr=not is_secret, metadata={"help": help, "metavar": metavar})
 
 
 def add_flags(parser: argparse.ArgumentParser, record: type[Any]) -> None:

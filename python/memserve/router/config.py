@@ -57,7 +57,40 @@ class RouterConfig:
         None, "secret shared by the cluster; needed as soon as --host is not this machine itself"
     )
     api_keys_file: Path | None = setting(
-        None, "lines of KEY TENANT: requests need one of the keys, and tenants share no cached blocks"
+        None,
+        "lines of KEY TENANT [rps=N] [tps=N] [weight=N]: requests need one of the keys, tenants share no "
+        "cached blocks, and have these requests and tokens per second and this share; read again when it "
+        "changes",
+    )
+    api_key: str | None = setting(
+        None,
+        "the key that servers want, and clients need unless there is --api-keys-file; others on this "
+        "machine can see it in the list of processes",
+        metavar="KEY",
+        is_secret=True,
+    )
+    admin_api_key_file: Path | None = setting(
+        None,
+        "lines of KEY: whoever has one may see and change workers; without it they are seen and changed "
+        "from this machine alone, and not at all with --api-keys-file",
+    )
+    ssl_certfile: Path | None = setting(None, "PEM file with the router's certificate: HTTP becomes HTTPS")
+    ssl_keyfile: Path | None = setting(None, "PEM file with its key")
+    ssl_ca_certs: Path | None = setting(
+        None, "PEM file with the authorities that https servers are verified by, instead of the system's"
+    )
+    max_concurrent_requests: int = setting(
+        -1, "how many requests run at once; more wait for their turn, in fair shares by tenant; -1: no limit"
+    )
+    queue_size: int = setting(100, "how many may wait; more are answered with 429")
+    queue_timeout_secs: float = setting(
+        60.0, "how long one may wait; then it is answered with 503 and told when to come again"
+    )
+    rate_limit_tokens_per_second: float | None = setting(
+        None, "how many requests may begin per second, all together; more are answered with 429", metavar="N"
+    )
+    max_buffered_mib: int = setting(
+        1024, "memory that request bodies may take, all together; more are answered with 503"
     )
     policy: PolicyName = setting(
         "prompt_tree",
@@ -122,24 +155,40 @@ class RouterConfig:
             "heartbeat_secs",
             "tree_audit_secs",
             "learnt_ttl_secs",
+            "queue_timeout_secs",
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} has to be more than 0")
         for name in (
             "shutdown_grace_period_secs",
             "drain_evacuate_secs",
+            "queue_size",
             "retry_max_retries",
             "retry_initial_backoff_ms",
             "retry_max_backoff_ms",
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')} cannot be negative")
-        for name in ("tree_budget_mib", "max_body_bytes", "cb_failure_threshold"):
+        for name in ("tree_budget_mib", "max_body_bytes", "cb_failure_threshold", "max_buffered_mib"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} has to be at least 1")
+        self._check_access()
         urls = [info.url for info in self.static]
         if repeated := {url for url in urls if urls.count(url) > 1}:
             raise ConfigError(f"{repeated.pop()} is named twice")
+
+    def _check_access(self) -> None:
+        """Raises ConfigError for limits and certificates that cannot be meant."""
+        if self.rate_limit_tokens_per_second is not None and not self.rate_limit_tokens_per_second > 0:
+            raise ConfigError("--rate-limit-tokens-per-second has to be more than 0")
+        if self.max_concurrent_requests == 0:
+            raise ConfigError("--max-concurrent-requests 0 would serve nobody; -1 is no limit")
+        if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
+            raise ConfigError("--ssl-certfile and --ssl-keyfile go together")
+        if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
+            raise ConfigError("--api-key has to be ASCII, and not empty")
+        if self.max_buffered_mib << 20 < self.max_body_bytes:
+            raise ConfigError("--max-buffered-mib has to leave room for one body of --max-body-bytes")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:

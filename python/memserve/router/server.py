@@ -24,10 +24,13 @@ from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.probe import Prober
 from memserve.router.config import RouterConfig
 from memserve.router.costs.cost_file import COSTS, read_costs
+from memserve.router.gate.access import Access
+from memserve.router.gate.opening import open_access
 from memserve.router.http.front import Front
 from memserve.router.http.generate import GenerateHandler, json_response
+from memserve.router.http.guard import Guard
 from memserve.router.http.pages import Pages
-from memserve.router.http.tenants import Tenants
+from memserve.router.http.tls import Certificate, client_context
 from memserve.router.http.workers_api import WorkersApi
 from memserve.router.observe.metrics import RouterMetrics
 from memserve.router.observe.state_metrics import StateCollector
@@ -52,6 +55,20 @@ TIDY_S = 0.25
 
 
 @dataclass(frozen=True, slots=True)
+class Secrets:
+    """What is read from files that may change meanwhile."""
+
+    access: Access
+    certificate: Certificate | None
+
+    def follow(self, *, is_asked: bool = False) -> None:
+        """Read those again that have changed; all of them if somebody asks."""
+        self.access.follow(is_asked=is_asked)
+        if self.certificate is not None:
+            self.certificate.follow(is_asked=is_asked)
+
+
+@dataclass(frozen=True, slots=True)
 class Router:
     """A router that is running."""
 
@@ -59,6 +76,7 @@ class Router:
     control_address: str
     cluster: Cluster
     state: RouterState
+    secrets: Secrets
 
     @property
     def pools(self) -> Pools:
@@ -76,7 +94,8 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
     Raises ConfigError if an address cannot be had.
     """
     key = ClusterKey.read(config.cluster_key_file) if config.cluster_key_file else None
-    tenants = Tenants.read(config.api_keys_file) if config.api_keys_file else None
+    secrets = _open_secrets(config)
+    access = secrets.access
     metrics = RouterMetrics()
     state = _new_state(config, metrics)
     metrics.watch(StateCollector(state))
@@ -88,8 +107,9 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         cluster.lost_contact(instance.instance_id, instance.epoch, reason)
 
     async with AsyncExitStack() as stack:
-        session = await stack.enter_async_context(open_session())
-        connections = Connections()
+        tls = client_context(config.ssl_ca_certs)
+        session = await stack.enter_async_context(open_session(tls, config.api_key))
+        connections = Connections(tls)
         stack.callback(connections.close)
         upstream = Upstream(connections, session, on_lost=on_lost)
         stack.push_async_callback(upstream.close)
@@ -98,7 +118,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         fetcher = Fetcher(key)
         stack.callback(fetcher.close)
         dispatcher = Dispatcher(state, fetcher, upstream, _patience(config), metrics)
-        generate = GenerateHandler(dispatcher, metrics, max_body_bytes=config.max_body_bytes, tenants=tenants)
+        generate = GenerateHandler(dispatcher, metrics, max_body_bytes=config.max_body_bytes, tenants=access)
         prober = Prober(
             cluster,
             pools,
@@ -112,21 +132,29 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
             cluster, pools, state.placer.num_running, key=key, evacuate_s=config.drain_evacuate_secs
         )
         stack.callback(drains.close)
-        workers = WorkersApi(state, drains, is_guarded=key is not None)
-        port = await _serve_http(
-            stack, config, generate, [*generate.routes(), *workers.routes(), *pages.routes()]
+        workers = WorkersApi(state, drains)
+        app = web.Application(
+            client_max_size=config.max_body_bytes, middlewares=[_answer_errors, Guard(access).middleware()]
         )
+        app.add_routes([*generate.routes(), *workers.routes(), *pages.routes()])
+        port = await _serve_http(stack, config, generate, app, secrets.certificate)
         handler = ControlHandler(cluster, pools, feed, asyncio.get_running_loop())
         control = ControlServer(config.host, _control_port(config, port), handler, key=key)
         stack.push_async_callback(asyncio.to_thread, control.close)
         stack.push_async_callback(generate.stop, config.shutdown_grace_period_secs)
-        keepers = [lambda: fetcher.keep(pools), drains.keep, lambda: connections.keep(cluster.up)]
+        keepers = [
+            secrets.follow,
+            lambda: fetcher.keep(pools),
+            drains.keep,
+            lambda: connections.keep(cluster.up),
+        ]
         for work in (prober.run(), _keep_up(state, keepers)):
             task = asyncio.create_task(work)
             task.add_done_callback(_end_if_failed)
             stack.callback(task.cancel)
-        url = f"http://{bracketed(config.host)}:{port}"
-        yield Router(url, control.address, cluster, state)
+        scheme = "https" if secrets.certificate else "http"
+        url = f"{scheme}://{bracketed(config.host)}:{port}"
+        yield Router(url, control.address, cluster, state, secrets)
 
 
 async def serve(config: RouterConfig) -> None:
@@ -136,6 +164,7 @@ async def serve(config: RouterConfig) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     async with running_router(config) as router:
+        loop.add_signal_handler(signal.SIGHUP, lambda: router.secrets.follow(is_asked=True))
         logger.info("router ready http=%s control=%s", router.url, router.control_address)
         hint = (
             "python -m memserve.launch_server --role prefill|decode|colocated --router %s --model-path MODEL"
@@ -175,6 +204,14 @@ def _new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
     return RouterState(cluster, pools, feed, followers, Tokenizers(config.tokenizer_path), placer, breakers)
 
 
+def _open_secrets(config: RouterConfig) -> Secrets:
+    """Raises ConfigError for a file of keys or a certificate that cannot be used."""
+    certificate = None
+    if config.ssl_certfile is not None and config.ssl_keyfile is not None:
+        certificate = Certificate(config.ssl_certfile, config.ssl_keyfile)
+    return Secrets(open_access(config), certificate)
+
+
 def _patience(config: RouterConfig) -> Patience:
     return Patience(
         timeout_s=config.request_timeout_secs,
@@ -204,18 +241,20 @@ def _end_if_failed(task: asyncio.Task[None]) -> None:
 
 
 async def _serve_http(
-    stack: AsyncExitStack, config: RouterConfig, generate: GenerateHandler, routes: list[web.RouteDef]
+    stack: AsyncExitStack,
+    config: RouterConfig,
+    generate: GenerateHandler,
+    app: web.Application,
+    certificate: Certificate | None,
 ) -> int:
     """Start the HTTP server; its port."""
-    app = web.Application(client_max_size=config.max_body_bytes, middlewares=[_answer_errors])
-    app.add_routes(routes)
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     assert runner.server is not None
     front = Front(generate.handle, runner.server, max_body_bytes=config.max_body_bytes)
     stack.push_async_callback(front.close)
-    return await front.listen(config.host, config.port)
+    return await front.listen(config.host, config.port, certificate.context if certificate else None)
 
 
 def _control_port(config: RouterConfig, http_port: int) -> int:

@@ -87,12 +87,16 @@ class Admission:
         clock: Callable[[], float],
         *,
         rates: Rates | None = None,
+        burst: float = 1.0,
     ) -> None:
-        """`max_running` None: no bound, and nobody waits. `rates` hold for all tenants together."""
+        """`max_running` None: no bound, and nobody waits.
+
+        `rates` hold for all tenants together; `burst` of their requests may come at once, if that is more.
+        """
         self._max_running = math.inf if max_running is None else max_running
         self._max_waiting = max_waiting
         self._clock = clock
-        self._all = Share("", rates or Rates(), *self._buckets(rates or Rates()))
+        self._all = Share("", rates or Rates(), *self._buckets(rates or Rates(), burst))
         self._shares: dict[str, Share] = {}
         self._queued: dict[str, Share] = {}
         """Those that have somebody waiting."""
@@ -180,11 +184,11 @@ class Admission:
 
     # ---- rates
 
-    def _buckets(self, rates: Rates) -> tuple[Bucket | None, Bucket | None]:
+    def _buckets(self, rates: Rates, burst: float = 1.0) -> tuple[Bucket | None, Bucket | None]:
         now_s = self._clock()
         requests, tokens = (
-            None if math.isinf(rate) else Bucket(rate, max(1.0, rate), now_s)
-            for rate in (rates.rps, rates.tps)
+            None if math.isinf(rate) else Bucket(rate, max(least, rate), now_s)
+            for rate, least in ((rates.rps, burst), (rates.tps, 1.0))
         )
         return requests, tokens
 

@@ -146,12 +146,6 @@ def parse_admins(path: Path, lines: list[str]) -> dict[str, bool]:
     return keys
 
 
-def bearer(authorization: str | None) -> str | None:
-    """The key in an Authorization header; None if there is none."""
-    kind, _, key = (authorization or "").partition(" ")
-    return key.strip() if kind.lower() == "bearer" else None
-
-
 def _said(lines: list[str]) -> list[tuple[int, list[str]]]:
     """Line numbers and words of those that say something; those that begin with # do not."""
     said = ((number, line.split()) for number, line in enumerate(lines, start=1))

@@ -14,8 +14,9 @@ from aiohttp import web
 
 from memserve.core.errors import MemServeError
 from memserve.router.cluster.instance import Route, Snapshot
+from memserve.router.gate.access import Access
 from memserve.router.http.exchange import Exchange, WebExchange
-from memserve.router.http.tenants import Tenants, salted
+from memserve.router.http.tenants import salted
 from memserve.router.observe.metrics import RouterMetrics
 from memserve.router.placing.explain import MAX_LISTED, explained
 from memserve.router.placing.placed import Placed
@@ -55,9 +56,8 @@ class GenerateHandler:
         metrics: RouterMetrics,
         *,
         max_body_bytes: int,
-        tenants: Tenants | None = None,
+        tenants: Access,
     ) -> None:
-        """`tenants`: who may ask; None: everybody, and all share one cache."""
         self._dispatcher = dispatcher
         self._tenants = tenants
         self._metrics = metrics
@@ -178,7 +178,7 @@ class GenerateHandler:
     ) -> tuple[Call, Snapshot]:
         """The call in a request, and who could serve it."""
         authorization = headers.get("authorization")
-        tenant = None if self._tenants is None else self._tenants.tenant_of(authorization)
+        tenant = self._tenants.tenant_of(authorization)
         model = body.get("model") if api is not Api.GENERATE else None
         candidates = self._dispatcher.candidates(model if isinstance(model, str) else None)
         limits = self._limits_of(candidates)
@@ -186,10 +186,10 @@ class GenerateHandler:
         call = msgspec.structs.replace(
             call,
             body_bytes=num_bytes,
-            authorization=authorization,
+            authorization=self._tenants.for_servers(authorization),
             wants_report=headers.get(REPORT, "0") != "0",
         )
-        return (call if tenant is None else salted(call, tenant)), candidates
+        return salted(call, tenant), candidates
 
     def _limits_of(self, candidates: Snapshot) -> Limits:
         if self._limits is None or self._limits[0] is not candidates:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 import time
 from dataclasses import asdict
 
@@ -15,12 +16,15 @@ from memserve import __version__
 from memserve.router.cluster.cluster import State
 from memserve.router.cluster.instance import Instance
 from memserve.router.http.generate import json_response
+from memserve.router.http.guard import IS_ADMIN
 from memserve.router.http.workers_api import describe_member
 from memserve.router.observe.metrics import CONTENT_TYPE, RouterMetrics
 from memserve.router.serving.api import JsonObject, encode_json
 from memserve.router.serving.failures import failure, message_of
 from memserve.router.serving.upstream import describe
 from memserve.router.state import RouterState
+
+_SECRET = re.compile(r"(api_key|password|secret)$|^launch_command$")
 
 logger = logging.getLogger(__name__)
 
@@ -64,8 +68,8 @@ class Pages:
         """200 as long as the router itself runs."""
         return web.Response(text="OK")
 
-    async def ready(self, _: web.Request) -> web.Response:
-        """200 if a request can be served now, else 503 with the reason."""
+    async def ready(self, request: web.Request) -> web.Response:
+        """200 if a request can be served now, else 503 with the reason; admins also see whose."""
         snapshot = self._cluster.snapshot
         reason = snapshot.why_unready()
         unchecked = [str(one.instance_id) for one in snapshot.all() if one.facts.vocab_size is None]
@@ -76,6 +80,8 @@ class Pages:
             "decode": len(snapshot.decodes),
             "colocated": len(snapshot.colocated),
             "draining": sum(member.state is State.DRAINING for member in self._cluster.members()),
+        }
+        inside: JsonObject = {
             "not_ready": {
                 str(member.info.instance_id): member.reason
                 for member in self._cluster.members()
@@ -84,6 +90,8 @@ class Pages:
             "token_ids_not_checked": unchecked,
             "placed_without_tokens": self._state.tokenizers.reasons(),
         }
+        if request[IS_ADMIN]:
+            page |= inside
         return json_response(encode_json(page), 200 if reason is None else 503)
 
     async def tree(self, request: web.Request) -> web.Response:
@@ -127,21 +135,26 @@ class Pages:
             return self._unavailable()
         return json_response(instances[0].facts.model_info)
 
-    async def server_info(self, _: web.Request) -> web.Response:
-        """What an answering instance says of itself, as a stock server would; everyone's under `workers`."""
+    async def server_info(self, request: web.Request) -> web.Response:
+        """What an answering instance says of itself, as a stock server would, but for its keys.
+
+        Admins see everyone's, under `workers`.
+        """
         instances = self._cluster.up.all()
         answers = await asyncio.gather(*(self._ask(one, "GET", "/server_info") for one in instances))
         infos = [msgspec.json.decode(body) if status == 200 else {} for status, body in answers]
-        infos = [info if isinstance(info, dict) else {} for info in infos]
+        infos = [info if isinstance(info := without_secrets(said), dict) else {} for said in infos]
         page: JsonObject = {
             **(infos[0] if infos else {}),
             "disaggregation_mode": "null",  # whoever asks here gets the whole of it
-            "router": {"version": __version__, "started": self._started_s, "members": self._members()},
-            "workers": [
+            "router": {"version": __version__, "started": self._started_s},
+        }
+        if request[IS_ADMIN]:
+            page["router"] = {"version": __version__, "started": self._started_s, "members": self._members()}
+            page["workers"] = [
                 {"instance_id": one.instance_id, "role": one.role, "url": one.url, "server_info": info}
                 for one, info in zip(instances, infos, strict=True)
-            ],
-        }
+            ]
         return json_response(encode_json(page))
 
     async def flush_cache(self, request: web.Request) -> web.Response:
@@ -216,6 +229,15 @@ class Pages:
             }
             for one in reversed(self._cluster.snapshot.all())
         }
+
+
+def without_secrets(value: object) -> object:
+    """What a server says of itself, but for its keys: SGLang tells those too, as fields and as flags."""
+    if isinstance(value, list):
+        return [without_secrets(one) for one in value]
+    if isinstance(value, dict):
+        return {name: without_secrets(one) for name, one in value.items() if not _SECRET.search(name)}
+    return value
 
 
 class _Concatenation(msgspec.Struct):

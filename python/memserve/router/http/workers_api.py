@@ -14,7 +14,6 @@ ID is an instance's id or its URL, percent-encoded or not. Knows no instances' o
 
 from __future__ import annotations
 
-import asyncio
 import math
 import re
 from collections.abc import Awaitable, Callable
@@ -74,26 +73,24 @@ class Drain(msgspec.Struct, forbid_unknown_fields=True):
 class WorkersApi:
     """Serves these pages. Event loop thread only."""
 
-    def __init__(self, state: RouterState, drains: Drains, *, is_guarded: bool) -> None:
-        """`is_guarded`: only this machine may change who works; others could have prompts sent to them."""
+    def __init__(self, state: RouterState, drains: Drains) -> None:
         self._state = state
         self._cluster = state.cluster
         self._drains = drains
-        self._is_guarded = is_guarded
 
     def routes(self) -> list[web.RouteDef]:
         """Where these pages are."""
-        one, change = "/workers/{id:.+}", self._change
+        one = "/workers/{id:.+}"
         return [
             web.get("/workers", self.show_all),
-            web.post("/workers", change(self.add)),
-            web.post(f"{one}/drain", change(self.drain)),
-            web.delete(f"{one}/drain", change(self.undrain)),
+            web.post("/workers", _answered(self.add)),
+            web.post(f"{one}/drain", _answered(self.drain)),
+            web.delete(f"{one}/drain", _answered(self.undrain)),
             web.get(one, _answered(self.show)),
-            web.delete(one, change(self.remove)),
+            web.delete(one, _answered(self.remove)),
             web.get("/list_workers", self.list_urls),
-            web.post("/add_worker", change(self.add_url)),
-            web.post("/remove_worker", change(self.remove_url)),
+            web.post("/add_worker", _answered(self.add_url)),
+            web.post("/remove_worker", _answered(self.remove_url)),
         ]
 
     async def show_all(self, _: web.Request) -> web.Response:
@@ -193,19 +190,6 @@ class WorkersApi:
         drained = _describe_drain(self._drains.look(member))
         return {**describe_member(member), "breaker": breaker, **drained}
 
-    def _change(self, handler: Handler) -> Handler:
-        """`handler`, for those who may."""
-
-        async def guarded(request: web.Request) -> web.Response:
-            if self._is_guarded and not is_from_here(request.transport):
-                message = "with a cluster key, workers are changed from the router's own machine only"
-                raise BadRequest(message, status=403)
-            if "Origin" in request.headers:
-                raise BadRequest("workers are not changed by web pages", status=403)
-            return await handler(request)
-
-        return _answered(guarded)
-
 
 def describe_member(member: Member) -> JsonObject:
     """What the router knows of an instance."""
@@ -257,14 +241,6 @@ def _describe_drain(drained: Drained) -> JsonObject:
             "reason": evacuation.reason or None,
         },
     }
-
-
-def is_from_here(transport: asyncio.BaseTransport | None) -> bool:
-    """Whether whoever is connected has this machine's own address."""
-    if transport is None:
-        return False
-    peer, own = transport.get_extra_info("peername"), transport.get_extra_info("sockname")
-    return bool(peer and own and peer[0] == own[0])
 
 
 def _answered(handler: Handler) -> Handler:

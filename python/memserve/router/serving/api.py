@@ -58,6 +58,9 @@ class Call(msgspec.Struct, frozen=True):
     wants_report: bool = False
     """A stream ends with a comment that tells what prefill reused."""
 
+    def __repr__(self) -> str:
+        return f"Call({self.api}, rid={self.rid})"  # neither prompts nor keys
+
     @property
     def is_stream(self) -> bool:
         """Whether the answer is an event stream."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
@@ -27,10 +28,13 @@ ABORT_AGAIN_S = 1.0
 _ERROR = b'data: {"error"'
 
 
-def open_session() -> aiohttp.ClientSession:
-    """Connections for what is not generation: probes, aborts, pages."""
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=60)
-    return aiohttp.ClientSession(connector=connector, headers={"Accept-Encoding": "identity"})
+def open_session(tls: ssl.SSLContext, api_key: str | None = None) -> aiohttp.ClientSession:
+    """Connections for what is not generation: probes, aborts, pages. `tls` verifies, `api_key` admits."""
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=60, ssl=tls)
+    headers = {"Accept-Encoding": "identity"}
+    if api_key is not None:
+        headers["Authorization"] = f"Bearer {api_key}"
+    return aiohttp.ClientSession(connector=connector, headers=headers)
 
 
 class Leg:

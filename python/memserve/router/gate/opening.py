@@ -1,0 +1,48 @@
+"""Makes a router's gate from its configuration. Decides nothing."""
+
+from __future__ import annotations
+
+import logging
+import time
+
+from memserve.core.hosts import is_loopback
+from memserve.router.config import RouterConfig
+from memserve.router.gate.access import Access
+from memserve.router.gate.admission import Admission
+from memserve.router.gate.gate import Gate
+from memserve.router.gate.keys import admin_keys, tenant_keys
+from memserve.router.gate.rates import Rates
+from memserve.router.observe.metrics import RouterMetrics
+
+logger = logging.getLogger(__name__)
+
+
+def open_access(config: RouterConfig) -> Access:
+    """Who may do what. Raises ConfigError for a key file that cannot be used."""
+    is_exposed = not is_loopback(config.host)
+    if is_exposed and config.ssl_certfile is None:
+        logger.warning(
+            "HTTP on %s leaves this machine in the clear, API keys and prompts with it: "
+            "start the router with --ssl-certfile and --ssl-keyfile, or behind a proxy that has them",
+            config.host,
+        )
+    return Access(
+        tenants=tenant_keys(config.api_keys_file) if config.api_keys_file else None,
+        api_key=config.api_key,
+        admins=admin_keys(config.admin_api_key_file) if config.admin_api_key_file else None,
+        is_exposed=is_exposed,
+    )
+
+
+def open_gate(config: RouterConfig, metrics: RouterMetrics) -> Gate:
+    """How much may be asked for."""
+    max_running = None if config.max_concurrent_requests < 1 else config.max_concurrent_requests
+    rate = config.rate_limit_tokens_per_second
+    admission = Admission(
+        max_running,
+        config.queue_size,
+        time.monotonic,
+        rates=Rates() if rate is None else Rates(rps=rate),
+        burst=max(rate or 1.0, max_running or 1.0),
+    )
+    return Gate(admission, queue_timeout_s=config.queue_timeout_secs, metrics=metrics)

@@ -1,0 +1,131 @@
+"""Stands before every page: whose it is to see, whose to change. What is not listed here is an admin's.
+
+Knows no page.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Awaitable, Callable
+from enum import Enum, auto
+from urllib.parse import urlsplit
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from memserve.core.errors import BadRequest
+from memserve.core.hosts import is_loopback
+from memserve.router.gate.access import Access
+from memserve.router.http.generate import json_response
+from memserve.router.serving.failures import failure_of
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+IS_ADMIN = "memserve.is_admin"
+"""Whether who asks may see what is inside: what pages that others see too tell of it."""
+_CHALLENGE = {"WWW-Authenticate": 'Basic realm="memserve"'}
+"""Has a browser ask for a key: as the password, with any name."""
+
+
+class Level(Enum):
+    """Whose a page is."""
+
+    OPEN = auto()
+    """Anybody's: is the router well, what does it count."""
+    CLIENT = auto()
+    """Of whoever may send requests."""
+    SHARED = auto()
+    """A client's, unless there are several: it reaches the requests of all."""
+    ADMIN = auto()
+    """It tells, or changes, how things are inside."""
+
+
+LEVELS = {
+    "/health": Level.OPEN,
+    "/liveness": Level.OPEN,
+    "/readiness": Level.OPEN,
+    "/metrics": Level.OPEN,
+    "/openapi.json": Level.OPEN,
+    "/generate": Level.CLIENT,
+    "/v1/chat/completions": Level.CLIENT,
+    "/v1/completions": Level.CLIENT,
+    "/v1/models": Level.CLIENT,
+    "/v1/models/{model}": Level.CLIENT,
+    "/model_info": Level.CLIENT,
+    "/get_model_info": Level.CLIENT,
+    "/server_info": Level.CLIENT,
+    "/get_server_info": Level.CLIENT,
+    "/explain": Level.CLIENT,
+    "/concate_and_append_request": Level.CLIENT,
+    "/abort_request": Level.SHARED,
+}
+"""By path, as it is routed. `/server_info` and `/readiness` tell admins more."""
+_CHANGES_WHEN_SEEN = {"/flush_cache"}
+
+
+class Guard:
+    """The check, and the aiohttp middleware that does it."""
+
+    def __init__(self, access: Access) -> None:
+        self._access = access
+
+    def level_of(self, path: str) -> Level:
+        """Whose the page is that is routed by `path`."""
+        level = LEVELS.get(path, Level.ADMIN)
+        if level is Level.SHARED:
+            return Level.ADMIN if self._access.has_tenants else Level.CLIENT
+        return level
+
+    def check(self, request: web.Request, path: str) -> None:
+        """Raises BadRequest for who may not have the page that is routed by `path`."""
+        authorization = request.headers.get("Authorization")
+        level = self.level_of(path)
+        if level is Level.ADMIN:
+            self._access.check_admin(authorization)
+            self._check_origin(request, path)
+        elif level is Level.CLIENT and not self._is_admin(authorization):
+            self._access.tenant_of(authorization)
+        request[IS_ADMIN] = self._access.is_admin(authorization)
+
+    def middleware(self) -> Middleware:
+        """What an aiohttp application wants."""
+
+        @web.middleware
+        async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+            resource = request.match_info.route.resource
+            if resource is None:  # there is no such page
+                return await handler(request)
+            try:
+                self.check(request, resource.canonical)
+            except BadRequest as error:
+                failed = failure_of(error)
+                headers = _CHALLENGE if failed.status == 401 and request.method == "GET" else None
+                return json_response(failed.body(), failed.status, headers)
+            return await handler(request)
+
+        return guarded
+
+    def _is_admin(self, authorization: str | None) -> bool:
+        return self._access.knows_admins and self._access.is_admin(authorization)
+
+    def _check_origin(self, request: web.Request, path: str) -> None:
+        """Other sites' pages, in a browser that may come here, change nothing and see nothing."""
+        changes = request.method not in ("GET", "HEAD") or path in _CHANGES_WHEN_SEEN
+        site = request.headers.get("Sec-Fetch-Site", "none")
+        if ("Origin" in request.headers and changes) or site not in ("none", "same-origin"):
+            raise BadRequest("web pages cannot do this", status=403)
+        # A name of an attacker's that points here is the same origin to a browser.
+        if not self._access.knows_admins and not _is_own_name(request.host):
+            raise BadRequest("without a key, write the router's address and not a name", status=403)
+
+
+def _is_own_name(host: str) -> bool:
+    """Whether a Host header is an address, or this machine's name for itself."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        if is_loopback(name):
+            return True
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True

@@ -1,0 +1,73 @@
+"""TLS: the router's certificate for its clients, and whom it believes to be a server. Knows no HTTP."""
+
+from __future__ import annotations
+
+import logging
+import ssl
+from pathlib import Path
+
+from memserve.core.errors import ConfigError
+from memserve.core.secret_file import read_secret_file
+
+logger = logging.getLogger(__name__)
+
+
+class Certificate:
+    """What the router shows its clients. A renewed one is read again. Event loop thread only."""
+
+    def __init__(self, certfile: Path, keyfile: Path) -> None:
+        """PEM files: the certificate with its chain, and its key.
+
+        Raises ConfigError if they cannot be read, do not belong together, or others may read the key.
+        """
+        self._certfile, self._keyfile = certfile, keyfile
+        self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+        self.context.set_alpn_protocols(["http/1.1"])
+        self._seen = self._stamp()
+        self._load()
+
+    def follow(self, *, is_asked: bool = False) -> None:
+        """Use new files for the connections to come; wrong ones change nothing, which is said once."""
+        stamp = self._stamp()
+        if stamp == self._seen and not is_asked:
+            return
+        self._seen = stamp
+        try:
+            # A context whose loading fails half-way may be left with a key that is not the certificate's.
+            Certificate(self._certfile, self._keyfile)
+            self._load()
+        except ConfigError as error:
+            logger.error("the certificate stays as it was: %s", error)
+        else:
+            logger.info("certificate read again path=%s", self._certfile)
+
+    def _load(self) -> None:
+        read_secret_file(self._keyfile, "TLS key")
+        try:
+            self.context.load_cert_chain(self._certfile, self._keyfile, password="")
+        except (OSError, ssl.SSLError) as error:
+            reason = getattr(error, "reason", None) or error.strerror or "it is no PEM file"
+            raise ConfigError(f"cannot use {self._certfile} with {self._keyfile}: {reason}") from error
+
+    def _stamp(self) -> tuple[int, ...]:
+        stamp: list[int] = []
+        for path in (self._certfile, self._keyfile):
+            try:
+                now = path.stat()
+            except OSError:
+                continue
+            stamp += [now.st_mtime_ns, now.st_size, now.st_ino, now.st_mode]
+        return tuple(stamp)
+
+
+def client_context(ca_certs: Path | None) -> ssl.SSLContext:
+    """How https servers are verified: by the system's authorities, or by those in a PEM file alone.
+
+    Raises ConfigError if it cannot be read.
+    """
+    try:
+        context = ssl.create_default_context(cafile=ca_certs)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"cannot read certificates from {ca_certs}: {error.strerror or error}") from error
+    context.set_alpn_protocols(["http/1.1"])
+    return context
