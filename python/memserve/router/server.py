@@ -24,13 +24,12 @@ from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.probe import Prober
 from memserve.router.config import RouterConfig
 from memserve.router.costs.cost_file import COSTS, read_costs
-from memserve.router.gate.access import Access
-from memserve.router.gate.opening import open_access
+from memserve.router.gate.opening import Secrets, open_secrets
+from memserve.router.gate.tls import client_context
 from memserve.router.http.front import Front
 from memserve.router.http.generate import GenerateHandler, json_response
 from memserve.router.http.guard import Guard
 from memserve.router.http.pages import Pages
-from memserve.router.http.tls import Certificate, client_context
 from memserve.router.http.workers_api import WorkersApi
 from memserve.router.observe.metrics import RouterMetrics
 from memserve.router.observe.state_metrics import StateCollector
@@ -52,20 +51,6 @@ logger = logging.getLogger(__name__)
 
 TIDY_S = 0.25
 """How often what has changed meanwhile is followed up, and a little of the tree's memory given back."""
-
-
-@dataclass(frozen=True, slots=True)
-class Secrets:
-    """What is read from files that may change meanwhile."""
-
-    access: Access
-    certificate: Certificate | None
-
-    def follow(self, *, is_asked: bool = False) -> None:
-        """Read those again that have changed; all of them if somebody asks."""
-        self.access.follow(is_asked=is_asked)
-        if self.certificate is not None:
-            self.certificate.follow(is_asked=is_asked)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +79,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
     Raises ConfigError if an address cannot be had.
     """
     key = ClusterKey.read(config.cluster_key_file) if config.cluster_key_file else None
-    secrets = _open_secrets(config)
+    secrets = open_secrets(config)
     access = secrets.access
     metrics = RouterMetrics()
     state = _new_state(config, metrics)
@@ -127,7 +112,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
             interval_s=config.health_check_interval_secs,
             clock=time.monotonic,
         )
-        pages = Pages(state, metrics, session)
+        pages = Pages(state, metrics, session, access)
         drains = Drains(
             cluster, pools, state.placer.num_running, key=key, evacuate_s=config.drain_evacuate_secs
         )
@@ -137,7 +122,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
             client_max_size=config.max_body_bytes, middlewares=[_answer_errors, Guard(access).middleware()]
         )
         app.add_routes([*generate.routes(), *workers.routes(), *pages.routes()])
-        port = await _serve_http(stack, config, generate, app, secrets.certificate)
+        port = await _serve_http(stack, config, generate, app, secrets)
         handler = ControlHandler(cluster, pools, feed, asyncio.get_running_loop())
         control = ControlServer(config.host, _control_port(config, port), handler, key=key)
         stack.push_async_callback(asyncio.to_thread, control.close)
@@ -204,14 +189,6 @@ def _new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
     return RouterState(cluster, pools, feed, followers, Tokenizers(config.tokenizer_path), placer, breakers)
 
 
-def _open_secrets(config: RouterConfig) -> Secrets:
-    """Raises ConfigError for a file of keys or a certificate that cannot be used."""
-    certificate = None
-    if config.ssl_certfile is not None and config.ssl_keyfile is not None:
-        certificate = Certificate(config.ssl_certfile, config.ssl_keyfile)
-    return Secrets(open_access(config), certificate)
-
-
 def _patience(config: RouterConfig) -> Patience:
     return Patience(
         timeout_s=config.request_timeout_secs,
@@ -245,7 +222,7 @@ async def _serve_http(
     config: RouterConfig,
     generate: GenerateHandler,
     app: web.Application,
-    certificate: Certificate | None,
+    secrets: Secrets,
 ) -> int:
     """Start the HTTP server; its port."""
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
@@ -254,7 +231,7 @@ async def _serve_http(
     assert runner.server is not None
     front = Front(generate.handle, runner.server, max_body_bytes=config.max_body_bytes)
     stack.push_async_callback(front.close)
-    return await front.listen(config.host, config.port, certificate.context if certificate else None)
+    return await front.listen(config.host, config.port, secrets.tls)
 
 
 def _control_port(config: RouterConfig, http_port: int) -> int:

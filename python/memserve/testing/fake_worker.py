@@ -59,6 +59,8 @@ class FakeWorker:
     healthy: bool = True
     num_special_tokens: int = 0
     """How many tokens, such as BOS, it puts before every text."""
+    server_info: Json = field(default_factory=dict)
+    """More of what it says of itself."""
     requests: list[Received] = field(default_factory=list)
     aborts: list[str] = field(default_factory=list)
     num_flushes: int = 0
@@ -198,7 +200,7 @@ class FakeWorker:
         info = {"disaggregation_mode": mode, "page_size": self.page_size, "version": "fake"}
         if self.cache_tokens is not None:
             info |= {"disable_radix_cache": False, "max_total_num_tokens": self.cache_tokens}
-        return web.json_response(info)
+        return web.json_response(info | self.server_info)
 
     async def _models(self, _: web.Request) -> web.Response:
         card = {"id": self.model, "object": "model", "max_model_len": self.context_tokens}

@@ -8,8 +8,6 @@ from typing import Any
 
 import pytest
 
-from memserve.core.errors import BadRequest, ConfigError
-from memserve.router.http.tenants import Tenants
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
 
@@ -33,37 +31,6 @@ def write(path: Path, text: str, mode: int = 0o600) -> Path:
 
 def auth(key: str) -> dict[str, str]:
     return {"Authorization": f"Bearer {key}"}
-
-
-def test_a_key_tells_whose_request_it_is(keys_file: Path) -> None:
-    tenants = Tenants.read(keys_file)
-    assert [tenants.tenant_of(f"Bearer {key}") for key in ("key-a", "key-b", "key-a2")] == [
-        "alice",
-        "bob",
-        "alice",
-    ]
-
-
-@pytest.mark.parametrize(
-    "header", [None, "", "Bearer", "Bearer ", "Bearer key-c", "Basic key-a", "key-a", "Bearer \x00"]
-)
-def test_nobody_else_is_let_in(keys_file: Path, header: str | None) -> None:
-    with pytest.raises(BadRequest) as caught:
-        Tenants.read(keys_file).tenant_of(header)
-    assert caught.value.status == 401
-
-
-@pytest.mark.parametrize("text", ["", "# none\n", "key\n", "key a b\n", "key a\nkey b\n"])
-def test_a_file_that_says_something_else_is_refused(tmp_path: Path, text: str) -> None:
-    with pytest.raises(ConfigError):
-        Tenants.read(write(tmp_path / "keys", text))
-
-
-def test_a_file_that_others_can_read_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="chmod 600"):
-        Tenants.read(write(tmp_path / "keys", KEYS, 0o644))
-    with pytest.raises(ConfigError, match="cannot read"):
-        Tenants.read(tmp_path / "missing")
 
 
 async def depths(stage: Stage, key: str, **fields: Any) -> set[int]:

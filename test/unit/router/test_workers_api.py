@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Coroutine
-from pathlib import Path
 from typing import Any
 from urllib.parse import quote
 
@@ -14,7 +13,6 @@ import yarl
 from memserve.core.ids import Epoch
 from memserve.router.cluster.cluster import State
 from memserve.router.config import STATIC_EPOCH
-from memserve.router.http.workers_api import is_from_here
 from memserve.router.serving.api import Call
 from memserve.router.text.token_records import Tokens
 from memserve.router.text.tokenizers import Tokenizers
@@ -372,27 +370,6 @@ def test_web_pages_change_nobody(run: Run) -> None:
             assert not stage.router.cluster.members()
 
     run(test())
-
-
-class Connection(asyncio.BaseTransport):
-    """Somebody at `peer`, connected to `own`."""
-
-    def __init__(self, peer: str, own: str) -> None:
-        super().__init__({"peername": (peer, 1), "sockname": (own, 2)})
-
-
-def test_with_a_cluster_key_only_this_machine_changes_workers(run: Run, tmp_path: Path) -> None:
-    async def test() -> None:
-        path = tmp_path / "cluster.key"
-        path.write_text("0123456789abcdef")
-        path.chmod(0o600)
-        async with staged(FakeWorker(), cluster_key_file=path) as stage:
-            assert (await ask(stage, "POST", path_of(stage.colocated) + "/drain"))[0] == 200
-
-    run(test())
-    assert is_from_here(Connection("10.0.0.1", "10.0.0.1"))
-    assert not is_from_here(Connection("10.0.0.2", "10.0.0.1"))
-    assert not is_from_here(None)
 
 
 async def restarted(stage: Stage, worker: FakeWorker, statuses: list[int]) -> None:

@@ -1,9 +1,11 @@
-"""Makes a router's gate from its configuration. Decides nothing."""
+"""Makes what stands at a router's door from its configuration. Decides nothing."""
 
 from __future__ import annotations
 
 import logging
+import ssl
 import time
+from dataclasses import dataclass
 
 from memserve.core.hosts import is_loopback
 from memserve.router.config import RouterConfig
@@ -12,13 +14,40 @@ from memserve.router.gate.admission import Admission
 from memserve.router.gate.gate import Gate
 from memserve.router.gate.keys import admin_keys, tenant_keys
 from memserve.router.gate.rates import Rates
+from memserve.router.gate.tls import Certificate
 from memserve.router.observe.metrics import RouterMetrics
 
 logger = logging.getLogger(__name__)
 
 
-def open_access(config: RouterConfig) -> Access:
-    """Who may do what. Raises ConfigError for a key file that cannot be used."""
+@dataclass(frozen=True, slots=True)
+class Secrets:
+    """What is read from files that may change meanwhile."""
+
+    access: Access
+    certificate: Certificate | None
+
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """How clients are served; None: in the clear."""
+        return self.certificate.context if self.certificate else None
+
+    def follow(self, *, is_asked: bool = False) -> None:
+        """Read those again that have changed; all of them if somebody asks."""
+        self.access.follow(is_asked=is_asked)
+        if self.certificate is not None:
+            self.certificate.follow(is_asked=is_asked)
+
+
+def open_secrets(config: RouterConfig) -> Secrets:
+    """Raises ConfigError for a file of keys, or a certificate, that cannot be used."""
+    certificate = None
+    if config.ssl_certfile is not None and config.ssl_keyfile is not None:
+        certificate = Certificate(config.ssl_certfile, config.ssl_keyfile)
+    return Secrets(_open_access(config), certificate)
+
+
+def _open_access(config: RouterConfig) -> Access:
     is_exposed = not is_loopback(config.host)
     if is_exposed and config.ssl_certfile is None:
         logger.warning(

@@ -21,8 +21,6 @@ from memserve.router.serving.failures import failure_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-IS_ADMIN = "memserve.is_admin"
-"""Whether who asks may see what is inside: what pages that others see too tell of it."""
 _CHALLENGE = {"WWW-Authenticate": 'Basic realm="memserve"'}
 """Has a browser ask for a key: as the password, with any name."""
 
@@ -85,7 +83,6 @@ class Guard:
             self._check_origin(request, path)
         elif level is Level.CLIENT and not self._is_admin(authorization):
             self._access.tenant_of(authorization)
-        request[IS_ADMIN] = self._access.is_admin(authorization)
 
     def middleware(self) -> Middleware:
         """What an aiohttp application wants."""

@@ -15,8 +15,8 @@ from aiohttp import web
 from memserve import __version__
 from memserve.router.cluster.cluster import State
 from memserve.router.cluster.instance import Instance
+from memserve.router.gate.access import Access
 from memserve.router.http.generate import json_response
-from memserve.router.http.guard import IS_ADMIN
 from memserve.router.http.workers_api import describe_member
 from memserve.router.observe.metrics import CONTENT_TYPE, RouterMetrics
 from memserve.router.serving.api import JsonObject, encode_json
@@ -36,8 +36,12 @@ FLUSH_WAIT_S = 5
 class Pages:
     """Serves everything but generation. Event loop thread only."""
 
-    def __init__(self, state: RouterState, metrics: RouterMetrics, session: aiohttp.ClientSession) -> None:
+    def __init__(
+        self, state: RouterState, metrics: RouterMetrics, session: aiohttp.ClientSession, access: Access
+    ) -> None:
+        """`access`: who sees how things are inside."""
         self._state = state
+        self._access = access
         self._cluster = state.cluster
         self._feed = state.feed
         self._metrics = metrics
@@ -90,7 +94,7 @@ class Pages:
             "token_ids_not_checked": unchecked,
             "placed_without_tokens": self._state.tokenizers.reasons(),
         }
-        if request[IS_ADMIN]:
+        if self._access.is_admin(request.headers.get("Authorization")):
             page |= inside
         return json_response(encode_json(page), 200 if reason is None else 503)
 
@@ -149,7 +153,7 @@ class Pages:
             "disaggregation_mode": "null",  # whoever asks here gets the whole of it
             "router": {"version": __version__, "started": self._started_s},
         }
-        if request[IS_ADMIN]:
+        if self._access.is_admin(request.headers.get("Authorization")):
             page["router"] = {"version": __version__, "started": self._started_s, "members": self._members()}
             page["workers"] = [
                 {"instance_id": one.instance_id, "role": one.role, "url": one.url, "server_info": info}

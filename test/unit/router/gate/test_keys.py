@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from memserve.core.errors import ConfigError
-from memserve.router.gate.keys import KeyFile, Tenant, admin_keys, bearer, tenant_keys
+from memserve.router.gate.keys import KeyFile, Tenant, admin_keys, tenant_keys
 from memserve.router.gate.rates import Rates
 
 KEYS = "# keys\n\nkey-a alice rps=2 weight=3\nkey-b bob\nkey-a2 alice tps=50\n"
@@ -107,14 +107,6 @@ def test_a_file_is_read_again_if_somebody_asks(tmp_path: Path, caplog: pytest.Lo
     assert not caplog.records
     file.follow(is_asked=True)
     assert "keys=3" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("header", "key"),
-    [("Bearer k", "k"), ("bearer  k ", "k"), ("Basic k", None), ("k", None), ("", None), (None, None)],
-)
-def test_a_key_is_a_bearers(header: str | None, key: str | None) -> None:
-    assert bearer(header) == key
 
 
 def test_strange_bytes_are_nobodys_key(tmp_path: Path) -> None:
