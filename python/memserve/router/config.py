@@ -128,6 +128,11 @@ class RouterConfig:
         50, "wait before the first of them; twice as long before each next one", metavar="MS"
     )
     retry_max_backoff_ms: int = setting(2000, "but no longer than this", metavar="MS")
+    resume: Literal["auto", "never"] = setting(
+        "auto",
+        "whether a stream that an instance leaves is continued by another one, where that gives the same "
+        "text: greedy requests, and all of them with --enable-deterministic-inference",
+    )
     cb_failure_threshold: int = setting(
         5, "an instance that fails so many requests in a row gets none while there are others"
     )

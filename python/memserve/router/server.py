@@ -35,9 +35,11 @@ from memserve.router.observe.metrics import RouterMetrics
 from memserve.router.observe.state_metrics import StateCollector
 from memserve.router.placing.fetching import Fetcher
 from memserve.router.placing.placement import Placer, PlacerSettings
+from memserve.router.serving.attempt import Runner
 from memserve.router.serving.connections import Connections
 from memserve.router.serving.dispatch import Dispatcher
 from memserve.router.serving.failures import failure
+from memserve.router.serving.resuming import Resumer
 from memserve.router.serving.retry import Patience
 from memserve.router.serving.upstream import Upstream, open_session
 from memserve.router.state import RouterState
@@ -102,7 +104,9 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         stack.push_async_callback(state.followers.close)
         fetcher = Fetcher(key)
         stack.callback(fetcher.close)
-        dispatcher = Dispatcher(state, fetcher, upstream, _patience(config), metrics)
+        resumer = Resumer(state.tokenizers, metrics, is_on=config.resume == "auto")
+        runner = Runner(upstream, state.placer, fetcher)
+        dispatcher = Dispatcher(state, runner, resumer, _patience(config), metrics)
         generate = GenerateHandler(dispatcher, metrics, max_body_bytes=config.max_body_bytes, tenants=access)
         prober = Prober(
             cluster,

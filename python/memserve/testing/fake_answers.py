@@ -25,8 +25,14 @@ class Script:
     message: str = "scripted failure"
     drop_before: int | None = None
     """Reset the connection when this token would be next; 0: before any byte."""
+    continues: bool = False
+    """Like a greedy model: a prompt that ends with the ids of its first tokens is answered with the rest."""
     gates: Mapping[int, asyncio.Event] = field(default_factory=dict)
     """Hold token number k (or, one past the last, the end) back until its event is set."""
+
+
+FIRST_ID = 1000
+"""The id of a script's first token; the others follow."""
 
 
 def num_parts(body: Json) -> int | None:
@@ -47,8 +53,10 @@ class Answers:
         self._script = script
         self._role = role
         self._parts = num_parts(body)
+        self._start = _num_said(body, len(script.tokens)) if script.continues else 0
+        tokens = script.tokens[self._start :]
         # A prefill server answers with the one token it computed.
-        self._tokens = script.tokens[:1] if role is Role.PREFILL else script.tokens
+        self._tokens = tokens[:1] if role is Role.PREFILL else tokens
         self.num_tokens = len(self._tokens)
 
     def whole(self) -> Json | list[Json]:
@@ -93,7 +101,7 @@ class Answers:
         meta: Json = {
             "id": self._rid(part),
             "finish_reason": {"type": "stop"} if finished else None,
-            "prompt_tokens": self._script.prompt_tokens,
+            "prompt_tokens": self._script.prompt_tokens + self._start,
             "completion_tokens": num_tokens,
             "cached_tokens": self._script.cached_tokens,
         }
@@ -101,7 +109,9 @@ class Answers:
             known = self._role is not Role.DECODE
             meta["input_token_logprobs"] = [[-0.5, 7, f"in{part}"]] if known else []
             meta["output_token_logprobs"] = [[-0.1, i, self._tokens[i]] for i in range(num_tokens)]
-        return {"text": "".join(self._tokens[:num_tokens]), "meta_info": meta}
+        first = FIRST_ID + self._start
+        ids = list(range(first, first + num_tokens))
+        return {"text": "".join(self._tokens[:num_tokens]), "output_ids": ids, "meta_info": meta}
 
     def _choice(self, part: int, text: str, numbers: range) -> Json:
         last = numbers.stop == self.num_tokens
@@ -141,6 +151,15 @@ class Answers:
     def _rid(self, part: int) -> str:
         rid = self._body.get("rid")
         return str(rid[part] if isinstance(rid, list) else rid)
+
+
+def _num_said(body: Json, most: int) -> int:
+    """How many of the script's tokens a prompt of ids ends with."""
+    ids = body.get("input_ids") or body.get("prompt")
+    if not isinstance(ids, list):
+        return 0
+    said = range(FIRST_ID, FIRST_ID + most)
+    return next((n for n in range(most, 0, -1) if ids[-n:] == list(said[:n])), 0)
 
 
 def _event(item: Json) -> bytes:

@@ -20,11 +20,14 @@ class Ask:
         self._path = path
         self._body = body or {"text": "hello"}
         self.headers: Any = {}
+        self.begun = asyncio.Event()
+        """The client has its status."""
         self.task = asyncio.create_task(self._run())
 
     async def _run(self) -> tuple[int, str]:
         async with self._stage.client.post(self._stage.url(self._path), json=self._body) as response:
             self.headers = response.headers
+            self.begun.set()
             return response.status, await response.text()
 
 

@@ -173,6 +173,7 @@ def read_facts(url: str, role: Role, model_info: bytes, server_info: bytes, mode
         page_size=following.page_tokens,
         model_info=model_info,
         following=following,
+        is_deterministic=server.get("enable_deterministic_inference") is True,
     )
 
 

@@ -40,6 +40,13 @@ class RouterMetrics:
         self.retries = self._counter(
             "retries", "Requests done again as an instance was lost or failed.", "reason"
         )
+        self.resumed = self._counter(
+            "resumed",
+            "Streams whose server was lost or failed: continued from the tokens they had, repeated from the "
+            "prompt, refused (they end with an error), or diverged (the next server answered differently).",
+            "outcome",
+        )
+        self.harmful = self._counter("harmful", "Requests given up as several servers were lost with them.")
         self.request_seconds = self._histogram(
             "request_seconds", "From a request's head to the end of its answer.", durations, "path"
         )

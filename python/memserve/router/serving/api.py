@@ -55,6 +55,8 @@ class Call(msgspec.Struct, frozen=True):
     body_bytes: int = 0
     """As it came over the wire."""
     authorization: str | None = None
+    timeout_s: float | None = None
+    """How long its client waits for the whole answer, if it says so."""
     wants_report: bool = False
     """A stream ends with a comment that tells what prefill reused."""
 

@@ -1,35 +1,32 @@
-"""From a checked call to an answer: read, placed, its history fetched if that pays, and run there.
+"""From a checked call to an answer: read, placed, and tried until an instance has given all of it.
 
-read ──> Prompt      answer, stream:  place ── fetch ── legs ── prefilled ── ended
-                                        ^                │ an instance failed, and the client
-                                        └──── a while ───┘ has seen nothing yet
+read ──> Prompt      answer, stream:  place ── attempt ──> the answer
+                                        ^         │ an instance failed: the same again, or what
+                                        └─ a while┘ goes on with what the client has seen
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from typing import Any, Protocol, TypeVar
-
-import msgspec
+from typing import TypeVar
 
 from memserve.core.errors import BadRequest
-from memserve.router.cluster.instance import Instance, Pair, Snapshot
+from memserve.router.cluster.instance import Snapshot
 from memserve.router.observe.metrics import RouterMetrics
 from memserve.router.placing.decision import Decision
-from memserve.router.placing.fetching import Fetcher
 from memserve.router.placing.placed import Placed
-from memserve.router.serving.api import Api, Call, encode_json
+from memserve.router.serving.api import Call
+from memserve.router.serving.attempt import Runner
+from memserve.router.serving.continuation import Diverged
 from memserve.router.serving.failures import LegFailed, LegTimeout, NoRoute, WorkerFault
-from memserve.router.serving.merge import prefill_cached_tokens, rid_field
-from memserve.router.serving.pair import OnPrefilled, PairRunner, Write
-from memserve.router.serving.retry import Alias, Patience, choices, wait_s
-from memserve.router.serving.samples import SampleJoiner, as_batch, as_singles, join_answers
-from memserve.router.serving.sse import data_of
-from memserve.router.serving.upstream import Upstream
+from memserve.router.serving.relay import Sink
+from memserve.router.serving.resume import Resumption
+from memserve.router.serving.resuming import Resumer
+from memserve.router.serving.retry import Alias, Patience, choices, harmed, wait_s
 from memserve.router.state import RouterState
 from memserve.router.text.prompts import Prompt, PromptReader
 
@@ -43,17 +40,6 @@ DEFAULT_MODEL = "default"
 """What SGLang calls the model that a request does not name."""
 
 
-class Sink(Protocol):
-    """The client's end of a stream."""
-
-    @property
-    def has_begun(self) -> bool:
-        """Whether the client may have seen anything."""
-
-    async def write(self, chunk: bytes) -> None:
-        """Send `chunk` now. Raises ClientLeft."""
-
-
 @dataclass(frozen=True, slots=True)
 class Job:
     """A call that can be placed."""
@@ -64,14 +50,30 @@ class Job:
     """The one that is meant, also if the call names none; None if nobody was there to serve any."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """What is asked this time, and under which name."""
+
+    call: Call
+    alias: Alias | None = None
+    resumption: Resumption | None = None
+    """How its events follow those that the client has."""
+
+    @classmethod
+    def anew(cls, call: Call, resumption: Resumption | None = None) -> _Attempt:
+        """One more, under a name of its own."""
+        alias = Alias()
+        return cls(alias.of(call), alias, resumption)
+
+
 class Dispatcher:
     """Runs calls. Event loop thread only."""
 
     def __init__(
         self,
         state: RouterState,
-        fetcher: Fetcher,
-        upstream: Upstream,
+        runner: Runner,
+        resumer: Resumer,
         patience: Patience,
         metrics: RouterMetrics,
     ) -> None:
@@ -79,9 +81,8 @@ class Dispatcher:
         self._placer = state.placer
         self._breakers = state.breakers
         self._reader = PromptReader(state.tokenizers)
-        self._fetcher = fetcher
-        self._upstream = upstream
-        self._pairs = PairRunner(upstream)
+        self._runner = runner
+        self._resumer = resumer
         self._patience = patience
         self._metrics = metrics
 
@@ -120,16 +121,48 @@ class Dispatcher:
         return decision
 
     async def answer(self, job: Job, on_placed: OnPlaced) -> bytes:
-        """The whole answer. Raises NoRoute, LegTimeout, and what `Upstream.leg` raises."""
-        return await self._tried(job, on_placed, self._answer, lambda: False)
+        """The whole answer. Raises NoRoute, Harmful, LegTimeout, and what `Upstream.leg` raises."""
+
+        async def run(attempt: _Attempt, placed: Placed) -> bytes:
+            answer = await self._runner.answer(attempt.call, placed)
+            return attempt.alias.removed(answer) if attempt.alias else answer
+
+        async def again(_: WorkerFault) -> _Attempt:
+            return _Attempt.anew(job.call)
+
+        return await self._tried(job, on_placed, run, again)
 
     async def stream(self, job: Job, on_placed: OnPlaced, sink: Sink) -> None:
-        """Write the events as they come. Raises as `answer`, maybe after a write."""
+        """Write the events as they come. Raises as `answer`, and Diverged; maybe after a write."""
+        outlet = self._resumer.outlet(job.call, sink, self._ready(job))
 
-        async def run(call: Call, placed: Placed, alias: Alias | None) -> None:
-            await self._stream(call, placed, alias.remover(sink.write) if alias else sink.write)
+        async def run(attempt: _Attempt, placed: Placed) -> None:
+            resumption = attempt.resumption
+            write = outlet.writer(attempt.alias, resumption.continuation if resumption else None)
+            try:
+                await self._runner.stream(attempt.call, placed, write)
+            except WorkerFault:
+                rest = self._resumer.rest_of(job.call, outlet)
+                if rest is None:
+                    raise
+                await outlet.write(rest)
+            except Diverged:
+                self._resumer.count("diverged")
+                raise
+            await outlet.end()
+            if resumption is not None:
+                self._resumer.count("continued" if resumption.num_kept else "repeated")
 
-        await self._tried(job, on_placed, run, lambda: sink.has_begun)
+        async def go_on(fault: WorkerFault) -> _Attempt:
+            if not sink.has_begun:
+                return _Attempt.anew(job.call)
+            resumed = await self._resumer.resumed(job.call, job.model, outlet, self._ready(job))
+            if isinstance(resumed, str):
+                fault.why_not_resumed = resumed
+                raise fault
+            return _Attempt.anew(resumed.call, resumed)
+
+        await self._tried(job, on_placed, run, go_on)
 
     # ---- attempts
 
@@ -137,31 +170,38 @@ class Dispatcher:
         self,
         job: Job,
         on_placed: OnPlaced,
-        run: Callable[[Call, Placed, Alias | None], Coroutine[Any, Any, T]],
-        has_begun: Callable[[], bool],
+        run: Callable[[_Attempt, Placed], Awaitable[T]],
+        then: Callable[[WorkerFault], Awaitable[_Attempt]],
     ) -> T:
-        """What `run` gives, again elsewhere while it is the instances that fail and nothing was seen."""
-        placed, alias, faults = self._place(job), None, list[WorkerFault]()
-        async with self._in_time() as ends_s:
+        """What `run` gives, again elsewhere while it is the instances that fail.
+
+        `then` says what is tried next, or raises what the client is told.
+        """
+        placed, attempt, faults = self._place(job), _Attempt(job.call), list[WorkerFault]()
+        async with self._in_time(job.call) as ends_s:
             while True:
                 on_placed(placed, len(faults) + 1)
                 try:
-                    result = await run(alias.of(job.call) if alias else job.call, placed, alias)
+                    result = await run(attempt, placed)
                 except WorkerFault as fault:
                     faults.append(fault)
                     self._note(fault, placed, len(faults))
-                    if has_begun():
-                        raise
-                    placed, alias = await self._place_again(job, faults, ends_s), Alias()
+                    if (harm := harmed(faults)) is not None:
+                        self._metrics.harmful.inc()
+                        raise harm from fault
+                    attempt = await then(fault)
+                    placed = await self._place_again(job, faults, ends_s)
                 else:
                     for instance in placed.instances:
                         self._breakers.answered(instance)
                     return result
 
     @asynccontextmanager
-    async def _in_time(self) -> AsyncIterator[float]:
+    async def _in_time(self, call: Call) -> AsyncIterator[float]:
         """A block that has to end by the loop time it is given. Raises LegTimeout."""
         timeout_s = self._patience.timeout_s
+        if call.timeout_s is not None:
+            timeout_s = min(timeout_s, call.timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
                 yield asyncio.get_running_loop().time() + timeout_s
@@ -214,100 +254,3 @@ class Dispatcher:
             for instance in placed.instances:
                 if instance.instance_id == fault.instance_id:
                     self._breakers.failed(instance)
-
-    # ---- one attempt
-
-    async def _answer(self, call: Call, placed: Placed, alias: Alias | None) -> bytes:
-        async with self._running(call, placed) as on_prefilled:
-            answer = await self._run(call, placed, on_prefilled)
-        return alias.removed(answer) if alias else answer
-
-    async def _run(self, call: Call, placed: Placed, on_prefilled: OnPrefilled) -> bytes:
-        route = placed.route
-        if not isinstance(route, Pair):
-            whole = await self._upstream.fetch(route.worker, call, _own_body(call))
-            self._placer.prefilled(placed, _num_cached(call, whole), is_timely=False)
-            return whole
-        if call.num_samples == 1:
-            return await self._pairs.answer(call, route, on_prefilled)
-        if call.api is Api.GENERATE:
-            return await self._pairs.answer(as_batch(call), route, on_prefilled)
-        answers = await _all(self._pairs.answer(single, route, on_prefilled) for single in as_singles(call))
-        return join_answers(call, answers)
-
-    async def _stream(self, call: Call, placed: Placed, write: Write) -> None:
-        route = placed.route
-        async with self._running(call, placed) as on_prefilled:
-            if not isinstance(route, Pair):
-                await self._relay(call, route.worker, on_prefilled, write)
-            elif call.num_samples == 1:
-                await self._pairs.stream(call, route, on_prefilled, write)
-            elif call.api is Api.GENERATE:
-                await self._pairs.stream(as_batch(call), route, on_prefilled, write)
-            else:
-                await self._stream_samples(call, route, on_prefilled, write)
-
-    @asynccontextmanager
-    async def _running(self, call: Call, placed: Placed) -> AsyncIterator[OnPrefilled]:
-        """A call on its way, its history fetched before; settled however the block is left."""
-
-        def on_prefilled(answer: bytes) -> None:
-            self._placer.prefilled(placed, _num_cached(call, answer))
-
-        is_answered = False
-        try:
-            if placed.plan is not None:
-                self._placer.fetched(placed, await self._fetcher.run(placed.plan))
-            yield on_prefilled
-            is_answered = True
-        finally:
-            self._placer.ended(placed, is_answered=is_answered)
-
-    async def _relay(self, call: Call, worker: Instance, on_prefilled: OnPrefilled, write: Write) -> None:
-        async with self._upstream.leg(worker, call, _own_body(call)) as leg:
-            if chunk := await leg.first():
-                on_prefilled(data_of(chunk))
-            while chunk:
-                await write(chunk)
-                chunk = await leg.next()
-
-    async def _stream_samples(self, call: Call, pair: Pair, on_prefilled: OnPrefilled, write: Write) -> None:
-        joiner = SampleJoiner(call)
-
-        async def run(sample: int, single: Call) -> None:
-            async def write_sample(chunk: bytes) -> None:
-                if joined := joiner.feed(sample, chunk):
-                    await write(joined)
-
-            await self._pairs.stream(single, pair, on_prefilled, write_sample)
-
-        await _all(run(sample, single) for sample, single in enumerate(as_singles(call)))
-        await write(joiner.end())
-
-
-def _own_body(call: Call) -> bytes:
-    """The body for a server that does everything itself."""
-    return encode_json({**call.body, "rid": rid_field(call)})
-
-
-def _num_cached(call: Call, answer: bytes) -> int | None:
-    """Prompt tokens that were cached, all prompts together, by an answer or the first event of one."""
-    try:
-        cached = prefill_cached_tokens(call, answer)
-    except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
-        return None  # an event that says nothing of it, or has come in part
-    if isinstance(cached, list):
-        counts = [one for one in cached if one is not None]
-        return sum(counts) if len(counts) == len(cached) else None
-    return cached
-
-
-async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Every result; the first failure cancels the rest and is raised."""
-    tasks = [asyncio.create_task(one) for one in work]
-    try:
-        return await asyncio.gather(*tasks)
-    finally:
-        for task in tasks:
-            task.cancel()
-        await asyncio.wait(tasks)

@@ -5,6 +5,7 @@ A failure is what HTTP shows of an error: status, message, whether to try again.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
@@ -45,10 +46,13 @@ class WorkerFault(Retryable):
         self.instance_id = instance_id
         self.num_attempts = 1
         """How often the request has been tried, on this instance and others."""
+        self.why_not_resumed: str | None = None
+        """Why nobody goes on with the stream that has begun."""
 
     def __str__(self) -> str:
         tried = f" (attempt {self.num_attempts}, the last)" if self.num_attempts > 1 else ""
-        return super().__str__() + tried
+        resumed = f"; the answer is not continued: {self.why_not_resumed}" if self.why_not_resumed else ""
+        return super().__str__() + tried + resumed
 
 
 class LegLost(WorkerFault):
@@ -59,6 +63,7 @@ class LegLost(WorkerFault):
     def __init__(self, instance_id: InstanceId, role: str, reason: str, *, was_sent: bool = True) -> None:
         """`was_sent`: the instance had the request, or part of it."""
         super().__init__(instance_id, f"the {role} server {instance_id} was lost: {reason}")
+        self.role = role
         self.reason = reason
         self.was_sent = was_sent
 
@@ -71,6 +76,17 @@ class LegFailed(WorkerFault):
     def __init__(self, instance_id: InstanceId, role: str, status: int, message: str) -> None:
         super().__init__(instance_id, f"the {role} server {instance_id} failed with {status}: {message}")
         self.status = status
+
+
+class Harmful(MemServeError):
+    """The request was at several instances when each was lost: it is not tried on one more."""
+
+    def __init__(self, role: str, instances: Sequence[InstanceId]) -> None:
+        names = ", ".join(instances)
+        super().__init__(
+            f"{len(instances)} {role} servers were lost while they worked on this request ({names}): "
+            "it may be what ended them, and is not tried on another one; change it before you send it again"
+        )
 
 
 class LegTimeout(Retryable):
@@ -136,6 +152,8 @@ def failure_of(error: MemServeError) -> Failure:
         return failure(error.status, error.message, field=error.field)
     if isinstance(error, LegFailed):
         return failure(503 if error.status == 503 else 502, str(error), retryable=True)
+    if isinstance(error, Harmful):
+        return failure(502, str(error), code="request_ended_servers")
     if isinstance(error, LegTimeout):
         return failure(504, str(error), retryable=True)
     if isinstance(error, Overloaded):

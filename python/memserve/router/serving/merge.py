@@ -7,6 +7,7 @@ the prompt (its logprobs, what of it was cached) is known to prefill only.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import msgspec
 
@@ -46,9 +47,9 @@ def rid_field(call: Call) -> object:
     return call.rid if call.num_prompts is None else list(call.rids)
 
 
-def merge_answers(call: Call, prefill: bytes, decode: bytes) -> bytes:
-    """Decode's whole answer, with what prefill knows of the prompt."""
-    theirs, ours = decode_json(prefill), decode_json(decode)
+def merge_answers(call: Call, prefill: Any, decode: bytes) -> bytes:
+    """Decode's whole answer, with what prefill's, parsed, knows of the prompt."""
+    theirs, ours = prefill, decode_json(decode)
     if call.api is Api.GENERATE:
         pairs = [(theirs, ours)] if isinstance(ours, dict) else list(zip(theirs, ours, strict=True))
         for one, other in pairs:
@@ -59,19 +60,18 @@ def merge_answers(call: Call, prefill: bytes, decode: bytes) -> bytes:
     if call.wants_input_logprobs:
         for one, other in zip(theirs["choices"], ours["choices"], strict=True):
             _prepend_logprobs(one, other)
-    cached = prefill_cached_tokens(call, prefill)
+    cached = cached_tokens_in(call, theirs)
     if cached is not None and isinstance(ours.get("usage"), dict):
         details = ours["usage"].get("prompt_tokens_details") or {}
         ours["usage"]["prompt_tokens_details"] = {**details, "prefill_cached_tokens": cached}
     return encode_json(ours)
 
 
-def prefill_cached_tokens(call: Call, prefill: bytes) -> int | list[int] | None:
-    """How many prompt tokens prefill had cached, for each prompt of a native batch.
+def cached_tokens_in(call: Call, answer: Any) -> int | list[int] | None:
+    """How many prompt tokens were cached by a parsed answer, for each prompt of a native batch.
 
     None if it does not say: OpenAI's endpoints do only with --enable-cache-report.
     """
-    answer = decode_json(prefill)
     if call.api is Api.GENERATE:
         if isinstance(answer, list):
             return [one["meta_info"].get("cached_tokens") for one in answer]
@@ -85,9 +85,10 @@ def prefill_cached_tokens(call: Call, prefill: bytes) -> int | list[int] | None:
 class LogprobMerger:
     """Puts prefill's logprobs of the prompt into the events of decode's stream."""
 
-    def __init__(self, call: Call, prefill: bytes) -> None:
+    def __init__(self, call: Call, prefill: Any) -> None:
+        """`prefill`: its answer, parsed."""
         self._api = call.api
-        self._prefill = decode_json(prefill)
+        self._prefill = prefill
         self._seen: set[int] = set()
 
     def rewrite(self, event: bytes) -> bytes:

@@ -10,21 +10,25 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
 from typing import Any, TypeVar
+
+import msgspec
 
 from memserve.router.cluster.instance import Instance, Pair
 from memserve.router.serving.api import Call, encode_json
 from memserve.router.serving.failures import LegFailed, LegLost
-from memserve.router.serving.merge import LogprobMerger, leg_bodies, merge_answers, prefill_cached_tokens
+from memserve.router.serving.merge import LogprobMerger, cached_tokens_in, leg_bodies, merge_answers
+from memserve.router.serving.relay import Write, relay
 from memserve.router.serving.sse import DONE, EventSplitter
 from memserve.router.serving.upstream import Upstream
 
 T = TypeVar("T")
-Write = Callable[[bytes], Awaitable[None]]
-OnPrefilled = Callable[[bytes], None]
-"""Told of prefill's answer, as soon as it is there."""
+OnPrefilled = Callable[[Any], None]
+"""Told of prefill's answer, parsed, as soon as it is there."""
+
+decode_json = msgspec.json.Decoder().decode
 
 PREFILL_END_S = 1.0
 """After decode's last byte prefill has nothing left to do but to say so."""
@@ -56,11 +60,11 @@ class PairRunner:
     @asynccontextmanager
     async def _prefilling(
         self, call: Call, instance: Instance, body: bytes, on_prefilled: OnPrefilled
-    ) -> AsyncIterator[asyncio.Task[bytes]]:
-        """Prefill's leg as a task; taken back if the block is left before it has ended."""
+    ) -> AsyncIterator[asyncio.Task[Any]]:
+        """Prefill's leg as a task, which gives its answer parsed; taken back if the block is left before."""
 
-        async def prefill() -> bytes:
-            answer = await self._upstream.fetch(instance, call, body)
+        async def prefill() -> Any:
+            answer = _parsed(instance, await self._upstream.fetch(instance, call, body))
             on_prefilled(answer)
             return answer
 
@@ -74,21 +78,18 @@ class PairRunner:
                 task.exception()  # it was raised above, or no longer matters
 
     async def _relay(
-        self, call: Call, decode: Instance, body: bytes, prefill: asyncio.Task[bytes], write: Write
+        self, call: Call, decode: Instance, body: bytes, prefill: asyncio.Task[Any], write: Write
     ) -> None:
         async with self._upstream.leg(decode, call, body) as leg:
-            chunk = await leg.first()
             if call.wants_input_logprobs or call.wants_report:
                 write = _Rewriter(call, prefill, write).write
-            while chunk:
-                await write(chunk)
-                chunk = await leg.next()
+            await relay(leg, write)
 
 
 class _Rewriter:
     """A stream to which prefill has something to add."""
 
-    def __init__(self, call: Call, prefill: asyncio.Task[bytes], write: Write) -> None:
+    def __init__(self, call: Call, prefill: asyncio.Task[Any], write: Write) -> None:
         self._call = call
         self._prefill = prefill
         self._write = write
@@ -112,11 +113,11 @@ class _Rewriter:
         """A comment: clients that did not ask for it would not even see it."""
         if not self._call.wants_report:
             return b""
-        cached = prefill_cached_tokens(self._call, await asyncio.shield(self._prefill))
+        cached = cached_tokens_in(self._call, await asyncio.shield(self._prefill))
         return b": memserve " + encode_json({"prefill_cached_tokens": cached}) + b"\n\n"
 
 
-async def unless_fails(prefill: asyncio.Task[bytes], decode: Coroutine[Any, Any, T]) -> T:
+async def unless_fails(prefill: asyncio.Task[Any], decode: Coroutine[Any, Any, T]) -> T:
     """The result of `decode`; if `prefill` fails first, its error, with `decode` cancelled.
 
     If both have failed, and one of them was lost, then that is why the other one failed.
@@ -136,6 +137,15 @@ async def unless_fails(prefill: asyncio.Task[bytes], decode: Coroutine[Any, Any,
         if not task.done():
             task.cancel()
             await asyncio.wait((task,))
+
+
+def _parsed(instance: Instance, answer: bytes) -> Any:
+    """Raises LegFailed for what is no JSON."""
+    try:
+        return decode_json(answer)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        message = f"its answer is no JSON: {error}"
+        raise LegFailed(instance.instance_id, instance.role, 502, message) from error
 
 
 def _draw_room() -> int:

@@ -17,7 +17,11 @@ from msgspec import structs
 from memserve.core.ids import InstanceId
 from memserve.router.cluster.instance import Snapshot
 from memserve.router.serving.api import Call
+from memserve.router.serving.failures import Harmful, LegLost, WorkerFault
 from memserve.router.serving.sse import EventSplitter
+
+MAX_LOST = 2
+"""So many instances of one role may be lost with a request on board."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +48,21 @@ def wait_s(patience: Patience, num_tries: int, left_s: float) -> float | None:
     backoff_s = min(patience.initial_backoff_s * 2.0 ** min(num_tries - 1, 60), patience.max_backoff_s)
     wait_s = backoff_s * (1 + patience.draw()) / 2
     return wait_s if wait_s < left_s else None
+
+
+def harmed(faults: Sequence[WorkerFault]) -> Harmful | None:
+    """Why a request that has met `faults` must reach no other instance; None if it may.
+
+    An instance that was lost before the request had reached it was not lost for it.
+    """
+    lost: dict[str, dict[InstanceId, None]] = {}
+    for fault in faults:
+        if isinstance(fault, LegLost) and fault.was_sent:
+            lost.setdefault(fault.role, {})[fault.instance_id] = None
+    for role, instances in lost.items():
+        if len(instances) >= MAX_LOST:
+            return Harmful(role, tuple(instances))
+    return None
 
 
 def choices(snapshot: Snapshot, failed: Sequence[InstanceId]) -> Iterator[Snapshot]:

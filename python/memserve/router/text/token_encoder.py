@@ -18,7 +18,7 @@ import re
 import threading
 from array import array
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from tokenizers import Tokenizer as Backend
@@ -93,6 +93,11 @@ class Encoder:
         if framed and self._frame is not None:
             encoded.ids = self._frame.before + encoded.ids + self._frame.after
         return encoded
+
+    def decode(self, ids: Sequence[int], *, skips_special: bool) -> str:
+        """The text of `ids`; half a character is U+FFFD. Unknown ids have none."""
+        text: str = self._backend.decode(list(ids), skip_special_tokens=skips_special)
+        return text
 
     def _pieces(self, text: str) -> Encoded:
         if self._cuts is None:

@@ -42,6 +42,8 @@ Ask = Callable[[JsonObject], Awaitable[object]]
 """Posts a body to a server's /v1/tokenize; gives its answer as parsed JSON, None if it was refused."""
 
 NUM_THREADS = 2
+_READ_BACK = 5
+"""INIT_INCREMENTAL_DETOKENIZATION_OFFSET of SGLang."""
 NO_TEMPLATE = "a model without one chat template"
 UNCONFIRMED = "a tokenizer that the servers have not confirmed"
 
@@ -125,6 +127,15 @@ class Tokenizer:
             return call if call.body.get("echo") else structs.replace(call, body={**call.body, "prompt": ids})
         body = {name: value for name, value in call.body.items() if name != "text"}
         return structs.replace(call, body={**body, "input_ids": ids})
+
+    def text_after(self, prompt: Sequence[int], ids: Sequence[int], *, skips_special: bool) -> str:
+        """The text that `ids` add to `prompt`, as SGLang tells them apart.
+
+        Source: SGLang, Req.init_incremental_detokenize, which reads on from the prompt's last tokens.
+        """
+        before = prompt[-_READ_BACK:]
+        known = self._encoder.decode(before, skips_special=skips_special)
+        return self._encoder.decode([*before, *ids], skips_special=skips_special)[len(known) :]
 
     async def verify(self, server: str, server_info: JsonObject, ask: Ask) -> Agreement:
         """Have `server` read some texts and chats, and remember whether it reads them as we do.

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from memserve.core.errors import ConfigError, InstanceLost
@@ -73,6 +74,15 @@ class Tokenizers:
             return given_tokens(call, lambda name: name == model) or UnknownTokens(tokenizer)
         except CannotKnow as cannot:
             return UnknownTokens(cannot.reason)
+
+    def text_after(
+        self, model: str | None, prompt: Sequence[int], ids: Sequence[int], *, skips_special: bool
+    ) -> str:
+        """As `Tokenizer.text_after`; "" for a model without a tokenizer here."""
+        tokenizer = self._by_model.get(model or "")
+        if not isinstance(tokenizer, Tokenizer):
+            return ""
+        return tokenizer.text_after(prompt, ids, skips_special=skips_special)
 
     def forwardable(self, call: Call, model: str | None, tokens: Tokens) -> Call:
         """As `Tokenizer.forwardable`."""

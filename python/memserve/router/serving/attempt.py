@@ -1,0 +1,143 @@
+"""One attempt at a call, on the instances it was given to: fetched, run on its legs, settled.
+
+fetch ── legs ── prefilled ── ended
+Knows nothing of other attempts, nor of who asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Coroutine, Iterable
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import msgspec
+
+from memserve.router.cluster.instance import Instance, Pair
+from memserve.router.placing.fetching import Fetcher
+from memserve.router.placing.placed import Placed
+from memserve.router.placing.placement import Placer
+from memserve.router.serving.api import Api, Call, encode_json
+from memserve.router.serving.merge import cached_tokens_in, rid_field
+from memserve.router.serving.pair import OnPrefilled, PairRunner
+from memserve.router.serving.relay import Write, relay
+from memserve.router.serving.samples import SampleJoiner, as_batch, as_singles, join_answers
+from memserve.router.serving.sse import data_of
+from memserve.router.serving.upstream import Upstream
+
+T = TypeVar("T")
+
+decode_json = msgspec.json.Decoder().decode
+
+
+class Runner:
+    """Runs placed calls. Event loop thread only."""
+
+    def __init__(self, upstream: Upstream, placer: Placer, fetcher: Fetcher) -> None:
+        self._upstream = upstream
+        self._pairs = PairRunner(upstream)
+        self._placer = placer
+        self._fetcher = fetcher
+
+    async def answer(self, call: Call, placed: Placed) -> bytes:
+        """The whole answer. Raises what `Upstream.leg` raises."""
+        async with self._running(call, placed) as on_prefilled:
+            return await self._answer(call, placed, on_prefilled)
+
+    async def stream(self, call: Call, placed: Placed, write: Write) -> None:
+        """Write the answer as it comes. Raises what `Upstream.leg` and `write` raise."""
+        route = placed.route
+        async with self._running(call, placed) as on_prefilled:
+            if not isinstance(route, Pair):
+                await self._relay(call, route.worker, on_prefilled, write)
+            elif call.num_samples == 1:
+                await self._pairs.stream(call, route, on_prefilled, write)
+            elif call.api is Api.GENERATE:
+                await self._pairs.stream(as_batch(call), route, on_prefilled, write)
+            else:
+                await self._stream_samples(call, route, on_prefilled, write)
+
+    async def _answer(self, call: Call, placed: Placed, on_prefilled: OnPrefilled) -> bytes:
+        route = placed.route
+        if not isinstance(route, Pair):
+            whole = await self._upstream.fetch(route.worker, call, _own_body(call))
+            self._placer.prefilled(placed, _num_cached(call, _parsed(whole)), is_timely=False)
+            return whole
+        if call.num_samples == 1:
+            return await self._pairs.answer(call, route, on_prefilled)
+        if call.api is Api.GENERATE:
+            return await self._pairs.answer(as_batch(call), route, on_prefilled)
+        answers = await _all(self._pairs.answer(single, route, on_prefilled) for single in as_singles(call))
+        return join_answers(call, answers)
+
+    @asynccontextmanager
+    async def _running(self, call: Call, placed: Placed) -> AsyncIterator[OnPrefilled]:
+        """A call on its way, its history fetched before; settled however the block is left."""
+
+        def on_prefilled(answer: Any) -> None:
+            self._placer.prefilled(placed, _num_cached(call, answer))
+
+        is_answered = False
+        try:
+            if placed.plan is not None:
+                self._placer.fetched(placed, await self._fetcher.run(placed.plan))
+            yield on_prefilled
+            is_answered = True
+        finally:
+            self._placer.ended(placed, is_answered=is_answered)
+
+    async def _relay(self, call: Call, worker: Instance, on_prefilled: OnPrefilled, write: Write) -> None:
+        def on_first(chunk: bytes) -> None:
+            on_prefilled(_parsed(data_of(chunk)))
+
+        async with self._upstream.leg(worker, call, _own_body(call)) as leg:
+            await relay(leg, write, on_first)
+
+    async def _stream_samples(self, call: Call, pair: Pair, on_prefilled: OnPrefilled, write: Write) -> None:
+        joiner = SampleJoiner(call)
+
+        async def run(sample: int, single: Call) -> None:
+            async def write_sample(chunk: bytes) -> None:
+                if joined := joiner.feed(sample, chunk):
+                    await write(joined)
+
+            await self._pairs.stream(single, pair, on_prefilled, write_sample)
+
+        await _all(run(sample, single) for sample, single in enumerate(as_singles(call)))
+        await write(joiner.end())
+
+
+def _own_body(call: Call) -> bytes:
+    """The body for a server that does everything itself."""
+    return encode_json({**call.body, "rid": rid_field(call)})
+
+
+def _parsed(answer: bytes) -> Any:
+    """None for what is no JSON: an event that has come in part."""
+    try:
+        return decode_json(answer)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def _num_cached(call: Call, answer: Any) -> int | None:
+    """Prompt tokens that were cached, all prompts together, by a parsed answer or the first event of one."""
+    try:
+        cached = cached_tokens_in(call, answer)
+    except (KeyError, TypeError, AttributeError):
+        return None  # an event that says nothing of it, or has come in part
+    if isinstance(cached, list):
+        counts = [one for one in cached if one is not None]
+        return sum(counts) if len(counts) == len(cached) else None
+    return cached
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Every result; the first failure cancels the rest and is raised."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)

@@ -1,0 +1,182 @@
+"""Whether a stream that broke is continued by another server, and from where. Pure.
+
+    greedy, or the servers are deterministic ── why_not ──> None
+        /generate, nothing that looks back    prompt + the tokens that were streamed
+        anything else                         the same request again; what repeats is left out
+
+Both give the text of an undisturbed run, as far as servers compute alike; what they say twice has to be
+the same. The second costs the decoding of what was streamed, once more.
+
+A request looks back if what comes next depends on what was generated other than as a part of the
+prompt would: penalties, grammars, parsers of reasoning and tools. Stop strings are kept out of the cut:
+so much of the text is generated again that none can begin before it and end after it.
+
+Seeds: SGLang 0.5.23 draws a token from (seed, position) with --enable-deterministic-inference, and with
+it only (sampling_batch_info.py); otherwise a seed is not even looked at.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from msgspec import structs
+
+from memserve.router.serving.api import Api, Call, JsonObject
+from memserve.router.serving.continuation import Continuation, Kept, NativeContinuation, OpenAiContinuation
+from memserve.router.serving.sse import DONE
+from memserve.router.serving.transcript import TEXT, Seen, Unreadable
+
+TextOf = Callable[[Sequence[int]], str]
+"""The text that generated tokens add to the prompt, by the model's tokenizer; "" if nobody can tell."""
+
+SAMPLES = "it is sampled: only greedy requests (temperature 0) can be, or all with deterministic servers"
+
+MAX_STEPS_BACK = 256
+"""How many tokens are generated again, at most, for the sake of a stop string or half a character."""
+_GREEDY = 1e-6
+"""SGLang takes a lower temperature for 0."""
+_HALF = "�"
+
+# What a request may contain, beside what is false or null, and still not look back.
+_PLAIN_SAMPLING = frozenset(
+    {
+        *("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "min_new_tokens", "stop", "n"),
+        *("stop_token_ids", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens"),
+        *("no_stop_trim", "sampling_seed", "stream_interval", "logit_bias"),
+    }
+)
+_NEUTRAL = {"repetition_penalty": 1}
+_PLAIN_NATIVE = frozenset(
+    {"text", "input_ids", "sampling_params", "stream", "rid", "extra_key", "cache_salt", "priority", "user"}
+)
+# What has a state at the servers, or answers with more than text.
+_NEVER = (
+    *("session_id", "session_params", "return_hidden_states", "return_routed_experts"),
+    *("return_sampling_mask", "return_indexer_topk", "custom_logit_processor", "use_beam_search"),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Resumption:
+    """How a broken stream goes on."""
+
+    call: Call
+    """What another server is asked."""
+    continuation: Continuation
+    num_kept: int
+    """Generated tokens that have become a part of the prompt; 0: it does all of it again."""
+
+
+def why_not(call: Call, *, is_deterministic: bool) -> str | None:
+    """Why a stream of `call` could not be continued; None if it could.
+
+    `is_deterministic`: all servers sample by seed and position.
+    """
+    for name in _NEVER:
+        if call.body.get(name):
+            return f"{name} is set"
+    for params in _params(call):
+        if (params.get("beam_width") or 1) != 1:
+            return "beam_width is set"
+        if not is_deterministic and not _is_greedy(params):
+            return SAMPLES
+    return None
+
+
+def closing(call: Call, seen: Seen) -> bytes | None:
+    """What is left to say to a client that has the whole answer; None if it has not."""
+    if seen.is_done:
+        return b""
+    count = (call.num_prompts or 1) * call.num_samples
+    if len(seen.choices) < count or not all(one.is_finished for one in seen.choices.values()):
+        return None
+    options: Any = call.body.get("stream_options") or {}
+    is_told = call.api is Api.GENERATE or seen.has_usage or not options.get("include_usage")
+    return DONE if is_told else None
+
+
+def resumption(call: Call, seen: Seen, prompt: Sequence[int] | None, text_of: TextOf) -> Resumption:
+    """How a stream of `call`, of which `why_not` knows nothing bad, goes on after `seen`.
+
+    `prompt` are its token ids, if it has one prompt and they are known. `seen` is left as it is.
+    Raises Unreadable.
+    """
+    if seen.is_incremental and call.body.get("return_logprob"):
+        raise Unreadable("it tells logprobs in parts")
+    seen = copy.deepcopy(seen)
+    if call.api is not Api.GENERATE:
+        field = ("text",) if call.api is Api.COMPLETIONS else ("content",)
+        return Resumption(call, OpenAiContinuation(seen, Kept(), field, _stops(call.body)), 0)
+    kept = Kept()
+    if prompt and _is_plain(call) and list(seen.choices) == [0] and seen.is_incremental is not None:
+        params: Any = call.body["sampling_params"]
+        choice = seen.choices[0]
+        if not choice.meta.get("reasoning_tokens"):
+            kept = keep(choice.ids, choice.parts.get(TEXT, ""), _stops(params), text_of)
+            call = _continued(call, params, prompt, kept)
+    return Resumption(call, NativeContinuation(seen, kept), len(kept.ids))
+
+
+def keep(ids: Sequence[int], text: str, stops: Sequence[str], text_of: TextOf) -> Kept:
+    """The longest part of what was generated that can stand in the prompt.
+
+    Its text has to be known, to be whole, and to leave out the length of the longest stop string less one:
+    one that begins in it would have ended what was streamed.
+    """
+    longest = len(text) - max((len(stop) - 1 for stop in stops), default=0)
+    for count in range(len(ids), max(0, len(ids) - MAX_STEPS_BACK), -1):
+        kept = text_of(ids[:count])
+        if kept and len(kept) <= longest and not kept.endswith(_HALF) and text.startswith(kept):
+            return Kept(tuple(ids[:count]), kept)
+    return Kept()
+
+
+def _continued(call: Call, params: JsonObject, prompt: Sequence[int], kept: Kept) -> Call:
+    """`call` from the prompt and `kept`."""
+    if not kept.ids:
+        return call
+    count = len(kept.ids)
+    left: JsonObject = {name: max(0, value - count) for name, value in _lengths(params).items()}
+    body = {name: value for name, value in call.body.items() if name != "text"}
+    body |= {"input_ids": [*prompt, *kept.ids], "sampling_params": {**params, **left}}
+    return structs.replace(call, body=body)
+
+
+def _is_plain(call: Call) -> bool:
+    """Whether a /generate call with one prompt does not look back."""
+    params = call.body.get("sampling_params")
+    if not isinstance(params, dict) or call.num_prompts is not None or call.num_samples != 1:
+        return False
+    if any(value for name, value in call.body.items() if name not in _PLAIN_NATIVE):
+        return False
+    # A server may have a default of its own for what is not given.
+    if "max_new_tokens" not in _lengths(params):
+        return False
+    others = {name: value for name, value in params.items() if name not in _PLAIN_SAMPLING and value}
+    return all(_NEUTRAL.get(name) == value for name, value in others.items())
+
+
+def _lengths(params: JsonObject) -> dict[str, int]:
+    values = {name: params.get(name) for name in ("max_new_tokens", "min_new_tokens")}
+    return {name: value for name, value in values.items() if isinstance(value, int)}
+
+
+def _params(call: Call) -> list[JsonObject]:
+    """The sampling parameters of each prompt."""
+    if call.api is not Api.GENERATE:
+        return [call.body]
+    params = call.body.get("sampling_params") or {}
+    return list(params) if isinstance(params, list) else [params]  # type: ignore[list-item]
+
+
+def _is_greedy(params: JsonObject) -> bool:
+    temperature = params.get("temperature")
+    return params.get("top_k") == 1 or (isinstance(temperature, int | float) and temperature < _GREEDY)
+
+
+def _stops(params: JsonObject) -> list[str]:
+    stop = params.get("stop") or []
+    return [stop] if isinstance(stop, str) else [one for one in stop if isinstance(one, str)]  # type: ignore[attr-defined]
