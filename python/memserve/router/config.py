@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from memserve.core.errors import ConfigError
 from memserve.core.flags import add_flags, from_namespace, setting
 from memserve.core.ids import Epoch, InstanceId
+from memserve.router.text.prompts import RoutingKeys
 from memserve.wire.messages import InstanceInfo, Role
 
 DEFAULT_PORT = 30000
@@ -109,6 +110,12 @@ class RouterConfig:
         "model directory with the tokenizer for requests; the instances' own --model-path unless given; "
         "none: leave it to them, and place requests by load and session",
         metavar="DIR",
+    )
+    routing_keys: RoutingKeys = setting(
+        "auto",
+        "how a prompt is looked up in the prompt tree; tokens: exactly, and its ids go on; text: by "
+        "hashes of its text, which costs less and finds what servers that report nothing were sent; auto: "
+        "tokens where the tokenizer is known, else text",
     )
     costs: str = setting(
         "gpu", "what work costs to begin with: gpu, cpu, or a file that benchmark/fit_cost_model.py wrote"

@@ -43,6 +43,7 @@ from memserve.router.serving.resuming import Resumer
 from memserve.router.serving.retry import Patience
 from memserve.router.serving.upstream import Upstream, open_session
 from memserve.router.state import RouterState
+from memserve.router.text.prompts import PromptReader
 from memserve.router.text.tokenizers import Tokenizers
 from memserve.router.tree.feed import TreeFeed
 from memserve.router.tree.followers import MAX_NAMED_KEYS, Followers
@@ -190,7 +191,9 @@ def _new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
     )
     placer = Placer(settings, feed, pools, followers, metrics, clock)
     breakers = Breakers(threshold=config.cb_failure_threshold, timeout_s=config.cb_timeout_secs, clock=clock)
-    return RouterState(cluster, pools, feed, followers, Tokenizers(config.tokenizer_path), placer, breakers)
+    tokenizers = Tokenizers(config.tokenizer_path)
+    reader = PromptReader(tokenizers, config.routing_keys)
+    return RouterState(cluster, pools, feed, followers, tokenizers, placer, breakers, reader)
 
 
 def _patience(config: RouterConfig) -> Patience:

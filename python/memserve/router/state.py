@@ -8,6 +8,7 @@ from memserve.router.cluster.breaker import Breakers
 from memserve.router.cluster.cluster import Cluster
 from memserve.router.cluster.pools import Pools
 from memserve.router.placing.placement import Placer
+from memserve.router.text.prompts import PromptReader
 from memserve.router.text.tokenizers import Tokenizers
 from memserve.router.tree.feed import TreeFeed
 from memserve.router.tree.followers import Followers
@@ -24,3 +25,4 @@ class RouterState:
     tokenizers: Tokenizers
     placer: Placer
     breakers: Breakers
+    reader: PromptReader

@@ -80,6 +80,7 @@ class Snapshot:
     decodes: tuple[Instance, ...] = ()
     colocated: tuple[Instance, ...] = ()
     _serving: dict[str, Snapshot] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _named: dict[InstanceId, Instance] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, instances: Iterable[Instance]) -> Snapshot:
@@ -92,6 +93,12 @@ class Snapshot:
     def all(self) -> tuple[Instance, ...]:
         """Every instance, those that give answers first."""
         return self.colocated + self.decodes + self.prefills
+
+    def named(self, instance_id: InstanceId) -> Instance:
+        """The instance of that name. Raises KeyError."""
+        if not self._named:
+            self._named.update((it.instance_id, it) for it in self.all())
+        return self._named[instance_id]
 
     def models(self) -> tuple[str, ...]:
         """The names served here, each once."""

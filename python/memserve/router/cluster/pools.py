@@ -47,6 +47,7 @@ class Pools:
         """Random at first: the members of a router that restarted never seem unchanged."""
         self._grouped_at = -1
         self._grouped: dict[InstanceId, tuple[PoolInfo, ...]] = {}
+        self._memories: tuple[InstanceId, ...] = ()
 
     @property
     def version(self) -> int:
@@ -67,7 +68,8 @@ class Pools:
 
     def memories(self) -> tuple[InstanceId, ...]:
         """The names of memory instances."""
-        return tuple(name for name, infos in self._by_server().items() if infos[0].role is Role.MEMORY)
+        self._by_server()
+        return self._memories
 
     def age_s(self, member: PoolMember) -> float:
         """For how long it has been a member."""
@@ -130,6 +132,9 @@ class Pools:
             for info in self.infos():
                 server = server_of(info.instance_id)
                 self._grouped[server] = (*self._grouped.get(server, ()), info)
+            self._memories = tuple(
+                name for name, infos in self._grouped.items() if infos[0].role is Role.MEMORY
+            )
         return self._grouped
 
     def _replace(self, old: PoolInfo, new: PoolInfo) -> None:

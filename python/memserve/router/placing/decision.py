@@ -69,11 +69,8 @@ class Decision(msgspec.Struct, frozen=True):
     costs: CostModel
     policies: tuple[str, str]
     """Names of the policies that chose the prefill and the decode."""
-
-    @property
-    def chosen(self) -> Candidate:
-        """The prefill, as it was known."""
-        return next(it for it in self.situation.prefills if it.instance_id == self.prefill)
+    chosen: Candidate
+    """The prefill, as it was known."""
 
     @property
     def fetch_from(self) -> InstanceId | None:
@@ -117,17 +114,18 @@ def decide(
         situation,
         costs,
         (prefill_policy, decode_policy),
+        prefill,
     )
 
 
 def worthwhile_fetch(situation: Situation, prefill: Candidate, costs: CostModel) -> Fetch | None:
     """Eq. 2: from which other holder moving KV to `prefill` saves most, None if recomputing is as fast."""
     best, most = None, 0.0
-    tokens = situation.prompt_tokens
+    tokens, has = situation.prompt_tokens, prefill.total_blocks
     holders = [
         it
         for it in (*situation.prefills, *situation.decodes, *situation.holders)
-        if it.offered_blocks > prefill.total_blocks and it.instance_id != prefill.instance_id
+        if it.total_blocks > has and it.offered_blocks > has and it.instance_id != prefill.instance_id
     ]
     if holders and not costs.pairs:  # then from the deepest, if any: what a token saves grows with its place
         holders = [max(holders, key=lambda it: it.offered_blocks)]

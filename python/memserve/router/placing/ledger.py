@@ -92,23 +92,26 @@ class Ledger:
         self, instance_id: InstanceId, depth: Depth, now_s: float, fetchable_blocks: int | None = None
     ) -> Candidate:
         """The instance as a policy sees it, which has `depth` of the request in question."""
-        account = self._account(instance_id)
+        account = self._accounts.get(instance_id)
+        if account is None:
+            return Candidate(instance_id, depth.near, depth.total, fetchable_blocks)
         while account.recent and account.recent[0][0] <= now_s - self._window_s:
             account.recent_s -= account.recent.popleft()[1]
         queued_s = account.queued_s
         if account.queued:  # what the first of them has done already is no longer queued
             queued_s -= min(now_s - account.head_since_s, next(iter(account.queued.values())))
-        return Candidate(
+        num_queued, num_decoding = len(account.queued), len(account.decoding)
+        return Candidate(  # by position, in the order of its fields: this is done for each request
             instance_id,
             depth.near,
             depth.total,
-            fetchable_blocks=fetchable_blocks,
-            queued_s=max(queued_s, 0.0),
-            queued=len(account.queued),
-            recent_s=account.recent_s if account.recent else 0.0,
-            running=len(account.queued) + len(account.decoding),
-            decode_batch=len(account.decoding),
-            context_tokens=account.context_tokens,
+            fetchable_blocks,
+            queued_s if queued_s > 0.0 else 0.0,
+            num_queued,
+            account.recent_s if account.recent else 0.0,
+            num_queued + num_decoding,
+            num_decoding,
+            account.context_tokens,
         )
 
     def _account(self, instance_id: InstanceId) -> _Account:

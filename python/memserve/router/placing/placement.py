@@ -23,13 +23,14 @@ from memserve.router.cluster.pools import Pools
 from memserve.router.costs.cost_model import CostModel
 from memserve.router.costs.learnt_costs import LearntCosts
 from memserve.router.observe.metrics import RouterMetrics
-from memserve.router.placing.decision import Decision, decide, fetching_at_most, prefill_score
+from memserve.router.placing.decision import Decision, decide, fetching_at_most
 from memserve.router.placing.fetching import MAX_FETCH_S, FetchOutcome, FetchPlan, links_between
 from memserve.router.placing.hindsight import Hindsight, learn
 from memserve.router.placing.ledger import Ledger
 from memserve.router.placing.placed import Placed
 from memserve.router.placing.situation import Candidate, Situation
 from memserve.router.text.prompts import Prompt
+from memserve.router.text.text_keys import BLOCK_TOKENS
 from memserve.router.tree.feed import TreeFeed
 from memserve.router.tree.prompt_tree import Depth
 from memserve.router.tree.records import by_server, pool_name
@@ -67,6 +68,9 @@ class Learner(Protocol):
 
     def answered(self, instance: InstanceId, keys: Sequence[BlockKey]) -> None:
         """That instance has computed, or received, these blocks."""
+
+    def believes(self, instance: InstanceId) -> bool:
+        """Whether what it answered is all that is known of its cache."""
 
 
 class Placer:
@@ -108,8 +112,8 @@ class Placer:
         decision = decide(
             self._situation(prefills, snapshot.decodes, prompt),
             self._costs_of(prefills[0]).model,
-            *self._policies(prompt),
-            can_fetch=settings.fetches and len(prompt.chains) == 1,
+            *self._policies(prompt, prefills[0].instance_id),
+            can_fetch=settings.fetches and len(prompt.chains) == 1 and not prompt.by_text,
         )
         for _ in range(MAX_HOLDERS):
             if decision.fetch is None or (less := self._offers_less(decision, prompt)) is None:
@@ -184,7 +188,7 @@ class Placer:
         self._ledger.decode_done(placed.decode.instance_id, placed.number)
         if is_answered:
             for chain in placed.prompt.chains:
-                for instance in {placed.prefill.instance_id, placed.decode.instance_id}:
+                for instance in dict.fromkeys((placed.prefill.instance_id, placed.decode.instance_id)):
                     self._learner.answered(instance, chain)
 
     def num_running(self, instance: InstanceId) -> int:
@@ -199,13 +203,20 @@ class Placer:
 
     # ---- before
 
-    def _policies(self, prompt: Prompt) -> tuple[str, str]:
-        """Of prefill and of decode; a prompt of unknown tokens stays with its session, if it names one."""
-        settings = self._settings
-        blind = prompt.unknown is not None and prompt.session is not None
-        chosen = settings.prefill_policy, settings.decode_policy
-        prefill, decode = ("session" if blind and one in _NEED_TOKENS else one for one in chosen)
-        return prefill, decode
+    def _policies(self, prompt: Prompt, prefill: InstanceId) -> tuple[str, str]:
+        """Of prefill and of decode; a prompt of unknown keys stays with its session, if it names one."""
+        chosen = self._settings.prefill_policy, self._settings.decode_policy
+        if prompt.session is None or (prompt.chains and self._can_name(prefill, prompt)):
+            return chosen
+        if prompt.unknown is None and not prompt.by_text:
+            return chosen
+        return "session" if chosen[0] in _NEED_TOKENS else chosen[0], (
+            "session" if chosen[1] in _NEED_TOKENS else chosen[1]
+        )
+
+    def _can_name(self, instance: InstanceId, prompt: Prompt) -> bool:
+        """Whether the blocks of an instance are known by this prompt's kind of keys."""
+        return not prompt.by_text or self._learner.believes(instance)
 
     def _situation(
         self, prefills: Sequence[Instance], decodes: Sequence[Instance], prompt: Prompt
@@ -224,7 +235,7 @@ class Placer:
         )
         return Situation(
             prompt.num_tokens,
-            prefills[0].facts.page_size or 1,
+            BLOCK_TOKENS if prompt.by_text else prefills[0].facts.page_size or 1,
             candidates(prefills),
             candidates(decodes),
             holders=tuple(memories),
@@ -282,12 +293,13 @@ class Placer:
         self._ledger.decode_dispatched(decode, placed.number, prompt.num_tokens)
         self._last[prefill] = placed.number
         until_s = placed.begun_s + placed.decision.chosen.queued_s + placed.work_s + EXPECT_S
-        for instance in {prefill, decode}:
-            if self._feed.tree.follows(instance):
+        for instance in (prefill, decode) if decode != prefill else (prefill,):
+            if self._feed.tree.follows(instance) and self._can_name(instance, prompt):
                 for chain in prompt.chains:
                     self._feed.tree.expect(instance, chain, until_s)
-        for chain in prompt.chains:
-            self._learner.know(chain)
+        if not prompt.by_text:
+            for chain in prompt.chains:
+                self._learner.know(chain)
         metrics = self._metrics
         metrics.placed.labels(prefill, placed.prefill.role).inc()
         if decode != prefill:
@@ -300,12 +312,15 @@ class Placer:
     def _count_tiers(self, placed: Placed, prompt: Prompt) -> None:
         """Where its tokens were seen for the prefill it goes to."""
         metrics, situation, chosen = self._metrics, placed.decision.situation, placed.decision.chosen
-        near, total = map(situation.cached_tokens, (chosen.near_blocks, chosen.total_blocks))
-        after = total if placed.plan is None else max(total, situation.cached_tokens(len(placed.plan.keys)))
-        metrics.expected_tokens.inc(total)
-        metrics.hbm_tokens.inc(near)
-        metrics.dram_tokens.inc(total - near)
-        metrics.remote_tokens.inc(after - total)
+        after = 0
+        if chosen.total_blocks or placed.plan is not None:
+            near, total = map(situation.cached_tokens, (chosen.near_blocks, chosen.total_blocks))
+            planned = 0 if placed.plan is None else situation.cached_tokens(len(placed.plan.keys))
+            after = max(total, planned)
+            metrics.expected_tokens.inc(total)
+            metrics.hbm_tokens.inc(near)
+            metrics.dram_tokens.inc(total - near)
+            metrics.remote_tokens.inc(after - total)
         metrics.computed_tokens.inc(prompt.num_tokens - after)
 
     def _costs_of(self, instance: Instance) -> LearntCosts:
@@ -322,18 +337,19 @@ class Placer:
 
 
 def _route(snapshot: Snapshot, decision: Decision) -> Route:
-    prefills = (*snapshot.prefills, *snapshot.colocated)
-    prefill = next(it for it in prefills if it.instance_id == decision.prefill)
+    prefill = snapshot.named(decision.prefill)
     if prefill.role is Role.COLOCATED:
         return Single(prefill)
-    return Pair(prefill, next(it for it in snapshot.decodes if it.instance_id == decision.decode))
+    assert decision.decode is not None
+    return Pair(prefill, snapshot.named(decision.decode))
 
 
 def _work_s(decision: Decision, plan: FetchPlan | None) -> float:
     """What this request's own prefill will take, by the prediction."""
-    situation = decision.situation
+    situation, costs = decision.situation, decision.costs
     if plan is not None:
-        num_cached = situation.cached_tokens(len(plan.keys))
-        return decision.costs.exec_s(situation.prompt_tokens, num_cached) + decision.costs.load_s(num_cached)
-    score = prefill_score(situation, decision.chosen, decision.costs)
-    return score.load_s + score.exec_s
+        num_cached = num_loaded = situation.cached_tokens(len(plan.keys))
+    else:
+        num_cached = situation.cached_tokens(decision.chosen.total_blocks)
+        num_loaded = num_cached - situation.cached_tokens(decision.chosen.near_blocks)
+    return costs.exec_s(situation.prompt_tokens, num_cached) + costs.load_s(num_loaded)

@@ -28,7 +28,7 @@ from memserve.router.serving.resume import Resumption
 from memserve.router.serving.resuming import Resumer
 from memserve.router.serving.retry import Alias, Patience, choices, harmed, wait_s
 from memserve.router.state import RouterState
-from memserve.router.text.prompts import Prompt, PromptReader
+from memserve.router.text.prompts import Prompt
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class Dispatcher:
         self._cluster = state.cluster
         self._placer = state.placer
         self._breakers = state.breakers
-        self._reader = PromptReader(state.tokenizers)
+        self._reader = state.reader
         self._runner = runner
         self._resumer = resumer
         self._patience = patience

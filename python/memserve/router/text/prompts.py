@@ -1,7 +1,8 @@
 """What the router reads of a request to place it: its tokens, the keys of its blocks, its session.
 
     call ── Tokenizers ──> token ids ── page keys, in the request's namespace ──> Prompt
-                              └──> the call with ids for text, so that no server tokenizes again
+       │                      └──> the call with ids for text, so that no server tokenizes again
+       └── text keys, where the ids are not known or not wanted ──> Prompt
 
 Knows no instances and no policy. Event loop thread only; long work is done on threads.
 """
@@ -10,67 +11,84 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from typing import Literal
 from zlib import crc32
+
+import msgspec
 
 from memserve.core.block_keys import BlockKey, Namespace
 from memserve.router.serving.api import Api, Call, JsonObject
+from memserve.router.text.text_keys import BYTES_PER_TOKEN, text_chain, text_of
 from memserve.router.text.token_records import KnownTokens, Tokens, UnknownTokens, keys_of
 from memserve.router.text.tokenizers import Tokenizers
 
-BYTES_PER_TOKEN = 4
-"""Of a body whose tokens are not known."""
 OUTPUT_TOKENS = 256
 """How many tokens an answer is expected to have, at most."""
 LONG_PROMPT = 16384
 """The keys of a prompt with more tokens are cut on a thread: 40 ns each."""
+RoutingKeys = Literal["auto", "tokens", "text"]
 SESSION_HEADERS = ("x-session-id", "x-user-id")
 
 NO_PAGES = "instances that do not tell their page size"
 
 
-@dataclass(frozen=True, slots=True)
-class Prompt:
+class Prompt(msgspec.Struct, frozen=True):
     """One request, as a policy needs it. Of a batch all prompts together: they are placed as one."""
 
     num_tokens: int
     """Estimated, where the tokens are not known."""
     chains: tuple[Sequence[BlockKey], ...] = ()
     """The keys of each prompt's whole pages; none if they are not known."""
+    by_text: bool = False
+    """The keys are of `BLOCK_TOKENS` of text each: of use where caches are believed in, not reported."""
     session: int | None = None
     """A hash of whatever names the conversation."""
     output_tokens: int = OUTPUT_TOKENS
     unknown: str | None = None
-    """Why the tokens are not known."""
+    """Why the tokens are not known, though they are wanted."""
 
 
 class PromptReader:
     """See the module."""
 
-    def __init__(self, tokenizers: Tokenizers) -> None:
+    def __init__(self, tokenizers: Tokenizers, routing_keys: RoutingKeys = "auto") -> None:
         self._tokenizers = tokenizers
+        self._routing_keys = routing_keys
 
     async def read(
         self, call: Call, model: str | None, page_tokens: int | None, headers: Mapping[str, str]
     ) -> tuple[Call, Prompt]:
         """What is known of `call`, which `model` will serve, and the call as the servers should get it."""
         session, output_tokens = session_of(call.body, headers), output_tokens_of(call)
-        tokens: Tokens = await self._tokenizers.tokens_of(call, model)
+        tokens: Tokens | None = None
+        if self._routing_keys != "text" or text_of(call) is None:
+            tokens = await self._tokenizers.tokens_of(call, model)
         if isinstance(tokens, KnownTokens) and page_tokens is None:
             tokens = UnknownTokens(NO_PAGES)
-        if isinstance(tokens, UnknownTokens):
+        if not isinstance(tokens, KnownTokens):
             num_tokens = max(1, call.body_bytes // BYTES_PER_TOKEN)
-            return call, Prompt(num_tokens, (), session, output_tokens, tokens.reason)
+            chains = self._text_chains(call)
+            reason = None if tokens is None else tokens.reason
+            return call, Prompt(num_tokens, chains, bool(chains), session, output_tokens, reason)
         assert page_tokens is not None
-        chains = []
+        cuts = []
         for number, ids in enumerate(tokens.prompts):
-            namespace = namespace_of(call.body, number if call.num_prompts is not None else None)
-            cut = (ids, page_tokens, namespace)
+            cut = (ids, page_tokens, _namespace(call, number))
             long = len(ids) > LONG_PROMPT
-            chains.append(await asyncio.to_thread(keys_of, *cut) if long else keys_of(*cut))
+            cuts.append(await asyncio.to_thread(keys_of, *cut) if long else keys_of(*cut))
         num_tokens = max(1, sum(map(len, tokens.prompts)))
-        prompt = Prompt(num_tokens, tuple(chains), session, output_tokens)
+        prompt = Prompt(num_tokens, tuple(cuts), False, session, output_tokens)
         return self._tokenizers.forwardable(call, model, tokens), prompt
+
+    def _text_chains(self, call: Call) -> tuple[Sequence[BlockKey], ...]:
+        texts = None if self._routing_keys == "tokens" else text_of(call)
+        if texts is None:
+            return ()
+        return tuple(text_chain(text, call, _namespace(call, i)) for i, text in enumerate(texts))
+
+
+def _namespace(call: Call, number: int) -> Namespace | None:
+    return namespace_of(call.body, number if call.num_prompts is not None else None)
 
 
 def namespace_of(body: JsonObject, number: int | None) -> Namespace | None:

@@ -138,6 +138,11 @@ class Followers:
             followed.answered_blocks += len(keys)
             self._tree().learn(instance_id, keys)
 
+    def believes(self, instance_id: InstanceId) -> bool:
+        """Whether what it answered is all that is known of its cache."""
+        followed = self._followed.get(instance_id)
+        return followed is not None and followed.plan.mode is Mode.MIRROR
+
     def stats(self) -> dict[InstanceId, FollowingStats]:
         """A copy, by instance; an instance that is not ready is not in it."""
         return {
