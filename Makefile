@@ -22,7 +22,7 @@ demo: install
 	@$(PYTHON) scripts/demo.py $(if $(KEEP),--keep) $(if $(CACHING),--caching $(CACHING))
 
 test:
-	@$(INSTALL) --dev --mooncake
+	@$(INSTALL) --dev --mooncake --browser
 	@$(UNIT)
 	@$(PYTHON) -m pytest test --ignore test/unit
 

@@ -35,6 +35,7 @@ MOONCAKE = {
     "gpu": "mooncake-transfer-engine==0.3.13.post1",
 }
 MOONCAKE_LIBRARIES = {"ibverbs": "libibverbs1", "rdmacm": "librdmacm1", "numa": "libnuma1"}
+BROWSERS = ["chromium", "chromium-browser", "google-chrome", "chrome"]
 FREE_GIB_NEEDED = {"cpu": 5, "gpu": 20}
 
 
@@ -69,6 +70,9 @@ def parse():
     parser.add_argument("--dev", action="store_true", help="also what tests and checks need")
     parser.add_argument(
         "--mooncake", action="store_true", help="also Mooncake's transfer engine, if it can be had"
+    )
+    parser.add_argument(
+        "--browser", action="store_true", help="also Chromium, for the tests of /ui, if it can be had"
     )
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
@@ -116,7 +120,7 @@ class Installation:
         return {"inputs": digest, "kind": self.kind, "root": str(ROOT)}
 
     def parts(self):
-        return sorted(part for part in ("dev", "mooncake") if getattr(self.options, part))
+        return sorted(part for part in ("browser", "dev", "mooncake") if getattr(self.options, part))
 
     def is_current(self):
         try:
@@ -138,6 +142,8 @@ class Installation:
         else:
             self.install_for_cpu()
         notes = self.install_mooncake() if self.options.mooncake else None
+        if self.options.browser:
+            self.install_browser()
         self.step(
             "checking that it imports", [str(self.python), "-c", "import sglang.srt.server_args, memserve"]
         )
@@ -164,18 +170,31 @@ class Installation:
         """Best effort: without it everything works but `--transfer mooncake`. Returns why not, or None."""
         missing = [deb for lib, deb in MOONCAKE_LIBRARIES.items() if ctypes.util.find_library(lib) is None]
         try:
-            if missing and os.geteuid() == 0 and shutil.which("apt-get"):
-                self.step("package lists", ["apt-get", "update", "-q"])
-                self.step("system libraries " + ", ".join(missing), ["apt-get", "install", "-qy", *missing])
-            elif missing:
-                raise InstallError(
-                    f"Mooncake needs {', '.join(missing)} (as root: apt-get install {' '.join(missing)})"
-                )
+            if missing:
+                self.install_packages("Mooncake needs", missing)
             self.pip("Mooncake's transfer engine", MOONCAKE[self.kind])
         except InstallError as error:
             print(f"install: going on without Mooncake: {error}", flush=True)
             return str(error)
         return None
+
+    def install_browser(self):
+        """Best effort: without it the tests of /ui in a browser are skipped."""
+        if any(map(shutil.which, BROWSERS)):
+            return
+        try:
+            self.install_packages("the tests of /ui need", ["chromium"])
+        except InstallError as error:
+            print(f"install: going on without a browser: {error}", flush=True)
+
+    def install_packages(self, why, packages):
+        """Debian's, as root only: nobody is asked for a password."""
+        names = " ".join(packages)
+        if os.geteuid() != 0 or not shutil.which("apt-get"):
+            raise InstallError(f"{why} {', '.join(packages)} (as root: apt-get install {names})")
+        self.step("package lists", ["apt-get", "update", "-q"])
+        command = ["apt-get", "install", "-qy", "--no-install-recommends", *packages]
+        self.step(f"system packages {names}", command)
 
     def check_machine(self):
         if sys.version_info < OLDEST_PYTHON:

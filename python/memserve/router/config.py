@@ -151,6 +151,9 @@ class RouterConfig:
     health_check_interval_secs: float = setting(10.0, "how often a server that was named by URL is checked")
     heartbeat_secs: float = setting(2.0, "how often a registered instance says that it lives")
     max_body_bytes: int = setting(64 << 20, "the largest request body; more is answered with 413")
+    ui_show_prompts: bool = setting(
+        False, "show on /ui how prompts begin; otherwise their lengths and hashes only"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "how much to log")
     static: tuple[InstanceInfo, ...] = ()
     """Servers named by URL."""

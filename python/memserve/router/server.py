@@ -30,8 +30,10 @@ from memserve.router.http.front import Front
 from memserve.router.http.generate import GenerateHandler, json_response
 from memserve.router.http.guard import Guard
 from memserve.router.http.pages import Pages
+from memserve.router.http.ui import Ui
 from memserve.router.http.workers_api import WorkersApi
 from memserve.router.observe.metrics import RouterMetrics
+from memserve.router.observe.observed import Observed
 from memserve.router.observe.state_metrics import StateCollector
 from memserve.router.placing.fetching import Fetcher
 from memserve.router.placing.placement import Placer, PlacerSettings
@@ -108,7 +110,9 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         resumer = Resumer(state.tokenizers, metrics, is_on=config.resume == "auto")
         runner = Runner(upstream, state.placer, fetcher)
         dispatcher = Dispatcher(state, runner, resumer, _patience(config), metrics)
-        generate = GenerateHandler(dispatcher, metrics, max_body_bytes=config.max_body_bytes, tenants=access)
+        generate = GenerateHandler(
+            dispatcher, state.observed.requests, max_body_bytes=config.max_body_bytes, tenants=access
+        )
         prober = Prober(
             cluster,
             pools,
@@ -126,7 +130,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         app = web.Application(
             client_max_size=config.max_body_bytes, middlewares=[_answer_errors, Guard(access).middleware()]
         )
-        app.add_routes([*generate.routes(), *workers.routes(), *pages.routes()])
+        app.add_routes([*generate.routes(), *workers.routes(), *pages.routes(), *Ui(state, config).routes()])
         port = await _serve_http(stack, config, generate, app, secrets)
         handler = ControlHandler(cluster, pools, feed, asyncio.get_running_loop())
         control = ControlServer(config.host, _control_port(config, port), handler, key=key)
@@ -193,7 +197,8 @@ def _new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
     breakers = Breakers(threshold=config.cb_failure_threshold, timeout_s=config.cb_timeout_secs, clock=clock)
     tokenizers = Tokenizers(config.tokenizer_path)
     reader = PromptReader(tokenizers, config.routing_keys)
-    return RouterState(cluster, pools, feed, followers, tokenizers, placer, breakers, reader)
+    observed = Observed.new(metrics, clock(), keeps_samples=config.ui_show_prompts)
+    return RouterState(cluster, pools, feed, followers, tokenizers, placer, breakers, reader, observed)
 
 
 def _patience(config: RouterConfig) -> Patience:
@@ -214,6 +219,7 @@ async def _keep_up(state: RouterState, keepers: Sequence[Callable[[], None]]) ->
         for keep in keepers:
             keep()
         state.feed.tree.tidy()
+        state.observed.tick(time.monotonic())
         await asyncio.sleep(TIDY_S)
 
 

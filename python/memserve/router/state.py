@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from memserve.router.cluster.breaker import Breakers
 from memserve.router.cluster.cluster import Cluster
 from memserve.router.cluster.pools import Pools
+from memserve.router.observe.observed import Observed
 from memserve.router.placing.placement import Placer
 from memserve.router.text.prompts import PromptReader
 from memserve.router.text.tokenizers import Tokenizers
@@ -26,3 +27,4 @@ class RouterState:
     placer: Placer
     breakers: Breakers
     reader: PromptReader
+    observed: Observed

@@ -6,6 +6,7 @@ answers does not see which it is.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from memserve.router.serving.api import Api
 from memserve.router.serving.failures import ClientLeft
 
 JSON = "application/json"
+EVENT_END = b"\n\n"
 EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"}
 
 
@@ -27,6 +29,10 @@ class Exchange(Protocol):
     """Names in lower case, or a mapping that does not care."""
     reply: dict[str, str]
     """Headers of the answer; may change until it begins."""
+    begun_s: float | None
+    """When the first part of a stream was sent, by the monotonic clock."""
+    num_events: int
+    """How many events of a stream were sent."""
 
     @property
     def has_begun(self) -> bool:
@@ -53,6 +59,8 @@ class WebExchange:
         self.headers: Mapping[str, str] = request.headers
         self.reply: dict[str, str] = {}
         self.response: web.StreamResponse | None = None
+        self.begun_s: float | None = None
+        self.num_events = 0
         self._request = request
         self._max_body_bytes = max_body_bytes
 
@@ -82,6 +90,8 @@ class WebExchange:
             if self.response is None:
                 self.response = web.StreamResponse(headers={**self.reply, **EVENT_STREAM})
                 await self.response.prepare(self._request)
+                self.begun_s = time.monotonic()
+            self.num_events += chunk.count(EVENT_END)
             await self.response.write(chunk)
         except ConnectionError as error:
             raise ClientLeft("the client left") from error

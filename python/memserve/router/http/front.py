@@ -14,13 +14,14 @@ import asyncio
 import logging
 import re
 import ssl
+import time
 from collections.abc import Callable, Coroutine, Mapping
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, cast
 
 from memserve.core.errors import ConfigError
-from memserve.router.http.exchange import EVENT_STREAM, JSON, Exchange
+from memserve.router.http.exchange import EVENT_END, EVENT_STREAM, JSON, Exchange
 from memserve.router.serving.api import Api
 from memserve.router.serving.failures import ClientLeft, failure
 
@@ -67,7 +68,10 @@ def plain_head(head: bytes) -> tuple[Api, dict[str, str], int] | None:
 class LeanExchange:
     """See `Exchange`. Made by the connection that it is on."""
 
-    __slots__ = ("_body", "_connection", "api", "has_begun", "headers", "is_complete", "reply")
+    __slots__ = (
+        *("_body", "_connection", "api", "begun_s", "has_begun", "headers", "is_complete", "num_events"),
+        "reply",
+    )
 
     def __init__(self, connection: _Connection, api: Api, headers: Mapping[str, str], body: bytes) -> None:
         self.api = api
@@ -75,6 +79,8 @@ class LeanExchange:
         self.reply: dict[str, str] = {}
         self.has_begun = False
         self.is_complete = False
+        self.begun_s: float | None = None
+        self.num_events = 0
         self._connection = connection
         self._body = body
 
@@ -91,8 +97,10 @@ class LeanExchange:
         if connection.is_lost:
             raise ClientLeft("the client left")
         data = b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunk else b""
+        self.num_events += chunk.count(EVENT_END)
         if not self.has_begun:
             self.has_begun = True
+            self.begun_s = time.monotonic()
             fields = "".join(f"{name}: {value}\r\n" for name, value in EVENT_STREAM.items())
             data = self._head(200, fields + "Transfer-Encoding: chunked\r\n") + data
         connection.send(data)

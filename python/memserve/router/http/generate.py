@@ -17,7 +17,7 @@ from memserve.router.cluster.instance import Route, Snapshot
 from memserve.router.gate.access import Access
 from memserve.router.http.exchange import Exchange, WebExchange
 from memserve.router.http.tenants import salted
-from memserve.router.observe.metrics import RouterMetrics
+from memserve.router.observe.request_log import Ended, RequestLog
 from memserve.router.placing.explain import MAX_LISTED, explained
 from memserve.router.placing.placed import Placed
 from memserve.router.serving.api import Api, Call, JsonObject, Names, encode_json
@@ -45,6 +45,32 @@ class _Log:
     route: Route | str = "-"
     status: int = 200
     reason: str = "-"
+    attempts: int = 0
+    placed: Placed | None = None
+
+    def ended(self, exchange: Exchange, begun_s: float, now_s: float) -> Ended:
+        """What is kept of the request, which began and ended at these times of the monotonic clock."""
+        placed = self.placed
+        first_s = exchange.begun_s
+        if first_s is None and placed is not None:
+            first_s = placed.prefilled_s
+        return Ended(
+            time.time(),
+            self.api,
+            self.rid,
+            exchange.reply.get(REQUEST_ID, "-"),
+            self.status,
+            now_s - begun_s,
+            self.route,
+            self.reason,
+            self.attempts,
+            None if first_s is None else first_s - begun_s,
+            exchange.num_events,
+            None if placed is None else placed.prompt.num_tokens,
+            None if placed is None else placed.cached_tokens,
+            None if placed is None else placed.prompt.unknown,
+            None if placed is None else placed.decision,
+        )
 
 
 class GenerateHandler:
@@ -53,14 +79,14 @@ class GenerateHandler:
     def __init__(
         self,
         dispatcher: Dispatcher,
-        metrics: RouterMetrics,
+        requests: RequestLog,
         *,
         max_body_bytes: int,
         tenants: Access,
     ) -> None:
         self._dispatcher = dispatcher
         self._tenants = tenants
-        self._metrics = metrics
+        self._requests = requests
         self._max_body_bytes = max_body_bytes
         self._running: set[asyncio.Task[object]] = set()
         self._names = Names()
@@ -88,10 +114,11 @@ class GenerateHandler:
             raise
         finally:
             self._running.discard(task)
-            self._metrics.requests.labels(log.api, log.status).inc()
+            now_s = time.monotonic()
+            self._requests.add(log.ended(exchange, start, now_s))
             level = logging.DEBUG if log.status == 200 else logging.INFO
             if logger.isEnabledFor(level):
-                elapsed_ms = (time.monotonic() - start) * 1000
+                elapsed_ms = (now_s - start) * 1000
                 logger.log(
                     level,
                     "request end path=%s rid=%s instances=%s status=%d ms=%.1f reason=%s",
@@ -160,7 +187,7 @@ class GenerateHandler:
         job = await self._dispatcher.read(call, candidates, exchange.headers)
 
         def on_placed(placed: Placed, attempt: int) -> None:
-            log.route = placed.route
+            log.route, log.placed, log.attempts = placed.route, placed, attempt
             if attempt > 1:
                 exchange.reply[ATTEMPTS] = str(attempt)
             if exchange.headers.get(EXPLAIN, "0") != "0":

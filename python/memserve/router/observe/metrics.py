@@ -83,6 +83,7 @@ class RouterMetrics:
             "or DRAM, at another to be fetched from (remote), or nowhere that helps (computed).",
             "tier",
         )
+        self.told_tokens = counter("told_prompt_tokens", "Prompt tokens whose prefill told what it had.")
         self.hbm_tokens, self.dram_tokens = tiers.labels("hbm"), tiers.labels("dram")
         self.remote_tokens, self.computed_tokens = tiers.labels("remote"), tiers.labels("computed")
         self.fetches = counter(

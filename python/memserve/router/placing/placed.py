@@ -26,6 +26,10 @@ class Placed:
     had_queue: bool
     """Others were waiting or at work when it came."""
     is_prefilled: bool = False
+    prefilled_s: float | None = None
+    """When its first token came, where that was noticed at once."""
+    cached_tokens: int | None = None
+    """What its prefill says it had."""
 
     @property
     def instances(self) -> tuple[Instance, ...]:

@@ -168,9 +168,13 @@ class Placer:
             return
         placed.is_prefilled = True
         now_s = self._clock()
+        if is_timely:
+            placed.prefilled_s = now_s
         self._ledger.prefill_done(placed.decision.prefill, placed.number, now_s)
         if cached_tokens is not None:
+            placed.cached_tokens = cached_tokens
             self._metrics.cached_tokens.inc(cached_tokens)
+            self._metrics.told_tokens.inc(placed.prompt.num_tokens)
         if not is_timely:
             return
         seconds = now_s - placed.begun_s
@@ -194,6 +198,10 @@ class Placer:
     def num_running(self, instance: InstanceId) -> int:
         """How many of the requests that were placed there it has still to work on."""
         return self._ledger.num_running(instance)
+
+    def load(self, instance: InstanceId) -> Candidate:
+        """What is dispatched to it and not done, as a policy sees it."""
+        return self._ledger.candidate(instance, _NOTHING, self._clock())
 
     def keep(self, instances: Sequence[InstanceId]) -> None:
         """Forget the work of instances that are not there any more."""

@@ -48,6 +48,8 @@ class Job:
     prompt: Prompt
     model: str | None
     """The one that is meant, also if the call names none; None if nobody was there to serve any."""
+    sample: str | None = None
+    """How its text begins, if that is to be shown."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +87,7 @@ class Dispatcher:
         self._resumer = resumer
         self._patience = patience
         self._metrics = metrics
+        self._prefixes = state.observed.prefixes
 
     def candidates(self, model: str | None) -> Snapshot:
         """The ready instances that serve `model`.
@@ -109,8 +112,9 @@ class Dispatcher:
         facts = [one.facts for one in candidates.all()]
         model = facts[0].model if facts else None
         page_tokens = next((one.page_size for one in facts if one.page_size), None)
+        sample = self._prefixes.sample(call.body)
         call, prompt = await self._reader.read(call, model, page_tokens, headers)
-        return Job(call, prompt, model)
+        return Job(call, prompt, model, sample)
 
     def explain(self, job: Job) -> Decision:
         """Where a call would go. Raises NoRoute if no pair is whole."""
@@ -219,6 +223,7 @@ class Dispatcher:
         if placed is None:
             raise NoRoute(ready.why_unready() or "no server is ready")
         self._sent(placed)
+        self._prefixes.note(job.prompt, job.sample)
         return placed
 
     async def _place_again(self, job: Job, faults: Sequence[WorkerFault], ends_s: float) -> Placed:

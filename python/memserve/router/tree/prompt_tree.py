@@ -188,6 +188,16 @@ class ClusterTree:
             return 0
         return self._holdings.depth(1 << member.numbers[tier], keys)
 
+    def holders(self, key: BlockKey) -> dict[InstanceId, Held]:
+        """Who has one block, by tier: 1 or 0. Not a use. O(instances)."""
+        found = {
+            member.instance: Held(
+                *(self._holdings.num_held(1 << number, (key,)) for number in member.numbers)
+            )
+            for member in self._roster
+        }
+        return {instance: held for instance, held in found.items() if held.hbm or held.dram}
+
     def stats(self) -> TreeStats:
         """The tree now; a copy."""
         held = self._holdings.held

@@ -1,0 +1,154 @@
+"""A headless Chromium, spoken to over its DevTools protocol: what a test needs of it, and no more."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+import itertools
+import json
+import shutil
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import asynccontextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+
+DEADLINE_S = 30.0
+CHROMIUM = next(
+    filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None
+)
+WHY_NOT = "no Chromium is installed (Debian: apt-get install chromium)"
+FLAGS = (
+    "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
+    "--disable-background-networking", "--disable-component-update", "--disable-sync", "--hide-scrollbars",
+    "--remote-debugging-port=0", "--mute-audio", "--no-proxy-server", "--disable-extensions",
+)  # fmt: skip
+
+
+class Page:
+    """One tab."""
+
+    def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
+        self._socket = socket
+        self._ids = itertools.count(1)
+        self._answers: dict[int, asyncio.Future[dict[str, Any]]] = {}
+        self._credentials = ("", "")
+        self._tasks: set[asyncio.Task[object]] = set()
+        self.complaints: list[str] = []
+        """What the console, the page's policy and uncaught errors said."""
+
+    async def listen(self) -> None:
+        """Take in what the browser says, until it is closed."""
+        async for message in self._socket:
+            told = json.loads(message.data)
+            if "id" in told:
+                self._answers.pop(told["id"]).set_result(told)
+            elif told["method"] == "Fetch.requestPaused":
+                self._later(self.send("Fetch.continueRequest", requestId=told["params"]["requestId"]))
+            elif told["method"] == "Fetch.authRequired":
+                name, password = self._credentials
+                answer = {"response": "ProvideCredentials", "username": name, "password": password}
+                asked = told["params"]["requestId"]
+                self._later(
+                    self.send("Fetch.continueWithAuth", requestId=asked, authChallengeResponse=answer)
+                )
+            elif told["method"] == "Runtime.exceptionThrown":
+                self.complaints.append(json.dumps(told["params"]["exceptionDetails"]))
+            elif told["method"] == "Log.entryAdded" and told["params"]["entry"]["level"] == "error":
+                self.complaints.append(json.dumps(told["params"]["entry"]))
+
+    async def send(self, method: str, **params: Any) -> dict[str, Any]:
+        """One command and its result."""
+        number = next(self._ids)
+        self._answers[number] = asyncio.get_running_loop().create_future()
+        await self._socket.send_json({"id": number, "method": method, "params": params})
+        async with asyncio.timeout(DEADLINE_S):
+            answer = await self._answers[number]
+        assert "error" not in answer, (method, answer)
+        result: dict[str, Any] = answer["result"]
+        return result
+
+    def _later(self, work: Coroutine[Any, Any, object]) -> None:
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+
+    async def log_in(self, name: str, password: str) -> None:
+        """What a person would type into the browser's own dialog, if that asks."""
+        self._credentials = (name, password)
+        await self.send("Fetch.enable", handleAuthRequests=True)
+
+    async def open(self, url: str) -> None:
+        await self.send("Page.navigate", url=url)
+        await self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
+
+    async def value(self, script: str) -> Any:
+        """What an expression is, awaited if it is a promise."""
+        told = await self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
+        assert "exceptionDetails" not in told, (script, told["exceptionDetails"])
+        return told["result"].get("value")
+
+    async def until(self, script: str) -> None:
+        """Wait until an expression is true."""
+        async with asyncio.timeout(DEADLINE_S):
+            while not await self.value(f"!!({script})"):  # noqa: ASYNC110
+                await asyncio.sleep(0.02)
+
+    async def press(self, key: str, code: int) -> None:
+        """A key, as from a keyboard."""
+        text = {"text": "\r"} if key == "Enter" else {"text": " "} if key == " " else {}
+        for kind in ("keyDown", "keyUp"):
+            await self.send(
+                "Input.dispatchKeyEvent", type=kind, key=key, code=key, windowsVirtualKeyCode=code, **text
+            )
+
+    async def look(self, width: int, height: int, *, dark: bool = False) -> None:
+        """Be a window of this size, for eyes that like it light or dark."""
+        await self.send(
+            "Emulation.setDeviceMetricsOverride",
+            width=width, height=height, deviceScaleFactor=1, mobile=width < 600,
+        )  # fmt: skip
+        scheme = {"name": "prefers-color-scheme", "value": "dark" if dark else "light"}
+        await self.send("Emulation.setEmulatedMedia", features=[scheme])
+
+    async def picture(self, path: Path, *, whole: bool = True) -> None:
+        """A PNG of what is to be seen."""
+        shot = await self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
+        await asyncio.to_thread(path.write_bytes, base64.b64decode(shot["data"]))
+
+
+@asynccontextmanager
+async def browsing(profile: Path) -> AsyncIterator[Page]:
+    """A browser with one empty tab; `profile` is a folder of its own."""
+    assert CHROMIUM, WHY_NOT
+    process = await asyncio.create_subprocess_exec(
+        CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank",
+        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        async with aiohttp.ClientSession() as session:
+            port = await _port_of(profile / "DevToolsActivePort", process)
+            async with session.get(f"http://127.0.0.1:{port}/json/list") as response:
+                tabs = [one for one in await response.json() if one["type"] == "page"]
+            url = tabs[0]["webSocketDebuggerUrl"]
+            async with session.ws_connect(url, max_msg_size=1 << 28) as socket:
+                page = Page(socket)
+                listening = asyncio.create_task(page.listen())
+                for domain in ("Page", "Runtime", "Log"):
+                    await page.send(f"{domain}.enable")
+                yield page
+                listening.cancel()
+    finally:
+        with suppress(ProcessLookupError):
+            process.kill()
+        await process.wait()
+
+
+async def _port_of(path: Path, process: asyncio.subprocess.Process) -> int:
+    """The port that the browser has written down once it listens."""
+    async with asyncio.timeout(DEADLINE_S):
+        while not (path.exists() and path.read_text()):  # noqa: ASYNC240
+            assert process.returncode is None, f"the browser ended with {process.returncode}"
+            await asyncio.sleep(0.02)
+    return int(path.read_text().splitlines()[0])  # noqa: ASYNC240
