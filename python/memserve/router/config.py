@@ -154,6 +154,12 @@ class RouterConfig:
     ui_show_prompts: bool = setting(
         False, "show on /ui how prompts begin; otherwise their lengths and hashes only"
     )
+    client_header_timeout_secs: float = setting(
+        30.0, "how long a client may take to send the head of a request"
+    )
+    client_stall_timeout_secs: float = setting(
+        60.0, "how long a client may send nothing of a body, or read nothing of its answer"
+    )
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "how much to log")
     static: tuple[InstanceInfo, ...] = ()
     """Servers named by URL."""
@@ -171,6 +177,8 @@ class RouterConfig:
             "tree_audit_secs",
             "learnt_ttl_secs",
             "queue_timeout_secs",
+            "client_header_timeout_secs",
+            "client_stall_timeout_secs",
         ):
             if not getattr(self, name) > 0:
                 raise ConfigError(f"--{name.replace('_', '-')} has to be more than 0")

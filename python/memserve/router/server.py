@@ -24,11 +24,11 @@ from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.probe import Prober
 from memserve.router.config import RouterConfig
 from memserve.router.costs.cost_file import COSTS, read_costs
-from memserve.router.gate.opening import Secrets, open_secrets
+from memserve.router.gate.door import Door, open_door
 from memserve.router.gate.tls import client_context
 from memserve.router.http.front import Front
 from memserve.router.http.generate import GenerateHandler, json_response
-from memserve.router.http.guard import Guard
+from memserve.router.http.guard import PAGE_BODY_BYTES, Guard
 from memserve.router.http.pages import Pages
 from memserve.router.http.ui import Ui
 from memserve.router.http.workers_api import WorkersApi
@@ -66,7 +66,7 @@ class Router:
     control_address: str
     cluster: Cluster
     state: RouterState
-    secrets: Secrets
+    door: Door
 
     @property
     def pools(self) -> Pools:
@@ -84,9 +84,8 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
     Raises ConfigError if an address cannot be had.
     """
     key = ClusterKey.read(config.cluster_key_file) if config.cluster_key_file else None
-    secrets = open_secrets(config)
-    access = secrets.access
     metrics = RouterMetrics()
+    door = open_door(config, metrics)
     state = _new_state(config, metrics)
     metrics.watch(StateCollector(state))
     cluster, pools, feed = state.cluster, state.pools, state.feed
@@ -110,9 +109,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         resumer = Resumer(state.tokenizers, metrics, is_on=config.resume == "auto")
         runner = Runner(upstream, state.placer, fetcher)
         dispatcher = Dispatcher(state, runner, resumer, _patience(config), metrics)
-        generate = GenerateHandler(
-            dispatcher, state.observed.requests, max_body_bytes=config.max_body_bytes, tenants=access
-        )
+        generate = GenerateHandler(dispatcher, state.observed.requests, door)
         prober = Prober(
             cluster,
             pools,
@@ -121,23 +118,23 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
             interval_s=config.health_check_interval_secs,
             clock=time.monotonic,
         )
-        pages = Pages(state, metrics, session, access)
+        pages = Pages(state, metrics, session, door.access)
         drains = Drains(
             cluster, pools, state.placer.num_running, key=key, evacuate_s=config.drain_evacuate_secs
         )
         stack.callback(drains.close)
         workers = WorkersApi(state, drains)
         app = web.Application(
-            client_max_size=config.max_body_bytes, middlewares=[_answer_errors, Guard(access).middleware()]
+            client_max_size=PAGE_BODY_BYTES, middlewares=[_answer_errors, Guard(door).middleware()]
         )
         app.add_routes([*generate.routes(), *workers.routes(), *pages.routes(), *Ui(state, config).routes()])
-        port = await _serve_http(stack, config, generate, app, secrets)
+        port = await _serve_http(stack, config, generate, app, door)
         handler = ControlHandler(cluster, pools, feed, asyncio.get_running_loop())
         control = ControlServer(config.host, _control_port(config, port), handler, key=key)
         stack.push_async_callback(asyncio.to_thread, control.close)
         stack.push_async_callback(generate.stop, config.shutdown_grace_period_secs)
         keepers = [
-            secrets.follow,
+            door.follow,
             lambda: fetcher.keep(pools),
             drains.keep,
             lambda: connections.keep(cluster.up),
@@ -146,9 +143,9 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
             task = asyncio.create_task(work)
             task.add_done_callback(_end_if_failed)
             stack.callback(task.cancel)
-        scheme = "https" if secrets.certificate else "http"
+        scheme = "https" if door.tls else "http"
         url = f"{scheme}://{bracketed(config.host)}:{port}"
-        yield Router(url, control.address, cluster, state, secrets)
+        yield Router(url, control.address, cluster, state, door)
 
 
 async def serve(config: RouterConfig) -> None:
@@ -158,7 +155,7 @@ async def serve(config: RouterConfig) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     async with running_router(config) as router:
-        loop.add_signal_handler(signal.SIGHUP, lambda: router.secrets.follow(is_asked=True))
+        loop.add_signal_handler(signal.SIGHUP, lambda: router.door.follow(is_asked=True))
         logger.info("router ready http=%s control=%s", router.url, router.control_address)
         hint = (
             "python -m memserve.launch_server --role prefill|decode|colocated --router %s --model-path MODEL"
@@ -235,16 +232,16 @@ async def _serve_http(
     config: RouterConfig,
     generate: GenerateHandler,
     app: web.Application,
-    secrets: Secrets,
+    door: Door,
 ) -> int:
     """Start the HTTP server; its port."""
     runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     assert runner.server is not None
-    front = Front(generate.handle, runner.server, max_body_bytes=config.max_body_bytes)
+    front = Front(generate.handle, runner.server, door)
     stack.push_async_callback(front.close)
-    return await front.listen(config.host, config.port, secrets.tls)
+    return await front.listen(config.host, config.port)
 
 
 def _control_port(config: RouterConfig, http_port: int) -> int:

@@ -10,6 +10,7 @@ Knows no HTTP.
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from types import TracebackType
 
 from memserve.router.gate.admission import Admission, Refusal, Share, Waiter
@@ -39,9 +40,10 @@ class Gate:
         metrics.show("admitted_requests", "Requests that run.", lambda: admission.num_running)
         metrics.show("queued_requests", "Requests that wait for their turn.", lambda: admission.num_waiting)
 
-    def admitted(self, tenant: Tenant, priority: int = 0) -> Admitted:
+    def admitted(self, tenant: Tenant, priority: Callable[[], int] = lambda: 0) -> Admitted:
         """A block in which a request of `tenant` runs; higher priorities of it come first.
 
+        `priority` is asked for only if it has to wait.
         Entering raises Overloaded. While there is room it costs neither a task nor a future.
         """
         return Admitted(self, self._admission, self._admission.share(tenant.name, tenant.rates), priority)
@@ -89,14 +91,14 @@ class Admitted:
 
     __slots__ = ("_admission", "_began_s", "_gate", "_priority", "_share")
 
-    def __init__(self, gate: Gate, admission: Admission, share: Share, priority: int) -> None:
+    def __init__(self, gate: Gate, admission: Admission, share: Share, priority: Callable[[], int]) -> None:
         self._gate, self._admission, self._share, self._priority = gate, admission, share, priority
 
     async def __aenter__(self) -> Admitted:
         try:
             began_s = self._admission.enter(self._share)
             if began_s is None:
-                began_s = await self._gate.wait(self._share, self._priority)
+                began_s = await self._gate.wait(self._share, self._priority())
         except Refusal as refusal:
             raise self._gate.refused(refusal.reason, refusal.after_s) from None
         self._began_s = began_s
@@ -106,6 +108,11 @@ class Admitted:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._admission.leave(self._share, self._began_s)
+
+    @property
+    def is_charged(self) -> bool:
+        """Whether tokens are counted at all."""
+        return self._share.is_rated
 
     def charge(self, tokens: int) -> None:
         """Count tokens against its tenant's rate: once they are known, whether there is room or not."""

@@ -6,6 +6,7 @@ answers does not see which it is.
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Mapping
 from typing import Protocol
@@ -13,6 +14,7 @@ from typing import Protocol
 from aiohttp import web
 
 from memserve.core.errors import BadRequest
+from memserve.router.gate.door import Door
 from memserve.router.serving.api import Api
 from memserve.router.serving.failures import ClientLeft
 
@@ -39,7 +41,7 @@ class Exchange(Protocol):
         """Whether the client may have seen anything."""
 
     async def body(self) -> bytes:
-        """The request's body. Raises BadRequest (413) if it is too large."""
+        """The request's body. Raises BadRequest (413) if it is too large, Overloaded if all are."""
 
     def answer(self, body: bytes, status: int = 200) -> None:
         """The whole answer, which is JSON."""
@@ -51,10 +53,53 @@ class Exchange(Protocol):
         """The stream is complete."""
 
 
-class WebExchange:
-    """See `Exchange`."""
+class Bodies:
+    """Reads bodies that aiohttp receives, within bounds. Event loop thread only."""
 
-    def __init__(self, request: web.Request, max_body_bytes: int) -> None:
+    def __init__(self, door: Door) -> None:
+        self.limits = door.limits
+        self._budget = door.budget
+        self._out_of_memory = door.out_of_memory
+
+    async def read(self, request: web.Request) -> bytes:
+        """The body of any request, which counts as held until it is given back.
+
+        Raises BadRequest (413 if it is too large, 408 if it does not come), Overloaded.
+        """
+        max_bytes, body = self.limits.max_body_bytes, bytearray()
+        too_large = BadRequest(f"the body is larger than {max_bytes} bytes", status=413)
+        if (request.content_length or 0) > max_bytes:
+            raise too_large
+        try:
+            while chunk := await self._next(request):
+                if len(body) + len(chunk) > max_bytes:
+                    raise too_large
+                if not self._budget.try_take(len(chunk)):
+                    raise self._out_of_memory()
+                body += chunk
+        except BaseException:
+            self._budget.give(len(body))
+            raise
+        return bytes(body)
+
+    def give(self, body: bytes) -> None:
+        """Nobody needs what was read any more."""
+        self._budget.give(len(body))
+
+    async def _next(self, request: web.Request) -> bytes:
+        try:
+            async with asyncio.timeout(self.limits.stall_s):
+                return await request.content.readany()
+        except TimeoutError as error:
+            raise BadRequest("the body did not arrive in time", status=408) from error
+        except web.RequestPayloadError as error:
+            raise BadRequest("the body is broken") from error
+
+
+class WebExchange:
+    """See `Exchange`. To be closed."""
+
+    def __init__(self, request: web.Request, bodies: Bodies) -> None:
         self.api = Api(request.path)
         self.headers: Mapping[str, str] = request.headers
         self.reply: dict[str, str] = {}
@@ -62,25 +107,20 @@ class WebExchange:
         self.begun_s: float | None = None
         self.num_events = 0
         self._request = request
-        self._max_body_bytes = max_body_bytes
+        self._bodies = bodies
+        self._body = b""
+
+    async def body(self) -> bytes:
+        self._body = await self._bodies.read(self._request)
+        return self._body
+
+    def close(self) -> None:
+        """It has been answered."""
+        self._bodies.give(self._body)
 
     @property
     def has_begun(self) -> bool:
         return self.response is not None
-
-    async def body(self) -> bytes:
-        return await self.read(self._request, self._max_body_bytes)
-
-    @staticmethod
-    async def read(request: web.Request, max_bytes: int) -> bytes:
-        """The body of any request. Raises BadRequest (413)."""
-        too_large = BadRequest(f"the body is larger than {max_bytes} bytes", status=413)
-        if (request.content_length or 0) > max_bytes:
-            raise too_large
-        try:
-            return await request.read()
-        except web.HTTPRequestEntityTooLarge as error:
-            raise too_large from error
 
     def answer(self, body: bytes, status: int = 200) -> None:
         self.response = web.Response(body=body, status=status, headers=self.reply, content_type=JSON)
@@ -92,7 +132,12 @@ class WebExchange:
                 await self.response.prepare(self._request)
                 self.begun_s = time.monotonic()
             self.num_events += chunk.count(EVENT_END)
-            await self.response.write(chunk)
+            async with asyncio.timeout(self._bodies.limits.stall_s):
+                await self.response.write(chunk)
+        except TimeoutError as error:
+            if self._request.transport is not None:
+                self._request.transport.abort()
+            raise ClientLeft("the client reads nothing") from error
         except ConnectionError as error:
             raise ClientLeft("the client left") from error
 

@@ -12,18 +12,18 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
-import ssl
 import time
 from collections.abc import Callable, Coroutine, Mapping
 from email.utils import formatdate
 from http import HTTPStatus
 from typing import Any, cast
 
-from memserve.core.errors import ConfigError
+from memserve.core.errors import BadRequest, ConfigError
+from memserve.router.gate.door import Door
 from memserve.router.http.exchange import EVENT_END, EVENT_STREAM, JSON, Exchange
+from memserve.router.http.plain_head import plain_head
 from memserve.router.serving.api import Api
-from memserve.router.serving.failures import ClientLeft, failure
+from memserve.router.serving.failures import ClientLeft, Overloaded, failure, failure_of
 
 logger = logging.getLogger(__name__)
 
@@ -32,37 +32,13 @@ MAX_PIPELINED_BYTES = 64 << 10
 """What a client may send ahead, while its last request is being answered."""
 KEEPALIVE_S = 75.0
 """How long a connection may be idle."""
-RECEIVE_S = 30.0
-"""How long a client may take for a request's head, and between two parts of its body."""
+LINGER_S = 2.0
+"""How long a client that is refused may take to notice."""
 SWEEP_S = 1.0
 
-_NAME = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_VALUE = rb"[\t\x20-\x7e\x80-\xff]*"
-_LINE = re.compile(rb"(%b):[ \t]*(%b)\r\n" % (_NAME, _VALUE))
-_HEAD = re.compile(
-    rb"(?:POST|PUT(?= /generate )) (%b) HTTP/1\.1\r\n((?:%b:%b\r\n)+)"
-    % (b"|".join(re.escape(api.encode()) for api in Api), _NAME, _VALUE)
-)
-_STARTS = (b"POST /", b"PUT /generate ")
-_NOT_PLAIN = frozenset({"transfer-encoding", "content-encoding", "expect", "upgrade"})
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 Handler = Callable[[Exchange], Coroutine[Any, Any, None]]
-
-
-def plain_head(head: bytes) -> tuple[Api, dict[str, str], int] | None:
-    """What a plain request's head, up to its blank line, asks for, its headers, the length of its body."""
-    match = _HEAD.fullmatch(head)
-    if match is None:
-        return None
-    lines = _LINE.findall(match[2])
-    headers = {str(name, "latin-1").lower(): str(value, "latin-1").rstrip(" \t") for name, value in lines}
-    length = headers.get("content-length", "")
-    if len(headers) != len(lines) or not (length.isdecimal() and length.isascii()) or "host" not in headers:
-        return None
-    if not _NOT_PLAIN.isdisjoint(headers) or headers.get("connection", "keep-alive").lower() != "keep-alive":
-        return None
-    return Api(str(match[1], "latin-1")), headers, int(length)
 
 
 class LeanExchange:
@@ -123,7 +99,17 @@ class _Connection(asyncio.Protocol):
     """One client, until aiohttp takes it over."""
 
     __slots__ = (
-        *("_body", "_can_write", "_head", "_pending", "_task", "_transport", "_wanted"),
+        *(
+            "_body",
+            "_can_write",
+            "_head",
+            "_held",
+            "_is_refused",
+            "_pending",
+            "_task",
+            "_transport",
+            "_wanted",
+        ),
         *("deadline_s", "front", "is_full", "is_lost"),
     )
 
@@ -141,15 +127,24 @@ class _Connection(asyncio.Protocol):
         """Bytes that the body in the making will have."""
         self._task: asyncio.Task[None] | None = None
         self._can_write: asyncio.Future[None] | None = None
+        self._is_refused = False
+        self._held = 0
+        """Bytes of requests that are taken from the budget."""
 
     # ---- called by the loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
         self.front.connections.add(self)
-        self.deadline_s = self.front.now_s() + RECEIVE_S
+        self.deadline_s = self.front.now_s() + self.front.limits.head_s
 
     def data_received(self, data: bytes) -> None:
+        if self._is_refused:
+            return
+        if not self.front.budget.try_take(len(data)):
+            self._refuse(self.front.door.out_of_memory())
+            return
+        self._held += len(data)
         if self._head is not None:
             self._body += data
             self._receive_body()
@@ -164,6 +159,7 @@ class _Connection(asyncio.Protocol):
     def connection_lost(self, error: Exception | None) -> None:
         self.is_lost = True
         self.front.connections.discard(self)
+        self._give()
         if self._task is not None:
             self._task.cancel()
         self.resume_writing()
@@ -186,17 +182,22 @@ class _Connection(asyncio.Protocol):
     async def drained(self) -> None:
         """Until the client has read enough. Raises ClientLeft."""
         self._can_write = self.front.loop.create_future()
+        self.deadline_s = self.front.now_s() + self.front.limits.stall_s
         await self._can_write
+        self.deadline_s = None
         if self.is_lost:
             raise ClientLeft("the client left")
 
     # ---- called by the front
 
     def expire(self) -> None:
-        """Nothing came in time."""
-        if self._pending or self._head is not None:
-            self._refuse(408, "the request did not arrive in time")
-        self.close()
+        """Nothing came in time, or nothing was read."""
+        if self._task is not None or self._is_refused or self._transport.get_write_buffer_size():
+            self._transport.abort()
+        elif self._pending or self._head is not None:
+            self._refuse(BadRequest("the request did not arrive in time", status=408))
+        else:
+            self.close()
 
     def close(self) -> None:
         """End the connection, if nothing is being answered on it."""
@@ -209,16 +210,21 @@ class _Connection(asyncio.Protocol):
         data = self._pending
         end = data.find(b"\r\n\r\n")
         if end < 0:
-            may_be_plain = data.startswith(_STARTS) or any(start.startswith(data) for start in _STARTS)
-            if not may_be_plain or len(data) > MAX_HEAD_BYTES:
+            if len(data) > MAX_HEAD_BYTES or not data[:1].isalpha() or b"\n\n" in data:
                 self._hand_over()
             elif self.deadline_s is not None:
-                self.deadline_s = min(self.deadline_s, self.front.now_s() + RECEIVE_S)
+                self.deadline_s = min(self.deadline_s, self.front.now_s() + self.front.limits.head_s)
             return
         read = plain_head(data[: end + 2])
-        if read is None or read[2] > self.front.max_body_bytes:
+        if read is None or read[2] > self.front.limits.max_body_bytes:
             self._hand_over()
             return
+        if end + 4 + read[2] > len(data):
+            try:
+                self.front.door.access.tenant_of(read[1].get("authorization"))
+            except BadRequest as error:
+                self._refuse(error)
+                return
         api, headers, self._wanted = read
         self._head = api, headers
         self._body += memoryview(data)[end + 4 :]
@@ -227,11 +233,12 @@ class _Connection(asyncio.Protocol):
 
     def _receive_body(self) -> None:
         if len(self._body) < self._wanted:
-            self.deadline_s = self.front.now_s() + RECEIVE_S
+            self.deadline_s = self.front.now_s() + self.front.limits.stall_s
             return
         assert self._head is not None
         api, headers = self._head
-        body, self._pending = bytes(self._body[: self._wanted]), bytes(self._body[self._wanted :])
+        view = memoryview(self._body)
+        body, self._pending = bytes(view[: self._wanted]), bytes(view[self._wanted :])
         self._head, self._body = None, bytearray()
         self.deadline_s = None
         exchange = LeanExchange(self, api, headers, body)
@@ -240,6 +247,7 @@ class _Connection(asyncio.Protocol):
     def _hand_over(self) -> None:
         """From here on this is a connection of aiohttp's."""
         self.front.connections.discard(self)
+        self._give()
         web = self.front.make_web()
         self._transport.set_protocol(web)
         web.connection_made(self._transport)
@@ -256,6 +264,8 @@ class _Connection(asyncio.Protocol):
                 exchange.answer(failure(500, "the router failed; its log says how").body(), 500)
         finally:
             self._task = None
+            if not self.is_lost:
+                self._give(len(self._pending))
             if not exchange.is_complete or self.front.is_closing:
                 self._transport.close()
             elif not self.is_lost:
@@ -267,22 +277,41 @@ class _Connection(asyncio.Protocol):
             self._transport.resume_reading()
             self.front.loop.call_soon(self.data_received, b"")
 
-    def _refuse(self, status: int, message: str) -> None:
+    def _give(self, left: int = 0) -> None:
+        """Only `left` bytes are held any more."""
+        self.front.budget.give(self._held - left)
+        self._held = left
+
+    def _refuse(self, error: BadRequest | Overloaded) -> None:
+        """Tell the client why, if it is not being answered, and end the connection.
+
+        What it sends meanwhile is read and dropped: to a reset it would not listen.
+        """
+        if self._task is not None:
+            self._transport.abort()
+            return
+        failed = failure_of(error)
         exchange = LeanExchange(self, Api.GENERATE, {}, b"")
-        exchange.reply["Connection"] = "close"
-        exchange.answer(failure(status, message, retryable=True).body(), status)
+        exchange.reply = {"Connection": "close", **failed.headers()}
+        exchange.answer(failed.body(), failed.status)
+        self._head, self._body, self._pending = None, bytearray(), b""
+        self._give()
+        self._is_refused = True
+        self.deadline_s = self.front.now_s() + LINGER_S
+        if self._transport.can_write_eof():
+            self._transport.write_eof()
 
 
 class Front:
     """A listening socket and its lean connections. Event loop thread only."""
 
-    def __init__(
-        self, handler: Handler, make_web: Callable[[], asyncio.Protocol], *, max_body_bytes: int
-    ) -> None:
+    def __init__(self, handler: Handler, make_web: Callable[[], asyncio.Protocol], door: Door) -> None:
         """`make_web`: an aiohttp connection, as `web.Server` makes them."""
         self.handler = handler
         self.make_web = make_web
-        self.max_body_bytes = max_body_bytes
+        self.door = door
+        self.limits = door.limits
+        self.budget = door.budget
         self.loop = asyncio.get_running_loop()
         self.now_s = self.loop.time
         self.connections: set[_Connection] = set()
@@ -291,11 +320,11 @@ class Front:
         self._sweeper: asyncio.TimerHandle | None = None
         self._server: asyncio.Server | None = None
 
-    async def listen(self, host: str, port: int, tls: ssl.SSLContext | None = None) -> int:
+    async def listen(self, host: str, port: int) -> int:
         """Begin to serve; the port. Raises ConfigError if the address cannot be had."""
         try:
             self._server = await self.loop.create_server(
-                lambda: _Connection(self), host, port, backlog=1024, ssl=tls
+                lambda: _Connection(self), host, port, backlog=1024, ssl=self.door.tls
             )
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error

@@ -14,8 +14,11 @@ from aiohttp import web
 
 from memserve.core.errors import MemServeError
 from memserve.router.cluster.instance import Route, Snapshot
-from memserve.router.gate.access import Access
-from memserve.router.http.exchange import Exchange, WebExchange
+from memserve.router.gate.claims import asked_tokens, priority_of
+from memserve.router.gate.door import Door
+from memserve.router.gate.gate import Admitted
+from memserve.router.gate.keys import Tenant
+from memserve.router.http.exchange import Bodies, Exchange, WebExchange
 from memserve.router.http.tenants import salted
 from memserve.router.observe.request_log import Ended, RequestLog
 from memserve.router.placing.explain import MAX_LISTED, explained
@@ -80,14 +83,13 @@ class GenerateHandler:
         self,
         dispatcher: Dispatcher,
         requests: RequestLog,
-        *,
-        max_body_bytes: int,
-        tenants: Access,
+        door: Door,
     ) -> None:
         self._dispatcher = dispatcher
-        self._tenants = tenants
+        self._access = door.access
+        self._gate = door.gate
+        self._bodies = Bodies(door)
         self._requests = requests
-        self._max_body_bytes = max_body_bytes
         self._running: set[asyncio.Task[object]] = set()
         self._names = Names()
         self._limits: tuple[Snapshot, Limits] | None = None
@@ -127,23 +129,33 @@ class GenerateHandler:
 
     async def handle_web(self, request: web.Request) -> web.StreamResponse:
         """The same for a request that aiohttp has read."""
-        exchange = WebExchange(request, self._max_body_bytes)
-        await self.handle(exchange)
+        exchange = WebExchange(request, self._bodies)
+        try:
+            await self.handle(exchange)
+        finally:
+            exchange.close()
         assert exchange.response is not None
         return exchange.response
 
     async def explain(self, request: web.Request) -> web.Response:
         """Where a request would go, and why; nothing is sent. The body is that of any generating endpoint."""
+        raw = b""
         try:
-            raw = await WebExchange.read(request, self._max_body_bytes)
-            body = read_body(raw)
-            api = Api.CHAT if "messages" in body else Api.COMPLETIONS if "prompt" in body else Api.GENERATE
-            call, candidates = self._checked(request.headers, api, body, len(raw))
-            job = await self._dispatcher.read(call, candidates, request.headers)
-            decision = self._dispatcher.explain(job)
+            tenant = self._access.tenant_of(request.headers.get("authorization"))
+            raw = await self._bodies.read(request)
+            async with self._gate.admitted(tenant, lambda: priority_of(request.headers, raw)):
+                body = read_body(raw)
+                api = (
+                    Api.CHAT if "messages" in body else Api.COMPLETIONS if "prompt" in body else Api.GENERATE
+                )
+                call, candidates = self._checked(request.headers, tenant, api, body, len(raw))
+                job = await self._dispatcher.read(call, candidates, request.headers)
+                decision = self._dispatcher.explain(job)
         except MemServeError as error:
             failed = failure_of(error)
-            return json_response(failed.body(), failed.status)
+            return json_response(failed.body(), failed.status, failed.headers())
+        finally:
+            self._bodies.give(raw)
         return json_response(encode_json(explained(decision, job.prompt)))
 
     async def stop(self, grace_s: float) -> None:
@@ -172,6 +184,7 @@ class GenerateHandler:
         failure = failure_of(error)
         log.status, log.reason = failure.status, str(error)
         if not exchange.has_begun:
+            exchange.reply |= failure.headers()
             exchange.answer(failure.body(), failure.status)
             return
         with suppress(ClientLeft):
@@ -181,10 +194,19 @@ class GenerateHandler:
     async def _run(self, exchange: Exchange, log: _Log) -> None:
         if self._stopping:
             raise ShuttingDown("the router is stopping")
+        tenant = self._access.tenant_of(exchange.headers.get("authorization"))
         raw = await exchange.body()
-        call, candidates = self._checked(exchange.headers, exchange.api, read_body(raw), len(raw))
+        async with self._gate.admitted(tenant, lambda: priority_of(exchange.headers, raw)) as admitted:
+            await self._admitted(exchange, raw, log, tenant, admitted)
+
+    async def _admitted(
+        self, exchange: Exchange, raw: bytes, log: _Log, tenant: Tenant, admitted: Admitted
+    ) -> None:
+        call, candidates = self._checked(exchange.headers, tenant, exchange.api, read_body(raw), len(raw))
         log.rid = call.rid
         job = await self._dispatcher.read(call, candidates, exchange.headers)
+        if admitted.is_charged:
+            admitted.charge(job.prompt.num_tokens + asked_tokens(call))
 
         def on_placed(placed: Placed, attempt: int) -> None:
             log.route, log.placed, log.attempts = placed.route, placed, attempt
@@ -201,11 +223,9 @@ class GenerateHandler:
             exchange.answer(await self._dispatcher.answer(job, on_placed))
 
     def _checked(
-        self, headers: Mapping[str, str], api: Api, body: JsonObject, num_bytes: int
+        self, headers: Mapping[str, str], tenant: Tenant, api: Api, body: JsonObject, num_bytes: int
     ) -> tuple[Call, Snapshot]:
         """The call in a request, and who could serve it."""
-        authorization = headers.get("authorization")
-        tenant = self._tenants.tenant_of(authorization)
         model = body.get("model") if api is not Api.GENERATE else None
         candidates = self._dispatcher.candidates(model if isinstance(model, str) else None)
         limits = self._limits_of(candidates)
@@ -213,7 +233,7 @@ class GenerateHandler:
         call = msgspec.structs.replace(
             call,
             body_bytes=num_bytes,
-            authorization=self._tenants.for_servers(authorization),
+            authorization=self._access.for_servers(headers.get("authorization")),
             wants_report=headers.get(REPORT, "0") != "0",
         )
         return salted(call, tenant), candidates

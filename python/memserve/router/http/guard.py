@@ -5,8 +5,10 @@ Knows no page.
 
 from __future__ import annotations
 
+import asyncio
 import ipaddress
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from enum import Enum, auto
 from urllib.parse import urlsplit
 
@@ -15,12 +17,17 @@ from aiohttp.typedefs import Middleware
 
 from memserve.core.errors import BadRequest
 from memserve.core.hosts import is_loopback
-from memserve.router.gate.access import Access
+from memserve.router.gate.door import Door
 from memserve.router.http.generate import json_response
-from memserve.router.serving.failures import failure_of
+from memserve.router.serving.api import Api
+from memserve.router.serving.failures import Overloaded, failure_of
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
+PAGE_BODY_BYTES = 256 << 10
+"""What pages other than those that generate take."""
+READ_THEIR_OWN = frozenset({*Api, "/explain"})
+"""Those that generate, and have bounds of their own."""
 _CHALLENGE = {"WWW-Authenticate": 'Basic realm="memserve"'}
 """Has a browser ask for a key: as the password, with any name."""
 
@@ -64,8 +71,9 @@ _CHANGES_WHEN_SEEN = {"/flush_cache"}
 class Guard:
     """The check, and the aiohttp middleware that does it."""
 
-    def __init__(self, access: Access) -> None:
-        self._access = access
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self._access = door.access
 
     def level_of(self, path: str) -> Level:
         """Whose the page is that is routed by `path`."""
@@ -94,13 +102,35 @@ class Guard:
                 return await handler(request)
             try:
                 self.check(request, resource.canonical)
-            except BadRequest as error:
+                if not request.can_read_body or resource.canonical in READ_THEIR_OWN:
+                    return await handler(request)
+                async with self._body_read(request):
+                    return await handler(request)
+            except (BadRequest, Overloaded) as error:
                 failed = failure_of(error)
-                headers = _CHALLENGE if failed.status == 401 and request.method == "GET" else None
-                return json_response(failed.body(), failed.status, headers)
-            return await handler(request)
+                is_asked = failed.status == 401 and request.method == "GET"
+                return json_response(
+                    failed.body(), failed.status, _CHALLENGE if is_asked else failed.headers()
+                )
 
         return guarded
+
+    @asynccontextmanager
+    async def _body_read(self, request: web.Request) -> AsyncIterator[None]:
+        """A block in which the request has its body. Raises BadRequest (408), Overloaded."""
+        num_bytes = PAGE_BODY_BYTES if request.content_length is None else request.content_length
+        num_bytes = min(num_bytes, PAGE_BODY_BYTES)  # aiohttp refuses more
+        if not self._door.budget.try_take(num_bytes):
+            raise self._door.out_of_memory()
+        try:
+            try:
+                async with asyncio.timeout(self._door.limits.stall_s):
+                    await request.read()
+            except TimeoutError as error:
+                raise BadRequest("the body did not arrive in time", status=408) from error
+            yield
+        finally:
+            self._door.budget.give(num_bytes)
 
     def _is_admin(self, authorization: str | None) -> bool:
         return self._access.knows_admins and self._access.is_admin(authorization)

@@ -159,7 +159,8 @@ def failure_of(error: MemServeError) -> Failure:
     if isinstance(error, Overloaded):
         told = failure(error.status, f"{error}; try again later", retryable=True)
         return replace(told, retry_after_s=max(1, ceil(error.after_s)))
-    return failure(503, str(error), retryable=isinstance(error, Retryable))
+    told = failure(503, str(error), retryable=isinstance(error, Retryable))
+    return replace(told, retry_after_s=1) if isinstance(error, Retryable) else told
 
 
 def failure(

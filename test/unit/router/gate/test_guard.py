@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 import yarl
 
-from memserve.router.gate.access import Access
+from memserve.router.config import RouterConfig
+from memserve.router.gate.door import open_door
 from memserve.router.http.guard import LEVELS, Guard, Level
+from memserve.router.observe.metrics import RouterMetrics
 from memserve.testing.fake_worker import FakeWorker
 
 from ..stage import Stage, staged
@@ -196,7 +198,7 @@ def test_no_way_of_writing_a_path_leads_around_the_guard(run: Run, keys: dict[st
 
 
 def test_a_page_that_nobody_listed_is_an_admins() -> None:
-    guard = Guard(Access())
+    guard = Guard(open_door(RouterConfig(), RouterMetrics()))
     assert guard.level_of("/new") is Level.ADMIN
     assert guard.level_of("/v1/models/{model}") is Level.CLIENT
     assert guard.level_of("/abort_request") is Level.CLIENT

@@ -1,4 +1,7 @@
-"""Makes what stands at a router's door from its configuration. Decides nothing."""
+"""All that stands between a client and the router: who it is, what it may send, when it is its turn.
+
+Made from the configuration; decides nothing itself.
+"""
 
 from __future__ import annotations
 
@@ -11,40 +14,67 @@ from memserve.core.hosts import is_loopback
 from memserve.router.config import RouterConfig
 from memserve.router.gate.access import Access
 from memserve.router.gate.admission import Admission
+from memserve.router.gate.budget import ByteBudget
 from memserve.router.gate.gate import Gate
 from memserve.router.gate.keys import admin_keys, tenant_keys
 from memserve.router.gate.rates import Rates
 from memserve.router.gate.tls import Certificate
 from memserve.router.observe.metrics import RouterMetrics
+from memserve.router.serving.failures import Overloaded
 
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True)
-class Secrets:
-    """What is read from files that may change meanwhile."""
+class ClientLimits:
+    """How much, and how slowly, a client may send and read."""
+
+    max_body_bytes: int
+    head_s: float
+    """For a request's head, from its first byte."""
+    stall_s: float
+    """For the next part of a body, or to read some more of an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """See the module. Event loop thread only."""
 
     access: Access
+    gate: Gate
+    limits: ClientLimits
+    budget: ByteBudget
+    """For the bytes of all requests that are held."""
     certificate: Certificate | None
+    """What clients are shown; None: they are served in the clear."""
 
     @property
     def tls(self) -> ssl.SSLContext | None:
-        """How clients are served; None: in the clear."""
+        """How clients are served."""
         return self.certificate.context if self.certificate else None
 
+    def out_of_memory(self) -> Overloaded:
+        """What a request is told that the budget has no room for, counted."""
+        return self.gate.refused("memory")
+
     def follow(self, *, is_asked: bool = False) -> None:
-        """Read those again that have changed; all of them if somebody asks."""
+        """Read files of keys and certificates again that have changed; all of them if somebody asks."""
         self.access.follow(is_asked=is_asked)
         if self.certificate is not None:
             self.certificate.follow(is_asked=is_asked)
 
 
-def open_secrets(config: RouterConfig) -> Secrets:
+def open_door(config: RouterConfig, metrics: RouterMetrics) -> Door:
     """Raises ConfigError for a file of keys, or a certificate, that cannot be used."""
     certificate = None
     if config.ssl_certfile is not None and config.ssl_keyfile is not None:
         certificate = Certificate(config.ssl_certfile, config.ssl_keyfile)
-    return Secrets(_open_access(config), certificate)
+    limits = ClientLimits(
+        config.max_body_bytes, config.client_header_timeout_secs, config.client_stall_timeout_secs
+    )
+    budget = ByteBudget(config.max_buffered_mib << 20)
+    metrics.show("buffered_bytes", "Bytes of requests that are held.", lambda: budget.held)
+    return Door(_open_access(config), _open_gate(config, metrics), limits, budget, certificate)
 
 
 def _open_access(config: RouterConfig) -> Access:
@@ -63,8 +93,7 @@ def _open_access(config: RouterConfig) -> Access:
     )
 
 
-def open_gate(config: RouterConfig, metrics: RouterMetrics) -> Gate:
-    """How much may be asked for."""
+def _open_gate(config: RouterConfig, metrics: RouterMetrics) -> Gate:
     max_running = None if config.max_concurrent_requests < 1 else config.max_concurrent_requests
     rate = config.rate_limit_tokens_per_second
     admission = Admission(
