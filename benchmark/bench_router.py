@@ -1,281 +1,228 @@
-"""What the router costs: latency it adds, requests per second, delay of the first streamed byte.
+"""What a router costs, ours beside others: latency it adds, requests per second, CPU, memory, fairness.
 
-    python benchmark/bench_router.py [--requests N] [--rounds N]
+    apt install nginx-light wrk
+    python benchmark/bench_router.py [--peers DIR] [--only ROUTER …] [--figures …] [--seconds N] [--rounds N]
 
-    this process ──┬──> router ──┬──> prefill and decode, or one colocated server
-                   │             └    (lean fakes, a process each; so is the router)
-                   └──> the decode or colocated server itself: the baseline
+    wrk ──> router ──> 4 workers that answer at once (nginx): what is measured is the router
 
-The fake servers answer at once: what is measured is the router, two hops over loopback and this
-client. Router and baseline are asked in turn, round after round. On a machine with few cores the
-processes also share those: throughput is a lower bound.
+Each round asks every router in turn, with the same load; a table follows the figures. All processes
+share this machine's cores: requests per second are a lower bound, the CPU time of the router's process
+per request is not. The peers are the wheels of sglang-router, smg and vllm-router, in an environment
+of their own (`--peers DIR` makes it if it is not there). All of them route by cached prefixes; ours does
+so by text keys, as nobody behind it confirms a tokenizer.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import json
-import multiprocessing
 import statistics
+import subprocess
+import sys
 import threading
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from multiprocessing.connection import Connection
-
-import uvloop
-from aiohttp import web
+from pathlib import Path
 
 from figures import progress, report
-from memserve.core.ids import InstanceId
-from memserve.router.config import STATIC_EPOCH, RouterConfig
-from memserve.router.server import running_router
-from memserve.testing.fake_worker import FakeWorker
-from memserve.wire.messages import InstanceInfo, Role
+from router_stage import Named, Router, Setting, Worker, load, require_tools, running, workers
+from stream_worker import first_event_ms, stream_worker
 
-PROMPT_BYTES = 4096
-NUM_CONNECTIONS = 32
-EVENT_GAP_S = 0.005
-"""The streams of the delay figure pause so long between events: each is relayed on its own."""
-NUM_EVENTS = 5
-START_TIMEOUT_S = 20.0
-
-ANSWER = {
-    "text": "x" * 64,
-    "meta_info": {"id": "x", "finish_reason": {"type": "length"}, "prompt_tokens": 1024, "cached_tokens": 0},
-}
+OURS = "memserve"
+PEERS = {"sglang-router": "0.3.2", "smg": "1.13.0", "vllm-router": "0.1.17"}
+CONNECTIONS = 32
+SPEEDS = [
+    Setting(pd, stream, size << 10) for pd in (False, True) for stream in (False, True) for size in (4, 16)
+]
+RESTART_TIMEOUT_S = 30.0
 
 
-class LeanWorker(FakeWorker):
-    """A fake worker that keeps no record; its streams tell when each event was written."""
+class Table:
+    """Rows by figure, a column for each router; Markdown at the end."""
 
-    async def _generate(self, request: web.Request) -> web.StreamResponse:
-        body = await request.read()
-        if b'"stream":true' not in body:
-            return web.json_response(ANSWER)
-        response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
-        await response.prepare(request)
-        for _ in range(NUM_EVENTS):
-            await asyncio.sleep(EVENT_GAP_S)
-            await response.write(b'data: {"sent": %r}\n\n' % time.monotonic())
-        await response.write(b"data: [DONE]\n\n")
-        return response
+    def __init__(self, routers: list[str]) -> None:
+        self._routers = routers
+        self._rows: dict[str, dict[str, str]] = {}
 
+    def add(self, figure: str, router: str, text: str) -> None:
+        self._rows.setdefault(figure, {})[router] = text
 
-class Client:
-    """One kept-alive connection that does as little as it can: it must not be the cost."""
-
-    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._reader = reader
-        self._writer = writer
-
-    @classmethod
-    async def open(cls, port: int) -> Client:
-        """Connect to a server on this machine."""
-        return cls(*await asyncio.open_connection("127.0.0.1", port))
-
-    async def ask(self, request: bytes) -> None:
-        """Send a request and read its whole answer."""
-        self._writer.write(request)
-        head = await self._reader.readuntil(b"\r\n\r\n")
-        if not head.startswith(b"HTTP/1.1 200"):
-            raise RuntimeError(head.decode())
-        length = head.lower().partition(b"content-length: ")[2].partition(b"\r\n")[0]
-        await self._reader.readexactly(int(length))
-
-    async def event_delays_s(self, request: bytes) -> list[float]:
-        """Send a streaming request; for each event the seconds since the worker wrote it."""
-        self._writer.write(request)
-        await self._reader.readuntil(b"\r\n\r\n")
-        delays: list[float] = []
-        while size := int(await self._reader.readuntil(b"\r\n"), 16):
-            chunk = await self._reader.readexactly(size + 2)
-            now = time.monotonic()
-            events = chunk.split(b"\n\n")
-            delays += [now - json.loads(event[6:])["sent"] for event in events if b"sent" in event]
-        await self._reader.readexactly(2)
-        return delays
-
-    def close(self) -> None:
-        """Drop the connection."""
-        self._writer.close()
+    def __str__(self) -> str:
+        lines = ["| | " + " | ".join(self._routers) + " |", "|---" * (len(self._routers) + 1) + "|"]
+        for figure, cells in self._rows.items():
+            lines.append(f"| {figure} | " + " | ".join(cells.get(one, "–") for one in self._routers) + " |")
+        return "\n".join(lines)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A router, and a server behind it that can be asked directly."""
+class Bench:
+    """All figures of some routers."""
 
-    name: str
-    router_port: int
-    direct_port: int
+    def __init__(self, routers: list[str], peers: Path, seconds: int, rounds: int) -> None:
+        self.table = Table(routers)
+        self._routers = routers
+        self._peers = peers
+        self._seconds = seconds
+        self._rounds = rounds
+        self._seed = 0
 
+    def speed(self) -> None:
+        """Requests/s, CPU per request and added latency, router by router in each round."""
+        for setting in SPEEDS:
+            progress(f"{setting}: {len(self._routers)} routers, {self._rounds} rounds")
+            rates: dict[str, list[float]] = {name: [] for name in self._routers}
+            cpu_us: dict[str, list[float]] = {name: [] for name in self._routers}
+            added_us: dict[str, list[float]] = {name: [] for name in self._routers}
+            with workers(setting.pd) as behind:
+                for _ in range(self._rounds):
+                    direct = load(behind[-1].port, setting, 1, 1, self._next_seed()).p50_us
+                    for name in self._routers:
+                        self._speed_of(name, setting, behind, (rates[name], cpu_us[name]))
+                        added_us[name].append(self._latency_us(name, setting, behind) - direct)
+            for name in self._routers:
+                base = None if name != OURS else "sglang-router"
+                for figure, unit, samples in (
+                    ("rate", "requests/s", rates),
+                    ("cpu", "us/request", cpu_us),
+                    ("added_p50", "us", added_us),
+                ):
+                    if samples[name]:
+                        baseline = samples.get(base or "")
+                        value = report(
+                            f"router_{setting}_{figure}_{name}", samples[name], unit, baseline=baseline
+                        )
+                        self.table.add(f"{setting}, {unit} ({figure})", name, f"{value:,.0f}")
 
-def request_bytes(*, stream: bool = False) -> bytes:
-    """A /generate request as it goes over the wire, fit for each role."""
-    body = {"text": "x" * PROMPT_BYTES, "sampling_params": {"max_new_tokens": 16}, "stream": stream}
-    data = json.dumps(body, separators=(",", ":")).encode()
-    head = f"POST /generate HTTP/1.1\r\nHost: h\r\nContent-Length: {len(data)}\r\n\r\n"
-    return head.encode() + data
+    def memory(self, num_unique: int) -> None:
+        """Memory after many prompts that never come again."""
+        setting = Setting(pd=False, stream=False, prompt_bytes=4096)
+        for name in self._routers:
+            with workers(pd=False) as behind, running(name, self._peers, behind) as router:
+                load(router.port, setting, 4, 1, self._next_seed())
+                start_mib, served = router.rss_mib(), 0
+                while served < num_unique:
+                    served += load(router.port, setting, CONNECTIONS, 5, self._next_seed()).requests
+                    progress(
+                        f"memory {name}: {served:,} of {num_unique:,} prompts, {router.rss_mib():.0f} MiB"
+                    )
+                report(f"router_memory_{name}", [router.rss_mib()], "MiB", baseline=[start_mib])
+                text = f"{start_mib:.0f} → {router.rss_mib():.0f}"
+                self.table.add(f"MiB, start → after {num_unique:,} unique prompts", name, text)
 
+    def share(self) -> None:
+        """How evenly prompts that nobody has are spread, one at a time."""
+        setting = Setting(pd=False, stream=False, prompt_bytes=4096)
+        for name in self._routers:
+            with workers(pd=False, counts=True) as behind, running(name, self._peers, behind) as router:
+                before = [worker.num_served() for worker in behind]
+                load(router.port, setting, 1, 2, self._next_seed())
+                served = [w.num_served() - b for w, b in zip(behind, before, strict=True)]
+                shares = sorted((one / sum(served) for one in served), reverse=True)
+                report(f"router_share_{name}", [max(served) / max(1, min(served))], "max/min")
+                text = "/".join(f"{share:.0%}"[:-1] for share in shares) + "%"
+                self.table.add("share of 4 workers, cold prompts, 1 connection", name, text)
 
-async def latencies_s(port: int, count: int) -> list[float]:
-    """How long each of `count` requests took on one connection."""
-    client, request = await Client.open(port), request_bytes()
-    taken = []
-    for _ in range(count):
-        start = time.perf_counter()
-        await client.ask(request)
-        taken.append(time.perf_counter() - start)
-    client.close()
-    return taken
+    def recovery(self) -> None:
+        """How long a worker that was killed and started again waits for its first request."""
+        setting = Setting(pd=False, stream=False, prompt_bytes=4096)
+        for name in self._routers:
+            with workers(pd=False, counts=True) as behind, running(name, self._peers, behind) as router:
+                seconds, num_wrong = self._recovery_s(router, behind[0], setting)
+                report(f"router_recovery_{name}", [seconds], "s")
+                text = f"{seconds:.1f}" if seconds < RESTART_TIMEOUT_S else f"> {RESTART_TIMEOUT_S:.0f}"
+                self.table.add("s until a restarted worker serves (errors)", name, f"{text} ({num_wrong})")
 
+    def first_byte(self) -> None:
+        """What a router adds to the first event of a stream, on a kept-alive connection."""
+        with stream_worker() as port:
+            for name in self._routers:
+                with running(name, self._peers, [Named(f"http://127.0.0.1:{port}")]) as router:
+                    direct = asyncio.run(first_event_ms(port))
+                    delays = asyncio.run(first_event_ms(router.port))
+                    added = [statistics.median(delays) - statistics.median(direct)]
+                    value = report(f"router_first_byte_{name}", added, "ms")
+                    worst = max(delays) - statistics.median(direct)
+                    text = f"{value:.2f} ({worst:.1f})"
+                    self.table.add("ms added to a stream's first event, p50 (worst of 30)", name, text)
 
-async def requests_per_s(port: int, count: int) -> float:
-    """The rate at which `count` requests were answered on all connections together."""
-    request = request_bytes()
-    clients = [await Client.open(port) for _ in range(NUM_CONNECTIONS)]
+    def _speed_of(
+        self, name: str, setting: Setting, behind: list[Worker], into: tuple[list[float], list[float]]
+    ) -> None:
+        with running(name, self._peers, behind) as router:
+            load(router.port, setting, CONNECTIONS, 1, self._next_seed())
+            before_s = router.cpu_s()
+            seen = load(router.port, setting, CONNECTIONS, self._seconds, self._next_seed())
+            if seen.num_wrong:
+                progress(
+                    f"{name} {setting}: {seen.num_wrong} of {seen.requests} answers were wrong: left out"
+                )
+                return
+            into[0].append(seen.requests_per_s)
+            into[1].append((router.cpu_s() - before_s) / seen.requests * 1e6)
 
-    async def work(client: Client) -> None:
-        for _ in range(count // NUM_CONNECTIONS):
-            await client.ask(request)
+    def _latency_us(self, name: str, setting: Setting, behind: list[Worker]) -> float:
+        with running(name, self._peers, behind) as router:
+            load(router.port, setting, 1, 1, self._next_seed())
+            return load(router.port, setting, 1, 2, self._next_seed()).p50_us
 
-    start = time.perf_counter()
-    await asyncio.gather(*(work(client) for client in clients))
-    elapsed_s = time.perf_counter() - start
-    for client in clients:
-        client.close()
-    return count // NUM_CONNECTIONS * NUM_CONNECTIONS / elapsed_s
+    def _recovery_s(self, router: Router, victim: Worker, setting: Setting) -> tuple[float, int]:
+        num_wrong, done = 0, threading.Event()
 
+        def ask() -> None:
+            nonlocal num_wrong
+            while not done.is_set():
+                num_wrong += load(router.port, setting, 8, 2, self._next_seed()).num_wrong
 
-async def stream_delays_s(port: int, count: int) -> list[float]:
-    """The first event's delay in each of `count` streams, all on one connection."""
-    client, request = await Client.open(port), request_bytes(stream=True)
-    delays = [(await client.event_delays_s(request))[0] for _ in range(count)]
-    client.close()
-    return delays
-
-
-async def in_turn(
-    measure: Callable[[int], Awaitable[float]], setting: Setting, rounds: int
-) -> tuple[list[float], list[float]]:
-    """`measure` of the router and of the baseline, round after round; the first does not count."""
-    router, direct = [], []
-    for _ in range(rounds + 1):
-        direct.append(await measure(setting.direct_port))
-        router.append(await measure(setting.router_port))
-    return router[1:], direct[1:]
-
-
-async def run(setting: Setting, num_requests: int, rounds: int) -> None:
-    """Print every figure of one setting."""
-
-    async def p50_us(port: int) -> float:
-        return statistics.median(await latencies_s(port, num_requests)) * 1e6
-
-    async def rate(port: int) -> float:
-        return await requests_per_s(port, 2 * num_requests)
-
-    async def delay_us(port: int) -> float:
-        return statistics.median(await stream_delays_s(port, 30)) * 1e6
-
-    async def worst_delay_us(port: int) -> float:
-        return max(await stream_delays_s(port, 30)) * 1e6
-
-    name = f"router_{setting.name}"
-    progress(f"{setting.name}: latency, one connection, {PROMPT_BYTES} byte prompts")
-    router, direct = await in_turn(p50_us, setting, rounds)
-    report(f"{name}_p50", router, "us", baseline=direct)
-    report(f"{name}_added_p50", [one - other for one, other in zip(router, direct, strict=True)], "us")
-    progress(f"{setting.name}: requests/s, {NUM_CONNECTIONS} connections")
-    router, direct = await in_turn(rate, setting, rounds)
-    report(f"{name}_rate", router, "requests/s", baseline=direct)
-    progress(f"{setting.name}: first streamed byte, kept-alive connection")
-    router, direct = await in_turn(delay_us, setting, rounds)
-    report(f"{name}_first_byte_p50", router, "us", baseline=direct)
-    router, direct = await in_turn(worst_delay_us, setting, rounds)
-    report(f"{name}_first_byte_worst_of_30", router, "us", baseline=direct)
-
-
-def serve_worker(role: Role, ready: Connection) -> None:
-    """A process: one lean worker."""
-
-    async def main() -> None:
-        async with LeanWorker(role) as worker:
-            ready.send(worker.port)
-            await asyncio.Event().wait()
-
-    uvloop.run(main())
-
-
-def serve_router(static: tuple[InstanceInfo, ...], ready: Connection) -> None:
-    """A process: one router over the servers in `static`."""
-
-    async def main() -> None:
-        async with running_router(RouterConfig(port=0, static=static)) as router:
-            ready.send(int(router.url.rsplit(":", 1)[1]))
-            await asyncio.Event().wait()
-
-    uvloop.run(main())
-
-
-@contextmanager
-def process(target: Callable[..., None], *arguments: object) -> Iterator[int]:
-    """`target` in a process of its own; the port it serves on."""
-    context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    child = context.Process(target=target, args=(*arguments, theirs), daemon=True)
-    child.start()
-    try:
-        if not ours.poll(START_TIMEOUT_S):
-            raise TimeoutError(f"{target.__name__} did not start")
-        yield ours.recv()
-    finally:
-        child.terminate()
-        child.join()
-
-
-@contextmanager
-def staged(name: str, roles: Sequence[Role]) -> Iterator[Setting]:
-    """A router over one fake server per role; the last one is the baseline."""
-    with ExitStack() as stack:
-        ports = [stack.enter_context(process(serve_worker, role)) for role in roles]
-        static = tuple(
-            InstanceInfo(InstanceId(role), STATIC_EPOCH, role, f"http://127.0.0.1:{port}", 8998)
-            for role, port in zip(roles, ports, strict=True)
-        )
-        router_port = stack.enter_context(process(serve_router, static))
-        wait_until_ready(router_port)
-        yield Setting(name, router_port, ports[-1])
-
-
-def wait_until_ready(port: int) -> None:
-    """Until a router has found its servers."""
-    deadline = time.monotonic() + START_TIMEOUT_S
-    while time.monotonic() < deadline:
+        asking = threading.Thread(target=ask)
+        asking.start()
         try:
-            urllib.request.urlopen(f"http://127.0.0.1:{port}/readiness", timeout=5).close()
-        except urllib.error.HTTPError:
-            threading.Event().wait(0.05)
-        else:
-            return
-    raise TimeoutError("the router found no servers")
+            pause = threading.Event()
+            pause.wait(2)
+            victim.kill()
+            pause.wait(3)
+            victim.start()
+            start, before = time.monotonic(), victim.num_served()
+            while victim.num_served() == before and time.monotonic() - start < RESTART_TIMEOUT_S:
+                pause.wait(0.02)
+            return time.monotonic() - start, num_wrong
+        finally:
+            done.set()
+            asking.join()
+
+    def _next_seed(self) -> int:
+        self._seed += 1
+        return self._seed
+
+
+def installed_peers(folder: Path) -> Path:
+    """The environment with the other routers, made if it is not there."""
+    if not (folder / "bin" / "sglang-router").exists():
+        progress(f"installing {', '.join(PEERS)} into {folder}")
+        subprocess.run([sys.executable, "-m", "venv", str(folder)], check=True)
+        wheels = [f"{name}=={version}" for name, version in PEERS.items()]
+        subprocess.run([str(folder / "bin" / "pip"), "install", "-q", *wheels], check=True)
+    return folder
 
 
 def main() -> None:
-    """Measure in front of a pair, then in front of a colocated server."""
+    """Measure what was asked for, and print the table."""
+    figures = ("speed", "memory", "share", "recovery", "first_byte")
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--requests", type=int, default=1000, help="requests per round (default: 1000)")
-    parser.add_argument("--rounds", type=int, default=7, help="rounds that count (default: 7)")
+    parser.add_argument("--peers", type=Path, help="environment with the other routers; none: ours alone")
+    parser.add_argument("--only", nargs="+", choices=[OURS, *PEERS], help="these routers")
+    parser.add_argument("--figures", nargs="+", choices=figures, default=figures)
+    parser.add_argument("--seconds", type=int, default=4, help="of each load (default: 4)")
+    parser.add_argument("--rounds", type=int, default=3, help="(default: 3)")
+    parser.add_argument("--unique", type=int, default=150_000, help="prompts for the memory figure")
     args = parser.parse_args()
-    for name, roles in (("pair", (Role.PREFILL, Role.DECODE)), ("colocated", (Role.COLOCATED,))):
-        with staged(name, roles) as setting:
-            uvloop.run(run(setting, args.requests, args.rounds))
+    require_tools()
+    routers = [OURS, *PEERS] if args.peers else [OURS]
+    routers = [name for name in routers if args.only is None or name in args.only]
+    peers = installed_peers(args.peers) if args.peers else Path()
+    bench = Bench(routers, peers, args.seconds, args.rounds)
+    for figure in args.figures:
+        bench.memory(args.unique) if figure == "memory" else getattr(bench, figure)()
+    print(bench.table)
 
 
 if __name__ == "__main__":
