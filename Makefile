@@ -38,7 +38,7 @@ check:
 	$(UNIT)
 
 bench: install
-	@for benchmark in transfer attention router tree mempool fetch routing; do $(PYTHON) benchmark/bench_$$benchmark.py || exit 1; done
+	@for benchmark in transfer attention tree mempool fetch routing router; do $(PYTHON) benchmark/bench_$$benchmark.py || exit 1; done
 
 clean:
 	rm -rf $(VENV) models logs
