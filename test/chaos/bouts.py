@@ -11,7 +11,7 @@ import asyncio
 import random
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import aiohttp
@@ -64,6 +64,8 @@ class Pace:
     recover_s: float
     limit_s: float
     """After so long without an end a request is lost."""
+    cold_share: float = 0.0
+    """Of the requests, those that nobody can have cached: they come to all workers."""
 
 
 @dataclass(slots=True)
@@ -95,6 +97,8 @@ class Load:
             usual = Manner(self.pace.limit_s)
             manner = self.odd if self.odd is not None and number % 2 else usual
             ask, stream = draw.choice(self.asks), draw.random() < 0.6
+            if draw.random() < self.pace.cold_share:
+                ask = replace(ask, body={**ask.body, "cache_salt": str(draw.random())})
             answer = await put(session, self.url, ask, stream=stream, manner=manner)
             self.answers.append(answer)
             if answer.outcome is not Outcome.RIGHT:

@@ -71,11 +71,11 @@ class RouterProcess:
 
     async def fill_disk(self) -> None:
         """No file of the router's grows from now on, its log first of all."""
-        _limit_files(self.process.pid, self.process.log.stat().st_size)
+        limit_files(self.process.pid, self.process.log.stat().st_size)
 
     async def free_disk(self) -> None:
         """They may again."""
-        _limit_files(self.process.pid, resource.RLIM_INFINITY)
+        limit_files(self.process.pid, None)
 
     def tracebacks(self) -> list[str]:
         """The exceptions that any of them has logged."""
@@ -83,5 +83,7 @@ class RouterProcess:
         return [one for log in logs for one in _TRACEBACK.findall(log)]
 
 
-def _limit_files(pid: int, num_bytes: int) -> None:
-    resource.prlimit(pid, resource.RLIMIT_FSIZE, (num_bytes, resource.RLIM_INFINITY))
+def limit_files(pid: int, num_bytes: int | None) -> None:
+    """Let no file that a process writes to grow beyond that; None: any may."""
+    limit = resource.RLIM_INFINITY if num_bytes is None else num_bytes
+    resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
