@@ -28,7 +28,7 @@ test:
 
 chaos:
 	@$(INSTALL) --dev
-	@$(PYTHON) -m pytest -s test/chaos
+	@FAULTS="$(FAULTS)" $(PYTHON) -m pytest -s test/chaos/real_servers.py $(if $(FAULTS),,test/chaos)
 
 check:
 	@$(INSTALL) --dev

@@ -33,7 +33,7 @@ def faults(world: FakeWorld) -> list[Fault]:
         Fault("SIGSTOP, SIGCONT", two.name, two.freeze, two.thaw, hold_s=1.0),
         *(
             Fault(f"answers: {how}", three.name, partial(three.behave, how), partial(three.behave, "well"))
-            for how in ("500", "resets", "never", "closes")
+            for how in ("500", "resets", "half", "garbage", "never", "closes")
         ),
         *(
             Fault(f"link: {how}", linked.name, partial(linked.link, how), partial(linked.link, "well"))

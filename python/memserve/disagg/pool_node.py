@@ -25,7 +25,7 @@ from xxhash import xxh3_64_intdigest
 from memserve.core.block_keys import BlockKey
 from memserve.core.caching import CachingMode
 from memserve.core.cluster_key import ClusterKey
-from memserve.core.errors import LayoutMismatch, MemServeError, PeerDeclined
+from memserve.core.errors import InstanceLost, LayoutMismatch, MemServeError, PeerDeclined
 from memserve.core.ids import Epoch, InstanceId
 from memserve.core.kv_layout import KVLayout
 from memserve.disagg.membership import Membership
@@ -238,7 +238,8 @@ class PoolNode:
 
     def _send(self, errand: Errand) -> int:
         assert self._peers is not None
-        to = PeerAddress(errand.to.address, errand.to.epoch)
+        there = self._there_now(errand.to)
+        to = PeerAddress(there.address, there.epoch)
         try:
             return self._peers.push(to, self.pool, errand.keys, parent=errand.parent).num_sent
         except PeerDeclined as error:
@@ -246,6 +247,17 @@ class PoolNode:
                 raise
         chain = self.pool.chain_to(errand.keys[-1])
         return self._peers.push(to, self.pool, chain).num_sent if chain else 0
+
+    def _there_now(self, pool: PoolInfo) -> PoolInfo:
+        """`pool`, or who has come in its place since. Raises InstanceLost if nobody has: to ask who is
+        dead costs all that wait behind it seconds each."""
+        pools = self._members.pools() if self._members is not None else ()
+        same = next((one for one in pools if one.epoch == pool.epoch), None)
+        name = (pool.instance_id, pool.layout)
+        there = same or next((one for one in pools if (one.instance_id, one.layout) == name), None)
+        if there is None:
+            raise InstanceLost(str(pool.instance_id), "it has gone")
+        return there
 
     def _fetch(self, keys_of: Callable[[], Sequence[BlockKey]], num_reachable: int) -> None:
         sources = self._sources()

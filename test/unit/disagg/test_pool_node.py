@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator, Sequence
 
+import msgspec
 import pytest
 
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.caching import CachingMode
 from memserve.core.ids import InstanceId, new_epoch
 from memserve.core.kv_layout import KVLayout
+from memserve.disagg.outbox import Errand
 from memserve.disagg.pool_node import DRAM_PER_HBM, MAX_GROWTH, PoolNode, PoolSettings, dram_slots
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
@@ -134,6 +136,28 @@ def test_nothing_goes_home_while_a_request_runs_nor_to_a_prefill_nobody_knows(jo
     decode.stored(keys, None, "127.0.0.1:9")
     wait_sent(decode)
     assert prefill.pool.stats().cached == 0
+
+
+def test_errands_to_a_pool_that_has_gone_hold_nobody_up(join: Join) -> None:
+    prefill, decode = join(Role.PREFILL), join(Role.DECODE)
+    (to,) = decode._members.pools()
+    store(decode, chain(3))
+    prefill.close()
+    wait_for(lambda: decode.stats()["members"]["known"] == 0, what="the prefill to be gone", timeout_s=10)
+    for _ in range(5):
+        decode._outbox.offer(Errand(to, chain(3), None))
+    wait_for(lambda: not decode.stats()["outbox"]["waiting"], what="them to be given up", timeout_s=2)
+    assert decode.stats()["outbox"]["failed"] == 5
+
+
+def test_errands_to_a_pool_that_was_started_anew_go_there(join: Join) -> None:
+    prefill, decode = join(Role.PREFILL), join(Role.DECODE)
+    (to,) = decode._members.pools()
+    data = store(decode, chain(3))
+    before = msgspec.structs.replace(to, epoch=new_epoch(), address="127.0.0.1:9")
+    decode._outbox.offer(Errand(before, chain(3), None))
+    wait_sent(decode)
+    assert read(prefill, chain(3)) == data
 
 
 def test_no_other_mode_sends_anything_home(join: Join) -> None:

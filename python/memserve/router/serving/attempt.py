@@ -19,7 +19,7 @@ from memserve.router.placing.placed import Placed
 from memserve.router.placing.placement import Placer
 from memserve.router.serving.api import Api, Call, encode_json
 from memserve.router.serving.merge import cached_tokens_in, rid_field
-from memserve.router.serving.pair import OnPrefilled, PairRunner
+from memserve.router.serving.pair import OnPrefilled, PairRunner, parsed
 from memserve.router.serving.relay import Write, relay
 from memserve.router.serving.samples import SampleJoiner, as_batch, as_singles, join_answers
 from memserve.router.serving.sse import data_of
@@ -61,7 +61,8 @@ class Runner:
         route = placed.route
         if not isinstance(route, Pair):
             whole = await self._upstream.fetch(route.worker, call, _own_body(call))
-            self._placer.prefilled(placed, _num_cached(call, _parsed(whole)), is_timely=False)
+            answer = parsed(route.worker, whole)
+            self._placer.prefilled(placed, _num_cached(call, answer), is_timely=False)
             return whole
         if call.num_samples == 1:
             return await self._pairs.answer(call, route, on_prefilled)

@@ -30,6 +30,9 @@ OnPrefilled = Callable[[Any], None]
 
 decode_json = msgspec.json.Decoder().decode
 
+# What reading an answer of another shape raises.
+_NONSENSE = (msgspec.DecodeError, ValueError, LookupError, TypeError, AttributeError)
+
 PREFILL_END_S = 1.0
 """After decode's last byte prefill has nothing left to do but to say so."""
 
@@ -45,7 +48,10 @@ class PairRunner:
         for_prefill, for_decode = leg_bodies(call, pair, _draw_room)
         async with self._prefilling(call, pair.prefill, for_prefill, on_prefilled) as prefill:
             answer = await unless_fails(prefill, self._upstream.fetch(pair.decode, call, for_decode))
-            return merge_answers(call, await prefill, answer)
+            try:
+                return merge_answers(call, await prefill, answer)
+            except _NONSENSE as error:
+                raise nonsense(pair.decode, error) from error
 
     async def stream(self, call: Call, pair: Pair, on_prefilled: OnPrefilled, write: Write) -> None:
         """Write decode's events as they come, byte for byte unless prefill has to add to them.
@@ -64,7 +70,7 @@ class PairRunner:
         """Prefill's leg as a task, which gives its answer parsed; taken back if the block is left before."""
 
         async def prefill() -> Any:
-            answer = _parsed(instance, await self._upstream.fetch(instance, call, body))
+            answer = parsed(instance, await self._upstream.fetch(instance, call, body))
             on_prefilled(answer)
             return answer
 
@@ -137,15 +143,22 @@ async def unless_fails(prefill: asyncio.Task[Any], decode: Coroutine[Any, Any, T
         if not task.done():
             task.cancel()
             await asyncio.wait((task,))
+        if not task.cancelled():
+            task.exception()  # it was raised above, or nobody waits any more
 
 
-def _parsed(instance: Instance, answer: bytes) -> Any:
+def parsed(instance: Instance, answer: bytes) -> Any:
     """Raises LegFailed for what is no JSON."""
     try:
         return decode_json(answer)
-    except (msgspec.DecodeError, UnicodeDecodeError) as error:
-        message = f"its answer is no JSON: {error}"
-        raise LegFailed(instance.instance_id, instance.role, 502, message) from error
+    except _NONSENSE as error:
+        raise nonsense(instance, error) from error
+
+
+def nonsense(instance: Instance, error: Exception) -> LegFailed:
+    """What an instance has done that answers 200 with something else than an answer."""
+    message = f"its answer is none of SGLang's: {error!r}"
+    return LegFailed(instance.instance_id, instance.role, 502, message)
 
 
 def _draw_room() -> int:

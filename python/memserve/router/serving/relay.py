@@ -15,13 +15,15 @@ from memserve.router.cluster.instance import Instance
 from memserve.router.serving.continuation import Continuation
 from memserve.router.serving.failures import LegFailed, message_of
 from memserve.router.serving.retry import Alias
-from memserve.router.serving.sse import EventSplitter, data_of
+from memserve.router.serving.sse import DONE, EventSplitter, data_of
 from memserve.router.serving.transcript import Transcript
 from memserve.router.serving.upstream import Leg
 
 Write = Callable[[bytes], Awaitable[None]]
 
 _ERROR, _ABORT = b'data: {"error"', b'"type":"abort"'
+_DATA = b"data:"
+_FIELDS = (_DATA, b":", b"event:", b"id:", b"retry:")
 
 decode_json = msgspec.json.Decoder().decode
 
@@ -38,16 +40,23 @@ class Sink(Protocol):
 
 
 async def relay(leg: Leg, write: Write, on_first: Callable[[bytes], None] | None = None) -> None:
-    """Write what comes. Raises what `Leg` and `write` raise, and LegFailed for an error (5xx) in between."""
+    """Write what comes. Raises what `Leg` and `write` raise, and LegFailed for an error (5xx) in between,
+    for what is no event stream, and for one that ends before its end."""
     chunk = await leg.first()
-    if chunk and on_first is not None:
+    if not chunk or not (chunk.startswith(_FIELDS) or _DATA.startswith(chunk)):
+        raise _failed(leg.instance, 502, "its answer is no event stream")
+    if on_first is not None:
         on_first(chunk)
+    tail = b""
     while chunk:
         if _ERROR in chunk or _ABORT in chunk:
             await _write_until_fault(leg.instance, chunk, write)
         else:
             await write(chunk)
+        tail = chunk if len(chunk) >= len(DONE) else tail + chunk
         chunk = await leg.next()
+    if not tail.endswith(DONE):
+        raise _failed(leg.instance, 502, "its answer ended before its end")
 
 
 async def _write_until_fault(instance: Instance, chunk: bytes, write: Write) -> None:
@@ -76,7 +85,10 @@ def _fault_in(instance: Instance, event: bytes) -> LegFailed | None:
         return None
     if not isinstance(status, int) or not 500 <= status < 600:
         return None
-    message = message_of(status, msgspec.json.encode({"error": error}))
+    return _failed(instance, status, message_of(status, msgspec.json.encode({"error": error})))
+
+
+def _failed(instance: Instance, status: int, message: str) -> LegFailed:
     return LegFailed(instance.instance_id, instance.role, status, message)
 
 
