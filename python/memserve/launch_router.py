@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import resource
 import sys
 from collections.abc import Sequence
 
@@ -24,11 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int:
             format="[%(asctime)s] %(levelname)s %(name)s: %(message)s",
             stream=sys.stderr,
         )
+        allow_many_connections()
         uvloop.run(serve(config))
     except ConfigError as error:
         print(f"launch_router: {error}", file=sys.stderr)
         return USAGE_ERROR
     return 0
+
+
+def allow_many_connections() -> None:
+    """As many open files as this process may have: a stream takes up to three."""
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 if __name__ == "__main__":

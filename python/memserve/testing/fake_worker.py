@@ -7,6 +7,7 @@ looked at. Times are in the test's hand: a gate holds a token back until its eve
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -59,6 +60,8 @@ class FakeWorker:
     healthy: bool = True
     num_special_tokens: int = 0
     """How many tokens, such as BOS, it puts before every text."""
+    tls: ssl.SSLContext | None = None
+    """How it is served; None: in the clear."""
     server_info: Json = field(default_factory=dict)
     """More of what it says of itself."""
     requests: list[Received] = field(default_factory=list)
@@ -71,7 +74,7 @@ class FakeWorker:
     @property
     def url(self) -> str:
         """Its base URL."""
-        return f"http://127.0.0.1:{self.port}"
+        return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     async def __aenter__(self) -> FakeWorker:
         await self.start()
@@ -99,7 +102,7 @@ class FakeWorker:
         )
         self._runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=0.01)
         await self._runner.setup()
-        await web.TCPSite(self._runner, "127.0.0.1", self.port).start()
+        await web.TCPSite(self._runner, "127.0.0.1", self.port, ssl_context=self.tls).start()
         self.port = self._runner.addresses[0][1]
 
     async def kill(self) -> None:

@@ -56,6 +56,14 @@ class Access:
             raise BadRequest(NEEDS_KEY, status=401)
         return tenant
 
+    def explained_as(self, authorization: str | None, name: str | None) -> Tenant:
+        """Whose request is looked at: admins say so by `name`. Raises BadRequest."""
+        if not (self.has_tenants and self.is_admin(authorization)):
+            return self.tenant_of(authorization)
+        if not name:
+            raise BadRequest("an admin says whose request it is: x-memserve-tenant: TENANT")
+        return Tenant(name)
+
     def is_admin(self, authorization: str | None) -> bool:
         """Whether whoever sent this Authorization header is one."""
         try:

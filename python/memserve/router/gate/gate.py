@@ -38,7 +38,7 @@ class Gate:
         self._queue_timeout_s = queue_timeout_s
         self._metrics = metrics
         metrics.show("admitted_requests", "Requests that run.", lambda: admission.num_running)
-        metrics.show("queued_requests", "Requests that wait for their turn.", lambda: admission.num_waiting)
+        metrics.show("queued_requests", "Requests that wait for their turn.", self.num_waiting)
 
     def admitted(self, tenant: Tenant, priority: Callable[[], int] = lambda: 0) -> Admitted:
         """A block in which a request of `tenant` runs; higher priorities of it come first.
@@ -47,6 +47,10 @@ class Gate:
         Entering raises Overloaded. While there is room it costs neither a task nor a future.
         """
         return Admitted(self, self._admission, self._admission.share(tenant.name, tenant.rates), priority)
+
+    def num_waiting(self) -> int:
+        """How many requests wait for their turn."""
+        return self._admission.num_waiting
 
     async def wait(self, share: Share, priority: int) -> float:
         """When it began. Raises Refusal, with a reason of its own if it took too long."""

@@ -35,6 +35,8 @@ REPORT = "x-memserve-report"
 EXPLAIN = "x-memserve-explain"
 ATTEMPTS = "x-memserve-attempts"
 """The header that tells how often a request was tried, if more than once."""
+TENANT = "x-memserve-tenant"
+"""The header by which an admin says whose request `POST /explain` is about."""
 DECISION = "x-memserve-decision"
 """The header of an answer whose request asked for an explanation: JSON, as `POST /explain` answers."""
 
@@ -141,7 +143,9 @@ class GenerateHandler:
         """Where a request would go, and why; nothing is sent. The body is that of any generating endpoint."""
         raw = b""
         try:
-            tenant = self._access.tenant_of(request.headers.get("authorization"))
+            tenant = self._access.explained_as(
+                request.headers.get("authorization"), request.headers.get(TENANT)
+            )
             raw = await self._bodies.read(request)
             async with self._gate.admitted(tenant, lambda: priority_of(request.headers, raw)):
                 body = read_body(raw)

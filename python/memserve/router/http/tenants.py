@@ -21,7 +21,7 @@ def salted(call: Call, tenant: Tenant) -> Call:
         return call
     own = call.body.get("cache_salt")
     salt = [_salt(tenant, one) for one in own] if isinstance(own, list) else _salt(tenant, own)
-    return structs.replace(call, body={**call.body, "cache_salt": salt})
+    return structs.replace(call, body={**call.body, "cache_salt": salt}, is_apart=True)
 
 
 def _salt(tenant: Tenant, own: object) -> str:

@@ -57,6 +57,8 @@ class Call(msgspec.Struct, frozen=True):
     authorization: str | None = None
     timeout_s: float | None = None
     """How long its client waits for the whole answer, if it says so."""
+    is_apart: bool = False
+    """It is one tenant's of several: what it calls itself must not meet the names of others."""
     wants_report: bool = False
     """A stream ends with a comment that tells what prefill reused."""
 

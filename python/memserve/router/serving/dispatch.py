@@ -62,6 +62,11 @@ class _Attempt:
     """How its events follow those that the client has."""
 
     @classmethod
+    def first(cls, call: Call) -> _Attempt:
+        """Under its own name, unless others could have the same: servers abort by prefix."""
+        return cls.anew(call) if call.is_apart and call.rid_is_clients else cls(call)
+
+    @classmethod
     def anew(cls, call: Call, resumption: Resumption | None = None) -> _Attempt:
         """One more, under a name of its own."""
         alias = Alias()
@@ -181,7 +186,7 @@ class Dispatcher:
 
         `then` says what is tried next, or raises what the client is told.
         """
-        placed, attempt, faults = self._place(job), _Attempt(job.call), list[WorkerFault]()
+        placed, attempt, faults = self._place(job), _Attempt.first(job.call), list[WorkerFault]()
         async with self._in_time(job.call) as ends_s:
             while True:
                 on_placed(placed, len(faults) + 1)
