@@ -130,6 +130,7 @@ def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str]
     """Start SGLang in this process and return when it has stopped."""
     from memserve.disagg.registrar import Registrar
     from memserve.engine import server, server_flags
+    from memserve.engine.load import LoadReader
     from memserve.engine.machine import is_cpu_machine
     from memserve.engine.settings import EngineSettings
     from memserve.transport.mooncake import rdma_devices
@@ -154,7 +155,7 @@ def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str]
         msgspec.structs.replace(settings, pool=pool_settings(config, info, protocol)).export()
     registrar = None
     if config.router is not None:
-        registrar = Registrar(ControlClient(config.router, key=key), info)
+        registrar = Registrar(ControlClient(config.router, key=key), info, LoadReader())
     server.run(server_args, registrar)
 
 

@@ -24,6 +24,7 @@ from memserve.wire.messages import (
     PoolInfo,
     RegisterPool,
     Role,
+    TierBlocks,
 )
 
 logger = logging.getLogger(__name__)
@@ -41,12 +42,13 @@ class Membership:
         info: PoolInfo,
         *,
         on_gone: Callable[[Epoch], None],
+        tiers: Callable[[], tuple[TierBlocks, ...]] = tuple,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """Begins at once: the pool must answer its peers. Takes `client` and closes it in the end.
 
         `on_gone` is called with the epoch of each pool that was a member and is no longer, on the
-        thread of this object; it must not close it.
+        thread of this object; it must not close it. `tiers`, asked there too, is what the router is told.
         """
         self._info = info
         self._on_gone = on_gone
@@ -62,8 +64,8 @@ class Membership:
         self._await_until_s = 0.0
         words = Words(
             name=f"pool={info.instance_id}",
-            register=RegisterPool(info),
-            heartbeat=lambda: PoolHeartbeat(info.epoch, self._version),
+            register=lambda: RegisterPool(info),
+            heartbeat=lambda: PoolHeartbeat(info.epoch, self._version, tiers()),
             deregister=DeregisterPool(info.epoch),
             heard=self._heard,
         )

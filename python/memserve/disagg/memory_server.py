@@ -33,6 +33,7 @@ from memserve.core.ids import InstanceId, new_epoch
 from memserve.disagg.lent_memory import LastUse, LentMemory
 from memserve.disagg.membership import Membership
 from memserve.disagg.pool_metrics import CONTENT_TYPE, exposition
+from memserve.disagg.pool_node import tier_blocks
 from memserve.disagg.publisher import Publisher
 from memserve.mempool.events import digest
 from memserve.mempool.free_memory import free_memory_bytes
@@ -148,7 +149,9 @@ class MemoryServer:
             layout="",
         )
         client = ControlClient(config.router, key=config.cluster_key)
-        self.members = Membership(client, info, on_gone=self.peers.gone)
+        self.members = Membership(
+            client, info, on_gone=self.peers.gone, tiers=lambda: tier_blocks(self.lent.pools())
+        )
         self._epoch = epoch
         self._publishers: dict[bytes, Publisher] = {}
         self._serving = threading.Thread(

@@ -38,7 +38,7 @@ from memserve.mempool.peers.peers import Peers
 from memserve.mempool.pool import MemPool
 from memserve.transport.select import MooncakeProtocol, TransportName
 from memserve.wire.link import ControlClient
-from memserve.wire.messages import PoolInfo, Role
+from memserve.wire.messages import PoolInfo, Role, TierBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -95,6 +95,19 @@ def dram_slots(dram_bytes: int | None, layout: KVLayout, hbm_bytes: int) -> int:
         free = free_memory_bytes() // layout.num_ranks
         dram_bytes = min(DRAM_PER_HBM * hbm_bytes, int(free * MOST_OF_FREE)) * layout.num_ranks
     return max(1, dram_bytes // layout.num_ranks // layout.block_bytes)
+
+
+def tier_blocks(pools: Sequence[MemPool]) -> tuple[TierBlocks, ...]:
+    """What is in each tier of some pools of one instance."""
+    stats = [pool.stats() for pool in pools]
+    dram = TierBlocks(
+        "dram",
+        sum(one.cached for one in stats),
+        sum(one.free for one in stats),
+        sum(one.total for one in stats),
+    )
+    followed = [item for pool in pools for item in pool.num_followed().items()]
+    return (dram, *(TierBlocks(tier.name.lower(), num_blocks) for tier, num_blocks in followed))
 
 
 class PoolNode:
@@ -202,7 +215,12 @@ class PoolNode:
             block_bytes=self.pool.layout.block_bytes * self.pool.layout.num_ranks,
             rank=self.pool.layout.rank,
         )
-        self._members = Membership(ControlClient(router, key=key), info, on_gone=self._peers.gone)
+        self._members = Membership(
+            ControlClient(router, key=key),
+            info,
+            on_gone=self._peers.gone,
+            tiers=lambda: tier_blocks([self.pool]),
+        )
         if self.pool.layout.rank == 0:  # The ranks of a server hold the same.
             client = ControlClient(router, key=key)
             self._publisher = Publisher(client, epoch, self.pool.take_events, self.pool.snapshot)

@@ -31,7 +31,7 @@ class Words:
 
     name: str
     """For the log: what it is, and its name."""
-    register: Message
+    register: Callable[[], Message]
     heartbeat: Callable[[], Message]
     deregister: Message
     heard: Callable[[Message], float | None]
@@ -69,7 +69,7 @@ class Presence:
             warned = False
             interval_s = 0.0
             while not self._closing.wait(interval_s):
-                answer = self._tell(self._words.heartbeat() if registered else self._words.register)
+                answer = self._tell(self._words.heartbeat() if registered else self._words.register())
                 heartbeat_s = self._words.heard(answer)
                 if heartbeat_s is not None:
                     if not registered:

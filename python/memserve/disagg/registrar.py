@@ -5,22 +5,31 @@ Knows the control messages; not what the instance serves, nor how.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from memserve.disagg.presence import Presence, Words
 from memserve.wire.link import ControlClient
-from memserve.wire.messages import Accepted, Deregister, Heartbeat, InstanceInfo, Message, Register
+from memserve.wire.messages import Accepted, Deregister, Heartbeat, InstanceInfo, Load, Message, Register
+
+
+def _no_load() -> Load | None:
+    return None
 
 
 class Registrar:
     """Registers `info`, then sends heartbeats on a thread of its own (see Presence)."""
 
-    def __init__(self, client: ControlClient, info: InstanceInfo) -> None:
-        """Takes `client` and closes it in the end."""
+    def __init__(
+        self, client: ControlClient, info: InstanceInfo, load: Callable[[], Load | None] = _no_load
+    ) -> None:
+        """Takes `client` and closes it in the end. `load` is asked on this object's thread."""
+        self._is_draining = False
         words = Words(
             name=f"instance={info.instance_id}",
-            register=Register(info),
-            heartbeat=lambda: Heartbeat(info.instance_id, info.epoch),
+            register=lambda: Register(info, self._is_draining),
+            heartbeat=lambda: Heartbeat(info.instance_id, info.epoch, load()),
             deregister=Deregister(info.instance_id, info.epoch),
-            heard=_heartbeat_s,
+            heard=self._heard,
         )
         self._presence = Presence(client, words)
 
@@ -32,6 +41,8 @@ class Registrar:
         """Deregister, if registered, and stop. Takes at most a few seconds; idempotent."""
         self._presence.close()
 
-
-def _heartbeat_s(answer: Message) -> float | None:
-    return answer.heartbeat_s if isinstance(answer, Accepted) else None
+    def _heard(self, answer: Message) -> float | None:
+        if not isinstance(answer, Accepted):
+            return None
+        self._is_draining = answer.is_draining
+        return answer.heartbeat_s

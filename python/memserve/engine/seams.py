@@ -294,6 +294,21 @@ SEAMS = (
     Seam("parallel state", PARALLEL_STATE, "telling data-parallel ranks apart"),
     Seam("http app", f"{HTTP_SERVER}:app", "answering /mempool", members=("add_api_route",)),
     Seam("http state", f"{HTTP_SERVER}:get_global_state", "same"),
+    Seam(
+        "load snapshots",
+        "sglang.srt.managers.load_snapshot:LoadSnapshot",
+        "telling the router how busy a server is, and whether it is stuck",
+        members=(
+            *("timestamp", "dp_rank", "num_running_reqs", "num_waiting_reqs"),
+            *("num_used_tokens", "max_total_num_tokens"),
+        ),
+    ),
+    Seam(
+        "load snapshot reader",
+        "sglang.srt.managers.load_snapshot:ShmLoadSnapshotReader",
+        "same",
+        members=("read_all",),
+    ),
     Seam("shared engine", SHARED_ENGINE, "finding the scheduler's transfer engine"),
     Seam("own address", "sglang.srt.utils.network:get_local_ip_auto", "telling others where we are"),
     Seam("process tree", "sglang.srt.utils:kill_process_tree", "leaving no child behind"),

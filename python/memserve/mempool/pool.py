@@ -275,6 +275,10 @@ class MemPool:
         self._foreign.append(ForeignTier(tier, self._events, self._lock))
         return self._foreign[-1]
 
+    def num_followed(self) -> dict[Tier, int]:
+        """Blocks in tiers of others."""
+        return {tier.tier: len(tier) for tier in self._foreign}
+
     def stats(self, tier: Tier = Tier.DRAM) -> PoolStats:
         """All numbers of one tier, of one moment; leases are the pool's, reservations in DRAM."""
         one = self._tier(tier)

@@ -150,6 +150,9 @@ class RouterConfig:
     shutdown_grace_period_secs: float = setting(10.0, "how long running requests may finish after SIGTERM")
     health_check_interval_secs: float = setting(10.0, "how often a server that was named by URL is checked")
     heartbeat_secs: float = setting(2.0, "how often a registered instance says that it lives")
+    stuck_secs: float = setting(
+        15.0, "an instance whose scheduler makes no step for so long gets no requests while there are others"
+    )
     max_body_bytes: int = setting(64 << 20, "the largest request body; more is answered with 413")
     ui_show_prompts: bool = setting(
         False, "show on /ui how prompts begin; otherwise their lengths and hashes only"
@@ -174,6 +177,7 @@ class RouterConfig:
             "cb_timeout_secs",
             "health_check_interval_secs",
             "heartbeat_secs",
+            "stuck_secs",
             "tree_audit_secs",
             "learnt_ttl_secs",
             "queue_timeout_secs",

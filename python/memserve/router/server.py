@@ -172,7 +172,9 @@ def _new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
     policy = config.policy
     prefill_policy, decode_policy = config.prefill_policy or policy, config.decode_policy or policy
     directs_fetches = config.fetch == "auto" and prefill_policy == "prompt_tree"
-    cluster = Cluster(config.static, heartbeat_s=config.heartbeat_secs, clock=clock)
+    cluster = Cluster(
+        config.static, heartbeat_s=config.heartbeat_secs, clock=clock, stuck_s=config.stuck_secs
+    )
     pools = Pools(heartbeat_s=config.heartbeat_secs, clock=clock, directs_fetches=directs_fetches)
     max_blocks = (config.tree_budget_mib << 20) // BYTES_PER_BLOCK
     tree = ClusterTree(max_blocks=max_blocks, clock=clock)

@@ -16,7 +16,7 @@ from memserve.core.errors import WireMismatch
 from memserve.core.ids import Epoch, InstanceId
 from memserve.wire.peer_messages import Endpoint, FromPool, MemoryRange, ToPool
 
-WIRE_VERSION = 4
+WIRE_VERSION = 5
 
 
 class Role(StrEnum):
@@ -43,10 +43,25 @@ class InstanceInfo(msgspec.Struct, frozen=True):
     """A router refuses an instance whose value is not that of the others."""
 
 
+class Load(msgspec.Struct, frozen=True):
+    """What an instance has to do at one moment, all its data-parallel ranks together."""
+
+    num_running: int
+    """Requests."""
+    num_queued: int
+    num_used_tokens: int
+    """Of KV in HBM, for requests that run or wait."""
+    max_tokens: int
+    step_age_s: float
+    """Since its scheduler last came round, the slowest rank's: alive but stuck is visible here."""
+
+
 class Register(msgspec.Struct, frozen=True, tag=True):
     """Instance → router: I am ready to serve. Idempotent; a new epoch replaces the old one."""
 
     info: InstanceInfo
+    is_draining: bool = False
+    """A router has said so, which may have been another one."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
@@ -54,6 +69,8 @@ class Heartbeat(msgspec.Struct, frozen=True, tag=True):
 
     instance_id: InstanceId
     epoch: Epoch
+    load: Load | None = None
+    """None where the engine does not tell."""
 
 
 class Deregister(msgspec.Struct, frozen=True, tag=True):
@@ -67,6 +84,8 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
     """Router → instance: done; tell me that you live every `heartbeat_s`."""
 
     heartbeat_s: float
+    is_draining: bool = False
+    """You are; say so to any router that has forgotten it."""
 
 
 class Unknown(msgspec.Struct, frozen=True, tag=True):
@@ -120,11 +139,23 @@ class RegisterPool(msgspec.Struct, frozen=True, tag=True):
     info: PoolInfo
 
 
+class TierBlocks(msgspec.Struct, frozen=True):
+    """One tier of a pool at one moment."""
+
+    tier: str
+    """`hbm` or `dram`."""
+    num_cached: int
+    num_free: int | None = None
+    """None where only the engine knows."""
+    num_total: int | None = None
+
+
 class PoolHeartbeat(msgspec.Struct, frozen=True, tag=True):
     """Pool → router: still here, and I know the members as of `version`. Answered `Members`, `Unknown`."""
 
     epoch: Epoch
     version: int
+    tiers: tuple[TierBlocks, ...] = ()
 
 
 class DeregisterPool(msgspec.Struct, frozen=True, tag=True):

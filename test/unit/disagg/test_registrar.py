@@ -13,6 +13,7 @@ from memserve.wire.messages import (
     Deregister,
     Heartbeat,
     InstanceInfo,
+    Load,
     Message,
     Refused,
     Register,
@@ -66,6 +67,32 @@ def test_a_router_that_forgot_gets_the_registration_anew() -> None:
     registrar.start()
     heard = [router.next() for _ in range(3)]
     assert [type(message) for message in heard] == [Register, Heartbeat, Register]
+    registrar.close()
+    router.close()
+
+
+def test_heartbeats_carry_the_load() -> None:
+    load = Load(1, 2, 3, 4, 0.5)
+    router = FakeRouter(lambda message: Accepted(heartbeat_s=0.01))
+    registrar = Registrar(ControlClient(router.address), INFO, lambda: load)
+    registrar.start()
+    assert router.next() == Register(INFO)
+    assert router.next() == Heartbeat(INFO.instance_id, INFO.epoch, load)
+    registrar.close()
+    router.close()
+
+
+def test_who_drains_says_so_to_a_router_that_forgot_until_it_is_told_otherwise() -> None:
+    said = iter([Accepted(0.01), Accepted(0.01, is_draining=True), Unknown(), Accepted(0.01), Unknown()])
+    router = FakeRouter(lambda message: next(said, Accepted(0.01)))
+    registrar = Registrar(ControlClient(router.address), INFO)
+    registrar.start()
+    heard = [router.next() for _ in range(6)]
+    assert [one for one in heard if isinstance(one, Register)] == [
+        Register(INFO),
+        Register(INFO, is_draining=True),
+        Register(INFO),
+    ]
     registrar.close()
     router.close()
 

@@ -5,7 +5,14 @@ from __future__ import annotations
 import pytest
 
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.cluster import HEARTBEAT_MISSES, Cluster, Member, State
+from memserve.router.cluster.cluster import (
+    DOWN_MISSES,
+    HEARTBEAT_MISSES,
+    SUSPECT_MISSES,
+    Cluster,
+    Member,
+    State,
+)
 from memserve.router.cluster.control import answer
 from memserve.router.cluster.instance import Facts
 from memserve.router.cluster.pools import Pools
@@ -16,6 +23,7 @@ from memserve.wire.messages import (
     Deregister,
     Heartbeat,
     InstanceInfo,
+    Load,
     Opened,
     Refused,
     Register,
@@ -84,18 +92,116 @@ def test_another_name_at_the_same_url_replaces_the_old_one(cluster: Cluster) -> 
     assert list(states(cluster)) == ["other"]
 
 
-def test_a_silent_instance_is_forgotten(cluster: Cluster, clock: FakeClock) -> None:
+def test_a_silent_instance_is_suspect_then_down_then_forgotten(cluster: Cluster, clock: FakeClock) -> None:
+    cluster.register(decode())
+    cluster.register(decode(url="http://h:2", name="other"))
+    for name in (NAME, InstanceId("other")):
+        cluster.joined(name, ONE, FACTS)
+    seen = []
+    for _ in range(11):
+        cluster.heartbeat(InstanceId("other"), ONE)
+        cluster.watch()
+        seen.append((states(cluster).get(NAME), len(cluster.snapshot.decodes), len(cluster.up.decodes)))
+        clock.advance(HEARTBEAT_MISSES / 10 + 0.01)
+    assert list(dict.fromkeys(seen)) == [
+        (State.READY, 2, 2),
+        (State.SUSPECT, 1, 2),
+        (State.DOWN, 1, 1),
+        (None, 1, 1),
+    ]
+    assert not cluster.heartbeat(NAME, ONE)
+
+
+def test_a_suspect_that_is_heard_again_is_ready_at_once(cluster: Cluster, clock: FakeClock) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
-    clock.advance(HEARTBEAT_MISSES - 0.5)
+    clock.advance(SUSPECT_MISSES + 0.1)
+    cluster.watch()
+    (member,) = cluster.members()
+    assert (member.state, member.reason) == (State.SUSPECT, "no heartbeat for 1.6 s")
     assert cluster.heartbeat(NAME, ONE)
-    clock.advance(HEARTBEAT_MISSES - 0.5)
-    cluster.forget_silent()
-    assert cluster.snapshot.decodes
-    clock.advance(1.0)
-    cluster.forget_silent()
+    assert (member.state, member.reason) == (State.READY, "")
+
+
+def test_who_is_down_for_its_silence_joins_when_it_is_heard_again(cluster: Cluster, clock: FakeClock) -> None:
+    cluster.register(decode())
+    cluster.joined(NAME, ONE, FACTS)
+    clock.advance(DOWN_MISSES + 0.1)
+    cluster.watch()
+    assert states(cluster) == {NAME: State.DOWN}
+    cluster.stirred.clear()
+    assert cluster.heartbeat(NAME, ONE)
+    assert states(cluster) == {NAME: State.JOINING}
+    assert cluster.stirred.is_set()
+    cluster.joined(NAME, ONE, FACTS)
+    assert states(cluster) == {NAME: State.READY}
+
+
+def test_who_answers_but_is_not_heard_is_suspect_and_no_worse(cluster: Cluster, clock: FakeClock) -> None:
+    """Its requests go one way, its heartbeats another."""
+    cluster.register(decode())
+    cluster.joined(NAME, ONE, FACTS)
+    for _ in range(20):
+        clock.advance(1.0)
+        cluster.watch()
+        cluster.joined(NAME, ONE, FACTS)
+    assert states(cluster) == {NAME: State.SUSPECT}
+
+
+def test_silence_of_which_the_router_is_the_cause_is_excused(cluster: Cluster, clock: FakeClock) -> None:
+    cluster.register(decode())
+    cluster.joined(NAME, ONE, FACTS)
+    clock.advance(20.0)
+    cluster.excuse(19.5)
+    cluster.watch()
+    assert states(cluster) == {NAME: State.READY}
+
+
+def test_a_stuck_instance_gets_requests_only_where_nobody_else_can_have_them(clock: FakeClock) -> None:
+    cluster = Cluster([], heartbeat_s=1.0, clock=clock, stuck_s=15.0)
+    stuck, works = Load(1, 0, 10, 100, 15.5), Load(1, 0, 10, 100, 14.5)
+    other, third = InstanceId("other"), InstanceId("third")
+    for name, model in ((NAME, "model"), (other, "model"), (third, "another")):
+        cluster.register(decode(name=name, url=f"http://{name}:1"))
+        cluster.joined(name, ONE, Facts(model, "/model"))
+    for name in (NAME, third):
+        cluster.heartbeat(name, ONE, stuck)
+    cluster.heartbeat(other, ONE, works)
+    assert [one.instance_id for one in cluster.snapshot.decodes] == [other, third]
+    assert states(cluster) == {NAME: State.SUSPECT, other: State.READY, third: State.SUSPECT}
+    assert "15.5 s" in cluster.members()[0].reason
+    cluster.heartbeat(other, ONE, stuck)
+    assert len(cluster.snapshot.decodes) == 3
+    for name in (NAME, other, third):
+        cluster.heartbeat(name, ONE, works)
+    assert set(states(cluster).values()) == {State.READY}
+
+
+def test_a_suspect_that_is_drained_is_draining(cluster: Cluster, clock: FakeClock) -> None:
+    cluster.register(decode())
+    cluster.joined(NAME, ONE, FACTS)
+    cluster.drain(cluster.members()[0])
+    clock.advance(SUSPECT_MISSES + 0.1)
+    cluster.watch()
+    assert states(cluster) == {NAME: State.DRAINING}
     assert not cluster.snapshot.decodes
-    assert not cluster.heartbeat(NAME, ONE)
+    cluster.undrain(cluster.members()[0])
+    assert states(cluster) == {NAME: State.SUSPECT}
+
+
+def test_a_router_that_forgot_is_told_who_drains(cluster: Cluster, pools: Pools) -> None:
+    told = answer(cluster, pools, Register(decode(), is_draining=True))
+    assert told == Accepted(1.0, is_draining=True)
+    cluster.joined(NAME, ONE, FACTS)
+    assert states(cluster) == {NAME: State.DRAINING}
+    cluster.undrain(cluster.members()[0])
+    # Its own memory of it is older than that.
+    assert answer(cluster, pools, Register(decode(), is_draining=True)) == Accepted(1.0)
+    assert answer(cluster, pools, Heartbeat(NAME, ONE)) == Accepted(1.0)
+    cluster.drain(cluster.members()[0])
+    assert answer(cluster, pools, Heartbeat(NAME, ONE)) == Accepted(1.0, is_draining=True)
+    # Another process is another matter.
+    assert answer(cluster, pools, Register(decode(TWO))) == Accepted(1.0)
 
 
 def test_a_heartbeat_of_another_epoch_is_unknown(cluster: Cluster) -> None:
@@ -127,7 +233,7 @@ def test_a_loss_seen_on_the_old_process_does_not_touch_the_new_one(cluster: Clus
 def test_a_named_server_is_never_forgotten(clock: FakeClock) -> None:
     cluster = Cluster([decode(STATIC_EPOCH)], heartbeat_s=1.0, clock=clock)
     clock.advance(1000)
-    cluster.forget_silent()
+    cluster.watch()
     assert states(cluster) == {NAME: State.JOINING}
 
 

@@ -32,6 +32,7 @@ from memserve.wire.messages import (
     Register,
     RegisterPool,
     Role,
+    TierBlocks,
     Unknown,
 )
 
@@ -297,6 +298,8 @@ def test_pools_and_the_caching_mode_are_shown(run: Run) -> None:
         async with staged() as stage, FakeWorker(Role.COLOCATED) as worker:
             stage.router.cluster.register(info_of(worker))
             stage.router.pools.register(pool("p", 255, role=Role.PREFILL, bootstrap="h:8998"))
+            tiers = (TierBlocks("dram", 3, 4, 8), TierBlocks("hbm", 2))
+            assert stage.router.pools.heartbeat(Epoch(255), 0, tiers) is not None
             page = (await stage.get("/workers"))[1]
             assert page["caching"] == page["workers"][0]["caching"] == "full"
             (shown,) = page["pools"]
@@ -309,6 +312,10 @@ def test_pools_and_the_caching_mode_are_shown(run: Run) -> None:
                 "address": "127.0.0.1:1255",
                 "layout": "aa",
                 "bootstrap": "h:8998",
+                "tiers": {
+                    "dram": {"cached_blocks": 3, "free_blocks": 4, "blocks": 8},
+                    "hbm": {"cached_blocks": 2, "free_blocks": None, "blocks": None},
+                },
             }
 
     run(test())

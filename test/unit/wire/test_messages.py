@@ -15,6 +15,7 @@ from memserve.wire.messages import (
     Deregister,
     Heartbeat,
     InstanceInfo,
+    Load,
     Message,
     Open,
     Opened,
@@ -34,11 +35,12 @@ numbers = st.integers(0, 2**64 - 1)
 infos = st.builds(
     InstanceInfo, names, epochs, st.sampled_from(Role), words, st.none() | st.integers(0, 65535)
 )
+loads = st.builds(Load, *(numbers,) * 4, st.floats(allow_nan=False))
 messages: st.SearchStrategy[Message] = st.one_of(
-    st.builds(Register, infos),
-    st.builds(Heartbeat, names, epochs),
+    st.builds(Register, infos, st.booleans()),
+    st.builds(Heartbeat, names, epochs, st.none() | loads),
     st.builds(Deregister, names, epochs),
-    st.builds(Accepted, st.floats(allow_nan=False)),
+    st.builds(Accepted, st.floats(allow_nan=False), st.booleans()),
     st.builds(Unknown),
     st.builds(Refused, words),
     st.builds(Open, epochs),

@@ -92,11 +92,14 @@ class Evacuation:
         """Send for so long. What a shelter does wrong costs the blocks it was to get, never more."""
         deadline = self._now() + timeout_s
         self._measure()
-        for key in self._pool.ends():
-            if not self._shelters or self._now() >= deadline:
-                break
-            if not self._save(self._pool.chain_to(key), deadline):
-                break
+        num_saved = -1
+        while num_saved < len(self._homes):  # Requests that end meanwhile leave more behind.
+            num_saved = len(self._homes)
+            for key in self._pool.ends():
+                if not self._shelters or self._now() >= deadline:
+                    break
+                if not self._save(self._pool.chain_to(key), deadline):
+                    break
         num_left = max(0, self._pool.stats().cached - len(self._homes))
         num_known = len(self._homes) - self._sent.num_sent
         reason = self._why_left(deadline) if num_left else ""

@@ -1,31 +1,42 @@
 """Which instances exist and which of them can take a request. Does no I/O; the clock is given.
 
-register, name ──> JOINING ──joined──> READY ──lost_contact──> DOWN
-                      ^                 │ ^                      │ re-register: JOINING
-                      │           drain v │ undrain              │ deregister, no heartbeat: forgotten
-                      │               DRAINING ──lost_contact──> │
-                      └───────joined: READY, or DRAINING again───┘
+register, name ──> JOINING ──joined──> READY <─────────> SUSPECT     silent or stuck, and well again
+                      ^                 │ ^                 │
+                      │           drain v │ undrain         │
+                      │               DRAINING ─────────────┴──lost_contact, silent for longer──> DOWN
+                      └──joined: as before; re-register, heartbeat after silence: JOINING─────────┘
+                         deregister, silent for even longer: forgotten
 
-A drain is the process's: it lasts through lost contact, and ends with `undrain`, with the process, or
-when the instance is forgotten. Of a server that was named nobody knows when its process is another.
+A suspect gets new requests only where nobody else serves its model in its role. A drain is the
+process's: it lasts through lost contact, and ends with `undrain`, with the process, or when the instance
+is forgotten. Of a server that was named nobody knows when its process is another.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.instance import Facts, Instance, Snapshot
-from memserve.wire.messages import InstanceInfo
+from memserve.wire.messages import InstanceInfo, Load
 
 logger = logging.getLogger(__name__)
 
-HEARTBEAT_MISSES = 5
-"""An instance is forgotten when it was silent for so many heartbeats."""
+SUSPECT_MISSES, DOWN_MISSES, HEARTBEAT_MISSES = 1.5, 3, 5
+"""After so many heartbeats' time of silence an instance is suspect, down, forgotten."""
+
+
+class Doubt(StrEnum):
+    """Why an instance that has registered is suspect."""
+
+    SILENT = "silent"
+    """Its heartbeats have stopped."""
+    STUCK = "stuck"
+    """They come, but its scheduler makes no step."""
 
 
 class State(StrEnum):
@@ -33,6 +44,8 @@ class State(StrEnum):
 
     JOINING = "joining"
     READY = "ready"
+    SUSPECT = "suspect"
+    """It may be on its way out, or hang."""
     DRAINING = "draining"
     """It ends what it has, and gets nothing new."""
     DOWN = "down"
@@ -51,21 +64,35 @@ class Member:
     """Why it does not answer."""
     is_draining: bool = False
     """It gets nothing new, also when it answers again."""
+    doubt: Doubt | None = None
+    load: Load | None = None
+    """As of its last heartbeat."""
+    answered_s: float = float("-inf")
+    """When a probe last found it serving."""
 
     @property
     def is_up(self) -> bool:
-        """It answers, and may have requests to end."""
-        return self.state in (State.READY, State.DRAINING)
+        """It answers, or did a moment ago, and may have requests to end."""
+        return self.state in (State.READY, State.SUSPECT, State.DRAINING)
 
 
 class Cluster:
     """The members and their states. Event loop thread only."""
 
     def __init__(
-        self, static: Iterable[InstanceInfo], *, heartbeat_s: float, clock: Callable[[], float]
+        self,
+        static: Iterable[InstanceInfo],
+        *,
+        heartbeat_s: float,
+        clock: Callable[[], float],
+        stuck_s: float = float("inf"),
     ) -> None:
-        """`static` are servers that do not register: they are forgotten by `unname` only."""
+        """`static` are servers that do not register: they are forgotten by `unname` only.
+
+        `stuck_s`: a scheduler that has made no step for so long is stuck.
+        """
         self.heartbeat_s = heartbeat_s
+        self._stuck_s = stuck_s
         self.stirred = asyncio.Event()
         """Set whenever a member needs a probe."""
         self._clock = clock
@@ -78,12 +105,12 @@ class Cluster:
 
     @property
     def snapshot(self) -> Snapshot:
-        """The ready instances; a new object whenever they change."""
+        """Those that get requests: the ready, or else the suspect. A new object whenever they change."""
         return self._snapshot
 
     @property
     def up(self) -> Snapshot:
-        """The same, and the draining ones."""
+        """All that are up, the draining ones, too."""
         return self._up
 
     def working(self) -> list[InstanceId]:
@@ -133,28 +160,35 @@ class Cluster:
             logger.info("instance drains no more instance=%s", member.info.instance_id)
         self._set_draining(member, False)
 
-    def register(self, info: InstanceInfo) -> None:
-        """`info` is ready to serve. Idempotent; a new epoch, or a new id at its URL, replaces the old."""
+    def register(self, info: InstanceInfo, *, is_draining: bool = False) -> Member:
+        """`info` is ready to serve. Idempotent; a new epoch, or a new id at its URL, replaces the old.
+
+        `is_draining`: a router has told it so; of a process that is known this one knows better.
+        """
         known = self._members.get(info.instance_id)
         if known is not None and known.info == info:
-            known.seen_s = self._clock()
+            self._heard(known)
             if known.state is State.DOWN:
                 known.state = State.JOINING
                 self.stirred.set()
-            return
+            return known
         for other in self.members():
             if other.info.url == info.url or other.info.instance_id == info.instance_id:
                 del self._members[other.info.instance_id]
         logger.info("instance registered instance=%s role=%s url=%s", info.instance_id, info.role, info.url)
-        self._add(info, static=False)
+        return self._add(info, static=False, is_draining=is_draining)
 
-    def heartbeat(self, instance_id: InstanceId, epoch: Epoch) -> bool:
-        """The instance lives. False if it is not known under that epoch and has to register again."""
+    def heartbeat(self, instance_id: InstanceId, epoch: Epoch, load: Load | None = None) -> Member | None:
+        """The instance lives. None if it is not known under that epoch and has to register again."""
         member = self._find(instance_id, epoch)
         if member is None:
-            return False
-        member.seen_s = self._clock()
-        return True
+            return None
+        member.load = load
+        if member.state is State.DOWN and member.doubt is Doubt.SILENT:
+            member.state = State.JOINING
+            self.stirred.set()
+        self._heard(member)
+        return member
 
     def deregister(self, instance_id: InstanceId, epoch: Epoch) -> None:
         """The instance wants no more requests; those it has may end. Idempotent."""
@@ -171,7 +205,8 @@ class Cluster:
             logger.info(
                 "instance %s instance=%s role=%s model=%s", state, instance_id, member.info.role, facts.model
             )
-        member.state, member.facts, member.reason = state, facts, ""
+        member.state, member.facts, member.answered_s = state, facts, self._clock()
+        member.reason = "" if member.doubt is None else self._why(member)
         self._refresh()
 
     def lost_contact(self, instance_id: InstanceId, epoch: Epoch, reason: str) -> None:
@@ -185,12 +220,24 @@ class Cluster:
         self.stirred.set()
         self._refresh()
 
-    def forget_silent(self) -> None:
-        """Forget the registered instances whose heartbeats have stopped."""
-        deadline = self._clock() - HEARTBEAT_MISSES * self.heartbeat_s
+    def excuse(self, seconds: float) -> None:
+        """For so long the router itself could hear nobody."""
         for member in self.members():
-            if not member.static and member.seen_s < deadline:
-                self._forget(member.info.instance_id, f"{HEARTBEAT_MISSES} heartbeats missed")
+            member.seen_s += seconds
+
+    def watch(self) -> None:
+        """Doubt, take down and in the end forget the registered instances whose heartbeats have stopped."""
+        now_s = self._clock()
+        for member in self.members():
+            if member.static:
+                continue
+            info, silent_s = member.info, now_s - max(member.seen_s, member.answered_s)
+            if silent_s > HEARTBEAT_MISSES * self.heartbeat_s:
+                self._forget(info.instance_id, f"{HEARTBEAT_MISSES} heartbeats missed")
+                continue
+            self._consider(member)
+            if member.is_up and silent_s > DOWN_MISSES * self.heartbeat_s:
+                self.lost_contact(info.instance_id, info.epoch, self._why(member))
 
     def _find(self, instance_id: InstanceId, epoch: Epoch) -> Member | None:
         member = self._members.get(instance_id)
@@ -202,10 +249,43 @@ class Cluster:
             member.state = _up_state(member)
             self._refresh()
 
-    def _add(self, info: InstanceInfo, *, static: bool) -> None:
-        self._members[info.instance_id] = Member(info, static, self._clock())
+    def _heard(self, member: Member) -> None:
+        member.seen_s = self._clock()
+        self._consider(member)
+
+    def _consider(self, member: Member) -> None:
+        """Whether `member`, which has registered, is suspect, or no longer."""
+        doubt = None
+        if self._clock() - member.seen_s > SUSPECT_MISSES * self.heartbeat_s:
+            doubt = Doubt.SILENT
+        elif member.load is not None and member.load.step_age_s > self._stuck_s:
+            doubt = Doubt.STUCK
+        if doubt is member.doubt:
+            return
+        member.doubt = doubt
+        if not member.is_up:
+            return
+        member.reason = "" if doubt is None else self._why(member)
+        name = member.info.instance_id
+        if doubt is None:
+            logger.info("instance is well again instance=%s", name)
+        else:
+            logger.warning("instance is suspect instance=%s reason=%s", name, member.reason)
+        member.state = _up_state(member)
+        self._refresh()
+
+    def _why(self, member: Member) -> str:
+        """The reason of its doubt."""
+        if member.doubt is Doubt.STUCK and member.load is not None:
+            return f"its scheduler has made no step for {member.load.step_age_s:.1f} s"
+        return f"no heartbeat for {self._clock() - member.seen_s:.1f} s"
+
+    def _add(self, info: InstanceInfo, *, static: bool, is_draining: bool = False) -> Member:
+        member = Member(info, static, self._clock(), is_draining=is_draining)
+        self._members[info.instance_id] = member
         self.stirred.set()
         self._refresh()
+        return member
 
     def _forget(self, instance_id: InstanceId, reason: str) -> None:
         logger.info("instance gone instance=%s reason=%s", instance_id, reason)
@@ -223,8 +303,18 @@ class Cluster:
             if (info := member.info) and member.is_up and member.facts is not None
         }
         ready = [one for name, one in up.items() if not self._members[name].is_draining]
-        self._up, self._snapshot = Snapshot.of(up.values()), Snapshot.of(ready)
+        suspect = {name for name in up if self._members[name].doubt is not None}
+        self._up, self._snapshot = Snapshot.of(up.values()), Snapshot.of(_trusted(ready, suspect))
 
 
 def _up_state(member: Member) -> State:
-    return State.DRAINING if member.is_draining else State.READY
+    if member.is_draining:
+        return State.DRAINING
+    return State.READY if member.doubt is None else State.SUSPECT
+
+
+def _trusted(instances: Sequence[Instance], suspect: Container[InstanceId]) -> list[Instance]:
+    """Those that are not suspect, and those beside whom nobody else serves their model in their role."""
+    sound = [one for one in instances if one.instance_id not in suspect]
+    served = {(one.role, one.facts.model) for one in sound}
+    return [one for one in instances if one in sound or (one.role, one.facts.model) not in served]

@@ -63,14 +63,15 @@ class ControlHandler:
 def answer(cluster: Cluster, pools: Pools, message: Message) -> Message:
     """Apply `message` to `cluster` or `pools`. Loop thread only."""
     match message:
-        case Register(info):
+        case Register(info, is_draining):
             reason = _why_not(info) or why_refused(cluster, pools, info.instance_id, info.caching)
             if reason is not None:
                 return Refused(reason)
-            cluster.register(info)
-            return Accepted(cluster.heartbeat_s)
-        case Heartbeat(instance_id, epoch):
-            return Accepted(cluster.heartbeat_s) if cluster.heartbeat(instance_id, epoch) else Unknown()
+            member = cluster.register(info, is_draining=is_draining)
+            return Accepted(cluster.heartbeat_s, member.is_draining)
+        case Heartbeat(instance_id, epoch, load):
+            known = cluster.heartbeat(instance_id, epoch, load)
+            return Unknown() if known is None else Accepted(cluster.heartbeat_s, known.is_draining)
         case Deregister(instance_id, epoch):
             cluster.deregister(instance_id, epoch)
             return Accepted(cluster.heartbeat_s)
@@ -78,8 +79,8 @@ def answer(cluster: Cluster, pools: Pools, message: Message) -> Message:
             reason = _why_no_pool(pool) or pools.why_refused(pool)
             reason = reason or why_refused(cluster, pools, pool.instance_id, pool.caching)
             return pools.register(pool) if reason is None else Refused(reason)
-        case PoolHeartbeat(epoch, version):
-            return pools.heartbeat(epoch, version) or Unknown()
+        case PoolHeartbeat(epoch, version, tiers):
+            return pools.heartbeat(epoch, version, tiers) or Unknown()
         case DeregisterPool(epoch):
             pools.deregister(epoch)
             return Done()

@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.cluster import HEARTBEAT_MISSES
 from memserve.router.tree.records import server_of
-from memserve.wire.messages import Members, PoolInfo, Role
+from memserve.wire.messages import Members, PoolInfo, Role, TierBlocks
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,8 @@ class PoolMember:
     info: PoolInfo
     since_s: float
     seen_s: float
+    tiers: tuple[TierBlocks, ...] = ()
+    """What it last said of them."""
 
 
 class Pools:
@@ -101,12 +103,12 @@ class Pools:
         logger.info("pool registered %s", _names(info))
         return self._all()
 
-    def heartbeat(self, epoch: Epoch, version: int) -> Members | None:
+    def heartbeat(self, epoch: Epoch, version: int, tiers: tuple[TierBlocks, ...] = ()) -> Members | None:
         """The pool lives: who is there, unless that is what it knows. None if it has to register again."""
         member = self._members.get(epoch)
         if member is None:
             return None
-        member.seen_s = self._clock()
+        member.seen_s, member.tiers = self._clock(), tiers
         if version == self._version:
             return Members(self.heartbeat_s, version, None, self._directs_fetches)
         return self._all()
@@ -115,6 +117,11 @@ class Pools:
         """The pool goes. Idempotent."""
         if epoch in self._members:
             self._forget(self._members[epoch].info, "it deregistered")
+
+    def excuse(self, seconds: float) -> None:
+        """For so long the router itself could hear nobody."""
+        for member in self.members():
+            member.seen_s += seconds
 
     def forget_silent(self) -> None:
         """Forget the pools whose heartbeats have stopped."""

@@ -12,8 +12,8 @@ from pathlib import Path
 import aiohttp
 
 from memserve.core.errors import InstanceLost
-from memserve.core.ids import InstanceId
-from memserve.router.cluster.cluster import Cluster, Member, State
+from memserve.core.ids import Epoch, InstanceId
+from memserve.router.cluster.cluster import Cluster, Doubt, Member, State
 from memserve.router.cluster.instance import Facts, Snapshot
 from memserve.router.cluster.pools import Pools
 from memserve.router.serving.api import JsonObject
@@ -26,6 +26,10 @@ logger = logging.getLogger(__name__)
 
 RETRY_S = 0.3
 """How soon an instance that is not ready is looked at again."""
+SUSPECT_S = 1.0
+"""How soon one is that no longer says that it lives."""
+AWAY_S = 1.0
+"""A look that comes so late was not the instances' fault: this process has been stopped, or busy."""
 HEALTH_TIMEOUT_S = 30.0
 """SGLang's /health generates a token, and waits behind a long prefill."""
 FACTS_TIMEOUT_S = 10.0
@@ -58,14 +62,21 @@ class Prober:
         self._probed_s: dict[InstanceId, float] = {}
         self._unfit: set[InstanceId] = set()
         """Those that serve, but not what the others do: looked at again, only not so soon."""
-        self._running: dict[InstanceId, asyncio.Task[None]] = {}
+        self._running: dict[tuple[InstanceId, Epoch], asyncio.Task[None]] = {}
 
     async def run(self) -> None:
         """Probe until cancelled; a slow instance delays no other."""
+        looked_s = self._clock()
         try:
             while True:
                 self._cluster.stirred.clear()
-                self._cluster.forget_silent()
+                away_s = self._clock() - looked_s - RETRY_S
+                looked_s = self._clock()
+                if away_s > AWAY_S:
+                    logger.warning("this router was away for seconds=%.1f", away_s)
+                    self._cluster.excuse(away_s)
+                    self._pools.excuse(away_s)
+                self._cluster.watch()
                 self._pools.forget_silent()
                 self._start_due()
                 try:
@@ -82,16 +93,18 @@ class Prober:
             del self._probed_s[gone]
             self._unfit.discard(gone)
             self._tokenizers.forget(gone)
-        for instance_id, member in members.items():
-            if instance_id not in self._running and self._is_due(member):
+        for member in members.values():
+            # A process that takes the place of one whose probe hangs does not wait for that.
+            process = (member.info.instance_id, member.info.epoch)
+            if process not in self._running and self._is_due(member):
                 task = asyncio.create_task(self._probe(member))
-                self._running[instance_id] = task
-                task.add_done_callback(lambda _, done=instance_id: self._running.pop(done))  # type: ignore[misc]
+                self._running[process] = task
+                task.add_done_callback(lambda _, done=process: self._running.pop(done))  # type: ignore[misc]
 
     def _is_due(self, member: Member) -> bool:
-        if member.is_up and not member.static:
-            return False
         since_s = self._clock() - self._probed_s.get(member.info.instance_id, float("-inf"))
+        if member.is_up and not member.static:
+            return member.doubt is Doubt.SILENT and since_s >= SUSPECT_S
         is_settled = member.is_up or member.info.instance_id in self._unfit
         return since_s >= (self._interval_s if is_settled else RETRY_S)
 

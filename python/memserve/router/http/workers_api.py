@@ -32,7 +32,7 @@ from memserve.router.http.generate import json_response
 from memserve.router.serving.api import JsonObject, encode_json
 from memserve.router.serving.failures import failure_of
 from memserve.router.state import RouterState
-from memserve.wire.messages import InstanceInfo, Role
+from memserve.wire.messages import InstanceInfo, Role, TierBlocks
 
 T = TypeVar("T")
 Handler = Callable[[web.Request], Awaitable[web.Response]]
@@ -203,6 +203,7 @@ def describe_member(member: Member) -> JsonObject:
         "draining": member.is_draining,
         "reason": member.reason or None,
         "registered": not member.static,
+        "load": None if member.load is None else msgspec.to_builtins(member.load),
         "caching": None if member.static else info.caching,
         "model": facts.model if facts else None,
         "context_tokens": facts.context_tokens if facts else None,
@@ -221,8 +222,13 @@ def _describe_pool(member: PoolMember, age_s: float) -> JsonObject:
         "address": info.address,
         "layout": info.layout or None,
         "bootstrap": info.bootstrap or None,
+        "tiers": {one.tier: _describe_tier(one) for one in member.tiers},
         "age_s": round(age_s, 1),
     }
+
+
+def _describe_tier(tier: TierBlocks) -> JsonObject:
+    return {"cached_blocks": tier.num_cached, "free_blocks": tier.num_free, "blocks": tier.num_total}
 
 
 def _describe_drain(drained: Drained) -> JsonObject:

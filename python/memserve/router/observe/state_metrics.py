@@ -36,6 +36,7 @@ class StateCollector(Collector):
             for info in (member.info for member in self._state.cluster.members())
         }
         yield _gauge("breakers", "The state of each instance's breaker.", ("instance", "state"), breakers)
+        yield from self._loads()
         followed = self._state.followers.stats().values()
         modes = Counter((how.mode,) for how in followed)
         yield _gauge("followed", "Ready instances, by how the prompt tree follows them.", ("by",), modes)
@@ -56,6 +57,33 @@ class StateCollector(Collector):
         unknown = {(model,): 1 for model in self._state.tokenizers.reasons()}
         yield _gauge("models_without_tokens", "Models whose requests are not tokenized.", ("model",), unknown)
         yield _gauge("pools", "Memory pools known.", (), {(): len(self._state.pools.members())})
+
+    def _loads(self) -> Iterator[Metric]:
+        """What instances say of themselves with their heartbeats."""
+        members = self._state.cluster.members()
+        loads = {it.info.instance_id: it.load for it in members if it.load is not None}
+        requests = {
+            (name, what): count
+            for name, load in loads.items()
+            for what, count in (("running", load.num_running), ("queued", load.num_queued))
+        }
+        yield _gauge(
+            "instance_requests", "Requests at an instance, by its word.", ("instance", "what"), requests
+        )
+        used = {(name,): load.num_used_tokens / max(1, load.max_tokens) for name, load in loads.items()}
+        yield _gauge("instance_kv_usage", "Share of its HBM that requests fill.", ("instance",), used)
+        ages = {(name,): load.step_age_s for name, load in loads.items()}
+        help = "Seconds since an instance's scheduler last came round."
+        yield _gauge("instance_step_age_seconds", help, ("instance",), ages)
+        blocks = Counter[tuple[str, str, str]]()
+        for pool in self._state.pools.members():
+            for tier in pool.tiers:
+                name = pool.info.instance_id
+                blocks[name, tier.tier, "cached"] += tier.num_cached
+                if tier.num_free is not None:
+                    blocks[name, tier.tier, "free"] += tier.num_free
+        help = "Blocks of a pool, its ranks together, by its word."
+        yield _gauge("pool_blocks", help, ("instance", "tier", "state"), blocks)
 
     def _tree(self) -> Iterator[Metric]:
         stats = self._state.feed.tree.stats()

@@ -1,0 +1,61 @@
+"""How busy this server's schedulers are, as they say in SGLang's own shared memory.
+
+A scheduler writes there after each prefill, every few steps of decode, and whenever it comes round idle,
+once a second at least (with --sleep-on-idle). So who has written nothing for long is stuck in something.
+Knows SGLang's reader of that memory; asks no process anything.
+"""
+
+from __future__ import annotations
+
+import pkgutil
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from memserve.engine import seams
+from memserve.wire.messages import Load
+
+
+class LoadReader:
+    """Call it for the load of this moment. One thread."""
+
+    def __init__(
+        self,
+        read_all: Callable[[], Sequence[Any]] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`read_all` gives SGLang's snapshot of each data-parallel rank; by default, of this process's."""
+        self._read_all = read_all or _snapshots
+        self._clock = clock
+        self._written: dict[int, tuple[float, float]] = {}
+        """Of each rank, the last stamp, by SGLang's clock, which may jump, and when it was new, by ours."""
+
+    def __call__(self) -> Load | None:
+        """None if the schedulers have not said anything yet, or do so elsewhere."""
+        try:
+            snapshots = self._read_all()
+        except (AttributeError, OSError, ValueError):
+            return None
+        if not snapshots:
+            return None
+        return Load(
+            num_running=sum(one.num_running_reqs for one in snapshots),
+            num_queued=sum(one.num_waiting_reqs for one in snapshots),
+            num_used_tokens=sum(one.num_used_tokens for one in snapshots),
+            max_tokens=sum(one.max_total_num_tokens for one in snapshots),
+            step_age_s=max(self._age_s(one.dp_rank, one.timestamp) for one in snapshots),
+        )
+
+    def _age_s(self, rank: int, stamp: float) -> float:
+        last, new_s = self._written.get(rank, (None, 0.0))
+        now_s = self._clock()
+        if stamp != last:
+            self._written[rank] = stamp, now_s
+            return 0.0
+        return now_s - new_s
+
+
+def _snapshots() -> Sequence[Any]:
+    state = pkgutil.resolve_name(f"{seams.HTTP_SERVER}:get_global_state")()
+    snapshots: Sequence[Any] = state.tokenizer_manager.load_snapshot_reader.read_all()
+    return snapshots

@@ -1,0 +1,200 @@
+"""A cluster of two pairs: all restarted under chats that go on, stopped in its tracks, and stuck."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+import requests
+
+from memserve.testing.cluster import Cluster, wait_for
+from memserve.testing.pool_reports import wait_acquainted, wait_settled
+from memserve.wire.messages import Role
+
+from .conftest import REQUEST_TIMEOUT_S, NewCluster
+from .geometry import PAGE
+
+NUM_CHATS = 6
+NEW_TOKENS = 24
+PAUSE_S = 0.2
+"""Between two turns of the load: the machine has servers to start meanwhile."""
+LOSS = 0.05
+ROUNDS = (("p0", "d0"), ("p1", "d1"))
+NAMES = [name for round in ROUNDS for name in round]
+HEARTBEAT_S = 1.0
+STUCK_S = 3.0
+BACK_S = 2.0
+
+
+@dataclass
+class Chat:
+    """One conversation, which knows what of its history was found where it was sent."""
+
+    url: str
+    text: str
+    turns: Iterator[int] = field(default_factory=itertools.count)
+
+    def turn(self) -> float:
+        """Ask once more; the share of the prompt that prefill did not have to compute."""
+        self.text += f" And then, for the {next(self.turns)}th time, what happened to the two of them?"
+        body = {
+            "text": self.text,
+            "sampling_params": {"max_new_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True},
+        }
+        response = requests.post(f"{self.url}/generate", json=body, timeout=REQUEST_TIMEOUT_S)
+        assert response.status_code == 200, response.text
+        answer = response.json()
+        meta = answer["meta_info"]
+        assert meta["completion_tokens"] == NEW_TOKENS
+        self.text += answer["text"]
+        return float(meta["prefill_cached_tokens"]) / meta["prompt_tokens"]
+
+
+@contextmanager
+def load(chats: list[Chat]) -> Iterator[list[float]]:
+    """The chats go on inside the block; every turn that was answered. Fails with the first that was not."""
+    over, answered = threading.Event(), list[float]()
+
+    def talk() -> None:
+        for chat in itertools.cycle(chats):
+            if over.wait(PAUSE_S):
+                return
+            answered.append(chat.turn())
+
+    with ThreadPoolExecutor(1) as executor:
+        talking = executor.submit(talk)
+        try:
+            yield answered
+        finally:
+            over.set()
+        talking.result()
+
+
+def hit_ratio(chats: list[Chat]) -> float:
+    return sum(chat.turn() for chat in chats) / len(chats)
+
+
+def drain(cluster: Cluster, name: str) -> Any:
+    response = requests.post(
+        f"{cluster.url}/workers/{name}/drain", json={"timeout_s": REQUEST_TIMEOUT_S}, timeout=90
+    )
+    assert response.status_code == 200
+    return response.json()
+
+
+def workers(cluster: Cluster) -> dict[str, Any]:
+    page = requests.get(f"{cluster.url}/workers", timeout=REQUEST_TIMEOUT_S).json()
+    return {worker["instance_id"]: worker for worker in page["workers"]}
+
+
+def ready(cluster: Cluster) -> set[str]:
+    return {name for name, worker in workers(cluster).items() if worker["state"] == "ready"}
+
+
+def launch(cluster: Cluster, model: Path, *names: str) -> None:
+    for name in names:
+        role = Role.PREFILL if name.startswith("p") else Role.DECODE
+        cluster.launch(name, role, model, "--dram-gib", "0.2")
+    wait_for(lambda: ready(cluster) == set(NAMES), list(cluster.servers.values()), what="all servers")
+    wait_acquainted(cluster.server_urls())
+
+
+@pytest.fixture(scope="module")
+def pairs_of_two(new_cluster: NewCluster, tiny_model: Path) -> Iterator[Cluster]:
+    flags = ("--heartbeat-secs", str(HEARTBEAT_S), "--stuck-secs", str(STUCK_S))
+    with new_cluster("rolling", router_flags=flags) as cluster:
+        launch(cluster, tiny_model, *NAMES)
+        yield cluster
+
+
+def test_no_request_and_little_history_is_lost(pairs_of_two: Cluster, tiny_model: Path) -> None:
+    cluster = pairs_of_two
+    chats = [
+        Chat(cluster.url, f"Chat {i} is a long story about {i} friends. " * 20) for i in range(NUM_CHATS)
+    ]
+    hit_ratio(chats)
+    before = hit_ratio(chats)
+    assert before > 0.8
+    with load(chats) as answered:
+        for round in ROUNDS:
+            for name in round:
+                drained = drain(cluster, name)
+                assert drained["drained"], drained
+                # What goes home to a prefill after that, its decode still has.
+                assert drained["evacuated"]["left"] * PAGE <= 2 * NEW_TOKENS, drained
+                assert cluster.servers[name].stop() == 0
+            launch(cluster, tiny_model, *round)
+        num_answered = len(answered)
+        wait_for(lambda: len(answered) > num_answered + 1, what="chats to go on", timeout_s=30)
+    wait_settled(cluster.server_urls())
+    after = hit_ratio(chats)
+    assert after > before - LOSS, f"{before:.3f} of the prompts were found before, {after:.3f} after"
+
+
+def test_a_scheduler_that_is_stuck_gets_no_requests_until_it_steps_again(pairs_of_two: Cluster) -> None:
+    cluster = pairs_of_two
+    shown = workers(cluster)["p1"]["load"]
+    assert shown["step_age_s"] < STUCK_S
+    assert shown["max_tokens"] > 0
+    scheduler = next(pid for pid in session_pids(cluster.servers["p1"].pid) if "scheduler" in title_of(pid))
+    os.kill(scheduler, signal.SIGSTOP)
+    try:
+        wait_for(lambda: workers(cluster)["p1"]["state"] == "suspect", what="suspicion", timeout_s=20)
+        assert "no step" in workers(cluster)["p1"]["reason"]
+        for i in range(4):
+            Chat(cluster.url, f"While one of them is stuck, {i}.").turn()
+    finally:
+        os.kill(scheduler, signal.SIGCONT)
+    wait_for(lambda: "p1" in ready(cluster), what="p1 to be ready", timeout_s=BACK_S + HEARTBEAT_S)
+
+
+def test_a_server_that_stops_and_goes_on_is_back_in_two_seconds(pairs_of_two: Cluster) -> None:
+    cluster = pairs_of_two
+    pids = session_pids(cluster.servers["d1"].pid)
+    seen = []
+
+    def state() -> str:
+        worker = workers(cluster).get("d1")
+        seen.append(worker["state"] if worker is not None else "gone")
+        return seen[-1]
+
+    for pid in pids:
+        os.kill(pid, signal.SIGSTOP)
+    try:
+        wait_for(lambda: state() == "gone", what="d1 to be forgotten", timeout_s=30)
+        for i in range(4):
+            Chat(cluster.url, f"While one of them is away, {i}.").turn()
+    finally:
+        for pid in pids:
+            os.kill(pid, signal.SIGCONT)
+    wait_for(lambda: state() == "ready", what="d1 to be ready", timeout_s=BACK_S)
+    assert list(dict.fromkeys(seen))[:4] == ["ready", "suspect", "down", "gone"]
+    for i in range(4):
+        Chat(cluster.url, f"And now it is back, {i}.").turn()
+
+
+def session_pids(leader: int) -> list[int]:
+    """Every process of a session."""
+    pids = []
+    for entry in Path("/proc").iterdir():
+        if entry.name.isdigit():
+            try:
+                fields = (entry / "stat").read_text().rpartition(")")[2].split()
+            except OSError:
+                continue
+            if int(fields[3]) == leader:
+                pids.append(int(entry.name))
+    return pids
+
+
+def title_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/cmdline").read_text()
