@@ -12,6 +12,7 @@ from urllib.parse import urlsplit
 from memserve.core.errors import ConfigError
 from memserve.core.flags import add_flags, from_namespace, setting
 from memserve.core.ids import Epoch, InstanceId
+from memserve.router.discovery_config import DiscoveryConfig, add_discovery_flags, read_discovery
 from memserve.router.text.prompts import RoutingKeys
 from memserve.wire.messages import InstanceInfo, Role
 
@@ -166,6 +167,8 @@ class RouterConfig:
     log_level: Literal["debug", "info", "warning", "error"] = setting("info", "how much to log")
     static: tuple[InstanceInfo, ...] = ()
     """Servers named by URL."""
+    discovery: DiscoveryConfig | None = None
+    """Servers found among Kubernetes' pods."""
 
     def __post_init__(self) -> None:
         for name in ("port", "control_port"):
@@ -248,13 +251,14 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
     servers.add_argument(
         "--worker-urls", nargs="+", default=[], metavar="URL", help="servers that do both prefill and decode"
     )
+    add_discovery_flags(parser)
     namespace = parser.parse_args(argv)
     static = [
         *(_prefill(values) for values in namespace.prefill),
         *(named_server(url, Role.DECODE) for url in namespace.decode),
         *(named_server(url, Role.COLOCATED) for url in namespace.worker_urls),
     ]
-    return from_namespace(RouterConfig, namespace, static=tuple(static))
+    return from_namespace(RouterConfig, namespace, static=tuple(static), discovery=read_discovery(namespace))
 
 
 def _prefill(values: list[str]) -> InstanceInfo:

@@ -20,6 +20,7 @@ from memserve.router.cluster.cluster import Cluster
 from memserve.router.cluster.control import ControlHandler
 from memserve.router.cluster.draining import Drains
 from memserve.router.cluster.instance import Instance
+from memserve.router.cluster.kubernetes import Discovery, PodApi
 from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.probe import Prober
 from memserve.router.config import RouterConfig
@@ -123,6 +124,9 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
             cluster, pools, state.placer.num_running, key=key, evacuate_s=config.drain_evacuate_secs
         )
         stack.callback(drains.close)
+        watching = []
+        if config.discovery is not None:
+            watching.append(Discovery(config.discovery, cluster, drains, PodApi(config.discovery)).run())
         workers = WorkersApi(state, drains)
         app = web.Application(
             client_max_size=PAGE_BODY_BYTES, middlewares=[_answer_errors, Guard(door).middleware()]
@@ -139,7 +143,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
             drains.keep,
             lambda: connections.keep(cluster.up),
         ]
-        for work in (prober.run(), _keep_up(state, keepers)):
+        for work in (prober.run(), _keep_up(state, keepers), *watching):
             task = asyncio.create_task(work)
             task.add_done_callback(_end_if_failed)
             stack.callback(task.cancel)
