@@ -101,6 +101,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         session = await stack.enter_async_context(open_session(tls, config.api_key))
         connections = Connections(tls)
         stack.callback(connections.close)
+        cluster.on_silent = connections.give_up
         upstream = Upstream(connections, session, on_lost=on_lost)
         stack.push_async_callback(upstream.close)
         stack.callback(state.tokenizers.close)

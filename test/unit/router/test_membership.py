@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import InstanceLost
@@ -71,6 +72,46 @@ def test_an_instance_with_another_key_is_not_heard(run: Run, tmp_path: Path) -> 
             assert isinstance(await ask(member, register), Accepted)
             stranger.close()
             member.close()
+
+    run(test())
+
+
+class Freezing(FakeWorker):
+    """One that can stop in its tracks: its connections stay, and nothing comes."""
+
+    is_frozen = False
+
+    async def _model_info(self, request: web.Request) -> web.Response:
+        if self.is_frozen:
+            await asyncio.Event().wait()
+        return await super()._model_info(request)
+
+
+def test_requests_at_an_instance_that_falls_silent_are_done_elsewhere(run: Run) -> None:
+    async def test() -> None:
+        one, other = Freezing(), Freezing()
+        async with staged(one, other, heartbeat_secs=0.1) as stage:
+
+            async def live(*workers: FakeWorker) -> None:
+                while True:
+                    for worker in workers:
+                        info = info_of(worker)
+                        if stage.router.cluster.heartbeat(info.instance_id, info.epoch) is None:
+                            stage.router.cluster.register(info)
+                    await asyncio.sleep(0.01)
+
+            living = asyncio.create_task(live(one, other))
+            one.script = other.script = Script(gates={0: asyncio.Event()})
+            request = asyncio.create_task(stage.post("/generate", {"text": "a"}))
+            await stage.until(lambda: one.requests or other.requests)
+            silent, well = (one, other) if one.requests else (other, one)
+            silent.is_frozen = True
+            well.script = Script()
+            living.cancel()
+            living = asyncio.create_task(live(well))
+            assert (await request)[0] == 200
+            assert (len(silent.requests), len(well.requests)) == (1, 1)
+            living.cancel()
 
     run(test())
 

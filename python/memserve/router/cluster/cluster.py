@@ -95,6 +95,8 @@ class Cluster:
         self._stuck_s = stuck_s
         self.stirred = asyncio.Event()
         """Set whenever a member needs a probe."""
+        self.on_silent: Callable[[str, str], None] = lambda url, reason: None
+        """Called with the URL of who is down for its silence, and why: it is waited for in vain."""
         self._clock = clock
         self._static = {info.url: info for info in static}
         self._members: dict[InstanceId, Member] = {}
@@ -232,12 +234,13 @@ class Cluster:
             if member.static:
                 continue
             info, silent_s = member.info, now_s - max(member.seen_s, member.answered_s)
-            if silent_s > HEARTBEAT_MISSES * self.heartbeat_s:
-                self._forget(info.instance_id, f"{HEARTBEAT_MISSES} heartbeats missed")
-                continue
             self._consider(member)
             if member.is_up and silent_s > DOWN_MISSES * self.heartbeat_s:
-                self.lost_contact(info.instance_id, info.epoch, self._why(member))
+                reason = self._why(member)
+                self.lost_contact(info.instance_id, info.epoch, reason)
+                self.on_silent(info.url, reason)
+            if silent_s > HEARTBEAT_MISSES * self.heartbeat_s:
+                self._forget(info.instance_id, f"{HEARTBEAT_MISSES} heartbeats missed")
 
     def _find(self, instance_id: InstanceId, epoch: Epoch) -> Member | None:
         member = self._members.get(instance_id)

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable
 from typing import cast
 from urllib.parse import urlsplit
+from weakref import WeakSet
 
 import httptools
 
@@ -97,6 +98,12 @@ class Connection(asyncio.Protocol):
             self._on_free(self)
         else:
             self.close()
+
+    def give_up(self, reason: str) -> None:
+        """Close it under whoever reads: nothing more is to be expected."""
+        if not self.is_closed:
+            self._transport.abort()
+            self._fail(BrokenAnswer(reason))
 
     def close(self) -> None:
         """Drop the connection at once."""
@@ -184,6 +191,7 @@ class Connections:
         self._loop = asyncio.get_running_loop()
         self._tls = tls
         self._free: dict[str, deque[Connection]] = {}
+        self._open: dict[str, WeakSet[Connection]] = {}
 
     def free(self, url: str) -> Connection | None:
         """A connection to the instance at `url` that can be used at once; None if one has to be made."""
@@ -208,7 +216,13 @@ class Connections:
                 parts.port or (443 if tls else 80),
                 ssl=tls,
             )
+        self._open.setdefault(url, WeakSet()).add(connection)
         return connection
+
+    def give_up(self, url: str, reason: str) -> None:
+        """End all that goes on with the instance at `url`, which will not answer."""
+        for connection in list(self._open.pop(url, ())):
+            connection.give_up(reason)
 
     def keep(self, up: Snapshot) -> None:
         """Close those that have been idle for long, and forget instances that are not up."""
@@ -220,6 +234,8 @@ class Connections:
                     connection.close()
             if not free and url not in urls:
                 del self._free[url]
+        for url in [url for url, opened in self._open.items() if not opened]:
+            del self._open[url]
 
     def close(self) -> None:
         """Close all that are free."""
