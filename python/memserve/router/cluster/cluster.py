@@ -130,6 +130,10 @@ class Cluster:
         """Everyone known, ready or not."""
         return list(self._members.values())
 
+    def knows(self, model: str) -> bool:
+        """Whether anybody serves `model`, now or before it drained or lost contact."""
+        return any(one.facts is not None and one.facts.serves(model) for one in self.members())
+
     def name(self, info: InstanceInfo) -> InstanceInfo:
         """Know `info`, a server that does not register, from now on; what was named at its URL before,
         and stays, if there is such a server."""

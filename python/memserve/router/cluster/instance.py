@@ -30,6 +30,10 @@ class Facts:
     is_deterministic: bool = False
     """It draws each token from the request's seed and the token's position."""
 
+    def serves(self, model: str) -> bool:
+        """Whether a request for `model` is for this one; also for `model:adapter`, as SGLang names LoRA."""
+        return f"{model}:".startswith(f"{self.model}:")
+
 
 @dataclass(frozen=True, slots=True)
 class Instance:
@@ -108,7 +112,7 @@ class Snapshot:
         """Only the instances that serve `model`; also under `model:adapter`, as SGLang names LoRA."""
         serving = self._serving.get(model)
         if serving is None:
-            chosen = [it for it in self.all() if f"{model}:".startswith(f"{it.facts.model}:")]
+            chosen = [it for it in self.all() if it.facts.serves(model)]
             serving = self if len(chosen) == len(self.all()) else Snapshot.of(chosen)
             if any(it.facts.model == model for it in chosen):  # the names of adapters are without end
                 self._serving[model] = serving

@@ -230,7 +230,7 @@ class GenerateHandler:
         self, headers: Mapping[str, str], tenant: Tenant, api: Api, body: JsonObject, num_bytes: int
     ) -> tuple[Call, Snapshot]:
         """The call in a request, and who could serve it."""
-        model = body.get("model") if api is not Api.GENERATE else None
+        model = body.get("model")  # SGLang's native API knows no models, but a router has several
         candidates = self._dispatcher.candidates(model if isinstance(model, str) else None)
         limits = self._limits_of(candidates)
         call = read_call(api, body, limits, new_rid=self._names.new())

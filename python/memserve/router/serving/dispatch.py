@@ -97,8 +97,8 @@ class Dispatcher:
     def candidates(self, model: str | None) -> Snapshot:
         """The ready instances that serve `model`.
 
-        Without a name, those of the first model there is. Raises BadRequest (404) for a model
-        that nobody here serves.
+        Without a name, those of the first model there is. None for one whose servers are all away;
+        raises BadRequest (404) for one that nobody here serves.
         """
         snapshot = self._cluster.snapshot
         models = snapshot.models()
@@ -107,7 +107,7 @@ class Dispatcher:
         if model in (None, DEFAULT_MODEL):
             return snapshot.serving(models[0])
         serving = snapshot.serving(model or "")
-        if not serving.all():
+        if not serving.all() and not self._cluster.knows(model or ""):
             message = f"The model '{model}' does not exist; served here: {', '.join(models)}"
             raise BadRequest(message, field="model", status=404)
         return serving
