@@ -24,6 +24,7 @@ from memserve.core.errors import ConfigError
 from memserve.core.flags import add_flags, from_namespace, setting
 from memserve.core.hosts import bracketed, is_loopback
 from memserve.core.ids import InstanceId, new_epoch
+from memserve.engine.restarting import Restart, other_roles
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import InstanceInfo, Role
 
@@ -99,13 +100,15 @@ class InstanceConfig:
 
 def main(argv: list[str] | None = None) -> int:
     """Run until stopped. Returns the exit status: 0 stopped, 2 something the user must change."""
+    argv = sys.argv[1:] if argv is None else argv
+    environ = dict(os.environ)
     try:
-        config, sglang_argv = parse(sys.argv[1:] if argv is None else argv)
+        config, sglang_argv = parse(argv)
         key = ClusterKey.read(config.cluster_key_file) if config.cluster_key_file else None
         if config.role is Role.MEMORY:
             lend(config, key, sglang_argv)
         else:
-            serve(config, key, sglang_argv)
+            serve(config, key, sglang_argv, Restart(argv, environ))
     except ConfigError as error:
         print(f"memserve.launch_server: error: {error}", file=sys.stderr)
         return 2
@@ -126,8 +129,9 @@ def parse(argv: list[str]) -> tuple[InstanceConfig, list[str]]:
     return from_namespace(InstanceConfig, namespace), sglang_argv
 
 
-def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str]) -> None:
-    """Start SGLang in this process and return when it has stopped."""
+def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str], restart: Restart) -> None:
+    """Start SGLang in this process and return when it has stopped, unless the router wants another role
+    of it then."""
     from memserve.disagg.registrar import Registrar
     from memserve.engine import server, server_flags
     from memserve.engine.load import LoadReader
@@ -151,12 +155,19 @@ def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str]
             f"--host {server_args.host} lets KV leave this machine: give every instance --cluster-key-file"
         )
     info = describe(config, server_args, server.reachable_host(server_args.host))
+    roles = other_roles(config.role, sglang_argv, server_args.nnodes)
+    info = msgspec.structs.replace(info, roles=roles)
     if has_pool:
         msgspec.structs.replace(settings, pool=pool_settings(config, info, protocol)).export()
     registrar = None
     if config.router is not None:
-        registrar = Registrar(ControlClient(config.router, key=key), info, LoadReader())
-    server.run(server_args, registrar)
+        client = ControlClient(config.router, key=key)
+        port = server_args.port
+        registrar = Registrar(client, info, LoadReader(), lambda role: restart.want(role, port))
+    try:
+        server.run(server_args, registrar)
+    finally:
+        restart.run_if_wanted()
 
 
 def lend(config: InstanceConfig, key: ClusterKey | None, argv: list[str]) -> None:

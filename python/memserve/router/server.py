@@ -23,6 +23,7 @@ from memserve.router.cluster.instance import Instance
 from memserve.router.cluster.kubernetes import Discovery, PodApi
 from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.probe import Prober
+from memserve.router.cluster.roles import Roles
 from memserve.router.config import RouterConfig
 from memserve.router.costs.cost_file import COSTS, read_costs
 from memserve.router.gate.door import Door, open_door
@@ -128,7 +129,9 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         watching = []
         if config.discovery is not None:
             watching.append(Discovery(config.discovery, cluster, drains, PodApi(config.discovery)).run())
-        workers = WorkersApi(state, drains)
+        roles = Roles(cluster, drains)
+        stack.callback(roles.close)
+        workers = WorkersApi(state, drains, roles)
         app = web.Application(
             client_max_size=PAGE_BODY_BYTES, middlewares=[_answer_errors, Guard(door).middleware()]
         )

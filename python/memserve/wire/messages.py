@@ -16,7 +16,7 @@ from memserve.core.errors import WireMismatch
 from memserve.core.ids import Epoch, InstanceId
 from memserve.wire.peer_messages import Endpoint, FromPool, MemoryRange, ToPool
 
-WIRE_VERSION = 5
+WIRE_VERSION = 6
 
 
 class Role(StrEnum):
@@ -41,6 +41,8 @@ class InstanceInfo(msgspec.Struct, frozen=True):
     """Where decode servers find a prefill's KV; None for other roles."""
     caching: CachingMode = CachingMode.FULL
     """A router refuses an instance whose value is not that of the others."""
+    roles: tuple[Role, ...] = ()
+    """What else it can become, by starting anew."""
 
 
 class Load(msgspec.Struct, frozen=True):
@@ -86,6 +88,8 @@ class Accepted(msgspec.Struct, frozen=True, tag=True):
     heartbeat_s: float
     is_draining: bool = False
     """You are; say so to any router that has forgotten it."""
+    become: Role | None = None
+    """End, and start anew as this, at the same address."""
 
 
 class Unknown(msgspec.Struct, frozen=True, tag=True):

@@ -22,7 +22,7 @@ from enum import StrEnum
 
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.instance import Facts, Instance, Snapshot
-from memserve.wire.messages import InstanceInfo, Load
+from memserve.wire.messages import InstanceInfo, Load, Role
 
 logger = logging.getLogger(__name__)
 
@@ -65,6 +65,8 @@ class Member:
     is_draining: bool = False
     """It gets nothing new, also when it answers again."""
     doubt: Doubt | None = None
+    become: Role | None = None
+    """It is to start anew as this; told with each heartbeat."""
     load: Load | None = None
     """As of its last heartbeat."""
     answered_s: float = float("-inf")

@@ -68,10 +68,12 @@ def answer(cluster: Cluster, pools: Pools, message: Message) -> Message:
             if reason is not None:
                 return Refused(reason)
             member = cluster.register(info, is_draining=is_draining)
-            return Accepted(cluster.heartbeat_s, member.is_draining)
+            return Accepted(cluster.heartbeat_s, member.is_draining, member.become)
         case Heartbeat(instance_id, epoch, load):
             known = cluster.heartbeat(instance_id, epoch, load)
-            return Unknown() if known is None else Accepted(cluster.heartbeat_s, known.is_draining)
+            if known is None:
+                return Unknown()
+            return Accepted(cluster.heartbeat_s, known.is_draining, known.become)
         case Deregister(instance_id, epoch):
             cluster.deregister(instance_id, epoch)
             return Accepted(cluster.heartbeat_s)

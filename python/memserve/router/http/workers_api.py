@@ -7,6 +7,7 @@
     POST   /workers/ID/drain     {"timeout_s"}: no new requests; answered when the last one has ended and
                                  what it holds is elsewhere
     DELETE /workers/ID/drain     requests again
+    POST   /workers/ID/role      {"role", "timeout_s", "force"}: drained, and started anew as another
     POST   /add_worker?url=  /remove_worker?url=    GET /list_workers    as sglang-router has them
 
 ID is an instance's id or its URL, percent-encoded or not. Knows no instances' own pages.
@@ -27,6 +28,7 @@ from memserve.router.cluster.caching import caching_of
 from memserve.router.cluster.cluster import Member
 from memserve.router.cluster.draining import Drained, Drains
 from memserve.router.cluster.pools import PoolMember
+from memserve.router.cluster.roles import Change, Roles, Stage
 from memserve.router.config import DEFAULT_BOOTSTRAP_PORT, named_server
 from memserve.router.http.generate import json_response
 from memserve.router.serving.api import JsonObject, encode_json
@@ -70,13 +72,24 @@ class Drain(msgspec.Struct, forbid_unknown_fields=True):
     timeout_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAIT_S)] = 30.0
 
 
+class NewRole(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of `POST /workers/ID/role`."""
+
+    role: Literal["prefill", "decode", "colocated"]
+    timeout_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAIT_S)] = 120.0
+    """For its requests to end, and as long again for it to come back."""
+    force: bool = False
+    """Also if nobody else can serve meanwhile."""
+
+
 class WorkersApi:
     """Serves these pages. Event loop thread only."""
 
-    def __init__(self, state: RouterState, drains: Drains) -> None:
+    def __init__(self, state: RouterState, drains: Drains, roles: Roles) -> None:
         self._state = state
         self._cluster = state.cluster
         self._drains = drains
+        self._roles = roles
 
     def routes(self) -> list[web.RouteDef]:
         """Where these pages are."""
@@ -86,6 +99,7 @@ class WorkersApi:
             web.post("/workers", _answered(self.add)),
             web.post(f"{one}/drain", _answered(self.drain)),
             web.delete(f"{one}/drain", _answered(self.undrain)),
+            web.post(f"{one}/role", _answered(self.change_role)),
             web.get(one, _answered(self.show)),
             web.delete(one, _answered(self.remove)),
             web.get("/list_workers", self.list_urls),
@@ -147,6 +161,25 @@ class WorkersApi:
         self._drains.end(member)
         return _page(self._describe(member))
 
+    async def change_role(self, request: web.Request) -> web.Response:
+        """Another role for a server that can have one: 200 when it serves so, or it has failed; 202 at
+        once with `?wait=0`; 409 with the reason if it cannot be."""
+        member = self._member(request.match_info["id"])
+        wanted = _decoded(await request.read(), NewRole)
+        role = Role(wanted.role)
+        if role is member.info.role:
+            return _page({**_id_of(member), "role": role, "stage": Stage.DONE, "reason": None})
+        if reason := self._roles.why_not(member, role, is_forced=wanted.force):
+            raise BadRequest(f"{member.info.instance_id} cannot become {role}: {reason}", status=409)
+        change = self._roles.begin(member, role, wanted.timeout_s)
+        is_awaited = request.query.get("wait", "1") != "0"
+        if is_awaited:
+            await self._roles.wait(change)
+        return _page(
+            {**_id_of(self._cluster.find(change.url) or member), **_describe_change(change)},
+            200 if is_awaited else 202,
+        )
+
     def _add(self, info: InstanceInfo) -> web.Response:
         is_new = info.url not in self._cluster.named()
         known = self._cluster.name(info)
@@ -188,7 +221,9 @@ class WorkersApi:
     def _describe(self, member: Member) -> JsonObject:
         breaker = self._state.breakers.state(member.info.instance_id, member.info.epoch)
         drained = _describe_drain(self._drains.look(member))
-        return {**describe_member(member), "breaker": breaker, **drained}
+        change = self._roles.change_of(member.info.url)
+        becoming = None if change is None else _describe_change(change)
+        return {**describe_member(member), "breaker": breaker, **drained, "role_change": becoming}
 
 
 def describe_member(member: Member) -> JsonObject:
@@ -225,6 +260,11 @@ def _describe_pool(member: PoolMember, age_s: float) -> JsonObject:
         "tiers": {one.tier: _describe_tier(one) for one in member.tiers},
         "age_s": round(age_s, 1),
     }
+
+
+def _describe_change(change: Change) -> JsonObject:
+    drained = None if change.drained is None else _describe_drain(change.drained)
+    return {"role": change.role, "stage": change.stage, "reason": change.reason or None, "drain": drained}
 
 
 def _describe_tier(tier: TierBlocks) -> JsonObject:
