@@ -76,7 +76,7 @@ def load(chats: list[Chat]) -> Iterator[list[float]]:
             yield answered
         finally:
             over.set()
-        talking.result()
+            talking.result()  # what went wrong there is the reason of what went wrong here
 
 
 def hit_ratio(chats: list[Chat]) -> float:
