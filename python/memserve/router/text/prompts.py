@@ -96,7 +96,9 @@ def namespace_of(body: JsonObject, number: int | None) -> Namespace | None:
 
     Source: SGLang 0.5.23, GenerateReqInput: in a batch one value is every prompt's, and "" is none.
     """
-    parts = []
+    parts: list[str | None] = []
+    if "extra_key" not in body and "cache_salt" not in body:
+        return None
     for name in ("extra_key", "cache_salt"):
         value = body.get(name)
         if isinstance(value, list):

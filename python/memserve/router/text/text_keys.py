@@ -19,7 +19,9 @@ BYTES_PER_TOKEN = 4
 BLOCK_TOKENS = 128
 """What one key stands for, about. A finer one would cost each request more than it tells."""
 
-_SEEDS = ("tools", "tool_choice", "chat_template_kwargs", "reasoning_effort", "lora_path", "suffix")
+_SEEDS = frozenset(
+    {"tools", "tool_choice", "chat_template_kwargs", "reasoning_effort", "lora_path", "suffix"}
+)
 """What else in a body changes the prompt from its beginning on."""
 
 
@@ -41,7 +43,8 @@ def text_of(call: Call) -> tuple[bytes, ...] | None:
 def text_chain(text: bytes, call: Call, namespace: Namespace | None) -> list[BlockKey]:
     """The key of each whole chunk of one prompt."""
     size = BLOCK_TOKENS * BYTES_PER_TOKEN
-    seeds = [(name, call.body[name]) for name in _SEEDS if call.body.get(name)]
+    body = call.body
+    seeds = [(name, body[name]) for name in sorted(_SEEDS & body.keys()) if body[name]]
     key = b"text" if namespace is None else b"text" + namespace.seed()
     if seeds:
         key = sha256(key + encode_json(seeds)).digest()

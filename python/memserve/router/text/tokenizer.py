@@ -236,9 +236,9 @@ def given_tokens(call: Call, serves: Callable[[str], bool]) -> KnownTokens | Non
     `serves` tells whether that is the whole name of a model. Raises CannotKnow for a call that is more
     than its tokens.
     """
-    for name, reason in _NOT_FOLLOWED.items():
-        if call.body.get(name):
-            raise CannotKnow(reason)
+    for name in _NOT_FOLLOWED.keys() & call.body.keys():
+        if call.body[name]:
+            raise CannotKnow(_NOT_FOLLOWED[name])
     if call.api is Api.COMPLETIONS and call.body.get("suffix"):
         raise CannotKnow("a suffix")
     if call.api is not Api.GENERATE and ":" in (call.model or "") and not serves(call.model or ""):

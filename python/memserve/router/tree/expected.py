@@ -45,7 +45,9 @@ class ExpectedBlocks:
             return True
         mine = self._expected.setdefault(instance, {})
         prompt = _Dispatched(until_s, tuple(keys))
-        later = {key: one for key in tail if (one := mine.get(key)) is not None and one.until_s > until_s}
+        later = {}
+        if mine:
+            later = {key: one for key in tail if (one := mine.get(key)) is not None and one.until_s > until_s}
         mine.update(dict.fromkeys(tail, prompt))
         mine.update(later)
         self._order += 1

@@ -187,6 +187,11 @@ class Holdings:
                 count += 1
         return count, xor
 
+    def fits(self, max_blocks: int) -> bool:
+        """Whether `forget_until` has nothing to do."""
+        assert self._max_sets is not None
+        return len(self._table.index) <= max_blocks and len(self._sets) <= self._max_sets
+
     def forget_until(self, max_blocks: int) -> list[tuple[BlockKey, int]]:
         """Forget what was used longest ago, tails first, until it fits: (key, bits of who had it)."""
         table, sets = self._table, self._sets

@@ -33,8 +33,8 @@ class Mirror:
         """A prompt was served; returns what had to go for it, tails first, if it is too long its own too."""
         used = self._used
         for key in reversed(keys):
+            used.pop(key, None)
             used[key] = now_s
-            used.move_to_end(key)
         gone = []
         while self._capacity_blocks is not None and len(used) > self._capacity_blocks:
             gone.append(used.popitem(last=False)[0])

@@ -277,6 +277,8 @@ class ClusterTree:
         if self._max_blocks is None:
             return
         holdings = self._holdings
+        if holdings.fits(self._max_blocks - self._learned - self._expected.num_kept):
+            return
         while True:
             over = len(holdings) + self._learned + self._expected.num_kept - self._max_blocks
             gone = holdings.forget_until(len(holdings) - max(0, min(over, 1) if self._learned else over))
