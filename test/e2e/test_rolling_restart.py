@@ -182,6 +182,27 @@ def test_a_server_that_stops_and_goes_on_is_back_in_two_seconds(pairs_of_two: Cl
         Chat(cluster.url, f"And now it is back, {i}.").turn()
 
 
+def test_a_prefill_becomes_a_decode_while_the_others_serve(pairs_of_two: Cluster) -> None:
+    cluster = pairs_of_two
+    chats = [Chat(cluster.url, f"Chat {i} sees a prefill become a decode. " * 10) for i in range(2)]
+    process, before = cluster.servers["p1"], workers(cluster)["p1"]
+    with load(chats) as answered:
+        response = requests.post(f"{cluster.url}/workers/p1/role", json={"role": "decode"}, timeout=300)
+        assert response.status_code == 200
+        assert response.json()["stage"] == "done", response.text
+        num_answered = len(answered)
+        wait_for(lambda: len(answered) > num_answered + 4, what="chats to go on", timeout_s=30)
+    after = workers(cluster)["p1"]
+    assert (after["role"], after["url"], process.status) == ("decode", before["url"], None)
+    assert ready(cluster) == set(NAMES)
+    response = requests.post(f"{cluster.url}/workers/p0/role", json={"role": "decode"}, timeout=60)
+    assert response.status_code == 409, "nobody else could prefill"
+    # Whoever keeps routing to it makes it a decode in deed.
+    for name in ("d0", "d1"):
+        assert drain(cluster, name)["drained"]
+    hit_ratio(chats)
+
+
 def session_pids(leader: int) -> list[int]:
     """Every process of a session."""
     pids = []

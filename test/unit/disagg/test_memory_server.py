@@ -278,3 +278,23 @@ def test_mistakes_are_one_line(argv: list[str], reason: str, capfd: pytest.Captu
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("memserve.launch_server")]
     assert len(said) == 1
     assert reason in said[0]
+
+
+def test_what_a_memory_server_holds_goes_to_others_before_it_goes(
+    cluster: Cluster, instance: Instance
+) -> None:
+    for name in ("goes", "stays"):
+        cluster.launch_memory(name, BUDGET_GIB)
+    cluster.wait_ready()
+    keys, data = instance.store(6)
+    assert instance.peers.push(instance.memory("goes"), instance.pool, keys).num_sent == 6
+    request = urllib.request.Request(f"{cluster.url}/workers/goes/drain", method="POST")
+    with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
+        said = json.load(answer)
+    assert (said["drained"], said["evacuated"]["blocks"], said["evacuated"]["left"]) == (True, 6, 0)
+    cluster.servers.pop("goes").kill()
+    instance.pool.clear()
+    stays = instance.memory("stays")
+    assert instance.peers.fetch(stays, instance.pool, keys, timeout_s=WAIT_S) == 6
+    assert instance.read(keys) == data
+    assert cluster.servers.pop("stays").stop() == 0

@@ -55,7 +55,7 @@ READY = {InstanceId(name) for name in ("p0", "p1", "p2", "d0", "c")}
 )
 def test_blocks_go_where_they_are_of_use(own: PoolInfo, names: list[str]) -> None:
     """The same blocks, not decode's DRAM, not the ranks of one server, not who drains or is down."""
-    assert [shelter.name for shelter in shelters_for(own, POOLS, READY)] == names
+    assert [shelter.name for shelter in shelters_for(own, own.layout, POOLS, READY)] == names
 
 
 def test_what_was_sent_at_first_is_not_counted_as_known_later() -> None:
@@ -157,6 +157,27 @@ def test_nobody_waits_who_does_not_want_to_and_a_drain_can_end(run: Run) -> None
             assert (answer["state"], answer["evacuated"]) == (State.READY, None)
             assert (await drain(stage))[1]["evacuated"]["blocks"] == 4
             assert len(fake.asked) == 2
+
+    run(test())
+
+
+def test_a_memory_instance_is_emptied_layout_by_layout(run: Run) -> None:
+    async def test() -> None:
+        async with with_pools() as (stage, _):
+            fake = FakePool(
+                Evacuated(5, 50, 1, 0), Evacuated(0, 0, 0, 0, "there is no pool of such blocks here")
+            )
+            other = pool("p", epoch=9, layout="bb", address="h:9")
+            memory = pool("m", Role.MEMORY, epoch=8, layout="", address=fake.server.address)
+            for info in (other, memory):
+                stage.router.pools.register(info)
+            status, answer = await stage.post("/workers/m/drain", None)
+            assert (status, answer["drained"], answer["evacuated"]["blocks"]) == (200, True, 5)
+            asked = {message.layout: message for message in fake.asked if isinstance(message, Evacuate)}
+            names = [str(info_of(worker).instance_id) for worker in stage.workers[Role.COLOCATED]]
+            assert [shelter.name for shelter in asked[b"\xaa"].shelters] == names
+            assert asked[b"\xbb"].shelters == (), "its server is not there"
+            fake.server.close()
 
     run(test())
 

@@ -115,6 +115,11 @@ class Drains:
         evacuation = leaving.result() if leaving is not None and is_evacuated else None
         return Drained(running, evacuation, member.is_draining and is_evacuated and not running)
 
+    async def empty(self, memory: InstanceId) -> Drained:
+        """Send what a memory instance holds to others. It has no requests; others go on storing there."""
+        evacuation = await self._evacuate(memory) if self._evacuate_s else None
+        return Drained(0, evacuation, True)
+
     def end(self, member: Member) -> None:
         """Requests for it again. Idempotent."""
         self._cluster.undrain(member)
@@ -160,9 +165,13 @@ class Drains:
         begun_s = self._clock()
         ready = {instance.instance_id for instance in self._cluster.snapshot.all()}
         infos = self._pools.infos()
-        answers = await asyncio.gather(
-            *(self._ask(own, shelters_for(own, infos, ready)) for own in self._pools.of(name))
-        )
+        layouts = {info.layout for info in infos if info.layout}
+        asked = [
+            self._ask(own, layout, shelters_for(own, layout, infos, ready))
+            for own in self._pools.of(name)
+            for layout in ({own.layout} if own.layout else layouts)
+        ]
+        answers = await asyncio.gather(*asked)
         return Evacuation(
             sum(answer.num_sent for answer in answers),
             sum(answer.num_bytes for answer in answers),
@@ -172,8 +181,8 @@ class Drains:
             next((answer.reason for answer in answers if answer.reason), ""),
         )
 
-    async def _ask(self, own: PoolInfo, shelters: tuple[Shelter, ...]) -> Evacuated:
-        message = Evacuate(bytes.fromhex(own.layout), shelters, self._evacuate_s)
+    async def _ask(self, own: PoolInfo, layout: str, shelters: tuple[Shelter, ...]) -> Evacuated:
+        message = Evacuate(bytes.fromhex(layout), shelters, self._evacuate_s)
         timeout_s = self._evacuate_s + ANSWER_S
         try:
             answer = await self._client.request(own.address, message, timeout_s=timeout_s)
@@ -182,14 +191,19 @@ class Drains:
         return answer if isinstance(answer, Evacuated) else Evacuated(0, 0, 0, 0, f"{own.address} does not")
 
 
-def shelters_for(own: PoolInfo, pools: Sequence[PoolInfo], ready: set[InstanceId]) -> tuple[Shelter, ...]:
-    """Those of `pools` that may take in what `own` holds and make use of it, of `ready` servers. Pure."""
+def shelters_for(
+    own: PoolInfo, layout: str, pools: Sequence[PoolInfo], ready: set[InstanceId]
+) -> tuple[Shelter, ...]:
+    """Those of `pools` that may take in blocks of `layout` that `own` holds, and make use of them. Pure.
+
+    `ready`: the servers that are.
+    """
     server = server_of(own.instance_id)
     return tuple(
         Shelter(info.instance_id, info.address, info.epoch)
         for info in pools
         if server_of(info.instance_id) != server
-        and info.layout in (own.layout, "")
+        and info.layout in (layout, "")
         and info.role in USES_DRAM
         and (info.role is Role.MEMORY or server_of(info.instance_id) in ready)
     )

@@ -24,6 +24,7 @@ import msgspec
 from aiohttp import web
 
 from memserve.core.errors import BadRequest, ConfigError
+from memserve.core.ids import InstanceId
 from memserve.router.cluster.caching import caching_of
 from memserve.router.cluster.cluster import Member
 from memserve.router.cluster.draining import Drained, Drains
@@ -145,9 +146,13 @@ class WorkersApi:
     async def drain(self, request: web.Request) -> web.Response:
         """No new requests; 200 when it has none left and what it holds is elsewhere, or the time is over,
         with `?wait=0` 202 at once."""
-        member = self._member(request.match_info["id"])
         body = await request.read()
         wanted = _decoded(body, Drain) if body else Drain()
+        memory = InstanceId(request.match_info["id"])
+        if memory in self._state.pools.memories():
+            emptied = await self._drains.empty(memory)
+            return _page({"instance_id": memory, "state": "memory", **_describe_drain(emptied)})
+        member = self._member(request.match_info["id"])
         is_awaited = request.query.get("wait", "1") != "0"
         self._drains.begin(member)
         drained = await self._drains.wait(member, wanted.timeout_s if is_awaited else 0.0)
