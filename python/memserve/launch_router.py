@@ -11,7 +11,10 @@ import uvloop
 
 from memserve.core.errors import ConfigError
 from memserve.router.config import parse_args
+from memserve.router.observe.logs import Logs
 from memserve.router.server import serve
+
+logger = logging.getLogger("memserve.launch_router")
 
 USAGE_ERROR = 2
 
@@ -20,13 +23,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run a router until it is told to stop; the process's exit code."""
     try:
         config = parse_args(argv)
-        logging.basicConfig(
-            level=config.log_level.upper(),
-            format="[%(asctime)s] %(levelname)s %(name)s: %(message)s",
-            stream=sys.stderr,
-        )
-        allow_many_connections()
-        uvloop.run(serve(config))
+        logs = Logs(config.observe)
+        logs.start()
+        try:
+            for remark in config.remarks:
+                logger.info("%s", remark)
+            allow_many_connections()
+            uvloop.run(serve(config))
+        finally:
+            logs.close()
     except ConfigError as error:
         print(f"launch_router: {error}", file=sys.stderr)
         return USAGE_ERROR

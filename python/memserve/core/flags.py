@@ -10,24 +10,33 @@ import dataclasses
 import enum
 import types
 import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
 RecordT = TypeVar("RecordT")
 
 
-def setting(default: Any, help: str, *, metavar: str | None = None, is_secret: bool = False) -> Any:
+def setting(
+    default: Any,
+    help: str,
+    *,
+    metavar: str | None = None,
+    is_secret: bool = False,
+    synonyms: Mapping[str, str] = types.MappingProxyType({}),
+) -> Any:
     """A dataclass field with its default and the line that `--help` shows for it.
 
-    A secret is not in the record's repr.
+    A secret is not in the record's repr. `synonyms`: what else may be written for a choice.
     """
-    return dataclasses.field(default=default, repr=not is_secret, metadata={"help": help, "metavar": metavar})
+    metadata = {"help": help, "metavar": metavar, "synonyms": synonyms}
+    return dataclasses.field(default=default, repr=not is_secret, metadata=metadata)
 
 
-def add_flags(parser: argparse.ArgumentParser, record: type[Any]) -> None:
+def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, record: type[Any]) -> None:
     """Add one `--kebab-case` flag per field of `record` that was declared with `setting`.
 
-    bool gives `--x/--no-x`, Literal and StrEnum give choices, `X | None` reads an X.
+    bool gives `--x/--no-x`, Literal and StrEnum give choices, `X | None` reads an X, `tuple[X, ...]` several.
     """
     hints = typing.get_type_hints(record)
     for field in dataclasses.fields(record):
@@ -39,7 +48,12 @@ def add_flags(parser: argparse.ArgumentParser, record: type[Any]) -> None:
         if kind is bool:
             kwargs["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is typing.Literal:
+            synonyms = field.metadata["synonyms"]
             kwargs["choices"] = typing.get_args(kind)
+            kwargs["type"] = lambda text, known=synonyms: known.get(text, text)
+        elif typing.get_origin(kind) is tuple:
+            kwargs |= {"type": typing.get_args(kind)[0], "nargs": "*"}
+            kwargs["metavar"] = field.metadata["metavar"] or "TEXT"
         elif isinstance(kind, enum.EnumMeta):
             kwargs |= {"type": kind, "choices": list(kind), "metavar": f"{{{','.join(kind)}}}"}
         else:
@@ -55,6 +69,7 @@ def from_namespace(record: type[RecordT], namespace: argparse.Namespace, **other
         for field in dataclasses.fields(record)  # type: ignore[arg-type]
         if "help" in field.metadata
     }
+    values = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
     return record(**values, **others)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 from urllib.parse import urlsplit
@@ -12,7 +12,9 @@ from urllib.parse import urlsplit
 from memserve.core.errors import ConfigError
 from memserve.core.flags import add_flags, from_namespace, setting
 from memserve.core.ids import Epoch, InstanceId
+from memserve.router.compat_flags import POLICY_SYNONYMS, CompatParser, settle
 from memserve.router.discovery_config import DiscoveryConfig, add_discovery_flags, read_discovery
+from memserve.router.observe.settings import ObserveSettings
 from memserve.router.text.prompts import RoutingKeys
 from memserve.wire.messages import InstanceInfo, Role
 
@@ -81,6 +83,10 @@ class RouterConfig:
     ssl_ca_certs: Path | None = setting(
         None, "PEM file with the authorities that https servers are verified by, instead of the system's"
     )
+    ssl_client_certfile: Path | None = setting(
+        None, "PEM file with the certificate that the router shows to https servers"
+    )
+    ssl_client_keyfile: Path | None = setting(None, "PEM file with its key, if that is another file")
     max_concurrent_requests: int = setting(
         -1, "how many requests run at once; more wait for their turn, in fair shares by tenant; -1: no limit"
     )
@@ -98,11 +104,14 @@ class RouterConfig:
         "prompt_tree",
         "how instances are chosen; prompt_tree: by what each holds of the prompt, its queue, and what "
         "moving or computing the rest would cost",
+        synonyms=POLICY_SYNONYMS,
     )
     prefill_policy: PolicyName | None = setting(
-        None, "how prefill and colocated instances are chosen, if otherwise"
+        None, "how prefill and colocated instances are chosen, if otherwise", synonyms=POLICY_SYNONYMS
     )
-    decode_policy: PolicyName | None = setting(None, "the same for decode instances only")
+    decode_policy: PolicyName | None = setting(
+        None, "the same for decode instances only", synonyms=POLICY_SYNONYMS
+    )
     fetch: Literal["auto", "never"] = setting(
         "auto", "whether a prefill fetches history from a better holder before it gets a request"
     )
@@ -155,16 +164,15 @@ class RouterConfig:
         15.0, "an instance whose scheduler makes no step for so long gets no requests while there are others"
     )
     max_body_bytes: int = setting(64 << 20, "the largest request body; more is answered with 413")
-    ui_show_prompts: bool = setting(
-        False, "show on /ui how prompts begin; otherwise their lengths and hashes only"
-    )
     client_header_timeout_secs: float = setting(
         30.0, "how long a client may take to send the head of a request"
     )
     client_stall_timeout_secs: float = setting(
         60.0, "how long a client may send nothing of a body, or read nothing of its answer"
     )
-    log_level: Literal["debug", "info", "warning", "error"] = setting("info", "how much to log")
+    observe: ObserveSettings = field(default_factory=ObserveSettings)
+    remarks: tuple[str, ...] = ()
+    """What is to be logged of the flags."""
     static: tuple[InstanceInfo, ...] = ()
     """Servers named by URL."""
     discovery: DiscoveryConfig | None = None
@@ -226,15 +234,16 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
 
     Raises ConfigError for a value that no flag type could refuse.
     """
-    parser = argparse.ArgumentParser(
+    parser = CompatParser(
         prog="python -m memserve.launch_router",
         description="Serve one HTTP address in front of prefill, decode and colocated SGLang servers. "
-        "Speaks SGLang's native API and OpenAI's.",
+        "Speaks SGLang's native API and OpenAI's, and understands the flags of sglang-router.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
     add_flags(parser, RouterConfig)
+    add_flags(parser.add_argument_group("watching it"), ObserveSettings)
     servers = parser.add_argument_group("servers that do not register themselves (stock SGLang)")
     servers.add_argument(
         "--prefill",
@@ -249,22 +258,31 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
         "--decode", action="append", default=[], metavar="URL", help="a decode server; repeatable"
     )
     servers.add_argument(
-        "--worker-urls", nargs="+", default=[], metavar="URL", help="servers that do both prefill and decode"
+        "--worker-urls", nargs="*", default=[], metavar="URL", help="servers that do both prefill and decode"
     )
     add_discovery_flags(parser)
+    parser.add_compatible()
     namespace = parser.parse_args(argv)
+    remarks = settle(namespace)
     static = [
         *(_prefill(values) for values in namespace.prefill),
         *(named_server(url, Role.DECODE) for url in namespace.decode),
         *(named_server(url, Role.COLOCATED) for url in namespace.worker_urls),
     ]
-    return from_namespace(RouterConfig, namespace, static=tuple(static), discovery=read_discovery(namespace))
+    return from_namespace(
+        RouterConfig,
+        namespace,
+        observe=from_namespace(ObserveSettings, namespace),
+        remarks=remarks,
+        static=tuple(static),
+        discovery=read_discovery(namespace),
+    )
 
 
 def _prefill(values: list[str]) -> InstanceInfo:
     if len(values) > 2:
         raise ConfigError(f"--prefill takes a URL and at most one port, not {' '.join(values)}")
-    port = values[1] if len(values) == 2 else str(DEFAULT_BOOTSTRAP_PORT)
+    port = values[1] if len(values) == 2 and values[1].lower() != "none" else str(DEFAULT_BOOTSTRAP_PORT)
     if not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"--prefill {values[0]} {port}: the bootstrap port is not a port")
     return named_server(values[0], Role.PREFILL, int(port))

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from memserve.core.cluster_key import ClusterKey
-from memserve.core.hosts import bracketed
+from memserve.core.errors import ConfigError
+from memserve.core.hosts import bracketed, is_loopback
 from memserve.router.cluster.breaker import Breakers
 from memserve.router.cluster.cluster import Cluster
 from memserve.router.cluster.control import ControlHandler
@@ -28,13 +29,14 @@ from memserve.router.config import RouterConfig
 from memserve.router.costs.cost_file import COSTS, read_costs
 from memserve.router.gate.door import Door, open_door
 from memserve.router.gate.tls import client_context
+from memserve.router.http.cors import Cors
 from memserve.router.http.front import Front
 from memserve.router.http.generate import GenerateHandler, json_response
-from memserve.router.http.guard import PAGE_BODY_BYTES, Guard
+from memserve.router.http.guard import PAGE_BODY_BYTES, Guard, is_clients
 from memserve.router.http.pages import Pages
 from memserve.router.http.ui import Ui
 from memserve.router.http.workers_api import WorkersApi
-from memserve.router.observe.metrics import RouterMetrics
+from memserve.router.observe.metrics import DURATIONS, RouterMetrics
 from memserve.router.observe.observed import Observed
 from memserve.router.observe.state_metrics import StateCollector
 from memserve.router.placing.fetching import Fetcher
@@ -86,7 +88,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
     Raises ConfigError if an address cannot be had.
     """
     key = ClusterKey.read(config.cluster_key_file) if config.cluster_key_file else None
-    metrics = RouterMetrics()
+    metrics = RouterMetrics(config.observe.prometheus_duration_buckets or DURATIONS)
     door = open_door(config, metrics)
     state = _new_state(config, metrics)
     metrics.watch(StateCollector(state))
@@ -98,7 +100,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         cluster.lost_contact(instance.instance_id, instance.epoch, reason)
 
     async with AsyncExitStack() as stack:
-        tls = client_context(config.ssl_ca_certs)
+        tls = client_context(config.ssl_ca_certs, config.ssl_client_certfile, config.ssl_client_keyfile)
         session = await stack.enter_async_context(open_session(tls, config.api_key))
         connections = Connections(tls)
         stack.callback(connections.close)
@@ -112,7 +114,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         resumer = Resumer(state.tokenizers, metrics, is_on=config.resume == "auto")
         runner = Runner(upstream, state.placer, fetcher)
         dispatcher = Dispatcher(state, runner, resumer, _patience(config), metrics)
-        generate = GenerateHandler(dispatcher, state.observed.requests, door)
+        generate = GenerateHandler(dispatcher, state.observed.requests, door, config.observe)
         prober = Prober(
             cluster,
             pools,
@@ -132,13 +134,15 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         roles = Roles(cluster, drains)
         stack.callback(roles.close)
         workers = WorkersApi(state, drains, roles)
-        app = web.Application(
-            client_max_size=PAGE_BODY_BYTES, middlewares=[_answer_errors, Guard(door).middleware()]
-        )
+        middlewares = [_answer_errors, Guard(door).middleware()]
+        if cors := Cors(config.observe.cors_allowed_origins):
+            middlewares.insert(0, cors.middleware(is_clients))
+        app = web.Application(client_max_size=PAGE_BODY_BYTES, middlewares=middlewares)
         app.add_routes([*generate.routes(), *workers.routes(), *pages.routes(), *Ui(state, config).routes()])
         port = await _serve_http(stack, config, generate, app, door)
+        await _serve_metrics(stack, config, pages)
         handler = ControlHandler(cluster, pools, feed, asyncio.get_running_loop())
-        control = ControlServer(config.host, _control_port(config, port), handler, key=key)
+        control = ControlServer(_control_host(config), _control_port(config, port), handler, key=key)
         stack.push_async_callback(asyncio.to_thread, control.close)
         stack.push_async_callback(generate.stop, config.shutdown_grace_period_secs)
         keepers = [
@@ -204,7 +208,7 @@ def _new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
     breakers = Breakers(threshold=config.cb_failure_threshold, timeout_s=config.cb_timeout_secs, clock=clock)
     tokenizers = Tokenizers(config.tokenizer_path)
     reader = PromptReader(tokenizers, config.routing_keys)
-    observed = Observed.new(metrics, clock(), keeps_samples=config.ui_show_prompts)
+    observed = Observed.new(metrics, clock(), keeps_samples=config.observe.ui_show_prompts)
     return RouterState(cluster, pools, feed, followers, tokenizers, placer, breakers, reader, observed)
 
 
@@ -252,6 +256,32 @@ async def _serve_http(
     front = Front(generate.handle, runner.server, door)
     stack.push_async_callback(front.close)
     return await front.listen(config.host, config.port)
+
+
+async def _serve_metrics(stack: AsyncExitStack, config: RouterConfig, pages: Pages) -> None:
+    """Serve them on a port of their own too, if that is wanted."""
+    port, host = config.observe.metrics_port, config.observe.prometheus_host or config.host
+    if port is None:
+        return
+    app = web.Application()
+    app.router.add_get("/metrics", pages.metrics)
+    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+    await runner.setup()
+    stack.push_async_callback(runner.cleanup)
+    try:
+        await web.TCPSite(runner, host, port).start()
+    except OSError as error:
+        raise ConfigError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
+    logger.info("metrics ready http=http://%s:%d/metrics", bracketed(host), runner.addresses[0][1])
+
+
+def _control_host(config: RouterConfig) -> str:
+    """Where instances register: where servers are named and there is no key, on this machine only."""
+    is_enough = config.static or config.discovery
+    if is_enough and config.cluster_key_file is None and not is_loopback(config.host):
+        logger.info("without --cluster-key-file, instances of this machine alone can register")
+        return "127.0.0.1"
+    return config.host
 
 
 def _control_port(config: RouterConfig, http_port: int) -> int:

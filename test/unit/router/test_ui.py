@@ -10,6 +10,7 @@ import pytest
 
 from memserve.core.block_keys import page_keys
 from memserve.router.observe.request_log import Ended
+from memserve.router.observe.settings import ObserveSettings
 from memserve.router.placing.decision import Decision
 from memserve.router.text.prompts import Prompt
 from memserve.testing.fake_worker import FakeWorker
@@ -100,7 +101,7 @@ def test_hot_prefixes_tell_who_holds_them(run: Run) -> None:
 def test_prompts_are_shown_only_if_that_is_wanted(run: Run, shown: bool) -> None:
     async def test() -> None:
         secret = "the secret plan "
-        async with staged(*pair(), ui_show_prompts=shown) as stage:
+        async with staged(*pair(), observe=ObserveSettings(ui_show_prompts=shown)) as stage:
             prefixes = stage.router.state.observed.prefixes
             for _ in range(3):
                 prefixes.note(Prompt(64, (page_keys(TOKENS, 16),)), prefixes.sample({"text": secret * 4}))

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 
+from memserve.router.observe.settings import ObserveSettings
 from memserve.router.text.prompts import Prompt
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
@@ -57,7 +58,10 @@ CONTRAST = """(() => {
 async def shown(folder: Path, **settings: Any) -> AsyncIterator[tuple[Stage, Page]]:
     """The page of a router that has a pair, an instance with a name to fear, requests and a prefix."""
     workers = [FakeWorker(role) for role in (Role.PREFILL, Role.DECODE)]
-    async with staged(*workers, ui_show_prompts=True, **settings) as stage, FakeWorker() as other:
+    async with (
+        staged(*workers, observe=ObserveSettings(ui_show_prompts=True), **settings) as stage,
+        FakeWorker() as other,
+    ):
         stage.router.cluster.register(info_of(other, name=HOSTILE))
         await stage.until(lambda: len(stage.router.cluster.snapshot.all()) == 3)
         for number in range(3):

@@ -60,14 +60,24 @@ class Certificate:
         return tuple(stamp)
 
 
-def client_context(ca_certs: Path | None) -> ssl.SSLContext:
-    """How https servers are verified: by the system's authorities, or by those in a PEM file alone.
+def client_context(
+    ca_certs: Path | None, certfile: Path | None = None, keyfile: Path | None = None
+) -> ssl.SSLContext:
+    """How https servers are verified: by the system's authorities, or by those in a PEM file alone; and
+    what they are shown, if they ask who the router is.
 
-    Raises ConfigError if it cannot be read.
+    Raises ConfigError for what cannot be read.
     """
     try:
         context = ssl.create_default_context(cafile=ca_certs)
     except (OSError, ssl.SSLError) as error:
         raise ConfigError(f"cannot read certificates from {ca_certs}: {error.strerror or error}") from error
+    if certfile is not None:
+        read_secret_file(keyfile or certfile, "TLS key")
+        try:
+            context.load_cert_chain(certfile, keyfile, password="")
+        except (OSError, ssl.SSLError) as error:
+            reason = getattr(error, "reason", None) or error.strerror or "it is no PEM file"
+            raise ConfigError(f"cannot use {certfile} as a certificate for servers: {reason}") from error
     context.set_alpn_protocols(["http/1.1"])
     return context

@@ -18,9 +18,11 @@ from memserve.router.gate.claims import asked_tokens, priority_of
 from memserve.router.gate.door import Door
 from memserve.router.gate.gate import Admitted
 from memserve.router.gate.keys import Tenant
+from memserve.router.http.cors import Cors
 from memserve.router.http.exchange import Bodies, Exchange, WebExchange
 from memserve.router.http.tenants import salted
 from memserve.router.observe.request_log import Ended, RequestLog
+from memserve.router.observe.settings import ObserveSettings
 from memserve.router.placing.explain import MAX_LISTED, explained
 from memserve.router.placing.placed import Placed
 from memserve.router.serving.api import Api, Call, JsonObject, Names, encode_json
@@ -31,6 +33,8 @@ from memserve.router.serving.validation import Limits, read_body, read_call
 logger = logging.getLogger(__name__)
 
 REQUEST_ID = "x-request-id"
+MAX_ID_CHARS = 256
+"""Of a client's own, which is logged and sent back."""
 REPORT = "x-memserve-report"
 EXPLAIN = "x-memserve-explain"
 ATTEMPTS = "x-memserve-attempts"
@@ -86,12 +90,15 @@ class GenerateHandler:
         dispatcher: Dispatcher,
         requests: RequestLog,
         door: Door,
+        settings: ObserveSettings,
     ) -> None:
         self._dispatcher = dispatcher
         self._access = door.access
         self._gate = door.gate
         self._bodies = Bodies(door)
         self._requests = requests
+        self._id_headers = tuple(map(str.lower, settings.request_id_headers)) or (REQUEST_ID,)
+        self._cors = Cors(settings.cors_allowed_origins)
         self._running: set[asyncio.Task[object]] = set()
         self._names = Names()
         self._limits: tuple[Snapshot, Limits] | None = None
@@ -125,8 +132,9 @@ class GenerateHandler:
                 elapsed_ms = (now_s - start) * 1000
                 logger.log(
                     level,
-                    "request end path=%s rid=%s instances=%s status=%d ms=%.1f reason=%s",
-                    *(log.api, log.rid, log.route, log.status, elapsed_ms, log.reason),
+                    "request end path=%s request_id=%s rid=%s instances=%s status=%d ms=%.1f reason=%s",
+                    *(log.api, exchange.reply.get(REQUEST_ID, "-"), log.rid, log.route),
+                    *(log.status, elapsed_ms, log.reason),
                 )
 
     async def handle_web(self, request: web.Request) -> web.StreamResponse:
@@ -174,7 +182,10 @@ class GenerateHandler:
             await asyncio.wait(left)
 
     async def _handle(self, exchange: Exchange, log: _Log) -> None:
-        exchange.reply[REQUEST_ID] = exchange.headers.get(REQUEST_ID) or self._names.new()
+        given = next(filter(None, map(exchange.headers.get, self._id_headers)), None)
+        exchange.reply[REQUEST_ID] = given[:MAX_ID_CHARS] if given else self._names.new()
+        if self._cors:
+            exchange.reply |= self._cors.reply(exchange.headers.get("origin"))
         try:
             await self._run(exchange, log)
             return

@@ -68,6 +68,12 @@ LEVELS = {
 _CHANGES_WHEN_SEEN = {"/flush_cache"}
 
 
+def is_clients(path: str) -> bool:
+    """Whether what is asked for at this path, before it is routed, is for anybody but admins."""
+    level = LEVELS.get("/v1/models/{model}" if path.startswith("/v1/models/") else path, Level.ADMIN)
+    return level in (Level.OPEN, Level.CLIENT)
+
+
 class Guard:
     """The check, and the aiohttp middleware that does it."""
 

@@ -1,0 +1,162 @@
+"""A launch line that was written for sglang-router starts this router, and means the same where it can.
+
+`sglang_router_flags.txt`: every option of sglang-router 0.3.2, with a value for each that takes one.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memserve.core.errors import ConfigError
+from memserve.router.compat_flags import ALIASES, ELSEWHERE, SWITCHES
+from memserve.router.config import RouterConfig, parse_args
+from memserve.wire.messages import Role
+
+LINES = Path(__file__).with_name("sglang_router_flags.txt").read_text().splitlines()
+TOGETHER = {
+    "--selector": "--service-discovery",
+    "--prefill-selector": "--service-discovery --decode-selector app=y",
+    "--decode-selector": "--service-discovery --prefill-selector app=y",
+    "--service-discovery": "--selector app=x",
+    "--tls-cert-path": "--tls-key-path key.pem",
+    "--tls-key-path": "--tls-cert-path cert.pem",
+    "--client-key-path": "--client-cert-path cert.pem",
+}
+
+
+@pytest.mark.parametrize("line", LINES)
+def test_each_of_its_flags_is_taken(line: str) -> None:
+    flag = line.split()[0]
+    argv = f"{line} {TOGETHER.get(flag, '')}".split()
+    config = parse_args(argv)
+    remarks = [remark for remark in config.remarks if remark.startswith(flag)]
+    says = flag in ELSEWHERE or flag == "--model-path"
+    assert len(remarks) == says, remarks
+
+
+def test_nothing_is_taken_that_it_does_not_have() -> None:
+    names = {line.split()[0] for line in LINES}
+    assert names >= ELSEWHERE.keys() | ALIASES.keys() | SWITCHES.keys()
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        ("--policy cache_aware", "policy", "prompt_tree"),
+        ("--policy power_of_two", "policy", "power_of_two"),
+        ("--policy round_robin", "policy", "round_robin"),
+        ("--policy manual", "policy", "session"),
+        ("--prefill-policy bucket", "prefill_policy", "least_load"),
+        ("--decode-policy cache_aware", "decode_policy", "prompt_tree"),
+        ("--max-payload-size 1000", "max_body_bytes", 1000),
+        ("--max-payload-size=1000", "max_body_bytes", 1000),
+        ("--cb-timeout-duration-secs 7", "cb_timeout_secs", 7.0),
+        ("--disable-retries", "retry_max_retries", 0),
+        ("--ca-cert-paths ca.pem", "ssl_ca_certs", Path("ca.pem")),
+        ("--client-cert-path me.pem", "ssl_client_certfile", Path("me.pem")),
+        ("--tls-cert-path a --tls-key-path b", "ssl_certfile", Path("a")),
+        ("--request-timeout-secs 20", "request_timeout_secs", 20.0),
+        ("--health-check-interval-secs 3", "health_check_interval_secs", 3.0),
+        ("--shutdown-grace-period-secs 3", "shutdown_grace_period_secs", 3.0),
+        ("--max-concurrent-requests 9", "max_concurrent_requests", 9),
+        ("--api-key k", "api_key", "k"),
+    ],
+)
+def test_what_means_the_same_does_the_same(argv: str, field: str, value: Any) -> None:
+    config = parse_args(argv.split())
+    assert getattr(config, field) == value
+    assert config.remarks == ()
+
+
+@pytest.mark.parametrize(
+    ("argv", "field", "value"),
+    [
+        ("--log-level warn", "log_level", "warning"),
+        ("--log-dir logs", "log_dir", Path("logs")),
+        ("--prometheus-port 29001", "metrics_port", 29001),
+        ("--prometheus-host 127.0.0.1", "metrics_port", 29000),
+        ("", "metrics_port", None),
+        ("--prometheus-duration-buckets 0.1 1", "prometheus_duration_buckets", (0.1, 1.0)),
+        ("--request-id-headers x-a x-b", "request_id_headers", ("x-a", "x-b")),
+        ("--cors-allowed-origins http://a", "cors_allowed_origins", ("http://a",)),
+        ("--enable-trace", "enable_trace", True),
+    ],
+)
+def test_so_does_what_is_about_watching(argv: str, field: str, value: Any) -> None:
+    assert getattr(parse_args(argv.split()).observe, field) == value
+
+
+def test_a_breaker_that_is_off_never_opens() -> None:
+    assert parse_args(["--disable-circuit-breaker"]).cb_failure_threshold > 1 << 60
+
+
+def test_a_model_path_is_where_the_tokenizer_is(tmp_path: Path) -> None:
+    assert parse_args(["--model-path", str(tmp_path)]).tokenizer_path == str(tmp_path)
+    assert parse_args(["--model-path", str(tmp_path), "--tokenizer-path", "t"]).tokenizer_path == "t"
+    hub = parse_args(["--model-path", "meta-llama/Llama-3"])
+    assert hub.tokenizer_path is None
+    assert "meta-llama/Llama-3" in hub.remarks[0]
+
+
+def test_its_own_example_of_a_pd_launch_line() -> None:
+    line = (
+        "--pd-disaggregation --prefill http://prefill1:8000 9000 --prefill http://prefill2:8000 none "
+        "--prefill http://prefill3:8000 --decode http://decode1:8001 --decode http://decode2:8001 "
+        "--policy cache_aware --prefill-policy cache_aware --decode-policy power_of_two"
+    )
+    config = parse_args(line.split())
+    assert [(one.role, one.bootstrap_port) for one in config.static] == [
+        (Role.PREFILL, 9000),
+        (Role.PREFILL, 8998),
+        (Role.PREFILL, 8998),
+        (Role.DECODE, None),
+        (Role.DECODE, None),
+    ]
+    assert (config.policy, config.decode_policy) == ("prompt_tree", "power_of_two")
+
+
+@pytest.mark.parametrize(
+    ("argv", "says"),
+    [
+        ("--backend openai", "SGLang's"),
+        ("--ca-cert-paths a b", "one file"),
+        ("--cors-allowed-origins example.org", "SCHEME://"),
+        ("--prometheus-port 70000", "not a port"),
+        ("--prometheus-duration-buckets 2 1", "rise"),
+    ],
+)
+def test_what_cannot_be_is_refused(argv: str, says: str) -> None:
+    with pytest.raises(ConfigError, match=says):
+        parse_args(argv.split())
+
+
+@pytest.mark.parametrize(
+    ("argv", "suggestion"),
+    [
+        ("--cache-treshold 1", "--cache-threshold"),
+        ("--polcy random", "--policy"),
+        ("--log-levl=x", "--log-level"),
+    ],
+)
+def test_an_unknown_flag_is_refused_with_a_suggestion(
+    argv: str, suggestion: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(argv.split())
+    assert f"did you mean {suggestion}?" in capsys.readouterr().err
+
+
+def test_help_is_about_this_router(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        parse_args(["--help"])
+    told = capsys.readouterr().out
+    assert "--prompt" not in told
+    assert "--cache-threshold" not in told
+    assert "--log-format" in told
+
+
+def test_the_defaults_are_those_of_the_record() -> None:
+    assert parse_args([]) == RouterConfig()
