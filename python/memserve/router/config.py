@@ -97,8 +97,10 @@ class RouterConfig:
     rate_limit_tokens_per_second: float | None = setting(
         None, "how many requests may begin per second, all together; more are answered with 429", metavar="N"
     )
-    max_buffered_mib: int = setting(
-        1024, "memory that request bodies may take, all together; more are answered with 503"
+    max_buffered_mib: int | None = setting(
+        None,
+        "memory that requests may take, all together, their bodies and what is made of them; more are "
+        "answered with 503; a quarter of the machine's unless given",
     )
     policy: PolicyName = setting(
         "prompt_tree",
@@ -207,7 +209,7 @@ class RouterConfig:
         ):
             if getattr(self, name) < 0:
                 raise ConfigError(f"--{name.replace('_', '-')} cannot be negative")
-        for name in ("tree_budget_mib", "max_body_bytes", "cb_failure_threshold", "max_buffered_mib"):
+        for name in ("tree_budget_mib", "max_body_bytes", "cb_failure_threshold"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} has to be at least 1")
         self._check_access()
@@ -225,8 +227,8 @@ class RouterConfig:
             raise ConfigError("--ssl-certfile and --ssl-keyfile go together")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
             raise ConfigError("--api-key has to be ASCII, and not empty")
-        if self.max_buffered_mib << 20 < self.max_body_bytes:
-            raise ConfigError("--max-buffered-mib has to leave room for one body of --max-body-bytes")
+        if self.max_buffered_mib is not None and self.max_buffered_mib < 1:
+            raise ConfigError("--max-buffered-mib has to be at least 1")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:

@@ -14,7 +14,7 @@ from memserve.core.hosts import is_loopback
 from memserve.router.config import RouterConfig
 from memserve.router.gate.access import Access
 from memserve.router.gate.admission import Admission
-from memserve.router.gate.budget import ByteBudget
+from memserve.router.gate.budget import SERVED_FACTOR, ByteBudget, default_bytes
 from memserve.router.gate.gate import Gate
 from memserve.router.gate.keys import admin_keys, tenant_keys
 from memserve.router.gate.rates import Rates
@@ -44,7 +44,7 @@ class Door:
     gate: Gate
     limits: ClientLimits
     budget: ByteBudget
-    """For the bytes of all requests that are held."""
+    """For the memory of all requests that are held."""
     certificate: Certificate | None
     """What clients are shown; None: they are served in the clear."""
 
@@ -72,9 +72,22 @@ def open_door(config: RouterConfig, metrics: RouterMetrics) -> Door:
     limits = ClientLimits(
         config.max_body_bytes, config.client_header_timeout_secs, config.client_stall_timeout_secs
     )
-    budget = ByteBudget(config.max_buffered_mib << 20)
-    metrics.show("buffered_bytes", "Bytes of requests that are held.", lambda: budget.held)
+    budget = _open_budget(config)
+    metrics.show("buffered_bytes", "Memory that requests are taken to need.", lambda: budget.held)
     return Door(_open_access(config), _open_gate(config, metrics), limits, budget, certificate)
+
+
+def _open_budget(config: RouterConfig) -> ByteBudget:
+    given = config.max_buffered_mib
+    budget = ByteBudget(default_bytes() if given is None else given << 20)
+    largest = config.max_body_bytes * (1 + SERVED_FACTOR)
+    if budget.max_bytes < largest:
+        logger.warning(
+            "a body of --max-body-bytes %d needs %d MiB, and --max-buffered-mib is %d: "
+            "the largest bodies are always answered with 503",
+            *(config.max_body_bytes, largest >> 20, budget.max_bytes >> 20),
+        )
+    return budget
 
 
 def _open_access(config: RouterConfig) -> Access:

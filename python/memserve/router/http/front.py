@@ -32,8 +32,7 @@ MAX_PIPELINED_BYTES = 64 << 10
 """What a client may send ahead, while its last request is being answered."""
 KEEPALIVE_S = 75.0
 """How long a connection may be idle."""
-LINGER_S = 2.0
-"""How long a client that is refused may take to notice."""
+LINGER_S = 2.0  # for a client that is refused to notice
 SWEEP_S = 1.0
 
 _REASONS = {status.value: status.phrase for status in HTTPStatus}

@@ -14,6 +14,7 @@ from aiohttp import web
 
 from memserve.core.errors import MemServeError
 from memserve.router.cluster.instance import Route, Snapshot
+from memserve.router.gate.budget import SERVED_FACTOR
 from memserve.router.gate.claims import asked_tokens, priority_of
 from memserve.router.gate.door import Door
 from memserve.router.gate.gate import Admitted
@@ -95,6 +96,8 @@ class GenerateHandler:
         self._dispatcher = dispatcher
         self._access = door.access
         self._gate = door.gate
+        self._budget = door.budget
+        self._out_of_memory = door.out_of_memory
         self._bodies = Bodies(door)
         self._requests = requests
         self._id_headers = tuple(map(str.lower, settings.request_id_headers)) or (REQUEST_ID,)
@@ -212,7 +215,13 @@ class GenerateHandler:
         tenant = self._access.tenant_of(exchange.headers.get("authorization"))
         raw = await exchange.body()
         async with self._gate.admitted(tenant, lambda: priority_of(exchange.headers, raw)) as admitted:
-            await self._admitted(exchange, raw, log, tenant, admitted)
+            num_bytes = len(raw) * SERVED_FACTOR
+            if not self._budget.try_take(num_bytes):
+                raise self._out_of_memory()
+            try:
+                await self._admitted(exchange, raw, log, tenant, admitted)
+            finally:
+                self._budget.give(num_bytes)
 
     async def _admitted(
         self, exchange: Exchange, raw: bytes, log: _Log, tenant: Tenant, admitted: Admitted

@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from memserve.router.gate.admission import Admission
-from memserve.router.gate.budget import ByteBudget
+from memserve.router.gate.budget import ByteBudget, default_bytes
 from memserve.router.gate.gate import Gate
 from memserve.router.gate.keys import ANYBODY, Tenant
 from memserve.router.gate.rates import Rates
@@ -141,3 +142,11 @@ def test_a_budget_gives_what_it_has() -> None:
     budget.give(6)
     assert budget.held == 4
     assert budget.try_take(6)
+
+
+def test_a_containers_limit_is_the_machines_memory(tmp_path: Path) -> None:
+    limit = tmp_path / "memory.max"
+    limit.write_text("1000000\n")
+    assert default_bytes(limit) == 250000
+    limit.write_text("max\n")
+    assert default_bytes(limit) == default_bytes(tmp_path / "none") > 1 << 20
