@@ -20,6 +20,7 @@ from memserve.wire.messages import Role
 Json = dict[str, Any]
 
 WAIT_S = 5.0
+RESERVED_TOKENS = 512
 
 
 @dataclass(slots=True)
@@ -203,6 +204,7 @@ class FakeWorker:
         info = {"disaggregation_mode": mode, "page_size": self.page_size, "version": "fake"}
         if self.cache_tokens is not None:
             info |= {"disable_radix_cache": False, "max_total_num_tokens": self.cache_tokens}
+            info["num_reserved_decode_tokens"] = RESERVED_TOKENS
         return web.json_response(info | self.server_info)
 
     async def _models(self, _: web.Request) -> web.Response:

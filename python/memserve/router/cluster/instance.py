@@ -27,6 +27,8 @@ class Facts:
     """Its own /model_info, as JSON."""
     following: Following = field(default_factory=Following)
     """How its cache can be followed, if it has no memory pool."""
+    room_tokens: int | None = None
+    """The longest prompt that a decode can ever take."""
     is_deterministic: bool = False
     """It draws each token from the request's seed and the token's position."""
 

@@ -17,6 +17,7 @@ from memserve.router.cluster.cluster import Cluster, Doubt, Member, State
 from memserve.router.cluster.instance import Facts, Snapshot
 from memserve.router.cluster.pools import Pools
 from memserve.router.serving.api import JsonObject
+from memserve.router.serving.fitting import read_room
 from memserve.router.serving.upstream import describe
 from memserve.router.text.tokenizers import Tokenizers, Unfit
 from memserve.router.tree.following import read_following
@@ -186,6 +187,7 @@ def read_facts(url: str, role: Role, model_info: bytes, server_info: bytes, mode
         page_size=following.page_tokens,
         model_info=model_info,
         following=following,
+        room_tokens=read_room(server, following.page_tokens),
         is_deterministic=server.get("enable_deterministic_inference") is True,
     )
 

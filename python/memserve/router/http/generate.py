@@ -20,6 +20,7 @@ from memserve.router.gate.door import Door
 from memserve.router.gate.gate import Admitted
 from memserve.router.gate.keys import Tenant
 from memserve.router.http.cors import Cors
+from memserve.router.http.deadlines import in_time, timeout_of
 from memserve.router.http.exchange import Bodies, Exchange, WebExchange
 from memserve.router.http.tenants import salted
 from memserve.router.observe.request_log import Ended, RequestLog
@@ -190,7 +191,12 @@ class GenerateHandler:
         if self._cors:
             exchange.reply |= self._cors.reply(exchange.headers.get("origin"))
         try:
-            await self._run(exchange, log)
+            timeout_s = timeout_of(exchange.headers)
+            if timeout_s is None:
+                await self._run(exchange, log)
+            else:
+                async with in_time(timeout_s):
+                    await self._run(exchange, log)
             return
         except asyncio.CancelledError as cancelled:
             if not self._stopping:
@@ -258,6 +264,7 @@ class GenerateHandler:
             call,
             body_bytes=num_bytes,
             authorization=self._access.for_servers(headers.get("authorization")),
+            timeout_s=timeout_of(headers),
             wants_report=headers.get(REPORT, "0") != "0",
         )
         return salted(call, tenant), candidates

@@ -11,7 +11,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from memserve.core.errors import BadRequest
@@ -23,12 +23,14 @@ from memserve.router.serving.api import Call
 from memserve.router.serving.attempt import Runner
 from memserve.router.serving.continuation import Diverged
 from memserve.router.serving.failures import LegFailed, LegTimeout, NoRoute, WorkerFault
+from memserve.router.serving.fitting import check_fits, fitting, smallest_room
 from memserve.router.serving.relay import Sink
 from memserve.router.serving.resume import Resumption
 from memserve.router.serving.resuming import Resumer
 from memserve.router.serving.retry import Alias, Patience, choices, harmed, wait_s
 from memserve.router.state import RouterState
 from memserve.router.text.prompts import Prompt
+from memserve.router.text.token_records import KnownTokens
 
 logger = logging.getLogger(__name__)
 
@@ -50,6 +52,8 @@ class Job:
     """The one that is meant, also if the call names none; None if nobody was there to serve any."""
     sample: str | None = None
     """How its text begins, if that is to be shown."""
+    num_tokens: int | None = None
+    """Of its longest prompt, if that is so long that a decode might not hold it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,12 @@ class _Attempt:
     alias: Alias | None = None
     resumption: Resumption | None = None
     """How its events follow those that the client has."""
+
+    def job(self, job: Job) -> Job:
+        """What is to be placed for it."""
+        if self.resumption is None or not self.resumption.num_kept:
+            return job
+        return replace(job, num_tokens=self.resumption.num_tokens)
 
     @classmethod
     def first(cls, call: Call) -> _Attempt:
@@ -88,6 +98,9 @@ class Dispatcher:
         self._placer = state.placer
         self._breakers = state.breakers
         self._reader = state.reader
+        self._tokenizers = state.tokenizers
+        self._room: tuple[Snapshot, int | None] = Snapshot(), None
+        """What fits every decode of the candidates that were last asked for."""
         self._runner = runner
         self._resumer = resumer
         self._patience = patience
@@ -119,11 +132,18 @@ class Dispatcher:
         page_tokens = next((one.page_size for one in facts if one.page_size), None)
         sample = self._prefixes.sample(call.body)
         call, prompt = await self._reader.read(call, model, page_tokens, headers)
-        return Job(call, prompt, model, sample)
+        if self._room[0] is not candidates:
+            self._room = candidates, smallest_room(candidates)
+        room = self._room[1]
+        num_tokens = None
+        if room is not None and call.body_bytes > room:  # no token is less than a byte
+            tokens = await self._tokenizers.tokens_of(call, model)
+            num_tokens = max(map(len, tokens.prompts)) if isinstance(tokens, KnownTokens) else None
+        return Job(call, prompt, model, sample, num_tokens)
 
     def explain(self, job: Job) -> Decision:
-        """Where a call would go. Raises NoRoute if no pair is whole."""
-        ready = self._ready(job)
+        """Where a call would go. Raises as placing it would."""
+        ready = self._fit(job)
         decision = self._placer.decide(self._breakers.admitted(ready), job.prompt)
         if decision is None:
             raise NoRoute(ready.why_unready() or "no server is ready")
@@ -199,7 +219,7 @@ class Dispatcher:
                         self._metrics.harmful.inc()
                         raise harm from fault
                     attempt = await then(fault)
-                    placed = await self._place_again(job, faults, ends_s)
+                    placed = await self._place_again(attempt.job(job), faults, ends_s)
                 else:
                     for instance in placed.instances:
                         self._breakers.answered(instance)
@@ -219,11 +239,21 @@ class Dispatcher:
 
     def _ready(self, job: Job) -> Snapshot:
         """Who could serve it now."""
-        return Snapshot() if job.model is None else self._cluster.snapshot.serving(job.model)
+        ready = Snapshot() if job.model is None else self._cluster.snapshot.serving(job.model)
+        return ready if job.num_tokens is None else fitting(ready, job.num_tokens)
+
+    def _fit(self, job: Job) -> Snapshot:
+        """As `_ready`. Raises BadRequest if nobody there could ever hold its prompt."""
+        if job.num_tokens is not None and job.model is not None:
+            check_fits(self._cluster.snapshot.serving(job.model), job.num_tokens, job.call.api)
+        return self._ready(job)
 
     def _place(self, job: Job) -> Placed:
-        """Who takes the call, which then has to be run. Raises NoRoute if no pair is whole."""
-        ready = self._ready(job)
+        """Who takes the call, which then has to be run.
+
+        Raises NoRoute if no pair is whole, BadRequest if no decode could ever hold its prompt.
+        """
+        ready = self._fit(job)
         placed = self._placer.place(self._breakers.admitted(ready), job.prompt)
         if placed is None:
             raise NoRoute(ready.why_unready() or "no server is ready")

@@ -68,6 +68,8 @@ class Resumption:
     continuation: Continuation
     num_kept: int
     """Generated tokens that have become a part of the prompt; 0: it does all of it again."""
+    num_tokens: int | None = None
+    """Of that prompt, with them."""
 
 
 def why_not(call: Call, *, is_deterministic: bool) -> str | None:
@@ -98,10 +100,13 @@ def closing(call: Call, seen: Seen) -> bytes | None:
     return DONE if is_told else None
 
 
-def resumption(call: Call, seen: Seen, prompt: Sequence[int] | None, text_of: TextOf) -> Resumption:
+def resumption(
+    call: Call, seen: Seen, prompt: Sequence[int] | None, text_of: TextOf, room_tokens: int | None = None
+) -> Resumption:
     """How a stream of `call`, of which `why_not` knows nothing bad, goes on after `seen`.
 
-    `prompt` are its token ids, if it has one prompt and they are known. `seen` is left as it is.
+    `prompt` are its token ids, if it has one prompt and they are known, and `room_tokens` what the
+    longest may have. `seen` is left as it is.
     Raises Unreadable.
     """
     if seen.is_incremental and call.body.get("return_logprob"):
@@ -115,9 +120,11 @@ def resumption(call: Call, seen: Seen, prompt: Sequence[int] | None, text_of: Te
         params: Any = call.body["sampling_params"]
         choice = seen.choices[0]
         if not choice.meta.get("reasoning_tokens"):
-            kept = keep(choice.ids, choice.parts.get(TEXT, ""), _stops(params), text_of)
+            ids = choice.ids if room_tokens is None else choice.ids[: max(0, room_tokens - len(prompt))]
+            kept = keep(ids, choice.parts.get(TEXT, ""), _stops(params), text_of)
             call = _continued(call, params, prompt, kept)
-    return Resumption(call, NativeContinuation(seen, kept), len(kept.ids))
+    num_tokens = len(prompt or ()) + len(kept.ids)
+    return Resumption(call, NativeContinuation(seen, kept), len(kept.ids), num_tokens)
 
 
 def keep(ids: Sequence[int], text: str, stops: Sequence[str], text_of: TextOf) -> Kept:

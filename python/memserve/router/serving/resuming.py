@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from memserve.router.cluster.instance import Snapshot
 from memserve.router.observe.metrics import RouterMetrics
 from memserve.router.serving.api import Call
+from memserve.router.serving.fitting import largest_room
 from memserve.router.serving.relay import Outlet, Sink
 from memserve.router.serving.resume import SAMPLES, Resumption, closing, resumption, why_not
 from memserve.router.serving.transcript import Transcript, Unreadable
@@ -47,7 +48,7 @@ class Resumer:
             reason = "its events are not SGLang's"
         if reason is None and outlet.transcript is not None:
             try:
-                return await self._resumption(call, model, outlet.transcript)
+                return await self._resumption(call, model, outlet.transcript, ready)
             except Unreadable as error:
                 reason = str(error)
         self.count("refused")
@@ -65,7 +66,9 @@ class Resumer:
             return why_not(call, is_deterministic=True)
         return reason
 
-    async def _resumption(self, call: Call, model: str | None, transcript: Transcript) -> Resumption:
+    async def _resumption(
+        self, call: Call, model: str | None, transcript: Transcript, ready: Snapshot
+    ) -> Resumption:
         tokens = await self._tokenizers.tokens_of(call, model)
         prompt: Sequence[int] | None = None
         if isinstance(tokens, KnownTokens) and tokens.replaceable and call.num_prompts is None:
@@ -75,7 +78,7 @@ class Resumer:
         def text_of(ids: Sequence[int]) -> str:
             return self._tokenizers.text_after(model, prompt or (), ids, skips_special=skips_special)
 
-        return resumption(call, transcript.seen(), prompt, text_of)
+        return resumption(call, transcript.seen(), prompt, text_of, largest_room(ready))
 
 
 def _skips_special(call: Call) -> bool:

@@ -1,0 +1,93 @@
+"""A request that ends the servers it comes to does not come to all of them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+
+from memserve.core.ids import InstanceId
+from memserve.router.serving.failures import LegFailed, LegLost, WorkerFault
+from memserve.router.serving.retry import harmed
+from memserve.testing.fake_answers import Script
+from memserve.testing.fake_worker import FakeWorker
+from memserve.wire.messages import Role
+
+from .retry_stage import Ask, metric
+from .stage import staged
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+GREEDY = {"temperature": 0}
+
+
+def lost(name: str, role: str = "decode", *, was_sent: bool = True) -> WorkerFault:
+    return LegLost(InstanceId(name), role, "gone", was_sent=was_sent)
+
+
+@pytest.mark.parametrize(
+    ("faults", "is_harmful"),
+    [
+        ([lost("a")], False),
+        ([lost("a"), lost("b")], True),
+        ([lost("a"), lost("a")], False),
+        ([lost("a"), lost("b", was_sent=False)], False),
+        ([lost("a"), lost("b", "prefill")], False),
+        ([lost("a"), lost("b", "prefill"), lost("c", "prefill")], True),
+        ([lost("a"), LegFailed(InstanceId("b"), "decode", 500, "")], False),
+    ],
+)
+def test_two_of_one_role_are_enough(faults: list[WorkerFault], is_harmful: bool) -> None:
+    assert (harmed(faults) is not None) is is_harmful
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE, Role.COLOCATED])
+def test_it_is_given_up_when_two_servers_were_lost_with_it(run: Run, role: Role, stream: bool) -> None:
+    async def test() -> None:
+        others = [FakeWorker(one) for one in (Role.PREFILL, Role.DECODE) if Role.COLOCATED not in (role, one)]
+        workers = [FakeWorker(role, script=Script(drop_before=0)) for _ in range(4)]
+        others = [one for one in others if one.role is not role]
+        for other in others:
+            other.script = Script(gates={0: asyncio.Event()})
+        async with staged(*others, *workers, retry_initial_backoff_ms=1) as stage:
+            status, answer = await Ask(stage, body={"text": "poison", "stream": stream}).task
+            error = json.loads(answer)["error"]
+            assert (status, error["retryable"], error["code"]) == (502, False, "request_ended_servers")
+            reached = [one for one in workers if one.requests]
+            assert len(reached) == 2
+            assert all(f"{role}-{one.port}" in error["message"] for one in reached)
+            assert await metric(stage, "memserve_router_harmful_total 1.0")
+            for other in others:
+                await other.until(lambda w: all(one.dropped for one in w.requests))
+
+    run(test())
+
+
+def test_a_stream_that_ends_two_servers_is_not_continued_on_a_third(run: Run) -> None:
+    async def test() -> None:
+        workers = [FakeWorker(script=Script(drop_before=1)) for _ in range(3)]
+        async with staged(*workers, retry_initial_backoff_ms=1) as stage:
+            body = {"text": "poison", "stream": True, "sampling_params": GREEDY}
+            status, answer = await Ask(stage, body=body).task
+            error = json.loads(answer.strip().rpartition("data: ")[2])["error"]
+            assert (status, error["retryable"]) == (200, False)
+            assert sum(len(one.requests) for one in workers) == 2
+
+    run(test())
+
+
+def test_servers_that_cannot_be_reached_are_no_proof(run: Run) -> None:
+    async def test() -> None:
+        workers = [FakeWorker() for _ in range(3)]
+        async with staged(*workers, policy="round_robin", retry_initial_backoff_ms=1) as stage:
+            for worker in workers[:2]:
+                await worker.kill()
+            for _ in range(2):
+                assert (await Ask(stage).task)[0] == 200
+            assert await metric(stage, "memserve_router_harmful_total 0.0")
+
+    run(test())
