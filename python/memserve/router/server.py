@@ -29,6 +29,7 @@ from memserve.router.config import RouterConfig
 from memserve.router.costs.cost_file import COSTS, read_costs
 from memserve.router.gate.door import Door, open_door
 from memserve.router.gate.tls import client_context
+from memserve.router.http import openapi
 from memserve.router.http.cors import Cors
 from memserve.router.http.front import Front
 from memserve.router.http.generate import GenerateHandler, json_response
@@ -139,6 +140,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
             middlewares.insert(0, cors.middleware(is_clients))
         app = web.Application(client_max_size=PAGE_BODY_BYTES, middlewares=middlewares)
         app.add_routes([*generate.routes(), *workers.routes(), *pages.routes(), *Ui(state, config).routes()])
+        app.router.add_get("/openapi.json", openapi.page)
         port = await _serve_http(stack, config, generate, app, door)
         await _serve_metrics(stack, config, pages)
         handler = ControlHandler(cluster, pools, feed, asyncio.get_running_loop())
