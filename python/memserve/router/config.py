@@ -75,8 +75,8 @@ class RouterConfig:
     )
     admin_api_key_file: Path | None = setting(
         None,
-        "lines of KEY: whoever has one may see and change workers; without it they are seen and changed "
-        "from this machine alone, and not at all with --api-keys-file",
+        "lines of KEY: whoever has one sees and changes workers; without it everybody does on loopback, "
+        "who has --api-key if there is one, and nobody else",
     )
     ssl_certfile: Path | None = setting(None, "PEM file with the router's certificate: HTTP becomes HTTPS")
     ssl_keyfile: Path | None = setting(None, "PEM file with its key")
@@ -88,7 +88,8 @@ class RouterConfig:
     )
     ssl_client_keyfile: Path | None = setting(None, "PEM file with its key, if that is another file")
     max_concurrent_requests: int = setting(
-        -1, "how many requests run at once; more wait for their turn, in fair shares by tenant; -1: no limit"
+        -1,
+        "how many requests run at once; more wait their turn, fairly by tenant; less than 1: no limit",
     )
     queue_size: int = setting(100, "how many may wait; more are answered with 429")
     queue_timeout_secs: float = setting(
@@ -221,8 +222,6 @@ class RouterConfig:
         """Raises ConfigError for limits and certificates that cannot be meant."""
         if self.rate_limit_tokens_per_second is not None and not self.rate_limit_tokens_per_second > 0:
             raise ConfigError("--rate-limit-tokens-per-second has to be more than 0")
-        if self.max_concurrent_requests == 0:
-            raise ConfigError("--max-concurrent-requests 0 would serve nobody; -1 is no limit")
         if (self.ssl_certfile is None) != (self.ssl_keyfile is None):
             raise ConfigError("--ssl-certfile and --ssl-keyfile go together")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):

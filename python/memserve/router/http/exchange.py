@@ -1,6 +1,6 @@
 """A request and the way to answer it, however it came. Knows no sockets and no dispatch.
 
-`front.LeanExchange` is that of the lean connections, `WebExchange` here that of aiohttp's: whoever
+`LeanExchange` is that of the lean connections, `WebExchange` here that of aiohttp's: whoever
 answers does not see which it is.
 """
 

@@ -12,15 +12,14 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
-from collections.abc import Callable, Coroutine, Mapping
+from collections.abc import Callable, Coroutine
 from email.utils import formatdate
-from http import HTTPStatus
 from typing import Any, cast
 
 from memserve.core.errors import BadRequest, ConfigError
 from memserve.router.gate.door import Door
-from memserve.router.http.exchange import EVENT_END, EVENT_STREAM, JSON, Exchange
+from memserve.router.http.exchange import Exchange
+from memserve.router.http.lean_exchange import LeanExchange
 from memserve.router.http.plain_head import plain_head
 from memserve.router.serving.api import Api
 from memserve.router.serving.failures import ClientLeft, Overloaded, failure, failure_of
@@ -35,81 +34,15 @@ KEEPALIVE_S = 75.0
 LINGER_S = 2.0  # for a client that is refused to notice
 SWEEP_S = 1.0
 
-_REASONS = {status.value: status.phrase for status in HTTPStatus}
-
 Handler = Callable[[Exchange], Coroutine[Any, Any, None]]
-
-
-class LeanExchange:
-    """See `Exchange`. Made by the connection that it is on."""
-
-    __slots__ = (
-        *("_body", "_connection", "api", "begun_s", "has_begun", "headers", "is_complete", "num_events"),
-        "reply",
-    )
-
-    def __init__(self, connection: _Connection, api: Api, headers: Mapping[str, str], body: bytes) -> None:
-        self.api = api
-        self.headers = headers
-        self.reply: dict[str, str] = {}
-        self.has_begun = False
-        self.is_complete = False
-        self.begun_s: float | None = None
-        self.num_events = 0
-        self._connection = connection
-        self._body = body
-
-    async def body(self) -> bytes:
-        return self._body
-
-    def answer(self, body: bytes, status: int = 200) -> None:
-        self.has_begun = self.is_complete = True
-        head = self._head(status, f"Content-Type: {JSON}\r\nContent-Length: {len(body)}\r\n")
-        self._connection.send(head + body)
-
-    async def write(self, chunk: bytes) -> None:
-        connection = self._connection
-        if connection.is_lost:
-            raise ClientLeft("the client left")
-        data = b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunk else b""
-        self.num_events += chunk.count(EVENT_END)
-        if not self.has_begun:
-            self.has_begun = True
-            self.begun_s = time.monotonic()
-            fields = "".join(f"{name}: {value}\r\n" for name, value in EVENT_STREAM.items())
-            data = self._head(200, fields + "Transfer-Encoding: chunked\r\n") + data
-        connection.send(data)
-        if connection.is_full:
-            await connection.drained()
-
-    async def end(self) -> None:
-        if not self.has_begun:
-            await self.write(b"")
-        self.is_complete = True
-        self._connection.send(b"0\r\n\r\n")
-
-    def _head(self, status: int, fields: str) -> bytes:
-        reply = "".join([f"{name}: {value}\r\n" for name, value in self.reply.items()])
-        date = self._connection.front.date
-        return f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n{fields}{reply}Date: {date}\r\n\r\n".encode()
 
 
 class _Connection(asyncio.Protocol):
     """One client, until aiohttp takes it over."""
 
     __slots__ = (
-        *(
-            "_body",
-            "_can_write",
-            "_head",
-            "_held",
-            "_is_refused",
-            "_pending",
-            "_task",
-            "_transport",
-            "_wanted",
-        ),
-        *("deadline_s", "front", "is_full", "is_lost"),
+        *("_body", "_can_write", "_head", "_held", "_is_refused", "_pending", "_task", "_transport"),
+        *("_wanted", "deadline_s", "front", "is_full", "is_lost"),
     )
 
     def __init__(self, front: Front) -> None:
@@ -172,6 +105,11 @@ class _Connection(asyncio.Protocol):
             self._can_write.set_result(None)
 
     # ---- called by the exchange
+
+    @property
+    def date(self) -> str:
+        """Now, as HTTP writes it."""
+        return self.front.date
 
     def send(self, data: bytes) -> None:
         """Write, unless nobody is there any more."""
@@ -266,6 +204,7 @@ class _Connection(asyncio.Protocol):
             if not self.is_lost:
                 self._give(len(self._pending))
             if not exchange.is_complete or self.front.is_closing:
+                self.deadline_s = self.front.now_s() + self.front.limits.stall_s
                 self._transport.close()
             elif not self.is_lost:
                 self._await_next()
@@ -323,7 +262,12 @@ class Front:
         """Begin to serve; the port. Raises ConfigError if the address cannot be had."""
         try:
             self._server = await self.loop.create_server(
-                lambda: _Connection(self), host, port, backlog=1024, ssl=self.door.tls
+                lambda: _Connection(self),
+                host,
+                port,
+                backlog=1024,
+                ssl=self.door.tls,
+                ssl_handshake_timeout=self.limits.head_s if self.door.tls else None,
             )
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
