@@ -43,6 +43,9 @@ examples:
   python -m memserve.launch_router --prefill http://127.0.0.1:30100 8998 --decode http://127.0.0.1:30200
   python -m memserve.launch_router --worker-urls http://127.0.0.1:30300 http://127.0.0.1:30400
 
+  # or found among Kubernetes' pods, by their labels:
+  python -m memserve.launch_router --service-discovery --selector app=sglang --service-discovery-port 8000
+
   # several machines: the cluster key admits instances
   python -m memserve.launch_router --host 10.0.0.1 --cluster-key-file cluster.key
 """
