@@ -11,7 +11,7 @@ import pytest
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.caching import caching_of
-from memserve.router.cluster.cluster import HEARTBEAT_MISSES, Cluster
+from memserve.router.cluster.cluster import HEARTBEAT_MISSES, SUSPECT_MISSES, Cluster
 from memserve.router.cluster.control import answer
 from memserve.router.cluster.pools import Pools
 from memserve.router.config import STATIC_EPOCH
@@ -102,6 +102,19 @@ def test_a_heartbeat_brings_the_members_only_if_they_have_changed(pools: Pools) 
     assert last is not None
     assert last.pools == (pool("a", 1),)
     assert last.version > after.version
+
+
+def test_nothing_is_fetched_from_a_memory_instance_that_may_be_gone(pools: Pools, clock: FakeClock) -> None:
+    pools.register(pool("m", 1, role=Role.MEMORY, layout=""))
+    pools.register(pool("n", 2, role=Role.MEMORY, layout=""))
+    assert pools.memories() == ("m", "n")
+    clock.advance(SUSPECT_MISSES + 0.1)
+    pools.heartbeat(Epoch(2), 0)
+    pools.forget_silent()
+    assert (pools.memories(), epochs(pools)) == (("n",), [1, 2])
+    pools.heartbeat(Epoch(1), 0)
+    pools.forget_silent()
+    assert pools.memories() == ("m", "n")
 
 
 def test_registering_again_changes_nothing_but_the_time(pools: Pools, clock: FakeClock) -> None:

@@ -5,6 +5,7 @@
 
 How hot two pools' blocks are does not compare, so each of k shelters is taken to be as busy as this pool: of
 what they and it hold, the coldest 1 / (k + 1) goes, and no shelter evicts more than that share for it.
+What was sent is used there once more, the hottest last, so that it is not the first to be evicted.
 Knows no transports: locating and pushing are calls it was given.
 """
 
@@ -87,6 +88,8 @@ class Evacuation:
         self._homes: dict[BlockKey, _Shelter] = {}
         """Of each block that is elsewhere, where. Prefix-closed."""
         self._sent = Pushed()
+        self._ends: list[tuple[_Shelter, BlockKey, BlockKey | None]] = []
+        """Of the prompts that were sent, in order: where, the last block, and the one before it."""
 
     def run(self, timeout_s: float) -> Evacuated:
         """Send for so long. What a shelter does wrong costs the blocks it was to get, never more."""
@@ -100,6 +103,7 @@ class Evacuation:
                     break
                 if not self._save(self._pool.chain_to(key), deadline):
                     break
+        self._use_again(deadline)
         num_left = max(0, self._pool.stats().cached - len(self._homes))
         num_known = len(self._homes) - self._sent.num_sent
         reason = self._why_left(deadline) if num_left else ""
@@ -167,6 +171,15 @@ class Evacuation:
             self._settle(chain, at, shelter)
             if taken < len(piece):
                 return
+        if at:
+            self._ends.append((shelter, chain[at - 1], chain[at - 2] if at > 1 else None))
+
+    def _use_again(self, deadline: float) -> None:
+        """Offer the ends of what was sent, which are known there by now: each is a use."""
+        while self._ends and self._now() < deadline:
+            shelter, key, parent = self._ends.pop()
+            if shelter in self._shelters:
+                self._pushed(shelter, [key], parent)
 
     def _pushed(self, shelter: _Shelter, keys: Sequence[BlockKey], parent: BlockKey | None) -> Pushed | None:
         try:

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.cluster import HEARTBEAT_MISSES
+from memserve.router.cluster.cluster import HEARTBEAT_MISSES, SUSPECT_MISSES
 from memserve.router.tree.records import server_of
 from memserve.wire.messages import Members, PoolInfo, Role, TierBlocks
 
@@ -47,6 +47,7 @@ class Pools:
         """Of pools that were replaced, who is in their place."""
         self._version = secrets.randbits(62)
         """Random at first: the members of a router that restarted never seem unchanged."""
+        self._suspect = frozenset[InstanceId]()
         self._grouped_at = -1
         self._grouped: dict[InstanceId, tuple[PoolInfo, ...]] = {}
         self._memories: tuple[InstanceId, ...] = ()
@@ -69,7 +70,7 @@ class Pools:
         return self._by_server().get(server, ())
 
     def memories(self) -> tuple[InstanceId, ...]:
-        """The names of memory instances."""
+        """The names of memory instances, but for those that have missed heartbeats."""
         self._by_server()
         return self._memories
 
@@ -124,8 +125,12 @@ class Pools:
             member.seen_s += seconds
 
     def forget_silent(self) -> None:
-        """Forget the pools whose heartbeats have stopped."""
+        """Forget the pools whose heartbeats have stopped; to be called all the time."""
         deadline = self._clock() - HEARTBEAT_MISSES * self.heartbeat_s
+        heard_s = self._clock() - SUSPECT_MISSES * self.heartbeat_s
+        suspect = frozenset(it.info.instance_id for it in self.members() if it.seen_s < heard_s)
+        if suspect != self._suspect:
+            self._suspect, self._grouped_at = suspect, -1
         for member in self.members():
             if member.seen_s < deadline:
                 self._forget(member.info, f"{HEARTBEAT_MISSES} heartbeats missed")
@@ -140,7 +145,9 @@ class Pools:
                 server = server_of(info.instance_id)
                 self._grouped[server] = (*self._grouped.get(server, ()), info)
             self._memories = tuple(
-                name for name, infos in self._grouped.items() if infos[0].role is Role.MEMORY
+                name
+                for name, infos in self._grouped.items()
+                if infos[0].role is Role.MEMORY and name not in self._suspect
             )
         return self._grouped
 

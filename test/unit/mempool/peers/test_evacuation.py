@@ -26,7 +26,7 @@ ONE, OTHER, THIRD = [1, 2, 3, 4], [1, 2, 7, 8], [5, 6]
 
 
 class FakePeers:
-    """Other pools in this process; a push takes a second, and inserts what the real one would."""
+    """Other pools in this process; a push of what is new takes a second, and inserts what it should."""
 
     def __init__(self, **pools: MemPool) -> None:
         self.pools = pools
@@ -55,6 +55,9 @@ class FakePeers:
         there = self.pools[peer.control]
         if parent is not None and not there.num_cached([parent]):
             raise PeerDeclined(peer.control, "its parent is not here", parent_unknown=True)
+        if there.num_cached(keys) == len(keys):
+            there.release(there.acquire(there.match(keys)))
+            return Pushed(len(keys))
         self.clock.advance(1.0)
         self.pushed.append((peer.control, len(keys)))
         addrs = there.alloc_mem(len(keys))
@@ -112,6 +115,14 @@ def test_a_full_pool_gives_up_the_share_that_is_coldest_and_no_more() -> None:
     answer = FakePeers(a=there).take_in(full([21, 22], [23, 24]))
     assert answer == Evacuated(2, 20, 0, 2, NO_ROOM)
     assert [holds(there, prompt) for prompt in ([11, 12], [13, 14], [21, 22], [23, 24])] == [0, 2, 0, 2]
+
+
+def test_what_is_hot_here_is_hot_there() -> None:
+    pool, there = full([21, 22], [23, 24], [25, 26]), make_pool(6)
+    assert FakePeers(a=there).take_in(pool).num_left == 0
+    for left in ([2, 2, 0], [2, 0, 0]):
+        there.free_mem(there.alloc_mem(2 * left.count(0)))
+        assert [holds(there, prompt) for prompt in ([25, 26], [23, 24], [21, 22])] == left
 
 
 def test_a_chain_too_long_for_the_room_there_is_loses_its_end() -> None:
