@@ -10,15 +10,26 @@ from urllib.parse import quote
 import pytest
 import yarl
 
+from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch
 from memserve.router.cluster.cluster import State
+from memserve.router.cluster.control import answer
 from memserve.router.config import STATIC_EPOCH
 from memserve.router.serving.api import Call
 from memserve.router.text.token_records import Tokens
 from memserve.router.text.tokenizers import Tokenizers
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
-from memserve.wire.messages import InstanceInfo, Role
+from memserve.wire.messages import (
+    Heartbeat,
+    InstanceInfo,
+    Load,
+    PoolHeartbeat,
+    PoolInfo,
+    RegisterPool,
+    Role,
+    TierBlocks,
+)
 
 from .stage import Stage, info_of, pair, staged
 
@@ -410,5 +421,40 @@ def test_a_rolling_restart_loses_no_request(run: Run) -> None:
             await asyncio.gather(*asking)
             assert set(statuses) == {200}
             assert {one.info.epoch for one in stage.router.cluster.members()} == {Epoch(2)}
+
+    run(test())
+
+
+def test_what_heartbeats_say_is_shown_and_counted(run: Run) -> None:
+    async def test() -> None:
+        async with staged(FakeWorker(), stuck_secs=5.0) as stage:
+            worker = stage.colocated
+            info, cluster, pools = info_of(worker), stage.router.cluster, stage.router.pools
+            load = Load(3, 2, 50, 200, 7.5)
+            pool = PoolInfo(info.instance_id, Epoch(5), Role.COLOCATED, CachingMode.FULL, "h:1", "aa")
+            answer(cluster, pools, Heartbeat(info.instance_id, info.epoch, load))
+            answer(cluster, pools, RegisterPool(pool))
+            tiers = (TierBlocks("dram", 30, 4, 34), TierBlocks("hbm", 20))
+            answer(cluster, pools, PoolHeartbeat(Epoch(5), 0, tiers))
+            shown = (await ask(stage, "GET", path_of(worker)))[1]
+            assert shown["load"] == {
+                "num_running": 3, "num_queued": 2, "num_used_tokens": 50, "max_tokens": 200, "step_age_s": 7.5
+            }  # fmt: skip
+            assert (shown["state"], "7.5 s" in shown["reason"]) == ("suspect", True)
+            assert (await stage.post("/generate", ANY))[0] == 200, "nobody else is there"
+            async with stage.client.get(stage.url("/metrics")) as response:
+                text = await response.text()
+            of = f'instance="{name_of(worker)}"'
+            for line in (
+                f'instance_requests{{{of},what="running"}} 3.0',
+                f'instance_requests{{{of},what="queued"}} 2.0',
+                f"instance_kv_usage{{{of}}} 0.25",
+                f"instance_step_age_seconds{{{of}}} 7.5",
+                f'pool_blocks{{{of},state="cached",tier="dram"}} 30.0',
+                f'pool_blocks{{{of},state="free",tier="dram"}} 4.0',
+                f'pool_blocks{{{of},state="cached",tier="hbm"}} 20.0',
+                'instances{role="colocated",state="suspect"} 1.0',
+            ):
+                assert f"memserve_router_{line}" in text, line
 
     run(test())
