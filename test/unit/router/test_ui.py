@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 
 from memserve.core.block_keys import page_keys
+from memserve.core.caching import CachingMode
+from memserve.core.ids import Epoch, InstanceId
 from memserve.router.observe.request_log import Ended
 from memserve.router.observe.settings import ObserveSettings
 from memserve.router.placing.decision import Decision
 from memserve.router.text.prompts import Prompt
 from memserve.testing.fake_worker import FakeWorker
-from memserve.wire.messages import Role
+from memserve.wire.messages import Load, PoolInfo, Role, TierBlocks
 
 from .stage import Stage, pair, staged
 
@@ -76,6 +78,29 @@ def test_the_state_tells_who_is_there(run: Run) -> None:
             _, page = await stage.get("/ui/state")
             assert page["reason_unready"]
             assert "draining" in {one["state"] for one in page["instances"]}
+
+    run(test())
+
+
+def test_the_state_tells_what_instances_and_pools_say_of_themselves(run: Run) -> None:
+    async def test() -> None:
+        async with staged(*pair()) as stage:
+            cluster, pools = stage.router.cluster, stage.router.pools
+            prefill = cluster.members()[0]
+            name = prefill.info.instance_id
+            prefill.load = Load(1, 0, 160, max_tokens=1600, step_age_s=7.5)
+            for rank, name_of in enumerate((f"{name}/dp0", f"{name}/dp1", "memory-1")):
+                role = Role.MEMORY if name_of == "memory-1" else Role.PREFILL
+                address = f"127.0.0.1:{rank + 1}"
+                info = PoolInfo(
+                    InstanceId(name_of), Epoch(rank + 1), role, CachingMode.FULL, address, "layout"
+                )
+                pools.register(info)
+                pools.heartbeat(info.epoch, 0, (TierBlocks("hbm", 5), TierBlocks("dram", 30, 60, 100)))
+            told = {one["instance_id"]: one for one in (await stage.get("/ui/state"))[1]["instances"]}
+            assert (told[name]["dram_blocks"], told[name]["dram_capacity"]) == (80, 200)
+            assert (told[name]["hbm_capacity"], told[name]["load"]["step_age_s"]) == (100, 7.5)
+            assert (told["memory-1"]["role"], told["memory-1"]["dram_capacity"]) == ("memory", 100)
 
     run(test())
 

@@ -151,24 +151,51 @@ class Ui:
             server = server_of(InstanceId(name.partition("#")[0]))
             known = blocks.get(server, Held(0, 0))
             blocks[server] = Held(known.hbm + one.hbm, known.dram + one.dram)
-        members = [self._member(it, blocks.get(it.info.instance_id)) for it in self._state.cluster.members()]
+        pools = self._drams()
+        members = [
+            self._member(it) | self._blocks(it.info.instance_id, blocks, pools)
+            for it in self._state.cluster.members()
+        ]
         memories = [
-            {"instance_id": name, "role": "memory", "state": "ready", **_blocks(blocks.get(name))}
+            {"instance_id": name, "role": "memory", "state": "ready", **self._blocks(name, blocks, pools)}
             for name in self._state.pools.memories()
         ]
         return members + memories
 
-    def _member(self, member: Member, held: Held | None) -> JsonObject:
+    def _member(self, member: Member) -> JsonObject:
         name = member.info.instance_id
         load = self._state.placer.load(name)
+        tokens, page = (member.load and member.load.max_tokens), (member.facts and member.facts.page_size)
         return {
             **describe_member(member),
             "breaker": self._state.breakers.state(name, member.info.epoch),
             "running": self._state.placer.num_running(name),
             "queued": load.queued,
             "queued_s": round(load.queued_s, 4),
-            **_blocks(held),
+            "hbm_capacity": tokens // page if tokens and page else None,
         }
+
+    def _drams(self) -> dict[InstanceId, tuple[int, int]]:
+        """Of each server whose pools tell, its ranks together: blocks of DRAM in use, and all of them."""
+        found: dict[InstanceId, tuple[int, int]] = {}
+        for pool in self._state.pools.members():
+            for tier in pool.tiers:
+                if tier.tier == "dram" and tier.num_total is not None and tier.num_free is not None:
+                    server = server_of(pool.info.instance_id)
+                    used, total = found.get(server, (0, 0))
+                    found[server] = used + tier.num_total - tier.num_free, total + tier.num_total
+        return found
+
+    def _blocks(
+        self,
+        name: InstanceId,
+        held: Mapping[InstanceId, Held],
+        drams: Mapping[InstanceId, tuple[int, int]],
+    ) -> JsonObject:
+        """By the prompt tree; of DRAM by its pools' own word, where they tell."""
+        one = held.get(name)
+        used, total = drams.get(name, (one and one.dram, None))
+        return {"hbm_blocks": one and one.hbm, "dram_blocks": used, "dram_capacity": total}
 
     def _hottest(self, num: int, now_s: float) -> list[JsonObject]:
         found = self._state.observed.prefixes.hottest(num, now_s)
@@ -193,10 +220,6 @@ class Ui:
         return web.Response(
             body=self._files[name], content_type=PAGE_FILES[name], charset="utf-8", headers=PAGE_HEADERS
         )
-
-
-def _blocks(held: Held | None) -> JsonObject:
-    return {"hbm_blocks": held.hbm if held else None, "dram_blocks": held.dram if held else None}
 
 
 def _told(one: Ended) -> JsonObject:

@@ -99,6 +99,7 @@ function load(all) {
 // ---- tables
 
 const STATES = { ready: "good", joining: "warn", suspect: "warn", draining: "warn", down: "bad" };
+const STUCK_S = 5;
 const BREAKERS = { closed: "good", half_open: "warn", "half-open": "warn", open: "bad" };
 
 function instances(all) {
@@ -112,15 +113,22 @@ function instances(all) {
   rows($("instances"), all, (one) => one.instance_id, (one) => [
     { head: true, text: one.instance_id },
     { signature: one.role, nodes: () => [el("span", { class: `role ${one.role}` }, one.role)] },
-    { signature: `${one.state} ${one.reason}`, nodes: () => [
-      badge(one.state, STATES[one.state] ?? "idle"), one.reason ? el("span", { class: "quiet reason", title: one.reason }, one.reason) : null,
-    ].filter(Boolean) },
+    state(one),
     { num: true, text: count(one.running) },
     { num: true, text: one.queued ? `${count(one.queued)} · ${seconds(one.queued_s)}` : count(one.queued) },
     blocks(one.hbm_blocks, one.hbm_capacity, hbm, "hbm"),
     blocks(one.dram_blocks, one.dram_capacity, dram, "dram"),
     { signature: String(one.breaker), nodes: () => [one.breaker ? badge(one.breaker, BREAKERS[one.breaker] ?? "idle") : "–"] },
   ]);
+}
+
+function state(one) {
+  const age = one.load?.step_age_s ?? 0;
+  const why = one.reason ?? (age > STUCK_S ? `its scheduler last came round ${duration(age)} ago` : null);
+  const kind = why && one.state === "ready" ? "warn" : STATES[one.state] ?? "idle";
+  return { signature: `${one.state} ${why}`, nodes: () => [
+    badge(one.state, kind), why ? el("span", { class: "quiet reason", title: why }, why) : null,
+  ].filter(Boolean) };
 }
 
 function blocks(held, capacity, most, kind) {
