@@ -82,8 +82,8 @@ class Freezing(FakeWorker):
     is_frozen = False
 
     async def _model_info(self, request: web.Request) -> web.Response:
-        if self.is_frozen:
-            await asyncio.Event().wait()
+        while self.is_frozen:  # noqa: ASYNC110 nobody waits for the end of it but one test
+            await asyncio.sleep(0.005)
         return await super()._model_info(request)
 
 
@@ -172,6 +172,34 @@ def test_a_named_server_that_gets_ill_is_taken_out(run: Run) -> None:
             worker.healthy = False
             await stage.until(lambda: not stage.is_ready())
         await worker.kill()
+
+    run(test())
+
+
+def test_a_named_server_that_hangs_is_suspect_and_back_when_it_answers(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("memserve.router.cluster.probe.SLOW_S", 0.05)
+
+    async def test() -> None:
+        hangs, works = Freezing(), FakeWorker()
+        await hangs.start()
+        await works.start()
+        async with staged(static=(named(hangs), named(works)), health_check_interval_secs=0.05) as stage:
+            snapshot = lambda: stage.router.cluster.snapshot.colocated  # noqa: E731
+            await stage.until(lambda: len(snapshot()) == 2)
+            hangs.is_frozen = True
+            await stage.until(lambda: len(snapshot()) == 1)
+            shown = (await stage.get(f"/workers/{hangs.url}"))[1]
+            assert (shown["state"], "health check" in shown["reason"]) == ("suspect", True)
+            for _ in range(4):
+                assert (await stage.post("/generate", {"text": "a"}))[0] == 200
+            assert not hangs.requests
+            hangs.is_frozen = False
+            await stage.until(lambda: len(snapshot()) == 2)
+            assert (await stage.get(f"/workers/{hangs.url}"))[1]["reason"] is None
+        await hangs.kill()
+        await works.kill()
 
     run(test())
 

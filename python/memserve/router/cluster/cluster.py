@@ -208,6 +208,8 @@ class Cluster:
         member = self._find(instance_id, epoch)
         if member is None:
             return
+        if member.static and member.doubt is not None:
+            self._doubt(member, None)
         state = _up_state(member)
         if member.state is not state:
             logger.info(
@@ -216,6 +218,11 @@ class Cluster:
         member.state, member.facts, member.answered_s = state, facts, self._clock()
         member.reason = "" if member.doubt is None else self._why(member)
         self._refresh()
+
+    def doubt(self, member: Member, reason: str) -> None:
+        """A named server that is up may not be any more: suspect until it has `joined` again. Idempotent."""
+        if member.is_up and member.doubt is None:
+            self._doubt(member, Doubt.SILENT, reason)
 
     def lost_contact(self, instance_id: InstanceId, epoch: Epoch, reason: str) -> None:
         """The instance did not answer: no requests until a probe succeeds. Idempotent."""
@@ -269,12 +276,14 @@ class Cluster:
             doubt = Doubt.SILENT
         elif member.load is not None and member.load.step_age_s > self._stuck_s:
             doubt = Doubt.STUCK
-        if doubt is member.doubt:
-            return
+        if doubt is not member.doubt:
+            self._doubt(member, doubt)
+
+    def _doubt(self, member: Member, doubt: Doubt | None, reason: str = "") -> None:
         member.doubt = doubt
         if not member.is_up:
             return
-        member.reason = "" if doubt is None else self._why(member)
+        member.reason = "" if doubt is None else reason or self._why(member)
         name = member.info.instance_id
         if doubt is None:
             logger.info("instance is well again instance=%s", name)

@@ -29,6 +29,8 @@ RETRY_S = 0.3
 """How soon an instance that is not ready is looked at again."""
 SUSPECT_S = 1.0
 """How soon one is that no longer says that it lives."""
+SLOW_S = 5.0
+"""A named server whose health check takes longer is suspect: it hangs, or works on something long."""
 AWAY_S = 1.0
 """A look that comes so late was not the instances' fault: this process has been stopped, or busy."""
 HEALTH_TIMEOUT_S = 30.0
@@ -64,6 +66,7 @@ class Prober:
         self._unfit: set[InstanceId] = set()
         """Those that serve, but not what the others do: looked at again, only not so soon."""
         self._running: dict[tuple[InstanceId, Epoch], asyncio.Task[None]] = {}
+        self._begun_s: dict[tuple[InstanceId, Epoch], float] = {}
 
     async def run(self) -> None:
         """Probe until cancelled; a slow instance delays no other."""
@@ -90,6 +93,8 @@ class Prober:
 
     def _start_due(self) -> None:
         members = {member.info.instance_id: member for member in self._cluster.members()}
+        for process in self._begun_s.keys() - self._running.keys():
+            del self._begun_s[process]
         for gone in self._probed_s.keys() - members.keys():
             del self._probed_s[gone]
             self._unfit.discard(gone)
@@ -97,9 +102,11 @@ class Prober:
         for member in members.values():
             # A process that takes the place of one whose probe hangs does not wait for that.
             process = (member.info.instance_id, member.info.epoch)
+            if member.static and process in self._running and self._clock() > self._begun_s[process] + SLOW_S:
+                self._cluster.doubt(member, f"its health check takes longer than {SLOW_S:g} s")
             if process not in self._running and self._is_due(member):
                 task = asyncio.create_task(self._probe(member))
-                self._running[process] = task
+                self._running[process], self._begun_s[process] = task, self._clock()
                 task.add_done_callback(lambda _, done=process: self._running.pop(done))  # type: ignore[misc]
 
     def _is_due(self, member: Member) -> bool:
