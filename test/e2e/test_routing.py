@@ -1,7 +1,8 @@
 """The router sends prompts where their history is, moves it where that pays, and answers whatever happens.
 
 Two prefills, a decode and a memory instance behind a router that has been told nothing: it learns what
-work costs from what it sees.
+work costs from what it sees. It tokenizes nothing: most prompts here are ids; texts it learns from the
+servers.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import requests
 
+from memserve.router.text.text_keys import BLOCK_TOKENS, BYTES_PER_TOKEN
 from memserve.testing.cluster import Cluster, Process, is_ready, wait_for
 from memserve.testing.pool_reports import wait_acquainted, wait_settled
 from memserve.wire.messages import Role
@@ -28,6 +30,7 @@ from .geometry import PAGE
 PREFILLS = ("prefill0", "prefill1")
 HISTORY_TOKENS = 2048
 SETTLED_S = 20.0
+CHUNK = BLOCK_TOKENS * BYTES_PER_TOKEN
 
 Answer = dict[str, Any]
 
@@ -83,7 +86,9 @@ class Stage:
 
 @pytest.fixture(scope="module")
 def stage(tiny_model: Path, new_cluster: NewCluster) -> Iterator[Stage]:
-    with new_cluster("routing", router_flags=("--heartbeat-secs", "0.5")) as cluster:
+    with new_cluster(
+        "routing", router_flags=("--heartbeat-secs", "0.5", "--routing-keys", "text")
+    ) as cluster:
         for name in PREFILLS:
             cluster.launch(name, Role.PREFILL, tiny_model)
         cluster.launch("decode", Role.DECODE, tiny_model)
@@ -149,6 +154,26 @@ def test_a_prefix_that_many_ask_for_is_replicated(stage: Stage) -> None:
         answers = list(threads.map(stage.generate, prompts))
     assert {answer["home"] for answer in answers} == set(PREFILLS)
     assert max(map(computed, answers)) <= 1500 + 2 * PAGE, "nobody computed the prefix again"
+
+
+def test_a_text_is_found_by_what_a_server_told_of_it(stage: Stage) -> None:
+    text = " ".join(str(stage.draw.randrange(10**6)) for _ in range(400))
+    params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": 4}
+    first = stage.post("/generate", {"text": text, "sampling_params": params}).json()["meta_info"]
+    # What is less than a whole chunk at a text's end is not looked up.
+    num_pages = int(first["prompt_tokens"] // PAGE * (1 - CHUNK / len(text))) - 1
+
+    def cached(text: str) -> dict[str, int]:
+        told = stage.post("/explain", {"text": text}).json()["prefill_candidates"]
+        return {one["instance"]: one["blocks"] for one in told}
+
+    wait_for(lambda: max(cached(text).values()) >= num_pages, what="its keys", timeout_s=SETTLED_S)
+    longer = text + " and so on"
+    assert max(cached(longer).values()) >= num_pages
+    second = stage.post("/generate", {"text": longer, "sampling_params": params}).json()["meta_info"]
+    assert second["prefill_cached_tokens"] >= num_pages * PAGE
+    stage.flush()
+    assert not any(cached(longer).values()), "what was evicted is not believed in"
 
 
 def test_the_memory_instances_death_costs_recomputation_only(stage: Stage) -> None:

@@ -56,6 +56,7 @@ class Membership:
         self._view: tuple[PoolInfo, ...] = ()
         self._registered = False
         self._directs_fetches = False
+        self._wants_names = False
         # The rest belongs to the thread.
         self._listed: tuple[PoolInfo, ...] = ()
         self._version = 0
@@ -81,6 +82,11 @@ class Membership:
     def directs_fetches(self) -> bool:
         """Whether the router tells this pool what to fetch before a prompt comes."""
         return self._directs_fetches
+
+    @property
+    def wants_names(self) -> bool:
+        """Whether the router wants to be told of the keys of prompts."""
+        return self._wants_names
 
     def pools(self) -> tuple[PoolInfo, ...]:
         """The other pools, whatever they hold; a new tuple whenever they change."""
@@ -116,6 +122,7 @@ class Membership:
             self._listed = tuple(info for info in answer.pools if info.epoch != self._info.epoch)
         self._registered = True
         self._directs_fetches = answer.directs_fetches
+        self._wants_names = answer.wants_names
         self._update()
         return answer.heartbeat_s
 

@@ -30,6 +30,7 @@ from memserve.core.ids import Epoch, InstanceId
 from memserve.core.kv_layout import KVLayout
 from memserve.disagg.membership import Membership
 from memserve.disagg.outbox import Errand, Outbox
+from memserve.disagg.prompt_names import PromptNames
 from memserve.disagg.publisher import Publisher
 from memserve.mempool.events import digest
 from memserve.mempool.free_memory import free_memory_bytes
@@ -122,6 +123,8 @@ class PoolNode:
         self._publisher: Publisher | None = None
         self._counting = threading.Lock()
         self._fetching = FetchStats()
+        self._namer = ThreadPoolExecutor(1, thread_name_prefix="mempool-names")
+        self.prompt_names = PromptNames(self._namer)
         self._fetchers = ThreadPoolExecutor(NUM_FETCHERS, thread_name_prefix="mempool-fetch")
         self._resizer = ThreadPoolExecutor(1, thread_name_prefix="mempool-resize")
         self._closing = threading.Event()
@@ -189,7 +192,7 @@ class PoolNode:
             self._members.close()
         self._outbox.close()
         self._closing.set()
-        for executor in (self._fetchers, self._resizer):
+        for executor in (self._fetchers, self._resizer, self._namer):
             executor.shutdown(wait=True, cancel_futures=True)
         if self._peers is not None:
             self._peers.close()
@@ -223,7 +226,18 @@ class PoolNode:
         )
         if self.pool.layout.rank == 0:  # The ranks of a server hold the same.
             client = ControlClient(router, key=key)
-            self._publisher = Publisher(client, epoch, self.pool.take_events, self.pool.snapshot)
+            self._publisher = Publisher(
+                client,
+                epoch,
+                self.pool.take_events,
+                self.pool.snapshot,
+                take_named=self.prompt_names.take,
+            )
+
+    @property
+    def names_prompts(self) -> bool:
+        """Whether prompts that come here are to be given to `prompt_names`."""
+        return self._publisher is not None and self._members is not None and self._members.wants_names
 
     def _pool_of(self, layout: KVLayout) -> MemPool:
         if layout.digest != self.pool.layout.digest:

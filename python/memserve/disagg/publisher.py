@@ -23,7 +23,16 @@ from memserve.core.cache_events import CacheEvent, Snapshot, Stored
 from memserve.core.errors import MemServeError
 from memserve.core.ids import Epoch
 from memserve.wire.link import ControlClient
-from memserve.wire.messages import AuditWanted, Done, Message, PoolEvents, Refused, SnapshotPart, Unknown
+from memserve.wire.messages import (
+    AuditWanted,
+    Done,
+    Message,
+    NamedPrompt,
+    PoolEvents,
+    Refused,
+    SnapshotPart,
+    Unknown,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -55,11 +64,12 @@ class Publisher:
         take_events: Callable[[], list[CacheEvent]],
         snapshot: Callable[[], Snapshot],
         layout: str = "",
+        take_named: Callable[[], tuple[NamedPrompt, ...]] = tuple,
     ) -> None:
-        """Takes `client` and closes it in the end. `layout`: as in `PoolEvents`."""
+        """Takes `client` and closes it in the end. `layout`, `take_named()`: as in `PoolEvents`."""
         self._client = client
         self._closing = threading.Event()
-        source = Source(epoch, take_events, snapshot, layout)
+        source = Source(epoch, take_events, snapshot, layout, take_named)
         self._report = Report(client, source, self._closing.wait)
         self._thread = threading.Thread(target=self._run, name="mempool-events", daemon=True)
         self._thread.start()
@@ -87,9 +97,10 @@ class Source:
     snapshot: Callable[[], Snapshot]
     layout: str = ""
     """As in `PoolEvents`."""
+    take_named: Callable[[], tuple[NamedPrompt, ...]] = tuple
 
-    def news(self, events: Iterable[CacheEvent]) -> PoolEvents:
-        return PoolEvents(self.epoch, tuple(events), self.layout)
+    def news(self, events: Iterable[CacheEvent], named: tuple[NamedPrompt, ...] = ()) -> PoolEvents:
+        return PoolEvents(self.epoch, tuple(events), self.layout, named)
 
 
 class Report:
@@ -114,15 +125,15 @@ class Report:
 
     def _tell_news(self) -> bool:
         """Send what is new; whether the router has all of it."""
-        events = [*self._left, *self._take_events()]
+        events, named = [*self._left, *self._take_events()], self._source.take_named()
         self._left = []
         self._quiet_s += PERIOD_S
-        if not events and self._quiet_s < IDLE_S:
+        if not events and not named and self._quiet_s < IDLE_S:
             return True
         self._quiet_s = 0.0
         if _num_keys(events) > MAX_KEYS:
             return self._begin_anew()
-        answer = self._ask(self._source.news(events))
+        answer = self._ask(self._source.news(events, named))
         return self._audit() if isinstance(answer, AuditWanted) else isinstance(answer, Done)
 
     def _begin_anew(self) -> bool:

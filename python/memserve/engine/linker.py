@@ -24,7 +24,7 @@ from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoadCounter, UnifiedCacheLinker
 
 from memserve.core.block_addr import Tier
-from memserve.core.block_keys import BlockKey, key_from_hex, keys_from_hex
+from memserve.core.block_keys import BlockKey, Namespace, key_from_hex, keys_from_hex, page_keys
 from memserve.core.errors import OutOfBlocks
 from memserve.core.ids import new_epoch
 from memserve.disagg.pool_node import MAX_GROWTH, PoolNode, dram_slots
@@ -141,6 +141,16 @@ class MemPoolLinker(UnifiedCacheLinker):
         """Have the pool tell the router what these say, too. Once, before the first of them."""
         events.join(self._pool.follow(Tier.HBM))
         self._hbm = events
+
+    def name_prompt(self, req: Any) -> None:
+        """Have the router told of the keys of a request's prompt."""
+        page, tokens = self._pool.layout.page_tokens, req.origin_input_ids
+        namespace = Namespace(req.extra_key, req.cache_salt)
+
+        def keys() -> list[BlockKey]:
+            return page_keys(tokens[: len(tokens) // page * page], page, namespace)
+
+        self.node.prompt_names.name(req.rid, len(tokens), keys)
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Every prefix length, in pages, that DRAM could restore."""

@@ -28,7 +28,7 @@ def place() -> None:
 
     HookRegistry.register(seams.OFFLOAD_NODE, name_offload_parent, HookType.BEFORE)
     HookRegistry.register(seams.CHECKPOINT, name_ended_request, HookType.AROUND)
-    HookRegistry.register(seams.ARRIVAL, fetch_on_arrival, HookType.BEFORE)
+    HookRegistry.register(seams.ARRIVAL, begin_arrival, HookType.BEFORE)
     HookRegistry.register(seams.NEW_PREFILL_BATCH, hold_while_fetching, HookType.AROUND)
     HookRegistry.register(seams.DECODE_QUEUE, let_go_of_offloaded, HookType.BEFORE)
     HookRegistry.register(seams.UPDATE_HANDLERS, offer_resize, HookType.AFTER)
@@ -64,10 +64,15 @@ def name_ended_request(original: Callable[..., Any], cache: Any, req: Any, **kwa
         linker.ended_request_of = None
 
 
-def fetch_on_arrival(scheduler: Any, req: Any, *_: Any, **__: Any) -> None:
-    """Begin to fetch what other pools hold of a prompt, unless this server can reach it itself."""
+def begin_arrival(scheduler: Any, req: Any, *_: Any, **__: Any) -> None:
+    """Name a prompt to the router, if it asks for that, and begin to fetch what other pools hold of it,
+    unless this server can reach it itself."""
     linker = linker_of(scheduler.tree_cache)
-    if linker is not None and linker.node.fetches:
+    if linker is None:
+        return
+    if linker.node.names_prompts:
+        linker.name_prompt(req)
+    if linker.node.fetches:
         req.init_next_round_input(scheduler.tree_cache, cow_mamba=False)
         linker.fetching.begin(req, req.prefix_len + req.host_hit_length)
 

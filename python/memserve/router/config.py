@@ -130,8 +130,8 @@ class RouterConfig:
     routing_keys: RoutingKeys = setting(
         "auto",
         "how a prompt is looked up in the prompt tree; tokens: exactly, and its ids go on; text: by "
-        "hashes of its text, which costs less and finds what servers that report nothing were sent; auto: "
-        "tokens where the tokenizer is known, else text",
+        "hashes of its text, which costs a fraction, and servers tell which tokens they were; auto: tokens "
+        "where the tokenizer is known, else text",
     )
     costs: str = setting(
         "gpu", "what work costs to begin with: gpu, cpu, or a file that benchmark/fit_cost_model.py wrote"

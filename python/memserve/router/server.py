@@ -143,7 +143,13 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         app.router.add_get("/openapi.json", openapi.page)
         port = await _serve_http(stack, config, generate, app, door)
         await _serve_metrics(stack, config, pages)
-        handler = ControlHandler(cluster, pools, feed, asyncio.get_running_loop())
+        handler = ControlHandler(
+            cluster,
+            pools,
+            feed,
+            asyncio.get_running_loop(),
+            lambda named: state.reader.memory.named(named.rid, named.keys),
+        )
         control = ControlServer(_control_host(config), _control_port(config, port), handler, key=key)
         stack.push_async_callback(asyncio.to_thread, control.close)
         stack.push_async_callback(generate.stop, config.shutdown_grace_period_secs)
@@ -189,7 +195,12 @@ def _new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
     cluster = Cluster(
         config.static, heartbeat_s=config.heartbeat_secs, clock=clock, stuck_s=config.stuck_secs
     )
-    pools = Pools(heartbeat_s=config.heartbeat_secs, clock=clock, directs_fetches=directs_fetches)
+    pools = Pools(
+        heartbeat_s=config.heartbeat_secs,
+        clock=clock,
+        directs_fetches=directs_fetches,
+        wants_names=config.routing_keys == "text",
+    )
     max_blocks = (config.tree_budget_mib << 20) // BYTES_PER_BLOCK
     tree = ClusterTree(max_blocks=max_blocks, clock=clock)
     feed = TreeFeed(tree, pools, audit_s=config.tree_audit_secs, clock=clock)

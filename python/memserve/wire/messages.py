@@ -10,13 +10,14 @@ from enum import StrEnum
 
 import msgspec
 
+from memserve.core.block_keys import BlockKey
 from memserve.core.cache_events import CacheEvent, Stored
 from memserve.core.caching import CachingMode
 from memserve.core.errors import WireMismatch
 from memserve.core.ids import Epoch, InstanceId
 from memserve.wire.peer_messages import Endpoint, FromPool, MemoryRange, ToPool
 
-WIRE_VERSION = 6
+WIRE_VERSION = 7
 
 
 class Role(StrEnum):
@@ -177,10 +178,21 @@ class Members(msgspec.Struct, frozen=True, tag=True):
     """None: unchanged since the version that was named."""
     directs_fetches: bool = False
     """The router tells a pool what to fetch for a prompt, before the prompt comes: no need to ask around."""
+    wants_names: bool = False
+    """The router knows prompts by their text, and wants to be told of their keys."""
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
     """It is so now."""
+
+
+class NamedPrompt(msgspec.Struct, frozen=True, array_like=True):
+    """A prompt that has come to a server, as its cache knows it."""
+
+    rid: str
+    num_tokens: int
+    keys: tuple[BlockKey, ...]
+    """Of its whole pages."""
 
 
 class PoolEvents(msgspec.Struct, frozen=True, tag=True):
@@ -192,6 +204,8 @@ class PoolEvents(msgspec.Struct, frozen=True, tag=True):
     """All since the last message, in the order of their numbers."""
     layout: str = ""
     """Of a memory instance, which has a pool for each layout: which one, as a digest in hex; else empty."""
+    named: tuple[NamedPrompt, ...] = ()
+    """Prompts that have come to the pool's server since; only where they are wanted, and the latest."""
 
 
 class SnapshotWanted(msgspec.Struct, frozen=True, tag=True):

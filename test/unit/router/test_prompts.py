@@ -165,3 +165,36 @@ def test_a_header_names_the_session_or_else_the_user() -> None:
 )
 def test_the_answers_length_is_what_the_request_allows(api: Api, body: dict[str, Any], expected: int) -> None:
     assert output_tokens_of(call(body, api)) == expected
+
+
+def test_by_text_nothing_is_tokenized_and_what_servers_tell_is_used(
+    run: Run, server: SglangServer, model: Path
+) -> None:
+    async def test() -> None:
+        reader = PromptReader(await admitted(server, model, A), "text")
+        long = call({"text": "word " * 500})
+        sent, prompt = await reader.read(long, "m", PAGE, {})
+        assert sent is long
+        assert (prompt.by_text, prompt.unknown) == (True, None)
+        keys = page_keys(list(range(400)), PAGE)
+        reader.memory.named("rid", keys)
+        _, again = await reader.read(long, "m", PAGE, {})
+        assert not again.by_text
+        assert again.chains[0] == keys[: len(again.chains[0])]
+        assert len(again.chains[0]) > 0.7 * len(keys)
+        ids = call({"input_ids": [1, 2, 3, 4]})
+        assert (await reader.read(ids, "m", PAGE, {}))[1].chains == (page_keys([1, 2, 3, 4], PAGE),)
+
+    run(test())
+
+
+def test_unknown_tokens_are_looked_up_by_text_unless_that_is_not_wanted(run: Run) -> None:
+    async def test() -> None:
+        long = call({"text": "word " * 500})
+        for keys, by_text in (("auto", True), ("tokens", False)):
+            reader = PromptReader(Tokenizers(OFF), keys)  # type: ignore[arg-type]
+            _, prompt = await reader.read(long, "m", PAGE, {})
+            assert (prompt.by_text, bool(prompt.chains)) == (by_text, by_text)
+            assert prompt.unknown is not None
+
+    run(test())

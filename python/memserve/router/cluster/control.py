@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 
 from memserve.core.errors import Retryable
 from memserve.router.cluster.caching import why_refused
@@ -18,6 +19,7 @@ from memserve.wire.messages import (
     Heartbeat,
     InstanceInfo,
     Message,
+    NamedPrompt,
     PoolEvents,
     PoolHeartbeat,
     PoolInfo,
@@ -36,12 +38,19 @@ class ControlHandler:
     """Answers control messages. Called on the control thread; acts on the loop's."""
 
     def __init__(
-        self, cluster: Cluster, pools: Pools, feed: TreeFeed, loop: asyncio.AbstractEventLoop
+        self,
+        cluster: Cluster,
+        pools: Pools,
+        feed: TreeFeed,
+        loop: asyncio.AbstractEventLoop,
+        on_named: Callable[[NamedPrompt], None] = lambda _: None,
     ) -> None:
+        """`on_named` is told of prompts' keys, on the loop."""
         self._cluster = cluster
         self._pools = pools
         self._feed = feed
         self._loop = loop
+        self._on_named = on_named
 
     def __call__(self, message: Message) -> Message:
         """The answer to one message. Raises Retryable if the loop does not get to it in time."""
@@ -54,6 +63,8 @@ class ControlHandler:
 
     async def _answer(self, message: Message) -> Message:
         if isinstance(message, PoolEvents):
+            for prompt in message.named:
+                self._on_named(prompt)
             return self._feed.events(message)
         if isinstance(message, SnapshotPart):
             return self._feed.part(message)

@@ -36,12 +36,18 @@ class Pools:
     """The registered pools, one per epoch, and a number for each change. Event loop thread only."""
 
     def __init__(
-        self, *, heartbeat_s: float, clock: Callable[[], float], directs_fetches: bool = False
+        self,
+        *,
+        heartbeat_s: float,
+        clock: Callable[[], float],
+        directs_fetches: bool = False,
+        wants_names: bool = False,
     ) -> None:
-        """`directs_fetches`: pools are told what to fetch, and need not ask around."""
+        """`directs_fetches`, `wants_names`: as in `Members`."""
         self.heartbeat_s = heartbeat_s
         self._clock = clock
         self._directs_fetches = directs_fetches
+        self._wants_names = wants_names
         self._members: dict[Epoch, PoolMember] = {}
         self._successors: dict[Epoch, Epoch] = {}
         """Of pools that were replaced, who is in their place."""
@@ -111,7 +117,7 @@ class Pools:
             return None
         member.seen_s, member.tiers = self._clock(), tiers
         if version == self._version:
-            return Members(self.heartbeat_s, version, None, self._directs_fetches)
+            return self._members_message(None)
         return self._all()
 
     def deregister(self, epoch: Epoch) -> None:
@@ -136,7 +142,10 @@ class Pools:
                 self._forget(member.info, f"{HEARTBEAT_MISSES} heartbeats missed")
 
     def _all(self) -> Members:
-        return Members(self.heartbeat_s, self._version, self.infos(), self._directs_fetches)
+        return self._members_message(self.infos())
+
+    def _members_message(self, infos: tuple[PoolInfo, ...] | None) -> Members:
+        return Members(self.heartbeat_s, self._version, infos, self._directs_fetches, self._wants_names)
 
     def _by_server(self) -> Mapping[InstanceId, tuple[PoolInfo, ...]]:
         if self._grouped_at != self._version:

@@ -302,7 +302,7 @@ class Placer:
         self._last[prefill] = placed.number
         until_s = placed.begun_s + placed.decision.chosen.queued_s + placed.work_s + EXPECT_S
         for instance in (prefill, decode) if decode != prefill else (prefill,):
-            if self._feed.tree.follows(instance) and self._can_name(instance, prompt):
+            if self._feed.tree.follows(instance):
                 for chain in prompt.chains:
                     self._feed.tree.expect(instance, chain, until_s)
         if not prompt.by_text:

@@ -19,6 +19,7 @@ import msgspec
 from memserve.core.block_keys import BlockKey, Namespace
 from memserve.router.serving.api import Api, Call, JsonObject
 from memserve.router.text.text_keys import BYTES_PER_TOKEN, text_chain, text_of
+from memserve.router.text.text_memory import TextMemory
 from memserve.router.text.token_records import KnownTokens, Tokens, UnknownTokens, keys_of
 from memserve.router.text.tokenizers import Tokenizers
 
@@ -54,6 +55,7 @@ class PromptReader:
     def __init__(self, tokenizers: Tokenizers, routing_keys: RoutingKeys = "auto") -> None:
         self._tokenizers = tokenizers
         self._routing_keys = routing_keys
+        self.memory = TextMemory()
 
     async def read(
         self, call: Call, model: str | None, page_tokens: int | None, headers: Mapping[str, str]
@@ -67,9 +69,9 @@ class PromptReader:
             tokens = UnknownTokens(NO_PAGES)
         if not isinstance(tokens, KnownTokens):
             num_tokens = max(1, call.body_bytes // BYTES_PER_TOKEN)
-            chains = self._text_chains(call)
+            chains, by_text = self._chains_of(call)
             reason = None if tokens is None else tokens.reason
-            return call, Prompt(num_tokens, chains, bool(chains), session, output_tokens, reason)
+            return call, Prompt(num_tokens, chains, by_text, session, output_tokens, reason)
         assert page_tokens is not None
         cuts = []
         for number, ids in enumerate(tokens.prompts):
@@ -80,11 +82,17 @@ class PromptReader:
         prompt = Prompt(num_tokens, tuple(cuts), False, session, output_tokens)
         return self._tokenizers.forwardable(call, model, tokens), prompt
 
-    def _text_chains(self, call: Call) -> tuple[Sequence[BlockKey], ...]:
+    def _chains_of(self, call: Call) -> tuple[tuple[Sequence[BlockKey], ...], bool]:
+        """The keys of a call's texts, and whether they are the texts' own, as its prompts' are not known."""
         texts = None if self._routing_keys == "tokens" else text_of(call)
         if texts is None:
-            return ()
-        return tuple(text_chain(text, call, _namespace(call, i)) for i, text in enumerate(texts))
+            return (), False
+        chains = tuple(text_chain(text, call, _namespace(call, i)) for i, text in enumerate(texts))
+        if self._routing_keys != "text" or len(chains) > 1:
+            return chains, True
+        self.memory.asked(call.rid, chains[0], len(texts[0]))
+        keys = self.memory.keys_of(chains[0])
+        return ((keys,), False) if keys else (chains, True)
 
 
 def _namespace(call: Call, number: int) -> Namespace | None:
