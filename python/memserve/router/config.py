@@ -295,6 +295,8 @@ def _prefill(values: list[str]) -> InstanceInfo:
 def named_server(url: str, role: Role, bootstrap_port: int | None = None) -> InstanceInfo:
     """A server that does not register. Raises ConfigError for what is no server's URL."""
     url = url.rstrip("/")
+    if "@" in url:
+        raise ConfigError("a server's URL has no user and no password: write http://HOST:PORT, and --api-key")
     try:
         parts = urlsplit(url)
         usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0

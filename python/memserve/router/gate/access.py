@@ -15,7 +15,7 @@ import base64
 import binascii
 
 from memserve.core.errors import BadRequest
-from memserve.router.gate.keys import ANYBODY, KeyFile, Keys, Tenant
+from memserve.router.gate.keys import ANYBODY, SOMEBODY, KeyFile, Keys, Tenant
 
 ADMIN_FLAG = "--admin-api-key-file"
 NEEDS_KEY = "an API key is needed: Authorization: Bearer KEY"
@@ -30,7 +30,7 @@ class Access:
         *,
         tenants: KeyFile[Tenant] | None = None,
         api_key: str | None = None,
-        admins: KeyFile[bool] | None = None,
+        admins: KeyFile[str] | None = None,
         is_exposed: bool = False,
     ) -> None:
         """`api_key` is the servers' too; beside `tenants`, theirs alone.
@@ -72,18 +72,21 @@ class Access:
             return False
         return True
 
-    def check_admin(self, authorization: str | None) -> None:
-        """Raises BadRequest for who is none: 401; 403 where nobody is, with the flag that would change it."""
+    def check_admin(self, authorization: str | None) -> str:
+        """The admin's name, as far as it is known.
+
+        Raises BadRequest for who is none: 401; 403 where nobody is, with the flag that would change it.
+        """
         if self._admins is not None:
             key = key_of(authorization)
-            if key is None or self._admins.keys.owner(key) is None:
+            name = None if key is None else self._admins.keys.owner(key)
+            if name is None:
                 raise BadRequest(NEEDS_ADMIN_KEY, status=401)
-        elif self._tenants is not None:
-            message = (
-                f"off, as tenants are kept apart and nobody is an admin: start the router with {ADMIN_FLAG}"
-            )
+            return name
+        if self._tenants is not None:
+            message = f"off, as there are tenants and no admin: start the router with {ADMIN_FLAG}"
             raise BadRequest(message, status=403)
-        elif self._single is not None:
+        if self._single is not None:
             self.tenant_of(authorization)
         elif self._is_exposed:
             message = (
@@ -91,6 +94,7 @@ class Access:
                 "or with --host 127.0.0.1"
             )
             raise BadRequest(message, status=403)
+        return SOMEBODY
 
     def for_servers(self, authorization: str | None) -> str | None:
         """What servers get for this Authorization header of a request: no key that is for the router."""

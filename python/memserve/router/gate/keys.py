@@ -29,6 +29,9 @@ T = TypeVar("T")
 
 FORMAT = "KEY TENANT [rps=NUMBER] [tps=NUMBER] [weight=NUMBER]"
 
+SOMEBODY = "-"
+"""An admin without a name."""
+
 
 @dataclass(frozen=True, slots=True)
 class Tenant:
@@ -113,8 +116,8 @@ def tenant_keys(path: Path) -> KeyFile[Tenant]:
     return KeyFile(path, "API key", parse_tenants)
 
 
-def admin_keys(path: Path) -> KeyFile[bool]:
-    """A file of lines KEY [WHOSE]. Raises ConfigError."""
+def admin_keys(path: Path) -> KeyFile[str]:
+    """Whose keys they are, by a file of lines KEY [WHOSE]. Raises ConfigError."""
     return KeyFile(path, "admin API key", parse_admins)
 
 
@@ -136,13 +139,13 @@ def parse_tenants(path: Path, lines: list[str]) -> dict[str, Tenant]:
     return {key: tenants[name] for key, name in names.items()}
 
 
-def parse_admins(path: Path, lines: list[str]) -> dict[str, bool]:
-    """The keys. Raises ConfigError."""
-    keys: dict[str, bool] = {}
+def parse_admins(path: Path, lines: list[str]) -> dict[str, str]:
+    """Names by key. Raises ConfigError."""
+    keys: dict[str, str] = {}
     for number, words in _said(lines):
         if len(words) > 2:
             raise ConfigError(f"{path}, line {number}: write KEY, and maybe whose it is")
-        keys[words[0]] = True
+        keys[words[0]] = words[1] if len(words) == 2 else SOMEBODY
     return keys
 
 

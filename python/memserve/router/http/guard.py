@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import ipaddress
+import logging
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from enum import Enum, auto
@@ -21,6 +22,8 @@ from memserve.router.gate.door import Door
 from memserve.router.http.generate import json_response
 from memserve.router.serving.api import Api
 from memserve.router.serving.failures import Overloaded, failure_of
+
+logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
@@ -93,8 +96,14 @@ class Guard:
         authorization = request.headers.get("Authorization")
         level = self.level_of(path)
         if level is Level.ADMIN:
-            self._access.check_admin(authorization)
-            self._check_origin(request, path)
+            name = self._access.check_admin(authorization)
+            changes = request.method not in ("GET", "HEAD") or path in _CHANGES_WHEN_SEEN
+            self._check_origin(request, changes=changes)
+            if changes:
+                logger.info(
+                    "change asked for method=%s path=%s admin=%s from=%s",
+                    *(request.method, request.rel_url.raw_path, name, request.remote),
+                )
         elif level is Level.CLIENT and not self._is_admin(authorization):
             self._access.tenant_of(authorization)
 
@@ -141,9 +150,8 @@ class Guard:
     def _is_admin(self, authorization: str | None) -> bool:
         return self._access.knows_admins and self._access.is_admin(authorization)
 
-    def _check_origin(self, request: web.Request, path: str) -> None:
+    def _check_origin(self, request: web.Request, *, changes: bool) -> None:
         """Other sites' pages, in a browser that may come here, change nothing and see nothing."""
-        changes = request.method not in ("GET", "HEAD") or path in _CHANGES_WHEN_SEEN
         site = request.headers.get("Sec-Fetch-Site", "none")
         if ("Origin" in request.headers and changes) or site not in ("none", "same-origin"):
             raise BadRequest("web pages cannot do this", status=403)

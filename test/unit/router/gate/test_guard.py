@@ -148,6 +148,23 @@ def test_what_pages_tell_of_the_inside_is_for_admins(run: Run, keys: dict[str, P
     run(test())
 
 
+def test_who_changes_what_is_logged(
+    run: Run, keys: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO")
+    admins = secret(tmp_path / "named", "root-key ops\n")
+
+    async def test() -> None:
+        async with staged(api_keys_file=keys["api_keys_file"], admin_api_key_file=admins) as stage:
+            await status(stage, "POST", "/workers/a%20b/drain", Authorization="Bearer root-key")
+            await status(stage, "POST", "/workers/other/drain")
+            await status(stage, "GET", "/workers", Authorization="Bearer root-key")
+
+    run(test())
+    (line,) = (one.getMessage() for one in caplog.records if "change asked for" in one.getMessage())
+    assert line.endswith("method=POST path=/workers/a%20b/drain admin=ops from=127.0.0.1")
+
+
 def test_a_browser_is_asked_for_the_key(run: Run, keys: dict[str, Path]) -> None:
     async def test() -> None:
         async with staged(**keys) as stage:

@@ -70,7 +70,7 @@ def test_no_keys_no_text_and_no_privacy_are_refused(tmp_path: Path) -> None:
 
 def test_admin_keys_stand_alone_or_with_a_name(tmp_path: Path) -> None:
     file = admin_keys(write(tmp_path / "keys", "one\n# no\ntwo ops\n"))
-    assert [file.keys.owner(key) for key in ("one", "two", "ops", "no")] == [True, True, None, None]
+    assert [file.keys.owner(key) for key in ("one", "two", "ops", "no")] == ["-", "ops", None, None]
     with pytest.raises(ConfigError, match="line 1"):
         admin_keys(write(tmp_path / "keys", "one two three\n"))
 

@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from memserve.core.errors import ConfigError
-from memserve.router.config import RouterConfig
+from memserve.router.config import RouterConfig, named_server
 from memserve.router.gate.keys import Keys
 from memserve.router.server import running_router
 from memserve.router.serving.api import Api, Call
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
+from memserve.wire.messages import Role
 
 from ..stage import Stage, pair, staged
 from ..test_launch import launched
@@ -145,6 +146,25 @@ def test_what_holds_a_key_does_not_show_it() -> None:
     call = Call(Api.GENERATE, {"text": MARK}, "r", False, ("r",), None, 1, None, authorization=MARK)
     for one in (config, call, Keys({MARK: True}), vars(Keys({MARK: True}))):
         assert MARK not in repr(one)
+
+
+def test_a_launch_lines_keys_are_not_said(tmp_path: Path) -> None:
+    flags = [
+        "--api-key",
+        f"{MARK}-a",
+        "--control-plane-api-keys",
+        f"id:name:admin:{MARK}",
+        "--log-level",
+        "debug",
+    ]
+    with launched(*flags) as (process, lines):
+        assert "router ready" in lines
+        process.send_signal(signal.SIGTERM)
+        _, rest = process.communicate(timeout=20)
+        assert MARK not in lines + rest
+    with pytest.raises(ConfigError) as caught:
+        named_server(f"http://me:{MARK}@127.0.0.1:1", Role.COLOCATED)
+    assert MARK not in str(caught.value)
 
 
 def test_a_hangup_has_keys_read_again(tmp_path: Path) -> None:
