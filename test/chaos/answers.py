@@ -42,6 +42,8 @@ class Answer:
     """The pair that it was sent to, as far as the answer tells."""
     began_s: float
     ended_s: float
+    decision: str = ""
+    """Why it was sent there, as the router explains it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +65,7 @@ class Lost(Exception):
 async def put(session: aiohttp.ClientSession, url: str, ask: Ask, *, stream: bool, manner: Manner) -> Answer:
     """Send one request, read all of it, and judge it."""
     began_s = time.monotonic()
-    instances: frozenset[str] = frozenset()
+    instances, decision = frozenset[str](), ""
     try:
         async with (
             asyncio.timeout(manner.limit_s),
@@ -71,7 +73,8 @@ async def put(session: aiohttp.ClientSession, url: str, ask: Ask, *, stream: boo
                 url + ask.path, json={**ask.body, "stream": stream}, headers={"x-memserve-explain": "1"}
             ) as response,
         ):
-            instances = _instances(response)
+            decision = response.headers.get("x-memserve-decision", "{}")
+            instances = _instances(decision)
             if stream and response.status == 200:
                 body, left = await _read_stream(response, manner)
                 if left:
@@ -85,7 +88,7 @@ async def put(session: aiohttp.ClientSession, url: str, ask: Ask, *, stream: boo
         outcome, why = Outcome.BROKEN, f"{type(error).__name__}: {error}"
     except (Lost, ValueError, KeyError, TypeError) as error:
         outcome, why = Outcome.LOST, f"{type(error).__name__}: {error}"
-    return Answer(outcome, why, instances, began_s, time.monotonic())
+    return Answer(outcome, why, instances, began_s, time.monotonic(), decision)
 
 
 async def answer_of(session: aiohttp.ClientSession, url: str, ask: Ask) -> tuple[str, ...]:
@@ -157,8 +160,8 @@ def _texts(answer: Any) -> tuple[str, ...]:
     return tuple(one["text"] if "text" in one else one["message"]["content"] for one in choices)
 
 
-def _instances(response: aiohttp.ClientResponse) -> frozenset[str]:
-    decision = json.loads(response.headers.get("x-memserve-decision", "{}"))
+def _instances(explained: str) -> frozenset[str]:
+    decision = json.loads(explained)
     return frozenset(decision[role] for role in ("prefill", "decode") if decision.get(role))
 
 

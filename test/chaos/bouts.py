@@ -119,7 +119,9 @@ async def bout(world: World, asks: Sequence[Ask], pace: Pace, fault: Fault, seed
         load.odd = None
         mended_s = time.monotonic()
         row.recovered_s, missing = await _recovery(load, world.workers(), mended_s, pace.recover_s)
-        row.notes += [f"has not answered right again: {name}" for name in sorted(missing)]
+        if missing:
+            row.notes.append(f"have not answered right again: {sorted(missing)}")
+            row.notes += [f"instead: {one.decision}" for one in load.answers[-2:]]
     finally:
         load.stop()
         await running

@@ -1,12 +1,13 @@
 """Real SGLang servers and a real router: whatever breaks, every request ends right or with a clear error.
 
-Takes minutes, so it is run by name: `make chaos`, or `make chaos FAULTS=SIGSTOP` for those with that name.
+Takes minutes, so it is run by name: `make chaos`, or `make chaos FAULTS='SIGSTOP|link'` for some.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
+import re
 from collections.abc import Awaitable, Callable
 from functools import partial
 from pathlib import Path
@@ -111,7 +112,9 @@ async def _run(directory: Path, model: Path) -> None:
 
             asks = await conversations(undisturbed, num_chats=12, num_turns=4, num_tokens=24)
         wanted = os.environ.get("FAULTS", "")
-        for seed, fault in enumerate(one for one in faults(world) if wanted in f"{one.kind} {one.target}"):
+        for seed, fault in enumerate(
+            one for one in faults(world) if re.search(wanted, f"{one.kind} {one.target}")
+        ):
             rows.append(await bout(world, asks, PACE, fault, seed))
             print(json_lines(rows[-1:]), flush=True)
         print(f"\n{table(rows)}")

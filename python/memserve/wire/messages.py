@@ -260,5 +260,5 @@ def decode(data: bytes) -> Message:
         if envelope.version != WIRE_VERSION:
             raise WireMismatch(f"the peer speaks wire version {envelope.version}, this is {WIRE_VERSION}")
         return _body.decode(envelope.body)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         raise WireMismatch(f"malformed control message: {error}") from error

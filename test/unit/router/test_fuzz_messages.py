@@ -1,0 +1,102 @@
+"""Whatever arrives over the control plane: an answer or a refusal. Anything else would end the process."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from memserve.core.errors import MemServeError, WireMismatch
+from memserve.router.cluster.cluster import Cluster
+from memserve.router.cluster.control import ControlHandler
+from memserve.router.cluster.pools import Pools
+from memserve.router.tree.feed import TreeFeed
+from memserve.router.tree.prompt_tree import ClusterTree
+from memserve.testing.fake_clock import FakeClock
+from memserve.wire.messages import (
+    Heartbeat,
+    Message,
+    PoolEvents,
+    PoolHeartbeat,
+    Register,
+    RegisterPool,
+    SnapshotPart,
+    decode,
+    encode,
+)
+
+from .message_strategies import CHAIN, messages
+
+TO_ROUTER = (Register, Heartbeat, RegisterPool, PoolHeartbeat, PoolEvents, SnapshotPart)
+
+
+class Router:
+    """What answers control messages, without a loop."""
+
+    def __init__(self) -> None:
+        self.clock = FakeClock()
+        self.cluster = Cluster((), heartbeat_s=2.0, clock=self.clock)
+        self.pools = Pools(heartbeat_s=2.0, clock=self.clock, directs_fetches=True)
+        self.feed = TreeFeed(
+            ClusterTree(max_blocks=8, clock=self.clock), self.pools, audit_s=5.0, clock=self.clock
+        )
+        self._handler = ControlHandler(self.cluster, self.pools, self.feed, None)  # type: ignore[arg-type]
+
+    def hear(self, message: Message) -> Message | None:
+        """As the control server has it answered; None for a refusal."""
+        asked = self._handler._answer(decode(encode(message)))
+        try:
+            asked.send(None)
+        except StopIteration as answered:
+            answer: Message = answered.value
+        except MemServeError:
+            return None
+        else:
+            raise AssertionError("it waits for something")
+        assert repr(decode(encode(answer))) == repr(answer)
+        return answer
+
+    def look(self) -> None:
+        """As the router does from time to time, and those who ask it."""
+        self.clock.advance(3.0)
+        self.cluster.forget_silent()
+        self.pools.forget_silent()
+        self.feed.tree.tidy()
+        self.feed.truth()
+        stats = self.feed.tree.stats()
+        assert stats.blocks <= 8 + stats.expected
+        self.feed.tree.depths(CHAIN)
+        self.feed.tree.digest("a")
+
+
+@settings(max_examples=300)
+@given(st.lists(messages(), max_size=3) | st.lists(messages(*TO_ROUTER), max_size=14))
+def test_a_router_answers_or_refuses_any_messages(heard: list[Message]) -> None:
+    router = Router()
+    for message in heard:
+        router.hear(message)
+        router.look()
+
+
+@given(messages(), st.data())
+def test_any_message_arrives_as_it_was_and_a_damaged_one_is_a_mismatch_or_another(
+    message: Any, data: st.DataObject
+) -> None:
+    encoded = encode(message)
+    assert repr(decode(encoded)) == repr(message)
+    damaged = bytearray(encoded)
+    for _ in range(data.draw(st.integers(1, 4))):
+        place = data.draw(st.integers(0, len(damaged) - 1))
+        damaged[place : place + data.draw(st.integers(0, 2))] = data.draw(st.binary(max_size=3))
+    try:
+        decode(bytes(damaged))
+    except WireMismatch:
+        return
+
+
+@pytest.mark.parametrize("depth", [100, 10_000, 1_000_000])
+def test_a_message_that_is_nested_deeply_is_a_mismatch(depth: int) -> None:
+    with pytest.raises(WireMismatch):
+        decode(b"\x92\x04" + b"\x91" * depth)
