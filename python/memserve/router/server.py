@@ -36,6 +36,7 @@ from memserve.router.http.generate import GenerateHandler, json_response
 from memserve.router.http.guard import PAGE_BODY_BYTES, Guard, is_clients
 from memserve.router.http.pages import Pages
 from memserve.router.http.ui import Ui
+from memserve.router.http.web_log import web_logger
 from memserve.router.http.workers_api import WorkersApi
 from memserve.router.observe.metrics import DURATIONS, RouterMetrics
 from memserve.router.observe.observed import Observed
@@ -262,7 +263,9 @@ async def _serve_http(
     door: Door,
 ) -> int:
     """Start the HTTP server; its port."""
-    runner = web.AppRunner(app, access_log=None, handler_cancellation=True, shutdown_timeout=1.0)
+    runner = web.AppRunner(
+        app, access_log=None, logger=web_logger(), handler_cancellation=True, shutdown_timeout=1.0
+    )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     assert runner.server is not None
@@ -278,7 +281,7 @@ async def _serve_metrics(stack: AsyncExitStack, config: RouterConfig, pages: Pag
         return
     app = web.Application()
     app.router.add_get("/metrics", pages.metrics)
-    runner = web.AppRunner(app, access_log=None, shutdown_timeout=1.0)
+    runner = web.AppRunner(app, access_log=None, logger=web_logger(), shutdown_timeout=1.0)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     try:

@@ -202,8 +202,9 @@ class ControlClient:
 
     def _connected(self) -> zmq.Socket[bytes]:
         if self._socket is None:
-            self._socket = self._context.socket(zmq.DEALER)
-            connect(self._socket, self.address, self._key)
+            socket = self._context.socket(zmq.DEALER)
+            connect(socket, self.address, self._key)
+            self._socket = socket
         return self._socket
 
     def _disconnect(self) -> None:
@@ -213,7 +214,10 @@ class ControlClient:
 
 
 def connect(socket: zmq.Socket[Any], address: str, key: ClusterKey | None) -> None:
-    """Make a DEALER, just made, a client of the control server at `host:port`."""
+    """Make a DEALER, just made, a client of the control server at `host:port`.
+
+    Raises InstanceLost, having closed it, if that is no address.
+    """
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, MAX_MESSAGE_BYTES)
     socket.setsockopt(zmq.IPV6, address.startswith("["))
@@ -221,7 +225,11 @@ def connect(socket: zmq.Socket[Any], address: str, key: ClusterKey | None) -> No
         public, secret = _key_pair(key)
         socket.curve_serverkey = public
         socket.curve_publickey, socket.curve_secretkey = public, secret
-    socket.connect(f"tcp://{address}")
+    try:
+        socket.connect(f"tcp://{address}")
+    except (zmq.ZMQError, ValueError) as error:
+        socket.close(linger=0)
+        raise InstanceLost(address, f"that is no address: {error}") from error
 
 
 def _key_pair(key: ClusterKey) -> tuple[bytes, bytes]:

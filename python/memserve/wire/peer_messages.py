@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import msgspec
 
 from memserve.core.block_keys import BlockKey
 from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout
+
+Seconds = Annotated[float, msgspec.Meta(ge=0, le=86400)]
 
 
 class Endpoint(msgspec.Struct, frozen=True):
@@ -165,7 +169,7 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
     holder: str
     """`host:port` of the other pool's control server."""
     holder_epoch: Epoch
-    timeout_s: float
+    timeout_s: Seconds
 
 
 class Fetched(msgspec.Struct, frozen=True, tag=True):
@@ -194,7 +198,7 @@ class Evacuate(msgspec.Struct, frozen=True, tag=True):
 
     layout: bytes
     shelters: tuple[Shelter, ...]
-    timeout_s: float
+    timeout_s: Seconds
 
 
 class Evacuated(msgspec.Struct, frozen=True, tag=True):

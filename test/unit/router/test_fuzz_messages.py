@@ -61,7 +61,7 @@ class Router:
     def look(self) -> None:
         """As the router does from time to time, and those who ask it."""
         self.clock.advance(3.0)
-        self.cluster.forget_silent()
+        self.cluster.watch()
         self.pools.forget_silent()
         self.feed.tree.tidy()
         self.feed.truth()

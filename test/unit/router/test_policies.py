@@ -251,3 +251,24 @@ def test_cold_prompts_spread_at_any_concurrency(
         cold[name] += not is_warm
     shares = [cold[name] for name in names]
     assert max(shares) <= 1.3 * min(shares), shares
+
+
+def test_who_joins_shares_the_work_with_who_did_it_alone() -> None:
+    old, new = InstanceId("old"), InstanceId("new")
+    ledger, work_s, now_s = Ledger(180.0), GPU_COSTS.exec_s(5120, 0), 0.0
+    ledger.keep({old, new}, now_s)
+    ledger.keep({old}, now_s)
+    for number in range(100):
+        ledger.prefill_dispatched(old, number, work_s, now_s)
+        now_s += work_s
+        ledger.prefill_done(old, number, now_s)
+    ledger.keep({old, new}, now_s)
+    got = Counter[InstanceId]()
+    for number in range(100, 200):
+        candidates = tuple(ledger.candidate(name, Depth(0, 0), now_s) for name in (old, new))
+        name = decide(Situation(5120, 512, candidates, turn=number), GPU_COSTS, can_fetch=False).prefill
+        ledger.prefill_dispatched(name, number, work_s, now_s)
+        now_s += work_s
+        ledger.prefill_done(name, number, now_s)
+        got[name] += 1
+    assert 40 <= got[new] <= 60

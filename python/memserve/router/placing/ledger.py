@@ -7,7 +7,7 @@ an instance that has left concern nobody.
 from __future__ import annotations
 
 from collections import OrderedDict, deque
-from collections.abc import Container
+from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from memserve.core.ids import InstanceId
@@ -36,11 +36,23 @@ class Ledger:
         """`window_s`: how long work counts as recent."""
         self._window_s = window_s
         self._accounts: dict[InstanceId, _Account] = {}
+        self._known: dict[InstanceId, float] = {}
+        """Who was kept last, and the recent work that each is to begin with."""
 
-    def keep(self, instances: Container[InstanceId]) -> None:
-        """Forget all others."""
+    def keep(self, instances: Collection[InstanceId], now_s: float) -> None:
+        """Forget all others.
+
+        Who joins begins level with the least busy of those at work: one that has done nothing lately would
+        get everything until it had caught up, while those that did its work meanwhile stood idle.
+        """
         for gone in [name for name in self._accounts if name not in instances]:
             del self._accounts[gone]
+        if new := [name for name in instances if name not in self._known]:
+            level_s = min(
+                (it.recent_s for it in self._accounts.values() if self._is_busy(it, now_s)), default=0.0
+            )
+            self._known |= dict.fromkeys(new, level_s)
+        self._known = {name: self._known[name] for name in instances}
 
     def prefill_dispatched(self, instance_id: InstanceId, request: int, work_s: float, now_s: float) -> None:
         """A prefill of `work_s`, as predicted, was put into the instance's queue."""
@@ -54,6 +66,9 @@ class Ledger:
     def placed(self, instance_id: InstanceId, work_s: float, now_s: float) -> None:
         """Work was given to the instance, in no queue that anyone sees the end of."""
         account = self._account(instance_id)
+        if level_s := self._known.get(instance_id):
+            self._known[instance_id] = 0.0
+            work_s += level_s
         account.recent.append((now_s, work_s))
         account.recent_s += work_s
 
@@ -95,8 +110,7 @@ class Ledger:
         account = self._accounts.get(instance_id)
         if account is None:
             return Candidate(instance_id, depth.near, depth.total, fetchable_blocks)
-        while account.recent and account.recent[0][0] <= now_s - self._window_s:
-            account.recent_s -= account.recent.popleft()[1]
+        is_busy = self._is_busy(account, now_s)
         queued_s = account.queued_s
         if account.queued:  # what the first of them has done already is no longer queued
             queued_s -= min(now_s - account.head_since_s, next(iter(account.queued.values())))
@@ -108,11 +122,17 @@ class Ledger:
             fetchable_blocks,
             queued_s if queued_s > 0.0 else 0.0,
             num_queued,
-            account.recent_s if account.recent else 0.0,
+            account.recent_s if is_busy else 0.0,
             num_queued + num_decoding,
             num_decoding,
             account.context_tokens,
         )
+
+    def _is_busy(self, account: _Account, now_s: float) -> bool:
+        """Whether it was given work lately; what was earlier is forgotten."""
+        while account.recent and account.recent[0][0] <= now_s - self._window_s:
+            account.recent_s -= account.recent.popleft()[1]
+        return bool(account.recent)
 
     def _account(self, instance_id: InstanceId) -> _Account:
         account = self._accounts.get(instance_id)

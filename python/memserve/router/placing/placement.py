@@ -205,7 +205,7 @@ class Placer:
 
     def keep(self, instances: Sequence[InstanceId]) -> None:
         """Forget the work of instances that are not there any more."""
-        self._ledger.keep(frozenset(instances))
+        self._ledger.keep(frozenset(instances), self._clock())
         for gone in self._last.keys() - set(instances):
             del self._last[gone]
 

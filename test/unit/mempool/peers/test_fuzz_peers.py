@@ -11,10 +11,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from router.message_strategies import CHAIN, messages
 
+from memserve.core.errors import WireMismatch
 from memserve.core.ids import Epoch, new_epoch
 from memserve.mempool.peers.config import PeersConfig
 from memserve.mempool.peers.peers import Peers
-from memserve.wire.messages import Message
+from memserve.wire.messages import Message, decode, encode
 from memserve.wire.peer_messages import (
     AcquireLease,
     Allocate,
@@ -81,7 +82,11 @@ def test_errands_to_nowhere_end_with_an_answer(peers: Peers, address: str, timeo
     fetch = Fetch(layout, CHAIN, None, address, Epoch(5), timeout_s)
     shelter = Shelter("other", address, Epoch(5))
     for message in (fetch, Evacuate(layout, (shelter,), timeout_s)):
-        answer = peers._answer(message)
+        try:
+            answer = peers._answer(decode(encode(message)))
+        except WireMismatch:
+            assert not 0 <= timeout_s <= 86400
+            continue
         if isinstance(answer, Future):
             answer = answer.result(10)
         assert isinstance(answer, Fetched | Evacuated)
