@@ -35,6 +35,7 @@ CONFINED = {
     "mooncake": {"transport"},
     "zmq": {"wire", "router"},
     "aiohttp": {"router", "testing"},
+    "opentelemetry": {"router"},
 }
 THIRD_PARTY = {
     "core": {"msgspec"},
@@ -48,6 +49,7 @@ THIRD_PARTY = {
             "jinja2",
             "matplotlib",
             "msgspec",
+            "opentelemetry",
             "prometheus_client",
             "tokenizers",
             "tqdm",

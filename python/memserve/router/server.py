@@ -41,6 +41,7 @@ from memserve.router.http.workers_api import WorkersApi
 from memserve.router.observe.metrics import DURATIONS, RouterMetrics
 from memserve.router.observe.observed import Observed
 from memserve.router.observe.state_metrics import StateCollector
+from memserve.router.observe.tracing import PassOn, Traces, Tracing
 from memserve.router.placing.fetching import Fetcher
 from memserve.router.placing.placement import Placer, PlacerSettings
 from memserve.router.serving.attempt import Runner
@@ -116,7 +117,8 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         resumer = Resumer(state.tokenizers, metrics, is_on=config.resume == "auto")
         runner = Runner(upstream, state.placer, fetcher)
         dispatcher = Dispatcher(state, runner, resumer, _patience(config), metrics)
-        generate = GenerateHandler(dispatcher, state.observed.requests, door, config.observe)
+        traces = _traces(stack, config)
+        generate = GenerateHandler(dispatcher, state.observed.requests, door, config.observe, traces)
         prober = Prober(
             cluster,
             pools,
@@ -224,6 +226,15 @@ def _new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
     reader = PromptReader(tokenizers, config.routing_keys)
     observed = Observed.new(metrics, clock(), keeps_samples=config.observe.ui_show_prompts)
     return RouterState(cluster, pools, feed, followers, tokenizers, placer, breakers, reader, observed)
+
+
+def _traces(stack: AsyncExitStack, config: RouterConfig) -> Traces:
+    """What is done with traces. Raises ConfigError if spans are wanted and cannot be made."""
+    if not config.observe.enable_trace:
+        return PassOn()
+    tracing = Tracing.to(config.observe.otlp_traces_endpoint)
+    stack.push_async_callback(asyncio.to_thread, tracing.close)
+    return tracing
 
 
 def _patience(config: RouterConfig) -> Patience:

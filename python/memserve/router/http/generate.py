@@ -25,6 +25,7 @@ from memserve.router.http.exchange import Bodies, Exchange, WebExchange
 from memserve.router.http.tenants import salted
 from memserve.router.observe.request_log import Ended, RequestLog
 from memserve.router.observe.settings import ObserveSettings
+from memserve.router.observe.tracing import RequestTrace, Traces
 from memserve.router.placing.explain import MAX_LISTED, explained
 from memserve.router.placing.placed import Placed
 from memserve.router.serving.api import Api, Call, JsonObject, Names, encode_json
@@ -58,6 +59,7 @@ class _Log:
     reason: str = "-"
     attempts: int = 0
     placed: Placed | None = None
+    trace: RequestTrace | None = None
 
     def ended(self, exchange: Exchange, begun_s: float, now_s: float) -> Ended:
         """What is kept of the request, which began and ended at these times of the monotonic clock."""
@@ -93,6 +95,7 @@ class GenerateHandler:
         requests: RequestLog,
         door: Door,
         settings: ObserveSettings,
+        traces: Traces,
     ) -> None:
         self._dispatcher = dispatcher
         self._access = door.access
@@ -101,6 +104,7 @@ class GenerateHandler:
         self._out_of_memory = door.out_of_memory
         self._bodies = Bodies(door)
         self._requests = requests
+        self._traces = traces
         self._id_headers = tuple(map(str.lower, settings.request_id_headers)) or (REQUEST_ID,)
         self._cors = Cors(settings.cors_allowed_origins)
         self._running: set[asyncio.Task[object]] = set()
@@ -122,6 +126,7 @@ class GenerateHandler:
         assert task is not None
         self._running.add(task)
         log, start = _Log(exchange.api), time.monotonic()
+        log.trace = self._traces.begin(exchange.api, exchange.headers)
         try:
             await self._handle(exchange, log)
         except asyncio.CancelledError:
@@ -130,7 +135,10 @@ class GenerateHandler:
         finally:
             self._running.discard(task)
             now_s = time.monotonic()
-            self._requests.add(log.ended(exchange, start, now_s))
+            ended = log.ended(exchange, start, now_s)
+            self._requests.add(ended)
+            if log.trace is not None:
+                log.trace.end(ended)
             level = logging.DEBUG if log.status == 200 else logging.INFO
             if logger.isEnabledFor(level):
                 elapsed_ms = (now_s - start) * 1000
@@ -234,12 +242,17 @@ class GenerateHandler:
     ) -> None:
         call, candidates = self._checked(exchange.headers, tenant, exchange.api, read_body(raw), len(raw))
         log.rid = call.rid
+        if log.trace is not None:
+            log.trace.admitted()
+            call = msgspec.structs.replace(call, trace=log.trace)
         job = await self._dispatcher.read(call, candidates, exchange.headers)
         if admitted.is_charged:
             admitted.charge(job.prompt.num_tokens + asked_tokens(call))
 
         def on_placed(placed: Placed, attempt: int) -> None:
             log.route, log.placed, log.attempts = placed.route, placed, attempt
+            if log.trace is not None:
+                log.trace.placed(placed)
             if attempt > 1:
                 exchange.reply[ATTEMPTS] = str(attempt)
             if exchange.headers.get(EXPLAIN, "0") != "0":

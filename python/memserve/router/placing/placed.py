@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from memserve.router.cluster.instance import Instance, Pair, Route
 from memserve.router.placing.decision import Decision
-from memserve.router.placing.fetching import FetchPlan
+from memserve.router.placing.fetching import FetchOutcome, FetchPlan
 from memserve.router.text.prompts import Prompt
 
 
@@ -28,6 +28,7 @@ class Placed:
     is_prefilled: bool = False
     prefilled_s: float | None = None
     """When its first token came, where that was noticed at once."""
+    fetched: FetchOutcome | None = None
     cached_tokens: int | None = None
     """What its prefill says it had."""
 

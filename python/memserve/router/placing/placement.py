@@ -157,7 +157,7 @@ class Placer:
         if is_whole and num_new > 0:
             num_tokens = num_new * placed.decision.situation.page_tokens
             self._costs_of(placed.prefill).fetched(num_tokens, outcome.seconds)
-        placed.begun_s = self._clock()
+        placed.begun_s, placed.fetched = self._clock(), outcome
 
     def prefilled(self, placed: Placed, cached_tokens: int | None, *, is_timely: bool = True) -> None:
         """Its first token is there; prefill had `cached_tokens` of it, if it says so. Idempotent.

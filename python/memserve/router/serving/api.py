@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import itertools
 import secrets
+from collections.abc import Mapping
 from enum import StrEnum
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 import msgspec
 
@@ -35,6 +36,16 @@ class Names:
         return f"{self._process}{next(self._counter):012x}"
 
 
+class LegTrace(Protocol):
+    """Notes when the legs of a call begin and end."""
+
+    def leg(self, instance: str, role: str) -> Mapping[str, str]:
+        """One begins: headers for its server."""
+
+    def left(self, instance: str, *, is_answered: bool) -> None:
+        """It has ended."""
+
+
 class Call(msgspec.Struct, frozen=True):
     """A checked request."""
 
@@ -61,6 +72,7 @@ class Call(msgspec.Struct, frozen=True):
     """It is one tenant's of several: what it calls itself must not meet the names of others."""
     wants_report: bool = False
     """A stream ends with a comment that tells what prefill reused."""
+    trace: LegTrace | None = None
 
     def __repr__(self) -> str:
         return f"Call({self.api}, rid={self.rid})"  # neither prompts nor keys

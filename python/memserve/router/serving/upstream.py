@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
+import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
@@ -117,12 +118,15 @@ class Upstream:
 
     async def _sent(self, instance: Instance, call: Call, body: bytes) -> Connection:
         connection = self._connections.free(instance.url) or await self._connections.connect(instance.url)
-        connection.send(_request(instance.url, call, body))
+        connection.send(_request(instance, call, body))
         return connection
 
     def _leave(self, instance: Instance, call: Call, connection: Connection | None, answered: bool) -> None:
         if connection is not None:
             connection.release() if answered else connection.close()
+            if call.trace is not None:
+                is_well = answered and sys.exception() is None
+                call.trace.left(instance.instance_id, is_answered=is_well)
         if not answered:
             self._abort(instance, call)
 
@@ -170,10 +174,13 @@ def _head(url: str, api: Api) -> str:
     )
 
 
-def _request(url: str, call: Call, body: bytes) -> bytes:
-    head = _head(url, call.api)
+def _request(instance: Instance, call: Call, body: bytes) -> bytes:
+    head = _head(instance.url, call.api)
     if call.authorization is not None:
         head += f"Authorization: {call.authorization}\r\n"
+    if call.trace is not None:
+        told = call.trace.leg(instance.instance_id, instance.role)
+        head += "".join([f"{name}: {value}\r\n" for name, value in told.items()])
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
