@@ -14,31 +14,23 @@ from msgspec import structs
 
 from memserve.router.serving.api import Api, Call
 from memserve.router.serving.continuation import Diverged, Kept
-from memserve.router.serving.resume import SAMPLES, closing, keep, resumption, why_not
-from memserve.router.serving.transcript import FOLD_BYTES, MAX_BYTES, Transcript, Unreadable
+from memserve.router.serving.resume import SAMPLES, Tokens, closing, keep, openai_text, resumption, why_not
+from memserve.router.serving.transcript import Transcript
 
 from .greedy_server import GreedyServer
-from .token_stage import byte_level
-
-TOKENIZER = byte_level()
-SAID = " The quick 日本語 brown naïve 🐍🦊 fox 中文\n jumps over café the lazy dog; it's 12345 times 한국어."
-SCRIPT: list[int] = TOKENIZER.encode(SAID).ids
-LETTERS: list[int] = [TOKENIZER.token_to_id(letter) for letter in "zqxjvk" * 9]
-PROMPT: list[int] = TOKENIZER.encode("Say the quick brown fox: hello 🐍").ids
-SERVER = GreedyServer(TOKENIZER, SCRIPT)
-
-GREEDY = {"temperature": 0, "max_new_tokens": 40}
-
-
-def native(**params: Any) -> Call:
-    body = {"input_ids": PROMPT, "stream": True, "sampling_params": {**GREEDY, **params}}
-    return Call(Api.GENERATE, body, "me", False, ("me",), None, 1, None)
-
-
-def openai(api: Api, **body: Any) -> Call:
-    asked = {"messages": []} if api is Api.CHAT else {"prompt": PROMPT}
-    whole = {**asked, "stream": True, "temperature": 0, "max_tokens": 40, **body}
-    return Call(api, whole, "me", False, ("me",), None, 1, None)
+from .resume_stage import (
+    LETTERS,
+    PROMPT,
+    SAID,
+    SCRIPT,
+    SERVER,
+    TOKENIZER,
+    native,
+    openai,
+    proven,
+    seen_of,
+    tokens_of,
+)
 
 
 def told(call: Call, events: Sequence[bytes]) -> Any:
@@ -57,14 +49,19 @@ def told(call: Call, events: Sequence[bytes]) -> Any:
 
 
 def broken(
-    server: GreedyServer, call: Call, cuts: Sequence[tuple[int, Sequence[int]]], last: Sequence[int]
+    server: GreedyServer,
+    call: Call,
+    cuts: Sequence[tuple[int, Sequence[int]]],
+    last: Sequence[int],
+    *,
+    proves: bool = False,
 ) -> tuple[list[bytes], list[int]]:
     """What a client gets if servers leave it after so many events each; and what each next one kept."""
     got, num_kept = list[bytes](), list[int]()
     transcript, asked, rewrite = Transcript(call), call, None
     for count, groups in [*cuts, (1 << 30, last)]:
-        ids: Any = asked.body.get("input_ids") or asked.body.get("prompt") or PROMPT
-        for event in server.stream(asked, ids, groups)[:count]:
+        prompt: Any = asked.body.get("input_ids") or asked.body.get("prompt") or PROMPT
+        for event in server.stream(asked, prompt, groups)[:count]:
             own = rewrite(event) if rewrite else event
             if own:
                 got.append(own)
@@ -76,7 +73,8 @@ def broken(
         if rest is not None:
             got.append(rest)
             break
-        going = resumption(call, seen, PROMPT, lambda ids: server.text_after(PROMPT, ids))
+        ids = proven(server, openai_text(call, seen)) if proves else ()
+        going = resumption(call, seen, tokens_of(server, ids))
         num_kept.append(going.num_kept)
         asked, rewrite = going.call, going.continuation.rewrite
     return [event for event in got if event], num_kept
@@ -108,7 +106,15 @@ def test_a_native_stream_goes_on_as_if_undisturbed(
     assert told(call, got) == whole
 
 
-@given(CUTS, GROUPS, STOPS, st.integers(1, 60), st.sampled_from([Api.CHAT, Api.COMPLETIONS]), st.booleans())
+@given(
+    CUTS,
+    GROUPS,
+    STOPS,
+    st.integers(1, 60),
+    st.sampled_from([Api.CHAT, Api.COMPLETIONS]),
+    st.booleans(),
+    st.booleans(),
+)
 def test_an_openai_stream_goes_on_as_if_undisturbed(
     cuts: list[tuple[int, list[int]]],
     last: list[int],
@@ -116,12 +122,13 @@ def test_an_openai_stream_goes_on_as_if_undisturbed(
     most: int,
     api: Api,
     include_usage: bool,
+    proves: bool,
 ) -> None:
     if stops:
         cuts, last = one_by_one(cuts), [1]
     call = openai(api, stop=stops, max_tokens=most, stream_options={"include_usage": include_usage})
     groups = cuts[0][1]
-    whole, got = SERVER.stream(call, PROMPT, groups), broken(SERVER, call, cuts, last)[0]
+    whole, got = SERVER.stream(call, PROMPT, groups), broken(SERVER, call, cuts, last, proves=proves)[0]
     assert told(call, got) == told(call, whole)
 
 
@@ -129,7 +136,7 @@ def test_what_was_streamed_becomes_a_part_of_the_prompt() -> None:
     call = native(max_new_tokens=30, min_new_tokens=12, ignore_eos=True)
     server = GreedyServer(TOKENIZER, LETTERS)
     seen = seen_of(call, server.stream(call, PROMPT, [1])[:10])
-    going = resumption(call, seen, PROMPT, lambda ids: server.text_after(PROMPT, ids))
+    going = resumption(call, seen, tokens_of(server))
     assert going.num_kept == 10
     params: Any = going.call.body["sampling_params"]
     assert going.call.body["input_ids"] == PROMPT + seen.choices[0].ids
@@ -159,7 +166,7 @@ def test_requests_that_look_back_are_done_again_from_the_prompt(params: Any, num
     call = native(**params)
     server = GreedyServer(TOKENIZER, LETTERS)
     seen = seen_of(call, server.stream(call, PROMPT, [1])[:12])
-    going = resumption(call, seen, PROMPT, lambda ids: server.text_after(PROMPT, ids))
+    going = resumption(call, seen, tokens_of(server))
     assert going.num_kept == num_kept
     if not num_kept:
         assert going.call is call
@@ -170,8 +177,8 @@ def test_requests_that_are_more_than_their_tokens_are_done_again_from_the_prompt
     call = native()
     seen = seen_of(call, SERVER.stream(call, PROMPT, [1])[:12])
     more = structs.replace(call, body={**call.body, field: True})
-    assert resumption(more, seen, PROMPT, lambda ids: SERVER.text_after(PROMPT, ids)).call is more
-    assert resumption(call, seen, None, lambda ids: SERVER.text_after(PROMPT, ids)).call is call
+    assert resumption(more, seen, tokens_of(SERVER)).call is more
+    assert resumption(call, seen, Tokens()).call is call
 
 
 def test_half_a_character_is_not_kept() -> None:
@@ -225,44 +232,7 @@ def test_what_a_server_remembers_is_not_continued_by_another() -> None:
     assert why_not(call, is_deterministic=True) == "session_params is set"
 
 
-# ---- what was seen
-
-
-def seen_of(call: Call, events: Sequence[bytes]) -> Any:
-    transcript = Transcript(call)
-    for event in events:
-        transcript.note(event)
-    return transcript.seen()
-
-
-@pytest.mark.parametrize("incremental", [False, True])
-def test_a_long_stream_is_remembered_in_little_memory(incremental: bool) -> None:
-    server = replace(SERVER, is_incremental=incremental)
-    call = native(max_new_tokens=900)
-    events = server.stream(call, PROMPT, [1])
-    assert sum(map(len, events)) > 2 * FOLD_BYTES
-    transcript = Transcript(call)
-    for event in events:
-        transcript.note(event)
-        assert sum(map(len, transcript._chunks)) <= FOLD_BYTES + 4 * max(map(len, events))
-    assert transcript.seen().choices[0].ids == seen_of(call, SERVER.stream(call, PROMPT, [1])).choices[0].ids
-    assert transcript.seen().is_done
-
-
-def test_a_stream_that_is_too_long_is_forgotten() -> None:
-    call = openai(Api.COMPLETIONS)
-    event = json.dumps({"id": "x", "choices": [{"index": 0, "text": "x" * 100_000}]}).encode()
-    with pytest.raises(Unreadable, match="longer"):
-        seen_of(call, [b"data: " + event + b"\n\n"] * (MAX_BYTES // 100_000 + 1))
-
-
-@pytest.mark.parametrize(
-    "event",
-    [b"data: {}\n\n", b"data: {oops\n\n", b'data: {"meta_info": {"completion_tokens": 1}, "text": "x"}\n\n'],
-)
-def test_events_of_another_kind_are_not_continued(event: bytes) -> None:
-    with pytest.raises(Unreadable):
-        seen_of(native(), [event])
+# ---- what follows
 
 
 def test_a_client_that_has_it_all_is_only_told_the_end() -> None:
@@ -277,14 +247,11 @@ def test_a_client_that_has_it_all_is_only_told_the_end() -> None:
     assert closing(call, seen_of(call, [*events, usage])) is not None
 
 
-# ---- what follows
-
-
 @pytest.mark.parametrize("call", [native(presence_penalty=1), openai(Api.CHAT), openai(Api.COMPLETIONS)])
 def test_a_server_that_answers_differently_is_not_listened_to(call: Call) -> None:
     other = GreedyServer(TOKENIZER, SCRIPT[::-1])
     seen = seen_of(call, SERVER.stream(call, PROMPT, [1])[:8])
-    rewrite = resumption(call, seen, PROMPT, lambda ids: "").continuation.rewrite
+    rewrite = resumption(call, seen, Tokens(PROMPT)).continuation.rewrite
     events = other.stream(call, PROMPT, [1])
     with pytest.raises(Diverged):
         list(map(rewrite, events))
@@ -294,7 +261,7 @@ def test_a_server_that_answers_differently_is_not_listened_to(call: Call) -> Non
 def test_a_server_that_ends_too_soon_is_not_believed(call: Call) -> None:
     seen = seen_of(call, SERVER.stream(call, PROMPT, [1])[:20])
     short = native(max_new_tokens=3) if call.api is Api.GENERATE else openai(call.api, max_tokens=3)
-    rewrite = resumption(call, seen, PROMPT, lambda ids: "").continuation.rewrite
+    rewrite = resumption(call, seen, Tokens(PROMPT)).continuation.rewrite
     events = SERVER.stream(short, PROMPT, [1])
     with pytest.raises(Diverged):
         list(map(rewrite, events))
@@ -332,7 +299,7 @@ def test_reasoning_and_tool_calls_go_on_where_they_were() -> None:
         chunk({}, finish_reason="tool_calls"),
         b"data: [DONE]\n\n",
     ]
-    rewrite = resumption(call, seen_of(call, first), None, lambda ids: "").continuation.rewrite
+    rewrite = resumption(call, seen_of(call, first), Tokens()).continuation.rewrite
     rest = [own for event in again if (own := rewrite(event))]
     assert [json.loads(event[6:])["choices"][0]["delta"] for event in rest[:-1]] == [
         tool(0, 'ty"'),
@@ -352,7 +319,7 @@ def test_each_choice_goes_on_by_itself() -> None:
         chunk({}, 1, finish_reason="stop"),
         chunk({}, 0, finish_reason="stop"),
     ]
-    rewrite = resumption(call, seen_of(call, first), None, lambda ids: "").continuation.rewrite
+    rewrite = resumption(call, seen_of(call, first), Tokens()).continuation.rewrite
     rest = [json.loads(own[6:]) for event in again if (own := rewrite(event))]
     assert rest == [json.loads(event[6:]) for event in (chunk({"content": "b"}, 0), again[-1])]
 
@@ -365,9 +332,7 @@ def test_logprobs_are_told_once() -> None:
         said = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": None}
         return b"data: " + json.dumps({"id": "x", "choices": [said]}).encode() + b"\n\n"
 
-    rewrite = resumption(
-        call, seen_of(call, [event("ab", -0.1, -0.2)]), None, lambda ids: ""
-    ).continuation.rewrite
+    rewrite = resumption(call, seen_of(call, [event("ab", -0.1, -0.2)]), Tokens()).continuation.rewrite
     assert rewrite(event("a", -0.10001)) == b""
     rest = json.loads(rewrite(event("bc", -0.2, -0.3))[6:])["choices"][0]
     assert (rest["text"], rest["logprobs"]) == ("c", {"tokens": ["c"], "token_logprobs": [-0.3]})

@@ -15,6 +15,7 @@ from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from memserve.core.errors import BadRequest
+from memserve.core.ids import InstanceId
 from memserve.router.cluster.instance import Snapshot
 from memserve.router.observe.metrics import RouterMetrics
 from memserve.router.placing.decision import Decision
@@ -185,13 +186,27 @@ class Dispatcher:
         async def go_on(fault: WorkerFault) -> _Attempt:
             if not sink.has_begun:
                 return _Attempt.anew(job.call)
-            resumed = await self._resumer.resumed(job.call, job.model, outlet, self._ready(job))
+            failed = [fault.instance_id]
+
+            async def ask(call: Call) -> bytes:
+                return await self._asked(call, job, failed)
+
+            resumed = await self._resumer.resumed(job.call, job.model, outlet, self._ready(job), ask)
             if isinstance(resumed, str):
                 fault.why_not_resumed = resumed
                 raise fault
             return _Attempt.anew(resumed.call, resumed)
 
         await self._tried(job, on_placed, run, go_on)
+
+    async def _asked(self, call: Call, job: Job, failed: Sequence[InstanceId]) -> bytes:
+        """The answer to a question of the router's own about `job`. Raises as one attempt does."""
+        for snapshot in choices(self._ready(job), failed):
+            placed = self._placer.place(self._breakers.admitted(snapshot), job.prompt)
+            if placed is not None:
+                self._sent(placed)
+                return await self._runner.answer(Alias().of(call), placed)
+        raise NoRoute("no server is ready")
 
     # ---- attempts
 
@@ -215,15 +230,28 @@ class Dispatcher:
                 except WorkerFault as fault:
                     faults.append(fault)
                     self._note(fault, placed, len(faults))
-                    if (harm := harmed(faults)) is not None:
-                        self._metrics.harmful.inc()
-                        raise harm from fault
-                    attempt = await then(fault)
+                    attempt = await self._next(faults, then)
                     placed = await self._place_again(attempt.job(job), faults, ends_s)
                 else:
                     for instance in placed.instances:
                         self._breakers.answered(instance)
                     return result
+
+    async def _next(
+        self, faults: list[WorkerFault], then: Callable[[WorkerFault], Awaitable[_Attempt]]
+    ) -> _Attempt:
+        """What `then` says is tried after the last of `faults`; those that it meets are added."""
+        while True:
+            fault = faults[-1]
+            if (harm := harmed(faults)) is not None:
+                self._metrics.harmful.inc()
+                raise harm from fault
+            try:
+                return await then(fault)
+            except WorkerFault as another:
+                if another is fault:
+                    raise
+                faults.append(another)
 
     @asynccontextmanager
     async def _in_time(self, call: Call) -> AsyncIterator[float]:

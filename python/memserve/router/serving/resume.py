@@ -1,8 +1,10 @@
 """Whether a stream that broke is continued by another server, and from where. Pure.
 
     greedy, or the servers are deterministic ── why_not ──> None
-        /generate, nothing that looks back    prompt + the tokens that were streamed
-        anything else                         the same request again; what repeats is left out
+        nothing that looks back, and the ids are known    prompt + the tokens that were streamed
+        anything else                                     the same again; what repeats is left out
+
+/generate tells the ids in its stream; those of an OpenAI stream have to be proven (see `proof`).
 
 Both give the text of an undisturbed run, as far as servers compute alike; what they say twice has to be
 the same. The second costs the decoding of what was streamed, once more.
@@ -27,7 +29,7 @@ from msgspec import structs
 from memserve.router.serving.api import Api, Call, JsonObject
 from memserve.router.serving.continuation import Continuation, Kept, NativeContinuation, OpenAiContinuation
 from memserve.router.serving.sse import DONE
-from memserve.router.serving.transcript import TEXT, Seen, Unreadable
+from memserve.router.serving.transcript import TEXT, Path, Seen, Unreadable
 
 TextOf = Callable[[Sequence[int]], str]
 """The text that generated tokens add to the prompt, by the model's tokenizer; "" if nobody can tell."""
@@ -52,6 +54,17 @@ _NEUTRAL = {"repetition_penalty": 1}
 _PLAIN_NATIVE = frozenset(
     {"text", "input_ids", "sampling_params", "stream", "rid", "extra_key", "cache_salt", "priority", "user"}
 )
+_PLAIN_OPENAI = frozenset(
+    {
+        *("model", "messages", "prompt", "input_ids", "stream", "stream_options", "rid", "n", "user"),
+        *("max_tokens", "max_completion_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p"),
+        *("seed", "stop", "stop_token_ids", "ignore_eos", "skip_special_tokens", "no_stop_trim"),
+        *("extra_key", "cache_salt", "priority", "metadata", "store"),
+        *("chat_template_kwargs", "separate_reasoning", "stream_reasoning"),
+    }
+)
+_OPENAI_LENGTHS = ("max_tokens", "max_completion_tokens", "min_tokens")
+_NATIVE_LENGTHS = ("max_new_tokens", "min_new_tokens")
 # What has a state at the servers, or answers with more than text.
 _NEVER = (
     *("session_id", "session_params", "return_hidden_states", "return_routed_experts"),
@@ -100,31 +113,65 @@ def closing(call: Call, seen: Seen) -> bytes | None:
     return DONE if is_told else None
 
 
-def resumption(
-    call: Call, seen: Seen, prompt: Sequence[int] | None, text_of: TextOf, room_tokens: int | None = None
-) -> Resumption:
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """What is known of the tokens of a call with one prompt."""
+
+    prompt: Sequence[int] = ()
+    """Of the prompt; none if they are not known."""
+    text_of: TextOf = lambda _: ""
+    room: int | None = None
+    """How long the prompt may be at the servers, if there is a limit."""
+    proven: Sequence[int] = ()
+    """Those at the begin of an OpenAI answer."""
+
+
+def openai_text(call: Call, seen: Seen) -> str | None:
+    """What was streamed of an OpenAI answer, if it helps to know its tokens; else None."""
+    if call.api is Api.GENERATE or call.num_prompts is not None or call.num_samples != 1:
+        return None
+    if _looks_back(call.body, _PLAIN_OPENAI) or list(seen.choices) != [0]:
+        return None
+    # The native default is 16 new tokens, but a chat goes on to the end of the context.
+    if call.api is Api.COMPLETIONS and not isinstance(call.body.get("max_tokens"), int):
+        return None
+    parts = seen.choices[0].parts
+    return parts[_field(call)] if list(parts) == [_field(call)] else None
+
+
+def resumption(call: Call, seen: Seen, tokens: Tokens) -> Resumption:
     """How a stream of `call`, of which `why_not` knows nothing bad, goes on after `seen`.
 
-    `prompt` are its token ids, if it has one prompt and they are known, and `room_tokens` what the
-    longest may have. `seen` is left as it is.
-    Raises Unreadable.
+    `seen` is left as it is. Raises Unreadable.
     """
     if seen.is_incremental and call.body.get("return_logprob"):
         raise Unreadable("it tells logprobs in parts")
     seen = copy.deepcopy(seen)
-    if call.api is not Api.GENERATE:
-        field = ("text",) if call.api is Api.COMPLETIONS else ("content",)
-        return Resumption(call, OpenAiContinuation(seen, Kept(), field, _stops(call.body)), 0)
-    kept = Kept()
-    if prompt and _is_plain(call) and list(seen.choices) == [0] and seen.is_incremental is not None:
-        params: Any = call.body["sampling_params"]
+    kept = _kept(call, seen, tokens)
+    count = len(kept.ids)
+    if call.api is Api.GENERATE:
+        continuation: Continuation = NativeContinuation(seen, kept)
+    else:
+        continuation = OpenAiContinuation(seen, kept, _field(call), _stops(call.body))
+    if count:
+        call = _continued(call, [*tokens.prompt, *kept.ids], count)
+    return Resumption(call, continuation, count, len(tokens.prompt) + count)
+
+
+def _kept(call: Call, seen: Seen, tokens: Tokens) -> Kept:
+    """What can stand in the prompt of what was streamed."""
+    if not tokens.prompt:
+        return Kept()
+    ids: Sequence[int] = tokens.proven
+    text, params = openai_text(call, seen), call.body
+    if call.api is Api.GENERATE and _is_plain(call, seen):
         choice = seen.choices[0]
-        if not choice.meta.get("reasoning_tokens"):
-            ids = choice.ids if room_tokens is None else choice.ids[: max(0, room_tokens - len(prompt))]
-            kept = keep(ids, choice.parts.get(TEXT, ""), _stops(params), text_of)
-            call = _continued(call, params, prompt, kept)
-    num_tokens = len(prompt or ()) + len(kept.ids)
-    return Resumption(call, NativeContinuation(seen, kept), len(kept.ids), num_tokens)
+        ids, text, params = choice.ids, choice.parts.get(TEXT, ""), call.body["sampling_params"]  # type: ignore[assignment]
+    if text is None:
+        return Kept()
+    if tokens.room is not None:
+        ids = ids[: max(0, tokens.room - len(tokens.prompt))]
+    return keep(ids, text, _stops(params), tokens.text_of)
 
 
 def keep(ids: Sequence[int], text: str, stops: Sequence[str], text_of: TextOf) -> Kept:
@@ -141,34 +188,49 @@ def keep(ids: Sequence[int], text: str, stops: Sequence[str], text_of: TextOf) -
     return Kept()
 
 
-def _continued(call: Call, params: JsonObject, prompt: Sequence[int], kept: Kept) -> Call:
-    """`call` from the prompt and `kept`."""
-    if not kept.ids:
-        return call
-    count = len(kept.ids)
-    left: JsonObject = {name: max(0, value - count) for name, value in _lengths(params).items()}
+def _continued(call: Call, prompt: list[int], count: int) -> Call:
+    """`call` from `prompt`, the last `count` of whose tokens were generated."""
     body = {name: value for name, value in call.body.items() if name != "text"}
-    body |= {"input_ids": [*prompt, *kept.ids], "sampling_params": {**params, **left}}
+    if call.api is Api.GENERATE:
+        params: Any = body["sampling_params"]
+        body["sampling_params"] = {**params, **_left(params, _NATIVE_LENGTHS, count)}
+    else:
+        body |= _left(body, _OPENAI_LENGTHS, count)
+    body["prompt" if call.api is Api.COMPLETIONS else "input_ids"] = prompt
     return structs.replace(call, body=body)
 
 
-def _is_plain(call: Call) -> bool:
-    """Whether a /generate call with one prompt does not look back."""
+def _left(params: JsonObject, names: Sequence[str], count: int) -> JsonObject:
+    """The lengths in `params` that are left after `count` tokens."""
+    values = {name: params.get(name) for name in names}
+    return {name: max(0, value - count) for name, value in values.items() if isinstance(value, int)}
+
+
+def _is_plain(call: Call, seen: Seen) -> bool:
+    """Whether a /generate call has one prompt and does not look back."""
     params = call.body.get("sampling_params")
     if not isinstance(params, dict) or call.num_prompts is not None or call.num_samples != 1:
         return False
-    if any(value for name, value in call.body.items() if name not in _PLAIN_NATIVE):
+    if (
+        list(seen.choices) != [0]
+        or seen.is_incremental is None
+        or seen.choices[0].meta.get("reasoning_tokens")
+    ):
         return False
     # A server may have a default of its own for what is not given.
-    if "max_new_tokens" not in _lengths(params):
+    if not isinstance(params.get("max_new_tokens"), int):
         return False
-    others = {name: value for name, value in params.items() if name not in _PLAIN_SAMPLING and value}
-    return all(_NEUTRAL.get(name) == value for name, value in others.items())
+    return not _looks_back(call.body, _PLAIN_NATIVE) and not _looks_back(params, _PLAIN_SAMPLING)
 
 
-def _lengths(params: JsonObject) -> dict[str, int]:
-    values = {name: params.get(name) for name in ("max_new_tokens", "min_new_tokens")}
-    return {name: value for name, value in values.items() if isinstance(value, int)}
+def _looks_back(fields: JsonObject, plain: frozenset[str]) -> bool:
+    """Whether there is anything in `fields` that is not known to be `plain`."""
+    return any(value and name not in plain and _NEUTRAL.get(name) != value for name, value in fields.items())
+
+
+def _field(call: Call) -> Path:
+    """Where the text of an OpenAI answer stands."""
+    return ("text",) if call.api is Api.COMPLETIONS else ("content",)
 
 
 def _params(call: Call) -> list[JsonObject]:

@@ -1,22 +1,38 @@
 """Has broken streams continued: remembers what may be, and finds the tokens to go on from.
 
-Decides nothing (`resume` does), sends nothing. Event loop thread only.
+Decides nothing (`resume` does). Event loop thread only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Sequence
 
+from memserve.core.errors import MemServeError
 from memserve.router.cluster.instance import Snapshot
 from memserve.router.observe.metrics import RouterMetrics
 from memserve.router.serving.api import Call
+from memserve.router.serving.failures import LegLost
 from memserve.router.serving.fitting import largest_room
+from memserve.router.serving.proof import LEAST_TOKENS, TIMEOUT_S, num_proven, question
 from memserve.router.serving.relay import Outlet, Sink
-from memserve.router.serving.resume import SAMPLES, Resumption, closing, resumption, why_not
+from memserve.router.serving.resume import (
+    SAMPLES,
+    Resumption,
+    Tokens,
+    closing,
+    openai_text,
+    resumption,
+    why_not,
+)
 from memserve.router.serving.transcript import Transcript, Unreadable
 from memserve.router.text.token_records import KnownTokens
 from memserve.router.text.tokenizers import Tokenizers
 
+logger = logging.getLogger(__name__)
+
+Ask = Callable[[Call], Awaitable[bytes]]
 NEVER = "--resume never"
 
 
@@ -40,15 +56,18 @@ class Resumer:
             return None
 
     async def resumed(
-        self, call: Call, model: str | None, outlet: Outlet, ready: Snapshot
+        self, call: Call, model: str | None, outlet: Outlet, ready: Snapshot, ask: Ask
     ) -> Resumption | str:
-        """How the stream goes on, or why it cannot. Counted."""
+        """How the stream goes on, or why it cannot; counted. `ask` gives the answer of one of `ready`.
+
+        Raises LegLost if that one was lost with the question.
+        """
         reason = self._why_not(call, ready)
         if reason is None and outlet.transcript is None:
             reason = "its events are not SGLang's"
         if reason is None and outlet.transcript is not None:
             try:
-                return await self._resumption(call, model, outlet.transcript, ready)
+                return await self._resumption(call, model, outlet.transcript, ready, ask)
             except Unreadable as error:
                 reason = str(error)
         self.count("refused")
@@ -62,23 +81,45 @@ class Resumer:
         if not self._is_on:
             return NEVER
         reason = why_not(call, is_deterministic=False)
-        if reason is SAMPLES and all(one.facts.is_deterministic for one in ready.all()):
+        if reason is SAMPLES and ready.all() and all(one.facts.is_deterministic for one in ready.all()):
             return why_not(call, is_deterministic=True)
         return reason
 
     async def _resumption(
-        self, call: Call, model: str | None, transcript: Transcript, ready: Snapshot
+        self, call: Call, model: str | None, transcript: Transcript, ready: Snapshot, ask: Ask
     ) -> Resumption:
-        tokens = await self._tokenizers.tokens_of(call, model)
-        prompt: Sequence[int] | None = None
-        if isinstance(tokens, KnownTokens) and tokens.replaceable and call.num_prompts is None:
-            prompt = tokens.prompts[0]
-        skips_special = _skips_special(call)
+        seen = transcript.seen()
+        known = await self._tokenizers.tokens_of(call, model)
+        if not isinstance(known, KnownTokens) or not known.replaceable or call.num_prompts is not None:
+            return resumption(call, seen, Tokens())
+        prompt, skips_special = known.prompts[0], _skips_special(call)
 
         def text_of(ids: Sequence[int]) -> str:
-            return self._tokenizers.text_after(model, prompt or (), ids, skips_special=skips_special)
+            return self._tokenizers.text_after(model, prompt, ids, skips_special=skips_special)
 
-        return resumption(call, transcript.seen(), prompt, text_of, largest_room(ready))
+        proven = await self._proven(call, model, openai_text(call, seen), prompt, ask)
+        return resumption(call, seen, Tokens(prompt, text_of, largest_room(ready), proven))
+
+    async def _proven(
+        self, call: Call, model: str | None, text: str | None, prompt: Sequence[int], ask: Ask
+    ) -> Sequence[int]:
+        """The tokens at the begin of a greedy answer of which only the `text` is known."""
+        if text is None or why_not(call, is_deterministic=False) is not None:
+            return ()
+        ids = await self._tokenizers.ids_of(model, text)
+        if len(ids) < LEAST_TOKENS:
+            return ()
+        try:
+            async with asyncio.timeout(TIMEOUT_S):
+                answer = await ask(question(call, prompt, ids))
+        except LegLost as lost:
+            if lost.was_sent:  # whoever counts what this request does to servers has to know
+                raise
+            return ()
+        except (TimeoutError, MemServeError) as error:
+            logger.info("tokens not proven rid=%s reason=%s", call.rid, error)
+            return ()
+        return ids[: num_proven(ids, answer)]
 
 
 def _skips_special(call: Call) -> bool:
