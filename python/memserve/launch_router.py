@@ -7,6 +7,7 @@ import logging
 import resource
 import sys
 from collections.abc import Sequence
+from contextlib import suppress
 
 import uvloop
 
@@ -43,7 +44,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def allow_many_connections() -> None:
     """As many open files as this process may have: a stream takes up to three."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    with suppress(OSError, ValueError):  # where there is no hard limit, the system has one all the same
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
 def collect_seldom() -> None:

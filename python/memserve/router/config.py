@@ -170,6 +170,9 @@ class RouterConfig:
         15.0, "an instance whose scheduler makes no step for so long gets no requests while there are others"
     )
     max_body_bytes: int = setting(64 << 20, "the largest request body; more is answered with 413")
+    max_connections: int | None = setting(
+        None, "how many clients may be connected; three quarters of the open files it may have unless given"
+    )
     client_header_timeout_secs: float = setting(
         30.0, "how long a client may take to send the head of a request"
     )
@@ -229,8 +232,10 @@ class RouterConfig:
             raise ConfigError("--ssl-certfile and --ssl-keyfile go together")
         if self.api_key is not None and not (self.api_key.isascii() and self.api_key.strip()):
             raise ConfigError("--api-key has to be ASCII, and not empty")
-        if self.max_buffered_mib is not None and self.max_buffered_mib < 1:
-            raise ConfigError("--max-buffered-mib has to be at least 1")
+        for name in ("max_buffered_mib", "max_connections"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"--{name.replace('_', '-')} has to be at least 1")
 
 
 def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:

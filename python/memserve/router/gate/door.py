@@ -6,6 +6,7 @@ Made from the configuration; decides nothing itself.
 from __future__ import annotations
 
 import logging
+import resource
 import ssl
 import time
 from dataclasses import dataclass
@@ -34,6 +35,8 @@ class ClientLimits:
     """For a request's head, from its first byte."""
     stall_s: float
     """For the next part of a body, or to read some more of an answer."""
+    max_connections: int
+    """Of all clients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,7 +73,10 @@ def open_door(config: RouterConfig, metrics: RouterMetrics) -> Door:
     if config.ssl_certfile is not None and config.ssl_keyfile is not None:
         certificate = Certificate(config.ssl_certfile, config.ssl_keyfile)
     limits = ClientLimits(
-        config.max_body_bytes, config.client_header_timeout_secs, config.client_stall_timeout_secs
+        config.max_body_bytes,
+        config.client_header_timeout_secs,
+        config.client_stall_timeout_secs,
+        config.max_connections or max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4),
     )
     budget = _open_budget(config)
     metrics.show("buffered_bytes", "Memory that requests are taken to need.", lambda: budget.held)

@@ -24,8 +24,9 @@ _MESSAGES = {
     "queue_full": "too many requests are running, and too many wait",
     "queue_timeout": "too many requests are running: none has made room in time",
     "memory": "too many large requests at once",
+    "connections": "too many connections",
 }
-_UNAVAILABLE = ("queue_timeout", "memory")
+_UNAVAILABLE = ("queue_timeout", "memory", "connections")
 """What is nobody's fault who asks: 503, all else 429."""
 
 

@@ -12,9 +12,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Sized
 from email.utils import formatdate
-from typing import Any, cast
+from typing import Any, Protocol, cast
 
 from memserve.core.errors import BadRequest, ConfigError
 from memserve.router.gate.door import Door
@@ -35,6 +35,17 @@ LINGER_S = 2.0  # for a client that is refused to notice
 SWEEP_S = 1.0
 
 Handler = Callable[[Exchange], Coroutine[Any, Any, None]]
+
+
+class MakesWeb(Protocol):
+    """Makes connections of aiohttp's, as `web.Server` does."""
+
+    @property
+    def connections(self) -> Sized:
+        """Those that are open."""
+
+    def __call__(self) -> asyncio.Protocol:
+        """A new one."""
 
 
 class _Connection(asyncio.Protocol):
@@ -67,8 +78,12 @@ class _Connection(asyncio.Protocol):
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
+        is_full = self.front.num_connections() >= self.front.limits.max_connections
         self.front.connections.add(self)
         self.deadline_s = self.front.now_s() + self.front.limits.head_s
+        if is_full:
+            self._refuse(self.front.door.gate.refused("connections"))
+            self._transport.close()  # more of them would stay for a while
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
@@ -243,8 +258,7 @@ class _Connection(asyncio.Protocol):
 class Front:
     """A listening socket and its lean connections. Event loop thread only."""
 
-    def __init__(self, handler: Handler, make_web: Callable[[], asyncio.Protocol], door: Door) -> None:
-        """`make_web`: an aiohttp connection, as `web.Server` makes them."""
+    def __init__(self, handler: Handler, make_web: MakesWeb, door: Door) -> None:
         self.handler = handler
         self.make_web = make_web
         self.door = door
@@ -257,6 +271,10 @@ class Front:
         self.date = formatdate(usegmt=True)
         self._sweeper: asyncio.TimerHandle | None = None
         self._server: asyncio.Server | None = None
+
+    def num_connections(self) -> int:
+        """How many clients are connected, aiohttp's too."""
+        return len(self.connections) + len(self.make_web.connections)
 
     async def listen(self, host: str, port: int) -> int:
         """Begin to serve; the port. Raises ConfigError if the address cannot be had."""

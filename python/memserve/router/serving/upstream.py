@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import ssl
 import sys
@@ -26,6 +27,8 @@ logger = logging.getLogger(__name__)
 ABORT_TIMEOUT_S = 3.0
 ABORT_AGAIN_S = 1.0
 """An abort may overtake the request it means; it is said again after this long."""
+_OWN_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What the router lacks, and no instance is to blame for."""
 _ERROR = b'data: {"error"'
 
 
@@ -138,7 +141,8 @@ class Upstream:
 
     def _lost(self, instance: Instance, error: OSError, *, was_sent: bool) -> LegLost:
         reason = describe(error) if was_sent else f"cannot connect ({error.strerror or describe(error)})"
-        self._on_lost(instance, reason)
+        if error.errno not in _OWN_FAULTS:
+            self._on_lost(instance, reason)
         return LegLost(instance.instance_id, instance.role, reason, was_sent=was_sent)
 
     def _abort(self, instance: Instance, call: Call) -> None:

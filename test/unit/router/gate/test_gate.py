@@ -123,6 +123,16 @@ def test_who_leaves_while_it_is_called_in_takes_no_slot_along(run: Run, num_tick
     run(test())
 
 
+def test_while_there_is_room_nothing_is_waited_for() -> None:
+    """No task, no future: entering and leaving never give the loop a turn. There is none here."""
+    gate = Gate(Admission(2, 2, time.monotonic), queue_timeout_s=1.0, metrics=RouterMetrics())
+    admitted = gate.admitted(ANYBODY)
+    with pytest.raises(StopIteration):
+        admitted.__aenter__().send(None)
+    with pytest.raises(StopIteration):
+        admitted.__aexit__(None, None, None).send(None)
+
+
 def test_a_failed_request_leaves_its_slot(run: Run) -> None:
     async def test() -> None:
         door = Door(1, 0)

@@ -6,7 +6,7 @@ import asyncio
 import json
 import resource
 from collections.abc import AsyncIterator, Callable, Coroutine
-from contextlib import asynccontextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
 
@@ -377,6 +377,29 @@ def test_a_client_that_reads_nothing_is_left_and_holds_up_nobody(run: Run, extra
 
 
 # ---- too many of nothing
+
+
+def test_connections_are_bounded_whoever_reads_them(run: Run) -> None:
+    async def test() -> None:
+        async with staged(FakeWorker(), max_connections=3) as stage, AsyncExitStack() as open_ones:
+            wires = [await open_ones.enter_async_context(wired(stage)) for _ in range(3)]
+            wires[0].send(b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n")  # this is aiohttp's now
+            assert (await wires[0].answer())[0] == 200
+            async with wired(stage) as refused:
+                assert (await refused.answer())[0] == 503
+                assert await refused.is_closed()
+            wires[1].send(request(json.dumps(ANY).encode()))
+            assert (await wires[1].answer())[0] == 200
+            wires[2].writer.close()
+            for _ in range(100):
+                async with wired(stage) as again:
+                    again.send(request(json.dumps(ANY).encode()))
+                    status, _ = await again.answer()
+                if status == 200:
+                    return
+            pytest.fail("there was no room again")
+
+    run(test())
 
 
 def test_ten_thousand_idle_connections_keep_nobody_out(run: Run) -> None:
