@@ -173,7 +173,7 @@ class WorkersApi:
         wanted = _decoded(await request.read(), NewRole)
         role = Role(wanted.role)
         if role is member.info.role:
-            return _page({**_id_of(member), "role": role, "stage": Stage.DONE, "reason": None})
+            return _page({**_id_of(member), **_describe_change(Change(member.info.url, role, Stage.DONE))})
         if reason := self._roles.why_not(member, role, is_forced=wanted.force):
             raise BadRequest(f"{member.info.instance_id} cannot become {role}: {reason}", status=409)
         change = self._roles.begin(member, role, wanted.timeout_s)
