@@ -50,9 +50,10 @@ def hook_scheduler() -> None:
     """Place the hooks of the process that runs the model, whose module has been imported."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from memserve.engine import pool_hooks
+    from memserve.engine import handoff_hooks, pool_hooks
 
     HookRegistry.register(seams.INTERNAL_STATE, report_state, HookType.AFTER)
+    handoff_hooks.place()
     pool_hooks.place()
 
 

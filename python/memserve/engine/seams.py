@@ -40,6 +40,8 @@ PAGE_HASH = "sglang.srt.mem_cache.utils:get_hash_str"
 START_METHOD = "sglang.srt.entrypoints.engine._set_envs_and_config"
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 PARALLEL_STATE = "sglang.srt.runtime_context:get_parallel"
+ROOM_STATUS = "sglang.srt.disaggregation.common.conn.CommonKVManager.check_status"
+TRANSFER_WORKER = "sglang.srt.disaggregation.mooncake.conn.MooncakeKVManager.transfer_worker"
 KV_SENDER = "sglang.srt.disaggregation.mooncake.conn:MooncakeKVSender"
 
 
@@ -308,6 +310,17 @@ SEAMS = (
         "sglang.srt.managers.load_snapshot:ShmLoadSnapshotReader",
         "same",
         members=("read_all",),
+    ),
+    Seam(
+        "room status",
+        ROOM_STATUS.replace(".CommonKV", ":CommonKV"),
+        "keeping a handoff's end from ending the thread that sends",
+        parameters=("bootstrap_room",),
+    ),
+    Seam(
+        "transfer worker",
+        TRANSFER_WORKER.replace(".MooncakeKV", ":MooncakeKV"),
+        "ending a prefill whose sending thread has ended",
     ),
     Seam("shared engine", SHARED_ENGINE, "finding the scheduler's transfer engine"),
     Seam("own address", "sglang.srt.utils.network:get_local_ip_auto", "telling others where we are"),
