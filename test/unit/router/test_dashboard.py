@@ -18,12 +18,21 @@ from memserve.wire.messages import Load, PoolInfo, Role, TierBlocks
 from .stage import Stage, staged
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
-DASHBOARD = Path(__file__).parents[3] / "deploy" / "grafana" / "memserve.json"
+ROOT = Path(__file__).parents[3]
+DASHBOARD = ROOT / "deploy" / "grafana" / "memserve.json"
+DOCS = ROOT / "docs" / "watching.md"
 PREFIX = "memserve_router_"
 _METRIC = re.compile(rf"{PREFIX}\w+")
 _BY = re.compile(r"by \(([\w, ]+)\)")
 _MATCHED = re.compile(r"(\w+)(?:=~|!=|=)\"")
 _SHOWN = re.compile(r"{{(\w+)}}")
+
+
+def documented() -> set[str]:
+    """The metrics that the table in the docs names."""
+    rows = DOCS.read_text().partition("## Numbers")[2].partition("\n\n*First")[0].splitlines()
+    cells = (row.split("|")[2] for row in rows if row.startswith("| ") and "metrics |" not in row)
+    return {name for cell in cells for name in re.findall(r"`([a-z]+_\w+|breakers|instances)[`{]", cell)}
 
 
 def targets() -> Iterator[tuple[str, str, str]]:
@@ -59,6 +68,8 @@ def test_every_expression_names_what_there_is(run: Run) -> None:
             await stage.until(stage.router.state.followers.stats)
             await stage.events("/generate", {"input_ids": list(range(64)), "stream": True})
             known = await labels_by_name(stage)
+        assert len(documented()) > 30
+        assert {PREFIX + name for name in documented()} <= {name.removesuffix("_bucket") for name in known}
         for title, expression, legend in targets():
             names = _METRIC.findall(expression)
             assert names, title
