@@ -142,7 +142,9 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         if cors := Cors(config.observe.cors_allowed_origins):
             middlewares.insert(0, cors.middleware(is_clients))
         app = web.Application(client_max_size=PAGE_BODY_BYTES, middlewares=middlewares)
-        app.add_routes([*generate.routes(), *workers.routes(), *pages.routes(), *Ui(state, config).routes()])
+        app.add_routes(
+            [*generate.routes(), *workers.routes(), *pages.routes(), *Ui(state, config, door.gate).routes()]
+        )
         app.router.add_get("/openapi.json", openapi.page)
         port = await _serve_http(stack, config, generate, app, door)
         await _serve_metrics(stack, config, pages)

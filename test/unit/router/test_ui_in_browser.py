@@ -142,6 +142,20 @@ def test_a_keyboard_is_enough(run: Run, tmp_path: Path) -> None:
     run(test())
 
 
+def test_long_names_can_be_told_apart(run: Run, tmp_path: Path) -> None:
+    async def test() -> None:
+        async with shown(tmp_path) as (stage, page):
+            for end in ("1", "2"):
+                log(stage, "a" * 31 + end)
+            await page.until("document.querySelectorAll('#requests tr').length === 6")
+            names = "[...document.querySelectorAll('#requests button')].map((one) => one.textContent)"
+            told = await page.value(names)
+            assert len(set(told)) == 6
+            assert max(map(len, told)) <= 16
+
+    run(test())
+
+
 def test_an_explanation_tells_why(run: Run, tmp_path: Path) -> None:
     async def test() -> None:
         async with shown(tmp_path) as (stage, page):

@@ -223,6 +223,7 @@ def schemas() -> dict[str, Schema]:
                 "version": STRING,
                 "uptime_s": NUMBER,
                 "reason_unready": or_null(STRING),
+                "waiting": COUNT,
                 "instances": array({"type": "object"}),
                 "hottest": array(ref("Prefix")),
                 "requests": array(ref("Request")),

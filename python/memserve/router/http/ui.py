@@ -23,6 +23,7 @@ from memserve.core.errors import BadRequest
 from memserve.core.ids import InstanceId
 from memserve.router.cluster.cluster import Member
 from memserve.router.config import RouterConfig
+from memserve.router.gate.gate import Gate
 from memserve.router.http.generate import json_response
 from memserve.router.http.workers_api import describe_member
 from memserve.router.observe.hot_prefixes import HotPrefix
@@ -59,8 +60,9 @@ SHOWN_REQUESTS = 50
 class Ui:
     """Serves these pages. Event loop thread only."""
 
-    def __init__(self, state: RouterState, config: RouterConfig) -> None:
+    def __init__(self, state: RouterState, config: RouterConfig, gate: Gate) -> None:
         self._state = state
+        self._gate = gate
         self._config = config
         self._started_s = time.time()
         folder = files("memserve.router.http").joinpath("ui")
@@ -102,6 +104,7 @@ class Ui:
                 "decode": config.decode_policy or config.policy,
             },
             "shows_prompts": state.observed.prefixes.keeps_samples,
+            "waiting": self._gate.num_waiting(),
             "tree_blocks": stats.blocks,
             "instances": self._instances(stats.instances),
             "hottest": self._hottest(SHOWN_PREFIXES, now_s),

@@ -79,7 +79,7 @@ function tiles(state) {
     ["First token, median", seconds(newest("first_token_p50_s")),
       `95 % within ${seconds(newest("first_token_p95_s"))}`, of("first_token_p50_s"), 0.001],
     ["Prompt tokens from cache", percent(newest("hit_ratio")), "of prefills that tell", of("hit_ratio"), 1],
-    ["Running", count(running), `${count(queued)} waiting for their prefill`, null, 1],
+    ["Running", count(running), `${count(state.waiting)} not let in yet · ${count(queued)} in prefill`, null, 1],
   ];
   const shape = JSON.stringify(all);
   show($("tiles"), shape, all.map(([title, value, note, values, least]) =>
@@ -115,7 +115,7 @@ function instances(all) {
     { signature: one.role, nodes: () => [el("span", { class: `role ${one.role}` }, one.role)] },
     state(one),
     { num: true, text: count(one.running) },
-    { num: true, text: one.queued ? `${count(one.queued)} · ${seconds(one.queued_s)}` : count(one.queued) },
+    { num: true, text: one.queued_s >= 0.001 ? `${count(one.queued)} · ${seconds(one.queued_s)}` : count(one.queued) },
     blocks(one.hbm_blocks, one.hbm_capacity, hbm, "hbm"),
     blocks(one.dram_blocks, one.dram_capacity, dram, "dram"),
     { signature: String(one.breaker), nodes: () => [one.breaker ? badge(one.breaker, BREAKERS[one.breaker] ?? "idle") : "–"] },
@@ -179,10 +179,15 @@ function cached(one) {
 
 function opener(one) {
   const name = one.request_id || one.rid;
-  const button = el("button", { type: "button", class: "link", "aria-haspopup": "dialog", title: name }, name.length > 14 ? `${name.slice(0, 12)}…` : name);
+  const button = el("button", { type: "button", class: "link", "aria-haspopup": "dialog", title: name }, short(name));
   button.setAttribute("aria-label", `Why request ${name} went where it went`);
   button.addEventListener("click", () => open(one.rid));
   return button;
+}
+
+/** The router's own names differ at their end, a client's maybe at the beginning. */
+function short(name) {
+  return name.length > 16 ? `${name.slice(0, 5)}…${name.slice(-9)}` : name;
 }
 
 // ---- the explanation
