@@ -26,7 +26,7 @@ from memserve.wire.messages import InstanceInfo, Load, Role
 
 logger = logging.getLogger(__name__)
 
-SUSPECT_MISSES, DOWN_MISSES, HEARTBEAT_MISSES = 1.5, 3, 5
+SUSPECT_MISSES, DOWN_MISSES, HEARTBEAT_MISSES = 2, 3, 5
 """After so many heartbeats' time of silence an instance is suspect, down, forgotten."""
 
 
