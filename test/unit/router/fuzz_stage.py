@@ -43,6 +43,12 @@ class Reader(FakeWorker):
             self.requests.clear()
             self.aborts.clear()
 
+    async def _abort(self, request: web.Request) -> web.Response:
+        try:
+            return await super()._abort(request)
+        except (KeyError, TypeError, ValueError) as error:
+            return web.json_response({"error": {"message": repr(error)}}, status=400)
+
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
         if "messages" in body:
@@ -103,7 +109,7 @@ def beside(model: Path, **settings: Any) -> Iterator[Beside]:
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
     logging.getLogger().addHandler(failures)
-    context = staged(*workers, **settings)
+    context = staged(*workers, heartbeat_secs=3600.0, **settings)  # they send none
     try:
         stage = asyncio.run_coroutine_threadsafe(context.__aenter__(), loop).result(TIMEOUT_S)
         yield Beside(stage, loop, failures.said)

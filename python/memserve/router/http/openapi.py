@@ -91,7 +91,7 @@ OPERATIONS: dict[tuple[str, str], Operation] = {
     ("GET", "/flush_cache"): _flush,
     ("POST", "/flush_cache"): _flush,
     ("POST", "/abort_request"): Operation(
-        "End a request, as SGLang", {200: {}}, obj({}, {"rid": STRING, "abort_all": BOOLEAN}), other="*/*"
+        "End a request, as SGLang", {200: {}}, obj({}, {"rid": STRING, "abort_all": BOOLEAN}), other=TEXT
     ),
     ("POST", "/concate_and_append_request"): Operation(
         "Take the frontend language's hint to join branches",

@@ -181,10 +181,17 @@ class Pages:
     async def abort_request(self, request: web.Request) -> web.Response:
         """Hand SGLang's own abort to every instance that is up; those that do not know the rid ignore it."""
         body = await request.read()
+        try:
+            msgspec.json.decode(body, type=_Abort)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            return json_response(failure(400, f"not an abort: {error}").body(), 400)
         instances = self._cluster.up.all()
         answers = await asyncio.gather(*(self._ask(one, "POST", "/abort_request", body) for one in instances))
-        worst = max(answers, default=(200, b""))
-        return web.Response(status=worst[0], body=worst[1])
+        status, said = max(answers, default=(200, b""))
+        if status != 200:
+            status = status if status < 500 else 502
+            return json_response(failure(status, message_of(status, said)).body(), status)
+        return web.Response(text=said.decode(errors="replace"))
 
     async def concatenate(self, request: web.Request) -> web.Response:
         """Accept the frontend language's hint to put forked branches' KV behind one another.
@@ -195,7 +202,7 @@ class Pages:
         """
         try:
             msgspec.json.decode(await request.read(), type=_Concatenation)
-        except msgspec.MsgspecError as error:
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return json_response(failure(400, f"not a concate_and_append request: {error}").body(), 400)
         return json_response(b'{"success": true}')
 
@@ -242,6 +249,11 @@ def without_secrets(value: object) -> object:
     if isinstance(value, dict):
         return {name: without_secrets(one) for name, one in value.items() if not _SECRET.search(name)}
     return value
+
+
+class _Abort(msgspec.Struct):
+    rid: str | list[str] | None = None
+    abort_all: bool = False
 
 
 class _Concatenation(msgspec.Struct):

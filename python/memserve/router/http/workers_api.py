@@ -311,7 +311,7 @@ def _decoded(body: bytes, kind: type[T]) -> T:
     """Raises BadRequest with the field at fault."""
     try:
         return msgspec.json.decode(body, type=kind)
-    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
         found = _FIELD.search(str(error))
         raise BadRequest(str(error), field=found.group(1) if found else None) from error
 
