@@ -21,6 +21,9 @@ from memserve.router.serving.upstream import Leg
 
 Write = Callable[[bytes], Awaitable[None]]
 
+MAX_EVENT_BYTES = 1 << 20
+"""So much of an event is kept until it is whole; one that is longer is not remembered."""
+
 _ERROR, _ABORT = b'data: {"error"', b'"type":"abort"'
 _DATA = b"data:"
 _FIELDS = (_DATA, b":", b"event:", b"id:", b"retry:")
@@ -141,7 +144,8 @@ class Outlet:
     def _cut(self, chunk: bytes) -> bytes:
         """The whole events; the rest is kept."""
         chunk = self._rest + chunk
-        if b"\r\n\r\n" in chunk:  # a server's own way to end events: hand on what comes
+        # A server's own way to end events, or one that does not end: hand on what comes.
+        if b"\r\n\r\n" in chunk or len(chunk) > MAX_EVENT_BYTES:
             self._transcript, self._rest = None, b""
             return chunk
         end = chunk.rfind(b"\n\n") + 2

@@ -62,16 +62,17 @@ class Resumer:
 
         Raises LegLost if that one was lost with the question.
         """
-        reason = self._why_not(call, ready)
-        if reason is None and outlet.transcript is None:
-            reason = "its events are not SGLang's"
-        if reason is None and outlet.transcript is not None:
+        if outlet.transcript is None:
+            reason = self._why_not(call, ready) or "its events are not SGLang's"
+        elif (lacks := why_not(call, is_deterministic=_are_deterministic(ready))) is not None:
+            reason = lacks
+        else:
             try:
                 return await self._resumption(call, model, outlet.transcript, ready, ask)
             except Unreadable as error:
                 reason = str(error)
         self.count("refused")
-        return str(reason)
+        return reason
 
     def count(self, outcome: str) -> None:
         """A stream that broke has ended so."""
@@ -81,7 +82,7 @@ class Resumer:
         if not self._is_on:
             return NEVER
         reason = why_not(call, is_deterministic=False)
-        if reason is SAMPLES and ready.all() and all(one.facts.is_deterministic for one in ready.all()):
+        if reason is SAMPLES and ready.all() and _are_deterministic(ready):
             return why_not(call, is_deterministic=True)
         return reason
 
@@ -120,6 +121,10 @@ class Resumer:
             logger.info("tokens not proven rid=%s reason=%s", call.rid, error)
             return ()
         return ids[: num_proven(ids, answer)]
+
+
+def _are_deterministic(ready: Snapshot) -> bool:
+    return all(one.facts.is_deterministic for one in ready.all())
 
 
 def _skips_special(call: Call) -> bool:
