@@ -12,6 +12,7 @@ import pytest
 from memserve.core.ids import InstanceId
 from memserve.router.serving.failures import LegFailed, LegLost, WorkerFault
 from memserve.router.serving.retry import harmed
+from memserve.router.text.tokenizers import Tokenizers
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
@@ -89,5 +90,35 @@ def test_servers_that_cannot_be_reached_are_no_proof(run: Run) -> None:
             for _ in range(2):
                 assert (await Ask(stage).task)[0] == 200
             assert await metric(stage, "memserve_router_harmful_total 0.0")
+
+    run(test())
+
+
+class _Dying(FakeWorker):
+    """Is ended by a question about a prompt's tokens."""
+
+    async def _answer(self, request: Any, received: Any) -> Any:
+        if received.body.get("top_logprobs_num"):
+            request.transport.abort()
+            raise asyncio.CancelledError
+        return await FakeWorker._answer(self, request, received)
+
+
+def test_what_ends_a_server_by_a_question_about_it_is_counted_too(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def ids_of(self: Any, model: Any, text: str) -> list[int]:
+        return [7] * 20
+
+    monkeypatch.setattr(Tokenizers, "ids_of", ids_of)
+
+    async def test() -> None:
+        workers = [_Dying(script=Script(drop_before=1)) for _ in range(3)]
+        async with staged(*workers, retry_initial_backoff_ms=1) as stage:
+            body = {"prompt": [1, 2], "max_tokens": 9, "stream": True, **GREEDY}
+            _, answer = await Ask(stage, "/v1/completions", body).task
+            error = json.loads(answer.strip().rpartition("data: ")[2])["error"]
+            assert (error["code"], error["retryable"]) == ("request_ended_servers", False)
+            assert sum(len(one.requests) for one in workers) == 2
 
     run(test())
