@@ -20,7 +20,7 @@ import msgspec
 from memserve.router.serving.api import Api, Call, JsonObject
 from memserve.router.serving.sse import data_of
 
-FOLD_BYTES = 64 << 10
+FOLD_BYTES = 128 << 10
 """So many bytes of chunks are kept before they are read."""
 MAX_BYTES = 4 << 20
 """What a stream may have said and still be remembered."""
@@ -94,6 +94,8 @@ class Transcript:
                 self._size = 0
             else:
                 self._fold()
+        elif self._is_native and self._seen.is_incremental is None and len(self._chunks) >= _LAST_CHUNKS:
+            self._fold()  # which of the two it is can be told from two events
 
     def seen(self) -> Seen:
         """All of it. Raises Unreadable."""
