@@ -282,7 +282,7 @@ def test_a_server_that_somebody_else_has_named_is_theirs(run: Run) -> None:
             api.say("ADDED", pod("two", ip="127.0.0.2"))
             await stage.until(lambda: len(urls(stage)) == 2)
             assert worker.url in urls(stage)
-            assert stage.is_ready()
+            await stage.until(stage.is_ready)
 
     run(test())
 
