@@ -6,10 +6,11 @@ import asyncio
 import json
 import mmap
 import os
+import random
 import re
 import signal
 import socket
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -264,11 +265,12 @@ class RealWorld:
 
 
 def free_port() -> int:
-    """A port that nobody has now."""
-    with socket.socket() as one:
-        one.bind(("127.0.0.1", 0))
-        port: int = one.getsockname()[1]
-        return port
+    """A port that nobody has now, nor gets while its server is away: the system gives out higher ones."""
+    while True:
+        port = random.randint(10_000, 32_000)
+        with socket.socket() as one, suppress(OSError):
+            one.bind(("127.0.0.1", port))
+            return port
 
 
 def _client(address: str) -> Link:
