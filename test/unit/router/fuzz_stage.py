@@ -18,6 +18,7 @@ from memserve.router.serving.validation import Limits, read_call
 from memserve.router.text.token_probes import Agreement
 from memserve.router.text.token_records import KnownTokens
 from memserve.router.text.tokenizer import Tokenizer as TextReader
+from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker, Received
 from memserve.wire.messages import Role
 
@@ -42,6 +43,9 @@ class Reader(FakeWorker):
         finally:
             self.requests.clear()
             self.aborts.clear()
+
+    def _refusal(self, received: Received, script: Script) -> web.Response | None:
+        return None  # it would take another endpoint's fields for this one's
 
     async def _abort(self, request: web.Request) -> web.Response:
         try:
