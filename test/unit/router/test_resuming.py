@@ -301,3 +301,21 @@ def test_an_answer_that_lacks_only_its_end_is_ended(run: Run) -> None:
             assert sum(len(one.requests) for one in workers) == 1
 
     run(test())
+
+
+def test_a_stream_that_nobody_is_left_to_continue_ends_with_the_error(run: Run) -> None:
+    async def test() -> None:
+        workers = [FakeWorker(Role.PREFILL, script=SCRIPT), FakeWorker(Role.DECODE, script=SCRIPT)]
+        async with staged(*workers) as stage:
+            held(stage, Role.DECODE)
+            ask = Ask(stage, body={**NATIVE, "stream": True})
+            await stage.decode.until(lambda w: w.requests and w.requests[0].num_sent == 2)
+            await stage.until(ask.begun.is_set)
+            await stage.decode.kill()
+            _, answer = await asyncio.wait_for(ask.task, 2.0)
+            error = json.loads(answer.strip().rpartition("data: ")[2])["error"]
+            assert (error["retryable"], "decode" in error["message"]) == (True, True)
+            assert not stage.router.state.cluster.snapshot.decodes
+            await stage.prefill.until(lambda w: all(one.finished or one.dropped for one in w.requests))
+
+    run(test())
