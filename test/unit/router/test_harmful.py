@@ -122,3 +122,22 @@ def test_what_ends_a_server_by_a_question_about_it_is_counted_too(
             assert sum(len(one.requests) for one in workers) == 2
 
     run(test())
+
+
+def test_servers_that_fall_silent_were_not_ended_by_it(run: Run) -> None:
+    async def test() -> None:
+        gate = asyncio.Event()
+        workers = [FakeWorker(Role.COLOCATED, script=Script(gates={0: gate})) for _ in range(3)]
+        async with staged(*workers, retry_initial_backoff_ms=1) as stage:
+            ask = Ask(stage, body={"text": "hello"})
+            silent: set[str] = set()
+            for _ in range(2):
+                await stage.until(lambda: any(one.requests and one.url not in silent for one in workers))
+                one = next(one for one in workers if one.requests and one.url not in silent)
+                silent.add(one.url)
+                stage.router.cluster.on_silent(one.url, "no heartbeat")
+            await stage.until(lambda: all(one.requests for one in workers))
+            gate.set()
+            assert (await ask.task)[0] == 200
+
+    run(test())

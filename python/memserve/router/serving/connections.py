@@ -29,6 +29,10 @@ class BrokenAnswer(ConnectionError):
     """What an instance sent is no HTTP, or ended too early."""
 
 
+class FallenSilent(BrokenAnswer):
+    """Nothing more is expected of an instance, whose connection is still there."""
+
+
 class Connection(asyncio.Protocol):
     """One connection. The callbacks below `send` are httptools' and the loop's."""
 
@@ -103,7 +107,7 @@ class Connection(asyncio.Protocol):
         """Close it under whoever reads: nothing more is to be expected."""
         if not self.is_closed:
             self._transport.abort()
-            self._fail(BrokenAnswer(reason))
+            self._fail(FallenSilent(reason))
 
     def close(self) -> None:
         """Drop the connection at once."""

@@ -61,7 +61,7 @@ class LegLost(WorkerFault):
     kind = "lost"
 
     def __init__(self, instance_id: InstanceId, role: str, reason: str, *, was_sent: bool = True) -> None:
-        """`was_sent`: the instance had the request, or part of it."""
+        """`was_sent`: the instance had the request, or part of it, and may have ended for it."""
         super().__init__(instance_id, f"the {role} server {instance_id} was lost: {reason}")
         self.role = role
         self.reason = reason

@@ -18,7 +18,13 @@ import msgspec
 from memserve.core.errors import InstanceLost
 from memserve.router.cluster.instance import Instance
 from memserve.router.serving.api import Api, Call
-from memserve.router.serving.connections import KEEPALIVE_S, BrokenAnswer, Connection, Connections
+from memserve.router.serving.connections import (
+    KEEPALIVE_S,
+    BrokenAnswer,
+    Connection,
+    Connections,
+    FallenSilent,
+)
 from memserve.router.serving.failures import LegFailed, LegLost, LegRefused, message_of, refusal
 from memserve.router.serving.sse import data_of
 
@@ -143,7 +149,9 @@ class Upstream:
         reason = describe(error) if was_sent else f"cannot connect ({error.strerror or describe(error)})"
         if error.errno not in _OWN_FAULTS:
             self._on_lost(instance, reason)
-        return LegLost(instance.instance_id, instance.role, reason, was_sent=was_sent)
+        # A process that was stopped, or cut off, was not ended by what it was asked.
+        may_be_cause = was_sent and not isinstance(error, FallenSilent)
+        return LegLost(instance.instance_id, instance.role, reason, was_sent=may_be_cause)
 
     def _abort(self, instance: Instance, call: Call) -> None:
         task = asyncio.create_task(self._send_aborts(instance, call))
