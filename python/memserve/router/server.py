@@ -7,16 +7,13 @@ import logging
 import os
 import signal
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
-
-from aiohttp import web
+from typing import Any
 
 from memserve.core.cluster_key import ClusterKey
-from memserve.core.errors import ConfigError
 from memserve.core.hosts import bracketed, is_loopback
-from memserve.router.cluster.breaker import Breakers
 from memserve.router.cluster.cluster import Cluster
 from memserve.router.cluster.control import ControlHandler
 from memserve.router.cluster.draining import Drains
@@ -26,37 +23,25 @@ from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.probe import Prober
 from memserve.router.cluster.roles import Roles
 from memserve.router.config import RouterConfig
-from memserve.router.costs.cost_file import COSTS, read_costs
 from memserve.router.gate.door import Door, open_door
 from memserve.router.gate.tls import client_context
-from memserve.router.http import openapi
-from memserve.router.http.cors import Cors
-from memserve.router.http.front import Front
-from memserve.router.http.generate import GenerateHandler, json_response
-from memserve.router.http.guard import PAGE_BODY_BYTES, Guard, is_clients
+from memserve.router.http.generate import GenerateHandler
 from memserve.router.http.pages import Pages
 from memserve.router.http.ui import Ui
-from memserve.router.http.web_log import web_logger
+from memserve.router.http.web import serve_http, serve_metrics, web_app
 from memserve.router.http.workers_api import WorkersApi
 from memserve.router.observe.metrics import DURATIONS, RouterMetrics
-from memserve.router.observe.observed import Observed
 from memserve.router.observe.state_metrics import StateCollector
 from memserve.router.observe.tracing import PassOn, Traces, Tracing
 from memserve.router.placing.fetching import Fetcher
-from memserve.router.placing.placement import Placer, PlacerSettings
 from memserve.router.serving.attempt import Runner
 from memserve.router.serving.connections import Connections
 from memserve.router.serving.dispatch import Dispatcher
-from memserve.router.serving.failures import failure
 from memserve.router.serving.resuming import Resumer
 from memserve.router.serving.retry import Patience
 from memserve.router.serving.upstream import Upstream, open_session
-from memserve.router.state import RouterState
-from memserve.router.text.prompts import PromptReader
-from memserve.router.text.tokenizers import Tokenizers
+from memserve.router.state import RouterState, new_state
 from memserve.router.tree.feed import TreeFeed
-from memserve.router.tree.followers import MAX_NAMED_KEYS, Followers
-from memserve.router.tree.prompt_tree import BYTES_PER_BLOCK, ClusterTree
 from memserve.wire.link import ControlServer
 
 logger = logging.getLogger(__name__)
@@ -93,70 +78,38 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
     key = ClusterKey.read(config.cluster_key_file) if config.cluster_key_file else None
     metrics = RouterMetrics(config.observe.prometheus_duration_buckets or DURATIONS)
     door = open_door(config, metrics)
-    state = _new_state(config, metrics)
+    state = new_state(config, metrics)
     metrics.watch(StateCollector(state))
-    cluster, pools, feed = state.cluster, state.pools, state.feed
-
-    def on_lost(instance: Instance, reason: str) -> None:
-        if instance in cluster.snapshot.all():  # one fault, however many requests it had
-            state.breakers.failed(instance)
-        cluster.lost_contact(instance.instance_id, instance.epoch, reason)
-
+    cluster, pools = state.cluster, state.pools
     async with AsyncExitStack() as stack:
+        stack.callback(state.tokenizers.close)
+        stack.push_async_callback(state.followers.close)
+        fetcher = Fetcher(key)
+        stack.callback(fetcher.close)
         tls = client_context(config.ssl_ca_certs, config.ssl_client_certfile, config.ssl_client_keyfile)
         session = await stack.enter_async_context(open_session(tls, config.api_key))
         connections = Connections(tls)
         stack.callback(connections.close)
         cluster.on_silent = connections.give_up
-        upstream = Upstream(connections, session, on_lost=on_lost)
+        upstream = Upstream(connections, session, on_lost=_on_lost(state))
         stack.push_async_callback(upstream.close)
-        stack.callback(state.tokenizers.close)
-        stack.push_async_callback(state.followers.close)
-        fetcher = Fetcher(key)
-        stack.callback(fetcher.close)
-        resumer = Resumer(state.tokenizers, metrics, is_on=config.resume == "auto")
         runner = Runner(upstream, state.placer, fetcher)
+        resumer = Resumer(state.tokenizers, metrics, is_on=config.resume == "auto")
         dispatcher = Dispatcher(state, runner, resumer, _patience(config), metrics)
-        traces = _traces(stack, config)
-        generate = GenerateHandler(dispatcher, state.observed.requests, door, config.observe, traces)
-        prober = Prober(
-            cluster,
-            pools,
-            state.tokenizers,
-            session,
-            interval_s=config.health_check_interval_secs,
-            clock=time.monotonic,
-        )
-        pages = Pages(state, metrics, session, door.access)
+        requests, traces = state.observed.requests, _traces(stack, config)
+        generate = GenerateHandler(dispatcher, requests, door, config.observe, traces)
         drains = Drains(
             cluster, pools, state.placer.num_running, key=key, evacuate_s=config.drain_evacuate_secs
         )
         stack.callback(drains.close)
-        watching = []
-        if config.discovery is not None:
-            watching.append(Discovery(config.discovery, cluster, drains, PodApi(config.discovery)).run())
         roles = Roles(cluster, drains)
         stack.callback(roles.close)
-        workers = WorkersApi(state, drains, roles)
-        middlewares = [_answer_errors, Guard(door).middleware()]
-        if cors := Cors(config.observe.cors_allowed_origins):
-            middlewares.insert(0, cors.middleware(is_clients))
-        app = web.Application(client_max_size=PAGE_BODY_BYTES, middlewares=middlewares)
-        app.add_routes(
-            [*generate.routes(), *workers.routes(), *pages.routes(), *Ui(state, config, door.gate).routes()]
-        )
-        app.router.add_get("/openapi.json", openapi.page)
-        port = await _serve_http(stack, config, generate, app, door)
-        await _serve_metrics(stack, config, pages)
-        handler = ControlHandler(
-            cluster,
-            pools,
-            feed,
-            asyncio.get_running_loop(),
-            lambda named: state.reader.memory.named(named.rid, named.keys),
-        )
-        control = ControlServer(_control_host(config), _control_port(config, port), handler, key=key)
-        stack.push_async_callback(asyncio.to_thread, control.close)
+        pages = Pages(state, metrics, session, door.access)
+        parts = (generate, WorkersApi(state, drains, roles), pages, Ui(state, config, door.gate))
+        app = web_app(config, door, [route for part in parts for route in part.routes()])
+        port = await serve_http(stack, config, generate, app, door)
+        await serve_metrics(stack, config, pages)
+        control = _listening(stack, config, state, port, key)
         stack.push_async_callback(generate.stop, config.shutdown_grace_period_secs)
         keepers = [
             door.follow,
@@ -164,12 +117,14 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
             drains.keep,
             lambda: connections.keep(cluster.up),
         ]
-        for work in (prober.run(), _keep_up(state, keepers), *watching):
-            task = asyncio.create_task(work)
-            task.add_done_callback(_end_if_failed)
-            stack.callback(task.cancel)
-        scheme = "https" if door.tls else "http"
-        url = f"{scheme}://{bracketed(config.host)}:{port}"
+        interval_s = config.health_check_interval_secs
+        prober = Prober(
+            cluster, pools, state.tokenizers, session, interval_s=interval_s, clock=time.monotonic
+        )
+        _begin(stack, prober.run(), _keep_up(state, keepers))
+        if config.discovery is not None:
+            _begin(stack, Discovery(config.discovery, cluster, drains, PodApi(config.discovery)).run())
+        url = f"{'https' if door.tls else 'http'}://{bracketed(config.host)}:{port}"
         yield Router(url, control.address, cluster, state, door)
 
 
@@ -191,43 +146,39 @@ async def serve(config: RouterConfig) -> None:
     logger.info("router stopped")
 
 
-def _new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
-    """What a router knows when it starts: nothing. Raises ConfigError for costs that cannot be read."""
-    clock = time.monotonic
-    policy = config.policy
-    prefill_policy, decode_policy = config.prefill_policy or policy, config.decode_policy or policy
-    directs_fetches = config.fetch == "auto" and prefill_policy == "prompt_tree"
-    cluster = Cluster(
-        config.static, heartbeat_s=config.heartbeat_secs, clock=clock, stuck_s=config.stuck_secs
+def _on_lost(state: RouterState) -> Callable[[Instance, str], None]:
+    """What is done about an instance whose connection failed."""
+
+    def on_lost(instance: Instance, reason: str) -> None:
+        if instance in state.cluster.snapshot.all():  # one fault, however many requests it had
+            state.breakers.failed(instance)
+        state.cluster.lost_contact(instance.instance_id, instance.epoch, reason)
+
+    return on_lost
+
+
+def _listening(
+    stack: AsyncExitStack, config: RouterConfig, state: RouterState, http_port: int, key: ClusterKey | None
+) -> ControlServer:
+    """The control plane, which instances and pools come to."""
+    handler = ControlHandler(
+        state.cluster,
+        state.pools,
+        state.feed,
+        asyncio.get_running_loop(),
+        lambda named: state.reader.memory.named(named.rid, named.keys),
     )
-    pools = Pools(
-        heartbeat_s=config.heartbeat_secs,
-        clock=clock,
-        directs_fetches=directs_fetches,
-        wants_names=config.routing_keys == "text",
-    )
-    max_blocks = (config.tree_budget_mib << 20) // BYTES_PER_BLOCK
-    tree = ClusterTree(max_blocks=max_blocks, clock=clock)
-    feed = TreeFeed(tree, pools, audit_s=config.tree_audit_secs, clock=clock)
-    followers = Followers(
-        lambda: feed.tree,
-        lambda one: one.facts.following,
-        max_named_keys=max(MAX_NAMED_KEYS, max_blocks // 4),
-        mirror_ttl_s=config.learnt_ttl_secs,
-    )
-    settings = PlacerSettings(
-        prefill_policy,
-        decode_policy,
-        start_costs=read_costs(config.costs),
-        certainty=0.0 if config.costs in COSTS else 0.5,
-        fetches=directs_fetches,
-    )
-    placer = Placer(settings, feed, pools, followers, metrics, clock)
-    breakers = Breakers(threshold=config.cb_failure_threshold, timeout_s=config.cb_timeout_secs, clock=clock)
-    tokenizers = Tokenizers(config.tokenizer_path)
-    reader = PromptReader(tokenizers, config.routing_keys)
-    observed = Observed.new(metrics, clock(), keeps_samples=config.observe.ui_show_prompts)
-    return RouterState(cluster, pools, feed, followers, tokenizers, placer, breakers, reader, observed)
+    control = ControlServer(_control_host(config), _control_port(config, http_port), handler, key=key)
+    stack.push_async_callback(asyncio.to_thread, control.close)
+    return control
+
+
+def _begin(stack: AsyncExitStack, *works: Coroutine[Any, Any, None]) -> None:
+    """Run these beside everything else, until the router ends."""
+    for work in works:
+        task = asyncio.create_task(work)
+        task.add_done_callback(_end_if_failed)
+        stack.callback(task.cancel)
 
 
 def _traces(stack: AsyncExitStack, config: RouterConfig) -> Traces:
@@ -268,42 +219,6 @@ def _end_if_failed(task: asyncio.Task[None]) -> None:
         os.kill(os.getpid(), signal.SIGTERM)
 
 
-async def _serve_http(
-    stack: AsyncExitStack,
-    config: RouterConfig,
-    generate: GenerateHandler,
-    app: web.Application,
-    door: Door,
-) -> int:
-    """Start the HTTP server; its port."""
-    runner = web.AppRunner(
-        app, access_log=None, logger=web_logger(), handler_cancellation=True, shutdown_timeout=1.0
-    )
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    assert runner.server is not None
-    front = Front(generate.handle, runner.server, door)
-    stack.push_async_callback(front.close)
-    return await front.listen(config.host, config.port)
-
-
-async def _serve_metrics(stack: AsyncExitStack, config: RouterConfig, pages: Pages) -> None:
-    """Serve them on a port of their own too, if that is wanted."""
-    port, host = config.observe.metrics_port, config.observe.prometheus_host or config.host
-    if port is None:
-        return
-    app = web.Application()
-    app.router.add_get("/metrics", pages.metrics)
-    runner = web.AppRunner(app, access_log=None, logger=web_logger(), shutdown_timeout=1.0)
-    await runner.setup()
-    stack.push_async_callback(runner.cleanup)
-    try:
-        await web.TCPSite(runner, host, port).start()
-    except OSError as error:
-        raise ConfigError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
-    logger.info("metrics ready http=http://%s:%d/metrics", bracketed(host), runner.addresses[0][1])
-
-
 def _control_host(config: RouterConfig) -> str:
     """Where instances register: where servers are named and there is no key, on this machine only."""
     is_enough = config.static or config.discovery
@@ -317,16 +232,3 @@ def _control_port(config: RouterConfig, http_port: int) -> int:
     if config.control_port is not None:
         return config.control_port
     return http_port + 1 if config.port else 0
-
-
-@web.middleware
-async def _answer_errors(request: web.Request, handler: web.Handler) -> web.StreamResponse:  # type: ignore[name-defined]
-    """Give aiohttp's own refusals (unknown path, wrong method) the envelope of all others."""
-    try:
-        return await handler(request)  # type: ignore[no-any-return]
-    except web.HTTPException as error:
-        if error.status < 400:
-            raise
-        return json_response(
-            failure(error.status, f"{request.method} {request.path}: {error.reason}").body(), error.status
-        )

@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import time
 from dataclasses import dataclass
 
 from memserve.router.cluster.breaker import Breakers
 from memserve.router.cluster.cluster import Cluster
 from memserve.router.cluster.pools import Pools
+from memserve.router.config import RouterConfig
+from memserve.router.costs.cost_file import COSTS, read_costs
+from memserve.router.observe.metrics import RouterMetrics
 from memserve.router.observe.observed import Observed
-from memserve.router.placing.placement import Placer
+from memserve.router.placing.placement import Placer, PlacerSettings
 from memserve.router.text.prompts import PromptReader
 from memserve.router.text.tokenizers import Tokenizers
 from memserve.router.tree.feed import TreeFeed
-from memserve.router.tree.followers import Followers
+from memserve.router.tree.followers import MAX_NAMED_KEYS, Followers
+from memserve.router.tree.prompt_tree import BYTES_PER_BLOCK, ClusterTree
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,3 +33,42 @@ class RouterState:
     breakers: Breakers
     reader: PromptReader
     observed: Observed
+
+
+def new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
+    """What a router knows when it starts: nothing. Raises ConfigError for costs that cannot be read."""
+    clock = time.monotonic
+    policy = config.policy
+    prefill_policy, decode_policy = config.prefill_policy or policy, config.decode_policy or policy
+    directs_fetches = config.fetch == "auto" and prefill_policy == "prompt_tree"
+    cluster = Cluster(
+        config.static, heartbeat_s=config.heartbeat_secs, clock=clock, stuck_s=config.stuck_secs
+    )
+    pools = Pools(
+        heartbeat_s=config.heartbeat_secs,
+        clock=clock,
+        directs_fetches=directs_fetches,
+        wants_names=config.routing_keys == "text",
+    )
+    max_blocks = (config.tree_budget_mib << 20) // BYTES_PER_BLOCK
+    tree = ClusterTree(max_blocks=max_blocks, clock=clock)
+    feed = TreeFeed(tree, pools, audit_s=config.tree_audit_secs, clock=clock)
+    followers = Followers(
+        lambda: feed.tree,
+        lambda one: one.facts.following,
+        max_named_keys=max(MAX_NAMED_KEYS, max_blocks // 4),
+        mirror_ttl_s=config.learnt_ttl_secs,
+    )
+    settings = PlacerSettings(
+        prefill_policy,
+        decode_policy,
+        start_costs=read_costs(config.costs),
+        certainty=0.0 if config.costs in COSTS else 0.5,
+        fetches=directs_fetches,
+    )
+    placer = Placer(settings, feed, pools, followers, metrics, clock)
+    breakers = Breakers(threshold=config.cb_failure_threshold, timeout_s=config.cb_timeout_secs, clock=clock)
+    tokenizers = Tokenizers(config.tokenizer_path)
+    reader = PromptReader(tokenizers, config.routing_keys)
+    observed = Observed.new(metrics, clock(), keeps_samples=config.observe.ui_show_prompts)
+    return RouterState(cluster, pools, feed, followers, tokenizers, placer, breakers, reader, observed)

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from memserve.router.cluster.instance import Instance, Pair, Route
+from memserve.router.cluster.instance import Instance, Pair, Route, Single, Snapshot
 from memserve.router.placing.decision import Decision
 from memserve.router.placing.fetching import FetchOutcome, FetchPlan
 from memserve.router.text.prompts import Prompt
+from memserve.wire.messages import Role
 
 
 @dataclass(slots=True)
@@ -45,3 +46,22 @@ class Placed:
     @property
     def decode(self) -> Instance:
         return self.route.decode if isinstance(self.route, Pair) else self.route.worker
+
+
+def route_of(snapshot: Snapshot, decision: Decision) -> Route:
+    prefill = snapshot.named(decision.prefill)
+    if prefill.role is Role.COLOCATED:
+        return Single(prefill)
+    assert decision.decode is not None
+    return Pair(prefill, snapshot.named(decision.decode))
+
+
+def work_s_of(decision: Decision, plan: FetchPlan | None) -> float:
+    """What this request's own prefill will take, by the prediction."""
+    situation, costs = decision.situation, decision.costs
+    if plan is not None:
+        num_cached = num_loaded = situation.cached_tokens(len(plan.keys))
+    else:
+        num_cached = situation.cached_tokens(decision.chosen.total_blocks)
+        num_loaded = num_cached - situation.cached_tokens(decision.chosen.near_blocks)
+    return costs.exec_s(situation.prompt_tokens, num_cached) + costs.load_s(num_loaded)

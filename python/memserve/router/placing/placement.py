@@ -18,7 +18,7 @@ import msgspec
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey
 from memserve.core.ids import InstanceId
-from memserve.router.cluster.instance import Instance, Pair, Route, Single, Snapshot
+from memserve.router.cluster.instance import Instance, Snapshot
 from memserve.router.cluster.pools import Pools
 from memserve.router.costs.cost_model import CostModel
 from memserve.router.costs.learnt_costs import LearntCosts
@@ -27,7 +27,7 @@ from memserve.router.placing.decision import Decision, decide, fetching_at_most
 from memserve.router.placing.fetching import MAX_FETCH_S, FetchOutcome, FetchPlan, links_between
 from memserve.router.placing.hindsight import Hindsight, learn
 from memserve.router.placing.ledger import Ledger
-from memserve.router.placing.placed import Placed
+from memserve.router.placing.placed import Placed, route_of, work_s_of
 from memserve.router.placing.situation import Candidate, Situation
 from memserve.router.text.prompts import Prompt
 from memserve.router.text.text_keys import BLOCK_TOKENS
@@ -126,7 +126,7 @@ class Placer:
         decision = self.decide(snapshot, prompt)
         if decision is None:
             return None
-        now_s, route = self._clock(), _route(snapshot, decision)
+        now_s, route = self._clock(), route_of(snapshot, decision)
         plan = self._plan(decision, prompt)
         placed = Placed(
             number=self._turn,
@@ -135,7 +135,7 @@ class Placer:
             route=route,
             plan=plan,
             begun_s=now_s,
-            work_s=_work_s(decision, plan),
+            work_s=work_s_of(decision, plan),
             had_queue=self._ledger.num_queued(decision.prefill) > 0,
         )
         self._turn += 1
@@ -342,22 +342,3 @@ class Placer:
         if pools and pools[0].block_bytes and facts.page_size:
             costs.has_block_bytes(pools[0].block_bytes, facts.page_size)
         return costs
-
-
-def _route(snapshot: Snapshot, decision: Decision) -> Route:
-    prefill = snapshot.named(decision.prefill)
-    if prefill.role is Role.COLOCATED:
-        return Single(prefill)
-    assert decision.decode is not None
-    return Pair(prefill, snapshot.named(decision.decode))
-
-
-def _work_s(decision: Decision, plan: FetchPlan | None) -> float:
-    """What this request's own prefill will take, by the prediction."""
-    situation, costs = decision.situation, decision.costs
-    if plan is not None:
-        num_cached = num_loaded = situation.cached_tokens(len(plan.keys))
-    else:
-        num_cached = situation.cached_tokens(decision.chosen.total_blocks)
-        num_loaded = num_cached - situation.cached_tokens(decision.chosen.near_blocks)
-    return costs.exec_s(situation.prompt_tokens, num_cached) + costs.load_s(num_loaded)
