@@ -7,13 +7,12 @@ Knows nothing of other attempts, nor of who asked.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Coroutine, Iterable
-from contextlib import asynccontextmanager
+from collections.abc import Coroutine, Iterable
 from typing import Any, TypeVar
 
 import msgspec
 
-from memserve.router.cluster.instance import Instance, Pair
+from memserve.router.cluster.instance import Instance, Pair, Route
 from memserve.router.placing.fetching import Fetcher
 from memserve.router.placing.placed import Placed
 from memserve.router.placing.placement import Placer
@@ -41,21 +40,44 @@ class Runner:
 
     async def answer(self, call: Call, placed: Placed) -> bytes:
         """The whole answer. Raises what `Upstream.leg` raises."""
-        async with self._running(call, placed) as on_prefilled:
-            return await self._answer(call, placed, on_prefilled)
+        is_answered = False
+        try:
+            on_prefilled = await self._begun(call, placed)
+            answer = await self._answer(call, placed, on_prefilled)
+            is_answered = True
+            return answer
+        finally:
+            self._placer.ended(placed, is_answered=is_answered)
 
     async def stream(self, call: Call, placed: Placed, write: Write) -> None:
         """Write the answer as it comes. Raises what `Upstream.leg` and `write` raise."""
-        route = placed.route
-        async with self._running(call, placed) as on_prefilled:
-            if not isinstance(route, Pair):
-                await self._relay(call, route.worker, on_prefilled, write)
-            elif call.num_samples == 1:
-                await self._pairs.stream(call, route, on_prefilled, write)
-            elif call.api is Api.GENERATE:
-                await self._pairs.stream(as_batch(call), route, on_prefilled, write)
-            else:
-                await self._stream_samples(call, route, on_prefilled, write)
+        is_answered = False
+        try:
+            on_prefilled = await self._begun(call, placed)
+            await self._stream(call, placed.route, on_prefilled, write)
+            is_answered = True
+        finally:
+            self._placer.ended(placed, is_answered=is_answered)
+
+    async def _begun(self, call: Call, placed: Placed) -> OnPrefilled:
+        """Its history is fetched; what to tell of its prefill."""
+        if placed.plan is not None:
+            self._placer.fetched(placed, await self._fetcher.run(placed.plan))
+
+        def on_prefilled(answer: Any) -> None:
+            self._placer.prefilled(placed, _num_cached(call, answer))
+
+        return on_prefilled
+
+    async def _stream(self, call: Call, route: Route, on_prefilled: OnPrefilled, write: Write) -> None:
+        if not isinstance(route, Pair):
+            await self._relay(call, route.worker, on_prefilled, write)
+        elif call.num_samples == 1:
+            await self._pairs.stream(call, route, on_prefilled, write)
+        elif call.api is Api.GENERATE:
+            await self._pairs.stream(as_batch(call), route, on_prefilled, write)
+        else:
+            await self._stream_samples(call, route, on_prefilled, write)
 
     async def _answer(self, call: Call, placed: Placed, on_prefilled: OnPrefilled) -> bytes:
         route = placed.route
@@ -70,22 +92,6 @@ class Runner:
             return await self._pairs.answer(as_batch(call), route, on_prefilled)
         answers = await _all(self._pairs.answer(single, route, on_prefilled) for single in as_singles(call))
         return join_answers(call, answers)
-
-    @asynccontextmanager
-    async def _running(self, call: Call, placed: Placed) -> AsyncIterator[OnPrefilled]:
-        """A call on its way, its history fetched before; settled however the block is left."""
-
-        def on_prefilled(answer: Any) -> None:
-            self._placer.prefilled(placed, _num_cached(call, answer))
-
-        is_answered = False
-        try:
-            if placed.plan is not None:
-                self._placer.fetched(placed, await self._fetcher.run(placed.plan))
-            yield on_prefilled
-            is_answered = True
-        finally:
-            self._placer.ended(placed, is_answered=is_answered)
 
     async def _relay(self, call: Call, worker: Instance, on_prefilled: OnPrefilled, write: Write) -> None:
         def on_first(chunk: bytes) -> None:

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
@@ -219,23 +218,30 @@ class Dispatcher:
     ) -> T:
         """What `run` gives, again elsewhere while it is the instances that fail.
 
-        `then` says what is tried next, or raises what the client is told.
+        `then` says what is tried next, or raises what the client is told. Raises LegTimeout.
         """
         placed, attempt, faults = self._place(job), _Attempt.first(job.call), list[WorkerFault]()
-        async with self._in_time(job.call) as ends_s:
-            while True:
-                on_placed(placed, len(faults) + 1)
-                try:
-                    result = await run(attempt, placed)
-                except WorkerFault as fault:
-                    faults.append(fault)
-                    self._note(fault, placed, len(faults))
-                    attempt = await self._next(faults, then)
-                    placed = await self._place_again(attempt.job(job), faults, ends_s)
-                else:
-                    for instance in placed.instances:
-                        self._breakers.answered(instance)
-                    return result
+        timeout_s = self._patience.timeout_s
+        if job.call.timeout_s is not None:
+            timeout_s = min(timeout_s, job.call.timeout_s)
+        ends_s = asyncio.get_running_loop().time() + timeout_s
+        try:
+            async with asyncio.timeout_at(ends_s):
+                while True:
+                    on_placed(placed, len(faults) + 1)
+                    try:
+                        result = await run(attempt, placed)
+                    except WorkerFault as fault:
+                        faults.append(fault)
+                        self._note(fault, placed, len(faults))
+                        attempt = await self._next(faults, then)
+                        placed = await self._place_again(attempt.job(job), faults, ends_s)
+                    else:
+                        for instance in placed.instances:
+                            self._breakers.answered(instance)
+                        return result
+        except TimeoutError as error:
+            raise LegTimeout(f"no answer within {timeout_s:g} s") from error
 
     async def _next(
         self, faults: list[WorkerFault], then: Callable[[WorkerFault], Awaitable[_Attempt]]
@@ -252,18 +258,6 @@ class Dispatcher:
                 if another is fault:
                     raise
                 faults.append(another)
-
-    @asynccontextmanager
-    async def _in_time(self, call: Call) -> AsyncIterator[float]:
-        """A block that has to end by the loop time it is given. Raises LegTimeout."""
-        timeout_s = self._patience.timeout_s
-        if call.timeout_s is not None:
-            timeout_s = min(timeout_s, call.timeout_s)
-        try:
-            async with asyncio.timeout(timeout_s):
-                yield asyncio.get_running_loop().time() + timeout_s
-        except TimeoutError as error:
-            raise LegTimeout(f"no answer within {timeout_s:g} s") from error
 
     def _ready(self, job: Job) -> Snapshot:
         """Who could serve it now."""

@@ -151,12 +151,14 @@ class ClusterTree:
             self._counters.unknown += 1
             return
         now_s = self._clock()
-        self._tidy(0)
+        self._expected.expire(now_s)
+        if self._learned_due_s <= now_s:
+            self._expire_learned(now_s)
         number, mirror = member.numbers[Tier.HBM], member.mirror
         before = len(mirror)
         taken = self._holdings.store(number, None, keys[: self._max_blocks])
-        gone = mirror.use(keys[:taken], now_s)
-        self._holdings.remove(number, gone)
+        if gone := mirror.use(keys[:taken], now_s):
+            self._holdings.remove(number, gone)
         self._learned += len(mirror) - before
         self._learned_due_s = min(self._learned_due_s, mirror.due_s())
         self._expected.reported(instance, keys)
