@@ -54,7 +54,7 @@ THIRD_PARTY = {
             "tokenizers",
             "tqdm",
         ),
-        *("uvloop", "zmq"),
+        *("uvloop", "xxhash", "zmq"),
     },
 }
 

@@ -220,7 +220,8 @@ class Dispatcher:
 
         `then` says what is tried next, or raises what the client is told. Raises LegTimeout.
         """
-        placed, attempt, faults = self._place(job), _Attempt.first(job.call), list[WorkerFault]()
+        placed, attempt = self._place(job), _Attempt.first(job.call)
+        faults: list[WorkerFault] = []
         timeout_s = self._patience.timeout_s
         if job.call.timeout_s is not None:
             timeout_s = min(timeout_s, job.call.timeout_s)

@@ -1,15 +1,18 @@
 """Keys for a prompt whose tokens nobody here knows: chained hashes of its text, chunk by chunk.
 
-    chunk i of the text, 512 bytes ── sha256(key[i-1] + chunk i) ──> key[i]
+    chunk i of the text, 512 bytes ── xxh3_128(key[i-1] + chunk i) ──> key[i]
 
 They stand for blocks where a cache is only *believed* in (a worker that reports nothing): a prompt's
 text finds what the same text was sent before. An instance that reports names its blocks by tokens and
 knows none of these. A chat is its messages as JSON, which begin alike as their rendering does.
+Not a cryptographic hash: who makes two texts of one namespace collide has them sent to the same instance.
 """
 
 from __future__ import annotations
 
 from hashlib import sha256
+
+from xxhash import xxh3_128_digest
 
 from memserve.core.block_keys import BlockKey, Namespace
 from memserve.router.serving.api import Api, Call, encode_json
@@ -45,12 +48,13 @@ def text_chain(text: bytes, call: Call, namespace: Namespace | None) -> list[Blo
     size = BLOCK_TOKENS * BYTES_PER_TOKEN
     body = call.body
     seeds = [(name, body[name]) for name in sorted(_SEEDS & body.keys()) if body[name]]
-    key = b"text" if namespace is None else b"text" + namespace.seed()
+    key = b"" if namespace is None else namespace.seed()
     if seeds:
         key = sha256(key + encode_json(seeds)).digest()
     keys = []
     for start in range(0, len(text) - size + 1, size):
-        key = sha256(key + text[start : start + size]).digest()
+        half = xxh3_128_digest(key + text[start : start + size])
+        key = half + half
         keys.append(BlockKey(key))
     return keys
 
