@@ -15,6 +15,7 @@ import errno
 import fcntl
 import mmap
 import os
+import weakref
 
 from memserve.core.block_addr import MAX_SLOTS
 from memserve.core.errors import ConfigError
@@ -59,6 +60,7 @@ class Arena:
         _check_room(self.slot_bytes * num_slots, free_bytes)
         self.fd = _sealed_file(self.num_bytes, self.slot_bytes * num_slots)
         """The memory as a file, for a neighbour to map. Size fixed by seals; owned by the arena."""
+        self._close_file = weakref.finalize(self, os.close, self.fd)
         self._map = mmap.mmap(self.fd, self.num_bytes)
         self.memory = memoryview(self._map)
         """All `max_slots` slots in order; writable. Whoever keeps a view past `close` keeps the memory."""
@@ -100,7 +102,7 @@ class Arena:
         """Give the memory back, at the latest when the last view of it is gone. Idempotent."""
         if self.fd < 0:
             return
-        os.close(self.fd)
+        self._close_file()
         self.fd = -1
         try:
             self.memory.release()

@@ -76,9 +76,10 @@ class Process:
     def _receive(self) -> Any:
         assert self._child.stdout is not None
         deadline = time.monotonic() + DEADLINE_S
+        poll = select.poll()  # Not `select`, whose descriptors end at 1,023.
+        poll.register(self._child.stdout, select.POLLIN)
         while b"\n" not in self._unread:
-            ready, _, _ = select.select([self._child.stdout], [], [], max(deadline - time.monotonic(), 0))
-            if not ready:
+            if not poll.poll(max(deadline - time.monotonic(), 0) * 1000):
                 raise TimeoutError(f"child {self.pid} did not answer")
             data = os.read(self._child.stdout.fileno(), 1 << 16)
             if not data:

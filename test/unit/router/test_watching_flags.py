@@ -86,7 +86,7 @@ def test_no_page_may_unless_that_was_said(run: Run) -> None:
 
 def test_metrics_can_have_a_port_of_their_own(run: Run, caplog: pytest.LogCaptureFixture) -> None:
     async def test() -> None:
-        caplog.set_level(logging.INFO, "memserve.router.server")
+        caplog.set_level(logging.INFO, "memserve.router.http.web")
         async with sent(prometheus_port=0, prometheus_duration_buckets=(0.5, 1.0)) as stage:
             await stage.post("/generate", {"text": "hello"})
             line = next(one for one in caplog.messages if one.startswith("metrics ready"))
