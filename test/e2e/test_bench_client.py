@@ -8,18 +8,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-import pytest
-
 from .conftest import Pair
 
 NUM_PROMPTS = 6
 
 
-@pytest.mark.parametrize("backend", ["sglang", "sglang-oai-chat"])
-def test_every_request_of_a_run_is_answered(pair: Pair, backend: str, tmp_path: Path) -> None:
+def test_every_request_of_a_run_is_answered(pair: Pair, tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     command = [
-        *(sys.executable, "-m", "sglang.bench_serving", "--backend", backend, "--base-url", pair.url),
+        *(sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", pair.url),
         *("--model", str(pair.model), "--tokenizer", str(pair.model), "--dataset-name", "random-ids"),
         *("--num-prompts", str(NUM_PROMPTS), "--random-input-len", "64", "--random-output-len", "8"),
         *("--random-range-ratio", "1", "--max-concurrency", "3", "--seed", "1", "--flush-cache"),
