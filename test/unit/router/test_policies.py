@@ -253,7 +253,9 @@ def test_cold_prompts_spread_at_any_concurrency(
     assert max(shares) <= 1.3 * min(shares), shares
 
 
-def test_who_joins_shares_the_work_with_who_did_it_alone() -> None:
+@pytest.mark.parametrize("num_before", [0, 1])
+def test_who_joins_shares_the_work_with_who_did_it_alone(num_before: int) -> None:
+    """Also if it was given something before its coming was noted."""
     old, new = InstanceId("old"), InstanceId("new")
     ledger, work_s, now_s = Ledger(180.0), GPU_COSTS.exec_s(5120, 0), 0.0
     ledger.keep({old, new}, now_s)
@@ -262,6 +264,9 @@ def test_who_joins_shares_the_work_with_who_did_it_alone() -> None:
         ledger.prefill_dispatched(old, number, work_s, now_s)
         now_s += work_s
         ledger.prefill_done(old, number, now_s)
+    for number in range(100, 100 + num_before):
+        ledger.prefill_dispatched(new, number, work_s, now_s)
+        ledger.prefill_done(new, number, now_s)
     ledger.keep({old, new}, now_s)
     got = Counter[InstanceId]()
     for number in range(100, 200):

@@ -48,9 +48,8 @@ class Ledger:
         for gone in [name for name in self._accounts if name not in instances]:
             del self._accounts[gone]
         if new := [name for name in instances if name not in self._known]:
-            level_s = min(
-                (it.recent_s for it in self._accounts.values() if self._is_busy(it, now_s)), default=0.0
-            )
+            others = [it for name, it in self._accounts.items() if name not in new]
+            level_s = min((it.recent_s for it in others if self._is_busy(it, now_s)), default=0.0)
             self._known |= dict.fromkeys(new, level_s)
         self._known = {name: self._known[name] for name in instances}
 
