@@ -261,7 +261,8 @@ def _command(name: str, peers: Path, behind: Sequence[Worker | Named], port: int
     if pd:
         command.append("--pd-disaggregation" if name != "vllm-router" else "--vllm-pd-disaggregation")
     metrics = ["--prometheus-port", str(free_port())]
-    policy = ["--policy", "cache_aware", "--log-level", "warn"]
+    level = "warning" if name == "vllm-router" else "warn"
+    policy = ["--policy", "cache_aware", "--log-level", level]
     return [*command, "--host", "127.0.0.1", "--port", str(port), *policy, *metrics, *named]
 
 
