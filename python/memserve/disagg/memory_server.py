@@ -33,8 +33,8 @@ from memserve.core.ids import InstanceId, new_epoch
 from memserve.disagg.lent_memory import LastUse, LentMemory
 from memserve.disagg.membership import Membership
 from memserve.disagg.pool_metrics import CONTENT_TYPE, exposition
-from memserve.disagg.pool_node import tier_blocks
 from memserve.disagg.publisher import Publisher
+from memserve.disagg.tier_blocks import tier_blocks
 from memserve.mempool.events import digest
 from memserve.mempool.free_memory import free_memory_bytes
 from memserve.mempool.peers.config import PeersConfig

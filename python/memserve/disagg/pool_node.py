@@ -32,6 +32,7 @@ from memserve.disagg.membership import Membership
 from memserve.disagg.outbox import Errand, Outbox
 from memserve.disagg.prompt_names import PromptNames
 from memserve.disagg.publisher import Publisher
+from memserve.disagg.tier_blocks import tier_blocks
 from memserve.mempool.events import digest
 from memserve.mempool.free_memory import free_memory_bytes
 from memserve.mempool.peers.config import PeerAddress, PeersConfig
@@ -39,7 +40,7 @@ from memserve.mempool.peers.peers import Peers
 from memserve.mempool.pool import MemPool
 from memserve.transport.select import MooncakeProtocol, TransportName
 from memserve.wire.link import ControlClient
-from memserve.wire.messages import PoolInfo, Role, TierBlocks
+from memserve.wire.messages import PoolInfo, Role
 
 logger = logging.getLogger(__name__)
 
@@ -96,19 +97,6 @@ def dram_slots(dram_bytes: int | None, layout: KVLayout, hbm_bytes: int) -> int:
         free = free_memory_bytes() // layout.num_ranks
         dram_bytes = min(DRAM_PER_HBM * hbm_bytes, int(free * MOST_OF_FREE)) * layout.num_ranks
     return max(1, dram_bytes // layout.num_ranks // layout.block_bytes)
-
-
-def tier_blocks(pools: Sequence[MemPool]) -> tuple[TierBlocks, ...]:
-    """What is in each tier of some pools of one instance."""
-    stats = [pool.stats() for pool in pools]
-    dram = TierBlocks(
-        "dram",
-        sum(one.cached for one in stats),
-        sum(one.free for one in stats),
-        sum(one.total for one in stats),
-    )
-    followed = [item for pool in pools for item in pool.num_followed().items()]
-    return (dram, *(TierBlocks(tier.name.lower(), num_blocks) for tier, num_blocks in followed))
 
 
 class PoolNode:

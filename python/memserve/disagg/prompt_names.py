@@ -27,9 +27,9 @@ class PromptNames:
         self._named: deque[NamedPrompt] = deque(maxlen=MAX_KEPT)
         self._lock = threading.Lock()
 
-    def name(self, rid: str, num_tokens: int, keys: Callable[[], Sequence[BlockKey]]) -> None:
+    def name(self, rid: str, keys: Callable[[], Sequence[BlockKey]]) -> None:
         """A prompt has come. `keys`, of its whole pages, is called on a thread."""
-        self._executor.submit(self._name, rid, num_tokens, keys)
+        self._executor.submit(self._name, rid, keys)
 
     def take(self) -> tuple[NamedPrompt, ...]:
         """Those that were named since the last time."""
@@ -38,7 +38,7 @@ class PromptNames:
             self._named.clear()
         return named
 
-    def _name(self, rid: str, num_tokens: int, keys: Callable[[], Sequence[BlockKey]]) -> None:
-        named = NamedPrompt(rid, num_tokens, tuple(keys()[:MAX_KEYS]))
+    def _name(self, rid: str, keys: Callable[[], Sequence[BlockKey]]) -> None:
+        named = NamedPrompt(rid, tuple(keys()[:MAX_KEYS]))
         with self._lock:
             self._named.append(named)

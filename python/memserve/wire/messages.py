@@ -190,7 +190,6 @@ class NamedPrompt(msgspec.Struct, frozen=True, array_like=True):
     """A prompt that has come to a server, as its cache knows it."""
 
     rid: str
-    num_tokens: int
     keys: tuple[BlockKey, ...]
     """Of its whole pages."""
 

@@ -73,24 +73,16 @@ class Connection(asyncio.Protocol):
             if self._is_complete:
                 return b""
             await self._wait()
-        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        self._chunks.clear()
-        if self._num_unread > MAX_UNREAD_BYTES and not self.is_closed:
-            self._transport.resume_reading()
-        self._num_unread = 0
-        return data
+        self._go_on()
+        return self._taken()
 
     async def read(self) -> bytes:
         """All that is left. Raises ConnectionError."""
         self._wants_all = True
-        if self._num_unread > MAX_UNREAD_BYTES and not self.is_closed:
-            self._transport.resume_reading()
+        self._go_on()
         while not self._is_complete:
             await self._wait()
-        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
-        self._chunks.clear()
-        self._num_unread = 0
-        return data
+        return self._taken()
 
     def release(self) -> None:
         """Nobody reads on. Free for the next request if the answer was complete, else closed."""
@@ -113,6 +105,18 @@ class Connection(asyncio.Protocol):
         """Drop the connection at once."""
         self.is_closed = True
         self._transport.abort()
+
+    def _go_on(self) -> None:
+        """Let the instance send again, if it was made to wait."""
+        if self._num_unread > MAX_UNREAD_BYTES and not self.is_closed:
+            self._transport.resume_reading()
+
+    def _taken(self) -> bytes:
+        """All that has come and nobody had yet."""
+        data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
+        self._chunks.clear()
+        self._num_unread = 0
+        return data
 
     async def _wait(self) -> None:
         if self._error is not None:
@@ -190,8 +194,8 @@ class Connection(asyncio.Protocol):
 class Connections:
     """The connections to all instances. Event loop thread only."""
 
-    def __init__(self, tls: ssl.SSLContext | None = None) -> None:
-        """`tls`: how https instances are verified; None: by the system's authorities."""
+    def __init__(self, tls: ssl.SSLContext) -> None:
+        """`tls`: how https instances are verified."""
         self._loop = asyncio.get_running_loop()
         self._tls = tls
         self._free: dict[str, deque[Connection]] = {}
@@ -211,7 +215,7 @@ class Connections:
     async def connect(self, url: str) -> Connection:
         """A new one. Raises OSError; TimeoutError after `CONNECT_TIMEOUT_S`."""
         parts = urlsplit(url)
-        tls = (self._tls or ssl.create_default_context()) if parts.scheme == "https" else None
+        tls = self._tls if parts.scheme == "https" else None
         free = self._free.setdefault(url, deque())
         async with asyncio.timeout(CONNECT_TIMEOUT_S):
             _, connection = await self._loop.create_connection(

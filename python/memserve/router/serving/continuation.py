@@ -9,7 +9,7 @@ Source of the shapes: SGLang 0.5.23, tokenizer_manager.py and openai/serving_{ch
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -65,17 +65,7 @@ class NativeContinuation:
         self._new = Seen()
 
     def rewrite(self, event: bytes) -> bytes:
-        data = data_of(event)
-        if not data.startswith(b"{"):
-            return event
-        item = decode_json(data)
-        if "error" in item:
-            return event
-        try:
-            is_news = self._continue(item)
-        except (Unreadable, KeyError, TypeError, AttributeError) as error:
-            raise Diverged from error
-        return with_data(event, encode_json(item)) if is_news else b""
+        return _rewritten(event, self._continue)
 
     def _continue(self, item: JsonObject) -> bool:
         """Make `item` follow on; False if it says nothing new."""
@@ -131,17 +121,7 @@ class OpenAiContinuation:
         """The choices that have come as far as they had."""
 
     def rewrite(self, event: bytes) -> bytes:
-        data = data_of(event)
-        if not data.startswith(b"{"):
-            return event
-        item = decode_json(data)
-        if "error" in item:
-            return event
-        try:
-            is_news = self._continue(item)
-        except (KeyError, TypeError, AttributeError) as error:
-            raise Diverged from error
-        return with_data(event, encode_json(item)) if is_news else b""
+        return _rewritten(event, self._continue)
 
     def _continue(self, item: JsonObject) -> bool:
         choices: Any = item.get("choices") or []
@@ -199,6 +179,21 @@ class OpenAiContinuation:
             most = min(cached, prompt) if isinstance(prompt, int) else cached
             told["prompt_tokens_details"] = {**details, "cached_tokens": most}
         return told
+
+
+def _rewritten(event: bytes, follow: Callable[[JsonObject], bool]) -> bytes:
+    """`event` with its item as `follow` has changed it; b"" if that says nothing new. Raises Diverged."""
+    data = data_of(event)
+    if not data.startswith(b"{"):
+        return event
+    item = decode_json(data)
+    if "error" in item:
+        return event
+    try:
+        is_news = follow(item)
+    except (Unreadable, KeyError, TypeError, AttributeError) as error:
+        raise Diverged from error
+    return with_data(event, encode_json(item)) if is_news else b""
 
 
 def _new_part(path: Path, value: Any, sent: Any, got: Any) -> tuple[Any, Any]:

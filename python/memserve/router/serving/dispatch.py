@@ -200,12 +200,10 @@ class Dispatcher:
 
     async def _asked(self, call: Call, job: Job, failed: Sequence[InstanceId]) -> bytes:
         """The answer to a question of the router's own about `job`. Raises as one attempt does."""
-        for snapshot in choices(self._ready(job), failed):
-            placed = self._placer.place(self._breakers.admitted(snapshot), job.prompt)
-            if placed is not None:
-                self._sent(placed)
-                return await self._runner.answer(Alias().of(call), placed)
-        raise NoRoute("no server is ready")
+        placed = self._place_elsewhere(job, failed)
+        if placed is None:
+            raise NoRoute("no server is ready")
+        return await self._runner.answer(Alias().of(call), placed)
 
     # ---- attempts
 
@@ -295,16 +293,23 @@ class Dispatcher:
                 raise fault
             await asyncio.sleep(seconds)
             num_tries += 1
-            for snapshot in choices(self._ready(job), failed):
-                placed = self._placer.place(self._breakers.admitted(snapshot), job.prompt)
-                if placed is not None:
-                    self._sent(placed)
-                    self._metrics.retries.labels(fault.kind).inc()
-                    logger.warning(
-                        "request done again rid=%s attempt=%d instances=%s reason=%s",
-                        *(job.call.rid, len(faults) + 1, placed.route, fault),
-                    )
-                    return placed
+            placed = self._place_elsewhere(job, failed)
+            if placed is not None:
+                self._metrics.retries.labels(fault.kind).inc()
+                logger.warning(
+                    "request done again rid=%s attempt=%d instances=%s reason=%s",
+                    *(job.call.rid, len(faults) + 1, placed.route, fault),
+                )
+                return placed
+
+    def _place_elsewhere(self, job: Job, failed: Sequence[InstanceId]) -> Placed | None:
+        """Who takes the call, rather not one of those that `failed`; None if nobody is ready."""
+        for snapshot in choices(self._ready(job), failed):
+            placed = self._placer.place(self._breakers.admitted(snapshot), job.prompt)
+            if placed is not None:
+                self._sent(placed)
+                return placed
+        return None
 
     def _sent(self, placed: Placed) -> None:
         for instance in placed.instances:
