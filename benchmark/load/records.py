@@ -1,0 +1,117 @@
+"""What is sent and what came of it: a workload is sessions of turns, a run is a request's record each."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import msgspec
+
+
+@dataclass(frozen=True, slots=True)
+class Turn:
+    """One request of a session."""
+
+    new_tokens: tuple[int, ...]
+    """Ids that follow the history; all of the prompt if the session does not grow."""
+    num_output: int
+    """Tokens to generate, exactly."""
+    at_s: float | None = None
+    """When it comes, on its trace's own clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Session:
+    """Requests that come one after another: none is sent before the one before it was answered."""
+
+    name: str
+    turns: tuple[Turn, ...]
+    grows: bool = True
+    """Whether a prompt is everything before it, answers included, and its turn's new tokens."""
+
+
+@dataclass(frozen=True, slots=True)
+class Workload:
+    """Sessions, in the order in which they begin."""
+
+    name: str
+    sessions: tuple[Session, ...]
+
+    @property
+    def num_requests(self) -> int:
+        return sum(len(session.turns) for session in self.sessions)
+
+
+class Cell(msgspec.Struct, frozen=True):
+    """What a run was of: a system under a workload at a rate, the nth time."""
+
+    part: str
+    """Of the evaluation: `steps`, `policies`, …"""
+    system: str
+    workload: str
+    rate: float
+    """Requests per second offered; 0 if sessions follow their answers (closed loop)."""
+    load: str
+    """The rate in words: `below`, `near` or `over` saturation; else empty."""
+    repeat: int
+
+
+class Outcome(msgspec.Struct, frozen=True):
+    """One request. Times in seconds; tokens counted by the server, or by us where it does not say."""
+
+    session: str
+    turn: int
+    sent_s: float
+    """After the run's begin."""
+    ttft_s: float | None
+    """From sending to the first token; None if none came."""
+    jct_s: float | None
+    """From sending to the last token."""
+    tpot_s: float | None
+    """Mean time between tokens after the first; None with fewer than two."""
+    prompt_tokens: int
+    output_tokens: int
+    reused_hbm: int | None = None
+    """Prompt tokens that prefill found in device memory; None where a server does not tell tiers apart."""
+    reused_dram: int | None = None
+    reused_remote: int | None = None
+    """Fetched from another instance's pool before the dispatch."""
+    reused: int | None = None
+    """Of all tiers; None if the server does not say."""
+    error: str | None = None
+    warmup: bool = False
+    """Sent to warm the system up: not in any figure."""
+
+
+class Run(msgspec.Struct, frozen=True):
+    """All requests of one run: a line of `runs.jsonl`."""
+
+    cell: Cell
+    duration_s: float
+    """From the first request sent to the last answer's end."""
+    kv_bytes_moved: int | None
+    """Between the servers' memories; None if they do not say."""
+    outcomes: tuple[Outcome, ...]
+
+
+def write_run(path: Path, run: Run) -> None:
+    """Append one line, whole or not at all as far as `read_runs` is concerned."""
+    with path.open("ab") as file:
+        file.write(msgspec.json.encode(run) + b"\n")
+
+
+def read_runs(path: Path) -> Iterator[Run]:
+    """The runs of a file, which need not exist; a last line that was cut short is left out."""
+    if path.is_file():
+        yield from _decoded(path.read_bytes().split(b"\n"))
+
+
+def _decoded(lines: Iterable[bytes]) -> Iterator[Run]:
+    lines = [line for line in lines if line]
+    for number, line in enumerate(lines, 1):
+        try:
+            yield msgspec.json.decode(line, type=Run)
+        except msgspec.DecodeError:
+            if number < len(lines):
+                raise
