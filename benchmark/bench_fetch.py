@@ -20,7 +20,8 @@ from typing import Any
 
 import requests
 
-from bench_routing import FIRST_TOKEN, TIMEOUT_S, VOCABULARY, make_model
+from bench_model import make_model, random_tokens
+from bench_routing import TIMEOUT_S
 from figures import progress, report
 from memserve.core.block_keys import page_keys
 from memserve.core.ids import Epoch
@@ -156,7 +157,7 @@ class Bench:
         requests.post(f"{self._url}/generate", json=body, timeout=TIMEOUT_S).raise_for_status()
 
     def _tokens(self, pages: int) -> list[int]:
-        return [self._draw.randrange(FIRST_TOKEN, VOCABULARY) for _ in range(pages * PAGE + TAIL_TOKENS)]
+        return random_tokens(self._draw, pages * PAGE + TAIL_TOKENS)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
-"""How fast the pool's own bookkeeping is, single-threaded, how fast it moves blocks, what it costs servers.
+"""How fast the pool's own bookkeeping is, single-threaded, and how fast it moves blocks.
 
     python benchmark/bench_mempool.py [--repeats N] [--cached N ...] [--local]
 
-The figures between processes (bench_peers) and on real servers (bench_serving, some minutes) come last;
---local leaves them out.
+The figures between processes (bench_peers) come last; --local leaves them out. What the pool costs real
+servers: bench_overheads.
 
 A prompt here is 4,096 tokens in 256 blocks of 16. Pools are filled with chains of 256 blocks, of
 which `--cached` sizes are tried. The baseline of insert and match is SGLang's radix tree with as many
@@ -27,7 +27,6 @@ from typing import TypeVar
 import numpy as np
 
 import bench_peers
-import bench_serving
 from figures import measure, measure_together, progress, report
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, page_keys
@@ -70,7 +69,6 @@ def main() -> None:
     bench_kv_blocks(repeats)
     if not args.local:
         bench_peers.run(repeats)
-        bench_serving.run(bench_serving.make_model(), repeats)
 
 
 def bench_keys(repeats: int) -> None:

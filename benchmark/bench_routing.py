@@ -15,8 +15,6 @@ import argparse
 import asyncio
 import json
 import statistics
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Sequence
@@ -28,6 +26,7 @@ from random import Random
 import aiohttp
 import requests
 
+from bench_model import make_model, random_tokens
 from figures import progress, report
 from memserve.core.caching import CachingMode
 from memserve.router.make_trace import Shape, loogle
@@ -35,10 +34,6 @@ from memserve.router.simulation.traces import BLOCK_TOKENS, Line
 from memserve.testing.cluster import Cluster, is_ready, wait_for
 from memserve.wire.messages import Role
 
-ROOT = Path(__file__).resolve().parent.parent
-VOCABULARY = 250
-FIRST_TOKEN = 10
-"""Past the special ones."""
 ANSWER_TOKENS = 4
 TIMEOUT_S = 300.0
 NUM_PREFILLS = 3
@@ -108,8 +103,7 @@ def scaled(lines: Sequence[Line], scale: int) -> list[Prompt]:
     for line in lines:
         tokens: list[int] = []
         for number in line.hash_ids:
-            draw = Random(number)
-            tokens += [draw.randrange(FIRST_TOKEN, VOCABULARY) for _ in range(block)]
+            tokens += random_tokens(Random(number), block)
         length = max(1, line.input_length // scale)
         prompts.append(Prompt(line.timestamp / 1000, tokens[:length], line.session_id or 0))
     return prompts
@@ -128,10 +122,7 @@ def clock_of(prompts: Sequence[Prompt], url: str, load: float) -> float:
     """Seconds here for one of the trace, so that the offered work is `load` of what can be computed."""
     draw = Random(1)
     mean = sum(len(prompt.tokens) for prompt in prompts) // len(prompts)
-    cold = [
-        Prompt(0.0, [draw.randrange(FIRST_TOKEN, VOCABULARY) for _ in range(mean)], number)
-        for number in range(12)
-    ]
+    cold = [Prompt(0.0, random_tokens(draw, mean), number) for number in range(12)]
 
     def elapsed_s(trial: Sequence[Prompt]) -> float:
         begun = time.perf_counter()
@@ -242,17 +233,6 @@ def percentile(values: Sequence[float], share: float) -> float:
     """The smallest value that `share` of them do not exceed."""
     ordered = sorted(values)
     return ordered[min(len(ordered) - 1, int(share * len(ordered)))]
-
-
-def make_model() -> Path:
-    """The bench model, which stays between runs."""
-    path = ROOT / "models" / "bench"
-    subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "make_tiny_model.py"), "--size", "bench", str(path)],
-        check=True,
-        stdout=sys.stderr,
-    )
-    return path
 
 
 if __name__ == "__main__":

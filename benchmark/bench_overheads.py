@@ -1,6 +1,6 @@
 """What the memory pool costs a pair of servers, and what it gives them: against SGLang without it.
 
-    python benchmark/bench_serving.py [--model-path DIR] [--rounds N]
+    python benchmark/bench_overheads.py [--model-path DIR] [--rounds N]
 
     stock   caching both, no DRAM: SGLang's own prefill and decode, a radix cache on each
     pool    caching full: the same over memory pools, what decode generates goes home
@@ -16,8 +16,6 @@ import json
 import random
 import statistics
 import string
-import subprocess
-import sys
 import tempfile
 import threading
 import time
@@ -28,13 +26,13 @@ from typing import Any
 
 import requests
 
+from bench_model import make_model
 from figures import progress, report
 from memserve.core.caching import CachingMode
 from memserve.testing.cluster import Cluster, is_ready, wait_for
 from memserve.testing.pool_reports import wait_acquainted, wait_settled
 from memserve.wire.messages import Role
 
-ROOT = Path(__file__).resolve().parent.parent
 PROMPT_CHARACTERS = 2048
 DECODE_TOKENS = 256
 NUM_CHATS, NUM_TURNS, ANSWER_TOKENS = 3, 6, 96
@@ -70,15 +68,6 @@ def run(model: Path, rounds: int) -> None:
             wait_acquainted(cluster.server_urls())
         measure_cost(clusters, rounds)
         measure_gain(clusters, max(3, rounds // 3))
-
-
-def make_model() -> Path:
-    model = ROOT / "models" / "bench"
-    script = ROOT / "scripts" / "make_tiny_model.py"
-    subprocess.run(
-        [sys.executable, str(script), str(model), "--size", "bench"], check=True, stdout=sys.stderr
-    )
-    return model
 
 
 def start(model: Path, logs: Path, flags: tuple[str, ...]) -> Cluster:
