@@ -1,6 +1,6 @@
 """When is it right to fetch history instead of computing it? Eq. 2's choice against both, measured.
 
-    python benchmark/bench_fetch.py [--model-path DIR] [--rounds N]
+    python benchmark/bench_fetch.py [--quick] [--model-path DIR] [--rounds N]
 
 A prefill, a decode and a memory instance. The memory instance has the first N pages of a prompt, the
 prefill nothing. The time to prefill's end is measured with the N pages fetched first, and with all of it
@@ -31,7 +31,7 @@ from memserve.wire.messages import Role
 from memserve.wire.peer_messages import Fetch, Fetched
 
 PAGE = 16
-PAGES = (1, 2, 4, 8, 16, 32, 64, 128)
+PAGES, QUICK_PAGES = (1, 2, 4, 8, 16, 32, 64, 128), (1, 4, 16, 128)
 TAIL_TOKENS = 8
 WARM_UP = 30
 """Requests from which the router learns what prefills cost here."""
@@ -42,8 +42,10 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model-path", type=Path, help="default: the bench model, made on the spot")
-    parser.add_argument("--rounds", type=int, default=7, help="of each size (default: 7)")
+    parser.add_argument("--quick", action="store_true", help="fewer sizes and rounds: about a minute")
+    parser.add_argument("--rounds", type=int, metavar="N", help="of each size (default: 7; --quick: 3)")
     args = parser.parse_args()
+    rounds = args.rounds or (3 if args.quick else 7)
     model = args.model_path or make_model()
     with tempfile.TemporaryDirectory(prefix="memserve-fetch-") as scratch, ExitStack() as stack:
         cluster = stack.enter_context(Cluster(Path(scratch)))
@@ -55,8 +57,8 @@ def main() -> None:
         bench = Bench(cluster)
         wait_for(lambda: len(bench.pools()) == 3 and is_ready(cluster.url), what="the pools")
         bench.warm_up()
-        for pages in PAGES:
-            bench.compare(pages, args.rounds)
+        for pages in QUICK_PAGES if args.quick else PAGES:
+            bench.compare(pages, rounds)
 
 
 class Bench:
@@ -95,7 +97,7 @@ class Bench:
             fetch_s = time.perf_counter() - begun
             fetched.append((fetch_s + self._prefill_s(tokens)) * 1000)
             computed.append(self._prefill_s(self._tokens(pages)) * 1000)
-        name = f"fetch/{pages * PAGE}_tokens"
+        name = f"micro/fetch/{pages * PAGE}_tokens"
         baseline = computed
         report(f"{name}/computed_ms", computed, "ms")
         report(f"{name}/fetched_ms", fetched, "ms", baseline=baseline)
@@ -153,7 +155,7 @@ class Bench:
         return time.perf_counter() - begun
 
     def _generate(self, tokens: list[int]) -> None:
-        body = {"input_ids": tokens, "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
+        body: Any = {"input_ids": tokens, "sampling_params": {"max_new_tokens": 1, "temperature": 0}}
         requests.post(f"{self._url}/generate", json=body, timeout=TIMEOUT_S).raise_for_status()
 
     def _tokens(self, pages: int) -> list[int]:

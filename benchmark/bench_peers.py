@@ -1,12 +1,19 @@
 """What it costs to move blocks between the memory pools of two processes.
 
-    python benchmark/bench_peers.py [--repeats N]
+    python benchmark/bench_peers.py [--quick] [--repeats N]
 
     aggregated   a block is one extent at both ends: one copy each         (what pools do)
-    discrete     a buffer per layer and part at the sender, as in HBM: 2 x layers copies a block
+    by-request   a buffer per layer and part at the sender, as in HBM: 2 x layers copies a block, one call
+    by-layer     the same copies in a call per layer
     push, fetch  the whole exchange: reserve, write, commit with checksums; lease, read, verify
 
-Blocks are those of 16 tokens of the bench model. The other process is a memory instance.
+    micro/modes/tcp/aggregated/16_tokens_a_block    ms for 4,096 tokens; baseline: by-request
+    micro/exchange/tcp/push/4096_tokens             GB/s; baseline: memmove
+    micro/exchange/tcp/push/1_page                  s; baseline: memmove
+
+The modes are tried over every transport there is and with blocks of 4 to 256 tokens of the bench model,
+the exchange with blocks of 16; there the other process is a memory instance. By-layer is timed without
+the compute that it would overlap with. Half a minute; --quick half of that.
 """
 
 from __future__ import annotations
@@ -18,7 +25,7 @@ import json
 import tempfile
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 
@@ -26,6 +33,7 @@ import numpy as np
 
 from figures import measure_together, progress, report
 from memserve.core.block_keys import BlockKey, page_keys
+from memserve.core.errors import ConfigError
 from memserve.core.ids import Epoch, new_epoch
 from memserve.core.kv_layout import KVLayout, TransferMode
 from memserve.mempool.arena import Arena
@@ -38,7 +46,18 @@ from memserve.transport.copies import Copies
 from memserve.transport.regions import Region
 from memserve.transport.select import TransportName
 
-LAYOUT = KVLayout.of_heads("bench", 6, 16, 2, 64, ("float32", 4))
+
+def layout_of(page_tokens: int) -> KVLayout:
+    """Of the bench model."""
+    return KVLayout.of_heads("bench", 6, page_tokens, 2, 64, ("float32", 4))
+
+
+LAYOUT = layout_of(16)
+PAGES, QUICK_PAGES = (4, 8, 16, 32, 64, 128, 256), (4, 16, 64, 256)
+"""Tokens a block."""
+MODES = (TransferMode.BY_REQUEST, TransferMode.BY_LAYER, TransferMode.AGGREGATED)
+"""The first is the others' baseline."""
+TOKENS = 4096
 NUM_BLOCKS = 256
 """4,096 tokens."""
 
@@ -47,69 +66,70 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--repeats", type=int, default=11, help="default: %(default)s")
-    run(parser.parse_args().repeats)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats and sizes of blocks")
+    parser.add_argument("--repeats", type=int, metavar="N", help="(default: 11; --quick: 5)")
+    args = parser.parse_args()
+    run(args.repeats or (5 if args.quick else 11), quick=args.quick)
 
 
-def run(repeats: int) -> None:
+def run(repeats: int, *, quick: bool) -> None:
     """All figures."""
-    measure_modes(repeats)
+    for transport in ("local", "tcp", "mooncake"):
+        measure_modes(transport, QUICK_PAGES if quick else PAGES, repeats)
     with Cluster(Path(tempfile.mkdtemp(prefix="memserve-bench-"))) as cluster:
         cluster.launch_memory("memory", 1.0)
         cluster.wait_ready()
         seeds = itertools.count()  # No chain twice: what is there already is not sent.
-        for transport in ("local", "tcp"):
-            measure_exchange(transport, memory_of(cluster), seeds, repeats)
+        names: tuple[TransportName, ...] = ("local", "tcp")
+        for name in names:
+            measure_exchange(name, memory_of(cluster), seeds, repeats)
 
 
-def measure_modes(repeats: int) -> None:
-    """The same bytes over tcp, in one copy a block and in one a part of a layer."""
-    progress("aggregated and discrete over tcp")
-    num_bytes = NUM_BLOCKS * LAYOUT.block_bytes
+def measure_modes(name: str, pages: Sequence[int], repeats: int) -> None:
+    """The same bytes in each mode's calls."""
+    num_bytes = TOKENS // LAYOUT.page_tokens * LAYOUT.block_bytes
     memory = np.ones(num_bytes, np.uint8)
     with ExitStack() as stack:
-        transport = open_transport("tcp", new_epoch())
+        try:
+            transport = open_transport(name, new_epoch())
+        except ConfigError as error:
+            progress(f"{name}: left out: {error}")
+            return
+        progress(f"transfer modes over {name}")
         stack.callback(transport.close)
         transport.register(Region(1, memory.ctypes.data, num_bytes))
-        child = PeerProcess("tcp", num_bytes)
+        child = PeerProcess(name, num_bytes)
         stack.callback(child.kill)
-        calls = {
-            "aggregated": copies(
-                np.arange(NUM_BLOCKS) * LAYOUT.block_bytes, blocks_of(TransferMode.AGGREGATED)
-            ),
-            "discrete": copies(discrete_sources(), blocks_of(TransferMode.BY_REQUEST)),
-        }
 
-        def write(batch: Copies) -> Callable[[], None]:
-            return lambda: transport.write(child.peer, batch, timeout_s=30)
+        def write(calls: list[Copies]) -> Callable[[], None]:
+            def all_of_them() -> None:
+                for call in calls:
+                    transport.write(child.peer, call, timeout_s=30)
 
-        samples = measure_together([write(batch) for batch in calls.values()], repeats)
-    aggregated, discrete = ([num_bytes / s / 1e9 for s in each] for each in samples)
-    per_block = [len(batch) / NUM_BLOCKS for batch in calls.values()]
-    report(
-        "copies per block, aggregated / discrete", per_block[:1], "copies", baseline=per_block[1:], target=0.2
-    )
-    report("tcp, aggregated / discrete", aggregated, "GB/s", baseline=discrete, target=1.0)
+            return all_of_them
+
+        for page in pages:
+            layout = layout_of(page)
+            samples = measure_together([write(calls_of(layout, mode)) for mode in MODES], repeats)
+            ms = [[taken * 1000 for taken in each] for each in samples]
+            for mode, taken in zip(MODES, ms, strict=True):
+                figure = f"micro/modes/{name}/{mode}/{page}_tokens_a_block"
+                report(figure, taken, "ms", baseline=None if mode is MODES[0] else ms[0])
 
 
-def blocks_of(mode: TransferMode) -> tuple[np.ndarray, np.ndarray]:
-    """Where the copies of all blocks go, and how long they are: block by block."""
-    (extents,) = LAYOUT.copy_plan(mode)
-    starts = np.arange(NUM_BLOCKS)[:, None] * LAYOUT.block_bytes + np.array(extents.offsets)
-    return starts.ravel(), np.tile(np.array(extents.lengths), NUM_BLOCKS)
-
-
-def discrete_sources() -> np.ndarray:
-    """Where those copies come from if each part of each layer has a buffer of its own."""
-    num_parts, part = LAYOUT.num_layers * len(LAYOUT.parts), LAYOUT.part_bytes[0]
-    buffers = np.arange(num_parts) * NUM_BLOCKS * part
-    return np.ascontiguousarray(np.arange(NUM_BLOCKS)[:, None] * part + buffers).ravel()
-
-
-def copies(sources: np.ndarray, targets: tuple[np.ndarray, np.ndarray]) -> Copies:
-    offsets, lengths = targets
-    ones = np.ones(len(lengths), np.int64)
-    return Copies(ones, sources.astype(np.int64), ones, offsets.astype(np.int64), lengths.astype(np.int64))
+def calls_of(layout: KVLayout, mode: TransferMode) -> list[Copies]:
+    """What moves all blocks in that mode: from one extent each, or a buffer for each part of a layer."""
+    num_blocks = TOKENS // layout.page_tokens
+    blocks, part = np.arange(num_blocks)[:, None], layout.part_bytes[0]
+    calls = []
+    for extents in layout.copy_plan(mode):
+        offsets, lengths = np.array(extents.offsets), np.tile(np.array(extents.lengths), num_blocks)
+        targets = blocks * layout.block_bytes + offsets
+        is_whole = mode is TransferMode.AGGREGATED
+        sources = targets if is_whole else offsets // part * (num_blocks * part) + blocks * part
+        ones = np.ones(targets.size, np.int64)
+        calls.append(Copies(ones, sources.ravel(), ones, targets.ravel(), lengths))
+    return calls
 
 
 def memory_of(cluster: Cluster) -> PeerAddress:
@@ -152,13 +172,13 @@ def measure_exchange(
     base = [num_bytes / s / 1e9 for s in taken["memmove"]]
     for name in ("push", "fetch"):
         report(
-            f"{name} of 4K tokens, {transport}",
+            f"micro/exchange/{transport}/{name}/4096_tokens",
             [num_bytes / s / 1e9 for s in taken[name]],
             "GB/s",
             baseline=base,
         )
     one = [s * block_bytes / num_bytes for s in taken["memmove"]]
-    report(f"push of one page, {transport}", taken["push of one page"], "s", baseline=one)
+    report(f"micro/exchange/{transport}/push/1_page", taken["push of one page"], "s", baseline=one)
     peers.close()
     pool.arena.close()
 

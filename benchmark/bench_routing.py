@@ -214,19 +214,23 @@ def show(answers: dict[str, list[list[Answer]]]) -> None:
     """Figures of each policy, as ratios to the first one's."""
     baseline: dict[str, list[float]] = {}
     for policy, rounds in answers.items():
-        figures = {
-            "ttft_p99_s": [percentile([one.ttft_s for one in run], 0.99) for run in rounds],
-            "ttft_p50_s": [percentile([one.ttft_s for one in run], 0.5) for run in rounds],
-            "ttft_mean_s": [statistics.mean(one.ttft_s for one in run) for run in rounds],
-            "cached_share": [
-                sum(one.cached_tokens for one in run) / sum(one.prompt_tokens for one in run)
-                for run in rounds
-            ],
-        }
+        of_rounds = [figures_of(answered) for answered in rounds]
+        figures = {name: [each[name] for each in of_rounds] for name in of_rounds[0]}
         for name, samples in figures.items():
-            unit = "s" if name.endswith("_s") else "of prompt tokens"
+            unit = "of prompt tokens" if name == "hit_ratio" else "s"
             report(f"routing/loogle/{policy}/{name}", samples, unit, baseline=baseline.get(name))
         baseline = baseline or figures
+
+
+def figures_of(answers: Sequence[Answer]) -> dict[str, float]:
+    """Of one replay: times to the first token in seconds, and the share of prompt tokens that was cached."""
+    firsts = [one.ttft_s for one in answers]
+    return {
+        "ttft_p99": percentile(firsts, 0.99),
+        "ttft_p50": percentile(firsts, 0.5),
+        "ttft_mean": statistics.mean(firsts),
+        "hit_ratio": sum(one.cached_tokens for one in answers) / sum(one.prompt_tokens for one in answers),
+    }
 
 
 def percentile(values: Sequence[float], share: float) -> float:

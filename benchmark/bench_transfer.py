@@ -1,6 +1,6 @@
 """How fast each transport writes into another process, against memmove and a plain socket.
 
-    python benchmark/bench_transfer.py [--transports local tcp mooncake] [--repeats N]
+    python benchmark/bench_transfer.py [--quick] [--transports local tcp mooncake] [--repeats N]
 
 Every shape is measured for all subjects in turn, round after round, over buffers larger than the
 caches. GB/s are 1e9 bytes; figures are medians. The plain socket is a blocking `sendmsg` from the
@@ -182,12 +182,12 @@ def bench(shape: Shape, subjects: dict[str, Subject], repeats: int) -> dict[str,
 
 def report_shape(shape: Shape, rates: dict[str, list[float]]) -> None:
     for name in ("memmove", "socket"):
-        report(f"transfer/{name}/{shape.name}", rates[name], "GB/s")
+        report(f"micro/transfer/{name}/{shape.name}", rates[name], "GB/s")
     scattered = shape.name == "1024x16KiB"
     if "local" in rates:
         target = 0.6 if scattered else None
         report(
-            f"transfer/local/{shape.name}/memmove",
+            f"micro/transfer/local/{shape.name}/memmove",
             rates["local"],
             "GB/s",
             baseline=rates["memmove"],
@@ -195,14 +195,23 @@ def report_shape(shape: Shape, rates: dict[str, list[float]]) -> None:
         )
     if "tcp" in rates:
         report(
-            f"transfer/tcp/{shape.name}/socket", rates["tcp"], "GB/s", baseline=rates["socket"], target=0.8
+            f"micro/transfer/tcp/{shape.name}/socket",
+            rates["tcp"],
+            "GB/s",
+            baseline=rates["socket"],
+            target=0.8,
         )
     if "mooncake" in rates:
-        report(f"transfer/mooncake/{shape.name}/socket", rates["mooncake"], "GB/s", baseline=rates["socket"])
+        report(
+            f"micro/transfer/mooncake/{shape.name}/socket",
+            rates["mooncake"],
+            "GB/s",
+            baseline=rates["socket"],
+        )
     if "mooncake" in rates and "local" in rates:
         target = 5.0 if scattered else None
         report(
-            f"transfer/local/{shape.name}/mooncake",
+            f"micro/transfer/local/{shape.name}/mooncake",
             rates["local"],
             "GB/s",
             baseline=rates["mooncake"],
@@ -215,12 +224,14 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--transports", nargs="+", default=["local", "tcp", "mooncake"])
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--quick", action="store_true", help="fewer repeats")
+    parser.add_argument("--repeats", type=int, metavar="N", help="(default: 9; --quick: 4)")
     parser.add_argument("--receive", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.receive:
         receive(arguments.receive)
         return
+    repeats = arguments.repeats or (4 if arguments.quick else 9)
     memory = np.ones(BUFFER_BYTES, np.uint8)
     other = np.ones(BUFFER_BYTES, np.uint8)
     pairs = open_pairs(arguments.transports, memory)
@@ -233,7 +244,7 @@ def main() -> None:
         }
         for name, (transport, child) in pairs.items():
             subjects[name] = transport_subject(transport, child.peer, segments)
-        rates = bench(shape, subjects, arguments.repeats)
+        rates = bench(shape, subjects, repeats)
         progress(
             f"{shape.name:>12} "
             + "  ".join(f"{name} {statistics.median(taken):6.2f}" for name, taken in rates.items())

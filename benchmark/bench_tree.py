@@ -1,6 +1,6 @@
 """How fast the cluster's prompt tree is, on one core, and how much memory it takes.
 
-    python benchmark/bench_tree.py [--blocks N ...] [--instances N ...] [--repeats N]
+    python benchmark/bench_tree.py [--quick] [--blocks N ...] [--instances N ...] [--repeats N]
 
 A prompt is 4,096 tokens in 256 blocks of 16: one of 16 system prompts of 32 blocks, that every instance
 has, then a conversation of its own, in the HBM of one instance and, half of the time, in the DRAM of
@@ -147,23 +147,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--blocks", type=int, nargs="+", default=[1_000_000])
-    parser.add_argument("--instances", type=int, nargs="+", default=[8, 1000])
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--blocks", type=int, nargs="+", metavar="N")
+    parser.add_argument("--instances", type=int, nargs="+", metavar="N")
+    parser.add_argument("--repeats", type=int, metavar="N", help="(default: 7; --quick: 3)")
+    parser.add_argument("--quick", action="store_true", help="200,000 blocks, 8 instances: half a minute")
     args = parser.parse_args()
+    repeats = args.repeats or (3 if args.quick else 7)
     bench_memory()
-    for num_instances in args.instances:
-        for num_blocks in args.blocks:
+    for num_instances in args.instances or ([8] if args.quick else [8, 1000]):
+        for num_blocks in args.blocks or [200_000 if args.quick else 1_000_000]:
             progress(f"filling {num_blocks} blocks of {num_instances} instances")
             cluster = Cluster(num_instances, num_blocks, baselines=num_blocks <= MOST_WITH_BASELINES)
-            where = f"{num_blocks // 1_000_000}M blocks, {num_instances} instances"
-            bench_lookups(cluster, where, args.repeats)
+            where = f"{num_instances}_instances/{num_blocks}_blocks"
+            bench_lookups(cluster, where, repeats)
             bench_decision(cluster, where)
-            bench_events(cluster, where, args.repeats)
+            bench_events(cluster, where, repeats)
             bench_leave(cluster, where)
             del cluster
             gc.collect()
-        bench_staircase(num_instances, args.repeats)
+        bench_staircase(num_instances, repeats)
 
 
 def bench_memory(num_blocks: int = 200_000) -> None:
@@ -172,15 +174,15 @@ def bench_memory(num_blocks: int = 200_000) -> None:
     cluster.sample.clear()
     taken = tracemalloc.get_traced_memory()[0]
     tracemalloc.stop()
-    report("a full garbage collection, 200k blocks", [once(gc.collect) for _ in range(7)], "ms")
-    report("memory of a block, 200k blocks", [taken / cluster.tree.stats().blocks], "bytes")
+    report("micro/tree/garbage_collection/200000_blocks", [once(gc.collect) for _ in range(7)], "ms")
+    report("micro/tree/memory_of_a_block/200000_blocks", [taken / cluster.tree.stats().blocks], "bytes")
 
 
 def bench_lookups(cluster: Cluster, where: str, repeats: int) -> None:
     prompts = cluster.sample
     if not cluster.baselines:
         (taken,) = measure_together([over(cluster.tree.depths, prompts)], repeats)
-        report(f"look-ups, {where}", rates(taken, len(prompts) * BLOCKS), "blocks/s")
+        report(f"micro/tree/{where}/look_ups", rates(taken, len(prompts) * BLOCKS), "blocks/s")
         return
     for keys in prompts[:50]:
         check(cluster, keys)
@@ -189,8 +191,8 @@ def bench_lookups(cluster: Cluster, where: str, repeats: int) -> None:
         rates(samples, len(prompts) * BLOCKS)
         for samples in measure_together([over(fn, prompts) for fn in fns], repeats)
     )
-    report(f"look-ups against a dict of sets, {where}", tree, "blocks/s", baseline=naive)
-    report(f"look-ups against a tree per instance, {where}", tree, "blocks/s", baseline=each)
+    report(f"micro/tree/{where}/look_ups/dict_of_sets", tree, "blocks/s", baseline=naive)
+    report(f"micro/tree/{where}/look_ups/tree_per_instance", tree, "blocks/s", baseline=each)
 
 
 def check(cluster: Cluster, keys: Sequence[BlockKey]) -> None:
@@ -232,9 +234,7 @@ def bench_decision(cluster: Cluster, where: str) -> None:
         decide(tokens)
         alone.append((middle - start) * 1e3)
         taken.append((time.process_time() - middle) * 1e3)
-    report(
-        f"page keys, depths and choice of 4K tokens against page keys, {where}", taken, "ms", baseline=alone
-    )
+    report(f"micro/tree/{where}/decision", taken, "ms", baseline=alone)
 
 
 def bench_events(cluster: Cluster, where: str, repeats: int) -> None:
@@ -247,7 +247,7 @@ def bench_events(cluster: Cluster, where: str, repeats: int) -> None:
         return {
             "new blocks": (first, lambda n: Stored(n, Tier.HBM, None, tuple(keys))),
             "blocks another has": (second, lambda n: Stored(n, Tier.DRAM, None, tuple(keys))),
-            "blocks removed, another has them": (first, lambda n: Removed(n, Tier.HBM, tail)),
+            "blocks removed that another has": (first, lambda n: Removed(n, Tier.HBM, tail)),
             "blocks removed": (second, lambda n: Removed(n, Tier.DRAM, tail)),
         }
 
@@ -273,7 +273,12 @@ def bench_events(cluster: Cluster, where: str, repeats: int) -> None:
             if cluster.baselines:
                 naives.setdefault(what, []).append(num_blocks / (end - middle))
     for what, samples in ours.items():
-        report(f"events: {what}, {where}", samples, "blocks/s", baseline=naives.get(what))
+        report(
+            f"micro/tree/{where}/events/{what.replace(' ', '_')}",
+            samples,
+            "blocks/s",
+            baseline=naives.get(what),
+        )
 
 
 def bench_leave(cluster: Cluster, where: str) -> None:
@@ -282,10 +287,10 @@ def bench_leave(cluster: Cluster, where: str) -> None:
     num_blocks = 1_000_000 // len(cluster.names)
     chains = [cluster.conversation() for _ in range(max(1, num_blocks // BLOCKS))]
     snapshot = Snapshot(1, tuple(Stored(0, Tier.HBM, None, tuple(keys)) for keys in chains))
-    report(f"leave, {where}", [once(lambda: tree.leave(name))], "ms")
+    report(f"micro/tree/{where}/leave", [once(lambda: tree.leave(name))], "ms")
     tree.join(name, EPOCH)
     taken = once(lambda: tree.reset(name, EPOCH, snapshot))
-    report(f"reset, {where}", [len(chains) * BLOCKS / taken * 1e3], "blocks/s")
+    report(f"micro/tree/{where}/reset", [len(chains) * BLOCKS / taken * 1e3], "blocks/s")
 
 
 def bench_staircase(num_instances: int, repeats: int) -> None:
@@ -306,9 +311,9 @@ def bench_staircase(num_instances: int, repeats: int) -> None:
             repeats,
         )
     )
-    where = f"staircase of {num_instances} instances"
-    report(f"look-ups against a dict of sets, {where}", tree, "blocks/s", baseline=naive)
-    report(f"look-ups against a tree per instance, {where}", tree, "blocks/s", baseline=each)
+    where = f"{num_instances}_instances/staircase"
+    report(f"micro/tree/{where}/look_ups/dict_of_sets", tree, "blocks/s", baseline=naive)
+    report(f"micro/tree/{where}/look_ups/tree_per_instance", tree, "blocks/s", baseline=each)
 
 
 def measure_together(fns: Sequence[Callable[[], None]], repeats: int) -> list[list[float]]:

@@ -1,12 +1,17 @@
 """Fit the router's cost model to a live instance, and say how well it predicts.
 
+    python benchmark/fit_cost_model.py [--quick] [-o costs.json]             of a server started for it
     python benchmark/fit_cost_model.py --url http://127.0.0.1:30000 -o costs.json
     python -m memserve.router.simulate --trace trace.jsonl --costs costs.json --timed
 
 Prefill: prompts of random tokens, a share of which has just been sent, timed to one token; fitted as
 the router does online, and judged on prompts that were not fitted to. Decode: batches of equal
 requests, timed per token. Bytes per token and the paths are not measured: they come from --like.
-Nobody else may use the instance meanwhile.
+Nobody else may use the instance meanwhile. Without --url, which takes a running one, a colocated server
+of the bench model is started. The default takes about three minutes, --quick one.
+
+    micro/cost_model/prefill_error    of prompts that were not fitted to, relative; baseline: unfitted
+    micro/cost_model/decode_error     of the batches that were fitted to, relative
 """
 
 from __future__ import annotations
@@ -14,8 +19,11 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
+import tempfile
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from random import Random
@@ -24,6 +32,7 @@ from typing import Any
 import numpy as np
 import requests
 
+from bench_model import make_model
 from figures import progress, report
 from memserve.router.costs.cost_model import (
     CPU_COSTS,
@@ -35,6 +44,8 @@ from memserve.router.costs.cost_model import (
     observe,
     with_prefill,
 )
+from memserve.testing.cluster import Cluster, is_ready, wait_for
+from memserve.wire.messages import Role
 
 TIMEOUT_S = 300
 LEAST_TOKENS = 32
@@ -71,7 +82,8 @@ class Instance:
         if cached_share:
             self.generate(prompt[: int(num_tokens * cached_share)], 1)
         seconds, said = self.generate(prompt, 1)
-        return Observation(num_tokens, min(int(said.get("cached_tokens", 0)), num_tokens - 1), seconds)
+        num_cached = int(said.get("prefill_cached_tokens", said.get("cached_tokens", 0)))  # of a pair, or one
+        return Observation(num_tokens, min(num_cached, num_tokens - 1), seconds)
 
     def step_s(self, num_sequences: int, num_tokens: int) -> float:
         """Seconds per decode step of a batch that begins with prompts of that length, all cached."""
@@ -95,18 +107,45 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--url", required=True, help="a colocated instance, or a router of one")
-    parser.add_argument("--prompts", type=int, default=60, help="sizes to time (default: %(default)s)")
+    parser.add_argument("--url", help="a colocated instance, or a router of one (default: start one)")
+    parser.add_argument("--model-path", type=Path, help="of the one to start; default: the bench model")
+    parser.add_argument("--quick", action="store_true", help="a third of the sizes, and batches timed once")
+    parser.add_argument("--prompts", type=int, help="sizes to time (default: 60; --quick: 20)")
     parser.add_argument("--longest", type=int, default=1800, help="prompt, in tokens (default: %(default)s)")
-    parser.add_argument("--vocab-size", type=int, default=500, help="token ids below (default: %(default)s)")
-    parser.add_argument("--like", choices=("gpu", "cpu"), default="gpu", help="what else to assume")
+    parser.add_argument("--vocab-size", type=int, default=250, help="token ids below (default: %(default)s)")
+    parser.add_argument("--like", choices=("gpu", "cpu"), default="cpu", help="what else to assume")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("-o", "--output", type=Path, help="write the model here, as JSON")
     args = parser.parse_args()
     random = Random(args.seed)
-    instance = Instance(args.url, args.vocab_size, random)
     costs = GPU_COSTS if args.like == "gpu" else CPU_COSTS
-    seen = time_prefills(instance, args.prompts, args.longest, random)
+    with ExitStack() as stack:
+        url = args.url or stack.enter_context(started(args.model_path))
+        instance = Instance(url, args.vocab_size, random)
+        costs = fit_prefill(instance, args.prompts or (20 if args.quick else 60), args.longest, random, costs)
+        costs = replace(costs, decode=fit_decode(instance, args.longest, repeats=1 if args.quick else 3))
+    text = json.dumps(as_json(costs), indent=2)
+    progress(text)
+    if args.output:
+        args.output.write_text(text + "\n")
+
+
+@contextmanager
+def started(model: Path | None) -> Iterator[str]:
+    """A colocated server behind a router; the router's URL."""
+    with Cluster(Path(tempfile.mkdtemp(prefix="memserve-fit-"))) as cluster:
+        cluster.launch("worker", Role.COLOCATED, model or make_model())
+        progress("starting a server")
+        cluster.wait_ready()
+        wait_for(lambda: is_ready(cluster.url), what="the server")
+        yield cluster.url
+
+
+def fit_prefill(
+    instance: Instance, num_prompts: int, longest: int, random: Random, costs: CostModel
+) -> CostModel:
+    """`costs` with prefills as they were timed; says how well that predicts prompts not fitted to."""
+    seen = time_prefills(instance, num_prompts, longest, random)
     fitted, judged = seen[: len(seen) * 3 // 4], seen[len(seen) * 3 // 4 :]
     refined = Refined.of(costs.prefill)
     for one in fitted:
@@ -119,12 +158,8 @@ def main() -> None:
         progress(
             f"{it.num_tokens} tokens, {it.num_cached} cached: {it.seconds:.4g} s, predicted {predicted_s:.4g}"
         )
-    report("relative error of predicted prefills", errors, "of observed", baseline=before)
-    costs = replace(costs, decode=fit_decode(instance, args.longest))
-    text = json.dumps(as_json(costs), indent=2)
-    progress(text)
-    if args.output:
-        args.output.write_text(text + "\n")
+    report("micro/cost_model/prefill_error", errors, "of observed", baseline=before)
+    return costs
 
 
 def time_prefills(instance: Instance, count: int, longest: int, random: Random) -> list[Observation]:
@@ -141,18 +176,21 @@ def time_prefills(instance: Instance, count: int, longest: int, random: Random) 
     return seen
 
 
-def fit_decode(instance: Instance, longest: int) -> DecodeCost:
+def fit_decode(instance: Instance, longest: int, repeats: int) -> DecodeCost:
     """Least squares of the three terms, none below 0."""
     batches = [(count, min(tokens, longest)) for count, tokens in BATCHES]
     rows, targets = [], []
     for count, tokens in batches:
-        taken_s = statistics.median(instance.step_s(count, tokens) for _ in range(3))
+        taken_s = statistics.median(instance.step_s(count, tokens) for _ in range(repeats))
         progress(f"decode, {count} x {tokens} tokens: {taken_s:.3g} s a step")
         rows.append([1.0, count, count * (tokens + DECODE_TOKENS / 2)])
         targets.append(taken_s)
     solved = np.linalg.lstsq(np.array(rows), np.array(targets), rcond=None)[0]
     fixed_s, sequence_s, context_token_s = (max(float(value), 0.0) for value in solved)
-    return DecodeCost(fixed_s, sequence_s, context_token_s)
+    cost = DecodeCost(fixed_s, sequence_s, context_token_s)
+    predicted = np.array(rows) @ np.array([fixed_s, sequence_s, context_token_s])
+    report("micro/cost_model/decode_error", list(abs(predicted / np.array(targets) - 1)), "of observed")
+    return cost
 
 
 def as_json(costs: CostModel) -> dict[str, Any]:

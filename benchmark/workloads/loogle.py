@@ -6,10 +6,15 @@ A document's first question has it to itself, so an ideal cache gives 91% * (n -
 n questions a document: 86% with 18, 80% with 8, 68% with 4. Few requests are few documents: 40 with 18
 questions each are 3 documents; `questions=8` makes them 5.
 
+Lengths are drawn one from each n-th part of the normal distribution, so that few documents are as long
+as many in the mean.
+
 A prompt longer than `max_context` loses from the document's end, never from the question.
 """
 
 from __future__ import annotations
+
+from statistics import NormalDist
 
 from load.records import Session, Turn, Workload
 from workloads.draws import Draws
@@ -17,6 +22,7 @@ from workloads.settings import Settings
 from workloads.statistics import Published
 
 PROMPT_MEAN, PROMPT_SD, PROMPT_MIN = 23_500, 6_100, 2_000
+LENGTHS = NormalDist(PROMPT_MEAN, PROMPT_SD)
 SHARED = 0.91
 QUESTIONS = 18
 OUTPUT = 16
@@ -35,7 +41,9 @@ def make(settings: Settings) -> Workload:
     for number in range(num_documents):
         first = settings.requests * number // num_documents
         questions = settings.requests * (number + 1) // num_documents - first
-        sessions += _document(number, questions, settings)
+        draws = Draws("loogle", settings.seed, number)
+        length = LENGTHS.inv_cdf((number + draws.random.uniform(0.01, 0.99)) / num_documents)
+        sessions += _document(f"loogle-{settings.seed}-{number}", length, questions, draws, settings)
     Draws("loogle", settings.seed, "order").random.shuffle(sessions)
     return Workload("loogle", tuple(sessions))
 
@@ -50,9 +58,9 @@ def published(settings: Settings) -> tuple[Published, ...]:
     )
 
 
-def _document(number: int, questions: int, settings: Settings) -> list[Session]:
-    draws = Draws("loogle", settings.seed, number)
-    length = max(PROMPT_MIN, draws.random.gauss(PROMPT_MEAN, PROMPT_SD))
+def _document(name: str, length: float, questions: int, draws: Draws, settings: Settings) -> list[Session]:
+    """The sessions about one document; `length` is of its prompts, in published tokens."""
+    length = max(PROMPT_MIN, length)
     document = draws.tokens(settings.prompt(length * SHARED), settings.vocabulary)
     num_output = min(settings.output(OUTPUT), settings.max_context - 1)
 
@@ -66,7 +74,4 @@ def _document(number: int, questions: int, settings: Settings) -> list[Session]:
 
     asked = [ask() for _ in range(questions)]
     askers = min(settings.share_ratio, questions)
-    return [
-        Session(f"loogle-{settings.seed}-{number}-{asker}", tuple(asked[asker::askers]), grows=False)
-        for asker in range(askers)
-    ]
+    return [Session(f"{name}-{asker}", tuple(asked[asker::askers]), grows=False) for asker in range(askers)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from random import Random
+
 import pytest
 
 from memserve.router.costs.cost_model import GPU_COSTS, Observation
@@ -55,11 +57,20 @@ def test_what_loading_adds_to_a_prefill_is_learnt_apart() -> None:
     costs = LearntCosts(GPU_COSTS)
     costs.has_block_bytes(16 * 4096, 16)
     for _ in range(60):
-        costs.loaded(4096, 0.05)
-        costs.loaded(16, 0.004)
+        costs.loaded(4096, 0.05, total_s=0.2)
+        costs.loaded(16, 0.004, total_s=0.02)
     assert costs.model.load_s(4096) == pytest.approx(0.05, rel=0.2)
     assert costs.model.load_s(16) == pytest.approx(0.004, rel=0.2)
-    for _ in range(60):
-        costs.loaded(16, -0.01)
+    for _ in range(200):
+        costs.loaded(16, -0.01, total_s=0.02)
     assert costs.model.load_s(16) < 0.001
     assert costs.model.prefill == GPU_COSTS.prefill
+
+
+def test_hiccups_of_prefills_are_not_taken_for_what_loading_costs() -> None:
+    """Prefills of 400 ms that vary by a fifth, of which the load takes 5 ms."""
+    costs, draw = LearntCosts(GPU_COSTS), Random(0)
+    costs.has_block_bytes(16 * 4096, 16)
+    for _ in range(100):
+        costs.loaded(4096, 0.005 + draw.gauss(0, 0.08), total_s=0.4)
+    assert 0 <= costs.model.load_s(4096) < 0.025

@@ -11,9 +11,42 @@ from memserve.router.costs.cost_model import CostModel, Observation, Path, Refin
 
 NEWEST = 0.2
 """What the newest observation of a path weighs."""
+REMEMBERED = 0.99
+"""What an observation of a load weighs after the next one."""
 MANY_BYTES = 1 << 20
 """A transfer of so many tells of the bandwidth, a smaller one of the latency."""
 LEAST_LATENCY_S = 1e-4
+
+
+NOISE = 0.1
+"""By how much of itself a prefill usually differs from what is predicted."""
+MOST_BYTES_PER_S = 1e11
+BYTE_UNSURE_S = 1e-9
+LATENCY_UNSURE_S = 5e-3
+"""By how much a guess of what loading takes may be off."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Estimate:
+    """A number that is seen through noise only. May be negative for a while, so that errors cancel.
+
+    Source: Kalman's filter of one constant, with forgetting.
+    """
+
+    value: float
+    most_variance: float
+    variance: float
+
+    @classmethod
+    def of(cls, value: float, unsure: float) -> _Estimate:
+        return cls(value, unsure**2, unsure**2)
+
+    def after(self, seen: float, times: float, noise: float) -> _Estimate:
+        """When `times` the number was seen as `seen`, give or take `noise`."""
+        gain = self.variance * times / (self.variance * times**2 + noise**2)
+        variance = self.variance * (1 - gain * times) / REMEMBERED
+        value = self.value + gain * (seen - self.value * times)
+        return replace(self, value=value, variance=min(variance, self.most_variance))
 
 
 @dataclass(slots=True)
@@ -32,6 +65,8 @@ class LearntCosts:
         """At certainty 0 the first observations overrule `start`, at 1 hardly any does."""
         self._refined = Refined.of(start.prefill, certainty)
         self._model = start
+        self._byte_s = _Estimate.of(1 / start.dram.bytes_per_s, BYTE_UNSURE_S)
+        self._latency_s = _Estimate.of(start.dram.latency_s, LATENCY_UNSURE_S)
         self.fetches = FetchError()
 
     @property
@@ -54,12 +89,20 @@ class LearntCosts:
         self._refined = observe(self._refined, seen)
         self._model = with_prefill(self._model, self._refined.cost)
 
-    def loaded(self, num_tokens: int, seconds: float) -> None:
-        """The KV of so many tokens came from an instance's own DRAM, and made its prefill so much longer."""
-        num_bytes = num_tokens * self._model.kv_bytes_per_token
-        if num_bytes > 0:
-            seen_s = max(seconds, LEAST_LATENCY_S)
-            self._model = replace(self._model, dram=_after(self._model.dram, num_bytes, seen_s))
+    def loaded(self, num_tokens: int, seconds: float, total_s: float) -> None:
+        """The KV of so many tokens came from an instance's own DRAM: its prefill took `total_s`, which is
+        `seconds` more than predicted without that; or less, as predictions err both ways."""
+        num_bytes, path = num_tokens * self._model.kv_bytes_per_token, self._model.dram
+        if num_bytes <= 0 or not total_s > 0:
+            return
+        noise_s = NOISE * total_s
+        if num_bytes >= MANY_BYTES:
+            self._byte_s = self._byte_s.after(seconds - path.latency_s, num_bytes, noise_s)
+        else:
+            self._latency_s = self._latency_s.after(seconds - num_bytes / path.bytes_per_s, 1, noise_s)
+        byte_s = max(self._byte_s.value, 1 / MOST_BYTES_PER_S)
+        dram = Path(max(self._latency_s.value, LEAST_LATENCY_S), 1 / byte_s)
+        self._model = replace(self._model, dram=dram)
 
     def fetched(self, num_tokens: int, seconds: float) -> None:
         """The KV of so many tokens came from another instance."""

@@ -27,7 +27,8 @@ def learn(placed: Placed, seconds: float, cached_tokens: int | None, costs: Lear
     situation = placed.decision.situation
     num_loaded = cached_tokens - situation.cached_tokens(placed.decision.chosen.near_blocks)
     if num_loaded >= situation.page_tokens:
-        costs.loaded(num_loaded, seconds - costs.model.exec_s(prompt.num_tokens, cached_tokens))
+        load_s = seconds - costs.model.exec_s(prompt.num_tokens, cached_tokens)
+        costs.loaded(num_loaded, load_s, total_s=seconds)
     else:
         costs.prefilled(Observation(prompt.num_tokens, cached_tokens, seconds))
 
