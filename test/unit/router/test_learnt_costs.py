@@ -71,6 +71,8 @@ def test_hiccups_of_prefills_are_not_taken_for_what_loading_costs() -> None:
     """Prefills of 400 ms that vary by a fifth, of which the load takes 5 ms."""
     costs, draw = LearntCosts(GPU_COSTS), Random(0)
     costs.has_block_bytes(16 * 4096, 16)
-    for _ in range(100):
+    believed = []
+    for _ in range(200):
         costs.loaded(4096, 0.005 + draw.gauss(0, 0.08), total_s=0.4)
-    assert 0 <= costs.model.load_s(4096) < 0.025
+        believed.append(costs.model.load_s(4096))
+    assert 0 <= sum(believed) / len(believed) < 0.015
