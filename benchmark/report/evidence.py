@@ -44,15 +44,23 @@ class Figure(msgspec.Struct, frozen=True):
     def higher_is_better(self) -> bool:
         if self.better is not None:
             return self.better == "higher"
-        unit = self.unit.lower()
-        return "/s" in unit or unit.startswith("of prompt")
+        return "/s" in self.unit or (self.unit.startswith("of ") and self.unit != "of observed")
+
+    @property
+    def short(self) -> str:
+        """The name without its part."""
+        return self.name.removeprefix(f"{self.part}/")
 
     @property
     def target_met(self) -> bool | None:
-        """Whether the promised ratio was reached; None if none was promised."""
-        if self.target is None or self.ratio is None:
+        """Whether the promised ratio, or value where there is no baseline, was reached.
+
+        None if nothing was promised: a simulation that is checked should be neither above nor below.
+        """
+        reached = self.value if self.baseline is None and self.ratio is None else self.ratio
+        if self.target is None or reached is None or "check" in self.name.split("/"):
             return None
-        return self.ratio >= self.target if self.higher_is_better else self.ratio <= self.target
+        return reached >= self.target if self.higher_is_better else reached <= self.target
 
 
 class Described(msgspec.Struct, frozen=True):

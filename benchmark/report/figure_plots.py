@@ -46,7 +46,7 @@ def lines_of(figures: Iterable[Figure]) -> dict[str, list[tuple[float, Figure]]]
     """Figures by the line they are on; lines have at least three points, in order, of one unit."""
     lines: dict[str, dict[float, Figure]] = {}
     for figure in figures:
-        if figure.value is not None and (point := point_of(figure.name)):
+        if figure.value is not None and (point := point_of(figure.short)):
             lines.setdefault(f"{point.line}|{figure.unit}", {})[point.x] = figure
     return {
         line.rpartition("|")[0]: sorted(points.items(), key=lambda one: one[0])
@@ -98,11 +98,21 @@ def _line_panels(lines: dict[str, list[tuple[float, Figure]]]) -> list[Panel]:
 
 
 def _bar_panels(figures: Iterable[Figure]) -> list[Panel]:
+    """By what names begin with and unit; those that are alone in that, with each other."""
     groups: dict[tuple[str, str], list[Figure]] = {}
     for figure in figures:
-        if figure.value is not None and "/" in figure.name:
-            groups.setdefault((figure.name.split("/")[0], figure.unit), []).append(figure)
-    return [Panel(head, unit, {}, some[:MOST_BARS]) for (head, unit), some in groups.items() if len(some) > 1]
+        if figure.value is not None and "/" in figure.short:
+            groups.setdefault((figure.short.split("/")[0], figure.unit), []).append(figure)
+    alone = [some[0] for some in groups.values() if len(some) == 1]
+    kept = {head_unit: some for head_unit, some in groups.items() if len(some) > 1}
+    for figure in alone:
+        kept.setdefault((figure.part, figure.unit), []).append(figure)
+    return [
+        Panel(head, unit, {}, some[n : n + MOST_BARS])
+        for (head, unit), some in kept.items()
+        if len(some) > 1
+        for n in range(0, len(some), MOST_BARS)
+    ]
 
 
 def _shared(names: Sequence[str]) -> tuple[str, dict[str, str]]:
@@ -162,7 +172,7 @@ def _draw_lines(axes: Axes, panel: Panel) -> None:
 
 def _draw_bars(axes: Axes, panel: Panel) -> None:
     figures = panel.bars[::-1]
-    names = [figure.name.partition("/")[2] for figure in figures]
+    names = [figure.short.removeprefix(f"{panel.title}/") for figure in figures]
     values = [float(figure.value or 0) for figure in figures]
     axes.barh(names, values, color="#0072B2", height=0.62)
     for place, figure in enumerate(figures):

@@ -14,7 +14,7 @@ from report.agreement import Agreement
 from report.criteria import Faceoff, Judged, baseline_of, faceoffs, judged, stock_faceoffs, subject_of
 from report.evidence import Evidence
 from report.figure_plots import figure_plots
-from report.measures import JUDGED, MEASURES, number
+from report.measures import JUDGED, MEASURES
 from report.plots import distributions, rates, reductions, reuse
 from report.summary import FEWEST_REPEATS
 from report.tables import Table
@@ -136,7 +136,7 @@ def section(evidence: Evidence, part: str) -> Section:
         losses=lost if against else None,
         worse_note=evidence.note(f"worse/{part}"),
         compared=len(repeats),
-        by_chance=number(sum(0.5**n for n in repeats if n >= FEWEST_REPEATS)) if repeats else "",
+        by_chance=f"{sum(0.5**n for n in repeats if n >= FEWEST_REPEATS):.0f}",
         results=tables.results(evidence, part),
         percentiles=tables.percentiles(evidence, part) if keys else None,
         figures=tables.figures(some) if some else None,

@@ -23,6 +23,9 @@ class Field(NamedTuple):
     """`better`, `worse`, `equal`, `unknown`, `met` or `missed`: a colour, never the only sign."""
 
 
+MET = {True: Field("met", "", "met"), False: Field("missed", "", "missed"), None: Field("")}
+
+
 @dataclass(frozen=True)
 class Table:
     columns: Sequence[str]
@@ -136,7 +139,6 @@ def figures(some: Sequence[Figure]) -> Table:
     """All figures of a part. Columns that nothing is in are left out."""
     table = Table(["figure", "value", "spread", "n", "baseline", "ratio", "promised", ""])
     for one in some:
-        met = one.target_met
         table.rows.append(
             [
                 Field(one.name),
@@ -145,14 +147,8 @@ def figures(some: Sequence[Figure]) -> Table:
                 Field(str(one.n)),
                 Field("" if one.baseline is None else number(one.baseline)),
                 Field("" if one.ratio is None else f"{number(one.ratio)}×"),
-                Field(
-                    "" if one.target is None else f"{'≥' if one.higher_is_better else '≤'} {one.target:g}×"
-                ),
-                Field("")
-                if met is None
-                else Field("met", "", "met")
-                if met
-                else Field("missed", "", "missed"),
+                Field(_promised(one)),
+                MET[one.target_met],
             ]
         )
     kept = [n for n, _ in enumerate(table.columns) if n < 2 or any(row[n].text for row in table.rows)]
@@ -218,6 +214,14 @@ def _change(comparison: Comparison | None, *, mark: bool = True) -> Field:
     ratio = comparison.ratio
     small = f"({_percent(ratio.low - 1)}…{_percent(ratio.high - 1)})" if ratio.n > 1 else ""
     return Field(_percent(comparison.change), small, comparison.verdict if mark else "")
+
+
+def _promised(figure: Figure) -> str:
+    """Of the ratio, or of the value where there is no baseline."""
+    if figure.target is None:
+        return ""
+    side = "≈" if figure.target_met is None else "≥" if figure.higher_is_better else "≤"
+    return f"{side} {figure.target:g}{'' if figure.ratio is None else '×'}"
 
 
 def _met(row: Judged) -> Field:

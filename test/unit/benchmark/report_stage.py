@@ -102,15 +102,15 @@ def made_up_figures(rng: random.Random) -> list[dict[str, Any]]:
 
     found = []
     for tokens in (256, 512, 1024, 2048, 4096):
-        found.append(figure("micro", f"dram_hit/{tokens}/loaded", 0.002 * tokens, "ms"))
-        found.append(figure("micro", f"dram_hit/{tokens}/computed", 0.0004 * tokens**1.3, "ms"))
+        found.append(figure("micro", f"micro/dram_hit/{tokens}_tokens/50_cached", 0.002 * tokens, "ms"))
+        found.append(figure("micro", f"micro/dram_hit/{tokens}_tokens/computed", 0.0004 * tokens**1.3, "ms"))
     for transport, rate in {"local": 5.2, "tcp": 1.9, "mooncake": 0.8}.items():
         held = {"baseline": 2.5, "ratio": rate / 2.5, "target": 0.8}
-        found.append(figure("micro", f"transfer/{transport}/aggregated", rate, "GB/s", **held))
-        found.append(figure("micro", f"transfer/{transport}/by_layer", rate / 3, "GB/s"))
+        found.append(figure("micro", f"micro/transfer/{transport}/aggregated", rate, "GB/s", **held))
+        found.append(figure("micro", f"micro/transfer/{transport}/by_layer", rate / 3, "GB/s"))
     for num in (8, 64, 256, 1000):
         for policy, factor in {"prompt-tree": 1.0, "least-load": 2.4}.items():
-            found.append(figure("scale", f"scale/{policy}/{num}/ttft_p99", factor * num**0.2, "s"))
+            found.append(figure("scale", f"scale/{num}_instances/{policy}/ttft_p99", factor * num**0.2, "s"))
         found.append(figure("scale", f"scale/router/{num}/decisions", 40_000 / num**0.5, "decisions/s"))
     for what in ("pool", "checksums", "events", "router"):
         cost = {"baseline": 100.0, "ratio": 1.01, "target": 1.03}

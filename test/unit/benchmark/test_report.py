@@ -245,6 +245,13 @@ class TestFigures:
     ) -> None:
         assert Figure("x", 1.0, unit, ratio=ratio, target=0.8).target_met is met
 
+    def test_a_promise_without_a_baseline_is_of_the_value(self) -> None:
+        assert Figure("x", 0.9, "of cells", target=1.0).target_met is False
+        assert Figure("x", 1.0, "of cells", target=1.0).target_met is True
+
+    def test_a_checked_simulation_promises_nothing(self) -> None:
+        assert Figure("scale/check/x/ttft", 1.1, "s", baseline=1.0, ratio=1.1, target=1.0).target_met is None
+
     def test_a_line_cut_short_is_left_out_and_a_broken_one_is_said(self, tmp_path: Path) -> None:
         path = tmp_path / "figures.jsonl"
         path.write_text('{"name": "a", "value": 1}\n{"name": "b", "va')
@@ -276,7 +283,7 @@ class TestPage:
     def test_says_what_got_worse_and_why(self, html: str) -> None:
         assert NOTES["cells/stock-pd"] in html
         assert "not noted yet (cells/stock-pd-decode-cache/react/over)" in html
-        assert "transfer/mooncake/aggregated" in html.split("Did not reach what was promised")[1][:200]
+        assert "micro/transfer/mooncake/aggregated" in html.split("Did not reach what was promised")[1][:200]
 
     def test_has_conditions_and_what_was_not_measured(self, html: str) -> None:
         for text in ("2 x Example CPU", "threads.prefill", "its offload needs a kernel", NOTES["limits"]):
