@@ -1,4 +1,4 @@
-"""The model that benchmarks serve, and prompts for it. Knows no server."""
+"""The model that benchmarks serve, and prompts for it."""
 
 from __future__ import annotations
 
@@ -8,6 +8,9 @@ from pathlib import Path
 from random import Random
 
 ROOT = Path(__file__).resolve().parent.parent
+ROOM = ("--mem-fraction-static", "0.8")
+"""For servers that start together: SGLang takes what the others load meanwhile for its own weights, and
+finds no room for KV in a small share. How much KV there is depends on --max-total-tokens only."""
 VOCABULARY = 250
 FIRST_TOKEN = 10
 """Past the special ones."""

@@ -26,7 +26,7 @@ from random import Random
 import aiohttp
 import requests
 
-from bench_model import make_model, random_tokens
+from bench_model import ROOM, make_model, random_tokens
 from figures import progress, report
 from memserve.core.caching import CachingMode
 from memserve.router.make_trace import Shape, loogle
@@ -112,8 +112,8 @@ def scaled(lines: Sequence[Line], scale: int) -> list[Prompt]:
 def launch(cluster: Cluster, model: Path, caching: CachingMode) -> None:
     """3 prefills and a decode, with memory for all the documents."""
     for number in range(NUM_PREFILLS):
-        cluster.launch(f"prefill{number}", Role.PREFILL, model, "--caching", str(caching))
-    cluster.launch("decode", Role.DECODE, model, "--caching", str(caching))
+        cluster.launch(f"prefill{number}", Role.PREFILL, model, *ROOM, "--caching", str(caching))
+    cluster.launch("decode", Role.DECODE, model, *ROOM, "--caching", str(caching))
     progress("starting 3 prefill and 1 decode server")
     cluster.wait_ready()
 

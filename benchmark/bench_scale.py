@@ -40,8 +40,10 @@ import msgspec
 
 import scale_router
 from figures import progress, report
+from memserve.core.errors import ConfigError
 from memserve.router.costs.cost_file import read_costs
 from memserve.router.make_trace import Shape, conversation
+from memserve.router.placing.policy import PREFILL_POLICIES
 from memserve.router.simulation.report import Figures, figures, ideal_load
 from memserve.router.simulation.simulation import SimulationConfig, simulate
 from memserve.router.simulation.traces import Trace, parse_trace, read_trace
@@ -94,6 +96,14 @@ def main() -> None:
 
         scale_check.run(args.model_path, quick=args.quick)
         return
+    try:
+        read_costs(args.costs)
+        if args.trace is not None:
+            read_trace(args.trace)
+    except (ConfigError, OSError) as error:
+        parser.error(str(error))
+    if unknown := set(args.policies) - set(PREFILL_POLICIES):
+        parser.error(f"there is no policy {unknown.pop()}; there are {', '.join(PREFILL_POLICIES)}")
     per_instance = args.per_instance or (60 if args.quick else 120)
     most = args.most or (4000 if args.quick else 10_000)
     jobs = [
