@@ -11,29 +11,32 @@ the same instance names and sessions, and blocks of 16 tokens.
     scale/check/prompt_tree/ttft_mean/alone       the same with the other fit
 
 What two cores do to it: four servers share them, and a prefill slows down while others compute; the
-simulator's instances are machines of their own. So costs are fitted twice: `alone`, while nobody else
-works, and `contended`, while one other request is always on its way. In a real run neighbours come and
-go: at a load of about a half the truth lies between the two. On machines of their own, `alone` is the fit
-to use. What the router, HTTP and the handover take is part of both fits, as they are timed through it;
-so the simulator is told that transfers are free.
+simulator's instances are machines of their own. `alone` are costs fitted while nobody else works: the fit
+to use on machines of their own. For `contended` they are multiplied by what a prefill was slowed down by
+one and by two neighbours (scale/check/slowdown/...), between which the mean number of others at work in
+the simulated run itself decides. That is a mean: bursts are slowed down more than it says, quiet
+times less. What the router, HTTP and the handover take is part of the fit, as prefills are timed through
+it; so the simulator is told that transfers are free.
 """
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from random import Random
 from zlib import crc32
 
-from bench_model import make_model
+import numpy as np
+
+from bench_model import VOCABULARY, make_model
 from bench_routing import (
     ANSWER_TOKENS,
     NUM_PREFILLS,
-    Answer,
     Prompt,
     figures_of,
     launch,
@@ -46,7 +49,7 @@ from figures import progress, report
 from fit_cost_model import Instance, fit_prefill
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.caching import CachingMode
-from memserve.router.costs.cost_model import CPU_COSTS, CostModel
+from memserve.router.costs.cost_model import CPU_COSTS, CostModel, PrefillCost, with_prefill
 from memserve.router.costs.cost_model import Path as PathCost
 from memserve.router.make_trace import Shape, loogle
 from memserve.router.simulation.report import first_token_times
@@ -60,6 +63,8 @@ SCALE = 16
 REPLAY_S, QUICK_REPLAY_S = 60.0, 40.0
 NUM_REQUESTS, QUICK_REQUESTS = 180, 120
 FREE = PathCost(0.0, 1e18)
+ROUNDS = 6
+"""After which the simulated run and its own contention agree."""
 
 
 def run(model: Path | None, *, quick: bool) -> None:
@@ -73,51 +78,80 @@ def run(model: Path | None, *, quick: bool) -> None:
         first = stack.enter_context(Cluster(scratch / "first"))
         launch(first, model or make_model(), CachingMode.BOTH)
         wait_all(first.url)
-        costs = {"alone": fit(first.url, longest, 24 if quick else 40)}
-        with neighbours(first.url, longest):
-            costs["contended"] = fit(first.url, longest, 16 if quick else 24)
+        costs = fit(first.url, longest, 24 if quick else 40)
+        slowed = slowdowns(first.url, longest, 5 if quick else 9)
         for policy in POLICIES:
             progress(f"replaying with {policy}")
-            show(policy, replay(first, policy, prompts, clock, scratch), costs, prompts, clock)
+            real = figures_of(replay(first, policy, prompts, clock, scratch))
+            show(policy, real, simulated(policy, trace_of(prompts, clock), costs, slowed))
 
 
 def fit(url: str, longest: int, num_prompts: int) -> CostModel:
     """Prefills through the router of a pair, first token and all."""
     random = Random(11)
-    fitted = fit_prefill(Instance(url, 250, random), num_prompts, longest, random, CPU_COSTS)
+    fitted = fit_prefill(Instance(url, VOCABULARY, random), num_prompts, longest, random, CPU_COSTS)
     return replace(fitted, dram=FREE, remote=FREE)
 
 
+def slowdowns(url: str, longest: int, repeats: int) -> list[float]:
+    """How many times as long a cold prefill takes while none, one and two others are at work."""
+    instance, medians = Instance(url, VOCABULARY, Random(13)), []
+    for count in range(NUM_PREFILLS):
+        with neighbours(url, longest, count):
+            taken = [instance.prefill(longest * 2 // 3, 0.0).seconds for _ in range(repeats)]
+        medians.append(statistics.median(taken))
+        report(f"scale/check/slowdown/{count}_neighbours", taken, "s", baseline=medians[:1])
+    return [max(1.0, each / medians[0]) for each in medians]
+
+
 @contextmanager
-def neighbours(url: str, longest: int) -> Iterator[None]:
-    """One other request is always on its way: prompts that nobody has seen, of half the length."""
+def neighbours(url: str, longest: int, count: int) -> Iterator[None]:
+    """So many others are always on their way: prompts that nobody has seen."""
     ended = threading.Event()
-    other = Instance(url, 250, Random(12))
 
-    def work() -> None:
+    def work(number: int) -> None:
+        other = Instance(url, VOCABULARY, Random(20 + number))
         while not ended.is_set():
-            other.generate(other.tokens(longest // 2), ANSWER_TOKENS)
+            other.generate(other.tokens(longest), 1)
 
-    thread = threading.Thread(target=work)
-    thread.start()
+    threads = [threading.Thread(target=work, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
     try:
         yield
     finally:
         ended.set()
-        thread.join()
+        for thread in threads:
+            thread.join()
 
 
-def show(
-    policy: str,
-    answers: Sequence[Answer],
-    costs: dict[str, CostModel],
-    prompts: Sequence[Prompt],
-    clock: float,
-) -> None:
+def simulated(policy: str, trace: Trace, costs: CostModel, slowed: Sequence[float]) -> dict[str, Outcome]:
+    """With the costs as they are, and as they become among that run's own neighbours."""
+    outcome = simulate(trace, config_of(policy), costs)
+    outcomes, factor = {"alone": outcome}, 1.0
+    for _ in range(ROUNDS):
+        factor = (factor + float(np.interp(others_at_work(outcome, costs, factor), [0, 1, 2], slowed))) / 2
+        outcome = simulate(trace, config_of(policy), times(costs, factor))
+    report(f"scale/check/{policy}/contention", [factor], "x")
+    return {**outcomes, "contended": outcome}
+
+
+def others_at_work(outcome: Outcome, costs: CostModel, factor: float) -> float:
+    """The mean number of other prefills at work."""
+    busy_s = sum(
+        factor * costs.exec_s(job.request.prompt_tokens, job.request.prompt_tokens - job.work_tokens)
+        for job in outcome.jobs
+    )
+    return busy_s / max(job.end_s for job in outcome.jobs) * (NUM_PREFILLS - 1) / NUM_PREFILLS
+
+
+def times(costs: CostModel, factor: float) -> CostModel:
+    return with_prefill(costs, PrefillCost(*(value * factor for value in astuple(costs.prefill))))
+
+
+def show(policy: str, real: Mapping[str, float], outcomes: Mapping[str, Outcome]) -> None:
     """Each figure of the simulator's over the real one."""
-    real = figures_of(answers)
-    for name, believed in costs.items():
-        outcome = simulate(trace_of(prompts, clock), config_of(policy), believed)
+    for name, outcome in outcomes.items():
         for figure, value in simulated_figures(outcome).items():
             unit = "of prompt tokens" if figure == "hit_ratio" else "s"
             report(
