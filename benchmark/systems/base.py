@@ -1,0 +1,83 @@
+"""A system under test: an address to send requests to, and processes behind it."""
+
+from __future__ import annotations
+
+import os
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+
+from memserve.testing.cluster import Process
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What all systems have in common."""
+
+    model: Path
+    logs: Path
+    kv_tokens: int = 32768
+    """Of each server's device memory."""
+    page_tokens: int = 16
+
+    @property
+    def flags(self) -> list[str]:
+        """For every SGLang server, ours or not."""
+        return [
+            *("--max-total-tokens", str(self.kv_tokens), "--page-size", str(self.page_tokens)),
+            *("--random-seed", "1"),
+        ]
+
+
+class System(ABC):
+    """Started when built, ready after `wait_ready`. A context manager that stops what it started."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.url = ""
+        """Of the router, once it is ready."""
+
+    @abstractmethod
+    def wait_ready(self) -> None:
+        """Return when requests are served. Raises ClusterFailed."""
+
+    @abstractmethod
+    def flush(self) -> None:
+        """Forget all KV, and return when it is forgotten."""
+
+    def settle(self) -> None:
+        """Return when nothing is left to do for requests that were answered."""
+
+    def kv_bytes_moved(self) -> int | None:
+        """Between servers so far; None if they do not say."""
+        return None
+
+    @abstractmethod
+    def processes(self) -> Mapping[str, Process]:
+        """All of them, by name."""
+
+    def close(self) -> None:
+        """Stop everything. Idempotent."""
+        for process in self.processes().values():
+            process.kill()
+
+    def __enter__(self) -> System:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def pin(process: Process, share: int, shares: int) -> None:
+    """Give a server one of so many equal shares of the cores: two of them must not slow each other down.
+
+    A machine with fewer cores than shares gives the last servers the same core.
+    """
+    cores = sorted(os.sched_getaffinity(0))
+    width = max(1, len(cores) // shares)
+    begin = min(share * width, len(cores) - width)
+    os.sched_setaffinity(process.pid, cores[begin : begin + width])

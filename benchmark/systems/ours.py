@@ -1,0 +1,70 @@
+"""MemServe: our router before our servers, a pair or two colocated ones."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import requests
+
+from memserve.core.caching import CachingMode
+from memserve.testing.cluster import Cluster, Process, is_ready, wait_for
+from memserve.testing.pool_reports import wait_acquainted, wait_settled
+from memserve.wire.messages import Role
+from systems.base import Setting, System, pin
+
+TIMEOUT_S = 60
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Which servers, and how they are told to cache."""
+
+    roles: tuple[Role, ...]
+    caching: CachingMode
+    flags: tuple[str, ...] = ()
+    router_flags: tuple[str, ...] = ()
+
+
+class MemServe(System):
+    """A cluster of ours, its servers on cores of their own."""
+
+    def __init__(self, name: str, setting: Setting, layout: Layout) -> None:
+        super().__init__(name)
+        self._cluster = Cluster(setting.logs / name, router_flags=layout.router_flags)
+        flags = [*setting.flags, "--caching", str(layout.caching), *layout.flags]
+        for number, role in enumerate(layout.roles):
+            server = self._cluster.launch(
+                f"{role}{number}", role, setting.model, *flags, env={"OMP_NUM_THREADS": "1"}
+            )
+            pin(server, number, len(layout.roles))
+        self._has_pools = "--dram-gib" not in layout.flags and layout.caching is not CachingMode.NONE
+
+    def wait_ready(self) -> None:
+        self._cluster.wait_ready()
+        wait_for(lambda: is_ready(self._cluster.url), [self._cluster.router], what=f"{self.name}'s router")
+        self.url = self._cluster.url
+        if self._has_pools:
+            wait_acquainted(self._cluster.server_urls())
+
+    def flush(self) -> None:
+        self.settle()
+        requests.post(f"{self.url}/flush_cache", timeout=TIMEOUT_S).raise_for_status()
+        wait_for(self._is_flushed, what="the router to see the flush", timeout_s=TIMEOUT_S)
+
+    def settle(self) -> None:
+        if self._has_pools:
+            wait_settled(self._cluster.server_urls())
+
+    def kv_bytes_moved(self) -> int:
+        return self._cluster.moved_bytes()
+
+    def processes(self) -> Mapping[str, Process]:
+        return {"router": self._cluster.router, **self._cluster.servers}
+
+    def close(self) -> None:
+        self._cluster.close()
+
+    def _is_flushed(self) -> bool:
+        page = requests.get(f"{self.url}/tree", timeout=TIMEOUT_S).json()
+        return not any(blocks for held in page["instances"].values() for blocks in held.values())
