@@ -35,7 +35,7 @@ class Client:
         self._http, self._url = http, f"{url}/generate"
 
     async def generate(self, tokens: list[int], num_output: int, session: str) -> Answer:
-        """Never raises for what a server does: a refusal, a cut stream and nonsense are an answer's `error`."""
+        """Never raises for what a server does: refusals, cut streams and nonsense are an answer's `error`."""
         params = {"max_new_tokens": num_output, "temperature": 0, "ignore_eos": True}
         body = {"input_ids": tokens, "sampling_params": params, "stream": True}
         headers = {"x-session-id": session, "x-memserve-report": "1"}

@@ -92,9 +92,7 @@ def traced(workload: Workload, speed: float, num_warmup: int = 0) -> Plan:
 def _ranked(
     sessions: Sequence[Session], times: Sequence[Sequence[float]], at_once: int | None, num_warmup: int
 ) -> Plan:
-    order = sorted(
-        (at_s, number, turn) for number, own in enumerate(times) for turn, at_s in enumerate(own)
-    )
+    order = sorted((at_s, number, turn) for number, own in enumerate(times) for turn, at_s in enumerate(own))
     ranks = {(number, turn): rank for rank, (_, number, turn) in enumerate(order)}
     planned = [
         Planned(session, tuple(own), tuple(ranks[number, turn] for turn in range(len(own))))

@@ -47,6 +47,7 @@ class System(ABC):
     def flush(self) -> None:
         """Forget all KV, and return when it is forgotten."""
 
+    @abstractmethod
     def settle(self) -> None:
         """Return when nothing is left to do for requests that were answered."""
 

@@ -10,6 +10,7 @@ import importlib.util
 import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import requests
 
@@ -68,8 +69,7 @@ class StockPair(System):
 
     def wait_ready(self) -> None:
         for process, url in zip(self._servers.values(), self._urls, strict=True):
-            wait_for(lambda url=url: _answers(f"{url}/health"), [process], what=process.name,
-                     timeout_s=PATIENCE_S)  # fmt: skip
+            wait_for(partial(_answers, f"{url}/health"), [process], what=process.name, timeout_s=PATIENCE_S)
         port, prometheus = self._router_ports
         prefill, decode = self._urls
         flags = ["--host", "127.0.0.1", "--port", str(port), "--prometheus-port", str(prometheus)]
@@ -78,13 +78,16 @@ class StockPair(System):
         log = self._setting.logs / self.name / "router.log"
         self._router = Process(f"{self.name}'s router", ["sglang_router.launch_router", *flags], log)
         url = f"http://127.0.0.1:{port}"
-        wait_for(lambda: _answers(f"{url}/readiness"), [self._router], what=self._router.name,
-                 timeout_s=PATIENCE_S)  # fmt: skip
+        ready = partial(_answers, f"{url}/readiness")
+        wait_for(ready, [self._router], what=self._router.name, timeout_s=PATIENCE_S)
         self.url = url
 
     def flush(self) -> None:
         for url in self._urls:
-            wait_for(lambda url=url: _flushed(url), what=f"{url} to flush", timeout_s=TIMEOUT_S)
+            wait_for(partial(_flushed, url), what=f"{url} to flush", timeout_s=TIMEOUT_S)
+
+    def settle(self) -> None:
+        """There is nothing that it could be asked."""
 
     def processes(self) -> Mapping[str, Process]:
         router = {} if self._router is None else {"router": self._router}

@@ -119,8 +119,11 @@ class _Rewriter:
         """A comment: clients that did not ask for it would not even see it."""
         if not self._call.wants_report:
             return b""
-        cached = cached_tokens_in(self._call, await asyncio.shield(self._prefill))
-        return b": memserve " + encode_json({"prefill_cached_tokens": cached}) + b"\n\n"
+        prefilled = await asyncio.shield(self._prefill)
+        report = {"prefill_cached_tokens": cached_tokens_in(self._call, prefilled)}
+        if isinstance(prefilled, dict) and "meta_info" in prefilled:
+            report["prefill_cached_tokens_details"] = prefilled["meta_info"].get("cached_tokens_details")
+        return b": memserve " + encode_json(report) + b"\n\n"
 
 
 async def unless_fails(prefill: asyncio.Task[Any], decode: Coroutine[Any, Any, T]) -> T:

@@ -1,0 +1,161 @@
+"""Systems by workloads by rates by repeats: the cells of the evaluation that put load on whole systems.
+
+All systems of a part run at once, idle but for one, and take turns in every cell: what the machine does
+meanwhile, it does to all of them. Repeats have workloads of their own, the same for every system.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+from tqdm import tqdm
+
+from figures import progress
+from load.plan import Plan, closed_loop, open_loop
+from load.records import Cell, Outcome, Workload, read_runs, write_run
+from load.run import run_once
+from memserve.testing.cluster import ClusterFailed
+from systems.base import Setting, System
+from systems.catalogue import SYSTEMS
+from workloads import Settings, make
+
+LOADS = {"below": 0.55, "near": 0.85, "over": 1.3}
+"""Shares of what PD-Basic can serve."""
+ACTIVE_SESSIONS = 6
+WARMUP = 3
+SATURATING = 8
+"""Sessions at once when saturation is found out."""
+CALIBRATION_SEED = 1000
+OVERHEAD_S = 3.0
+"""Of a run: flushing, settling, the last answers."""
+START_S = 25.0
+"""Of one system, when several start together."""
+RUNS = "runs.jsonl"
+
+
+@dataclass(frozen=True, slots=True)
+class Grid:
+    """One part of the evaluation."""
+
+    part: str
+    systems: tuple[str, ...]
+    workloads: Mapping[str, Settings]
+    repeats: int
+    loads: tuple[str, ...] = tuple(LOADS)
+    reference: str = "pd-basic"
+    """The system whose saturation the rates are shares of."""
+
+
+@dataclass
+class Progress:
+    """What is done already, and how long the rest takes."""
+
+    directory: Path
+    done: set[tuple[str, str, str, str, int]] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        for run in read_runs(self.directory / RUNS):
+            cell = run.cell
+            self.done.add((cell.part, cell.system, cell.workload, cell.load, cell.repeat))
+
+
+def cells_of(grid: Grid, saturation: Mapping[str, float]) -> Iterator[Cell]:
+    """All cells in the order they are run: who was first in one repeat is last in the next."""
+    for repeat in range(grid.repeats):
+        systems = grid.systems[::-1] if repeat % 2 else grid.systems
+        for workload in grid.workloads:
+            for load in grid.loads:
+                rate = round(LOADS[load] * saturation[workload], 2)
+                for system in systems:
+                    yield Cell(grid.part, system, workload, rate, load, repeat)
+
+
+def estimate_s(grid: Grid, saturation: Mapping[str, float], progress: Progress) -> float:
+    """Seconds that what is left of a grid takes, its servers' start with it."""
+    left = [cell for cell in cells_of(grid, saturation) if key_of(cell) not in progress.done]
+    asking = sum(grid.workloads[cell.workload].requests / cell.rate + OVERHEAD_S for cell in left)
+    return asking + START_S * len({cell.system for cell in left})
+
+
+def key_of(cell: Cell) -> tuple[str, str, str, str, int]:
+    return (cell.part, cell.system, cell.workload, cell.load, cell.repeat)
+
+
+def plan_of(cell: Cell, settings: Settings) -> Plan:
+    """Open loop, from the repeat's own seed."""
+    workload = workload_of(cell.workload, settings, cell.repeat)
+    return open_loop(workload, cell.rate, ACTIVE_SESSIONS, cell.repeat, WARMUP)
+
+
+def workload_of(name: str, settings: Settings, seed: int) -> Workload:
+    return make(name, replace(settings, seed=seed))
+
+
+class Bench:
+    """The systems of a grid, running."""
+
+    def __init__(self, grid: Grid, setting: Setting, directory: Path) -> None:
+        self._grid, self._setting, self._directory = grid, setting, directory
+        self._stack = ExitStack()
+        self.systems: dict[str, System] = {}
+        self.unavailable: dict[str, str] = {}
+
+    def start(self, names: set[str]) -> None:
+        """Start those systems; one that cannot be started is left out, with its reason."""
+        progress(f"{self._grid.part}: starting {', '.join(sorted(names))} (logs in {self._setting.logs})")
+        started = {}
+        for name in self._grid.systems:
+            if name in names:
+                started[name] = self._stack.enter_context(SYSTEMS[name].start(name, self._setting))
+        for name, system in started.items():
+            try:
+                system.wait_ready()
+                self.systems[name] = system
+            except ClusterFailed as failure:
+                self.unavailable[name] = str(failure)
+                system.close()
+                progress(f"{name} did not start and is left out: {str(failure).splitlines()[0]}")
+
+    def saturation(self) -> dict[str, float]:
+        """Requests per second that the reference serves of each workload in a closed loop."""
+        system = self.systems[self._grid.reference]
+        found = {}
+        for name, settings in self._grid.workloads.items():
+            rates = []
+            for seed in (CALIBRATION_SEED, CALIBRATION_SEED + 1):
+                workload = workload_of(name, replace(settings, requests=2 * settings.requests), seed)
+                cell = Cell("saturation", system.name, name, 0.0, "", seed)
+                run = run_once(system, cell, closed_loop(workload, SATURATING))
+                rates.append(len(run.outcomes) / run.duration_s)
+            found[name] = statistics.median(rates)
+            progress(f"saturation of {system.name} under {name}: {found[name]:.2f} requests/s")
+        return found
+
+    def measure(self, saturation: Mapping[str, float], done: Progress) -> None:
+        """All cells that are not done yet."""
+        left = [cell for cell in cells_of(self._grid, saturation) if key_of(cell) not in done.done]
+        left = [cell for cell in left if cell.system in self.systems]
+        total = sum(self._grid.workloads[cell.workload].requests for cell in left)
+        with tqdm(total=total, desc=self._grid.part, unit=" requests", mininterval=5) as bar:
+            for cell in left:
+                bar.set_postfix_str(f"{cell.workload} {cell.load} {cell.system}", refresh=False)
+
+                def count(_: Outcome) -> None:
+                    bar.update()
+
+                plan = plan_of(cell, self._grid.workloads[cell.workload])
+                write_run(self._directory / RUNS, run_once(self.systems[cell.system], cell, plan, count))
+                done.done.add(key_of(cell))
+
+    def close(self) -> None:
+        self._stack.close()
+
+    def __enter__(self) -> Bench:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()

@@ -1,0 +1,84 @@
+"""The parts of the evaluation that are programs of their own: each prints figures, one JSON object a line."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from figures import progress
+
+HERE = Path(__file__).resolve().parent.parent
+FIGURES = "figures.jsonl"
+COSTS = "costs.json"
+"""Of the live instance, written by one program for those after it."""
+POLICIES = ("least_load", "session", "longest_prefix", "prompt_tree")
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """A script of this folder."""
+
+    part: str
+    name: str
+    arguments: tuple[str, ...]
+    estimate_s: float
+
+    @property
+    def key(self) -> str:
+        return f"{self.part}/{self.name} {' '.join(self.arguments)}".strip()
+
+
+def programs(parts: Sequence[str]) -> list[Program]:
+    """What belongs to those parts, in order."""
+    quick = ("--quick",)
+    everything = [
+        Program("micro", "bench_transfer", quick, 30),
+        Program("micro", "bench_tree", quick, 30),
+        Program("micro", "bench_mempool", quick, 60),
+        Program("micro", "bench_peers", quick, 40),
+        Program("micro", "bench_dram_hit", quick, 90),
+        Program("micro", "bench_fetch", quick, 90),
+        Program("micro", "fit_cost_model", (*quick, "-o", COSTS), 90),
+        Program("policies", "bench_routing", ("--policies", *POLICIES, "--rounds", "2"), 420),
+        Program("policies", "bench_routing",
+                ("--policies", "session", "prompt_tree", "--rounds", "2", "--caching", "full"), 240),
+        Program("scale", "bench_scale", (*quick, "--costs", COSTS), 120),
+        Program("scale", "bench_scale", (*quick, "--check-real"), 150),
+        Program("overheads", "bench_overheads", quick, 150),
+    ]  # fmt: skip
+    return [each for each in everything if each.part in parts]
+
+
+def finished(directory: Path) -> Mapping[str, str]:
+    """Programs that were run to their end, and how each ended: `done`, or why it failed."""
+    path = directory / "programs.json"
+    found: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
+    return found
+
+
+def run_program(program: Program, directory: Path) -> str | None:
+    """Run it to its end and keep its figures; why it failed, or None. Its own progress goes to a log."""
+    log = directory / "logs" / f"{program.key.replace('/', '-').replace(' ', '_')[:80]}.log"
+    log.parent.mkdir(parents=True, exist_ok=True)
+    script = HERE / f"{program.name}.py"
+    arguments = [str(directory / COSTS) if each == COSTS else each for each in program.arguments]
+    progress(f"{program.key} (log in {log})")
+    with log.open("wb") as errors:
+        ended = subprocess.run(
+            [sys.executable, str(script), *arguments], stdout=subprocess.PIPE, stderr=errors, check=False
+        )
+    lines = [line for line in ended.stdout.splitlines() if line.startswith(b"{")]
+    failure = f"ended with status {ended.returncode}: see {log}" if ended.returncode else None
+    if failure is None:
+        with (directory / FIGURES).open("a") as file:
+            for line in lines:
+                figure: dict[str, Any] = json.loads(line)
+                file.write(json.dumps({"part": program.part, **figure}) + "\n")
+    done = {**finished(directory), program.key: failure or "done"}
+    (directory / "programs.json").write_text(json.dumps(done, indent=1))
+    return failure

@@ -1,0 +1,147 @@
+"""The whole evaluation with one command: every caching step, stock SGLang, policies, parts, scale, costs.
+
+    python benchmark/paper.py                        # or: make bench
+    python benchmark/paper.py --parts steps against  # some of it
+    python benchmark/paper.py -o results/second --against results/first
+
+It says how long it will take, and goes on where it was when it is run again with the same directory. The
+machine should do nothing else meanwhile. At the end DIR/report.html has everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from bench_model import ROOT, make_model
+from evaluation.conditions import PARTS, conditions, write_conditions
+from evaluation.grid import LOADS, Bench, Grid, Progress, estimate_s
+from evaluation.programs import Program, finished, programs, run_program
+from figures import progress
+from report.make import headline_markdown, make_report
+from systems.base import Setting
+from workloads import Settings
+
+STEPS = ("colocated", "colocated-cache", "pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3")
+AGAINST = ("pd-caching-3", "stock-pd", "stock-pd-decode-cache", "stock-pd-hicache")
+WORKLOADS = {
+    "sharegpt": Settings(requests=24, scale=1.0, output_scale=0.4, max_context=4096),
+    "loogle": Settings(requests=24, scale=1 / 20, output_scale=0.25, questions=12),
+    "react": Settings(requests=24, scale=0.6, output_scale=0.6),
+}
+"""Answers of conversations are scaled down more: a decode step on a CPU costs as much as on a GPU, a prompt's
+token fifty times as much."""
+GUESSED_SATURATION = {"sharegpt": 2.5, "loogle": 2.0, "react": 2.5}
+"""Requests per second, for an estimate of the time before it is measured."""
+REPORT_S = 10.0
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("-o", "--output", type=Path, default=ROOT / "results" / "paper", metavar="DIR",
+                        help="where to write, and to go on (default: results/paper)")  # fmt: skip
+    parser.add_argument("--parts", nargs="+", choices=sorted(PARTS), default=list(PARTS), metavar="PART",
+                        help=f"of {', '.join(PARTS)} (default: all)")  # fmt: skip
+    parser.add_argument("--repeats", type=int, default=5, help="of each cell (default: %(default)s)")
+    parser.add_argument("--loads", nargs="+", choices=list(LOADS), default=list(LOADS), metavar="LOAD",
+                        help=f"of {', '.join(LOADS)} PD-Basic's saturation (default: all)")  # fmt: skip
+    parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
+    parser.add_argument("--rates-of", type=Path, metavar="DIR", help="a run whose rates are taken over")
+    parser.add_argument("--against", type=Path, metavar="DIR", help="an earlier run: do the two agree?")
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    try:
+        Evaluation(args).run()
+    except KeyboardInterrupt:
+        sys.exit(f"interrupted; the same command goes on where it was ({args.output})")
+
+
+class Evaluation:
+    """What was asked for, in a directory that remembers what is done."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        self._directory: Path = args.output
+        self._against: Path | None = args.against
+        self._parts: Sequence[str] = args.parts
+        self._workloads = {name: WORKLOADS[name] for name in args.workloads}
+        self._saturation: dict[str, float] = {}
+        self._unavailable: dict[str, str] = {}
+        self._done = Progress(self._directory)
+        grids = {"steps": STEPS, "against": AGAINST}
+        self._grids = [
+            Grid(part, systems, self._workloads, args.repeats, tuple(args.loads))
+            for part, systems in grids.items()
+            if part in self._parts
+        ]
+        self._remember(write_conditions(self._directory))
+        if args.rates_of is not None and not self._saturation:
+            self._remember(write_conditions(args.rates_of))
+
+    def run(self) -> None:
+        """Everything that is left, then the report."""
+        left = self._left_s()
+        till = time.strftime("%H:%M", time.localtime(time.time() + left))
+        progress(f"about {left / 60:.0f} minutes, till {till}")
+        self._write()
+        model = make_model()
+        setting = Setting(model, self._directory / "logs")
+        if self._grids and not self._saturation:
+            self._calibrate(setting)
+        for grid in self._grids:
+            self._measure(grid, setting)
+            self._report()
+        for program in self._programs_left():
+            failure = run_program(program, self._directory)
+            if failure is not None:
+                progress(f"{program.key}: {failure}")
+            self._report()
+        print(headline_markdown(self._report()))
+        progress(f"wrote {self._directory / 'report.html'}")
+
+    def _calibrate(self, setting: Setting) -> None:
+        grid = Grid("saturation", ("pd-basic",), self._workloads, 1)
+        with Bench(grid, setting, self._directory) as bench:
+            bench.start({"pd-basic"})
+            self._saturation = bench.saturation()
+        self._write()
+        progress(f"about {self._left_s() / 60:.0f} minutes from here")
+
+    def _measure(self, grid: Grid, setting: Setting) -> None:
+        """A grid's cells, if any is left."""
+        if not estimate_s(grid, self._saturation, self._done):
+            return
+        with Bench(grid, setting, self._directory) as bench:
+            bench.start(set(grid.systems) - set(self._unavailable))
+            self._unavailable |= bench.unavailable
+            self._write()
+            bench.measure(self._saturation, self._done)
+
+    def _programs_left(self) -> list[Program]:
+        """Those that did not end well are tried again."""
+        done = finished(self._directory)
+        return [each for each in programs(self._parts) if done.get(each.key) != "done"]
+
+    def _left_s(self) -> float:
+        saturation = GUESSED_SATURATION | self._saturation
+        cells = sum(estimate_s(grid, saturation, self._done) for grid in self._grids)
+        return cells + sum(each.estimate_s for each in self._programs_left()) + REPORT_S
+
+    def _remember(self, state: Mapping[str, Any]) -> None:
+        self._saturation = {**state.get("saturation", {})}
+
+    def _write(self) -> None:
+        stated = conditions(self._workloads, self._saturation, self._unavailable)
+        write_conditions(self._directory, **stated)
+
+    def _report(self) -> Any:
+        return make_report(self._directory, against=self._against)
+
+
+if __name__ == "__main__":
+    main()
