@@ -1,7 +1,7 @@
 """The whole evaluation with one command: every caching step, stock SGLang, policies, parts, scale, costs.
 
     python benchmark/paper.py                        # or: make bench
-    python benchmark/paper.py --parts steps against  # some of it
+    python benchmark/paper.py --parts steps stock  # some of it
     python benchmark/paper.py -o results/second --against results/first
 
 It says how long it will take, and goes on where it was when it is run again with the same directory. The
@@ -27,7 +27,7 @@ from systems.base import Setting
 from workloads import Settings
 
 STEPS = ("colocated", "colocated-cache", "pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3")
-AGAINST = ("pd-caching-3", "stock-pd", "stock-pd-decode-cache", "stock-pd-hicache")
+STOCK = ("pd-caching-3", "stock-pd", "stock-pd-decode-cache", "stock-pd-hicache")
 WORKLOADS = {
     "sharegpt": Settings(requests=24, scale=1.0, output_scale=0.4, max_context=4096),
     "loogle": Settings(requests=24, scale=1 / 20, output_scale=0.25, questions=12),
@@ -73,7 +73,7 @@ class Evaluation:
         self._saturation: dict[str, float] = {}
         self._unavailable: dict[str, str] = {}
         self._done = Progress(self._directory)
-        grids = {"steps": STEPS, "against": AGAINST}
+        grids = {"steps": STEPS, "stock": STOCK}
         self._grids = [
             Grid(part, systems, self._workloads, args.repeats, tuple(args.loads))
             for part, systems in grids.items()

@@ -23,7 +23,7 @@ PARTS = {
         "The paper's steps from two colocated servers to PD-Caching-3, each behind our router, on the same "
         "requests at three rates: shares of what PD-Basic can serve.",
     ),
-    "against": (
+    "stock": (
         "Against stock SGLang",
         "MemServe as it is by default, and SGLang's own prefill and decode servers behind sglang-router.",
     ),
