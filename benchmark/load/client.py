@@ -52,6 +52,8 @@ class Client:
                     error = seen.failure()
         except (TimeoutError, aiohttp.ClientError, OSError) as failure:
             error = repr(failure)
+        except json.JSONDecodeError as failure:
+            error = f"what came is no JSON: {failure}"
         ended = time.perf_counter()
         last = {} if error else seen.last()
         output = tuple(last.get("output_ids", ()))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,22 +97,18 @@ class Run(msgspec.Struct, frozen=True):
 
 
 def write_run(path: Path, run: Run) -> None:
-    """Append one line, whole or not at all as far as `read_runs` is concerned."""
-    with path.open("ab") as file:
+    """Append one line; a line before it that was cut short stays a line of its own."""
+    with path.open("ab+") as file:
+        if file.tell():
+            file.seek(-1, 2)
+            if file.read(1) != b"\n":
+                file.write(b"\n")
         file.write(msgspec.json.encode(run) + b"\n")
 
 
 def read_runs(path: Path) -> Iterator[Run]:
-    """The runs of a file, which need not exist; a last line that was cut short is left out."""
+    """The runs of a file, which need not exist. A line that was cut short is no run, and left out."""
     if path.is_file():
-        yield from _decoded(path.read_bytes().split(b"\n"))
-
-
-def _decoded(lines: Iterable[bytes]) -> Iterator[Run]:
-    lines = [line for line in lines if line]
-    for number, line in enumerate(lines, 1):
-        try:
-            yield msgspec.json.decode(line, type=Run)
-        except msgspec.DecodeError:
-            if number < len(lines):
-                raise
+        for line in path.read_bytes().splitlines():
+            with suppress(msgspec.DecodeError):
+                yield msgspec.json.decode(line, type=Run)

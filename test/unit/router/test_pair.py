@@ -6,13 +6,16 @@ import asyncio
 import json
 import time
 from collections.abc import Callable, Coroutine
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
 import pytest
 
 from memserve.core.ids import InstanceId
+from memserve.router.serving.api import Api
 from memserve.router.serving.failures import LegFailed, LegLost
+from memserve.router.serving.merge import cache_report
 from memserve.router.serving.pair import unless_fails
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
@@ -102,6 +105,15 @@ def test_prefills_reuse_is_reported(run: Run) -> None:
                 assert events[-2:] == [b': memserve {"prefill_cached_tokens":16}', b"data: [DONE]"]
 
     run(test())
+
+
+def test_prefills_reuse_is_reported_by_tier_where_it_says() -> None:
+    call: Any = SimpleNamespace(api=Api.GENERATE)
+    tiers = {"device": 16, "host": 32}
+    answer = {"meta_info": {"cached_tokens": 48, "cached_tokens_details": tiers}}
+    told = {"prefill_cached_tokens": 48, "prefill_cached_tokens_details": tiers}
+    assert cache_report(call, answer) == told
+    assert cache_report(call, [answer]) == {"prefill_cached_tokens": [48]}
 
 
 @pytest.mark.parametrize("stream", [False, True])

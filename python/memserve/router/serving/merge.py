@@ -82,6 +82,14 @@ def cached_tokens_in(call: Call, answer: Any) -> int | list[int] | None:
     return total
 
 
+def cache_report(call: Call, answer: Any) -> JsonObject:
+    """What to tell of prefill's reuse; of one prompt also by tier: `device` is HBM, `host` DRAM."""
+    report: JsonObject = {"prefill_cached_tokens": cached_tokens_in(call, answer)}
+    if isinstance(answer, dict) and (tiers := answer.get("meta_info", {}).get("cached_tokens_details")):
+        report["prefill_cached_tokens_details"] = tiers
+    return report
+
+
 class LogprobMerger:
     """Puts prefill's logprobs of the prompt into the events of decode's stream."""
 

@@ -19,7 +19,7 @@ import msgspec
 from memserve.router.cluster.instance import Instance, Pair
 from memserve.router.serving.api import Call, encode_json
 from memserve.router.serving.failures import LegFailed, LegLost
-from memserve.router.serving.merge import LogprobMerger, cached_tokens_in, leg_bodies, merge_answers
+from memserve.router.serving.merge import LogprobMerger, cache_report, leg_bodies, merge_answers
 from memserve.router.serving.relay import Write, relay
 from memserve.router.serving.sse import DONE, EventSplitter
 from memserve.router.serving.upstream import Upstream
@@ -119,10 +119,7 @@ class _Rewriter:
         """A comment: clients that did not ask for it would not even see it."""
         if not self._call.wants_report:
             return b""
-        prefilled = await asyncio.shield(self._prefill)
-        report = {"prefill_cached_tokens": cached_tokens_in(self._call, prefilled)}
-        if isinstance(prefilled, dict) and "meta_info" in prefilled:
-            report["prefill_cached_tokens_details"] = prefilled["meta_info"].get("cached_tokens_details")
+        report = cache_report(self._call, await asyncio.shield(self._prefill))
         return b": memserve " + encode_json(report) + b"\n\n"
 
 
