@@ -87,7 +87,7 @@ def main() -> None:
     )
     parser.add_argument("--capacity", type=int, default=3_000_000, metavar="TOKENS", help="of an instance")
     parser.add_argument("--per-instance", type=int, metavar="N", help="requests (default: 120; --quick: 60)")
-    parser.add_argument("--most", type=int, metavar="N", help="requests (default: 10000; --quick: 4000)")
+    parser.add_argument("--most", type=int, metavar="N", help="requests (default: 8000; --quick: 2500)")
     parser.add_argument("--check-real", action="store_true", help="the simulator against real servers, only")
     parser.add_argument("--model-path", type=Path, help="of --check-real; default: the bench model")
     args = parser.parse_args()
@@ -105,7 +105,7 @@ def main() -> None:
     if unknown := set(args.policies) - set(PREFILL_POLICIES):
         parser.error(f"there is no policy {unknown.pop()}; there are {', '.join(PREFILL_POLICIES)}")
     per_instance = args.per_instance or (60 if args.quick else 120)
-    most = args.most or (4000 if args.quick else 10_000)
+    most = args.most or (2500 if args.quick else 8000)
     jobs = [
         Job(
             instances=count,
