@@ -12,7 +12,7 @@ help:
 	@echo "make test     everything, with real servers"
 	@echo "make chaos    servers are killed, cut off and confused under load, and a table of what became of each request"
 	@echo "make check    lint, types, layering and unit tests: about two minutes"
-	@echo "make bench    the benchmarks, one JSON line per figure"
+	@echo "make bench    the whole evaluation, with one report (PARTS='steps stock' for some of it; says how long, goes on where it was)"
 	@echo "make install  only $(VENV)"
 
 install:
@@ -37,8 +37,9 @@ check:
 	$(VENV)/bin/mypy
 	$(UNIT)
 
-bench: install
-	@for benchmark in transfer attention tree mempool fetch routing router; do $(PYTHON) benchmark/bench_$$benchmark.py || exit 1; done
+bench:
+	@$(INSTALL) --bench --mooncake
+	@$(PYTHON) benchmark/paper.py $(if $(OUT),-o $(OUT)) $(if $(AGAINST),--against $(AGAINST)) $(if $(PARTS),--parts $(PARTS))
 
 clean:
 	rm -rf $(VENV) models logs

@@ -69,6 +69,9 @@ def parse():
     )
     parser.add_argument("--dev", action="store_true", help="also what tests and checks need")
     parser.add_argument(
+        "--bench", action="store_true", help="also what the evaluation draws with and compares with"
+    )
+    parser.add_argument(
         "--mooncake", action="store_true", help="also Mooncake's transfer engine, if it can be had"
     )
     parser.add_argument(
@@ -120,7 +123,11 @@ class Installation:
         return {"inputs": digest, "kind": self.kind, "root": str(ROOT)}
 
     def parts(self):
-        return sorted(part for part in ("browser", "dev", "mooncake") if getattr(self.options, part))
+        return sorted(part for part in ("bench", "browser", "dev", "mooncake") if getattr(self.options, part))
+
+    def extras(self):
+        """Of pyproject.toml."""
+        return [part for part in ("bench", "dev") if getattr(self.options, part)]
 
     def is_current(self):
         try:
@@ -137,7 +144,7 @@ class Installation:
         if not self.python.exists():
             self.step("virtual environment", [sys.executable, "-m", "venv", str(self.venv)])
         if self.kind == "gpu":
-            extras = "gpu,dev" if self.options.dev else "gpu"
+            extras = ",".join(["gpu", *self.extras()])
             self.pip("SGLang for CUDA, and MemServe", "-e", f"{ROOT}[{extras}]")
         else:
             self.install_for_cpu()
@@ -158,13 +165,8 @@ class Installation:
         self.pip("torch for the CPU", TORCH, *constraints, *index)
         self.pip("SGLang without its CUDA dependencies", "--no-deps", *WITHOUT_DEPENDENCIES)
         self.pip("what SGLang imports", "-r", str(scripts / "requirements-cpu.txt"), *constraints)
-        extras = "[dev]" if self.options.dev else ""
-        self.pip(
-            "MemServe" + (" and the developers' tools" if extras else ""),
-            "-e",
-            f"{ROOT}{extras}",
-            *constraints,
-        )
+        extras = f"[{','.join(self.extras())}]" if self.extras() else ""
+        self.pip(f"MemServe{extras}", "-e", f"{ROOT}{extras}", *constraints)
 
     def install_mooncake(self):
         """Best effort: without it everything works but `--transfer mooncake`. Returns why not, or None."""

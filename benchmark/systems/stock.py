@@ -39,7 +39,7 @@ class StockPair(System):
         """Raises SystemExit if sglang-router is not installed."""
         super().__init__(name)
         if importlib.util.find_spec("sglang_router") is None:
-            raise SystemExit("sglang-router is not installed: pip install 'memserve[peers]'")
+            raise SystemExit("sglang-router is not installed: pip install 'memserve[bench]'")
         self._setting, self._extra = setting, extra
         ports = [_free_port() for _ in range(5)]
         prefill, decode, bootstrap, router, prometheus = ports
