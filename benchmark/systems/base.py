@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 
+from bench_model import ROOM
 from memserve.testing.cluster import Process
 
 
@@ -28,6 +29,7 @@ class Setting:
         return [
             *("--max-total-tokens", str(self.kv_tokens), "--page-size", str(self.page_tokens)),
             *("--random-seed", "1"),
+            *ROOM,
         ]
 
 

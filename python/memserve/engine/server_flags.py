@@ -16,8 +16,9 @@ from memserve.engine.machine import CPU_ATTENTION
 from memserve.transport.select import MooncakeProtocol, TransportName
 from memserve.wire.messages import Role
 
-KV_FRACTION_ON_CPU = 0.3
-"""Of the memory free at start, for weights and KV: several servers share a laptop."""
+KV_FRACTION_ON_CPU = 0.7
+"""Of the memory free at start, for weights and KV. Not less: SGLang takes for its own weights what other
+servers that start meanwhile use, and would find no room. `KV_TOKENS_ON_CPU` bounds what it is used for."""
 KV_TOKENS_ON_CPU = 65536
 """At most; SGLang touches every byte of its KV at start, gigabytes of it for a small model."""
 HBM_PUBLISHER = "memserve"

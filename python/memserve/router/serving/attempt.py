@@ -84,7 +84,9 @@ class Runner:
         if not isinstance(route, Pair):
             whole = await self._upstream.fetch(route.worker, call, _own_body(call))
             answer = parsed(route.worker, whole)
-            self._placer.prefilled(placed, _num_cached(call, answer), is_timely=False)
+            # Whatever follows a first token takes its time.
+            is_timely = placed.prompt.output_tokens == 1
+            self._placer.prefilled(placed, _num_cached(call, answer), is_timely=is_timely)
             return whole
         if call.num_samples == 1:
             return await self._pairs.answer(call, route, on_prefilled)
