@@ -29,13 +29,13 @@ from workloads import Settings
 STEPS = ("colocated", "colocated-cache", "pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3")
 STOCK = ("pd-caching-3", "stock-pd", "stock-pd-decode-cache", "stock-pd-hicache")
 WORKLOADS = {
-    "sharegpt": Settings(requests=24, scale=1.0, output_scale=0.4, max_context=4096),
-    "loogle": Settings(requests=24, scale=1 / 20, output_scale=0.25, questions=12),
-    "react": Settings(requests=24, scale=0.6, output_scale=0.6),
+    "sharegpt": Settings(requests=16, scale=1.0, output_scale=0.4),
+    "loogle": Settings(requests=16, scale=1 / 30, output_scale=0.25, questions=8),
+    "react": Settings(requests=16, scale=0.45),
 }
 """Answers of conversations are scaled down more: a decode step on a CPU costs as much as on a GPU, a prompt's
 token fifty times as much."""
-GUESSED_SATURATION = {"sharegpt": 2.5, "loogle": 2.0, "react": 2.5}
+GUESSED_SATURATION = {"sharegpt": 2.5, "loogle": 2.5, "react": 3.0}
 """Requests per second, for an estimate of the time before it is measured."""
 REPORT_S = 10.0
 

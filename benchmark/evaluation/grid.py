@@ -11,12 +11,13 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from random import Random
 
 from tqdm import tqdm
 
 from figures import progress
 from load.plan import Plan, closed_loop, open_loop
-from load.records import Cell, Outcome, Workload, read_runs, write_run
+from load.records import Cell, Outcome, Session, Turn, Workload, read_runs, write_run
 from load.run import run_once
 from memserve.testing.cluster import ClusterFailed
 from systems.base import Setting, System
@@ -26,11 +27,11 @@ from workloads import Settings, make
 LOADS = {"below": 0.55, "near": 0.85, "over": 1.3}
 """Shares of what PD-Basic can serve."""
 ACTIVE_SESSIONS = 6
-WARMUP = 3
-SATURATING = 8
-"""Sessions at once when saturation is found out."""
+WARMUP = 2
+SATURATING, CALIBRATING = 8, 32
+"""Requests at once, and in all, when saturation is found out."""
 CALIBRATION_SEED = 1000
-OVERHEAD_S = 3.0
+OVERHEAD_S = 3.5
 """Of a run: flushing, settling, the last answers."""
 START_S = 25.0
 """Of one system, when several start together."""
@@ -87,12 +88,25 @@ def key_of(cell: Cell) -> tuple[str, str, str, str, int]:
 
 def plan_of(cell: Cell, settings: Settings) -> Plan:
     """Open loop, from the repeat's own seed."""
-    workload = workload_of(cell.workload, settings, cell.repeat)
+    workload = make(cell.workload, replace(settings, seed=cell.repeat))
     return open_loop(workload, cell.rate, ACTIVE_SESSIONS, cell.repeat, WARMUP)
 
 
-def workload_of(name: str, settings: Settings, seed: int) -> Workload:
-    return make(name, replace(settings, seed=seed))
+def unordered(workload: Workload, seed: int) -> Workload:
+    """Its requests with nothing to wait for: what is to be answered before is made up."""
+    draw = Random(seed)
+    alone = []
+    for session in workload.sessions:
+        history: list[int] = []
+        for turn in session.turns:
+            prompt = (*history, *turn.new_tokens)
+            alone.append(
+                Session(f"{session.name}.{len(alone)}", (Turn(prompt, turn.num_output),), grows=False)
+            )
+            if session.grows:
+                history = [*prompt, *draw.choices(turn.new_tokens, k=turn.num_output)]
+    draw.shuffle(alone)
+    return Workload(workload.name, tuple(alone))
 
 
 class Bench:
@@ -127,7 +141,7 @@ class Bench:
         for name, settings in self._grid.workloads.items():
             rates = []
             for seed in (CALIBRATION_SEED, CALIBRATION_SEED + 1):
-                workload = workload_of(name, replace(settings, requests=2 * settings.requests), seed)
+                workload = unordered(make(name, replace(settings, seed=seed, requests=CALIBRATING)), seed)
                 cell = Cell("saturation", system.name, name, 0.0, "", seed)
                 run = run_once(system, cell, closed_loop(workload, SATURATING))
                 rates.append(len(run.outcomes) / run.duration_s)
