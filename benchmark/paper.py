@@ -27,15 +27,18 @@ from systems.base import Setting
 from workloads import Settings
 
 STEPS = ("colocated", "colocated-cache", "pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3")
+CHAT = ("pd-basic", "pd-caching-2", "pd-caching-3", "stock-pd-decode-cache")
 STOCK = ("pd-caching-3", "stock-pd", "stock-pd-decode-cache", "stock-pd-hicache")
 WORKLOADS = {
-    "sharegpt": Settings(requests=16, scale=1.0, output_scale=0.4),
-    "loogle": Settings(requests=16, scale=1 / 30, output_scale=0.25, questions=8),
-    "react": Settings(requests=16, scale=0.45),
+    "sharegpt": Settings(requests=14, scale=1.0, output_scale=0.15),
+    "loogle": Settings(requests=14, scale=1 / 30, output_scale=0.25, questions=8),
+    "react": Settings(requests=14, scale=0.45),
 }
-"""Answers of conversations are scaled down more: a decode step on a CPU costs as much as on a GPU, a prompt's
-token fifty times as much."""
-GUESSED_SATURATION = {"sharegpt": 2.5, "loogle": 2.5, "react": 3.0}
+"""Answers of conversations are scaled down more: a decode step costs a CPU what it costs a GPU, a prompt's
+token fifty times as much, and in the paper prefill dominates."""
+CHATS = {"chat": Settings(requests=14, scale=0.5)}
+"""Conversations with answers as long as published, for what returning them is worth."""
+GUESSED_SATURATION = {"sharegpt": 3.0, "loogle": 3.6, "react": 4.5, "chat": 2.5}
 """Requests per second, for an estimate of the time before it is measured."""
 REPORT_S = 10.0
 
@@ -73,12 +76,13 @@ class Evaluation:
         self._saturation: dict[str, float] = {}
         self._unavailable: dict[str, str] = {}
         self._done = Progress(self._directory)
-        grids = {"steps": STEPS, "stock": STOCK}
-        self._grids = [
-            Grid(part, systems, self._workloads, args.repeats, tuple(args.loads))
-            for part, systems in grids.items()
-            if part in self._parts
-        ]
+        loads = tuple(args.loads)
+        grids = (
+            Grid("steps", STEPS, self._workloads, args.repeats, loads),
+            Grid("stock", STOCK, self._workloads, args.repeats, loads),
+            Grid("chat", CHAT, CHATS, args.repeats, ("below",)),
+        )
+        self._grids = [grid for grid in grids if grid.part in self._parts]
         self._remember(write_conditions(self._directory))
         if args.rates_of is not None and not self._saturation:
             self._remember(write_conditions(args.rates_of))
@@ -105,7 +109,7 @@ class Evaluation:
         progress(f"wrote {self._directory / 'report.html'}")
 
     def _calibrate(self, setting: Setting) -> None:
-        grid = Grid("saturation", ("pd-basic",), self._workloads, 1)
+        grid = Grid("saturation", ("pd-basic",), self._workloads | CHATS, 1)
         with Bench(grid, setting, self._directory) as bench:
             bench.start({"pd-basic"})
             self._saturation = bench.saturation()
@@ -136,7 +140,7 @@ class Evaluation:
         self._saturation = {**state.get("saturation", {})}
 
     def _write(self) -> None:
-        stated = conditions(self._workloads, self._saturation, self._unavailable)
+        stated = conditions(self._workloads | CHATS, self._saturation, self._unavailable)
         write_conditions(self._directory, **stated)
 
     def _report(self) -> Any:

@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from evaluation.grid import maker_of
 from figures import commit, machine
 from systems.catalogue import SYSTEMS
 from workloads import Settings, make, published
@@ -26,6 +27,11 @@ PARTS = {
     "stock": (
         "Against stock SGLang",
         "MemServe as it is by default, and SGLang's own prefill and decode servers behind sglang-router.",
+    ),
+    "chat": (
+        "Long answers",
+        "Conversations whose answers are three times as long as the questions, below saturation: what it is "
+        "worth that decode's KV goes home.",
     ),
     "policies": (
         "Routing policies",
@@ -99,10 +105,12 @@ SLO = {
     "sharegpt": {"ttft_s": 0.5, "tpot_s": 0.06},
     "loogle": {"ttft_s": 1.0, "tpot_s": 0.06},
     "react": {"ttft_s": 0.5, "tpot_s": 0.06},
+    "chat": {"ttft_s": 0.5, "tpot_s": 0.06},
 }
 """What a request must keep to count as good, on this model."""
 
 
 def _statistics(name: str, settings: Settings) -> dict[str, Any]:
     """Of the first repeat's workload, beside the published ones."""
-    return dict(compared(statistics_of(make(name, settings)), published(name, settings)))
+    maker = maker_of(name)
+    return dict(compared(statistics_of(make(maker, settings)), published(maker, settings)))
