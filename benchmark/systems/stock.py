@@ -7,13 +7,13 @@ KV goes from prefill to decode over SGLang's own Mooncake connector (`memserve.l
 from __future__ import annotations
 
 import importlib.util
-import socket
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import requests
 
+from memserve.core.hosts import keep_port
 from memserve.engine.server_flags import cpu_flags
 from memserve.testing.cluster import Process, wait_for
 from memserve.wire.messages import Role
@@ -41,7 +41,7 @@ class StockPair(System):
         if importlib.util.find_spec("sglang_router") is None:
             raise SystemExit("sglang-router is not installed: pip install 'memserve[bench]'")
         self._setting, self._extra = setting, extra
-        ports = [_free_port() for _ in range(5)]
+        ports = [keep_port() for _ in range(5)]
         prefill, decode, bootstrap, router, prometheus = ports
         self._bootstrap = bootstrap
         self._servers = {
@@ -104,10 +104,3 @@ def _answers(url: str) -> bool:
 def _flushed(url: str) -> bool:
     """A server with requests in flight refuses."""
     return requests.post(f"{url}/flush_cache", timeout=TIMEOUT_S).status_code == 200
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

@@ -9,7 +9,6 @@ import argparse
 import logging
 import os
 import signal
-import socket
 import threading
 import warnings
 from pathlib import Path
@@ -17,7 +16,7 @@ from typing import Any, NoReturn
 
 from memserve.core.caching import CachingMode
 from memserve.core.errors import ConfigError
-from memserve.core.hosts import is_loopback
+from memserve.core.hosts import can_listen, is_loopback, keep_port
 from memserve.disagg.registrar import Registrar
 from memserve.engine import forking, pool_pages, seams, server_flags
 from memserve.engine.amx import avoid_faulty_amx
@@ -40,7 +39,7 @@ def prepare(role: Role, caching: CachingMode, settings: EngineSettings, argv: li
     seams.check_version()
     _check_model(argv)
     settings.export()
-    ports = server_flags.FreePorts(http=_free_port(), bootstrap=_free_port())
+    ports = server_flags.FreePorts(http=keep_port(), bootstrap=keep_port())
     flags = server_flags.role_flags(role, caching, ports)
     environment: dict[str, str] = {}
     on_cpu = is_cpu_machine()
@@ -56,6 +55,11 @@ def prepare(role: Role, caching: CachingMode, settings: EngineSettings, argv: li
 
     load_plugins()
     server_args = prepare_server_args([*flags, *_checked(argv, ServerArgs)])
+    if not can_listen(server_args.host, server_args.port):
+        raise ConfigError(
+            f"--port {server_args.port}: cannot listen there on {server_args.host}, is it in use? "
+            "(without the flag a free one is taken)"
+        )
     os.environ[OWN_ADDRESS] = reachable_host(server_args.host)
     if on_cpu:
         chosen = [*flags, *(f"{name}={value}" for name, value in environment.items())]
@@ -158,9 +162,3 @@ def _checked(argv: list[str], server_args_class: Any) -> list[str]:
         argv = ConfigArgumentMerger(parser).merge_config_with_args(argv)
     parser.parse_args(argv)
     return argv
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
