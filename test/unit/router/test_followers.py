@@ -142,6 +142,21 @@ def test_what_a_mirrored_worker_answered_is_believed_within_its_capacity_for_a_w
     run(body())
 
 
+def test_a_mirrored_worker_that_was_flushed_is_believed_to_have_nothing(run: Run) -> None:
+    async def body() -> None:
+        async with cast() as it:
+            it.follow(instance(ANN, KEEPS), instance(BOB, KEEPS))
+            for name in (ANN, BOB):
+                it.followers.answered(name, KEYS)
+            it.followers.flushed(ANN)
+            it.followers.flushed(InstanceId("nobody"))
+            assert it.depths() == {BOB: 4}
+            it.followers.answered(ANN, KEYS)
+            assert it.depths() == {ANN: 4, BOB: 4}
+
+    run(body())
+
+
 def test_who_is_not_ready_any_more_is_forgotten(run: Run) -> None:
     async def body() -> None:
         publisher = FakePublisher()

@@ -13,6 +13,7 @@ import pytest
 
 from memserve.router.config import RouterConfig
 from memserve.router.server import running_router
+from memserve.router.tree.followers import Followers
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
@@ -147,6 +148,19 @@ def test_the_request_id_is_echoed_or_made(run: Run) -> None:
                         assert response.status == status
                         got = response.headers["x-request-id"]
                         assert got == sent if sent else len(got) == 32
+
+    run(test())
+
+
+def test_whoever_was_flushed_is_believed_to_have_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(Followers, "flushed", lambda _, name: flushed.append(name))
+
+    async def test() -> None:
+        async with staged(*pair()) as stage:
+            async with stage.client.post(stage.url("/flush_cache")) as response:
+                assert response.status == 200
+            assert len(set(flushed)) == len(flushed) == 2
 
     run(test())
 

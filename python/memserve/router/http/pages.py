@@ -168,11 +168,12 @@ class Pages:
             return self._unavailable()
         path = request.path_qs if request.query_string else f"/flush_cache?timeout={FLUSH_WAIT_S}"
         answers = await asyncio.gather(*(self._ask(one, "POST", path) for one in instances))
-        failed = [
-            f"{one.instance_id}: {message_of(status, body)}"
-            for one, (status, body) in zip(instances, answers, strict=True)
-            if status != 200
-        ]
+        failed = []
+        for one, (status, body) in zip(instances, answers, strict=True):
+            if status == 200:
+                self._state.followers.flushed(one.instance_id)
+            else:
+                failed.append(f"{one.instance_id}: {message_of(status, body)}")
         if failed:
             status = 400 if all(status in (200, 400) for status, _ in answers) else 502
             return json_response(failure(status, "; ".join(failed), retryable=True).body(), status)

@@ -138,6 +138,12 @@ class Followers:
             followed.answered_blocks += len(keys)
             self._tree().learn(instance_id, keys)
 
+    def flushed(self, instance_id: InstanceId) -> None:
+        """The instance has emptied its cache; whoever reports says so itself."""
+        followed = self._followed.get(instance_id)
+        if followed is not None and followed.plan.mode is Mode.MIRROR:
+            self._mirror(instance_id, followed.plan)
+
     def believes(self, instance_id: InstanceId) -> bool:
         """Whether what it answered is all that is known of its cache."""
         followed = self._followed.get(instance_id)
@@ -183,8 +189,7 @@ class Followers:
     def _start(self, instance_id: InstanceId, plan: _Plan) -> list[StockFollower]:
         logger.info("instance followed instance=%s by=%s", instance_id, plan.mode)
         if plan.mode is Mode.MIRROR:
-            capacity_blocks = plan.following.capacity_blocks
-            self._tree().mirror(instance_id, capacity_blocks=capacity_blocks, ttl_s=self._mirror_ttl_s)
+            self._mirror(instance_id, plan)
         if plan.mode is not Mode.EVENTS or plan.following.events is None:
             return []
         sources = plan.following.events.sources(plan.url)
@@ -199,6 +204,11 @@ class Followers:
             )
             for rank, source in enumerate(sources)
         ]
+
+    def _mirror(self, instance_id: InstanceId, plan: _Plan) -> None:
+        """A mirror with nothing in it."""
+        capacity_blocks = plan.following.capacity_blocks
+        self._tree().mirror(instance_id, capacity_blocks=capacity_blocks, ttl_s=self._mirror_ttl_s)
 
     def _stop(self, instance_id: InstanceId, followed: _Followed, pool_names: set[InstanceId]) -> None:
         """Forget what was learnt, but not what a pool reports that has taken the place."""
