@@ -30,15 +30,15 @@ STEPS = ("colocated", "colocated-cache", "pd-basic", "pd-caching-1", "pd-caching
 CHAT = ("pd-basic", "pd-caching-2", "pd-caching-3", "stock-pd-decode-cache")
 STOCK = ("pd-caching-3", "stock-pd", "stock-pd-decode-cache", "stock-pd-hicache")
 WORKLOADS = {
-    "sharegpt": Settings(requests=14, scale=1.0, output_scale=0.15),
-    "loogle": Settings(requests=14, scale=1 / 30, output_scale=0.25, questions=8),
-    "react": Settings(requests=14, scale=0.45),
+    "sharegpt": Settings(requests=14, scale=2.0, output_scale=0.3),
+    "loogle": Settings(requests=14, scale=1 / 24, output_scale=0.25, questions=8),
+    "react": Settings(requests=14, scale=0.8, output_scale=0.5),
 }
-"""Answers of conversations are scaled down more: a decode step costs a CPU what it costs a GPU, a prompt's
-token fifty times as much, and in the paper prefill dominates."""
-CHATS = {"chat": Settings(requests=14, scale=0.5)}
-"""Conversations with answers as long as published, for what returning them is worth."""
-GUESSED_SATURATION = {"sharegpt": 3.0, "loogle": 3.6, "react": 4.5, "chat": 2.5}
+"""In the paper requests wait for prefill; with answers as long as published they would wait for decode, whose
+steps cost a CPU as much as a GPU. So answers are scaled down more than prompts."""
+CHATS = {"chat": Settings(requests=14, scale=1.0, output_scale=0.6)}
+"""Conversations with answers twice as long as what is asked, for what returning them is worth."""
+GUESSED_SATURATION = {"sharegpt": 2.5, "loogle": 2.7, "react": 2.4, "chat": 2.0}
 """Requests per second, for an estimate of the time before it is measured."""
 REPORT_S = 10.0
 

@@ -30,7 +30,7 @@ PARTS = {
     ),
     "chat": (
         "Long answers",
-        "Conversations whose answers are three times as long as the questions, below saturation: what it is "
+        "Conversations whose answers are twice as long as what is asked, below saturation: what it is "
         "worth that decode's KV goes home.",
     ),
     "policies": (
