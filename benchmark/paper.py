@@ -27,18 +27,18 @@ from systems.base import Setting
 from workloads import Settings
 
 STEPS = ("colocated", "colocated-cache", "pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3")
-CHAT = ("pd-basic", "pd-caching-2", "pd-caching-3", "stock-pd-decode-cache")
+CHAT = ("pd-basic", "pd-caching-2", "pd-caching-3")
 STOCK = ("pd-caching-3", "stock-pd", "stock-pd-decode-cache", "stock-pd-hicache")
 WORKLOADS = {
-    "sharegpt": Settings(requests=14, scale=2.0, output_scale=0.3),
+    "sharegpt": Settings(requests=14, scale=2.0, output_scale=0.06),
     "loogle": Settings(requests=14, scale=1 / 24, output_scale=0.25, questions=8),
-    "react": Settings(requests=14, scale=0.8, output_scale=0.5),
+    "react": Settings(requests=14, scale=0.8, output_scale=0.3),
 }
 """In the paper requests wait for prefill; with answers as long as published they would wait for decode, whose
 steps cost a CPU as much as a GPU. So answers are scaled down more than prompts."""
-CHATS = {"chat": Settings(requests=14, scale=1.0, output_scale=0.6)}
+CHATS = {"chat": Settings(requests=14, scale=1.0, output_scale=0.4)}
 """Conversations with answers twice as long as what is asked, for what returning them is worth."""
-GUESSED_SATURATION = {"sharegpt": 2.5, "loogle": 2.7, "react": 2.4, "chat": 2.0}
+GUESSED_SATURATION = {"sharegpt": 3.0, "loogle": 2.9, "react": 2.5, "chat": 0.8}
 """Requests per second, for an estimate of the time before it is measured."""
 REPORT_S = 10.0
 
