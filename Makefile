@@ -35,6 +35,7 @@ check:
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
+	MYPYPATH=benchmark:python $(VENV)/bin/mypy --strict benchmark/*.py benchmark/report/make.py
 	$(UNIT)
 
 bench:

@@ -11,10 +11,11 @@ from __future__ import annotations
 import ctypes
 import random
 from collections.abc import Sequence
+from functools import partial
 from types import SimpleNamespace
 
 from figures import measure, measure_together, report
-from memserve.core.block_addr import Tier
+from memserve.core.block_addr import BlockAddr, Tier
 from memserve.core.block_keys import BlockKey
 from memserve.core.ids import new_epoch
 from memserve.core.kv_layout import KVLayout
@@ -72,10 +73,15 @@ def bench_swap(repeats: int) -> None:
             pool.insert(keys, addrs)
         swapped_out += measure(lambda: pool.swap_out(MOVED_BLOCKS), 1, warmup=0)
         places = [pool.match(keys).addrs for keys in chains]
-        swapped_in += measure(lambda p=places: [pool.swap_in(addrs) for addrs in p], 1, warmup=0)
+        swapped_in += measure(partial(swap_in, pool, places), 1, warmup=0)
         moved += measure(lambda: move(hbm, target), 1, warmup=0)
     report_rate("swap_out", hbm.num_bytes, swapped_out[1:], moved[1:])
     report_rate("swap_in", hbm.num_bytes, swapped_in[1:], moved[1:])
+
+
+def swap_in(pool: MemPool, places: Sequence[Sequence[BlockAddr]]) -> None:
+    for addrs in places:
+        pool.swap_in(addrs)
 
 
 def bench_resize(repeats: int) -> None:

@@ -170,7 +170,7 @@ def wait_all(url: str) -> None:
 def num_ready(url: str) -> int:
     """Servers that the router would send requests to, and whose caches it follows."""
     page = requests.get(f"{url}/workers", timeout=TIMEOUT_S).json()
-    ready = sum(worker["state"] == "ready" for worker in page["workers"])
+    ready: int = sum(worker["state"] == "ready" for worker in page["workers"])
     return min(ready, len(page["followed"]))
 
 

@@ -122,7 +122,7 @@ class SocketPeer:
     def subject(self, memory: np.ndarray, segments: Segments) -> Subject:
         size = int(segments.lengths[0])
         total = int(segments.lengths.sum())
-        view = memoryview(memory)
+        view = memory.data
 
         def move(source: np.ndarray, target: np.ndarray) -> None:
             self._socket.sendall(total.to_bytes(8, "little") + int(target[0]).to_bytes(8, "little"))
@@ -142,7 +142,7 @@ class SocketPeer:
 
 def receive(port: int) -> None:
     """The child: length, offset, bytes; then one byte back."""
-    memory = memoryview(np.ones(BUFFER_BYTES + 16 * MIB, np.uint8))
+    memory = np.ones(BUFFER_BYTES + 16 * MIB, np.uint8).data
     with socket.create_connection(("127.0.0.1", port)) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
         while head := connection.recv(16, socket.MSG_WAITALL):
@@ -173,7 +173,11 @@ def bench(shape: Shape, subjects: dict[str, Subject], repeats: int) -> dict[str,
     calls = max(1, 16 * MIB // shape.num_bytes)
 
     def several(subject: Subject) -> Callable[[], None]:
-        return lambda: [subject() for _ in range(calls)] and None
+        def call() -> None:
+            for _ in range(calls):
+                subject()
+
+        return call
 
     seconds = measure_together([several(subject) for subject in subjects.values()], repeats, warmup=2)
     num_bytes = shape.num_bytes * calls

@@ -82,7 +82,6 @@ def outcome_of(
         output_tokens=num_output,
         reused_hbm=details.get("device"),
         reused_dram=details.get("host"),
-        reused_remote=details.get("fetched"),
         reused=answer.report.get("prefill_cached_tokens"),
         error=answer.error,
         warmup=warmup,

@@ -76,8 +76,7 @@ class Outcome(msgspec.Struct, frozen=True):
     reused_hbm: int | None = None
     """Prompt tokens that prefill found in device memory; None where a server does not tell tiers apart."""
     reused_dram: int | None = None
-    reused_remote: int | None = None
-    """Fetched from another instance's pool before the dispatch."""
+    """Blocks that were fetched from another instance before the dispatch lie there, too."""
     reused: int | None = None
     """Of all tiers; None if the server does not say."""
     error: str | None = None

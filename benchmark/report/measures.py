@@ -42,7 +42,6 @@ MEASURES: dict[str, Measure] = {
     "reused_share": Measure("prompt reused", "%", 100, higher_is_better=True),
     "reused_hbm_share": Measure("from HBM", "%", 100, higher_is_better=True),
     "reused_dram_share": Measure("from DRAM", "%", 100, higher_is_better=True),
-    "reused_remote_share": Measure("fetched", "%", 100, higher_is_better=True),
     "kv_per_request": Measure("KV moved", "MB/req", 1e-6),
 }
 JUDGED = ("ttft_mean", "ttft_p99", "jct_mean", "jct_p99", "tpot_mean", "tpot_p99")

@@ -77,7 +77,7 @@ def distributions(evidence: Evidence, part: str) -> str | None:
 
 def reuse(evidence: Evidence, part: str) -> str | None:
     """How much of the prompts each system found, by tier; None if no server tells tiers apart."""
-    tiers = {"reused_hbm_share": "#0072B2", "reused_dram_share": "#56B4E9", "reused_remote_share": "#E69F00"}
+    tiers = {"reused_hbm_share": "#0072B2", "reused_dram_share": "#56B4E9"}
     keys = [key for key in evidence.keys(part) if key.load in ("below", "")]
     workloads = _workloads(keys)
     if not any(tier in evidence.summaries[key].estimates for key in keys for tier in tiers):

@@ -265,7 +265,7 @@ def _reused(outcome: Outcome) -> int | None:
     """Of all tiers, summed here if the server tells only each."""
     if outcome.reused is not None:
         return outcome.reused
-    tiers = [outcome.reused_hbm, outcome.reused_dram, outcome.reused_remote]
+    tiers = [outcome.reused_hbm, outcome.reused_dram]
     told = [tokens for tokens in tiers if tokens is not None]
     return sum(told) if told else None
 
@@ -282,5 +282,4 @@ REUSED: Mapping[str, Callable[[Outcome], int | None]] = {
     "reused_share": _reused,
     "reused_hbm_share": attrgetter("reused_hbm"),
     "reused_dram_share": attrgetter("reused_dram"),
-    "reused_remote_share": attrgetter("reused_remote"),
 }

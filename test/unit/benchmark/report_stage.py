@@ -63,8 +63,7 @@ def serving_run(cell: Cell, factor: float, rng: random.Random, num_requests: int
                 tpot_s=tpot_s,
                 prompt_tokens=1000,
                 reused_hbm=int(0.6 * reused),
-                reused_dram=int(0.3 * reused),
-                reused_remote=int(0.1 * reused),
+                reused_dram=int(0.4 * reused),
                 warmup=nth < 3,
                 error="timed out" if cell.load == "over" and rng.random() < 0.01 else None,
             )

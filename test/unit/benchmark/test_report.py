@@ -74,7 +74,7 @@ class TestFiguresOfARun:
         figures = figures_of(run_of([tiers, outcome(reused=10), outcome()]))
         assert figures["reused_share"] == pytest.approx(60 / 200)
         assert figures["reused_hbm_share"] == pytest.approx(20 / 100)
-        assert "reused_remote_share" not in figures
+        assert figures["reused_dram_share"] == pytest.approx(30 / 100)
 
     def test_what_no_server_told_is_not_zero(self) -> None:
         run = Run(Cell("steps", "x", "w", 1.0, "below", 0), 1.0, None, (outcome(),))
