@@ -10,7 +10,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
-from report_stage import NOTES, RATES, STEPS, outcome, run_of, write_directory
+from evaluation_stage import NOTES, RATES, STEPS, outcome, run_of, write_directory
 
 from load.records import Cell, Run, write_run
 from report import figure_plots, page
