@@ -27,18 +27,13 @@ from systems.base import Setting
 from workloads import Settings
 
 STEPS = ("colocated", "colocated-cache", "pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3")
-CHAT = ("pd-basic", "pd-caching-2", "pd-caching-3")
 STOCK = ("pd-caching-3", "stock-pd", "stock-pd-decode-cache", "stock-pd-hicache")
 WORKLOADS = {
-    "sharegpt": Settings(requests=14, scale=2.0, output_scale=0.06),
-    "loogle": Settings(requests=14, scale=1 / 24, output_scale=0.25, questions=8),
-    "react": Settings(requests=14, scale=0.8, output_scale=0.3),
+    "sharegpt": Settings(requests=20, scale=0.3),
+    "loogle": Settings(requests=14, scale=1 / 60, output_scale=0.25, questions=8),
+    "react": Settings(requests=14, scale=0.3),
 }
-"""In the paper requests wait for prefill; with answers as long as published they would wait for decode, whose
-steps cost a CPU as much as a GPU. So answers are scaled down more than prompts."""
-CHATS = {"chat": Settings(requests=14, scale=1.0, output_scale=0.4)}
-"""Conversations with answers twice as long as what is asked, for what returning them is worth."""
-GUESSED_SATURATION = {"sharegpt": 3.0, "loogle": 2.9, "react": 2.5, "chat": 0.8}
+GUESSED_SATURATION = {"sharegpt": 1.5, "loogle": 2.0, "react": 1.8}
 """Requests per second, for an estimate of the time before it is measured."""
 REPORT_S = 10.0
 
@@ -80,7 +75,6 @@ class Evaluation:
         grids = (
             Grid("steps", STEPS, self._workloads, args.repeats, loads),
             Grid("stock", STOCK, self._workloads, args.repeats, loads),
-            Grid("chat", CHAT, CHATS, args.repeats, ("below",)),
         )
         self._grids = [grid for grid in grids if grid.part in self._parts]
         self._remember(write_conditions(self._directory))
@@ -93,7 +87,7 @@ class Evaluation:
         till = time.strftime("%H:%M", time.localtime(time.time() + left))
         progress(f"about {left / 60:.0f} minutes, till {till}")
         self._write()
-        model = make_model()
+        model = make_model("paper")
         setting = Setting(model, self._directory / "logs")
         if self._grids and not self._saturation:
             self._calibrate(setting)
@@ -109,7 +103,7 @@ class Evaluation:
         progress(f"wrote {self._directory / 'report.html'}")
 
     def _calibrate(self, setting: Setting) -> None:
-        grid = Grid("saturation", ("pd-basic",), self._workloads | CHATS, 1)
+        grid = Grid("saturation", ("pd-basic",), self._workloads, 1)
         with Bench(grid, setting, self._directory) as bench:
             bench.start({"pd-basic"})
             self._saturation = bench.saturation()
@@ -140,7 +134,7 @@ class Evaluation:
         self._saturation = {**state.get("saturation", {})}
 
     def _write(self) -> None:
-        stated = conditions(self._workloads | CHATS, self._saturation, self._unavailable)
+        stated = conditions(self._workloads, self._saturation, self._unavailable)
         write_conditions(self._directory, **stated)
 
     def _report(self) -> Any:

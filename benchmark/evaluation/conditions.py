@@ -10,7 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from evaluation.grid import maker_of
 from figures import commit, machine
 from systems.catalogue import SYSTEMS
 from workloads import Settings, make, published
@@ -27,11 +26,6 @@ PARTS = {
     "stock": (
         "Against stock SGLang",
         "MemServe as it is by default, and SGLang's own prefill and decode servers behind sglang-router.",
-    ),
-    "chat": (
-        "Long answers",
-        "Conversations whose answers are twice as long as what is asked, below saturation: what it is "
-        "worth that decode's KV goes home.",
     ),
     "policies": (
         "Routing policies",
@@ -59,8 +53,8 @@ def conditions(
         "machine": f"{machine()}, {os.cpu_count()} cores",
         "commit": commit(),
         "versions": _versions(),
-        "model": "bench: a Llama of 6 layers, hidden 384, random weights, float32 "
-        "(scripts/make_tiny_model.py --size bench)",
+        "model": "a Llama of 6 layers, hidden 768, random weights, float32 "
+        "(scripts/make_tiny_model.py --size paper)",
         "settings": _settings(workloads),
         "workloads": {name: _statistics(name, settings) for name, settings in workloads.items()},
         "systems": {name: {"title": each.title, "what": each.what} for name, each in SYSTEMS.items()},
@@ -105,12 +99,10 @@ SLO = {
     "sharegpt": {"ttft_s": 0.5, "tpot_s": 0.06},
     "loogle": {"ttft_s": 1.0, "tpot_s": 0.06},
     "react": {"ttft_s": 0.5, "tpot_s": 0.06},
-    "chat": {"ttft_s": 0.5, "tpot_s": 0.06},
 }
 """What a request must keep to count as good, on this model."""
 
 
 def _statistics(name: str, settings: Settings) -> dict[str, Any]:
     """Of the first repeat's workload, beside the published ones."""
-    maker = maker_of(name)
-    return dict(compared(statistics_of(make(maker, settings)), published(maker, settings)))
+    return dict(compared(statistics_of(make(name, settings)), published(name, settings)))

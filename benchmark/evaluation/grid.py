@@ -36,7 +36,6 @@ OVERHEAD_S = 3.5
 START_S = 25.0
 """Of one system, when several start together."""
 RUNS = "runs.jsonl"
-MADE_BY = {"chat": "sharegpt"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,18 +82,13 @@ def estimate_s(grid: Grid, saturation: Mapping[str, float], progress: Progress) 
     return asking + START_S * len({cell.system for cell in left})
 
 
-def maker_of(workload: str) -> str:
-    """Whose generator makes it."""
-    return MADE_BY.get(workload, workload)
-
-
 def key_of(cell: Cell) -> tuple[str, str, str, str, int]:
     return (cell.part, cell.system, cell.workload, cell.load, cell.repeat)
 
 
 def plan_of(cell: Cell, settings: Settings) -> Plan:
     """Open loop, from the repeat's own seed."""
-    workload = make(maker_of(cell.workload), replace(settings, seed=cell.repeat))
+    workload = make(cell.workload, replace(settings, seed=cell.repeat))
     return open_loop(workload, cell.rate, ACTIVE_SESSIONS, cell.repeat, WARMUP)
 
 
@@ -147,9 +141,7 @@ class Bench:
         for name, settings in self._grid.workloads.items():
             rates = []
             for seed in (CALIBRATION_SEED, CALIBRATION_SEED + 1):
-                workload = unordered(
-                    make(maker_of(name), replace(settings, seed=seed, requests=CALIBRATING)), seed
-                )
+                workload = unordered(make(name, replace(settings, seed=seed, requests=CALIBRATING)), seed)
                 cell = Cell("saturation", system.name, name, 0.0, "", seed)
                 run = run_once(system, cell, closed_loop(workload, SATURATING))
                 rates.append(len(run.outcomes) / run.duration_s)

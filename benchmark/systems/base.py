@@ -19,7 +19,7 @@ class Setting:
 
     model: Path
     logs: Path
-    kv_tokens: int = 32768
+    kv_tokens: int = 16384
     """Of each server's device memory."""
     page_tokens: int = 16
 
