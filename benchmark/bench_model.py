@@ -16,11 +16,11 @@ FIRST_TOKEN = 10
 """Past the special ones."""
 
 
-def make_model(size: str = "bench") -> Path:
-    """A model of scripts/make_tiny_model.py, which stays between runs."""
-    path = ROOT / "models" / size
+def make_model() -> Path:
+    """The bench model, which stays between runs."""
+    path = ROOT / "models" / "bench"
     subprocess.run(
-        [sys.executable, str(ROOT / "scripts" / "make_tiny_model.py"), "--size", size, str(path)],
+        [sys.executable, str(ROOT / "scripts" / "make_tiny_model.py"), "--size", "bench", str(path)],
         check=True,
         stdout=sys.stderr,
     )

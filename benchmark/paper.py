@@ -29,11 +29,13 @@ from workloads import Settings
 STEPS = ("colocated", "colocated-cache", "pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3")
 STOCK = ("pd-caching-3", "stock-pd", "stock-pd-decode-cache", "stock-pd-hicache")
 WORKLOADS = {
-    "sharegpt": Settings(requests=20, scale=0.3),
-    "loogle": Settings(requests=14, scale=1 / 60, output_scale=0.25, questions=8),
-    "react": Settings(requests=14, scale=0.3),
+    "sharegpt": Settings(requests=16, scale=1.0, output_scale=0.3),
+    "loogle": Settings(requests=14, scale=1 / 24, output_scale=0.25, questions=8),
+    "react": Settings(requests=14, scale=0.8, output_scale=0.3),
 }
-GUESSED_SATURATION = {"sharegpt": 1.5, "loogle": 2.0, "react": 1.8}
+"""Answers are scaled down more than prompts: a decode step costs a CPU as much as a GPU, a token of a prompt far
+more, and with answers as long as published everything would wait for decode alone."""
+GUESSED_SATURATION = {"sharegpt": 2.3, "loogle": 2.7, "react": 2.4}
 """Requests per second, for an estimate of the time before it is measured."""
 REPORT_S = 10.0
 
@@ -87,7 +89,7 @@ class Evaluation:
         till = time.strftime("%H:%M", time.localtime(time.time() + left))
         progress(f"about {left / 60:.0f} minutes, till {till}")
         self._write()
-        model = make_model("paper")
+        model = make_model()
         setting = Setting(model, self._directory / "logs")
         if self._grids and not self._saturation:
             self._calibrate(setting)

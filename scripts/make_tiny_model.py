@@ -43,7 +43,6 @@ class Size:
 
 SIZES = {
     "tiny": Size(hidden=64, intermediate=160, layers=3, heads=4, kv_heads=2, head_dim=16, context=8192),
-    "paper": Size(hidden=768, intermediate=2048, layers=6, heads=12, kv_heads=2, head_dim=64, context=32768),
     "bench": Size(hidden=384, intermediate=1024, layers=6, heads=6, kv_heads=2, head_dim=64, context=32768),
 }
 

@@ -53,8 +53,8 @@ def conditions(
         "machine": f"{machine()}, {os.cpu_count()} cores",
         "commit": commit(),
         "versions": _versions(),
-        "model": "a Llama of 6 layers, hidden 768, random weights, float32 "
-        "(scripts/make_tiny_model.py --size paper)",
+        "model": "a Llama of 6 layers, hidden 384, random weights, float32 "
+        "(scripts/make_tiny_model.py --size bench)",
         "settings": _settings(workloads),
         "workloads": {name: _statistics(name, settings) for name, settings in workloads.items()},
         "systems": {name: {"title": each.title, "what": each.what} for name, each in SYSTEMS.items()},
