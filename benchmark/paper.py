@@ -33,8 +33,8 @@ WORKLOADS = {
     "loogle": Settings(requests=14, scale=1 / 24, output_scale=0.25, questions=8),
     "react": Settings(requests=14, scale=0.8, output_scale=0.3),
 }
-"""Answers are scaled down more than prompts: a decode step costs a CPU as much as a GPU, a token of a prompt far
-more, and with answers as long as published everything would wait for decode alone."""
+"""Answers are scaled down more than prompts: a decode step costs a CPU as much as a GPU, a prompt's token
+far more, and with answers as long as published everything would wait for decode alone."""
 GUESSED_SATURATION = {"sharegpt": 2.3, "loogle": 2.7, "react": 2.4}
 """Requests per second, for an estimate of the time before it is measured."""
 REPORT_S = 10.0
