@@ -25,9 +25,7 @@ def bracketed(host: str) -> str:
 
 def can_listen(host: str, port: int) -> bool:
     """Whether a server could listen there now."""
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.socket(family, socket.SOCK_STREAM) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    with _sharing_socket(host) as probe:
         try:
             probe.bind((host, port))
         except OSError:
@@ -40,10 +38,15 @@ def keep_port(host: str = "127.0.0.1") -> int:
 
     A server of this process or of a child can still listen on it, if it sets SO_REUSEADDR as asyncio does.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    keeper = socket.socket(family, socket.SOCK_STREAM)
-    keeper.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    keeper = _sharing_socket(host)
     keeper.bind((host, 0))
     _kept.append(keeper)
     port: int = keeper.getsockname()[1]
     return port
+
+
+def _sharing_socket(host: str) -> socket.socket:
+    """A TCP socket whose port another may have too, as long as only one of them listens."""
+    made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+    return made
