@@ -1,7 +1,7 @@
 """The whole evaluation with one command: every caching step, stock SGLang, policies, parts, scale, costs.
 
     python benchmark/paper.py                        # or: make bench
-    python benchmark/paper.py --parts steps stock  # some of it
+    python benchmark/paper.py --parts steps stock    # some of it
     python benchmark/paper.py -o results/second --against results/first
 
 It says how long it will take, and goes on where it was when it is run again with the same directory. The
@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from bench_model import ROOT, make_model
-from evaluation.conditions import PARTS, conditions, write_conditions
-from evaluation.grid import LOADS, Bench, Grid, Progress, estimate_s
+from evaluation.conditions import PARTS, conditions, read_conditions, write_conditions
+from evaluation.grid import LOADS, REFERENCE, Bench, Grid, done_in, estimate_s
 from evaluation.programs import Program, finished, programs, run_program
 from figures import progress
 from report.make import headline_markdown, make_report
@@ -62,6 +62,12 @@ def main() -> None:
         sys.exit(f"interrupted; the same command goes on where it was ({args.output})")
 
 
+def saturation_in(directory: Path) -> dict[str, float]:
+    """Requests per second by workload, as a run there has found them; empty if it has not."""
+    found: dict[str, float] = read_conditions(directory).get("saturation", {})
+    return found
+
+
 class Evaluation:
     """What was asked for, in a directory that remembers what is done."""
 
@@ -70,18 +76,17 @@ class Evaluation:
         self._against: Path | None = args.against
         self._parts: Sequence[str] = args.parts
         self._workloads = {name: WORKLOADS[name] for name in args.workloads}
-        self._saturation: dict[str, float] = {}
         self._unavailable: dict[str, str] = {}
-        self._done = Progress(self._directory)
+        self._done = done_in(self._directory)
         loads = tuple(args.loads)
         grids = (
             Grid("steps", STEPS, self._workloads, args.repeats, loads),
             Grid("stock", STOCK, self._workloads, args.repeats, loads),
         )
         self._grids = [grid for grid in grids if grid.part in self._parts]
-        self._remember(write_conditions(self._directory))
+        self._saturation = saturation_in(self._directory)
         if args.rates_of is not None and not self._saturation:
-            self._remember(write_conditions(args.rates_of))
+            self._saturation = saturation_in(args.rates_of)
 
     def run(self) -> None:
         """Everything that is left, then the report."""
@@ -100,14 +105,13 @@ class Evaluation:
             failure = run_program(program, self._directory)
             if failure is not None:
                 progress(f"{program.key}: {failure}")
-            self._report()
         print(headline_markdown(self._report()))
         progress(f"wrote {self._directory / 'report.html'}")
 
     def _calibrate(self, setting: Setting) -> None:
-        grid = Grid("saturation", ("pd-basic",), self._workloads, 1)
+        grid = Grid("saturation", (REFERENCE,), self._workloads, 1)
         with Bench(grid, setting, self._directory) as bench:
-            bench.start({"pd-basic"})
+            bench.start({REFERENCE})
             self._saturation = bench.saturation()
         self._write()
         progress(f"about {self._left_s() / 60:.0f} minutes from here")
@@ -131,9 +135,6 @@ class Evaluation:
         saturation = GUESSED_SATURATION | self._saturation
         cells = sum(estimate_s(grid, saturation, self._done) for grid in self._grids)
         return cells + sum(each.estimate_s for each in self._programs_left()) + REPORT_S
-
-    def _remember(self, state: Mapping[str, Any]) -> None:
-        self._saturation = {**state.get("saturation", {})}
 
     def _write(self) -> None:
         stated = conditions(self._workloads, self._saturation, self._unavailable)

@@ -64,16 +64,22 @@ def conditions(
     }
 
 
-def write_conditions(directory: Path, **changes: Any) -> dict[str, Any]:
-    """Update run.json; what it is now. The begin of the first run stays."""
+def read_conditions(directory: Path) -> dict[str, Any]:
+    """What run.json says; nothing if it is not there."""
     path = directory / FILE
     state: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
+    return state
+
+
+def write_conditions(directory: Path, **changes: Any) -> None:
+    """Update run.json. The begin of the first run stays."""
+    path = directory / FILE
+    state = read_conditions(directory)
     state.setdefault("begun", time.strftime("%Y-%m-%d %H:%M"))
     state |= changes | {"ended": time.strftime("%Y-%m-%d %H:%M")}
     part = path.with_suffix(".part")
     part.write_text(json.dumps(state, indent=1))
     part.replace(path)
-    return state
 
 
 def _versions() -> dict[str, str]:

@@ -7,9 +7,9 @@ meanwhile, it does to all of them. Repeats have workloads of their own, the same
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from random import Random
 
@@ -24,8 +24,9 @@ from systems.base import Setting, System
 from systems.catalogue import SYSTEMS
 from workloads import Settings, make
 
+REFERENCE = "pd-basic"
 LOADS = {"below": 0.55, "near": 0.85, "over": 1.3}
-"""Shares of what PD-Basic can serve."""
+"""Shares of what `REFERENCE` can serve."""
 ACTIVE_SESSIONS = 6
 WARMUP = 2
 SATURATING, CALIBRATING = 8, 32
@@ -47,21 +48,11 @@ class Grid:
     workloads: Mapping[str, Settings]
     repeats: int
     loads: tuple[str, ...] = tuple(LOADS)
-    reference: str = "pd-basic"
-    """The system whose saturation the rates are shares of."""
 
 
-@dataclass
-class Progress:
-    """What is done already, and how long the rest takes."""
-
-    directory: Path
-    done: set[tuple[str, str, str, str, int]] = field(default_factory=set)
-
-    def __post_init__(self) -> None:
-        for run in read_runs(self.directory / RUNS):
-            cell = run.cell
-            self.done.add((cell.part, cell.system, cell.workload, cell.load, cell.repeat))
+def done_in(directory: Path) -> set[Cell]:
+    """The cells that were measured there."""
+    return {run.cell for run in read_runs(directory / RUNS)}
 
 
 def cells_of(grid: Grid, saturation: Mapping[str, float]) -> Iterator[Cell]:
@@ -75,15 +66,16 @@ def cells_of(grid: Grid, saturation: Mapping[str, float]) -> Iterator[Cell]:
                     yield Cell(grid.part, system, workload, rate, load, repeat)
 
 
-def estimate_s(grid: Grid, saturation: Mapping[str, float], progress: Progress) -> float:
+def left_of(grid: Grid, saturation: Mapping[str, float], done: Container[Cell]) -> list[Cell]:
+    """The cells that are not done yet, in order."""
+    return [cell for cell in cells_of(grid, saturation) if cell not in done]
+
+
+def estimate_s(grid: Grid, saturation: Mapping[str, float], done: Container[Cell]) -> float:
     """Seconds that what is left of a grid takes, its servers' start with it."""
-    left = [cell for cell in cells_of(grid, saturation) if key_of(cell) not in progress.done]
+    left = left_of(grid, saturation, done)
     asking = sum(grid.workloads[cell.workload].requests / cell.rate + OVERHEAD_S for cell in left)
     return asking + START_S * len({cell.system for cell in left})
-
-
-def key_of(cell: Cell) -> tuple[str, str, str, str, int]:
-    return (cell.part, cell.system, cell.workload, cell.load, cell.repeat)
 
 
 def plan_of(cell: Cell, settings: Settings) -> Plan:
@@ -136,7 +128,7 @@ class Bench:
 
     def saturation(self) -> dict[str, float]:
         """Requests per second that the reference serves of each workload in a closed loop."""
-        system = self.systems[self._grid.reference]
+        system = self.systems[REFERENCE]
         found = {}
         for name, settings in self._grid.workloads.items():
             rates = []
@@ -149,10 +141,9 @@ class Bench:
             progress(f"saturation of {system.name} under {name}: {found[name]:.2f} requests/s")
         return found
 
-    def measure(self, saturation: Mapping[str, float], done: Progress) -> None:
+    def measure(self, saturation: Mapping[str, float], done: set[Cell]) -> None:
         """All cells that are not done yet."""
-        left = [cell for cell in cells_of(self._grid, saturation) if key_of(cell) not in done.done]
-        left = [cell for cell in left if cell.system in self.systems]
+        left = [cell for cell in left_of(self._grid, saturation, done) if cell.system in self.systems]
         total = sum(self._grid.workloads[cell.workload].requests for cell in left)
         with tqdm(total=total, desc=self._grid.part, unit=" requests", mininterval=5) as bar:
             for cell in left:
@@ -163,7 +154,7 @@ class Bench:
 
                 plan = plan_of(cell, self._grid.workloads[cell.workload])
                 write_run(self._directory / RUNS, run_once(self.systems[cell.system], cell, plan, count))
-                done.done.add(key_of(cell))
+                done.add(cell)
 
     def close(self) -> None:
         self._stack.close()

@@ -24,8 +24,8 @@ class Entry:
     start: Callable[[str, Setting], System]
 
 
-def _ours(roles: tuple[Role, ...], caching: CachingMode, *flags: str) -> Callable[[str, Setting], System]:
-    return lambda name, setting: MemServe(name, setting, Layout(roles, caching, flags))
+def _ours(roles: tuple[Role, ...], caching: CachingMode) -> Callable[[str, Setting], System]:
+    return lambda name, setting: MemServe(name, setting, Layout(roles, caching))
 
 
 def _stock(flags: StockFlags) -> Callable[[str, Setting], System]:

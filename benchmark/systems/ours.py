@@ -22,8 +22,6 @@ class Layout:
 
     roles: tuple[Role, ...]
     caching: CachingMode
-    flags: tuple[str, ...] = ()
-    router_flags: tuple[str, ...] = ()
 
 
 class MemServe(System):
@@ -31,14 +29,14 @@ class MemServe(System):
 
     def __init__(self, name: str, setting: Setting, layout: Layout) -> None:
         super().__init__(name)
-        self._cluster = Cluster(setting.logs / name, router_flags=layout.router_flags)
-        flags = [*setting.flags, "--caching", str(layout.caching), *layout.flags]
+        self._cluster = Cluster(setting.logs / name)
+        flags = [*setting.flags, "--caching", str(layout.caching)]
         for number, role in enumerate(layout.roles):
             server = self._cluster.launch(
                 f"{role}{number}", role, setting.model, *flags, env={"OMP_NUM_THREADS": "1"}
             )
             pin(server, number, len(layout.roles))
-        self._has_pools = "--dram-gib" not in layout.flags and layout.caching is not CachingMode.NONE
+        self._has_pools = layout.caching is not CachingMode.NONE
 
     def wait_ready(self) -> None:
         self._cluster.wait_ready()

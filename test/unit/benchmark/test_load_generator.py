@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from evaluation.grid import Grid, Progress, cells_of, estimate_s
+from evaluation.grid import Grid, cells_of, done_in, estimate_s
 from load.driver import drive
 from load.plan import Plan, closed_loop, open_loop, traced
 from load.records import Cell, Outcome, Run, Session, Turn, Workload, read_runs, write_run
@@ -176,7 +176,7 @@ def test_an_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
     cells = list(cells_of(grid, saturation))
     assert [(cell.system, cell.repeat) for cell in cells] == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]
     assert {cell.rate for cell in cells} == {1.1}
-    before = estimate_s(grid, saturation, Progress(tmp_path))
+    before = estimate_s(grid, saturation, done_in(tmp_path))
     for cell in cells:
         write_run(tmp_path / "runs.jsonl", Run(cell, 1.0, None, ()))
-    assert before > 0 == estimate_s(grid, saturation, Progress(tmp_path))
+    assert before > 0 == estimate_s(grid, saturation, done_in(tmp_path))
