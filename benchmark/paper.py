@@ -18,8 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from bench_model import ROOT, make_model
-from evaluation.conditions import PARTS, conditions, read_conditions, write_conditions
-from evaluation.grid import LOADS, REFERENCE, Bench, Grid, done_in, estimate_s
+from evaluation.conditions import FILE, PARTS, conditions, read_conditions, write_conditions
+from evaluation.grid import LOADS, REFERENCE, Bench, Grid, done_in, estimate_s, left_of, without
 from evaluation.programs import Program, finished, programs, run_program
 from figures import progress
 from report.make import headline_markdown, make_report
@@ -76,7 +76,7 @@ class Evaluation:
         self._against: Path | None = args.against
         self._parts: Sequence[str] = args.parts
         self._workloads = {name: WORKLOADS[name] for name in args.workloads}
-        self._unavailable: dict[str, str] = {}
+        self._unavailable: dict[str, str] = read_conditions(self._directory).get("unavailable", {})
         self._done = done_in(self._directory)
         loads = tuple(args.loads)
         grids = (
@@ -90,6 +90,8 @@ class Evaluation:
 
     def run(self) -> None:
         """Everything that is left, then the report."""
+        for name in self._unavailable:
+            progress(f"{name} did not start before and is left out ('unavailable' in {FILE} says so)")
         left = self._left_s()
         till = time.strftime("%H:%M", time.localtime(time.time() + left))
         progress(f"about {left / 60:.0f} minutes, till {till}")
@@ -117,11 +119,13 @@ class Evaluation:
         progress(f"about {self._left_s() / 60:.0f} minutes from here")
 
     def _measure(self, grid: Grid, setting: Setting) -> None:
-        """A grid's cells, if any is left."""
-        if not estimate_s(grid, self._saturation, self._done):
+        """A grid's cells, if any is left, by the systems that they need and that can be started here."""
+        grid = without(grid, self._unavailable)
+        needed = {cell.system for cell in left_of(grid, self._saturation, self._done)}
+        if not needed:
             return
         with Bench(grid, setting, self._directory) as bench:
-            bench.start(set(grid.systems) - set(self._unavailable))
+            bench.start(needed)
             self._unavailable |= bench.unavailable
             self._write()
             bench.measure(self._saturation, self._done)
@@ -133,7 +137,8 @@ class Evaluation:
 
     def _left_s(self) -> float:
         saturation = GUESSED_SATURATION | self._saturation
-        cells = sum(estimate_s(grid, saturation, self._done) for grid in self._grids)
+        grids = [without(grid, self._unavailable) for grid in self._grids]
+        cells = sum(estimate_s(grid, saturation, self._done) for grid in grids)
         return cells + sum(each.estimate_s for each in self._programs_left()) + REPORT_S
 
     def _write(self) -> None:

@@ -71,6 +71,11 @@ def left_of(grid: Grid, saturation: Mapping[str, float], done: Container[Cell]) 
     return [cell for cell in cells_of(grid, saturation) if cell not in done]
 
 
+def without(grid: Grid, systems: Container[str]) -> Grid:
+    """The grid with fewer systems."""
+    return replace(grid, systems=tuple(each for each in grid.systems if each not in systems))
+
+
 def estimate_s(grid: Grid, saturation: Mapping[str, float], done: Container[Cell]) -> float:
     """Seconds that what is left of a grid takes, its servers' start with it."""
     left = left_of(grid, saturation, done)
@@ -143,7 +148,7 @@ class Bench:
 
     def measure(self, saturation: Mapping[str, float], done: set[Cell]) -> None:
         """All cells that are not done yet."""
-        left = [cell for cell in left_of(self._grid, saturation, done) if cell.system in self.systems]
+        left = left_of(without(self._grid, self.unavailable), saturation, done)
         total = sum(self._grid.workloads[cell.workload].requests for cell in left)
         with tqdm(total=total, desc=self._grid.part, unit=" requests", mininterval=5) as bar:
             for cell in left:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from aiohttp import web
 
-from evaluation.grid import Grid, cells_of, done_in, estimate_s
+from evaluation.grid import Grid, cells_of, done_in, estimate_s, left_of, without
 from load.driver import drive
 from load.plan import Plan, closed_loop, open_loop, traced
 from load.records import Cell, Outcome, Run, Session, Turn, Workload, read_runs, write_run
@@ -180,3 +180,9 @@ def test_an_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
     for cell in cells:
         write_run(tmp_path / "runs.jsonl", Run(cell, 1.0, None, ()))
     assert before > 0 == estimate_s(grid, saturation, done_in(tmp_path))
+
+
+def test_a_system_that_cannot_be_started_leaves_nothing_to_wait_for() -> None:
+    grid = Grid("steps", ("a", "b"), {"chat": Settings(requests=10)}, repeats=1, loads=("below",))
+    left = left_of(without(grid, {"a": "no GPU"}), {"chat": 2.0}, done=())
+    assert [cell.system for cell in left] == ["b"]
