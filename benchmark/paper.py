@@ -29,9 +29,9 @@ from workloads import Settings
 STEPS = ("colocated", "colocated-cache", "pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3")
 STOCK = ("pd-caching-3", "stock-pd", "stock-pd-decode-cache", "stock-pd-hicache")
 WORKLOADS = {
-    "sharegpt": Settings(requests=16, scale=2.0, output_scale=0.15),
-    "loogle": Settings(requests=14, scale=1 / 24, output_scale=0.25, questions=8),
-    "react": Settings(requests=14, scale=0.8, output_scale=0.3),
+    "sharegpt": Settings(requests=14, scale=2.5, output_scale=0.1),
+    "loogle": Settings(requests=12, scale=1 / 24, output_scale=0.25, questions=8),
+    "react": Settings(requests=12, scale=0.8, output_scale=0.3),
 }
 """Answers are scaled down more than prompts: a decode step costs a CPU as much as a GPU, a prompt's token
 far more, and with answers as long as published everything would wait for decode alone."""

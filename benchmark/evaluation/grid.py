@@ -18,7 +18,7 @@ from tqdm import tqdm
 from figures import progress
 from load.plan import Plan, closed_loop, open_loop
 from load.records import Cell, Outcome, Session, Turn, Workload, read_runs, write_run
-from load.run import run_once
+from load.run import run_once, run_undisturbed
 from memserve.testing.cluster import ClusterFailed
 from systems.base import Setting, System
 from systems.catalogue import SYSTEMS
@@ -32,8 +32,8 @@ WARMUP = 2
 SATURATING, CALIBRATING = 8, 32
 """Requests at once, and in all, when saturation is found out."""
 CALIBRATION_SEED = 1000
-OVERHEAD_S = 3.5
-"""Of a run: flushing, settling, the last answers."""
+OVERHEAD_S = 5.5
+"""Of a run: flushing, settling, and the last turns, which wait for one another."""
 START_S = 25.0
 """Of one system, when several start together."""
 RUNS = "runs.jsonl"
@@ -158,7 +158,8 @@ class Bench:
                     bar.update()
 
                 plan = plan_of(cell, self._grid.workloads[cell.workload])
-                write_run(self._directory / RUNS, run_once(self.systems[cell.system], cell, plan, count))
+                run = run_undisturbed(self.systems[cell.system], cell, plan, count)
+                write_run(self._directory / RUNS, run)
                 done.add(cell)
 
     def close(self) -> None:

@@ -93,6 +93,8 @@ class Run(msgspec.Struct, frozen=True):
     kv_bytes_moved: int | None
     """Between the servers' memories; None if they do not say."""
     outcomes: tuple[Outcome, ...]
+    stolen: float | None = None
+    """Share of the processor time wanted here that others on the same host got; None if unknown."""
 
 
 def write_run(path: Path, run: Run) -> None:

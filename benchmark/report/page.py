@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import median
 
 import jinja2
 from markupsafe import Markup
@@ -193,6 +194,7 @@ def conditions(evidence: Evidence) -> list[tuple[str, list[tuple[str, str]]]]:
         "model": about.model,
         "begun": about.begun,
         "ended": about.ended,
+        "processor time that others on the host got": _stolen(evidence),
     }
     groups: Mapping[str, Mapping[str, object]] = {
         "Run": {name: value for name, value in what.items() if value},
@@ -205,6 +207,13 @@ def conditions(evidence: Evidence) -> list[tuple[str, list[tuple[str, str]]]]:
 
 def _machines(evidence: Evidence) -> str:
     return "; ".join(sorted({figure.machine for figure in evidence.figures if figure.machine}))
+
+
+def _stolen(evidence: Evidence) -> str:
+    shares = [run.stolen for runs in evidence.cells.values() for run in runs if run.stolen is not None]
+    if not shares:
+        return ""
+    return f"{median(shares):.1%} of what a run wanted (median), {max(shares):.1%} at most"
 
 
 def _rate(value: object) -> object:

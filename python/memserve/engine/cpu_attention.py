@@ -32,7 +32,7 @@ from torch import Tensor
 
 from memserve.engine.key_parts import DecodePlan, KeyParts, Run, plan_decode, split_keys
 from memserve.engine.machine import CPU_ATTENTION
-from memserve.engine.partial_attention import Partial, attend, merge, nothing_seen
+from memserve.engine.partial_attention import Partial, attend, merge, merge_outputs, nothing_seen
 
 if TYPE_CHECKING:
     from sglang.srt.layers.radix_attention import RadixAttention
@@ -147,7 +147,7 @@ class MemServeCpuAttnBackend(TorchNativeAttnBackend):
             parts.append(nothing_seen(queries[:1], layer.v_head_dim))
         output, lse = parts[0] if len(parts) == 1 else map(torch.cat, zip(*parts, strict=True))
         if plan.columns is not None:
-            output, _ = merge([Partial(output[column], lse[column]) for column in plan.columns])
+            output = merge_outputs(output[plan.columns], lse[plan.columns])
         return output.reshape(-1, layer.tp_q_head_num * layer.v_head_dim)
 
     def _plan_extend(self, rows: Sequence[Tensor], forward_batch: ForwardBatch) -> list[ExtendRequest]:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from memserve.engine.amx import avoid_faulty_amx
-from memserve.engine.partial_attention import Partial, attend, merge, nothing_seen
+from memserve.engine.partial_attention import Partial, attend, merge, merge_outputs, nothing_seen
 
 SCALE = 0.17
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 3e-6, torch.bfloat16: 2e-2, torch.float16: 3e-3}
@@ -126,6 +126,18 @@ def test_any_partition_in_any_order_merges_to_the_whole(cuts, order, magnitude):
     for merged in (at_once, parts[0]):
         torch.testing.assert_close(merged.output.double(), expected.output, rtol=tolerance, atol=tolerance)
         torch.testing.assert_close(merged.lse.double(), expected.lse, rtol=3e-6, atol=tolerance)
+
+
+@every_dtype
+def test_the_outputs_of_stacked_parts_merge_as_the_parts_do(dtype):
+    query, key, value = tensors(2, 34, 4, 2, dtype)
+    parts = [
+        attend(query, key[:, :, part], value[:, :, part], scale=SCALE)
+        for part in (slice(0, 5), slice(5, 5), slice(5, 34))
+    ]
+    output = merge_outputs(*map(torch.stack, zip(*parts, strict=True)))
+    assert output.dtype is dtype
+    assert_same(Partial(output, merge(parts).lse), by_definition(query, key, value), dtype)
 
 
 def test_parts_far_apart_in_magnitude_merge_without_overflow():
