@@ -35,7 +35,7 @@ WORKLOADS = {
 }
 """Answers are scaled down more than prompts: a decode step costs a CPU as much as a GPU, a prompt's token
 far more, and with answers as long as published everything would wait for decode alone."""
-GUESSED_SATURATION = {"sharegpt": 2.3, "loogle": 2.7, "react": 2.4}
+GUESSED_SATURATION = {"sharegpt": 3.9, "loogle": 3.2, "react": 2.9}
 """Requests per second, for an estimate of the time before it is measured."""
 REPORT_S = 10.0
 

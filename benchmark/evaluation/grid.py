@@ -32,7 +32,7 @@ WARMUP = 2
 SATURATING, CALIBRATING = 8, 32
 """Requests at once, and in all, when saturation is found out."""
 CALIBRATION_SEED = 1000
-OVERHEAD_S = 5.5
+OVERHEAD_S = 3.5
 """Of a run: flushing, settling, and the last turns, which wait for one another."""
 START_S = 25.0
 """Of one system, when several start together."""

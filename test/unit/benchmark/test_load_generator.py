@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+from collections import namedtuple
 from collections.abc import Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
 
+import load.run
 from evaluation.grid import Grid, cells_of, done_in, estimate_s, left_of, without
 from load.driver import drive
 from load.plan import Plan, closed_loop, open_loop, traced
 from load.records import Cell, Outcome, Run, Session, Turn, Workload, read_runs, write_run
+from load.run import TRIES, run_undisturbed, stolen_between
 from workloads import Settings
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
@@ -186,3 +190,33 @@ def test_a_system_that_cannot_be_started_leaves_nothing_to_wait_for() -> None:
     grid = Grid("steps", ("a", "b"), {"chat": Settings(requests=10)}, repeats=1, loads=("below",))
     left = left_of(without(grid, {"a": "no GPU"}), {"chat": 2.0}, done=())
     assert [cell.system for cell in left] == ["b"]
+
+
+Times = namedtuple("Times", "user nice system idle iowait irq softirq steal guest guest_nice")
+
+
+def test_what_others_got_is_a_share_of_what_was_wanted_here() -> None:
+    before = Times(100, 0, 10, 500, 5, 0, 0, 1, 50, 0)
+    after = Times(150, 0, 20, 900, 15, 0, 0, 21, 80, 0)
+    assert stolen_between(before, after) == pytest.approx(20 / (50 + 10 + 20))
+    assert stolen_between(before, before) == 0.0
+    assert stolen_between(object(), object()) is None, "not every system tells"
+
+
+@pytest.mark.parametrize(
+    ("stolen", "kept", "tries"),
+    [([0.0], 0.0, 1), ([None], None, 1), ([0.2, 0.01], 0.01, 2), ([0.2, 0.1, 0.3], 0.1, TRIES)],
+)
+def test_a_run_that_others_disturbed_is_done_again(
+    stolen: list[float | None], kept: float | None, tries: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cell = Cell("steps", "a", "chat", 1.0, "below", 0)
+    left = list(stolen)
+
+    def run_once(*_: Any) -> Run:
+        return Run(cell, 1.0, None, (), left.pop(0))
+
+    monkeypatch.setattr(load.run, "run_once", run_once)
+    target: Any = None
+    assert run_undisturbed(target, cell, Plan(())).stolen == kept
+    assert len(stolen) - len(left) == tries
