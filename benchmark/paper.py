@@ -29,13 +29,13 @@ from workloads import Settings
 STEPS = ("colocated", "colocated-cache", "pd-basic", "pd-caching-1", "pd-caching-2", "pd-caching-3")
 STOCK = ("pd-caching-3", "stock-pd", "stock-pd-decode-cache", "stock-pd-hicache")
 WORKLOADS = {
-    "sharegpt": Settings(requests=14, scale=2.5, output_scale=0.1),
+    "sharegpt": Settings(requests=14, scale=4.0, output_scale=0.1),
     "loogle": Settings(requests=12, scale=1 / 24, output_scale=0.25, questions=8),
     "react": Settings(requests=12, scale=0.8, output_scale=0.3),
 }
 """Answers are scaled down more than prompts: a decode step costs a CPU as much as a GPU, a prompt's token
 far more, and with answers as long as published everything would wait for decode alone."""
-GUESSED_SATURATION = {"sharegpt": 3.9, "loogle": 3.2, "react": 2.9}
+GUESSED_SATURATION = {"sharegpt": 2.4, "loogle": 3.2, "react": 2.9}
 """Requests per second, for an estimate of the time before it is measured."""
 REPORT_S = 10.0
 
