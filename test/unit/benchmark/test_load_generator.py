@@ -205,7 +205,7 @@ def test_what_others_got_is_a_share_of_what_was_wanted_here() -> None:
 
 @pytest.mark.parametrize(
     ("stolen", "kept", "tries"),
-    [([0.0], 0.0, 1), ([None], None, 1), ([0.2, 0.01], 0.01, 2), ([0.2, 0.1, 0.3], 0.1, TRIES)],
+    [([0.0], 0.0, 1), ([None], None, 1), ([0.2, 0.01], 0.01, 2), ([0.2, 0.3, 0.1], 0.2, TRIES)],
 )
 def test_a_run_that_others_disturbed_is_done_again(
     stolen: list[float | None], kept: float | None, tries: int, monkeypatch: pytest.MonkeyPatch
