@@ -13,7 +13,7 @@ import pytest
 from evaluation_stage import NOTES, RATES, STEPS, outcome, run_of, write_directory
 
 from load.records import Cell, Run, write_run
-from report import figure_plots, page
+from report import evidence, figure_plots, page
 from report.agreement import Pair, agreement
 from report.criteria import baseline_of, faceoffs, judged, subject_of
 from report.evidence import Figure, NothingMeasuredError, read_evidence, read_figures
@@ -31,7 +31,10 @@ def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def html(measured: Path) -> str:
-    make_report(measured)
+    """Its page, with causes of its own only."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evidence, "NOTES", measured / "none.json")
+        make_report(measured)
     return (measured / "report.html").read_text()
 
 
