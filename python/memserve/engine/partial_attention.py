@@ -100,7 +100,7 @@ def merge(parts: Sequence[Partial]) -> Partial:
 
 
 def merge_outputs(outputs: Tensor, lses: Tensor) -> Tensor:
-    """What `merge` puts out for parts that are stacked, in a third of the time where queries are few.
+    """What `merge` puts out for parts that are stacked, in fewer operations, which tells with few queries.
 
     outputs [parts, ...batch, value_dim] and lses [parts, ...batch] as in `Partial`. Every query must have
     seen a key in one part: of others the output is NaN.
