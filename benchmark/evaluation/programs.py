@@ -37,6 +37,7 @@ def programs(parts: Sequence[str]) -> list[Program]:
     """What belongs to those parts, in order."""
     quick = ("--quick",)
     everything = [
+        Program("stock", "bench_stream", quick, 45),
         Program("micro", "bench_transfer", quick, 30),
         Program("micro", "bench_tree", quick, 30),
         Program("micro", "bench_mempool", quick, 60),

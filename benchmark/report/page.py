@@ -107,6 +107,7 @@ def render(evidence: Evidence, agreement: Agreement | None = None) -> str:
         criteria=tables.criteria(rows, evidence) if rows else None,
         missed=explanations(evidence, rows),
         headline=tables.headline(evidence),
+        profiles=tables.profiles(evidence),
         sections=[section(evidence, part) for part in evidence.parts()],
         agreement=agreement,
         disagreements=tables.disagreements(agreement) if agreement else None,

@@ -10,6 +10,7 @@ from report.agreement import Agreement
 from report.criteria import OURS, Faceoff, Judged, baseline_of
 from report.evidence import Evidence, Figure
 from report.measures import JUDGED, MEASURES, number
+from report.profile import profiles_of
 from report.summary import Comparison, Estimate, Key
 
 RESULTS = (*JUDGED, "throughput", "goodput", "reused_share", "kv_per_request")
@@ -44,18 +45,29 @@ class Table:
 def headline(evidence: Evidence) -> list[Table]:
     """Every system below saturation (or at the only load), a table per workload."""
     tables = []
-    keys = [key for part in evidence.parts() for key in evidence.keys(part)]
-    for workload in dict.fromkeys(key.workload for key in keys if key.part in ("steps", "stock")):
-        some = [key for key in keys if key.workload == workload and key.part in ("steps", "stock")]
-        load = "below" if any(key.load == "below" for key in some) else some[0].load
-        once = {key.system: key for key in reversed(some) if key.load == load}
-        rows = [key for key in some if once.get(key.system) == key]
-        where = f"{load} saturation, " if load else ""
+    for workload, rows in _headline_cells(evidence).items():
+        where = f"{rows[0].load} saturation, " if rows[0].load else ""
         baseline = baseline_of(evidence, rows[0].part)
         caption = f"{workload}, {where}{_offered(rows[0].rate)}; marked against {evidence.title(baseline)}"
         names = (*JUDGED[:4], "tpot_mean", "reused_share")
         tables.append(_results(evidence, rows, names, caption, baseline))
     return tables
+
+
+def profiles(evidence: Evidence) -> Table:
+    """What the first tokens of the headline's cells are made of."""
+    columns = ("workload", "system", "prompt, tokens", "computed", "of it", "TTFT mean, ms", "computing", "the rest")
+    table = Table(columns)
+    cells = [key for rows in _headline_cells(evidence).values() for key in rows]
+    for key, found in profiles_of({key: evidence.cells[key] for key in cells}).items():
+        figures = [
+            number(found.prompt_tokens),
+            number(found.computed_tokens),
+            f"{found.computed_tokens / found.prompt_tokens:.0%}",
+            *(number(1e3 * seconds) for seconds in (found.ttft_s, found.computing_s, found.rest_s)),
+        ]
+        table.rows.append([Field(key.workload), Field(evidence.title(key.system)), *map(Field, figures)])
+    return table
 
 
 def results(evidence: Evidence, part: str) -> list[Table]:
@@ -179,6 +191,18 @@ def disagreements(found: Agreement) -> Table:
             ]
         )
     return table
+
+
+def _headline_cells(evidence: Evidence) -> dict[str, list[Key]]:
+    """By workload, each system's cell below saturation, or at the only load; a system's first part counts."""
+    keys = [key for part in evidence.parts() for key in evidence.keys(part) if key.part in ("steps", "stock")]
+    found = {}
+    for workload in dict.fromkeys(key.workload for key in keys):
+        some = [key for key in keys if key.workload == workload]
+        load = "below" if any(key.load == "below" for key in some) else some[0].load
+        once = {key.system: key for key in reversed(some) if key.load == load}
+        found[workload] = [key for key in some if once.get(key.system) == key]
+    return found
 
 
 def _results(

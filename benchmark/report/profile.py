@@ -1,0 +1,77 @@
+"""Where the time to a first token goes: computing what was not reused, and everything else."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import TypeVar
+
+import numpy as np
+
+from load.records import Run
+
+ROUNDS = 50
+LEAST_S = 1e-3
+"""Deviations below this count alike, so that no request is weighed without bound."""
+K = TypeVar("K")
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """A request of one cell, in the mean."""
+
+    prompt_tokens: float
+    computed_tokens: float
+    """Those of them that were not reused."""
+    ttft_s: float
+    computing_s: float
+    """What the computed tokens take by themselves."""
+
+    @property
+    def rest_s(self) -> float:
+        """HTTP, the handoff, and waiting: for other prompts, and for a decode step to end."""
+        return self.ttft_s - self.computing_s
+
+
+def profiles_of(cells: Mapping[K, Iterable[Run]]) -> dict[K, Profile]:
+    """A profile of every cell whose servers tell what was reused; the cells share machine and model.
+
+    So they share what computing a token takes, too: the slope of TTFT over tokens computed, with a constant
+    for each cell. Least absolute deviations, as what a few requests waited should move neither.
+    """
+    found = {cell: rows for cell, runs in cells.items() if (rows := _rows(runs))}
+    if not found:
+        return {}
+    prompts, computed, times = np.array([row for rows in found.values() for row in rows], float).T
+    if len(set(computed)) < 2:
+        return {}
+    own = np.repeat(np.eye(len(found)), [len(rows) for rows in found.values()], axis=0)
+    per_token_s = _least_deviations(np.column_stack([computed, own]), times)[0]
+    profiles = {}
+    for nth, cell in enumerate(found):
+        its = own[:, nth] > 0
+        tokens = float(computed[its].mean())
+        profiles[cell] = Profile(
+            float(prompts[its].mean()), tokens, float(times[its].mean()), float(per_token_s) * tokens
+        )
+    return profiles
+
+
+def _rows(runs: Iterable[Run]) -> list[tuple[int, int, float]]:
+    """Of each request that counts: tokens of its prompt, those computed, and the time to its first token."""
+    return [
+        (one.prompt_tokens, one.prompt_tokens - one.reused, one.ttft_s)
+        for run in runs
+        for one in run.outcomes
+        if not one.warmup and one.error is None and one.ttft_s is not None and one.reused is not None
+    ]
+
+
+def _least_deviations(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Factors of `columns` that come nearest to `values`, by least squares weighed anew in each round."""
+    weights = np.ones_like(values)
+    for _ in range(ROUNDS):
+        root = np.sqrt(weights)
+        factors = np.linalg.lstsq(columns * root[:, None], values * root, rcond=None)[0]
+        weights = 1 / np.maximum(LEAST_S, np.abs(columns @ factors - values))
+    return factors

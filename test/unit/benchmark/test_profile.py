@@ -1,0 +1,44 @@
+"""What first tokens are made of: the slope is found through whatever waited, and only from what was measured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from evaluation_stage import outcome, run_of
+
+from load.records import Outcome
+from report.profile import profiles_of
+
+REST_S = {"quick": 0.02, "slow": 0.06}
+PER_TOKEN_S = 0.0005
+COMPUTED = range(100, 1000, 50)
+
+
+def asked(computed: int, rest_s: float = 0.1, **others: Any) -> Outcome:
+    ttft_s = rest_s + PER_TOKEN_S * computed
+    return outcome(ttft_s, **({"prompt_tokens": 1000, "reused": 1000 - computed} | others))
+
+
+def test_each_cell_has_a_rest_of_its_own_and_all_have_one_slope() -> None:
+    """Although one computes little and the other much, and some requests waited for seconds."""
+    quick = [asked(computed, REST_S["quick"]) for computed in COMPUTED[:6]]
+    slow = [asked(computed, REST_S["slow"]) for computed in COMPUTED[6:]]
+    waited = [asked(computed, 2.0) for computed in (500, 900)]
+    found = profiles_of({"quick": [run_of(quick[:3]), run_of(quick[3:], repeat=1)], "slow": [run_of(slow + waited)]})
+    assert found["quick"].rest_s == pytest.approx(REST_S["quick"], rel=0.02)
+    assert found["quick"].computing_s == pytest.approx(PER_TOKEN_S * found["quick"].computed_tokens, rel=0.02)
+    assert (found["quick"].prompt_tokens, found["quick"].computed_tokens) == (1000, 225)
+    mean_rest_s = (12 * REST_S["slow"] + 2 * 2.0) / 14
+    assert found["slow"].rest_s == pytest.approx(mean_rest_s, rel=0.02), "waiting is in the rest"
+
+
+def test_what_is_no_figure_is_not_in_it() -> None:
+    measured = [asked(100), asked(200), asked(300)]
+    others = [asked(900, warmup=True), asked(900, error="gone"), asked(900, reused=None)]
+    assert profiles_of({0: [run_of([*measured, *others])]}) == profiles_of({0: [run_of(measured)]})
+
+
+@pytest.mark.parametrize("outcomes", [[], [asked(100), asked(100)], [asked(1, reused=None), asked(2, reused=None)]])
+def test_nothing_varies_or_nothing_is_told(outcomes: list[Outcome]) -> None:
+    assert profiles_of({0: [run_of(outcomes)]}) == {}
