@@ -1,12 +1,14 @@
 """What routing is worth, with real servers: one trace, several policies, the same servers behind each.
 
     python benchmark/bench_routing.py [--policies session prompt_tree] [--rounds N]
+    python benchmark/bench_routing.py --policies prompt_tree --caching full --fetch never auto
 
 A LooGLE-like trace (questions about long documents, each asked about in several sessions) is replayed
 against 3 prefill and 1 decode server, scaled down so that a CPU can serve it: a block of 512 tokens
 becomes one of 512 / --scale. For each policy a router takes the place of the one before, all caches are
 flushed, and the requests come at the trace's times, at a clock that gives --load: the work that an ideal
-cache would leave, over what was measured that the servers can compute. Policies take turns.
+cache would leave, over what was measured that the servers can compute. Policies take turns; where several
+ways to --fetch are named, each policy does so with each, and its name in the figures has the way.
 """
 
 from __future__ import annotations
@@ -71,13 +73,10 @@ def main() -> None:
     parser.add_argument("--scale", type=int, default=16, help="tokens of the trace for one here")
     parser.add_argument("--load", type=float, default=0.6, help="of an ideal cache; 1 is full (default: 0.6)")
     parser.add_argument("--seconds", type=float, help="how long a replay takes, in place of --load")
-    parser.add_argument(
-        "--caching",
-        type=CachingMode,
-        choices=list(CachingMode),
-        default=CachingMode.BOTH,
-        help="full: prefills may fetch from decode, whatever the policy (default: both)",
-    )
+    parser.add_argument("--caching", type=CachingMode, choices=list(CachingMode), default=CachingMode.BOTH,
+                        help="full: servers may fetch from each other (default: both)")  # fmt: skip
+    parser.add_argument("--fetch", nargs="+", choices=("auto", "never"), default=["auto"], metavar="WAY",
+                        help="auto: where the router finds it quicker; never (default: auto)")  # fmt: skip
     args = parser.parse_args()
     shape = Shape(args.requests, 1.0, args.sessions, args.share_ratio)
     prompts = scaled(loogle(shape), args.scale)
@@ -88,12 +87,22 @@ def main() -> None:
         clock = clock_of(prompts, first.url, args.load)
         if args.seconds is not None:
             clock = args.seconds / max(prompt.at_s for prompt in prompts)
-        answers: dict[str, list[list[Answer]]] = {policy: [] for policy in args.policies}
+        routers = routers_of(args.policies, args.fetch)
+        answers: dict[str, list[list[Answer]]] = {name: [] for name in routers}
         for turn in range(args.rounds):
-            for policy in args.policies:
-                progress(f"round {turn + 1}: {policy}")
-                answers[policy].append(replay(first, policy, prompts, clock, Path(scratch)))
+            for name, flags in routers.items():
+                progress(f"round {turn + 1}: {name}")
+                answers[name].append(replay(first, flags, prompts, clock, Path(scratch)))
     show(answers)
+
+
+def routers_of(policies: Sequence[str], ways: Sequence[str]) -> dict[str, list[str]]:
+    """The flags of each router that takes a turn, by its name in the figures."""
+    return {
+        f"{policy}/fetch_{way}" if len(ways) > 1 else policy: ["--policy", policy, "--fetch", way]
+        for policy in policies
+        for way in ways
+    }
 
 
 def scaled(lines: Sequence[Line], scale: int) -> list[Prompt]:
@@ -149,13 +158,13 @@ def clock_of(prompts: Sequence[Prompt], url: str, load: float) -> float:
 
 
 def replay(
-    first: Cluster, policy: str, prompts: Sequence[Prompt], clock: float, scratch: Path
+    first: Cluster, router_flags: Sequence[str], prompts: Sequence[Prompt], clock: float, scratch: Path
 ) -> list[Answer]:
     """One pass of the trace through a router of its own, over cold caches."""
     first.router.stop()
     port = first.control.rpartition(":")[2]
-    log_dir = scratch / f"{policy}-{time.monotonic_ns()}"
-    with Cluster(log_dir, router_flags=["--control-port", port, "--policy", policy]) as cluster:
+    log_dir = scratch / f"router-{time.monotonic_ns()}"
+    with Cluster(log_dir, router_flags=["--control-port", port, *router_flags]) as cluster:
         url = cluster.url
         wait_all(url)
         requests.post(f"{url}/flush_cache", timeout=TIMEOUT_S).raise_for_status()
@@ -211,14 +220,14 @@ async def ask(session: aiohttp.ClientSession, url: str, prompt: Prompt) -> Answe
 
 
 def show(answers: dict[str, list[list[Answer]]]) -> None:
-    """Figures of each policy, as ratios to the first one's."""
+    """Figures of each router, as ratios to the first one's."""
     baseline: dict[str, list[float]] = {}
-    for policy, rounds in answers.items():
+    for router, rounds in answers.items():
         of_rounds = [figures_of(answered) for answered in rounds]
         figures = {name: [each[name] for each in of_rounds] for name in of_rounds[0]}
         for name, samples in figures.items():
             unit = "of prompt tokens" if name == "hit_ratio" else "s"
-            report(f"routing/loogle/{policy}/{name}", samples, unit, baseline=baseline.get(name))
+            report(f"routing/loogle/{router}/{name}", samples, unit, baseline=baseline.get(name))
         baseline = baseline or figures
 
 

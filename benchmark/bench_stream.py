@@ -7,8 +7,7 @@ A question about a text that is cached, to MemServe and to stock SGLang behind s
 should be nobody's business but its own.
 
     stream/busy/first_token       ms; baseline: stock SGLang with a radix cache at decode. Also idle/
-    stream/busy/between_tokens    ms, after the first; a baseline of 0 means that all came at once
-    stream/busy/answer            ms to the last token
+    stream/busy/answer            ms to the last token; where it is the same, all came at once
 
 One minute; --quick half of that.
 """
@@ -93,11 +92,7 @@ async def ask(system: System, question: list[int], other: list[int] | None) -> A
 def times_of(answer: Answer) -> dict[str, float]:
     """Figures by name, in seconds."""
     assert answer.first_s is not None
-    return {
-        "first_token": answer.first_s - answer.begun_s,
-        "between_tokens": (answer.ended_s - answer.first_s) / (ANSWER_TOKENS - 1),
-        "answer": answer.ended_s - answer.begun_s,
-    }
+    return {"first_token": answer.first_s - answer.begun_s, "answer": answer.ended_s - answer.begun_s}
 
 
 if __name__ == "__main__":

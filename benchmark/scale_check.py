@@ -82,7 +82,7 @@ def run(model: Path | None, *, quick: bool) -> None:
         slowed = slowdowns(first.url, longest, 5 if quick else 9)
         for policy in POLICIES:
             progress(f"replaying with {policy}")
-            real = figures_of(replay(first, policy, prompts, clock, scratch))
+            real = figures_of(replay(first, ["--policy", policy], prompts, clock, scratch))
             show(policy, real, simulated(policy, trace_of(prompts, clock), costs, slowed))
 
 

@@ -29,7 +29,8 @@ PARTS = {
     ),
     "policies": (
         "Routing policies",
-        "A LooGLE-like trace on 3 prefill and 1 decode server, the same servers behind each policy.",
+        "A LooGLE-like trace on 3 prefill and 1 decode server, the same servers behind each policy; and "
+        "prompt_tree over memory pools, with the router fetching KV where that is quicker and without.",
     ),
     "micro": (
         "Micro",

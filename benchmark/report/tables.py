@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -43,11 +44,11 @@ class Table:
 
 
 def headline(evidence: Evidence) -> list[Table]:
-    """Every system below saturation (or at the only load), a table per workload."""
+    """Every system below saturation (or at the only load), a table per workload and part."""
     tables = []
-    for workload, rows in _headline_cells(evidence).items():
-        where = f"{rows[0].load} saturation, " if rows[0].load else ""
-        baseline = baseline_of(evidence, rows[0].part)
+    for rows in _headline_cells(evidence):
+        workload, load, baseline = rows[0].workload, rows[0].load, baseline_of(evidence, rows[0].part)
+        where = f"{load} saturation, " if load else ""
         caption = f"{workload}, {where}{_offered(rows[0].rate)}; marked against {evidence.title(baseline)}"
         names = (*JUDGED[:4], "tpot_mean", "reused_share")
         tables.append(_results(evidence, rows, names, caption, baseline))
@@ -55,11 +56,22 @@ def headline(evidence: Evidence) -> list[Table]:
 
 
 def profiles(evidence: Evidence) -> Table:
-    """What the first tokens of the headline's cells are made of."""
-    columns = ("workload", "system", "prompt, tokens", "computed", "of it", "TTFT mean, ms", "computing", "the rest")
+    """What the first tokens of the headline's cells are made of; a system's first part counts."""
+    columns = (
+        "workload",
+        "system",
+        "prompt, tokens",
+        "computed",
+        "of it",
+        "TTFT mean, ms",
+        "computing",
+        "the rest",
+    )
     table = Table(columns)
-    cells = [key for rows in _headline_cells(evidence).values() for key in rows]
-    for key, found in profiles_of({key: evidence.cells[key] for key in cells}).items():
+    cells: dict[tuple[str, str], Key] = {}
+    for key in itertools.chain(*_headline_cells(evidence)):
+        cells.setdefault((key.workload, key.system), key)
+    for key, found in profiles_of({key: evidence.cells[key] for key in cells.values()}).items():
         figures = [
             number(found.prompt_tokens),
             number(found.computed_tokens),
@@ -193,16 +205,18 @@ def disagreements(found: Agreement) -> Table:
     return table
 
 
-def _headline_cells(evidence: Evidence) -> dict[str, list[Key]]:
-    """By workload, each system's cell below saturation, or at the only load; a system's first part counts."""
-    keys = [key for part in evidence.parts() for key in evidence.keys(part) if key.part in ("steps", "stock")]
-    found = {}
-    for workload in dict.fromkeys(key.workload for key in keys):
-        some = [key for key in keys if key.workload == workload]
+def _headline_cells(evidence: Evidence) -> list[list[Key]]:
+    """The cells below saturation, or at the only load, of each workload in each part.
+
+    Not of parts together: on a machine that others use too, only what was measured in turn compares.
+    """
+    found: dict[tuple[str, str], list[Key]] = {}
+    for key in itertools.chain(*(evidence.keys(part) for part in ("steps", "stock"))):
+        found.setdefault((key.part, key.workload), []).append(key)
+    for place, some in found.items():
         load = "below" if any(key.load == "below" for key in some) else some[0].load
-        once = {key.system: key for key in reversed(some) if key.load == load}
-        found[workload] = [key for key in some if once.get(key.system) == key]
-    return found
+        found[place] = [key for key in some if key.load == load]
+    return list(found.values())
 
 
 def _results(

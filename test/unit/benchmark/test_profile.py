@@ -1,4 +1,4 @@
-"""What first tokens are made of: the slope is found through whatever waited, and only from what was measured."""
+"""What first tokens are made of: the slope is found through whatever waited, from what was measured only."""
 
 from __future__ import annotations
 
@@ -25,7 +25,9 @@ def test_each_cell_has_a_rest_of_its_own_and_all_have_one_slope() -> None:
     quick = [asked(computed, REST_S["quick"]) for computed in COMPUTED[:6]]
     slow = [asked(computed, REST_S["slow"]) for computed in COMPUTED[6:]]
     waited = [asked(computed, 2.0) for computed in (500, 900)]
-    found = profiles_of({"quick": [run_of(quick[:3]), run_of(quick[3:], repeat=1)], "slow": [run_of(slow + waited)]})
+    found = profiles_of(
+        {"quick": [run_of(quick[:3]), run_of(quick[3:], repeat=1)], "slow": [run_of(slow + waited)]}
+    )
     assert found["quick"].rest_s == pytest.approx(REST_S["quick"], rel=0.02)
     assert found["quick"].computing_s == pytest.approx(PER_TOKEN_S * found["quick"].computed_tokens, rel=0.02)
     assert (found["quick"].prompt_tokens, found["quick"].computed_tokens) == (1000, 225)
@@ -39,6 +41,8 @@ def test_what_is_no_figure_is_not_in_it() -> None:
     assert profiles_of({0: [run_of([*measured, *others])]}) == profiles_of({0: [run_of(measured)]})
 
 
-@pytest.mark.parametrize("outcomes", [[], [asked(100), asked(100)], [asked(1, reused=None), asked(2, reused=None)]])
+@pytest.mark.parametrize(
+    "outcomes", [[], [asked(100), asked(100)], [asked(1, reused=None), asked(2, reused=None)]]
+)
 def test_nothing_varies_or_nothing_is_told(outcomes: list[Outcome]) -> None:
     assert profiles_of({0: [run_of(outcomes)]}) == {}
