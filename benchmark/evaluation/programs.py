@@ -41,7 +41,7 @@ def programs(parts: Sequence[str]) -> list[Program]:
         Program("micro", "bench_transfer", quick, 30),
         Program("micro", "bench_tree", quick, 30),
         Program("micro", "bench_mempool", quick, 60),
-        Program("micro", "bench_dram_hit", quick, 90),
+        Program("micro", "bench_dram_hit", (*quick, "--rounds", "7"), 180),
         Program("micro", "bench_fetch", quick, 90),
         Program("micro", "fit_cost_model", (*quick, "-o", COSTS), 90),
         Program("policies", "bench_routing", ("--policies", *POLICIES, "--seconds", "45"), 480),
