@@ -41,6 +41,7 @@ START_METHOD = "sglang.srt.entrypoints.engine._set_envs_and_config"
 HTTP_SERVER = "sglang.srt.entrypoints.http_server"
 PARALLEL_STATE = "sglang.srt.runtime_context:get_parallel"
 ROOM_STATUS = "sglang.srt.disaggregation.common.conn.CommonKVManager.check_status"
+ROOM_UPDATE = "sglang.srt.disaggregation.common.conn.CommonKVManager.update_status"
 TRANSFER_WORKER = "sglang.srt.disaggregation.mooncake.conn.MooncakeKVManager.transfer_worker"
 KV_SENDER = "sglang.srt.disaggregation.mooncake.conn:MooncakeKVSender"
 
@@ -316,6 +317,12 @@ SEAMS = (
         ROOM_STATUS.replace(".CommonKV", ":CommonKV"),
         "keeping a handoff's end from ending the thread that sends",
         parameters=("bootstrap_room",),
+    ),
+    Seam(
+        "room update",
+        ROOM_UPDATE.replace(".CommonKV", ":CommonKV"),
+        "keeping two threads from undoing each other's status of a handoff",
+        parameters=("bootstrap_room", "status"),
     ),
     Seam(
         "transfer worker",
