@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from load.records import Run
 
@@ -14,6 +15,7 @@ ROUNDS = 50
 LEAST_S = 1e-3
 """Deviations below this count alike, so that no request is weighed without bound."""
 K = TypeVar("K")
+Floats = NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,11 +69,15 @@ def _rows(runs: Iterable[Run]) -> list[tuple[int, int, float]]:
     ]
 
 
-def _least_deviations(columns: np.ndarray, values: np.ndarray) -> np.ndarray:
+def _least_deviations(columns: Floats, values: Floats) -> Floats:
     """Factors of `columns` that come nearest to `values`, by least squares weighed anew in each round."""
     weights = np.ones_like(values)
     for _ in range(ROUNDS):
-        root = np.sqrt(weights)
-        factors = np.linalg.lstsq(columns * root[:, None], values * root, rcond=None)[0]
-        weights = 1 / np.maximum(LEAST_S, np.abs(columns @ factors - values))
+        weights = 1 / np.maximum(LEAST_S, np.abs(columns @ _weighed(columns, values, weights) - values))
+    return _weighed(columns, values, weights)
+
+
+def _weighed(columns: Floats, values: Floats, weights: Floats) -> Floats:
+    root = np.sqrt(weights)
+    factors: Floats = np.linalg.lstsq(columns * root[:, None], values * root, rcond=None)[0]
     return factors
