@@ -33,6 +33,8 @@ from systems.catalogue import SYSTEMS
 OURS, THEIRS = "pd-caching-3", "stock-pd-decode-cache"
 TEXT_TOKENS, QUESTION_TOKENS, OTHER_TOKENS = 1024, 64, 1024
 ANSWER_TOKENS = 8
+STATES = ("idle", "busy")
+"""Of prefill."""
 HEAD_START_S = 0.05
 """Of the question: prefill computes it by then, or has."""
 ROUNDS, QUICK_ROUNDS = 20, 8
@@ -57,20 +59,18 @@ def measure(systems: list[System], rounds: int) -> None:
     """Idle and busy in turn, each system in turn; the first round only fills the caches."""
     draw = Random(1)
     text = random_tokens(draw, TEXT_TOKENS)
-    samples: dict[tuple[str, str, str], list[float]] = defaultdict(list)
+    times: dict[tuple[str, str], list[dict[str, float]]] = defaultdict(list)
     for nth in range(rounds + 1):
-        for state in ("idle", "busy"):
+        for state in STATES:
             question = text + random_tokens(draw, QUESTION_TOKENS)
             other = random_tokens(draw, OTHER_TOKENS) if state == "busy" else None
             for system in systems if nth % 2 else systems[::-1]:
-                answer = asyncio.run(ask(system, question, other))
-                if nth > 0:
-                    for figure, seconds in times_of(answer).items():
-                        samples[state, figure, system.name].append(1e3 * seconds)
-    for state, figure, name in list(samples):
-        if name == OURS:
-            own, theirs = samples[state, figure, name], samples[state, figure, THEIRS]
-            report(f"stream/{state}/{figure}", own, "ms", baseline=theirs)
+                times[state, system.name].append(times_of(asyncio.run(ask(system, question, other))))
+    for state in STATES:
+        ours, theirs = times[state, OURS][1:], times[state, THEIRS][1:]
+        for figure in ours[0]:
+            own, baseline = ([1e3 * each[figure] for each in some] for some in (ours, theirs))
+            report(f"stream/{state}/{figure}", own, "ms", baseline=baseline)
 
 
 async def ask(system: System, question: list[int], other: list[int] | None) -> Answer:

@@ -96,6 +96,16 @@ class Run(msgspec.Struct, frozen=True):
     stolen: float | None = None
     """Share of the processor time wanted here that others on the same host got; None if unknown."""
 
+    @property
+    def measured(self) -> list[Outcome]:
+        """All requests but those that warmed the system up."""
+        return [outcome for outcome in self.outcomes if not outcome.warmup]
+
+    @property
+    def answered(self) -> list[Outcome]:
+        """Those of `measured` that did not fail."""
+        return [outcome for outcome in self.measured if outcome.error is None]
+
 
 def write_run(path: Path, run: Run) -> None:
     """Append one line; a line before it that was cut short stays a line of its own."""

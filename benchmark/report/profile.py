@@ -64,8 +64,8 @@ def _rows(runs: Iterable[Run]) -> list[tuple[int, int, float]]:
     return [
         (one.prompt_tokens, one.prompt_tokens - one.reused, one.ttft_s)
         for run in runs
-        for one in run.outcomes
-        if not one.warmup and one.error is None and one.ttft_s is not None and one.reused is not None
+        for one in run.answered
+        if one.ttft_s is not None and one.reused is not None
     ]
 
 

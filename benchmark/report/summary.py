@@ -124,7 +124,7 @@ def summarize(runs: Sequence[Run], slo: Slo | None = None) -> Summary:
                 estimates[name] = tail(pools)
         elif values := [figures[name] for figures in taken if name in figures]:
             estimates[name] = over_repeats(values)
-    measured = [outcome for run in runs for outcome in run.outcomes if not outcome.warmup]
+    measured = [outcome for run in runs for outcome in run.measured]
     cell = runs[0].cell
     return Summary(
         Key(cell.part, cell.system, cell.workload, cell.rate, cell.load),
@@ -172,8 +172,7 @@ def verdict_on(ratio: Estimate, higher_is_better: bool = False) -> Verdict:
 
 def figures_of(run: Run, slo: Slo | None = None) -> dict[str, float]:
     """Of one run, by the names of `MEASURES`; no P99, and no goodput without an `slo`."""
-    measured = [outcome for outcome in run.outcomes if not outcome.warmup]
-    answered = [outcome for outcome in measured if outcome.error is None]
+    measured, answered = run.measured, run.answered
     figures: dict[str, float] = {}
     for latency in LATENCIES:
         if values := latencies(run, latency):
@@ -197,11 +196,7 @@ def figures_of(run: Run, slo: Slo | None = None) -> dict[str, float]:
 
 def latencies(run: Run, latency: str) -> list[float]:
     """Seconds of each measured request that was answered; `latency` is of `LATENCIES`."""
-    values = (
-        getattr(outcome, f"{latency}_s")
-        for outcome in run.outcomes
-        if not outcome.warmup and outcome.error is None
-    )
+    values = (getattr(outcome, f"{latency}_s") for outcome in run.answered)
     return [value for value in values if value is not None]
 
 
