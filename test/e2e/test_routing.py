@@ -150,10 +150,16 @@ def test_a_prefix_that_many_ask_for_is_replicated(stage: Stage) -> None:
     stage.generate(prefix)
     wait_settled(stage.cluster.server_urls())
     prompts = [[*prefix, *stage.tokens(1500)] for _ in range(8)]
+
+    def num_late() -> float:
+        return sum(stage.count(f'fetches_total{{outcome="{outcome}"}}') for outcome in ("part", "none"))
+
+    before = num_late()
     with ThreadPoolExecutor(len(prompts)) as threads:
         answers = list(threads.map(stage.generate, prompts))
     assert {answer["home"] for answer in answers} == set(PREFILLS)
-    assert max(map(computed, answers)) <= 1500 + 2 * PAGE, "nobody computed the prefix again"
+    if num_late() == before:  # Then whoever came during the fetch has waited for it.
+        assert max(map(computed, answers)) <= 1500 + 2 * PAGE, "nobody computed the prefix again"
 
 
 def test_a_text_is_found_by_what_a_server_told_of_it(stage: Stage) -> None:

@@ -28,6 +28,12 @@ def pool(address: str) -> PoolInfo:
     return PoolInfo(A, Epoch(1), Role.PREFILL, CachingMode.FULL, address, "aa")
 
 
+def plan_of(*addresses: str, timeout_s: float) -> FetchPlan:
+    """From every rank's pool at these addresses."""
+    links = tuple((pool(address), HOLDER) for address in addresses)
+    return FetchPlan(A, B, KEYS, links, num_there=0, transfer_s=0.1, timeout_s=timeout_s)
+
+
 def outcome_of(*handlers: Callable[[Message], Answer], timeout_s: float = 5.0) -> FetchOutcome:
     """Of a plan whose ranks answer so."""
 
@@ -35,8 +41,7 @@ def outcome_of(*handlers: Callable[[Message], Answer], timeout_s: float = 5.0) -
         servers = [ControlServer("127.0.0.1", 0, handler) for handler in handlers]
         fetcher = Fetcher(None)
         try:
-            links = tuple((pool(server.address), HOLDER) for server in servers)
-            return await fetcher.run(FetchPlan(A, B, KEYS, links, timeout_s))
+            return await fetcher.run(plan_of(*(one.address for one in servers), timeout_s=timeout_s))
         finally:
             fetcher.close()
             for server in servers:
@@ -78,9 +83,45 @@ def test_a_pool_that_is_gone_is_not_waited_for_longer() -> None:
         server = ControlServer("127.0.0.1", 0, lambda _: Fetched(10))
         server.close()
         fetcher = Fetcher(None)
-        plan = FetchPlan(A, B, KEYS, ((pool(server.address), HOLDER),), 0.05)
         async with asyncio.timeout(5):
-            assert (await fetcher.run(plan)).num_blocks == 0
+            assert (await fetcher.run(plan_of(server.address, timeout_s=0.05))).num_blocks == 0
         fetcher.close()
 
     uvloop.run(body())
+
+
+def test_others_wait_for_a_fetch_even_if_who_asked_for_it_goes_away() -> None:
+    async def body() -> None:
+        came: Future[Message] = Future()
+        asked = asyncio.Event()
+        loop = asyncio.get_running_loop()
+
+        def fetch(_: Message) -> Future[Message]:
+            loop.call_soon_threadsafe(asked.set)
+            return came
+
+        server, fetcher = ControlServer("127.0.0.1", 0, fetch), Fetcher(None)
+        plan = plan_of(server.address, timeout_s=5)
+        first = asyncio.create_task(fetcher.run(plan))
+        async with asyncio.timeout(5):
+            await asked.wait()
+            assert await fetcher.wait(lambda _: False) is None
+            second = asyncio.create_task(fetcher.wait(lambda one: one is plan))
+            first.cancel()
+            await asyncio.wait([first])
+            assert not second.done()
+            came.set_result(Fetched(10))
+            assert await second is not None
+            assert await fetcher.wait(lambda _: True) is None, "none is under way any more"
+        fetcher.close()
+        server.close()
+
+    uvloop.run(body())
+
+
+@pytest.mark.parametrize("num_shared", [0, 1, 7, 10])
+def test_a_plan_knows_what_it_shares_with_a_prompt(num_shared: int) -> None:
+    plan = plan_of("a:1", timeout_s=1)
+    other = page_keys([1, *range(1, 160)], 16)
+    assert plan.num_shared([*KEYS[:num_shared], *other[num_shared:]]) == num_shared
+    assert plan.num_shared(KEYS[:num_shared]) == num_shared

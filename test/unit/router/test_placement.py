@@ -18,7 +18,7 @@ from memserve.router.cluster.pools import Pools
 from memserve.router.costs.cost_model import GPU_COSTS
 from memserve.router.observe.metrics import RouterMetrics
 from memserve.router.placing.fetching import FetchOutcome
-from memserve.router.placing.placed import Placed
+from memserve.router.placing.placed import Placed, profits_from
 from memserve.router.placing.placement import Placer, PlacerSettings
 from memserve.router.text.prompts import Prompt
 from memserve.router.tree.feed import TreeFeed
@@ -244,6 +244,25 @@ def test_a_fetch_is_counted_and_teaches_the_way() -> None:
     assert stage.value("fetched_blocks_total") == 256
     assert stage.placer.costs["model"].model.remote != before
     assert placed.begun_s == stage.clock()
+
+
+def test_who_shares_what_another_fetches_waits_for_it() -> None:
+    stage = Stage("random")
+    stage.holds(4, 256)
+    plan = stage.place(prompt()).plan
+    assert plan is not None
+    assert (plan.num_there, plan.target) in ((0, "a"), (0, "b"))
+    others = [stage.place(prompt()) for _ in range(8)]
+    by_target = {it.prefill.instance_id == plan.target: it for it in others}
+    assert profits_from(by_target[True], plan)
+    assert not profits_from(by_target[False], plan)
+    other = page_keys([7] * len(KEYS) * PAGE, PAGE)
+    unlike = [stage.place(Prompt(256 * PAGE, ((*KEYS[:1], *other[1:]),))) for _ in range(8)]
+    assert not any(profits_from(it, plan) for it in unlike), "one block is not worth the wait for 256"
+    stage.clock.advance(0.5)
+    stage.placer.waited(by_target[True], 0.5)
+    assert by_target[True].begun_s == stage.clock()
+    assert stage.value("fetches_total", outcome="shared") == 1
 
 
 @pytest.mark.parametrize(("num_blocks", "outcome"), [(0, "none"), (100, "part")])

@@ -88,7 +88,8 @@ class RouterMetrics:
         self.remote_tokens, self.computed_tokens = tiers.labels("remote"), tiers.labels("computed")
         self.fetches = counter(
             "fetches",
-            "Fetches before dispatch: whole, part, none of the blocks came, or impossible to ask for.",
+            "Fetches before dispatch: whole, part, none of the blocks came, impossible to ask for, or "
+            "shared (waited for another request's).",
             "outcome",
         )
         self.fetched_blocks = counter("fetched_blocks", "Blocks that prefills have by fetches.")

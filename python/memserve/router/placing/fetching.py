@@ -2,6 +2,7 @@
 
     plan   the pools of both instances that hold equal blocks, rank by rank
     run    `Fetch` to each rank's pool ── the least of what they have now ──> Fetched
+    wait   for what another request's plan brings to the same prefill
 
 Bounded by what it can save. A fetch that fails, or is late, costs recomputation and nothing else.
 Source: MemServe, Eq. 2.
@@ -12,6 +13,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -43,7 +45,16 @@ class FetchPlan:
     """From the prompt's first block on."""
     links: tuple[tuple[PoolInfo, PoolInfo], ...]
     """Of each rank: who fetches, and from whom."""
+    num_there: int
+    """How many of the keys, from the first, the target has."""
+    transfer_s: float
+    """Predicted for the others."""
     timeout_s: float
+
+    def num_shared(self, chain: Sequence[BlockKey]) -> int:
+        """How many of the keys, from the first, are a prompt's, too. O(log n): a key names all before it."""
+        shorter = range(min(len(self.keys), len(chain)))
+        return bisect_left(shorter, True, key=lambda place: self.keys[place] != chain[place])
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,9 +90,25 @@ class Fetcher:
     def __init__(self, key: ClusterKey | None, clock: Callable[[], float] = time.monotonic) -> None:
         self._client = AsyncControlClient(key=key)
         self._clock = clock
+        self._under_way: dict[asyncio.Task[FetchOutcome], FetchPlan] = {}
 
     async def run(self, plan: FetchPlan) -> FetchOutcome:
-        """Never raises for what a pool did or did not do."""
+        """Never raises for what a pool did or did not do. Goes on for who waits if it is cancelled."""
+        task = asyncio.create_task(self._run(plan))
+        self._under_way[task] = plan
+        task.add_done_callback(self._under_way.pop)
+        return await asyncio.shield(task)
+
+    async def wait(self, is_needed: Callable[[FetchPlan], bool]) -> float | None:
+        """Until the plans under way that are needed have run; the seconds, None if there were none."""
+        tasks = [task for task, plan in self._under_way.items() if is_needed(plan)]
+        if not tasks:
+            return None
+        begun_s = self._clock()
+        await asyncio.wait(tasks)
+        return self._clock() - begun_s
+
+    async def _run(self, plan: FetchPlan) -> FetchOutcome:
         begun_s = self._clock()
         answers = await asyncio.gather(*(self._ask(plan, own, other) for own, other in plan.links))
         least = min(answers, key=lambda answer: answer.num_blocks)
@@ -98,6 +125,8 @@ class Fetcher:
 
     def close(self) -> None:
         """Release the sockets; whoever waits gets nothing."""
+        for task in self._under_way:
+            task.cancel()
         self._client.close()
 
     async def _ask(self, plan: FetchPlan, own: PoolInfo, other: PoolInfo) -> Fetched:

@@ -56,6 +56,21 @@ def route_of(snapshot: Snapshot, decision: Decision) -> Route:
     return Pair(prefill, snapshot.named(decision.decode))
 
 
+def profits_from(placed: Placed, plan: FetchPlan) -> bool:
+    """Whether to wait for what `plan`, another request's, brings: it was sent there because of it.
+
+    As Eq. 2: only for more computing than the whole transfer takes.
+    """
+    if plan.target != placed.decision.prefill or len(placed.prompt.chains) != 1:
+        return False
+    situation, costs = placed.decision.situation, placed.decision.costs
+    there, then = (
+        costs.exec_s(situation.prompt_tokens, situation.cached_tokens(num_blocks))
+        for num_blocks in (plan.num_there, max(plan.num_there, plan.num_shared(placed.prompt.chains[0])))
+    )
+    return there - then > plan.transfer_s
+
+
 def work_s_of(decision: Decision, plan: FetchPlan | None) -> float:
     """What this request's own prefill will take, by the prediction."""
     situation, costs = decision.situation, decision.costs

@@ -142,13 +142,18 @@ class Placer:
         self._enter(placed)
         return placed
 
+    def waited(self, placed: Placed, seconds: float) -> None:
+        """Another request's fetch, of blocks that it needs, is over."""
+        self._metrics.fetches.labels("shared").inc()
+        self._metrics.fetch_seconds.observe(seconds)
+        placed.begun_s = self._clock()
+
     def fetched(self, placed: Placed, outcome: FetchOutcome) -> None:
         """The fetch is over; the request goes out now."""
         plan, wanted = placed.plan, placed.decision.fetch
         assert plan is not None
         assert wanted is not None
-        before = placed.decision.chosen.total_blocks
-        num_new = outcome.num_blocks - before
+        num_new = outcome.num_blocks - plan.num_there
         is_whole = outcome.num_blocks >= wanted.num_blocks
         self._metrics.fetches.labels("whole" if is_whole else "part" if num_new > 0 else "none").inc()
         self._metrics.fetch_seconds.observe(outcome.seconds)
@@ -292,7 +297,8 @@ class Placer:
             self._metrics.fetches.labels("impossible").inc()
             return None
         keys = prompt.chains[0][: fetch.num_blocks]
-        return FetchPlan(decision.prefill, fetch.source, keys, links, min(fetch.saved_s, MAX_FETCH_S))
+        num_there, timeout_s = decision.chosen.total_blocks, min(fetch.saved_s, MAX_FETCH_S)
+        return FetchPlan(decision.prefill, fetch.source, keys, links, num_there, fetch.transfer_s, timeout_s)
 
     def _enter(self, placed: Placed) -> None:
         prompt = placed.prompt

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable
+from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
 
 from memserve.router.cluster.instance import Instance, Pair, Route
 from memserve.router.placing.fetching import Fetcher
-from memserve.router.placing.placed import Placed
+from memserve.router.placing.placed import Placed, profits_from
 from memserve.router.placing.placement import Placer
 from memserve.router.serving.api import Api, Call, encode_json
 from memserve.router.serving.merge import cached_tokens_in, rid_field
@@ -61,6 +62,9 @@ class Runner:
 
     async def _begun(self, call: Call, placed: Placed) -> OnPrefilled:
         """Its history is fetched; what to tell of its prefill."""
+        waited_s = await self._fetcher.wait(partial(profits_from, placed))
+        if waited_s is not None:
+            self._placer.waited(placed, waited_s)
         if placed.plan is not None:
             self._placer.fetched(placed, await self._fetcher.run(placed.plan))
 
