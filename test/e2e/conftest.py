@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 import requests
 
-from memserve.testing.cluster import Cluster, Process, is_ready, wait_for
+from memserve.engine.machine import is_cpu_machine
+from memserve.testing.cluster import Cluster, Process, Start, executed, is_ready, wait_for
+from memserve.testing.nursery import Nursery
 from memserve.testing.pool_reports import wait_acquainted
 from memserve.wire.messages import Role
 
@@ -99,12 +101,19 @@ NewCluster = Callable[..., AbstractContextManager[Cluster]]
 
 
 @pytest.fixture(scope="session")
-def new_cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[NewCluster]:
+def start() -> Start:
+    """How servers are started that need not begin as a user's do."""
+    return Nursery().start if is_cpu_machine() else executed
+
+
+@pytest.fixture(scope="session")
+def new_cluster(tmp_path_factory: pytest.TempPathFactory, start: Start) -> Iterator[NewCluster]:
     """Makes clusters, called with the name of one. Those that are left stop while tests go on."""
     with ExitStack() as stopping:
 
         @contextmanager
         def new(name: str, **kwargs: Any) -> Iterator[Cluster]:
+            kwargs = {"start": start, **kwargs}
             cluster = stopping.enter_context(Cluster(tmp_path_factory.mktemp(name), **kwargs))
             try:
                 yield cluster
@@ -124,7 +133,11 @@ def pairs(
     keyed = ("--cluster-key-file", str(key))
     with ExitStack() as stack:
         pairs = {
-            "local": Pair(stack.enter_context(new_cluster("local")), tiny_model, ("--transfer", "local")),
+            "local": Pair(
+                stack.enter_context(new_cluster("local", start=executed)),
+                tiny_model,
+                ("--transfer", "local"),
+            ),
             "tcp": Pair(
                 stack.enter_context(new_cluster("tcp", router_flags=(*keyed, "--fetch", "never"))),
                 tiny_model,

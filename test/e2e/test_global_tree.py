@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 import requests
 
-from memserve.testing.cluster import Cluster, wait_for
+from memserve.testing.cluster import Cluster, Start, wait_for
 from memserve.testing.faulty_link import Faults, FaultyLink, FaultyProxy
 from memserve.testing.pool_reports import pool_reports, wait_settled
 from memserve.wire.link import ControlClient
@@ -80,12 +80,12 @@ class Stage:
 
 
 @pytest.fixture(scope="module")
-def stage(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stage]:
+def stage(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, start: Start) -> Iterator[Stage]:
     faults = Faults()
     dram_gib = str(DRAM_BLOCKS * page_bytes(tiny_model) / 2**30)
     flags = ("--max-total-tokens", str(HBM_TOKENS), "--dram-gib", dram_gib)
     with (
-        Cluster(tmp_path_factory.mktemp("tree"), router_flags=ROUTER_FLAGS) as cluster,
+        Cluster(tmp_path_factory.mktemp("tree"), router_flags=ROUTER_FLAGS, start=start) as cluster,
         FaultyProxy(FaultyLink(ControlClient(cluster.control), faults)) as proxy,
     ):
         cluster.control = proxy.address

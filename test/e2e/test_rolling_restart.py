@@ -145,7 +145,9 @@ def test_a_scheduler_that_is_stuck_gets_no_requests_until_it_steps_again(pairs_o
     shown = workers(cluster)["p1"]["load"]
     assert shown["step_age_s"] < STUCK_S
     assert shown["max_tokens"] > 0
-    scheduler = next(pid for pid in session_pids(cluster.servers["p1"].pid) if "scheduler" in title_of(pid))
+    scheduler = next(
+        pid for pid in session_pids(cluster.servers["p1"].pid) if "sglang::scheduler" in title_of(pid)
+    )
     os.kill(scheduler, signal.SIGSTOP)
     try:
         wait_for(lambda: workers(cluster)["p1"]["state"] == "suspect", what="suspicion", timeout_s=20)

@@ -6,6 +6,7 @@ every process it spawns. What the launcher decided travels to them in one enviro
 
 from __future__ import annotations
 
+import functools
 import multiprocessing
 import os
 import pkgutil
@@ -46,8 +47,9 @@ def register() -> None:
         raise SystemExit(f"memserve: {error}") from error
 
 
+@functools.cache
 def hook_scheduler() -> None:
-    """Place the hooks of the process that runs the model, whose module has been imported."""
+    """Place the hooks of the process that runs the model, whose module has been imported. Idempotent."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from memserve.engine import handoff_hooks, pool_hooks

@@ -16,9 +16,10 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from memserve.core.errors import MemServeError
 from memserve.wire.messages import Role
@@ -32,34 +33,59 @@ class ClusterFailed(MemServeError):
     """A process ended, or did not get ready in time; the text has the end of its log."""
 
 
+class Running(Protocol):
+    """A process that was started here, as subprocess describes it."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+
+
+Start = Callable[[Sequence[str], Path, Mapping[str, str]], Running]
+"""From what comes after `python -m`, the file for the output, and the environment."""
+
+
+def executed(argv: Sequence[str], log: Path, env: Mapping[str, str]) -> Running:
+    """In a session of its own, so that it gets only the signals sent here."""
+    with log.open("wb") as output:
+        return subprocess.Popen(
+            [sys.executable, "-m", *argv],
+            stdin=subprocess.DEVNULL,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=env,
+            start_new_session=True,
+        )
+
+
 class Process:
     """One process of the cluster, its output in a file."""
 
-    def __init__(self, name: str, argv: Sequence[str], log: Path, env: dict[str, str] | None = None) -> None:
-        """Starts at once, in a session of its own, so that it gets only the signals sent here."""
+    def __init__(
+        self,
+        name: str,
+        argv: Sequence[str],
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        start: Start = executed,
+    ) -> None:
+        """Starts at once."""
         self.name = name
         self.argv = ["-m", *argv]
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
         log.unlink(missing_ok=True)  # a predecessor that has yet to stop goes on writing to its own
-        with log.open("wb") as output:
-            self._popen = subprocess.Popen(
-                [sys.executable, *self.argv],
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})},
-                start_new_session=True,
-            )
+        self._running = start(argv, log, {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})})
 
     @property
     def pid(self) -> int:
-        return self._popen.pid
+        return self._running.pid
 
     @property
     def status(self) -> int | None:
         """Exit status, or None while it runs; negative if a signal ended it."""
-        return self._popen.poll()
+        return self._running.poll()
 
     def output(self) -> str:
         """Everything it has written so far."""
@@ -73,7 +99,7 @@ class Process:
     def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
         """Its exit status. Raises ClusterFailed if it has not ended by then."""
         try:
-            return self._popen.wait(timeout_s)
+            return self._running.wait(timeout_s)
         except subprocess.TimeoutExpired:
             raise ClusterFailed(
                 f"{self.name} did not end within {timeout_s:g} s{self._last_words()}"
@@ -92,7 +118,7 @@ class Process:
         """SIGKILL for the process and all it has started, as a machine that goes down would."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
-        self._popen.wait()
+        self._running.wait()
 
     def fail_if_ended(self) -> None:
         """Raises ClusterFailed if the process is no longer there."""
@@ -107,9 +133,13 @@ class Process:
 class Cluster:
     """A router and its servers. A context manager that stops all it has started."""
 
-    def __init__(self, log_dir: Path, *, router_flags: Sequence[str] = ()) -> None:
-        """Start the router, on free ports. Raises ClusterFailed if it cannot start."""
+    def __init__(self, log_dir: Path, *, router_flags: Sequence[str] = (), start: Start = executed) -> None:
+        """Start the router, on free ports; SGLang servers will be started by `start`.
+
+        Raises ClusterFailed if it cannot start.
+        """
         self.log_dir = log_dir
+        self._start = start
         self.servers: dict[str, Process] = {}
         argv = ["memserve.launch_router", "--port", "0", "--control-port", "0", *router_flags]
         self.router = Process("router", argv, log_dir / "router.log")
@@ -129,7 +159,7 @@ class Cluster:
         """Start a server under `name`; it registers itself when it is warm (see `wait_ready`)."""
         argv = ["memserve.launch_server", "--role", role, "--router", self.control, "--instance-id", name]
         argv += ["--model-path", str(model), *flags]
-        self.servers[name] = Process(name, argv, self.log_dir / f"{name}.log", env)
+        self.servers[name] = Process(name, argv, self.log_dir / f"{name}.log", env, self._start)
         return self.servers[name]
 
     def launch_memory(self, name: str, dram_gib: float, *flags: str) -> Process:
