@@ -59,6 +59,8 @@ class FakeWorker:
     """0: the system picks one. Kept over a restart."""
     bootstrap_port: int = 8998
     healthy: bool = True
+    is_mortal: bool = False
+    """What its script drops ends it, as SIGKILL does."""
     num_special_tokens: int = 0
     """How many tokens, such as BOS, it puts before every text."""
     tls: ssl.SSLContext | None = None
@@ -70,6 +72,7 @@ class FakeWorker:
     num_flushes: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
     _runner: web.AppRunner | None = None
+    _death: asyncio.Task[None] | None = None
     _transports: set[asyncio.BaseTransport] = field(default_factory=set)
 
     @property
@@ -184,6 +187,8 @@ class FakeWorker:
         if number in script.gates:
             await script.gates[number].wait()
         if script.drop_before == number:
+            if self.is_mortal:
+                self._death = asyncio.create_task(self.kill())
             if isinstance(request.transport, asyncio.Transport):
                 request.transport.abort()
             raise asyncio.CancelledError

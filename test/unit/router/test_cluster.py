@@ -10,11 +10,10 @@ from memserve.router.cluster.cluster import (
     HEARTBEAT_MISSES,
     SUSPECT_MISSES,
     Cluster,
-    Member,
-    State,
 )
 from memserve.router.cluster.control import answer
 from memserve.router.cluster.instance import Facts
+from memserve.router.cluster.member import Fate, Member, State
 from memserve.router.cluster.pools import Pools
 from memserve.router.config import STATIC_EPOCH
 from memserve.testing.fake_clock import FakeClock
@@ -221,6 +220,28 @@ def test_a_lost_connection_takes_an_instance_out_until_a_probe_succeeds(cluster:
     assert states(cluster) == {NAME: State.DOWN}
     cluster.joined(NAME, ONE, FACTS)
     assert cluster.snapshot.decodes
+
+
+def test_what_became_of_a_lost_process_is_known_by_what_is_heard_of_it(
+    cluster: Cluster, clock: FakeClock
+) -> None:
+    cluster.register(decode())
+    cluster.joined(NAME, ONE, FACTS)
+    cluster.lost_contact(NAME, ONE, "reset")
+    assert cluster.fate(NAME, ONE) is Fate.UNKNOWN
+    cluster.lost_contact(NAME, ONE, "refused", has_ended=True)
+    assert cluster.fate(NAME, ONE) is Fate.ENDED
+    clock.advance(0.5)
+    cluster.heartbeat(NAME, ONE)
+    assert cluster.fate(NAME, ONE) is Fate.LIVES
+    cluster.joined(NAME, ONE, FACTS)
+    clock.advance(0.5)
+    cluster.lost_contact(NAME, ONE, "reset")
+    assert cluster.fate(NAME, ONE) is Fate.UNKNOWN, "it was heard of before"
+    cluster.joined(NAME, ONE, FACTS)
+    assert cluster.fate(NAME, ONE) is Fate.LIVES
+    cluster.register(decode(TWO))
+    assert cluster.fate(NAME, ONE) is Fate.ENDED
 
 
 def test_a_loss_seen_on_the_old_process_does_not_touch_the_new_one(cluster: Cluster) -> None:

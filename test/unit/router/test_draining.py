@@ -11,8 +11,8 @@ import pytest
 
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.cluster import State
 from memserve.router.cluster.draining import Evacuation, shelters_for
+from memserve.router.cluster.member import State
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.link import ControlServer

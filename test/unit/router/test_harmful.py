@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
-from memserve.core.ids import InstanceId
+from memserve.core.ids import Epoch, InstanceId
 from memserve.router.serving.failures import LegFailed, LegLost, WorkerFault
 from memserve.router.serving.retry import harmed
 from memserve.router.text.tokenizers import Tokenizers
@@ -18,7 +19,7 @@ from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
 
 from .retry_stage import Ask, metric
-from .stage import staged
+from .stage import info_of, staged
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 
@@ -26,7 +27,7 @@ GREEDY = {"temperature": 0}
 
 
 def lost(name: str, role: str = "decode", *, was_sent: bool = True) -> WorkerFault:
-    return LegLost(InstanceId(name), role, "gone", was_sent=was_sent)
+    return LegLost(InstanceId(name), Epoch(1), role, "gone", was_sent=was_sent)
 
 
 @pytest.mark.parametrize(
@@ -50,7 +51,7 @@ def test_two_of_one_role_are_enough(faults: list[WorkerFault], is_harmful: bool)
 def test_it_is_given_up_when_two_servers_were_lost_with_it(run: Run, role: Role, stream: bool) -> None:
     async def test() -> None:
         others = [FakeWorker(one) for one in (Role.PREFILL, Role.DECODE) if Role.COLOCATED not in (role, one)]
-        workers = [FakeWorker(role, script=Script(drop_before=0)) for _ in range(4)]
+        workers = [FakeWorker(role, script=Script(drop_before=0), is_mortal=True) for _ in range(4)]
         others = [one for one in others if one.role is not role]
         for other in others:
             other.script = Script(gates={0: asyncio.Event()})
@@ -70,7 +71,7 @@ def test_it_is_given_up_when_two_servers_were_lost_with_it(run: Run, role: Role,
 
 def test_a_stream_that_ends_two_servers_is_not_continued_on_a_third(run: Run) -> None:
     async def test() -> None:
-        workers = [FakeWorker(script=Script(drop_before=1)) for _ in range(3)]
+        workers = [FakeWorker(script=Script(drop_before=1), is_mortal=True) for _ in range(3)]
         async with staged(*workers, retry_initial_backoff_ms=1) as stage:
             body = {"text": "poison", "stream": True, "sampling_params": GREEDY}
             status, answer = await Ask(stage, body=body).task
@@ -94,12 +95,54 @@ def test_servers_that_cannot_be_reached_are_no_proof(run: Run) -> None:
     run(test())
 
 
+@pytest.mark.parametrize("is_heard", [False, True])
+def test_servers_that_live_on_were_not_ended_by_it(run: Run, is_heard: bool) -> None:
+    """Their connections broke: they are found again by a probe, or say that they live."""
+    requests = itertools.count()
+
+    class Cut(FakeWorker):
+        async def _answer(self, request: Any, received: Any) -> Any:
+            if next(requests) >= 2:
+                return await FakeWorker._answer(self, request, received)
+            self.healthy = not is_heard
+            request.transport.abort()
+            raise asyncio.CancelledError
+
+    async def test() -> None:
+        workers = [Cut() for _ in range(3)]
+        async with staged(*workers, retry_initial_backoff_ms=1) as stage:
+            ask = Ask(stage, body={"text": "hello"})
+            if is_heard:
+                await stage.until(lambda: sum(not one.healthy for one in workers) == 2)
+                for worker in workers:
+                    info = info_of(worker)
+                    stage.router.cluster.heartbeat(info.instance_id, info.epoch)
+            assert (await ask.task)[0] == 200
+            assert sum(len(one.requests) for one in workers) == 3
+            assert await metric(stage, "memserve_router_harmful_total 0.0")
+
+    run(test())
+
+
+def test_servers_of_which_nothing_is_heard_may_have_been_ended_by_it(run: Run) -> None:
+    async def test() -> None:
+        workers = [FakeWorker(script=Script(drop_before=0)) for _ in range(3)]
+        async with staged(*workers, retry_initial_backoff_ms=1, heartbeat_secs=0.3) as stage:
+            for worker in workers:
+                worker.healthy = False
+            status, answer = await Ask(stage, body={"text": "poison"}).task
+            assert (status, json.loads(answer)["error"]["code"]) == (502, "request_ended_servers")
+            assert sum(len(one.requests) for one in workers) == 2
+
+    run(test())
+
+
 class _Dying(FakeWorker):
     """Is ended by a question about a prompt's tokens."""
 
     async def _answer(self, request: Any, received: Any) -> Any:
         if received.body.get("top_logprobs_num"):
-            request.transport.abort()
+            self._death = asyncio.create_task(self.kill())
             raise asyncio.CancelledError
         return await FakeWorker._answer(self, request, received)
 
@@ -113,7 +156,7 @@ def test_what_ends_a_server_by_a_question_about_it_is_counted_too(
     monkeypatch.setattr(Tokenizers, "ids_of", ids_of)
 
     async def test() -> None:
-        workers = [_Dying(script=Script(drop_before=1)) for _ in range(3)]
+        workers = [_Dying(script=Script(drop_before=1), is_mortal=True) for _ in range(3)]
         async with staged(*workers, retry_initial_backoff_ms=1) as stage:
             body = {"prompt": [1, 2], "max_tokens": 9, "stream": True, **GREEDY}
             _, answer = await Ask(stage, "/v1/completions", body).task

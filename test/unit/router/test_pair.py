@@ -12,7 +12,7 @@ from typing import Any
 import aiohttp
 import pytest
 
-from memserve.core.ids import InstanceId
+from memserve.core.ids import Epoch, InstanceId
 from memserve.router.serving.api import Api
 from memserve.router.serving.failures import LegFailed, LegLost
 from memserve.router.serving.merge import cache_report
@@ -250,7 +250,7 @@ def test_a_leg_that_was_lost_is_to_blame_for_the_error_of_the_other(run: Run, lo
 
     async def leg(role: Role) -> bytes:
         if role is lost:
-            raise LegLost(InstanceId(role), role, "gone")
+            raise LegLost(InstanceId(role), Epoch(1), role, "gone")
         raise LegFailed(InstanceId(role), role, 500, "KVTransferError")
 
     async def test() -> None:

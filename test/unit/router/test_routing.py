@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from memserve.core.ids import InstanceId
-from memserve.router.cluster.cluster import State
+from memserve.router.cluster.member import State
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
 

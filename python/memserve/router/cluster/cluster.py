@@ -17,65 +17,16 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import dataclass
-from enum import StrEnum
 
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.instance import Facts, Instance, Snapshot
-from memserve.wire.messages import InstanceInfo, Load, Role
+from memserve.router.cluster.member import Doubt, Fate, Member, State
+from memserve.wire.messages import InstanceInfo, Load
 
 logger = logging.getLogger(__name__)
 
 SUSPECT_MISSES, DOWN_MISSES, HEARTBEAT_MISSES = 2, 3, 5
 """After so many heartbeats' time of silence an instance is suspect, down, forgotten."""
-
-
-class Doubt(StrEnum):
-    """Why an instance that has registered is suspect."""
-
-    SILENT = "silent"
-    """Its heartbeats have stopped."""
-    STUCK = "stuck"
-    """They come, but its scheduler makes no step."""
-
-
-class State(StrEnum):
-    """What the router believes of a member."""
-
-    JOINING = "joining"
-    READY = "ready"
-    SUSPECT = "suspect"
-    """It may be on its way out, or hang."""
-    DRAINING = "draining"
-    """It ends what it has, and gets nothing new."""
-    DOWN = "down"
-
-
-@dataclass(slots=True)
-class Member:
-    """One instance the cluster knows of. Changed by `Cluster` only."""
-
-    info: InstanceInfo
-    static: bool
-    seen_s: float
-    state: State = State.JOINING
-    facts: Facts | None = None
-    reason: str = "not seen yet"
-    """Why it does not answer."""
-    is_draining: bool = False
-    """It gets nothing new, also when it answers again."""
-    doubt: Doubt | None = None
-    become: Role | None = None
-    """It is to start anew as this; told with each heartbeat."""
-    load: Load | None = None
-    """As of its last heartbeat."""
-    answered_s: float = float("-inf")
-    """When a probe last found it serving."""
-
-    @property
-    def is_up(self) -> bool:
-        """It answers, or did a moment ago, and may have requests to end."""
-        return self.state in (State.READY, State.SUSPECT, State.DRAINING)
 
 
 class Cluster:
@@ -224,16 +175,24 @@ class Cluster:
         if member.is_up and member.doubt is None:
             self._doubt(member, Doubt.SILENT, reason)
 
-    def lost_contact(self, instance_id: InstanceId, epoch: Epoch, reason: str) -> None:
+    def lost_contact(
+        self, instance_id: InstanceId, epoch: Epoch, reason: str, *, has_ended: bool = False
+    ) -> None:
         """The instance did not answer: no requests until a probe succeeds. Idempotent."""
         member = self._find(instance_id, epoch)
         if member is None:
             return
         if member.is_up:
             logger.warning("instance down instance=%s reason=%s", instance_id, reason)
-        member.state, member.reason = State.DOWN, reason
+            member.lost_s = self._clock()
+        member.state, member.reason, member.has_ended = State.DOWN, reason, has_ended
         self.stirred.set()
         self._refresh()
+
+    def fate(self, instance_id: InstanceId, epoch: Epoch) -> Fate:
+        """What became of an instance that was lost."""
+        member = self._find(instance_id, epoch)
+        return Fate.ENDED if member is None else member.fate
 
     def excuse(self, seconds: float) -> None:
         """For so long the router itself could hear nobody."""

@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import MemServeError
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.cluster import Cluster, Member
+from memserve.router.cluster.cluster import Cluster
+from memserve.router.cluster.member import Member
 from memserve.router.cluster.pools import Pools
 from memserve.router.tree.records import server_of
 from memserve.wire.async_link import AsyncControlClient

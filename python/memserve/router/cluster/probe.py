@@ -13,8 +13,9 @@ import aiohttp
 
 from memserve.core.errors import InstanceLost
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.cluster import Cluster, Doubt, Member, State
+from memserve.router.cluster.cluster import Cluster
 from memserve.router.cluster.instance import Facts, Snapshot
+from memserve.router.cluster.member import Doubt, Member, State
 from memserve.router.cluster.pools import Pools
 from memserve.router.serving.api import JsonObject
 from memserve.router.serving.fitting import read_room
@@ -128,7 +129,9 @@ class Prober:
             self._unfit.add(info.instance_id)
             self._cluster.lost_contact(info.instance_id, info.epoch, error.reason)
         except _PROBE_ERRORS as error:
-            self._cluster.lost_contact(info.instance_id, info.epoch, f"{info.url}: {describe(error)}")
+            refused = isinstance(getattr(error, "os_error", None), ConnectionRefusedError)
+            reason = f"{info.url}: {describe(error)}"
+            self._cluster.lost_contact(info.instance_id, info.epoch, reason, has_ended=refused)
         else:
             self._cluster.joined(info.instance_id, info.epoch, facts)
         finally:

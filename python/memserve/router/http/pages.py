@@ -13,8 +13,8 @@ import msgspec
 from aiohttp import web
 
 from memserve import __version__
-from memserve.router.cluster.cluster import State
 from memserve.router.cluster.instance import Instance
+from memserve.router.cluster.member import State
 from memserve.router.gate.access import Access
 from memserve.router.http.generate import json_response
 from memserve.router.http.workers_api import describe_member

@@ -21,7 +21,7 @@ from aiohttp import web
 from memserve import __version__
 from memserve.core.errors import BadRequest
 from memserve.core.ids import InstanceId
-from memserve.router.cluster.cluster import Member
+from memserve.router.cluster.member import Member
 from memserve.router.config import RouterConfig
 from memserve.router.gate.gate import Gate
 from memserve.router.http.generate import json_response

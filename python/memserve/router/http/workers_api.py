@@ -26,8 +26,8 @@ from aiohttp import web
 from memserve.core.errors import BadRequest, ConfigError
 from memserve.core.ids import InstanceId
 from memserve.router.cluster.caching import caching_of
-from memserve.router.cluster.cluster import Member
 from memserve.router.cluster.draining import Drained, Drains
+from memserve.router.cluster.member import Member
 from memserve.router.cluster.pools import PoolMember
 from memserve.router.cluster.roles import Change, Roles, Stage
 from memserve.router.config import DEFAULT_BOOTSTRAP_PORT, named_server

@@ -16,13 +16,14 @@ from typing import TypeVar
 from memserve.core.errors import BadRequest
 from memserve.core.ids import InstanceId
 from memserve.router.cluster.instance import Snapshot
+from memserve.router.cluster.member import Fate
 from memserve.router.observe.metrics import RouterMetrics
 from memserve.router.placing.decision import Decision
 from memserve.router.placing.placed import Placed
 from memserve.router.serving.api import Call
 from memserve.router.serving.attempt import Runner
 from memserve.router.serving.continuation import Diverged
-from memserve.router.serving.failures import LegFailed, LegTimeout, NoRoute, WorkerFault
+from memserve.router.serving.failures import Harmful, LegFailed, LegLost, LegTimeout, NoRoute, WorkerFault
 from memserve.router.serving.fitting import check_fits, fitting, smallest_room
 from memserve.router.serving.relay import Sink
 from memserve.router.serving.resume import Resumption
@@ -38,6 +39,9 @@ T = TypeVar("T")
 OnPlaced = Callable[[Placed, int], None]
 """Told where a call goes now, and which attempt that is, from 1."""
 
+SILENT_BEATS = 2
+"""So many heartbeats' time a lost instance is waited for before it counts as ended by a request."""
+LOOK_S = 0.05
 DEFAULT_MODEL = "default"
 """What SGLang calls the model that a request does not name."""
 
@@ -248,7 +252,7 @@ class Dispatcher:
         """What `then` says is tried after the last of `faults`; those that it meets are added."""
         while True:
             fault = faults[-1]
-            if (harm := harmed(faults)) is not None:
+            if (harm := await self._harmed(faults)) is not None:
                 self._metrics.harmful.inc()
                 raise harm from fault
             try:
@@ -257,6 +261,22 @@ class Dispatcher:
                 if another is fault:
                     raise
                 faults.append(another)
+
+    async def _harmed(self, faults: Sequence[WorkerFault]) -> Harmful | None:
+        """As `harmed`, of instances that have ended: those that are silent are waited for."""
+        clock = asyncio.get_running_loop().time
+        until_s = clock() + SILENT_BEATS * self._cluster.heartbeat_s
+        lost = [fault for fault in faults if isinstance(fault, LegLost)]
+        while True:
+            fates = [self._cluster.fate(one.instance_id, one.epoch) for one in lost]
+            ended, silent = (
+                [one for one, fate in zip(lost, fates, strict=True) if fate is which]
+                for which in (Fate.ENDED, Fate.UNKNOWN)
+            )
+            harm = harmed([*ended, *silent])
+            if harm is None or harmed(ended) is not None or clock() >= until_s:
+                return harm
+            await asyncio.sleep(LOOK_S)
 
     def _ready(self, job: Job) -> Snapshot:
         """Who could serve it now."""

@@ -12,7 +12,7 @@ from math import ceil
 import msgspec
 
 from memserve.core.errors import BadRequest, MemServeError, Retryable
-from memserve.core.ids import InstanceId
+from memserve.core.ids import Epoch, InstanceId
 from memserve.router.serving.api import JsonObject, encode_json
 
 CLIENT_LEFT_STATUS = 499
@@ -60,9 +60,12 @@ class LegLost(WorkerFault):
 
     kind = "lost"
 
-    def __init__(self, instance_id: InstanceId, role: str, reason: str, *, was_sent: bool = True) -> None:
+    def __init__(
+        self, instance_id: InstanceId, epoch: Epoch, role: str, reason: str, *, was_sent: bool = True
+    ) -> None:
         """`was_sent`: the instance had the request, or part of it, and may have ended for it."""
         super().__init__(instance_id, f"the {role} server {instance_id} was lost: {reason}")
+        self.epoch = epoch
         self.role = role
         self.reason = reason
         self.was_sent = was_sent

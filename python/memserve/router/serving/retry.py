@@ -53,7 +53,8 @@ def wait_s(patience: Patience, num_tries: int, left_s: float) -> float | None:
 def harmed(faults: Sequence[WorkerFault]) -> Harmful | None:
     """Why a request that has met `faults` must reach no other instance; None if it may.
 
-    An instance that was lost before the request had reached it was not lost for it.
+    An instance that was lost before the request had reached it was not lost for it; leave out the faults
+    of those that live.
     """
     lost: dict[str, dict[InstanceId, None]] = {}
     for fault in faults:

@@ -151,7 +151,8 @@ class Upstream:
             self._on_lost(instance, reason)
         # A process that was stopped, or cut off, was not ended by what it was asked.
         may_be_cause = was_sent and not isinstance(error, FallenSilent)
-        return LegLost(instance.instance_id, instance.role, reason, was_sent=may_be_cause)
+        name, epoch = instance.instance_id, instance.epoch
+        return LegLost(name, epoch, instance.role, reason, was_sent=may_be_cause)
 
     def _abort(self, instance: Instance, call: Call) -> None:
         task = asyncio.create_task(self._send_aborts(instance, call))

@@ -1,0 +1,78 @@
+"""What is known of one instance: its state, and why. A plain record."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+from memserve.router.cluster.instance import Facts
+from memserve.wire.messages import InstanceInfo, Load, Role
+
+
+class Doubt(StrEnum):
+    """Why an instance that has registered is suspect."""
+
+    SILENT = "silent"
+    """Its heartbeats have stopped."""
+    STUCK = "stuck"
+    """They come, but its scheduler makes no step."""
+
+
+class State(StrEnum):
+    """What the router believes of a member."""
+
+    JOINING = "joining"
+    READY = "ready"
+    SUSPECT = "suspect"
+    """It may be on its way out, or hang."""
+    DRAINING = "draining"
+    """It ends what it has, and gets nothing new."""
+    DOWN = "down"
+
+
+class Fate(StrEnum):
+    """What became of a process that was lost."""
+
+    LIVES = "lives"
+    """It has been heard of since, or answers again."""
+    ENDED = "ended"
+    """Nobody listens at its port, or it is known no more."""
+    UNKNOWN = "unknown"
+
+
+@dataclass(slots=True)
+class Member:
+    """One instance the cluster knows of. Changed by `Cluster` only."""
+
+    info: InstanceInfo
+    static: bool
+    seen_s: float
+    state: State = State.JOINING
+    facts: Facts | None = None
+    reason: str = "not seen yet"
+    """Why it does not answer."""
+    is_draining: bool = False
+    """It gets nothing new, also when it answers again."""
+    doubt: Doubt | None = None
+    become: Role | None = None
+    """It is to start anew as this; told with each heartbeat."""
+    load: Load | None = None
+    """As of its last heartbeat."""
+    answered_s: float = float("-inf")
+    """When a probe last found it serving."""
+    lost_s: float = float("inf")
+    """When it went down."""
+    has_ended: bool = False
+    """Nobody listens at its port."""
+
+    @property
+    def is_up(self) -> bool:
+        """It answers, or did a moment ago, and may have requests to end."""
+        return self.state in (State.READY, State.SUSPECT, State.DRAINING)
+
+    @property
+    def fate(self) -> Fate:
+        """What became of it if it was lost."""
+        if self.is_up or self.seen_s > self.lost_s:
+            return Fate.LIVES
+        return Fate.ENDED if self.has_ended else Fate.UNKNOWN
