@@ -133,11 +133,7 @@ def pairs(
     keyed = ("--cluster-key-file", str(key))
     with ExitStack() as stack:
         pairs = {
-            "local": Pair(
-                stack.enter_context(new_cluster("local", start=executed)),
-                tiny_model,
-                ("--transfer", "local"),
-            ),
+            "local": Pair(stack.enter_context(new_cluster("local")), tiny_model, ("--transfer", "local")),
             "tcp": Pair(
                 stack.enter_context(new_cluster("tcp", router_flags=(*keyed, "--fetch", "never"))),
                 tiny_model,

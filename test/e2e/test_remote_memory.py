@@ -20,7 +20,7 @@ from memserve.wire.messages import Role
 from .conftest import REQUEST_TIMEOUT_S, NewCluster, Pair
 from .geometry import PAGE, full_pages, page_bytes
 
-NEW_TOKENS = 40
+NEW_TOKENS = 24
 NUM_CONVERSATIONS = 3
 TURNS = 6
 CONVERSATION_TOKENS = 900
@@ -64,7 +64,9 @@ def converse(pair: Pair, name: str) -> tuple[int, int, list[list[int]]]:
             computed += prompt - meta["prefill_cached_tokens"]
             least += prompt - min(known[i], (prompt - 1) // PAGE) * PAGE
             known[i] = full_pages(prompt + NEW_TOKENS - 1)
-            histories[i] = history + answer["text"] + " What came then, and who told you of it? "
+            histories[i] = (
+                history + answer["text"] + " What came then, who told you of it, and who of them is left? "
+            )
             outputs.append(answer["output_ids"])
     return computed, least, outputs
 

@@ -131,7 +131,8 @@ def test_no_request_and_little_history_is_lost(pairs_of_two: Cluster, tiny_model
                 assert drained["drained"], drained
                 # What goes home to a prefill after that, its decode still has.
                 assert drained["evacuated"]["left"] * PAGE <= 2 * NEW_TOKENS, drained
-                assert cluster.servers[name].stop() == 0
+                cluster.servers[name].send(signal.SIGTERM)
+            assert [cluster.servers[name].wait() for name in round] == [0, 0]
             launch(cluster, tiny_model, *round)
         num_answered = len(answered)
         wait_for(lambda: len(answered) > num_answered + 1, what="chats to go on", timeout_s=30)

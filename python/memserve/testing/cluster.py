@@ -26,7 +26,7 @@ from memserve.wire.messages import Role
 
 START_TIMEOUT_S = 300.0
 STOP_TIMEOUT_S = 30.0
-POLL_S = 0.1
+POLL_S = 0.05
 
 
 class ClusterFailed(MemServeError):
