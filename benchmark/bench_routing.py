@@ -209,7 +209,8 @@ async def ask(session: aiohttp.ClientSession, url: str, prompt: Prompt) -> Answe
     ttft_s = None
     cached = 0
     async with session.post(f"{url}/generate", json=body, headers=headers) as answer:
-        answer.raise_for_status()
+        if answer.status != 200:
+            raise RuntimeError(f"{url}: {answer.status}: {await answer.text()}")
         async for line in answer.content:
             if ttft_s is None and line.startswith(b"data:"):
                 ttft_s = time.perf_counter() - begun
