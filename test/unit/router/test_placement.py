@@ -243,6 +243,7 @@ def test_a_fetch_is_counted_and_teaches_the_way() -> None:
     assert stage.value("fetches_total", outcome="whole") == 1
     assert stage.value("fetched_blocks_total") == 256
     assert stage.placer.costs["model"].model.remote != before
+    stage.placer.sent(placed)
     assert placed.begun_s == stage.clock()
 
 
@@ -260,7 +261,8 @@ def test_who_shares_what_another_fetches_waits_for_it() -> None:
     unlike = [stage.place(Prompt(256 * PAGE, ((*KEYS[:1], *other[1:]),))) for _ in range(8)]
     assert not any(profits_from(it, plan) for it in unlike), "one block is not worth the wait for 256"
     stage.clock.advance(0.5)
-    stage.placer.waited(by_target[True], 0.5)
+    stage.placer.waited(0.5)
+    stage.placer.sent(by_target[True])
     assert by_target[True].begun_s == stage.clock()
     assert stage.value("fetches_total", outcome="shared") == 1
 

@@ -142,6 +142,37 @@ TOKEN_COSTS = CostModel(
 
 
 @dataclass(frozen=True, slots=True)
+class Work:
+    """What prefills compute, in the terms of `PrefillCost`: one's, or the sum over several."""
+
+    num_prefills: int = 0
+    num_tokens: int = 0
+    """x(1 - y)"""
+    num_pairs: int = 0
+    """x^2(1 - y^2)"""
+
+    @classmethod
+    def of(cls, num_tokens: int, num_cached: int) -> Work:
+        """Of a prompt whose first `num_cached` tokens are cached."""
+        return cls(1, num_tokens - num_cached, num_tokens**2 - num_cached**2)
+
+    def __add__(self, other: Work) -> Work:
+        return Work(
+            self.num_prefills + other.num_prefills,
+            self.num_tokens + other.num_tokens,
+            self.num_pairs + other.num_pairs,
+        )
+
+    def seconds(self, cost: PrefillCost) -> float:
+        """How long it takes, one after the other."""
+        return (
+            cost.fixed_s * self.num_prefills
+            + cost.token_s * self.num_tokens
+            + cost.token_pair_s * self.num_pairs
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Observation:
     """A prefill that was timed: from its start to its first token."""
 
@@ -177,19 +208,24 @@ class Refined:
 
 
 def observe(refined: Refined, seen: Observation) -> Refined:
-    """The coefficients after one more prefill.
+    """The coefficients after one more prefill. Raises ValueError for an observation that cannot be."""
+    if not 0 <= seen.num_cached < seen.num_tokens or not seen.seconds > 0:
+        raise ValueError(f"not a prefill: {seen}")
+    return observe_work(refined, Work.of(seen.num_tokens, seen.num_cached), seen.seconds)
+
+
+def observe_work(refined: Refined, work: Work, seconds: float) -> Refined:
+    """The coefficients after `work` took so long, which has to be more than nothing.
 
     Least squares of *relative* errors, so that long prompts do not drown short ones; an observation
     far slower than predicted counts by what it was, not by what it should have been, so that a
-    hiccup of the machine moves little. Raises ValueError for an observation that cannot be.
+    hiccup of the machine moves little.
     """
-    if not 0 <= seen.num_cached < seen.num_tokens or not seen.seconds > 0:
-        raise ValueError(f"not a prefill: {seen}")
-    predicted = _exec_s(refined.cost, seen)
-    error = abs(predicted - seen.seconds) / seen.seconds
+    predicted = work.seconds(refined.cost)
+    error = abs(predicted - seconds) / seconds
     num_observed = refined.num_observed + 1
     memory = min(ERROR_MEMORY, 1 - 1 / num_observed)
-    estimate, covariance = _least_squares_step(refined, seen, max(predicted, seen.seconds))
+    estimate, covariance = _least_squares_step(refined, work, seconds, max(predicted, seconds))
     cost = PrefillCost(*(max(0.0, value * scale) for value, scale in zip(estimate, _SCALE, strict=True)))
     return Refined(cost, estimate, covariance, num_observed, memory * refined.error + (1 - memory) * error)
 
@@ -199,22 +235,19 @@ def with_prefill(costs: CostModel, cost: PrefillCost) -> CostModel:
     return replace(costs, prefill=cost)
 
 
-def _exec_s(cost: PrefillCost, seen: Observation) -> float:
-    pairs = seen.num_tokens**2 - seen.num_cached**2
-    return cost.fixed_s + cost.token_s * (seen.num_tokens - seen.num_cached) + cost.token_pair_s * pairs
-
-
-def _least_squares_step(refined: Refined, seen: Observation, weigh_by: float) -> tuple[Vector, Matrix]:
+def _least_squares_step(
+    refined: Refined, work: Work, seconds: float, weigh_by: float
+) -> tuple[Vector, Matrix]:
     """One step of recursive least squares with forgetting, features and target over `weigh_by`."""
     features = (
-        _SCALE[0] / weigh_by,
-        _SCALE[1] * (seen.num_tokens - seen.num_cached) / weigh_by,
-        _SCALE[2] * (seen.num_tokens**2 - seen.num_cached**2) / weigh_by,
+        _SCALE[0] * work.num_prefills / weigh_by,
+        _SCALE[1] * work.num_tokens / weigh_by,
+        _SCALE[2] * work.num_pairs / weigh_by,
     )
     old, before = refined.covariance, refined.estimate
     spread = [_dot(row, features) for row in old]
     gain = [value / (FORGETTING + _dot(tuple(spread), features)) for value in spread]
-    surprise = seen.seconds / weigh_by - _dot(before, features)
+    surprise = seconds / weigh_by - _dot(before, features)
     after = [value + step * surprise for value, step in zip(before, gain, strict=True)]
     # Forgetting lets the variance of what is never observed grow without end: it stops at _UNSURE.
     new = [[(old[i][j] - gain[i] * spread[j]) / FORGETTING for j in range(3)] for i in range(3)]

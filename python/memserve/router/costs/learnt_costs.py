@@ -7,7 +7,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
-from memserve.router.costs.cost_model import CostModel, Observation, Path, Refined, observe, with_prefill
+from memserve.router.costs.cost_model import (
+    CostModel,
+    Observation,
+    Path,
+    Refined,
+    Work,
+    observe,
+    observe_work,
+    with_prefill,
+)
 
 NEWEST = 0.2
 """What the newest observation of a path weighs."""
@@ -87,6 +96,11 @@ class LearntCosts:
     def prefilled(self, seen: Observation) -> None:
         """A prefill that had an instance to itself took so long. Raises as `observe`."""
         self._refined = observe(self._refined, seen)
+        self._model = with_prefill(self._model, self._refined.cost)
+
+    def worked(self, work: Work, seconds: float) -> None:
+        """An instance that always had something to do took so long, above 0, for all of that."""
+        self._refined = observe_work(self._refined, work, seconds)
         self._model = with_prefill(self._model, self._refined.cost)
 
     def loaded(self, num_tokens: int, seconds: float, total_s: float) -> None:

@@ -5,7 +5,7 @@ Knows no instances and no queue: both were noted when the request was placed.
 
 from __future__ import annotations
 
-from memserve.router.costs.cost_model import CostModel, Observation
+from memserve.router.costs.cost_model import CostModel, Observation, Work
 from memserve.router.costs.learnt_costs import LearntCosts
 from memserve.router.observe.metrics import RouterMetrics
 from memserve.router.placing.decision import prefill_score
@@ -17,13 +17,21 @@ ERROR_WEIGHT = 0.02
 """What the newest prediction error weighs in the mean."""
 
 
+def work_of(placed: Placed, cached_tokens: int | None) -> Work | None:
+    """What its prefill computed; None if it does not say what it had of the prompt."""
+    prompt = placed.prompt
+    if prompt.unknown is not None or len(prompt.chains) != 1 or cached_tokens is None:
+        return None
+    if not 0 <= cached_tokens < prompt.num_tokens:
+        return None
+    return Work.of(prompt.num_tokens, cached_tokens)
+
+
 def learn(placed: Placed, seconds: float, cached_tokens: int | None, costs: LearntCosts) -> None:
     """From a prefill that had its instance to itself all the time, if it says what it had of the prompt."""
+    if cached_tokens is None or work_of(placed, cached_tokens) is None or seconds <= 0:
+        return
     prompt = placed.prompt
-    if prompt.unknown is not None or len(prompt.chains) != 1 or cached_tokens is None or seconds <= 0:
-        return
-    if not 0 <= cached_tokens < prompt.num_tokens:
-        return
     situation = placed.decision.situation
     num_loaded = cached_tokens - situation.cached_tokens(placed.decision.chosen.near_blocks)
     if num_loaded >= situation.page_tokens:

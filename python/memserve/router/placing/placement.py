@@ -15,7 +15,6 @@ from typing import Protocol
 
 import msgspec
 
-from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey
 from memserve.core.ids import InstanceId
 from memserve.router.cluster.instance import Instance, Snapshot
@@ -23,18 +22,19 @@ from memserve.router.cluster.pools import Pools
 from memserve.router.costs.cost_model import CostModel
 from memserve.router.costs.learnt_costs import LearntCosts
 from memserve.router.observe.metrics import RouterMetrics
+from memserve.router.placing.busy import BusyPeriods
 from memserve.router.placing.decision import Decision, decide, fetching_at_most
-from memserve.router.placing.fetching import MAX_FETCH_S, FetchOutcome, FetchPlan, links_between
-from memserve.router.placing.hindsight import Hindsight, learn
+from memserve.router.placing.fetching import FetchOutcome
+from memserve.router.placing.hindsight import Hindsight, learn, work_of
 from memserve.router.placing.ledger import Ledger
 from memserve.router.placing.placed import Placed, route_of, work_s_of
+from memserve.router.placing.planning import Planner
 from memserve.router.placing.situation import Candidate, Situation
 from memserve.router.text.prompts import Prompt
 from memserve.router.text.text_keys import BLOCK_TOKENS
 from memserve.router.tree.feed import TreeFeed
 from memserve.router.tree.prompt_tree import Depth
-from memserve.router.tree.records import by_server, pool_name
-from memserve.wire.messages import Role
+from memserve.router.tree.records import by_server
 
 WINDOW_S = 180.0
 """How long work counts as recent."""
@@ -97,6 +97,8 @@ class Placer:
         self._last: dict[InstanceId, int] = {}
         """The request that each prefill was given last."""
         self._hindsight = Hindsight(metrics)
+        self._planner = Planner(feed, pools, metrics)
+        self._busy = BusyPeriods()
 
     @property
     def costs(self) -> Mapping[str, LearntCosts]:
@@ -116,7 +118,7 @@ class Placer:
             can_fetch=settings.fetches and len(prompt.chains) == 1 and not prompt.by_text,
         )
         for _ in range(MAX_HOLDERS):
-            if decision.fetch is None or (less := self._offers_less(decision, prompt)) is None:
+            if decision.fetch is None or (less := self._planner.offers_less(decision, prompt)) is None:
                 return decision
             decision = fetching_at_most(decision, decision.fetch.source, less)
         return msgspec.structs.replace(decision, fetch=None)
@@ -127,7 +129,7 @@ class Placer:
         if decision is None:
             return None
         now_s, route = self._clock(), route_of(snapshot, decision)
-        plan = self._plan(decision, prompt)
+        plan = self._planner.plan(decision, prompt)
         placed = Placed(
             number=self._turn,
             decision=decision,
@@ -142,14 +144,13 @@ class Placer:
         self._enter(placed)
         return placed
 
-    def waited(self, placed: Placed, seconds: float) -> None:
-        """Another request's fetch, of blocks that it needs, is over."""
+    def waited(self, seconds: float) -> None:
+        """Another request's fetch, of blocks that a request needs, is over."""
         self._metrics.fetches.labels("shared").inc()
         self._metrics.fetch_seconds.observe(seconds)
-        placed.begun_s = self._clock()
 
     def fetched(self, placed: Placed, outcome: FetchOutcome) -> None:
-        """The fetch is over; the request goes out now."""
+        """Its fetch is over."""
         plan, wanted = placed.plan, placed.decision.fetch
         assert plan is not None
         assert wanted is not None
@@ -162,7 +163,12 @@ class Placer:
         if is_whole and num_new > 0:
             num_tokens = num_new * placed.decision.situation.page_tokens
             self._costs_of(placed.prefill).fetched(num_tokens, outcome.seconds)
-        placed.begun_s, placed.fetched = self._clock(), outcome
+        placed.fetched = outcome
+
+    def sent(self, placed: Placed) -> None:
+        """It goes out now."""
+        placed.begun_s = self._clock()
+        self._busy.sent(placed.decision.prefill, placed.number, placed.begun_s)
 
     def prefilled(self, placed: Placed, cached_tokens: int | None, *, is_timely: bool = True) -> None:
         """Its first token is there; prefill had `cached_tokens` of it, if it says so. Idempotent.
@@ -180,12 +186,15 @@ class Placer:
             placed.cached_tokens = cached_tokens
             self._metrics.cached_tokens.inc(cached_tokens)
             self._metrics.told_tokens.inc(placed.prompt.num_tokens)
+        costs = self._costs_of(placed.prefill)
+        work = work_of(placed, cached_tokens) if is_timely else None
+        if (busy := self._busy.done(placed.decision.prefill, placed.number, work, now_s)) is not None:
+            costs.worked(*busy)
         if not is_timely:
             return
         seconds = now_s - placed.begun_s
         self._metrics.prefill_seconds.observe(seconds)
         is_alone = not placed.had_queue and self._last.get(placed.decision.prefill) == placed.number
-        costs = self._costs_of(placed.prefill)
         if is_alone:
             learn(placed, seconds, cached_tokens, costs)
         self._hindsight.reckon(placed, seconds, costs.model)
@@ -194,6 +203,7 @@ class Placer:
         """Nobody works on it any more. Idempotent."""
         now_s = self._clock()
         self._ledger.prefill_done(placed.decision.prefill, placed.number, now_s)
+        self._busy.done(placed.decision.prefill, placed.number, None, now_s)
         self._ledger.decode_done(placed.decode.instance_id, placed.number)
         if is_answered:
             for chain in placed.prompt.chains:
@@ -211,6 +221,7 @@ class Placer:
     def keep(self, instances: Sequence[InstanceId]) -> None:
         """Forget the work of instances that are not there any more."""
         self._ledger.keep(frozenset(instances), self._clock())
+        self._busy.keep(frozenset(instances))
         for gone in self._last.keys() - set(instances):
             del self._last[gone]
 
@@ -243,7 +254,7 @@ class Placer:
         memories = (
             Candidate(name, total_blocks=depths[inside].total)
             for name in self._pools.memories()
-            for inside in self._names_of(name, prefills[0].instance_id)
+            for inside in self._planner.names_of(name, prefills[0].instance_id)
             if inside in depths
         )
         return Situation(
@@ -268,37 +279,6 @@ class Placer:
                 known = sums.get(instance, _NOTHING)
                 sums[instance] = Depth(known.near + depth.near, known.total + depth.total)
         return sums
-
-    def _offers_less(self, decision: Decision, prompt: Prompt) -> int | None:
-        """How many blocks the holder has in DRAM, where others can read them; None if that is all it has."""
-        assert decision.fetch is not None
-        names = self._names_of(decision.fetch.source, decision.prefill)
-        tree, chain = self._feed.tree, prompt.chains[0]
-        offered = max((tree.depth_in(name, Tier.DRAM, chain) for name in names), default=0)
-        return None if offered >= decision.fetch.num_blocks else offered
-
-    def _names_of(self, holder: InstanceId, target: InstanceId) -> list[InstanceId]:
-        """What a holder's pools are called in the tree; of a memory instance's, those like the target's."""
-        layouts = {pool.layout for pool in self._pools.of(target) if pool.rank == 0}
-        names = []
-        for pool in self._pools.of(holder):
-            if pool.role is Role.MEMORY:
-                names += [pool_name(holder, layout) for layout in layouts]
-            else:
-                names.append(pool.instance_id)
-        return names
-
-    def _plan(self, decision: Decision, prompt: Prompt) -> FetchPlan | None:
-        fetch = decision.fetch
-        if fetch is None:
-            return None
-        links = links_between(self._pools, decision.prefill, fetch.source)
-        if not links:
-            self._metrics.fetches.labels("impossible").inc()
-            return None
-        keys = prompt.chains[0][: fetch.num_blocks]
-        num_there, timeout_s = decision.chosen.total_blocks, min(fetch.saved_s, MAX_FETCH_S)
-        return FetchPlan(decision.prefill, fetch.source, keys, links, num_there, fetch.transfer_s, timeout_s)
 
     def _enter(self, placed: Placed) -> None:
         prompt = placed.prompt

@@ -64,9 +64,10 @@ class Runner:
         """Its history is fetched; what to tell of its prefill."""
         waited_s = await self._fetcher.wait(partial(profits_from, placed))
         if waited_s is not None:
-            self._placer.waited(placed, waited_s)
+            self._placer.waited(waited_s)
         if placed.plan is not None:
             self._placer.fetched(placed, await self._fetcher.run(placed.plan))
+        self._placer.sent(placed)
 
         def on_prefilled(answer: Any) -> None:
             self._placer.prefilled(placed, _num_cached(call, answer))
