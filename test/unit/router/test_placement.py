@@ -223,13 +223,34 @@ def test_a_prefill_alone_teaches_what_prefills_cost() -> None:
     assert costs.model.kv_bytes_per_token == 1024, "as the pools say"
 
 
-def test_prefills_that_shared_an_instance_teach_nothing() -> None:
+def test_prefills_that_shared_an_instance_teach_together() -> None:
     stage = Stage()
     first, second = stage.place(prompt()), stage.place(prompt())
     assert first.prefill == second.prefill
-    stage.clock.advance(5.0)
     for placed in (first, second):
-        stage.placer.prefilled(placed, 0)
+        stage.placer.sent(placed)
+    stage.clock.advance(5.0)
+    stage.placer.prefilled(first, 0)
+    assert stage.placer.costs["model"].prefills.num_observed == 0
+    stage.clock.advance(5.0)
+    stage.placer.prefilled(second, 0)
+    costs = stage.placer.costs["model"]
+    assert costs.prefills.num_observed == 1
+    assert costs.model.exec_s(first.prompt.num_tokens, 0) == pytest.approx(5.0, rel=0.01)
+
+
+@pytest.mark.parametrize("end", ["fails", "says nothing"])
+def test_what_shared_an_instance_with_who_knows_what_teaches_nothing(end: str) -> None:
+    stage = Stage()
+    first, second = stage.place(prompt()), stage.place(prompt())
+    for placed in (first, second):
+        stage.placer.sent(placed)
+    stage.clock.advance(5.0)
+    if end == "fails":
+        stage.placer.ended(first, is_answered=False)
+    else:
+        stage.placer.prefilled(first, None)
+    stage.placer.prefilled(second, 0)
     assert stage.placer.costs["model"].prefills.num_observed == 0
 
 
