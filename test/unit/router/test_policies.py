@@ -121,6 +121,15 @@ def test_a_fetch_has_to_pay(own: int, other: int, costs: CostModel, source: str 
     assert decision.fetch_from == source
 
 
+def test_a_transfer_that_the_queue_hides_costs_nothing() -> None:
+    prefills = [candidate("a", 2), candidate("b", 9, queued_s=600.0)]
+    slow_s = SLOW_NETWORK.transfer_s(7 * 512, InstanceId("b"), InstanceId("a"))
+    for queued_s, source in ((0.0, None), (0.5 * slow_s, None), (slow_s, "b")):
+        prefills[0] = candidate("a", 2, queued_s=queued_s)
+        decision = decide(situation(*prefills), SLOW_NETWORK)
+        assert (decision.prefill, decision.fetch_from) == ("a", source)
+
+
 def test_the_holder_that_saves_most_is_fetched_from() -> None:
     holders = (candidate("memory0", 7), candidate("memory1", 9))
     decodes = (candidate("d", 8),)

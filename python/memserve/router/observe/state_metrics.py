@@ -129,7 +129,7 @@ class StateCollector(Collector):
         labels = ("model", "what")
         yield _gauge(
             "cost_error",
-            "Moving mean of |predicted - observed| / observed of undisturbed work.",
+            "Moving mean of |predicted - observed| / observed of work that was timed.",
             labels,
             errors,
         )

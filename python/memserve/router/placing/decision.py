@@ -1,11 +1,12 @@
 """Where a request goes, and whether its history is fetched first: pure functions of a `Situation`.
 
     Eq. 1   p* = argmin_p [ sum over p's queue of exec(x_r, y_r) + exec(x, y_p) ]
-    Eq. 2   fetch from p' if transfer(y_p, y_p') <= exec(x, y_p) - exec(x, y_p')
+    Eq. 2   fetch from p' if transfer(y_p, y_p') <= exec(x, y_p) - exec(x, y_p') + p's queue
 
+A transfer takes none of the time that the queue before it takes anyway: p computes others meanwhile.
 Of candidates that a policy ranks alike it is the one that got the least work lately, then the next in
 turn: that spreads cold prompts also where all queues are empty.
-Source: MemServe, scheduling; the ties are ours.
+Source: MemServe, scheduling; the ties and the queue in Eq. 2, which the paper leaves out, are ours.
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ def decide(
 
 def worthwhile_fetch(situation: Situation, prefill: Candidate, costs: CostModel) -> Fetch | None:
     """Eq. 2: from which other holder moving KV to `prefill` saves most, None if recomputing is as fast."""
-    best, most = None, 0.0
+    best: Fetch | None = None
+    most = 0.0
     tokens, has = situation.prompt_tokens, prefill.total_blocks
     holders = [
         it
@@ -133,8 +135,9 @@ def worthwhile_fetch(situation: Situation, prefill: Candidate, costs: CostModel)
         own, other = (situation.cached_tokens(it) for it in (prefill.total_blocks, holder.offered_blocks))
         transfer_s = costs.transfer_s(other - own, holder.instance_id, prefill.instance_id)
         saved_s = costs.exec_s(tokens, own) - costs.exec_s(tokens, other) - costs.load_s(other - own)
-        if saved_s - transfer_s > most:
-            most = saved_s - transfer_s
+        gain_s = saved_s - max(0.0, transfer_s - prefill.queued_s)
+        if gain_s > most:
+            most = gain_s
             best = Fetch(holder.instance_id, holder.offered_blocks, transfer_s, saved_s)
     return best
 

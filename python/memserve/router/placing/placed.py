@@ -59,7 +59,7 @@ def route_of(snapshot: Snapshot, decision: Decision) -> Route:
 def profits_from(placed: Placed, plan: FetchPlan) -> bool:
     """Whether to wait for what `plan`, another request's, brings: it was sent there because of it.
 
-    As Eq. 2: only for more computing than the whole transfer takes.
+    As Eq. 2: if the whole transfer takes no longer than computing what it brings, and the queue.
     """
     if plan.target != placed.decision.prefill or len(placed.prompt.chains) != 1:
         return False
@@ -68,7 +68,7 @@ def profits_from(placed: Placed, plan: FetchPlan) -> bool:
         costs.exec_s(situation.prompt_tokens, situation.cached_tokens(num_blocks))
         for num_blocks in (plan.num_there, max(plan.num_there, plan.num_shared(placed.prompt.chains[0])))
     )
-    return there - then > plan.transfer_s
+    return there - then + placed.decision.chosen.queued_s > plan.transfer_s
 
 
 def work_s_of(decision: Decision, plan: FetchPlan | None) -> float:

@@ -38,7 +38,7 @@ class Planner:
             links=links,
             num_there=decision.chosen.total_blocks,
             transfer_s=fetch.transfer_s,
-            timeout_s=min(fetch.saved_s, MAX_FETCH_S),
+            timeout_s=min(fetch.saved_s + decision.chosen.queued_s, MAX_FETCH_S),
         )
 
     def offers_less(self, decision: Decision, prompt: Prompt) -> int | None:
