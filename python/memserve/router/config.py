@@ -134,7 +134,9 @@ class RouterConfig:
         "where the tokenizer is known, else text",
     )
     costs: str = setting(
-        "gpu", "what work costs to begin with: gpu, cpu, or a file that benchmark/fit_cost_model.py wrote"
+        "auto",
+        "what work costs to begin with: gpu, cpu, or a file that benchmark/fit_cost_model.py wrote; "
+        "auto: gpu or cpu, whichever the servers run on",
     )
     tree_budget_mib: int = setting(1024, "memory that the prompt tree may take; 256 bytes a block")
     tree_audit_secs: float = setting(

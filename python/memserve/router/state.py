@@ -62,8 +62,8 @@ def new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
     settings = PlacerSettings(
         prefill_policy,
         decode_policy,
-        start_costs=read_costs(config.costs),
-        certainty=0.0 if config.costs in COSTS else 0.5,
+        start_costs=None if config.costs == "auto" else read_costs(config.costs),
+        certainty=0.0 if config.costs in ("auto", *COSTS) else 0.5,
         fetches=directs_fetches,
     )
     placer = Placer(settings, feed, pools, followers, metrics, clock)

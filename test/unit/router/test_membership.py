@@ -246,6 +246,9 @@ def test_facts_are_what_sglangs_pages_say() -> None:
     facts = read_facts("http://h:1", Role.COLOCATED, *PAGES)
     assert (facts.model, facts.model_path, facts.context_tokens, facts.page_size) == ("m", "/m", 99, 16)
     assert facts.vocab_size is None
+    assert not facts.is_on_cpu
+    on_cpu = (PAGES[0], PAGES[1].replace(b"{", b'{"device": "cpu", '), PAGES[2])
+    assert read_facts("http://h:1", Role.COLOCATED, *on_cpu).is_on_cpu
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import pytest
 
@@ -15,7 +15,7 @@ from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.instance import Facts, Instance, Pair, Single, Snapshot
 from memserve.router.cluster.pools import Pools
-from memserve.router.costs.cost_model import GPU_COSTS
+from memserve.router.costs.cost_model import CPU_COSTS, GPU_COSTS, CostModel
 from memserve.router.observe.metrics import RouterMetrics
 from memserve.router.placing.fetching import FetchOutcome
 from memserve.router.placing.placed import Placed, profits_from
@@ -69,13 +69,18 @@ class Learner:
 class Stage:
     """Prefills a, b and decode d, their pools, and memory instance m."""
 
-    def __init__(self, policy: str = "prompt_tree", fetches: bool = True) -> None:
+    def __init__(
+        self,
+        policy: str = "prompt_tree",
+        fetches: bool = True,
+        start_costs: CostModel | None = GPU_COSTS,
+    ) -> None:
         self.clock = FakeClock()
         self.pools = Pools(heartbeat_s=1, clock=self.clock)
         self.feed = TreeFeed(ClusterTree(clock=self.clock), self.pools, clock=self.clock)
         self.metrics = RouterMetrics()
         self.learner = Learner()
-        settings = PlacerSettings(policy, policy, GPU_COSTS, 0.0, fetches)
+        settings = PlacerSettings(policy, policy, start_costs, 0.0, fetches)
         self.placer = Placer(settings, self.feed, self.pools, self.learner, self.metrics, self.clock)
         self.snapshot = Snapshot.of(
             [instance("a", Role.PREFILL), instance("b", Role.PREFILL), instance("d", Role.DECODE)]
@@ -221,6 +226,17 @@ def test_a_prefill_alone_teaches_what_prefills_cost() -> None:
     assert costs.model.exec_s(4096, 0) == pytest.approx(1.6, rel=0.05)
     assert costs.prefills.error < 0.2
     assert costs.model.kv_bytes_per_token == 1024, "as the pools say"
+
+
+@pytest.mark.parametrize("is_on_cpu", [False, True])
+def test_nobody_takes_a_cpu_for_a_gpu_to_begin_with(is_on_cpu: bool) -> None:
+    stage = Stage(start_costs=None)
+    stage.snapshot = Snapshot.of(
+        replace(one, facts=replace(one.facts, is_on_cpu=is_on_cpu)) for one in stage.snapshot.all()
+    )
+    stage.place(prompt())
+    begun = CPU_COSTS if is_on_cpu else GPU_COSTS
+    assert stage.placer.costs["model"].model.prefill == begun.prefill
 
 
 def test_prefills_that_shared_an_instance_teach_together() -> None:

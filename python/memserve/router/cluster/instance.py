@@ -31,6 +31,8 @@ class Facts:
     """The longest prompt that a decode can ever take."""
     is_deterministic: bool = False
     """It draws each token from the request's seed and the token's position."""
+    is_on_cpu: bool = False
+    """It computes without a GPU."""
 
     def serves(self, model: str) -> bool:
         """Whether a request for `model` is for this one; also for `model:adapter`, as SGLang names LoRA."""

@@ -199,6 +199,7 @@ def read_facts(url: str, role: Role, model_info: bytes, server_info: bytes, mode
         following=following,
         room_tokens=read_room(server, following.page_tokens),
         is_deterministic=server.get("enable_deterministic_inference") is True,
+        is_on_cpu=server.get("device") == "cpu",
     )
 
 

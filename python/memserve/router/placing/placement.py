@@ -19,7 +19,7 @@ from memserve.core.block_keys import BlockKey
 from memserve.core.ids import InstanceId
 from memserve.router.cluster.instance import Instance, Snapshot
 from memserve.router.cluster.pools import Pools
-from memserve.router.costs.cost_model import CostModel
+from memserve.router.costs.cost_model import CPU_COSTS, GPU_COSTS, CostModel
 from memserve.router.costs.learnt_costs import LearntCosts
 from memserve.router.observe.metrics import RouterMetrics
 from memserve.router.placing.busy import BusyPeriods
@@ -53,7 +53,8 @@ class PlacerSettings:
 
     prefill_policy: str
     decode_policy: str
-    start_costs: CostModel
+    start_costs: CostModel | None
+    """None: what is usual for the machines that serve a model."""
     certainty: float
     """Of those costs, 0 to 1."""
     fetches: bool
@@ -322,7 +323,8 @@ class Placer:
         facts = instance.facts
         costs = self._costs.get(facts.model)
         if costs is None:
-            costs = LearntCosts(self._settings.start_costs, certainty=self._settings.certainty)
+            usual = CPU_COSTS if facts.is_on_cpu else GPU_COSTS
+            costs = LearntCosts(self._settings.start_costs or usual, certainty=self._settings.certainty)
             self._costs[facts.model] = costs
         pools = self._pools.of(instance.instance_id)
         if pools and pools[0].block_bytes and facts.page_size:
