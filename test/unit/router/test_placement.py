@@ -295,7 +295,11 @@ def test_who_shares_what_another_fetches_waits_for_it() -> None:
     by_target = {it.prefill.instance_id == plan.target: it for it in others}
     assert profits_from(by_target[True], plan)
     assert not profits_from(by_target[False], plan)
-    for it in (first, *others):
+    foreign = page_keys([9] * len(KEYS) * PAGE, PAGE)
+    strangers = [stage.place(Prompt(256 * PAGE, (foreign,))) for _ in range(8)]
+    assert any(it.prefill.instance_id == plan.target for it in strangers)
+    assert not any(profits_from(it, plan) for it in strangers), "nothing of it is theirs, whatever the queue"
+    for it in (first, *others, *strangers):
         stage.placer.ended(it, is_answered=False)
     other = page_keys([7] * len(KEYS) * PAGE, PAGE)
     for _ in range(8):

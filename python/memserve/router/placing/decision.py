@@ -119,6 +119,11 @@ def decide(
     )
 
 
+def fetch_gain_s(saved_s: float, transfer_s: float, queued_s: float) -> float:
+    """Eq. 2: what a request gains by waiting for a transfer that saves so much; the queue hides it."""
+    return saved_s - max(0.0, transfer_s - queued_s)
+
+
 def worthwhile_fetch(situation: Situation, prefill: Candidate, costs: CostModel) -> Fetch | None:
     """Eq. 2: from which other holder moving KV to `prefill` saves most, None if recomputing is as fast."""
     best: Fetch | None = None
@@ -135,7 +140,7 @@ def worthwhile_fetch(situation: Situation, prefill: Candidate, costs: CostModel)
         own, other = (situation.cached_tokens(it) for it in (prefill.total_blocks, holder.offered_blocks))
         transfer_s = costs.transfer_s(other - own, holder.instance_id, prefill.instance_id)
         saved_s = costs.exec_s(tokens, own) - costs.exec_s(tokens, other) - costs.load_s(other - own)
-        gain_s = saved_s - max(0.0, transfer_s - prefill.queued_s)
+        gain_s = fetch_gain_s(saved_s, transfer_s, prefill.queued_s)
         if gain_s > most:
             most = gain_s
             best = Fetch(holder.instance_id, holder.offered_blocks, transfer_s, saved_s)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from memserve.router.cluster.instance import Instance, Pair, Route, Single, Snapshot
-from memserve.router.placing.decision import Decision
+from memserve.router.placing.decision import Decision, fetch_gain_s
 from memserve.router.placing.fetching import FetchOutcome, FetchPlan
 from memserve.router.text.prompts import Prompt
 from memserve.wire.messages import Role
@@ -59,7 +59,7 @@ def route_of(snapshot: Snapshot, decision: Decision) -> Route:
 def profits_from(placed: Placed, plan: FetchPlan) -> bool:
     """Whether to wait for what `plan`, another request's, brings: it was sent there because of it.
 
-    As Eq. 2: if the whole transfer takes no longer than computing what it brings, and the queue.
+    As Eq. 2, for the whole transfer and what it brings of this prompt.
     """
     if plan.target != placed.decision.prefill or len(placed.prompt.chains) != 1:
         return False
@@ -68,7 +68,7 @@ def profits_from(placed: Placed, plan: FetchPlan) -> bool:
         costs.exec_s(situation.prompt_tokens, situation.cached_tokens(num_blocks))
         for num_blocks in (plan.num_there, max(plan.num_there, plan.num_shared(placed.prompt.chains[0])))
     )
-    return there - then + placed.decision.chosen.queued_s > plan.transfer_s
+    return fetch_gain_s(there - then, plan.transfer_s, placed.decision.chosen.queued_s) > 0
 
 
 def work_s_of(decision: Decision, plan: FetchPlan | None) -> float:

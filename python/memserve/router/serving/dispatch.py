@@ -15,6 +15,7 @@ from typing import TypeVar
 
 from memserve.core.errors import BadRequest
 from memserve.core.ids import InstanceId
+from memserve.router.cluster.cluster import SUSPECT_MISSES
 from memserve.router.cluster.instance import Snapshot
 from memserve.router.cluster.member import Fate
 from memserve.router.observe.metrics import RouterMetrics
@@ -39,8 +40,6 @@ T = TypeVar("T")
 OnPlaced = Callable[[Placed, int], None]
 """Told where a call goes now, and which attempt that is, from 1."""
 
-SILENT_BEATS = 2
-"""So many heartbeats' time a lost instance is waited for before it counts as ended by a request."""
 LOOK_S = 0.05
 DEFAULT_MODEL = "default"
 """What SGLang calls the model that a request does not name."""
@@ -265,7 +264,7 @@ class Dispatcher:
     async def _harmed(self, faults: Sequence[WorkerFault]) -> Harmful | None:
         """As `harmed`, of instances that have ended: those that are silent are waited for."""
         clock = asyncio.get_running_loop().time
-        until_s = clock() + SILENT_BEATS * self._cluster.heartbeat_s
+        until_s = clock() + SUSPECT_MISSES * self._cluster.heartbeat_s
         lost = [fault for fault in faults if isinstance(fault, LegLost)]
         while True:
             fates = [self._cluster.fate(one.instance_id, one.epoch) for one in lost]
