@@ -27,8 +27,8 @@ from sglang.srt.layers.radix_attention import RadixAttention  # noqa: E402
 from sglang.srt.mem_cache.memory_pool import MHATokenToKVPool, ReqToTokenPool  # noqa: E402
 from sglang.srt.model_executor.forward_batch_info import ForwardBatch, ForwardMode  # noqa: E402
 
-from memserve.engine.amx import avoid_faulty_amx  # noqa: E402
-from memserve.engine.cpu_attention import MemServeCpuAttnBackend  # noqa: E402
+from memserve.engine.cpu.amx import avoid_faulty_amx  # noqa: E402
+from memserve.engine.cpu.attention import MemServeCpuAttnBackend  # noqa: E402
 
 HEADS, HEAD_DIM, PAGE_TOKENS = 8, 64, 16
 NOISE = 1.1

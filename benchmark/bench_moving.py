@@ -20,7 +20,7 @@ from memserve.core.block_keys import BlockKey
 from memserve.core.ids import new_epoch
 from memserve.core.kv_layout import KVLayout
 from memserve.mempool.arena import Arena
-from memserve.mempool.integrity import Checksum
+from memserve.mempool.checksums import Checksum
 from memserve.mempool.pool import MemPool
 
 PAGE, BLOCKS = 16, 256

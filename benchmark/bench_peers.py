@@ -37,14 +37,14 @@ from memserve.core.errors import ConfigError
 from memserve.core.ids import Epoch, new_epoch
 from memserve.core.kv_layout import KVLayout, TransferMode
 from memserve.mempool.arena import Arena
-from memserve.mempool.peers.config import PeerAddress, PeersConfig
-from memserve.mempool.peers.peers import Peers
 from memserve.mempool.pool import MemPool
+from memserve.mempool.remote.config import PeerAddress, PeersConfig
+from memserve.mempool.remote.peers import Peers
 from memserve.testing.cluster import Cluster
 from memserve.testing.transport_peer import PeerProcess, open_transport
 from memserve.transport.copies import Copies
 from memserve.transport.regions import Region
-from memserve.transport.select import TransportName
+from memserve.transport.registry import TransportName
 
 
 def layout_of(page_tokens: int) -> KVLayout:

@@ -31,8 +31,8 @@ import requests
 from bench_model import ROOM, make_model, random_tokens
 from figures import progress, report
 from memserve.core.caching import CachingMode
-from memserve.router.make_trace import Shape, loogle
-from memserve.router.simulation.traces import BLOCK_TOKENS, Line
+from memserve.simulation.make_trace import Shape, loogle
+from memserve.simulation.traces import BLOCK_TOKENS, Line
 from memserve.testing.cluster import Cluster, is_ready, wait_for
 from memserve.wire.messages import Role
 

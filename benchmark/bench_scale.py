@@ -3,7 +3,7 @@
     python benchmark/bench_scale.py [--quick] [--costs FILE] [--trace FILE]
     python benchmark/bench_scale.py --check-real [--quick]
 
-*Policies at scale.* The simulator (memserve.router.simulate) runs the router's own tree, cost model,
+*Policies at scale.* The simulator (memserve.simulation) runs the router's own tree, cost model,
 ledger and policies over a conversation-like trace, or --trace in Mooncake's format, with colocated
 instances of --capacity tokens. Every number of instances gets the same load for each instance: the
 trace's clock runs so that the work an ideal cache would leave keeps them busy for --load of the time.
@@ -41,12 +41,12 @@ import msgspec
 import scale_router
 from figures import progress, report
 from memserve.core.errors import ConfigError
-from memserve.router.costs.cost_file import read_costs
-from memserve.router.make_trace import Shape, conversation
-from memserve.router.placing.policy import PREFILL_POLICIES
-from memserve.router.simulation.report import Figures, figures, ideal_load
-from memserve.router.simulation.simulation import SimulationConfig, simulate
-from memserve.router.simulation.traces import Trace, parse_trace, read_trace
+from memserve.scheduling.cost_model.file import read_costs
+from memserve.scheduling.policy import PREFILL_POLICIES
+from memserve.simulation.make_trace import Shape, conversation
+from memserve.simulation.report import Figures, figures, ideal_load
+from memserve.simulation.simulation import SimulationConfig, simulate
+from memserve.simulation.traces import Trace, parse_trace, read_trace
 
 INSTANCES = (8, 16, 64, 256, 1000)
 POLICIES = ("round_robin", "least_load", "session", "longest_prefix", "prompt_tree")

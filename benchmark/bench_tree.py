@@ -26,7 +26,7 @@ from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import CacheEvent, Removed, Snapshot, Stored
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.tree.prompt_tree import ClusterTree, Depth
+from memserve.scheduling.prompt_tree.tree import ClusterTree, Depth
 
 PAGE, BLOCKS, SYSTEM, NUM_SYSTEMS = 16, 256, 32, 16
 SAMPLED = 1000

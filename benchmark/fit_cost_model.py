@@ -2,7 +2,7 @@
 
     python benchmark/fit_cost_model.py [--quick] [-o costs.json]             of a server started for it
     python benchmark/fit_cost_model.py --url http://127.0.0.1:30000 -o costs.json
-    python -m memserve.router.simulate --trace trace.jsonl --costs costs.json --timed
+    python -m memserve.simulation --trace trace.jsonl --costs costs.json --timed
 
 Prefill: prompts of random tokens, a share of which has just been sent, timed to one token; fitted as
 the router does online, and judged on prompts that were not fitted to. Decode: batches of equal
@@ -34,7 +34,7 @@ import requests
 
 from bench_model import make_model
 from figures import progress, report
-from memserve.router.costs.cost_model import (
+from memserve.scheduling.cost_model.model import (
     CPU_COSTS,
     GPU_COSTS,
     CostModel,

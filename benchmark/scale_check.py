@@ -49,12 +49,12 @@ from figures import progress, report
 from fit_cost_model import Instance, fit_prefill
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.caching import CachingMode
-from memserve.router.costs.cost_model import CPU_COSTS, CostModel, PrefillCost, with_prefill
-from memserve.router.costs.cost_model import Path as PathCost
-from memserve.router.make_trace import Shape, loogle
-from memserve.router.simulation.report import first_token_times
-from memserve.router.simulation.simulation import Outcome, SimulationConfig, simulate
-from memserve.router.simulation.traces import Request, Trace
+from memserve.scheduling.cost_model.model import CPU_COSTS, CostModel, PrefillCost, with_prefill
+from memserve.scheduling.cost_model.model import Path as PathCost
+from memserve.simulation.make_trace import Shape, loogle
+from memserve.simulation.report import first_token_times
+from memserve.simulation.simulation import Outcome, SimulationConfig, simulate
+from memserve.simulation.traces import Request, Trace
 from memserve.testing.cluster import Cluster
 
 PAGE = 16

@@ -32,12 +32,12 @@ from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.instance import Facts, Instance, Snapshot
 from memserve.router.cluster.pools import Pools
-from memserve.router.costs.cost_model import GPU_COSTS
-from memserve.router.observe.metrics import RouterMetrics
-from memserve.router.placing.placement import Placer, PlacerSettings
-from memserve.router.text.prompts import Prompt
-from memserve.router.tree.feed import TreeFeed
-from memserve.router.tree.prompt_tree import BYTES_PER_BLOCK, ClusterTree
+from memserve.router.kv_events.synchronizer import TreeFeed
+from memserve.router.observability.metrics import RouterMetrics
+from memserve.router.tokenization.prompts import Prompt
+from memserve.scheduling.cost_model.model import GPU_COSTS
+from memserve.scheduling.prompt_tree.tree import BYTES_PER_BLOCK, ClusterTree
+from memserve.scheduling.selector import Placer, PlacerSettings
 from memserve.wire.messages import Done, PoolEvents, PoolInfo, Role
 
 PAGE, BLOCKS, SYSTEM, NUM_SYSTEMS = 16, 256, 32, 16

@@ -4,7 +4,7 @@
     python benchmark/show_workloads.py loogle --requests 40 --scale 0.25 --questions 8
     python benchmark/show_workloads.py --requests 1000 --scale 1 --json > workloads.json
 
-    python -m memserve.router.make_trace conversation --requests 200 -o trace.jsonl
+    python -m memserve.simulation.make_trace conversation --requests 200 -o trace.jsonl
     python benchmark/show_workloads.py trace --trace trace.jsonl --scale 0.125
 
 Nothing is sent anywhere. Sizes are published ones times --scale; `off by` says how far from them the

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from memserve.core.errors import ConfigError
-from memserve.router.simulation.traces import BLOCK_TOKENS
+from memserve.simulation.traces import BLOCK_TOKENS
 
 
 @dataclass(frozen=True, slots=True)

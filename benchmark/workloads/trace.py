@@ -3,7 +3,7 @@
 Equal ids mean equal tokens, so prefixes are shared as in the file. A prompt keeps its time
 (`Turn.at_s`, from the first request's) and is a session of its own: a trace says when requests came,
 not what they waited for. Files: kvcache-ai/Mooncake, FAST25-release/traces, or `python -m
-memserve.router.make_trace`, whose --block-tokens must be said here too.
+memserve.simulation.make_trace`, whose --block-tokens must be said here too.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from itertools import islice
 
 from load.records import Session, Turn, Workload
 from memserve.core.errors import ConfigError
-from memserve.router.simulation.traces import Request, Trace, read_trace
+from memserve.simulation.traces import Request, Trace, read_trace
 from workloads.draws import Draws
 from workloads.settings import Settings
 from workloads.statistics import Published
@@ -61,7 +61,7 @@ def published(settings: Settings) -> tuple[Published, ...]:
 def _read(settings: Settings) -> Trace:
     if settings.trace is None:
         raise ConfigError(
-            "which trace? give its file; python -m memserve.router.make_trace conversation -o FILE writes one"
+            "no trace given: pass its file; python -m memserve.simulation.make_trace writes one"
         )
     trace = read_trace(settings.trace, settings.block_tokens)
     return Trace(trace.requests[: settings.requests], trace.block_tokens)

@@ -12,9 +12,9 @@ from contextlib import suppress
 import uvloop
 
 from memserve.core.errors import ConfigError
+from memserve.router.app import serve
 from memserve.router.config import parse_args
-from memserve.router.observe.logs import Logs
-from memserve.router.server import serve
+from memserve.router.observability.logs import Logs
 
 logger = logging.getLogger("memserve.launch_router")
 

@@ -29,8 +29,8 @@ from memserve.wire.link import ControlClient
 from memserve.wire.messages import InstanceInfo, Role
 
 if TYPE_CHECKING:
-    from memserve.disagg.pool_node import PoolSettings
-    from memserve.transport.select import MooncakeProtocol
+    from memserve.instance.pool_agent import PoolSettings
+    from memserve.transport.registry import MooncakeProtocol
 
 EXAMPLES = """\
 examples:
@@ -132,11 +132,11 @@ def parse(argv: list[str]) -> tuple[InstanceConfig, list[str]]:
 def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str], restart: Restart) -> None:
     """Start SGLang in this process and return when it has stopped, unless the router wants another role
     of it then."""
-    from memserve.disagg.registrar import Registrar
     from memserve.engine import server, server_flags
     from memserve.engine.load import LoadReader
-    from memserve.engine.machine import is_cpu_machine
+    from memserve.engine.platform_detect import is_cpu_machine
     from memserve.engine.settings import EngineSettings
+    from memserve.instance.registrar import Registrar
     from memserve.transport.mooncake import rdma_devices
 
     transfer, protocol = server_flags.resolve_transfer(
@@ -172,7 +172,7 @@ def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str]
 
 def lend(config: InstanceConfig, key: ClusterKey | None, argv: list[str]) -> None:
     """Lend this machine's DRAM until stopped: no model, no SGLang."""
-    from memserve.disagg import memory_server
+    from memserve.instance import memory_server
     from memserve.transport.mooncake import rdma_devices
 
     host, port = memory_server.read_flags(argv)
@@ -214,7 +214,7 @@ def describe(config: InstanceConfig, server_args: Any, host: str) -> InstanceInf
 
 def pool_settings(config: InstanceConfig, info: InstanceInfo, protocol: MooncakeProtocol) -> PoolSettings:
     """What the ranks of this server have to know of their memory pools."""
-    from memserve.disagg.pool_node import PoolSettings
+    from memserve.instance.pool_agent import PoolSettings
 
     host = urlsplit(info.url).hostname or ""
     return PoolSettings(

@@ -12,7 +12,7 @@ from typing import Any
 
 import aiohttp
 
-from .asks import Ask, Json
+from .requests import Ask, Json
 
 CLEAR_STATUSES = {429, 502, 503, 504}
 """What a request that is in order may be refused with."""

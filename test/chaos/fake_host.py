@@ -22,12 +22,12 @@ from aiohttp import web
 from tokenizers import Tokenizer
 
 from memserve.core.ids import InstanceId, new_epoch
-from memserve.disagg.registrar import Registrar
-from memserve.router.serving.api import Api
-from memserve.router.serving.validation import Limits, read_call
-from memserve.router.text.token_probes import Agreement
-from memserve.router.text.token_records import KnownTokens
-from memserve.router.text.tokenizer import Tokenizer as TextReader
+from memserve.instance.registrar import Registrar
+from memserve.router.proxy.validation import Limits, read_call
+from memserve.router.request import Api
+from memserve.router.tokenization.token_probes import Agreement
+from memserve.router.tokenization.token_records import KnownTokens
+from memserve.router.tokenization.tokenizer import Tokenizer as TextReader
 from memserve.testing.fake_answers import Answers, Script
 from memserve.testing.fake_worker import FakeWorker, Received
 from memserve.testing.transport_process import serve

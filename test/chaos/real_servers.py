@@ -21,10 +21,10 @@ from memserve.wire.messages import Heartbeat, PoolEvents, PoolHeartbeat, Registe
 from memserve.wire.peer_messages import AcquireLease, Commit, Fetch, ReleaseLease, Reserve
 
 from .answers import Manner, answer_of
-from .asks import Ask, conversations
-from .bouts import Fault, Pace, bout
+from .faults import Fault, Pace, bout
 from .ledger import Row, json_lines, table
 from .real_world import RealWorld
+from .requests import Ask, conversations
 from .tcp_link import TcpLink
 
 PACE = Pace(num_clients=6, warm_s=1.5, recover_s=30.0, limit_s=60.0, cold_share=0.3)

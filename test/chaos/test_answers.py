@@ -7,7 +7,7 @@ import json
 import pytest
 
 from .answers import Lost, Outcome, judge
-from .asks import Ask, Json
+from .requests import Ask, Json
 
 ASK = Ask("/generate", {}, ("abc",))
 CHAT = Ask("/v1/chat/completions", {}, ("abc",))

@@ -13,10 +13,10 @@ from memserve.testing.faulty_link import Fault as LinkFault
 from memserve.wire.messages import Heartbeat
 
 from .answers import Manner, answer_of
-from .asks import Ask, conversations
-from .bouts import Fault, Pace, bout
 from .fake_world import FakeHost, FakeWorld
+from .faults import Fault, Pace, bout
 from .ledger import Row, json_lines, table
+from .requests import Ask, conversations
 
 PACE = Pace(num_clients=12, warm_s=0.2, recover_s=8.0, limit_s=10.0)
 NUM_TOKENS = 24

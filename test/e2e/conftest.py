@@ -16,9 +16,9 @@ from typing import Any
 import pytest
 import requests
 
-from memserve.engine.machine import is_cpu_machine
+from memserve.engine.platform_detect import is_cpu_machine
 from memserve.testing.cluster import Cluster, Process, Start, executed, is_ready, wait_for
-from memserve.testing.nursery import Nursery
+from memserve.testing.fork_server import Nursery
 from memserve.testing.pool_reports import wait_acquainted
 from memserve.wire.messages import Role
 

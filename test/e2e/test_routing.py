@@ -19,7 +19,7 @@ from typing import Any
 import pytest
 import requests
 
-from memserve.router.text.text_keys import BLOCK_TOKENS, BYTES_PER_TOKEN
+from memserve.router.tokenization.text_keys import BLOCK_TOKENS, BYTES_PER_TOKEN
 from memserve.testing.cluster import Cluster, Process, is_ready, wait_for
 from memserve.testing.pool_reports import wait_acquainted, wait_settled
 from memserve.wire.messages import Role

@@ -9,10 +9,10 @@ from typing import Any
 import pytest
 import requests
 
-from memserve.router.serving.api import Api, Call
-from memserve.router.serving.validation import Limits, read_call
-from memserve.router.text.token_records import KnownTokens
-from memserve.router.text.tokenizer import Tokenizer
+from memserve.router.proxy.validation import Limits, read_call
+from memserve.router.request import Api, Call
+from memserve.router.tokenization.token_records import KnownTokens
+from memserve.router.tokenization.tokenizer import Tokenizer
 
 from .conftest import REQUEST_TIMEOUT_S, Pair
 

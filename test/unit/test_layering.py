@@ -19,12 +19,15 @@ ALLOWED = {
     "wire": {"core"},
     "transport": {"core"},
     "mempool": {"core", "wire", "transport"},
-    "disagg": {"core", "wire", "transport", "mempool"},
-    "engine": {"core", "wire", "transport", "mempool", "disagg"},
-    "router": {"core", "wire"},
+    "instance": {"core", "wire", "transport", "mempool"},
+    "disagg": {"core", "wire", "transport"},
+    "engine": {"core", "wire", "transport", "mempool", "instance", "disagg"},
+    "scheduling": {"core", "router", "wire"},
+    "simulation": {"core", "scheduling"},
+    "router": {"core", "wire", "scheduling"},
     "launch_router": {"core", "router"},
-    "launch_server": {"core", "wire", "transport", "disagg", "engine"},
-    "testing": {"core", "wire", "transport", "mempool", "disagg", "router"},
+    "launch_server": {"core", "wire", "transport", "instance", "engine"},
+    "testing": {"core", "wire", "transport", "mempool", "instance", "disagg", "router", "launch_server"},
     "__init__": set(),
 }
 # Heavy or optional packages, and where alone they may be imported.
@@ -86,7 +89,7 @@ def test_imports_point_one_way(path: Path) -> None:
         if top == "memserve" and other and other != part and (PACKAGE / other).exists():
             assert other in ALLOWED[part], f"{part} imports {name}"
             if (part, other) == ("mempool", "wire"):
-                assert path.parent.name == "peers", f"{path} imports {name}"
+                assert path.parent.name == "remote", f"{path} imports {name}"
         if top in CONFINED:
             assert part in CONFINED[top], f"{part} imports {top}"
         if part in THIRD_PARTY and top not in sys.stdlib_module_names | {"memserve"}:

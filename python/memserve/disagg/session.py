@@ -31,7 +31,7 @@ from memserve.core.ids import Epoch
 from memserve.transport.base import Peer, Transport
 from memserve.transport.copies import Copies
 from memserve.transport.regions import AddressMap, Int64s, Region, RegionTable
-from memserve.transport.select import connect_best
+from memserve.transport.registry import connect_best
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import Open, Opened
 

@@ -25,7 +25,7 @@ from memserve.core.errors import ConfigError, InstanceLost, MemServeError, OutOf
 from memserve.core.ids import new_epoch
 from memserve.disagg.session import Session, SessionId
 from memserve.transport.regions import AddressMap, Int64s, Region, RegionTable
-from memserve.transport.select import MooncakeProtocol, Place, TransportName, open_transports
+from memserve.transport.registry import MooncakeProtocol, Place, TransportName, open_transports
 from memserve.wire.link import ControlServer
 from memserve.wire.messages import Message, Open, Opened, Refused
 from memserve.wire.peer_messages import Endpoint, MemoryRange

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from memserve.core.block_keys import BlockKey, Namespace, page_keys
-from memserve.disagg.pool_node import PoolNode
+from memserve.instance.pool_agent import PoolNode
 
 IDLE_WAIT_S = 0.001
 """How long a scheduler that has nothing else to do lets the fetching threads run."""

@@ -24,10 +24,10 @@ from sglang.srt.disaggregation.kv_events import (
 from sglang.srt.mem_cache.events import KvEventLoraNames
 
 from memserve.core.block_keys import Namespace
-from memserve.engine.block_names import BlockNames
+from memserve.engine.event_hashes import BlockNames
 from memserve.engine.server_flags import HBM_PUBLISHER
 from memserve.engine.worker import Worker
-from memserve.mempool.foreign import ForeignTier
+from memserve.mempool.external_tier import ForeignTier
 
 
 @dataclass(slots=True)

@@ -27,13 +27,13 @@ from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, Namespace, key_from_hex, keys_from_hex, page_keys
 from memserve.core.errors import OutOfBlocks
 from memserve.core.ids import new_epoch
-from memserve.disagg.pool_node import MAX_GROWTH, PoolNode, dram_slots
-from memserve.engine import seams
+from memserve.engine import sglang_internals as seams
 from memserve.engine.fetching import Fetching
 from memserve.engine.hbm_events import HbmPublisher
 from memserve.engine.kv_blocks import KVBlocks, layout_of
 from memserve.engine.settings import EngineSettings
 from memserve.engine.worker import Worker
+from memserve.instance.pool_agent import MAX_GROWTH, PoolNode, dram_slots
 from memserve.mempool.arena import Arena
 from memserve.mempool.lease import Lease
 from memserve.mempool.pool import MemPool

@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from memserve.engine import seams
+from memserve.engine import sglang_internals as seams
 from memserve.wire.messages import Load
 
 

@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from memserve.core.errors import MemServeError
-from memserve.engine import seams
-from memserve.engine.machine import is_cpu_machine
+from memserve.engine import sglang_internals as seams
+from memserve.engine.platform_detect import is_cpu_machine
 from memserve.engine.settings import SETTINGS_VARIABLE, EngineSettings
 
 
@@ -33,7 +33,7 @@ def register() -> None:
     try:
         seams.check_version()
         if is_cpu_machine():
-            from memserve.engine.cpu_attention import register_cpu_attention
+            from memserve.engine.cpu.attention import register_cpu_attention
 
             register_cpu_attention()
             _send_from_host_memory()
@@ -52,7 +52,8 @@ def hook_scheduler() -> None:
     """Place the hooks of the process that runs the model, whose module has been imported. Idempotent."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    from memserve.engine import handoff_hooks, pool_hooks
+    from memserve.engine.hooks import handoff as handoff_hooks
+    from memserve.engine.hooks import pool as pool_hooks
 
     HookRegistry.register(seams.INTERNAL_STATE, report_state, HookType.AFTER)
     handoff_hooks.place()
@@ -83,7 +84,7 @@ def drop_in(settings: EngineSettings) -> type[Any]:
 def report_state(output: Any, inquirer: Any, *_: Any) -> Any:
     """Add to this scheduler's part of `/server_info` what its engine has written and its pool holds."""
     from memserve.disagg.transfer_engine import TransferEngine
-    from memserve.engine.pool_hooks import linker_of
+    from memserve.engine.hooks.pool import linker_of
 
     state: dict[str, Any] = {}
     engine = pkgutil.resolve_name(seams.SHARED_ENGINE)()

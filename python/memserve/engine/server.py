@@ -17,11 +17,14 @@ from typing import Any, NoReturn
 from memserve.core.caching import CachingMode
 from memserve.core.errors import ConfigError
 from memserve.core.hosts import can_listen, is_loopback, keep_port
-from memserve.disagg.registrar import Registrar
-from memserve.engine import forking, pool_pages, seams, server_flags
-from memserve.engine.amx import avoid_faulty_amx
-from memserve.engine.machine import is_cpu_machine
+from memserve.engine import http_endpoints as pool_pages
+from memserve.engine import server_flags
+from memserve.engine import sglang_internals as seams
+from memserve.engine.cpu import forking
+from memserve.engine.cpu.amx import avoid_faulty_amx
+from memserve.engine.platform_detect import is_cpu_machine
 from memserve.engine.settings import EngineSettings
+from memserve.instance.registrar import Registrar
 from memserve.wire.messages import Role
 
 logger = logging.getLogger(__name__)

@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from memserve.core.caching import CachingMode
 from memserve.core.errors import ConfigError
-from memserve.engine.machine import CPU_ATTENTION
-from memserve.transport.select import MooncakeProtocol, TransportName
+from memserve.engine.platform_detect import CPU_ATTENTION
+from memserve.transport.registry import MooncakeProtocol, TransportName
 from memserve.wire.messages import Role
 
 KV_FRACTION_ON_CPU = 0.7

@@ -7,8 +7,8 @@ import os
 import msgspec
 
 from memserve.core.ids import InstanceId
-from memserve.disagg.pool_node import PoolSettings
-from memserve.transport.select import MooncakeProtocol, TransportName
+from memserve.instance.pool_agent import PoolSettings
+from memserve.transport.registry import MooncakeProtocol, TransportName
 
 SETTINGS_VARIABLE = "MEMSERVE_ENGINE"
 

@@ -23,10 +23,10 @@ from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout
 from memserve.mempool.arena import Arena
 from memserve.mempool.cache import BlockCache
+from memserve.mempool.checksums import Checksum
 from memserve.mempool.events import CachedNodes, EventLog, snapshot
 from memserve.mempool.eviction import Ordering, lru
-from memserve.mempool.foreign import ForeignTier
-from memserve.mempool.integrity import Checksum
+from memserve.mempool.external_tier import ForeignTier
 from memserve.mempool.lease import Lease
 from memserve.mempool.leases import Leases
 from memserve.mempool.records import Inserted, Match, PoolStats, Reservation

@@ -19,8 +19,8 @@ from memserve.core.errors import BlockStateError
 from memserve.mempool.allocator import CACHED, FREE, PRIVATE, QUARANTINED, RESERVED, Slots
 from memserve.mempool.arena import Arena
 from memserve.mempool.cache import BlockCache
+from memserve.mempool.checksums import Checksum
 from memserve.mempool.index import CachedNode
-from memserve.mempool.integrity import Checksum
 from memserve.mempool.records import Inserted, PoolStats
 
 logger = logging.getLogger(__name__)

@@ -12,10 +12,10 @@ from urllib.parse import urlsplit
 from memserve.core.errors import ConfigError
 from memserve.core.flags import add_flags, from_namespace, setting
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.compat_flags import POLICY_SYNONYMS, CompatParser, settle
-from memserve.router.discovery_config import DiscoveryConfig, add_discovery_flags, read_discovery
-from memserve.router.observe.settings import ObserveSettings
-from memserve.router.text.prompts import RoutingKeys
+from memserve.router.cluster.discovery.config import DiscoveryConfig, add_discovery_flags, read_discovery
+from memserve.router.compat import POLICY_SYNONYMS, CompatParser, settle
+from memserve.router.observability.settings import ObserveSettings
+from memserve.router.tokenization.prompts import RoutingKeys
 from memserve.wire.messages import InstanceInfo, Role
 
 DEFAULT_PORT = 30000

@@ -6,18 +6,18 @@ import time
 from dataclasses import dataclass
 
 from memserve.router.cluster.breaker import Breakers
-from memserve.router.cluster.cluster import Cluster
 from memserve.router.cluster.pools import Pools
+from memserve.router.cluster.registry import Cluster
 from memserve.router.config import RouterConfig
-from memserve.router.costs.cost_file import COSTS, read_costs
-from memserve.router.observe.metrics import RouterMetrics
-from memserve.router.observe.observed import Observed
-from memserve.router.placing.placement import Placer, PlacerSettings
-from memserve.router.text.prompts import PromptReader
-from memserve.router.text.tokenizers import Tokenizers
-from memserve.router.tree.feed import TreeFeed
-from memserve.router.tree.followers import MAX_NAMED_KEYS, Followers
-from memserve.router.tree.prompt_tree import BYTES_PER_BLOCK, ClusterTree
+from memserve.router.kv_events.subscribers import MAX_NAMED_KEYS, Followers
+from memserve.router.kv_events.synchronizer import TreeFeed
+from memserve.router.observability.metrics import RouterMetrics
+from memserve.router.observability.telemetry import Observed
+from memserve.router.tokenization.prompts import PromptReader
+from memserve.router.tokenization.tokenizers import Tokenizers
+from memserve.scheduling.cost_model.file import COSTS, read_costs
+from memserve.scheduling.prompt_tree.tree import BYTES_PER_BLOCK, ClusterTree
+from memserve.scheduling.selector import Placer, PlacerSettings
 
 
 @dataclass(frozen=True, slots=True)

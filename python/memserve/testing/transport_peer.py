@@ -20,10 +20,10 @@ from memserve.core.ids import Epoch, new_epoch
 from memserve.testing.transport_process import Process, serve
 from memserve.transport.base import Peer, Transport
 from memserve.transport.copies import Copies, Copy
-from memserve.transport.local import LocalTransport
+from memserve.transport.local.transport import LocalTransport
 from memserve.transport.mooncake import MooncakeTransport
 from memserve.transport.regions import Region, RegionTable
-from memserve.transport.tcp import TcpTransport
+from memserve.transport.tcp.client import TcpTransport
 
 TIMEOUT_S = 10.0
 

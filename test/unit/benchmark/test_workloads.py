@@ -15,7 +15,7 @@ import pytest
 import show_workloads
 from load.records import Session, Turn, Workload
 from memserve.core.errors import ConfigError
-from memserve.router.make_trace import main as make_trace
+from memserve.simulation.make_trace import main as make_trace
 from workloads import NAMES, Settings, make, published
 from workloads.draws import Draws
 from workloads.sharegpt import fitted, num_turns

@@ -29,10 +29,11 @@ from memserve.core.block_keys import BlockKey, Namespace, page_keys
 from memserve.core.cache_events import Follower
 from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout
-from memserve.disagg.pool_metrics import SECTIONS
-from memserve.engine import hbm_events, pool_hooks
+from memserve.engine import hbm_events
 from memserve.engine.hbm_events import ExtraKeys, HbmPublisher, HbmReport, HbmStats
+from memserve.engine.hooks import pool as pool_hooks
 from memserve.engine.server_flags import pool_flags
+from memserve.instance.metrics import SECTIONS
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
 

@@ -16,11 +16,11 @@ from sglang.srt.runtime_context import get_parallel
 from memserve.core.block_keys import event_hash, page_keys
 from memserve.core.caching import CachingMode
 from memserve.core.ids import InstanceId
-from memserve.disagg.pool_node import PoolSettings
 from memserve.engine.hbm_events import HbmPublisher
 from memserve.engine.kv_blocks import MAX_BATCH_BLOCKS, KVBlocks, layout_of
 from memserve.engine.linker import MemPoolLinker
 from memserve.engine.settings import SETTINGS_VARIABLE, EngineSettings
+from memserve.instance.pool_agent import PoolSettings
 from memserve.mempool.arena import Arena
 from memserve.testing.cluster import wait_for
 from memserve.wire.messages import Role

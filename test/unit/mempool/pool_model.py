@@ -16,7 +16,7 @@ from memserve.mempool.lease import Lease
 from memserve.mempool.pool import MemPool
 from memserve.mempool.records import Reservation
 
-from .stage import keys_of, make_pool
+from .harness import keys_of, make_pool
 
 NUM_SLOTS, MAX_SLOTS = 12, 14
 

@@ -8,7 +8,7 @@ from memserve.core.block_addr import Tier
 from memserve.core.cache_events import CacheEvent, Follower, Removed, Stored
 from memserve.mempool.events import chains
 
-from .stage import keys_of, make_pool, store
+from .harness import keys_of, make_pool, store
 
 A, B, C, D = keys_of([1, 2, 3, 4])
 

@@ -13,11 +13,11 @@ from memserve.core.block_addr import BlockAddr, Tier, slot_of, tag_of, tier_of
 from memserve.core.errors import BlockStateError, ConfigError, OutOfBlocks
 from memserve.core.ids import Epoch
 from memserve.mempool.arena import Arena
+from memserve.mempool.checksums import Checksum
 from memserve.mempool.eviction import lfu
-from memserve.mempool.integrity import Checksum
 from memserve.mempool.pool import MemPool
 
-from .stage import EPOCH, LAYOUT, content, keys_of, make_pool, store, write
+from .harness import EPOCH, LAYOUT, content, keys_of, make_pool, store, write
 
 
 def test_a_flipped_byte_is_a_miss_a_counter_and_a_log_line(caplog: pytest.LogCaptureFixture) -> None:

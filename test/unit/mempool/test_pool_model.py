@@ -15,8 +15,8 @@ from memserve.core.errors import BlockStateError, OutOfBlocks
 from memserve.mempool.lease import Lease
 from memserve.mempool.records import Match
 
+from .harness import content, keys_of
 from .pool_model import MAX_SLOTS, NUM_SLOTS, Held, PoolModel
-from .stage import content, keys_of
 
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=6)
 picks = st.integers(0, 99)

@@ -14,7 +14,7 @@ from memserve.core.kv_layout import KVLayout
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
 
-from .stage import content, keys_of, make_pool, store
+from .harness import content, keys_of, make_pool, store
 
 
 def test_a_smaller_pool_keeps_all_that_fits_and_tells_nobody() -> None:

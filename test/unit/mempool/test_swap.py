@@ -12,10 +12,10 @@ from memserve.core.block_addr import Tier, tier_of
 from memserve.core.cache_events import Follower
 from memserve.core.errors import BlockStateError, ConfigError, OutOfBlocks
 from memserve.mempool.arena import Arena
-from memserve.mempool.integrity import Checksum
+from memserve.mempool.checksums import Checksum
 from memserve.mempool.pool import MemPool
 
-from .stage import EPOCH, LAYOUT, content, keys_of, make_pool, store
+from .harness import EPOCH, LAYOUT, content, keys_of, make_pool, store
 
 HBM, DRAM = Tier.HBM, Tier.DRAM
 

@@ -16,8 +16,8 @@ from memserve.mempool.eviction import ORDERINGS
 from memserve.mempool.lease import Lease
 from memserve.mempool.pool import MemPool
 
+from .harness import content, keys_of, make_pool, write
 from .pool_model import MAX_SLOTS, NUM_SLOTS, Held, Prompt
-from .stage import content, keys_of, make_pool, write
 from .test_pool_model import PoolMachine, few, picks, prompts
 
 HBM_SLOTS = 7

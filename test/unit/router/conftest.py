@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import uvloop
 
-from .stage import DEADLINE_S
+from .harness import DEADLINE_S
 
 
 @pytest.fixture

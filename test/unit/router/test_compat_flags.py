@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 
 from memserve.core.errors import ConfigError
-from memserve.router.compat_flags import ALIASES, ELSEWHERE, SWITCHES
+from memserve.router.compat import ALIASES, ELSEWHERE, SWITCHES
 from memserve.router.config import RouterConfig, parse_args
 from memserve.wire.messages import Role
 

@@ -9,9 +9,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from memserve.core.errors import ConfigError
-from memserve.router.costs.cost_file import read_costs
-from memserve.router.gate.keys import admin_keys, tenant_keys
-from memserve.router.simulation.traces import parse_trace
+from memserve.router.auth.keys import admin_keys, tenant_keys
+from memserve.scheduling.cost_model.file import read_costs
+from memserve.simulation.traces import parse_trace
 
 from .json_strategies import ANY
 

@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memserve.core.errors import MemServeError, WireMismatch
-from memserve.router.cluster.cluster import Cluster
 from memserve.router.cluster.control import ControlHandler
 from memserve.router.cluster.pools import Pools
-from memserve.router.tree.feed import TreeFeed
-from memserve.router.tree.prompt_tree import ClusterTree
+from memserve.router.cluster.registry import Cluster
+from memserve.router.kv_events.synchronizer import TreeFeed
+from memserve.scheduling.prompt_tree.tree import ClusterTree
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.messages import (
     Heartbeat,

@@ -14,7 +14,7 @@ from memserve.router.cluster.member import State
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
 
-from .stage import Stage, info_of, pair, staged
+from .harness import Stage, info_of, pair, staged
 
 Run = Callable[[Coroutine[Any, Any, None]], None]
 CACHE_TOKENS = 1 << 16

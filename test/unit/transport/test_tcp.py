@@ -16,7 +16,7 @@ from memserve.testing.transport_process import wait_until
 from memserve.transport.base import Peer
 from memserve.transport.copies import Copies, Copy
 from memserve.transport.regions import Region, RegionTable
-from memserve.transport.tcp import TcpTransport
+from memserve.transport.tcp.client import TcpTransport
 
 KEY = ClusterKey(b"the key of this cluster")
 OTHER_KEY = ClusterKey(b"the key of another one")

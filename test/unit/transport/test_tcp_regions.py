@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from memserve.core.errors import OutOfBounds
 from memserve.transport.copies import Vectors
 from memserve.transport.regions import Region
-from memserve.transport.tcp_regions import OwnRegions, rows_of
+from memserve.transport.tcp.regions import OwnRegions, rows_of
 
 NUM_BYTES = 8
 EDGES = st.one_of(st.integers(-2, NUM_BYTES + 2), st.sampled_from([-(2**63), 2**63 - 1]))

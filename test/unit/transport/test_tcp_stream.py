@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import pytest
 
 from memserve.core.errors import InstanceLost, TransferTimeout
-from memserve.transport import tcp_stream
-from memserve.transport.syscalls import SocketVectors
-from memserve.transport.tcp_stream import NO_DEADLINE, Stream
+from memserve.transport.local.syscalls import SocketVectors
+from memserve.transport.tcp.client import stream as tcp_stream
+from memserve.transport.tcp.stream import NO_DEADLINE, Stream
 
 SLICE_S = 0.02
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from memserve.core.caching import CachingMode
 from memserve.core.ids import InstanceId
-from memserve.router.cluster.cluster import Cluster
 from memserve.router.cluster.pools import Pools
+from memserve.router.cluster.registry import Cluster
 
 
 def caching_of(cluster: Cluster, pools: Pools, *, besides: InstanceId | None = None) -> CachingMode | None:

@@ -7,10 +7,10 @@ from collections.abc import Callable
 
 from memserve.core.errors import Retryable
 from memserve.router.cluster.caching import why_refused
-from memserve.router.cluster.cluster import Cluster
 from memserve.router.cluster.pools import Pools
+from memserve.router.cluster.registry import Cluster
 from memserve.router.config import STATIC_EPOCH
-from memserve.router.tree.feed import TreeFeed
+from memserve.router.kv_events.synchronizer import TreeFeed
 from memserve.wire.messages import (
     Accepted,
     Deregister,

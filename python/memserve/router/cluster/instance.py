@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.tree.following import Following
+from memserve.router.kv_events.sources import Following
 from memserve.wire.messages import Role
 
 

@@ -16,10 +16,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from memserve.router.cluster.cluster import Cluster
-from memserve.router.cluster.draining import LOOK_S, Drained, Drains
+from memserve.router.cluster.drain import LOOK_S, Drained, Drains
 from memserve.router.cluster.instance import Snapshot
 from memserve.router.cluster.member import Member, State
+from memserve.router.cluster.registry import Cluster
 from memserve.wire.messages import Role
 
 logger = logging.getLogger(__name__)

@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from math import isfinite
 
 from memserve.core.errors import BadRequest
-from memserve.router.serving.failures import LegTimeout
+from memserve.router.errors import LegTimeout
 
 TIMEOUT = "x-request-timeout-secs"
 """The header: a number of seconds from when the request has come."""

@@ -14,9 +14,9 @@ from typing import Protocol
 from aiohttp import web
 
 from memserve.core.errors import BadRequest
-from memserve.router.gate.door import Door
-from memserve.router.serving.api import Api
-from memserve.router.serving.failures import ClientLeft
+from memserve.router.errors import ClientLeft
+from memserve.router.http.ingress import Door
+from memserve.router.request import Api
 
 JSON = "application/json"
 EVENT_END = b"\n\n"

@@ -12,8 +12,9 @@ from typing import Any
 from aiohttp import web
 
 from memserve import __version__
-from memserve.router.http.generate import json_response
-from memserve.router.http.guard import LEVELS, Level
+from memserve.router.http.handlers.dashboard import MAX_PREFIXES, MAX_REQUESTS, PAGE_FILES
+from memserve.router.http.handlers.generate import json_response
+from memserve.router.http.handlers.workers import MAX_WAIT_S
 from memserve.router.http.openapi_schemas import (
     BOOLEAN,
     INTEGER,
@@ -24,9 +25,8 @@ from memserve.router.http.openapi_schemas import (
     ref,
     schemas,
 )
-from memserve.router.http.ui import MAX_PREFIXES, MAX_REQUESTS, PAGE_FILES
-from memserve.router.http.workers_api import MAX_WAIT_S
-from memserve.router.serving.api import encode_json
+from memserve.router.http.permissions import LEVELS, Level
+from memserve.router.request import encode_json
 
 JSON, TEXT, EVENTS = "application/json", "text/plain", "text/event-stream"
 OBJECT: Schema = {"type": "object"}

@@ -10,9 +10,9 @@ from typing import Any
 
 import msgspec
 
-from memserve.router.http.workers_api import Drain, NewRole, Worker
-from memserve.router.observe.live_series import Point
-from memserve.router.serving.validation import MAX_SAMPLES
+from memserve.router.http.handlers.workers import Drain, NewRole, Worker
+from memserve.router.observability.live_series import Point
+from memserve.router.proxy.validation import MAX_SAMPLES
 
 Schema = dict[str, Any]
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from memserve.router.serving.api import Api
+from memserve.router.request import Api
 
 _NAME = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
 _VALUE = rb"[\t\x20-\x7e\x80-\xff]*"

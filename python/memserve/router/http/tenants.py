@@ -11,8 +11,8 @@ from hashlib import sha256
 
 from msgspec import structs
 
-from memserve.router.gate.keys import ANYBODY, Tenant
-from memserve.router.serving.api import Call
+from memserve.router.auth.keys import ANYBODY, Tenant
+from memserve.router.request import Call
 
 
 def salted(call: Call, tenant: Tenant) -> Call:

@@ -1,0 +1,1 @@
+"""The CPU platform: runs SGLang without a GPU."""

@@ -1,0 +1,1 @@
+"""Hooks into SGLang's scheduler: the pool's, the handoff's."""

@@ -1,0 +1,145 @@
+"""What SGLang's scheduler does for the memory pool, put around its own methods.
+
+Each hook does nothing in a server whose cache has no `MemPoolLinker`. Placed by `plugin.py`.
+"""
+
+from __future__ import annotations
+
+import logging
+import pkgutil
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+
+from memserve.engine import sglang_internals as seams
+from memserve.engine.hbm_events import ExtraKeys, HbmPublisher, is_ours, register_publisher
+from memserve.engine.linker import MemPoolLinker
+
+logger = logging.getLogger(__name__)
+
+DRAM_GIB = "memserve_dram_gib"
+
+
+def place() -> None:
+    """Register the hooks, in a process that has a scheduler."""
+    from sglang.srt.plugins.hook_registry import HookRegistry, HookType
+
+    HookRegistry.register(seams.OFFLOAD_NODE, name_offload_parent, HookType.BEFORE)
+    HookRegistry.register(seams.CHECKPOINT, name_ended_request, HookType.AROUND)
+    HookRegistry.register(seams.ARRIVAL, begin_arrival, HookType.BEFORE)
+    HookRegistry.register(seams.NEW_PREFILL_BATCH, hold_while_fetching, HookType.AROUND)
+    HookRegistry.register(seams.DECODE_QUEUE, let_go_of_offloaded, HookType.BEFORE)
+    HookRegistry.register(seams.UPDATE_HANDLERS, offer_resize, HookType.AFTER)
+    HookRegistry.register(seams.EXTRA_KEY_NAMES, name_extra_keys, HookType.AFTER)
+    HookRegistry.register(seams.EVENTS_PUBLISHER, join_hbm_events, HookType.AFTER)
+    HookRegistry.register(seams.BATCH_RESULT, publish_hbm_events, HookType.AFTER)
+    register_publisher()
+
+
+def linker_of(tree_cache: Any) -> MemPoolLinker | None:
+    """Ours, if that is what is under this radix cache."""
+    linker = getattr(getattr(tree_cache, "linker", None), "cache_linker", None)
+    return linker if isinstance(linker, MemPoolLinker) else None
+
+
+def name_offload_parent(wrapper: Any, node_id: Any, transfers: Any) -> None:
+    """Tell the linker which page comes before a node's, which SGLang leaves out of the transfer."""
+    linker = linker_of(wrapper.cache)
+    if linker is not None:
+        before = wrapper.cache.get_prefix_hash_values(node_id)
+        linker.offload_parent = before[-1] if before else None
+
+
+def name_ended_request(original: Callable[..., Any], cache: Any, req: Any, **kwargs: Any) -> Any:
+    """Tell the linker which prefill lacks what is offloaded because `req` has ended."""
+    linker = linker_of(cache)
+    if linker is None or not req.finished() or req.bootstrap_host is None:
+        return original(cache, req, **kwargs)
+    linker.ended_request_of = f"{req.bootstrap_host}:{req.bootstrap_port}"
+    try:
+        return original(cache, req, **kwargs)
+    finally:
+        linker.ended_request_of = None
+
+
+def begin_arrival(scheduler: Any, req: Any, *_: Any, **__: Any) -> None:
+    """Name a prompt to the router, if it asks for that, and begin to fetch what other pools hold of it,
+    unless this server can reach it itself."""
+    linker = linker_of(scheduler.tree_cache)
+    if linker is None:
+        return
+    if linker.node.names_prompts:
+        linker.name_prompt(req)
+    if linker.node.fetches:
+        req.init_next_round_input(scheduler.tree_cache, cow_mamba=False)
+        linker.fetching.begin(req, req.prefix_len + req.host_hit_length)
+
+
+def hold_while_fetching(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
+    """Build a batch from those requests that wait for no blocks."""
+    linker = linker_of(scheduler.tree_cache)
+    held = [] if linker is None else linker.fetching.hold(scheduler.waiting_queue, _all_reduce_min(scheduler))
+    if linker is None or not held:
+        return original(scheduler, running_batch)
+    names = {req.rid for req in held}
+    scheduler.waiting_queue = [req for req in scheduler.waiting_queue if req.rid not in names]
+    if not scheduler.waiting_queue and running_batch.is_empty():
+        linker.fetching.wait()
+    try:
+        return original(scheduler, running_batch)
+    finally:
+        scheduler.waiting_queue = [*held, *scheduler.waiting_queue]
+
+
+def let_go_of_offloaded(scheduler: Any) -> None:
+    """Unlock pages that are in DRAM by now: SGLang's decode loop does so only for its own second tier."""
+    if linker_of(scheduler.tree_cache) is not None:
+        scheduler.tree_cache.check_hicache_events()
+
+
+def offer_resize(handlers: Any, controller: Any) -> Any:
+    """Let `/set_internal_state` set `memserve_dram_gib`, the DRAM of all ranks together."""
+    linker = linker_of(controller.scheduler.tree_cache)
+    if linker is not None:
+        handler = pkgutil.resolve_name(seams.UPDATE_HANDLER)
+        handlers[DRAM_GIB] = handler(_check_gib, lambda _, gib: linker.node.resize(int(gib * 2**30)))
+    return handlers
+
+
+def name_extra_keys(_: Any, scheduler: Any) -> None:
+    """Have the events of the cache that is about to be made carry the extra key of their blocks."""
+    if is_ours(pkgutil.resolve_name(seams.OBSERVABILITY)().kv_events_config):
+        scheduler.kv_event_lora_names = ExtraKeys()
+
+
+def join_hbm_events(_: Any, scheduler: Any) -> None:
+    """Have the pool told what is in HBM, on the rank that publishes events."""
+    linker, events = linker_of(scheduler.tree_cache), scheduler.kv_events_publisher
+    if linker is None:
+        return
+    if isinstance(events.kv_event_publisher, HbmPublisher):
+        linker.follow_hbm(events.kv_event_publisher)
+        # SGLang sends numbers of its own with its events, to a socket that nobody reads.
+        events.send_metrics_from_scheduler = SimpleNamespace(closed=True)
+    elif not is_ours(events.kv_events_config):
+        logger.info("hbm is not reported: --kv-events-config asks for something else")
+
+
+def publish_hbm_events(_: Any, scheduler: Any, *__: Any) -> None:
+    """Publish what a batch has changed: SGLang does so for each prefill, but every 40th decode."""
+    if isinstance(scheduler.kv_events_publisher.kv_event_publisher, HbmPublisher):
+        scheduler.kv_events_publisher.publish_kv_events()
+
+
+def _check_gib(name: str, gib: Any) -> None:
+    if not isinstance(gib, int | float) or not gib > 0:
+        raise pkgutil.resolve_name(seams.UPDATE_REJECTED)(f"{name} is a number above 0, not {gib!r}")
+
+
+def _all_reduce_min(scheduler: Any) -> Callable[[torch.Tensor], None]:
+    def reduce(tensor: torch.Tensor) -> None:
+        scheduler.tree_cache._all_reduce_attn_groups(tensor, torch.distributed.ReduceOp.MIN)
+
+    return reduce

@@ -1,0 +1,1 @@
+"""An instance in its cluster: registration, pool agent, publisher, memory server."""

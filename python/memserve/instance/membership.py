@@ -1,0 +1,150 @@
+"""One pool's view of all the others in its cluster, as the router tells it.
+
+    listed by the router ──> member ──listed no more, or replaced──> gone: `on_gone`, once
+
+A router that is away changes nothing: pools reach each other without it. One that comes back has
+forgotten all and lists only those that have told it again, so after that whoever is missing has
+some time to do so. Knows no memory and no blocks.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+
+from memserve.core.ids import Epoch
+from memserve.instance.registration import ANSWER_TIMEOUT_S, RETRY_S, Presence, Words
+from memserve.wire.link import ControlClient
+from memserve.wire.messages import (
+    DeregisterPool,
+    Members,
+    Message,
+    PoolHeartbeat,
+    PoolInfo,
+    RegisterPool,
+    Role,
+    TierBlocks,
+)
+
+logger = logging.getLogger(__name__)
+
+GRACE_HEARTBEATS = 5
+"""How long, beyond a lost answer and its repetition, the others may take to register anew."""
+
+
+class Membership:
+    """Registers a pool, then sends heartbeats on a thread of its own. Any thread may ask for the view."""
+
+    def __init__(
+        self,
+        client: ControlClient,
+        info: PoolInfo,
+        *,
+        on_gone: Callable[[Epoch], None],
+        tiers: Callable[[], tuple[TierBlocks, ...]] = tuple,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """Begins at once: the pool must answer its peers. Takes `client` and closes it in the end.
+
+        `on_gone` is called with the epoch of each pool that was a member and is no longer, on the
+        thread of this object; it must not close it. `tiers`, asked there too, is what the router is told.
+        """
+        self._info = info
+        self._on_gone = on_gone
+        self._clock = clock
+        self._view: tuple[PoolInfo, ...] = ()
+        self._registered = False
+        self._directs_fetches = False
+        self._wants_names = False
+        # The rest belongs to the thread.
+        self._listed: tuple[PoolInfo, ...] = ()
+        self._version = 0
+        self._unsettled = True
+        self._awaited: tuple[PoolInfo, ...] = ()
+        self._await_until_s = 0.0
+        words = Words(
+            name=f"pool={info.instance_id}",
+            register=lambda: RegisterPool(info),
+            heartbeat=lambda: PoolHeartbeat(info.epoch, self._version, tiers()),
+            deregister=DeregisterPool(info.epoch),
+            heard=self._heard,
+        )
+        self._presence = Presence(client, words)
+        self._presence.start()
+
+    @property
+    def registered(self) -> bool:
+        """Whether a router has accepted this pool; it stays so while that router is away."""
+        return self._registered
+
+    @property
+    def directs_fetches(self) -> bool:
+        """Whether the router tells this pool what to fetch before a prompt comes."""
+        return self._directs_fetches
+
+    @property
+    def wants_names(self) -> bool:
+        """Whether the router wants to be told of the keys of prompts."""
+        return self._wants_names
+
+    def pools(self) -> tuple[PoolInfo, ...]:
+        """The other pools, whatever they hold; a new tuple whenever they change."""
+        return self._view
+
+    def others(self, layout: str, *roles: Role) -> tuple[PoolInfo, ...]:
+        """Those that take blocks of `layout` (a digest, in hex) and have one of `roles`, if any is named."""
+        return tuple(
+            info for info in self._view if info.layout in (layout, "") and (not roles or info.role in roles)
+        )
+
+    def prefill_at(self, bootstrap: str, layout: str) -> PoolInfo | None:
+        """The pool of the prefill that requests name as `bootstrap`, if it has such blocks."""
+        return next((info for info in self.others(layout, Role.PREFILL) if info.bootstrap == bootstrap), None)
+
+    def close(self) -> None:
+        """Deregister, if registered, and stop; the view stays. Takes at most a few seconds; idempotent."""
+        self._presence.close()
+
+    # ---- the thread's own
+
+    def _heard(self, answer: Message) -> float | None:
+        if not isinstance(answer, Members):
+            self._unsettled = True
+            return None
+        if self._unsettled:
+            self._unsettled = False
+            self._awaited = self._view
+            grace_s = GRACE_HEARTBEATS * answer.heartbeat_s + ANSWER_TIMEOUT_S + RETRY_S
+            self._await_until_s = self._clock() + grace_s
+        self._version = answer.version
+        if answer.pools is not None:
+            self._listed = tuple(info for info in answer.pools if info.epoch != self._info.epoch)
+        self._registered = True
+        self._directs_fetches = answer.directs_fetches
+        self._wants_names = answer.wants_names
+        self._update()
+        return answer.heartbeat_s
+
+    def _update(self) -> None:
+        in_time = self._clock() < self._await_until_s
+        self._awaited = tuple(info for info in self._awaited if in_time and not _is_back(info, self._listed))
+        before, view = self._view, self._listed + self._awaited
+        if view == before:
+            return
+        self._view = view
+        there = {info.epoch for info in view}
+        for info in before:
+            if info.epoch not in there:
+                logger.info("pool gone instance=%s epoch=%016x", info.instance_id, info.epoch)
+                self._on_gone(info.epoch)
+
+
+def _is_back(old: PoolInfo, listed: tuple[PoolInfo, ...]) -> bool:
+    """Whether one of `listed` is `old`, or has taken its place."""
+    return any(
+        info.epoch == old.epoch
+        or (info.instance_id, info.layout) == (old.instance_id, old.layout)
+        or info.address == old.address
+        for info in listed
+    )

@@ -1,0 +1,76 @@
+"""Keeps one instance known to the router, from the moment it is ready until it stops.
+
+Knows the control messages; not what the instance serves, nor how.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable
+
+from memserve.instance.registration import Presence, Words
+from memserve.wire.link import ControlClient
+from memserve.wire.messages import (
+    Accepted,
+    Deregister,
+    Heartbeat,
+    InstanceInfo,
+    Load,
+    Message,
+    Register,
+    Role,
+)
+
+logger = logging.getLogger(__name__)
+
+
+def _no_load() -> Load | None:
+    return None
+
+
+def _keep_role(_: Role) -> None:
+    logger.warning("a router asks for another role, and nobody here knows how")
+
+
+class Registrar:
+    """Registers `info`, then sends heartbeats on a thread of its own (see Presence)."""
+
+    def __init__(
+        self,
+        client: ControlClient,
+        info: InstanceInfo,
+        load: Callable[[], Load | None] = _no_load,
+        on_role: Callable[[Role], None] = _keep_role,
+    ) -> None:
+        """Takes `client` and closes it in the end. `load` is asked on this object's thread.
+
+        `on_role` is called there, once, with the role that a router wants of this instance.
+        """
+        self._is_draining = False
+        self._on_role = on_role
+        self._becomes: Role | None = None
+        words = Words(
+            name=f"instance={info.instance_id}",
+            register=lambda: Register(info, self._is_draining),
+            heartbeat=lambda: Heartbeat(info.instance_id, info.epoch, load()),
+            deregister=Deregister(info.instance_id, info.epoch),
+            heard=self._heard,
+        )
+        self._presence = Presence(client, words)
+
+    def start(self) -> None:
+        """Begin; the instance must be ready to serve."""
+        self._presence.start()
+
+    def close(self) -> None:
+        """Deregister, if registered, and stop. Takes at most a few seconds; idempotent."""
+        self._presence.close()
+
+    def _heard(self, answer: Message) -> float | None:
+        if not isinstance(answer, Accepted):
+            return None
+        self._is_draining = answer.is_draining
+        if answer.become is not None and self._becomes is None:
+            self._becomes = answer.become
+            self._on_role(answer.become)
+        return answer.heartbeat_s

@@ -1,0 +1,328 @@
+"""Peers: how one process's pools exchange blocks with those of others.
+
+    push   this pool's cached chain → what a peer lacks of it       (transfer_with_insert)
+    fetch  a peer's cached chain → what this pool lacks of it
+    transfer, reserve, claim        the paper's verbs on blocks that need not be cached
+
+    threads: the control server's (answers), the sweeper's (deadlines, fencing), one for transfers,
+    a few for the fetches that a router asks for, one for evacuations, one for making pools; the rest
+    runs on the caller's
+
+What a peer does wrong, late or not at all costs a miss or an error here: never a block, never a
+byte in the wrong place. Knows no SGLang, no HBM and no membership; source of the verbs: MemServe.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+from memserve.core.block_addr import BlockAddr
+from memserve.core.block_keys import BlockKey
+from memserve.core.errors import BlockStateError, MemServeError, PeerDeclined, WireMismatch
+from memserve.core.ids import Epoch
+from memserve.core.kv_layout import KVLayout, TransferMode
+from memserve.mempool.checksums import Checksum
+from memserve.mempool.pool import MemPool
+from memserve.mempool.remote.config import PeerAddress, PeersConfig
+from memserve.mempool.remote.connection import Result
+from memserve.mempool.remote.evacuation import Evacuations
+from memserve.mempool.remote.fetches import Fetches
+from memserve.mempool.remote.local_regions import OwnMemory
+from memserve.mempool.remote.peer_table import Known, Remotes, Wiring
+from memserve.mempool.remote.reader import Doubtful
+from memserve.mempool.remote.records import PeersStats, Pushed, Tally
+from memserve.mempool.remote.sender import Blocks
+from memserve.mempool.remote.server import PeerServer, PoolOf
+from memserve.mempool.remote.sweeper import Sweeper
+from memserve.mempool.remote.transfers import RemoteReservation, Reservations, Ticket, Transfers
+from memserve.wire.link import ControlServer
+from memserve.wire.messages import Message
+from memserve.wire.peer_messages import (
+    AcquireLease,
+    Allocate,
+    Commit,
+    Evacuate,
+    Fetch,
+    Hello,
+    Locate,
+    Located,
+    Reserve,
+)
+
+logger = logging.getLogger(__name__)
+
+_WITH_DEADLINE = (Reserve, Allocate, AcquireLease, Commit)
+"""Messages after which something may have to be ended in time."""
+
+
+class Peers:
+    """One per process. Any thread may call anything; calls block for at most a few `timeout_s`."""
+
+    def __init__(
+        self, config: PeersConfig, epoch: Epoch, pool_of: PoolOf, wiring: Wiring | None = None
+    ) -> None:
+        """Open the transports and answer peers. Raises ConfigError if that cannot be.
+
+        `pool_of` is called for each peer that introduces itself, by one thread at a time; it may make a
+        pool, which may take a while, and raises LayoutMismatch, naming what differs, if there is none.
+        """
+        self._config = config
+        self.epoch = epoch
+        self._tally = Tally()
+        wiring = wiring or Wiring.of(config)
+        self._memory = OwnMemory(wiring.open_transports, epoch, config.timeout_s)
+        self._server = PeerServer(config, epoch, self._memory, pool_of, self._tally, time.monotonic)
+        self._doubtful = Doubtful(self._memory, config.timeout_s)
+        self._remotes = Remotes(
+            (epoch, self._memory), wiring.connect, self._doubtful, self._tally, config.timeout_s
+        )
+        self._reserved = Reservations()
+        self._fetches = Fetches(self.fetch)
+        self._evacuations = Evacuations(self, time.monotonic)
+        self._slow = ThreadPoolExecutor(1, thread_name_prefix="peer-pools")
+        self._sweeper = Sweeper(self._sweep)
+        self._transfers = Transfers(self._memory)
+        self._is_closed = False
+        try:
+            self._control = ControlServer(
+                config.host, config.control_port, self._answer, key=config.cluster_key
+            )
+        except MemServeError:
+            self._transfers.close()
+            self._sweeper.close()
+            self._memory.close()
+            raise
+        logger.info("pools can be reached address=%s epoch=%016x", self.address, epoch)
+
+    @property
+    def address(self) -> str:
+        """`host:port` of the control server."""
+        return self._control.address
+
+    def add(self, pool: MemPool) -> None:
+        """Know the pool by its layout's digest before it is first used: for Fetch and Locate. Idempotent."""
+        self._server.add(pool)
+
+    # ---- cached chains
+
+    def push(
+        self,
+        peer: PeerAddress,
+        pool: MemPool,
+        keys: Sequence[BlockKey],
+        *,
+        parent: BlockKey | None = None,
+    ) -> Pushed:
+        """Send what the peer lacks of a chain that is cached in `pool`, and have it indexed there.
+
+        What is not cached here, or not summing to what it should, ends the chain; what the peer does
+        not take of it, too: see the counts. Raises PeerDeclined if it takes nothing (`parent_unknown`:
+        send the chain from its root), StaleEpoch, LayoutMismatch, InstanceLost, TransferTimeout,
+        TransferFailed; then as much is there as it has said, and nothing is lost or leaked here.
+        Source: MemServe, distributed API (transfer_with_insert).
+        """
+        pushed = self._counted(lambda: self._use(peer, pool).sender.push(keys, parent))
+        self._tally.add(_as_pushed(pushed))
+        return pushed
+
+    def fetch(
+        self,
+        peer: PeerAddress,
+        pool: MemPool,
+        keys: Sequence[BlockKey],
+        *,
+        parent: BlockKey | None = None,
+        timeout_s: float,
+    ) -> int:
+        """Get what `pool` lacks of a chain from the peer; returns how many of `keys` are cached here then.
+
+        keys[0] comes after `parent`, or begins a prompt. A block that does not sum to what the peer
+        said is a miss and ends the chain. Raises as `push`, and OutOfBlocks if there is no room here.
+        """
+        found = self._counted(lambda: self._use(peer, pool).reader.fetch(keys, parent, timeout_s))
+        self._tally.add(PeersStats(fetches=1))
+        return found
+
+    def locate(
+        self, peer: PeerAddress, layout: KVLayout, keys: Sequence[BlockKey], *, timeout_s: float
+    ) -> int:
+        """How many of `keys`, from the front, the peer holds. Asks once; raises as `push`."""
+        remote = self._use(peer, self._server.pool_for(layout)).remote
+        answer = remote.ask(Locate(layout.digest, tuple(keys)), timeout_s=timeout_s, attempts=1)
+        return _as_located(peer, answer).num_blocks
+
+    def room(self, peer: PeerAddress, pool: MemPool, keys: Sequence[BlockKey]) -> Located:
+        """The same, and how much room the peer has for such blocks; makes its pool, if need be."""
+        remote = self._use(peer, pool).remote
+        remote.reach(self._config.timeout_s)
+        return _as_located(peer, remote.ask(Locate(pool.layout.digest, tuple(keys))))
+
+    # ---- blocks, cached or not
+
+    def reserve(self, pool: MemPool, peer: PeerAddress, num_blocks: int) -> RemoteReservation:
+        """Blocks of the peer's pool to write to, of the layout of `pool`. Raises as `push`.
+
+        Source: MemServe, memory API (alloc_mem with an instance).
+        """
+        sender = self._use(peer, pool).sender
+        return self._reserved.add(sender, sender.allocate(num_blocks))
+
+    def transfer(
+        self,
+        pool: MemPool,
+        peer: PeerAddress,
+        src: Sequence[BlockAddr],
+        dst: Sequence[BlockAddr] | None,
+        mode: TransferMode,
+    ) -> Ticket:
+        """Copy blocks of `pool` to the peer: to reserved ones, whose reservation goes on, or to new ones.
+
+        src: PRIVATE and sealed, or leased, until the ticket is done. New ones are the peer's to
+        `claim`; the result tells their addresses. Raises BlockStateError if `dst` is not of one
+        reservation, PeerDeclined if too many transfers wait; the ticket raises as `push`.
+        Source: MemServe, distributed API (transfer).
+        """
+        return self._transfer(pool, peer, _blocks(pool, src, mode), dst, (None, None))
+
+    def transfer_with_insert(
+        self,
+        pool: MemPool,
+        peer: PeerAddress,
+        keys: Sequence[BlockKey],
+        src: Sequence[BlockAddr],
+        dst: Sequence[BlockAddr] | None,
+        mode: TransferMode,
+        parent: BlockKey | None = None,
+    ) -> Ticket:
+        """As `transfer`, and the peer indexes the blocks; `dst`, if given, is a whole reservation.
+
+        With dst=None only what the peer lacks is sent. The keys chain, after `parent` or from a root.
+        Source: MemServe, distributed API (transfer_with_insert).
+        """
+        if len(keys) != len(src):
+            raise BlockStateError(f"{len(keys)} keys for {len(src)} blocks")
+        return self._transfer(pool, peer, _blocks(pool, src, mode), dst, (keys, parent))
+
+    def claim(self, pool: MemPool, addrs: Sequence[BlockAddr]) -> None:
+        """Take over blocks that a peer has transferred to `pool`: PRIVATE, sealed, the caller's.
+
+        Raises BlockStateError, changing nothing, if one is no such block, or nobody claimed it in `lease_s`.
+        """
+        self._server.claim(pool, addrs)
+
+    # ---- what happens to others and to us
+
+    def gone(self, epoch: Epoch) -> None:
+        """That process is known to be gone: fence it, then free what it held. Returns at once."""
+        self._server.gone(epoch)
+        self._remotes.drop(epoch)
+        self._sweeper.wake()
+
+    def resized(self, pool: MemPool) -> None:
+        """The arena of `pool` has another size: peers have to name it anew.
+
+        Raises TransferTimeout if a peer is still copying: the memory that was taken back is not free yet.
+        """
+        self._memory.resized(pool)
+
+    def stats(self) -> PeersStats:
+        """All counts of one moment."""
+        quarantined = self._server.num_quarantined() + self._doubtful.num_blocks()
+        return self._tally.stats(quarantined, self._memory.num_reopened)
+
+    def close(self) -> None:
+        """Stop answering, finish what was asked for, close the transports. Idempotent.
+
+        Nothing of a peer's is left in the pools, which stay the caller's.
+        """
+        if self._is_closed:
+            return
+        self._is_closed = True
+        self._control.close()
+        self._transfers.close()
+        self._fetches.close()
+        self._evacuations.close()
+        self._slow.shutdown(wait=True, cancel_futures=True)
+        self._sweeper.close()
+        self._remotes.close()
+        self._memory.close()
+        self._server.close()
+        self._doubtful.close()
+
+    def _use(self, peer: PeerAddress, pool: MemPool) -> Known:
+        self._server.add(pool)
+        return self._remotes.use(peer, pool)
+
+    def _counted(self, action: Callable[[], Result]) -> Result:
+        try:
+            return action()
+        except MemServeError as error:
+            if not isinstance(error, PeerDeclined):
+                self._tally.add(PeersStats(failures=1))
+            raise
+        finally:
+            if self._doubtful.num_blocks():
+                self._sweeper.wake()
+
+    def _transfer(
+        self,
+        pool: MemPool,
+        peer: PeerAddress,
+        blocks: Blocks,
+        dst: Sequence[BlockAddr] | None,
+        chain: tuple[Sequence[BlockKey] | None, BlockKey | None],
+    ) -> Ticket:
+        transfers = self._transfers
+        if dst is None:
+            sender = self._use(peer, pool).sender
+
+            def move() -> Pushed:
+                return transfers.on_demand(sender, blocks, *chain)
+        else:
+            if len(dst) != len(blocks.addrs):
+                raise BlockStateError(f"{len(blocks.addrs)} blocks to {len(dst)} places")
+            reservation = self._reserved.of(dst)
+
+            def move() -> Pushed:
+                return transfers.to_reservation(reservation, dst, blocks, *chain)
+
+        def counted() -> Pushed:
+            pushed = self._counted(move)
+            self._tally.add(_as_pushed(pushed))
+            return pushed
+
+        return self._transfers.submit(str(peer), counted)
+
+    def _answer(self, message: Message) -> Message | Future[Message]:
+        """Control thread."""
+        if isinstance(message, Hello) and self._server.pool(message.layout.digest) is None:
+            return self._slow.submit(self._server.answer, message)
+        if isinstance(message, Fetch):
+            return self._fetches.answer(message, self._server.pool(message.layout))
+        if isinstance(message, Evacuate):
+            return self._evacuations.answer(message, self._server.pool(message.layout))
+        answer = self._server.answer(message)
+        if isinstance(message, _WITH_DEADLINE):
+            self._sweeper.expect(min(self._config.reservation_s, self._config.lease_s))
+        return answer
+
+    def _sweep(self) -> float:
+        return min(self._server.sweep(), self._doubtful.sweep())
+
+
+def _blocks(pool: MemPool, addrs: Sequence[BlockAddr], mode: TransferMode) -> Blocks:
+    checksum = Checksum(pool.layout)
+    return Blocks(addrs, [checksum.of(pool.block(addr)) for addr in addrs], mode)
+
+
+def _as_pushed(pushed: Pushed) -> PeersStats:
+    return PeersStats(pushes=1, blocks_pushed=pushed.num_sent, bytes_pushed=pushed.num_bytes)
+
+
+def _as_located(peer: PeerAddress, answer: Message) -> Located:
+    if not isinstance(answer, Located):
+        raise WireMismatch(f"{peer} did not say what it holds: {type(answer).__name__}")
+    return answer

@@ -1,0 +1,197 @@
+"""Reads blocks from a peer: lease there, read one-sidedly, compare, index here, release.
+
+The blocks that are read into are a reservation of our own pool, so that a read which may still
+land has its quarantine, too. Knows no sockets; any thread.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from memserve.core.block_keys import BlockKey
+from memserve.core.errors import InstanceLost, MemServeError, StaleEpoch, WireMismatch
+from memserve.core.kv_layout import TransferMode
+from memserve.mempool.pool import MemPool
+from memserve.mempool.records import Reservation
+from memserve.mempool.remote.connection import Reached, RemotePool
+from memserve.mempool.remote.local_regions import OwnMemory
+from memserve.mempool.remote.records import PeersStats, Tally
+from memserve.mempool.remote.sender import chunk_blocks
+from memserve.mempool.remote.write_reservations import indexed, num_equal, pinned
+from memserve.transport.base import Peer
+from memserve.wire.peer_messages import AcquireLease, Leased, ReleaseLease
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 1.0
+
+
+@dataclass(eq=False, frozen=True, slots=True)
+class _Doubtful:
+    """A read that failed and may still land."""
+
+    reached: Reached
+    pool: MemPool
+    reservation: Reservation
+
+
+class Doubtful:
+    """Reads that may still land, until it is known that they cannot. Any thread; one sweeps."""
+
+    def __init__(self, memory: OwnMemory, timeout_s: float) -> None:
+        self._memory = memory
+        self._timeout_s = timeout_s
+        self._lock = threading.Lock()
+        self._waiting: list[_Doubtful] = []
+
+    def give_up(self, reached: Reached, pool: MemPool, reservation: Reservation) -> None:
+        """Free what a failed read was to fill, or keep it until that is safe."""
+        if self._is_settled(reached):
+            pool.cancel(reservation)
+            return
+        pool.quarantine(reservation)
+        with self._lock:
+            self._waiting.append(_Doubtful(reached, pool, reservation))
+
+    def num_blocks(self) -> int:
+        """Blocks in quarantine."""
+        with self._lock:
+            return sum(len(one.reservation.addrs) for one in self._waiting)
+
+    def sweep(self) -> float:
+        """Try again to settle; returns the seconds until there may be more to do, or infinity."""
+        with self._lock:
+            waiting = list(self._waiting)
+        silent: set[Peer] = set()  # Asked once in a sweep: each of their answers is waited for.
+        for one in waiting:
+            if one.reached.peer in silent:
+                continue
+            if self._is_settled(one.reached):
+                one.pool.settle(one.reservation)
+                with self._lock:
+                    self._waiting.remove(one)
+            else:
+                silent.add(one.reached.peer)
+        with self._lock:
+            return RETRY_S if self._waiting else float("inf")
+
+    def close(self) -> None:
+        """The transports are closed: nothing lands any more."""
+        with self._lock:
+            waiting, self._waiting = self._waiting, []
+        for one in waiting:
+            one.pool.settle(one.reservation)
+
+    def _is_settled(self, reached: Reached) -> bool:
+        if reached.own_epoch != self._memory.epoch:  # Those transports are closed.
+            return True
+        try:
+            reached.transport.settle(reached.peer, timeout_s=self._timeout_s)
+        except (InstanceLost, StaleEpoch):
+            return True
+        except MemServeError as error:
+            logger.warning("a read may still land peer=%s: %s", reached.peer.name, error)
+            return False
+        return True
+
+
+class Reader:
+    """Fetches from the pool of one peer. Any thread."""
+
+    def __init__(
+        self, remote: RemotePool, next_id: Callable[[], int], doubtful: Doubtful, tally: Tally
+    ) -> None:
+        """`next_id` never repeats itself in this process."""
+        self._remote = remote
+        self._next_id = next_id
+        self._doubtful = doubtful
+        self._tally = tally
+
+    def fetch(self, keys: Sequence[BlockKey], parent: BlockKey | None, timeout_s: float) -> int:
+        """See `Peers.fetch`."""
+        pool = self._remote.pool
+        step = chunk_blocks(pool.layout.block_bytes)
+        deadline = time.monotonic() + timeout_s
+        num_here = pool.num_cached(keys)
+        while num_here < len(keys) and time.monotonic() < deadline:
+            last = keys[num_here - 1] if num_here else parent
+            pin = pinned(pool, last) if last is not None else None
+            if last is not None and pin is None:  # Nobody would find what comes after it.
+                break
+            try:
+                num_new = self._fetch_some(keys[num_here : num_here + step], last, deadline)
+            finally:
+                if pin is not None:
+                    pool.release(pin)
+            if not num_new:
+                break
+            num_here = pool.num_cached(keys)
+        return pool.num_cached(keys)
+
+    def _fetch_some(self, keys: Sequence[BlockKey], parent: BlockKey | None, deadline: float) -> int:
+        def fetch(reached: Reached) -> int:
+            lease_id = self._next_id()
+            answer = self._remote.ask(
+                AcquireLease(self._remote.epoch, lease_id, self._remote.pool.layout.digest, tuple(keys)),
+                timeout_s=self._left_s(deadline),
+            )
+            if not isinstance(answer, Leased) or len(answer.addrs) != len(answer.checksums):
+                raise WireMismatch(f"{self._remote.name} gave no lease: {type(answer).__name__}")
+            if not answer.addrs:
+                return 0
+            is_there = True
+            try:
+                return self._read(reached, keys, answer, parent, deadline)
+            except InstanceLost:
+                is_there = False
+                raise
+            finally:
+                if is_there:
+                    self._release(lease_id)
+
+        return self._remote.exchange(fetch)
+
+    def _read(
+        self,
+        reached: Reached,
+        keys: Sequence[BlockKey],
+        leased: Leased,
+        parent: BlockKey | None,
+        deadline: float,
+    ) -> int:
+        """Read, compare and index the leased blocks; returns how many were taken."""
+        pool = self._remote.pool
+        reservation = pool.reserve(len(leased.addrs))
+        try:
+            (extents,) = pool.layout.copy_plan(TransferMode.AGGREGATED)
+            copies = self._remote.copies(reached, reservation.addrs, leased.addrs, extents)
+            reached.transport.read(reached.peer, copies, timeout_s=self._left_s(deadline))
+        except MemServeError:
+            self._doubtful.give_up(reached, pool, reservation)
+            raise
+        addrs = pool.commit(reservation)
+        good = num_equal(pool.seal(addrs), leased.checksums)
+        corrupt = len(addrs) - good and 1
+        if corrupt:
+            logger.error(
+                "block corrupt on arrival from=%s block=%d of=%d", self._remote.name, good, len(addrs)
+            )
+        num_new = indexed(pool, keys[: len(addrs)], addrs, good, parent)
+        num_bytes = len(addrs) * pool.layout.block_bytes
+        self._tally.add(
+            PeersStats(blocks_fetched=num_new, bytes_fetched=num_bytes, corrupt_on_arrival=corrupt)
+        )
+        return 0 if corrupt else good
+
+    def _release(self, lease_id: int) -> None:
+        try:
+            self._remote.ask(ReleaseLease(self._remote.epoch, lease_id), attempts=1)
+        except MemServeError as error:
+            logger.warning("lease left to run out peer=%s: %s", self._remote.name, error)
+
+    def _left_s(self, deadline: float) -> float:
+        return max(0.001, min(self._remote.timeout_s, deadline - time.monotonic()))

@@ -1,0 +1,232 @@
+"""Answers the control messages of peers, and sees to it that what they hold here ends.
+
+`answer` runs on the control server's thread, `sweep` on the sweeper's, anything else on any. One
+lock is held for microseconds, and while the blocks of one commit are summed; fencing, which may
+take seconds, happens outside it. Knows no sockets and moves no bytes.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections.abc import Callable, Sequence
+
+from memserve.core.block_addr import BlockAddr
+from memserve.core.block_keys import BlockKey
+from memserve.core.errors import (
+    BlockStateError,
+    LayoutMismatch,
+    MemServeError,
+    TransferFailed,
+    TransferTimeout,
+)
+from memserve.core.ids import Epoch
+from memserve.core.kv_layout import KVLayout
+from memserve.mempool.pool import MemPool
+from memserve.mempool.remote.config import PeersConfig
+from memserve.mempool.remote.local_regions import OwnMemory
+from memserve.mempool.remote.read_leases import Lending
+from memserve.mempool.remote.records import PeersStats, Tally
+from memserve.mempool.remote.sessions import Guest, Guests
+from memserve.mempool.remote.write_reservations import Receiving
+from memserve.wire.messages import Done, Message, Refused, Unknown
+from memserve.wire.peer_messages import (
+    AcquireLease,
+    Allocate,
+    Cancel,
+    Commit,
+    Declined,
+    Endpoint,
+    Hello,
+    Locate,
+    Located,
+    MemoryRange,
+    ReleaseLease,
+    Reserve,
+    Welcome,
+)
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 1.0
+"""Between attempts to fence a peer."""
+
+PoolOf = Callable[[KVLayout], MemPool]
+"""The one pool of such blocks. Raises LayoutMismatch, naming what differs, if there is none."""
+
+
+class PeerServer:
+    """What this process does for its peers."""
+
+    def __init__(
+        self,
+        config: PeersConfig,
+        epoch: Epoch,
+        memory: OwnMemory,
+        pool_of: PoolOf,
+        tally: Tally,
+        now: Callable[[], float],
+    ) -> None:
+        self._epoch = epoch
+        self._memory = memory
+        self._pool_of = pool_of
+        self._tally = tally
+        self._now = now
+        self._lock = threading.Lock()
+        self._making = threading.Lock()
+        self._guests = Guests()
+        self._receiving = Receiving(tally, config.reservation_s, config.lease_s)
+        self._lending = Lending(tally, config.lease_s)
+        self._pools: dict[bytes, MemPool] = {}
+
+    def add(self, pool: MemPool) -> None:
+        """Serve the pool to whoever names its layout's digest. Idempotent."""
+        with self._lock:
+            self._pools[pool.layout.digest] = pool
+
+    def pool(self, digest: bytes) -> MemPool | None:
+        """The pool of blocks of that layout, if it was ever used or added."""
+        with self._lock:
+            return self._pools.get(digest)
+
+    def pool_for(self, layout: KVLayout) -> MemPool:
+        """The pool of such blocks, made if need be: that may take seconds. Raises what `PoolOf` raises."""
+        with self._making:
+            pool = self._pool_of(layout)
+        self.add(pool)
+        return pool
+
+    def answer(self, message: Message) -> Message:
+        """The answer to a peer. Raises BlockStateError if the message makes no sense."""
+        if isinstance(message, Hello):
+            return self._welcome(message)
+        if isinstance(message, Locate):
+            return _located(self.pool(message.layout), message.keys)
+        with self._lock:
+            if isinstance(message, Cancel | ReleaseLease):
+                guest = self._guests.get(message.epoch)
+                if guest is None:
+                    return Done()
+                if isinstance(message, Cancel):
+                    return self._receiving.cancel(guest, message)
+                return self._lending.release(guest, message)
+            if isinstance(message, Commit):
+                guest = self._guests.get(message.epoch)
+                return self._receiving.commit(guest, message, self._now()) if guest is not None else Unknown()
+            if isinstance(message, Reserve | Allocate | AcquireLease):
+                return self._begun(message)
+        raise BlockStateError(f"not a message to a pool: {type(message).__name__}")
+
+    def gone(self, epoch: Epoch) -> None:
+        """That process is gone: have it fenced, then free what it held, at the next `sweep`."""
+        with self._lock:
+            guest = self._guests.gone(epoch)
+            self._receiving.abandon(guest, self._now())
+            self._lending.abandon(guest)
+
+    def claim(self, pool: MemPool, addrs: Sequence[BlockAddr]) -> None:
+        """See `Peers.claim`."""
+        with self._lock:
+            self._receiving.claim(pool, addrs)
+
+    def num_quarantined(self) -> int:
+        """Blocks that a peer may still write."""
+        with self._lock:
+            return sum(
+                len(incoming.reservation.addrs)
+                for guest in self._guests
+                for incoming in guest.incoming.values()
+                if incoming.is_quarantined
+            )
+
+    def sweep(self) -> float:
+        """End what is overdue; returns the seconds until there may be more to do, or infinity."""
+        with self._lock:
+            now = self._now()
+            self._receiving.free_unclaimed(now)
+            for guest in self._guests:
+                self._receiving.expire(guest, now)
+                self._lending.expire(guest, now)
+                if guest.is_overdue(now):
+                    self._guests.refuse(guest)
+            # Once all its data epochs are refused, fencing them settles all that is in quarantine.
+            overdue = [
+                (guest, [] if guest.data_epochs else guest.quarantined(), frozenset(guest.to_fence))
+                for guest in self._guests
+                if (guest.to_fence or guest.is_overdue(now)) and guest.retry_at <= now
+            ]
+        for guest, transfer_ids, epochs in overdue:
+            self._fence(guest, transfer_ids, epochs)
+        with self._lock:
+            self._guests.forget_gone()
+            now = self._now()
+            deadlines = [deadline for guest in self._guests for deadline in guest.deadlines(now)]
+            return max(0.0, min([*deadlines, self._receiving.next_claim_deadline()], default=now) - now)
+
+    def close(self) -> None:
+        """The transports are closed: nobody writes or reads here any more, so everything is free."""
+        with self._lock:
+            for guest in self._guests:
+                self._receiving.abandon(guest, self._now())
+                self._receiving.settle(guest, guest.quarantined())
+                self._lending.abandon(guest)
+            self._receiving.free_unclaimed(float("inf"))
+
+    def _begun(self, message: Reserve | Allocate | AcquireLease) -> Message:
+        """Holds the lock."""
+        pool = self._pools.get(message.layout)
+        if isinstance(message, AcquireLease):
+            guest = self._guests.get(message.epoch)
+            if guest is None or pool is None:
+                return Unknown()
+            return self._lending.acquire(guest, pool, message, self._now())
+        guest = self._guests.writer(message.epoch)
+        if guest is None or pool is None:
+            return Unknown()
+        if isinstance(message, Reserve):
+            return self._receiving.reserve(guest, pool, message, self._now())
+        return self._receiving.allocate(guest, pool, message, self._now())
+
+    def _welcome(self, hello: Hello) -> Message:
+        memory = self._memory
+        nothing = Welcome(self._epoch, memory.epoch, (), MemoryRange(0, 0, 0), 0)
+        if hello.peer_epoch != self._epoch:
+            return nothing
+        try:
+            pool = self.pool_for(hello.layout)
+        except LayoutMismatch as error:
+            return Refused(str(error))
+        except MemServeError as error:
+            return Declined(str(error))
+        with self._lock:
+            if not self._guests.welcome(hello.epoch, hello.data_epoch):
+                return Welcome(self._epoch, memory.epoch, (), nothing.arena, 0, is_fenced=True)
+        served = memory.served(pool)
+        endpoints = tuple(Endpoint(one.name, one.address) for one in served.transports)
+        region = served.region
+        arena = MemoryRange(region.region_id, region.address, region.num_bytes)
+        return Welcome(self._epoch, served.epoch, endpoints, arena, pool.arena.slot_bytes)
+
+    def _fence(self, guest: Guest, transfer_ids: list[int], epochs: frozenset[Epoch]) -> None:
+        """Keep a guest's late bytes out, then free what they could have hit."""
+        try:
+            for epoch in epochs:
+                self._memory.fence(epoch)
+        except (TransferTimeout, TransferFailed) as error:
+            logger.warning("not fenced, will try again peer=%016x: %s", guest.epoch, error)
+            with self._lock:
+                guest.retry_at = self._now() + RETRY_S
+            return
+        if epochs:
+            self._tally.add(PeersStats(fenced=len(epochs)))
+            logger.warning("fenced peer=%016x settled=%d", guest.epoch, len(transfer_ids))
+        with self._lock:
+            guest.to_fence -= epochs
+            self._receiving.settle(guest, transfer_ids)
+
+
+def _located(pool: MemPool | None, keys: Sequence[BlockKey]) -> Located:
+    if pool is None:
+        return Located(0)
+    stats = pool.stats()
+    return Located(pool.num_cached(keys), stats.free, stats.evictable)

@@ -1,0 +1,243 @@
+"""Reservations that peers write to: every message about one, in any order and number, and its end.
+
+    Reserve | Allocate --> OPEN --- Commit ---> summed, compared, indexed (or waiting to be claimed)
+                            | \\--- Cancel, settled ---> free
+                            '-- Cancel, not settled; deadline --> QUARANTINED -- settled --> free
+
+Knows no sockets, no transports and no clock: the time is an argument. Not thread-safe: its server locks.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+
+from memserve.core.block_addr import BlockAddr
+from memserve.core.block_keys import BlockKey
+from memserve.core.errors import BlockStateError, OutOfBlocks
+from memserve.mempool.lease import Lease
+from memserve.mempool.pool import MemPool
+from memserve.mempool.remote.records import PeersStats, Tally
+from memserve.mempool.remote.sessions import OVER, Guest, Incoming, Over
+from memserve.wire.messages import Done, Message
+from memserve.wire.peer_messages import Allocate, Cancel, Commit, Committed, Declined, Reserve, Reserved
+
+logger = logging.getLogger(__name__)
+
+_UNKNOWN = Declined("no such reservation")
+_RUN_OUT = Declined("the reservation has run out")
+
+
+class Receiving:
+    """The receiver's half of reserve, write, commit."""
+
+    def __init__(self, tally: Tally, reservation_s: float, claim_s: float) -> None:
+        self._tally = tally
+        self._reservation_s = reservation_s
+        self._claim_s = claim_s
+        self._unclaimed: dict[BlockAddr, tuple[MemPool, float]] = {}
+
+    # ---- messages
+
+    def reserve(self, guest: Guest, pool: MemPool, message: Reserve, now: float) -> Message:
+        """Slots for what is missing of a chain, after pinning what it comes after."""
+        seen = _answered(guest, message.transfer_id)
+        if seen is not None:
+            return seen
+        keys = message.keys
+        num_known = pool.num_cached(keys)
+        last = keys[num_known - 1] if num_known else message.parent
+        pin = None
+        if last is not None:
+            pin = pinned(pool, last)
+            if pin is None:
+                return self._declined(guest, message.transfer_id, Declined("its parent is not here", True))
+        missing = keys[num_known:]
+        if not missing:
+            if pin is not None:
+                pool.release(pin)
+            answer = Reserved(num_known, ())
+            guest.transfers.add(message.transfer_id, Over(answer))
+            return answer
+        try:
+            reservation = pool.reserve(len(missing))
+        except OutOfBlocks as error:
+            if pin is not None:
+                pool.release(pin)
+            return self._declined(guest, message.transfer_id, Declined(str(error)))
+        answer = Reserved(num_known, tuple(reservation.addrs))
+        deadline = now + self._reservation_s
+        guest.incoming[message.transfer_id] = Incoming(
+            pool, reservation, missing, last, pin, answer, deadline
+        )
+        return answer
+
+    def allocate(self, guest: Guest, pool: MemPool, message: Allocate, now: float) -> Message:
+        """Slots for blocks whose keys, if they get any, come with the commit."""
+        seen = _answered(guest, message.transfer_id)
+        if seen is not None:
+            return seen
+        try:
+            reservation = pool.reserve(message.num_blocks)
+        except OutOfBlocks as error:
+            return self._declined(guest, message.transfer_id, Declined(str(error)))
+        answer = Reserved(0, tuple(reservation.addrs))
+        deadline = now + self._reservation_s
+        guest.incoming[message.transfer_id] = Incoming(pool, reservation, (), None, None, answer, deadline)
+        return answer
+
+    def commit(self, guest: Guest, message: Commit, now: float) -> Message:
+        """Take what was written, if it sums to what the sender says. Reads the bytes.
+
+        Raises BlockStateError, changing nothing, if the message does not fit the reservation.
+        """
+        incoming = guest.incoming.get(message.transfer_id)
+        if incoming is None:
+            over = guest.transfers.get(message.transfer_id)
+            return _UNKNOWN if over is None else over.commit
+        if incoming.is_quarantined:
+            return _RUN_OUT
+        num_blocks = len(incoming.reservation.addrs)
+        keys, parent = incoming.keys, incoming.parent
+        if not keys:
+            keys, parent = message.keys, message.parent
+        if len(message.checksums) != num_blocks or len(keys) not in (0, num_blocks):
+            raise BlockStateError(
+                f"{len(message.checksums)} checksums, {len(keys)} keys, {num_blocks} blocks"
+            )
+        addrs = incoming.pool.commit(incoming.reservation)
+        sums = incoming.pool.seal(addrs)
+        good = num_equal(sums, message.checksums)
+        if good < num_blocks:
+            self._tally.add(PeersStats(corrupt_in_flight=1))
+            logger.error("block corrupt on arrival from=%016x block=%d of=%d", guest.epoch, good, num_blocks)
+        if keys:
+            num_new = indexed(incoming.pool, keys, addrs, good, parent)
+            self._tally.add(PeersStats(blocks_received=num_new))
+            answer: Message = Committed(num_new)
+        elif good == num_blocks:
+            self._unclaimed |= dict.fromkeys(addrs, (incoming.pool, now + self._claim_s))
+            answer = Committed(0)
+        else:
+            incoming.pool.free_mem(addrs)
+            answer = Declined(f"block {good} does not sum to what was said")
+        self._end(guest, message.transfer_id, Over(OVER, answer))
+        return answer
+
+    def cancel(self, guest: Guest, message: Cancel) -> Message:
+        """End a reservation, or keep it from everybody if its writer may still write."""
+        incoming = guest.incoming.get(message.transfer_id)
+        if incoming is None:
+            guest.transfers.add(message.transfer_id, Over(OVER))
+        elif not message.settled:
+            self._quarantine(incoming)
+        elif incoming.is_quarantined:
+            self.settle(guest, [message.transfer_id])
+        else:
+            incoming.pool.cancel(incoming.reservation)
+            self._end(guest, message.transfer_id, Over(OVER))
+        return Done()
+
+    # ---- time
+
+    def expire(self, guest: Guest, now: float) -> None:
+        """Quarantine what should have ended by now."""
+        for transfer_id, incoming in guest.incoming.items():
+            if incoming.deadline <= now and not incoming.is_quarantined:
+                self._quarantine(incoming)
+                self._tally.add(PeersStats(expired_reservations=1))
+                logger.warning(
+                    "reservation ran out peer=%016x transfer=%d blocks=%d",
+                    guest.epoch,
+                    transfer_id,
+                    len(incoming.reservation.addrs),
+                )
+
+    def abandon(self, guest: Guest, now: float) -> None:
+        """Its process is gone: nothing of it is waited for."""
+        for incoming in guest.incoming.values():
+            incoming.deadline = now
+            self._quarantine(incoming)
+
+    def settle(self, guest: Guest, transfer_ids: Sequence[int]) -> None:
+        """No byte can land there any more: those in quarantine that have not ended yet are free."""
+        for transfer_id in transfer_ids:
+            incoming = guest.incoming.get(transfer_id)
+            if incoming is not None and incoming.is_quarantined:
+                incoming.pool.settle(incoming.reservation)
+                self._end(guest, transfer_id, Over(OVER))
+
+    # ---- blocks without keys
+
+    def claim(self, pool: MemPool, addrs: Sequence[BlockAddr]) -> None:
+        """See `Peers.claim`."""
+        if any(self._unclaimed.get(addr, (None,))[0] is not pool for addr in addrs):
+            raise BlockStateError("a block that no peer has sent here, or that was claimed or has run out")
+        for addr in addrs:
+            del self._unclaimed[addr]
+
+    def free_unclaimed(self, now: float) -> None:
+        """Free what nobody has claimed in time."""
+        late = [addr for addr, (_, deadline) in self._unclaimed.items() if deadline <= now]
+        for addr in late:
+            self._unclaimed.pop(addr)[0].free_mem([addr])
+
+    def next_claim_deadline(self) -> float:
+        """When `free_unclaimed` has something to do."""
+        return min((deadline for _, deadline in self._unclaimed.values()), default=float("inf"))
+
+    def _declined(self, guest: Guest, transfer_id: int, answer: Declined) -> Declined:
+        guest.transfers.add(transfer_id, Over(answer))
+        self._tally.add(PeersStats(declined=1))
+        return answer
+
+    def _quarantine(self, incoming: Incoming) -> None:
+        if not incoming.is_quarantined:
+            incoming.pool.quarantine(incoming.reservation)
+            incoming.is_quarantined = True
+            incoming.unpin()
+
+    def _end(self, guest: Guest, transfer_id: int, over: Over) -> None:
+        guest.incoming.pop(transfer_id).unpin()
+        guest.transfers.add(transfer_id, over)
+
+
+def pinned(pool: MemPool, key: BlockKey) -> Lease | None:
+    """A lease on the chain that ends with `key`, or None if it is not cached."""
+    match = pool.match([key])
+    if not len(match):
+        return None
+    lease = pool.acquire(match)
+    if not len(lease):
+        pool.release(lease)
+        return None
+    return lease
+
+
+def num_equal(ours: Sequence[int], theirs: Sequence[int]) -> int:
+    """How many checksums, from the front, agree."""
+    for i, (one, other) in enumerate(zip(ours, theirs, strict=True)):
+        if one != other:
+            return i
+    return len(ours)
+
+
+def indexed(
+    pool: MemPool, keys: Sequence[BlockKey], addrs: Sequence[BlockAddr], good: int, parent: BlockKey | None
+) -> int:
+    """Index the first `good` of these sealed blocks and free the others; returns how many are new.
+
+    What is a duplicate, or comes after nothing that is cached, is freed, too.
+    """
+    inserted = pool.insert(keys[:good], addrs[:good], parent)
+    pool.free_mem([*inserted.duplicates, *inserted.orphans, *addrs[good:]])
+    return len(inserted.new)
+
+
+def _answered(guest: Guest, transfer_id: int) -> Message | None:
+    """What was said when the transfer began, if it has."""
+    incoming = guest.incoming.get(transfer_id)
+    if incoming is not None:
+        return _RUN_OUT if incoming.is_quarantined else incoming.answer
+    over = guest.transfers.get(transfer_id)
+    return None if over is None else over.begin

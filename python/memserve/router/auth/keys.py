@@ -1,0 +1,168 @@
+"""API keys: whose they are, what they allow, read from a file that may change while the router runs.
+
+    # KEY TENANT [rps=NUMBER] [tps=NUMBER] [weight=NUMBER]
+    8f2c…  alice  rps=20 tps=50000 weight=2
+
+Limits are a tenant's, whichever of its keys they stand behind. Keys are kept as hashes under a secret of
+this process: nobody can choose what a look-up compares, so the time it takes tells nothing, and no dump of
+an object shows a key. Knows no requests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import secrets
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from memserve.core.errors import ConfigError
+from memserve.core.secret_file import read_secret_file
+from memserve.router.admission.rates import Rates
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+FORMAT = "KEY TENANT [rps=NUMBER] [tps=NUMBER] [weight=NUMBER]"
+
+SOMEBODY = "-"
+"""An admin without a name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tenant:
+    """Whose requests are counted together; they also share cached blocks, and with nobody else."""
+
+    name: str
+    rates: Rates = field(default_factory=Rates)
+
+
+ANYBODY = Tenant("")
+"""Where nobody is told from another."""
+
+
+class Keys(Generic[T]):
+    """What each of some keys stands for."""
+
+    def __init__(self, owners: Mapping[str, T]) -> None:
+        self._secret = secrets.token_bytes(32)
+        self._owners = {self._digest(key): owner for key, owner in owners.items()}
+
+    def owner(self, key: str) -> T | None:
+        """Whose key it is; None if nobody's."""
+        return self._owners.get(self._digest(key))
+
+    def __len__(self) -> int:
+        return len(self._owners)
+
+    def _digest(self, key: str) -> bytes:
+        return hashlib.blake2b(
+            key.encode(errors="surrogateescape"), key=self._secret, digest_size=32
+        ).digest()
+
+
+class KeyFile(Generic[T]):
+    """The keys in a file, as it is now. Event loop thread only."""
+
+    def __init__(self, path: Path, what: str, parse: Callable[[Path, list[str]], dict[str, T]]) -> None:
+        """`what` it has, for people; `parse` makes owners by key of its path and lines.
+
+        Raises ConfigError if it cannot be read, others may read it, or `parse` raises it.
+        """
+        self._path, self._what, self._parse = path, what, parse
+        self._seen = self._stamp()
+        self.keys = self._read()
+
+    def follow(self, *, is_asked: bool = False) -> None:
+        """Read the file again if it has changed, or if somebody asks for it.
+
+        A file that is wrong now changes nothing, and is said to be so once.
+        """
+        stamp = self._stamp()
+        if stamp == self._seen and not is_asked:
+            return
+        self._seen = stamp
+        try:
+            self.keys = self._read()
+        except ConfigError as error:
+            logger.error("the %ss stay as they were: %s", self._what, error)
+        else:
+            logger.info("%ss read again path=%s keys=%d", self._what, self._path, len(self.keys))
+
+    def _read(self) -> Keys[T]:
+        try:
+            lines = read_secret_file(self._path, self._what).decode().splitlines()
+        except UnicodeDecodeError:
+            raise ConfigError(f"the {self._what} file {self._path} is no text") from None
+        owners = self._parse(self._path, lines)
+        if not owners:
+            raise ConfigError(f"{self._path} has no {self._what}")
+        return Keys(owners)
+
+    def _stamp(self) -> tuple[int, ...] | None:
+        try:
+            now = self._path.stat()
+        except OSError:
+            return None
+        return now.st_mtime_ns, now.st_size, now.st_ino, now.st_mode
+
+
+def tenant_keys(path: Path) -> KeyFile[Tenant]:
+    """A file of lines as `FORMAT` says. Raises ConfigError."""
+    return KeyFile(path, "API key", parse_tenants)
+
+
+def admin_keys(path: Path) -> KeyFile[str]:
+    """Whose keys they are, by a file of lines KEY [WHOSE]. Raises ConfigError."""
+    return KeyFile(path, "admin API key", parse_admins)
+
+
+def parse_tenants(path: Path, lines: list[str]) -> dict[str, Tenant]:
+    """Tenants by key. Raises ConfigError with the line that says something else, never with what it says."""
+    names: dict[str, str] = {}
+    rates: dict[str, dict[str, float]] = {}
+    for number, words in _said(lines):
+        where = f"{path}, line {number}"
+        if len(words) < 2 or words[0] in names:
+            raise ConfigError(f"{where}: write {FORMAT}, each key once")
+        names[words[0]] = words[1]
+        own = rates.setdefault(words[1], {})
+        for word in words[2:]:
+            name, value = _rate(where, word)
+            if own.setdefault(name, value) != value:
+                raise ConfigError(f"{where}: {name} of {words[1]} was another number before")
+    tenants = {name: Tenant(name, Rates(**own)) for name, own in rates.items()}
+    return {key: tenants[name] for key, name in names.items()}
+
+
+def parse_admins(path: Path, lines: list[str]) -> dict[str, str]:
+    """Names by key. Raises ConfigError."""
+    keys: dict[str, str] = {}
+    for number, words in _said(lines):
+        if len(words) > 2:
+            raise ConfigError(f"{path}, line {number}: write KEY, and maybe whose it is")
+        keys[words[0]] = words[1] if len(words) == 2 else SOMEBODY
+    return keys
+
+
+def _said(lines: list[str]) -> list[tuple[int, list[str]]]:
+    """Line numbers and words of those that say something; those that begin with # do not."""
+    said = ((number, line.split()) for number, line in enumerate(lines, start=1))
+    return [(number, words) for number, words in said if words and not words[0].startswith("#")]
+
+
+def _rate(where: str, word: str) -> tuple[str, float]:
+    name, _, text = word.partition("=")
+    if name not in ("rps", "tps", "weight"):
+        raise ConfigError(f"{where}: write {FORMAT}")
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 < value < math.inf:
+        raise ConfigError(f"{where}: {name} has to be a number that is more than 0")
+    return name, value

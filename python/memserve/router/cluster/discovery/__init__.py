@@ -1,0 +1,1 @@
+"""Servers that do not register: named, or found among pods."""

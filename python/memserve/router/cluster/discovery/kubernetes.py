@@ -1,0 +1,230 @@
+"""Finds servers among Kubernetes' pods: lists them, watches what changes, names and removes workers.
+
+    list ──> watch ──the stream ends──> watch on      410 Gone ──> list again
+      ^        └──broken, refused, malformed──> later, and later each time
+      └────────────────────────────────────────────────┘
+    ready ──> named, as by POST /workers      not ready, deleted ──> drained, then forgotten
+
+While the API cannot be reached, those that were found stay. Knows the pods' form by `pods`; what is named
+by others is theirs to remove.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import random
+import ssl
+from collections.abc import AsyncIterator, Iterable, Mapping
+from pathlib import Path
+
+import aiohttp
+import msgspec
+
+from memserve.core.errors import ConfigError
+from memserve.core.hosts import bracketed
+from memserve.router.cluster.discovery.config import DiscoveryConfig
+from memserve.router.cluster.discovery.pods import ListExpired, Pod, read_change, read_list, server_in
+from memserve.router.cluster.drain import Drains
+from memserve.router.cluster.registry import Cluster
+from memserve.wire.messages import InstanceInfo, Role
+
+logger = logging.getLogger(__name__)
+
+ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
+"""What Kubernetes gives each pod to talk to its API."""
+LIST_TIMEOUT_S = 30.0
+WATCH_S = 240
+"""After which the API ends a watch, and it is begun anew."""
+SILENCE_S = WATCH_S + 30.0
+"""A watch that says nothing for so long is broken."""
+MAX_LINE_BYTES = 16 << 20
+FIRST_RETRY_S, LAST_RETRY_S = 0.5, 30.0
+REMOVE_S = 30.0
+"""How long a server that goes may finish what it has: Kubernetes gives it as long by default."""
+
+_FAULTS = (aiohttp.ClientError, OSError, TimeoutError, ValueError, msgspec.MsgspecError)
+
+
+class PodApi:
+    """Kubernetes' API, as far as pods are concerned. Raises ConfigError if it is not told where that is."""
+
+    def __init__(self, config: DiscoveryConfig, account: Path = ACCOUNT) -> None:
+        self._base = config.api_server.rstrip("/") if config.api_server else _own_api()
+        self._token_file = config.token_file or _if_there(account / "token", config)
+        ca_file = config.ca_file or _if_there(account / "ca.crt", config)
+        namespace = config.namespace or _read(_if_there(account / "namespace", config))
+        self._path = f"/api/v1/namespaces/{namespace}/pods" if namespace else "/api/v1/pods"
+        try:
+            self._tls = ssl.create_default_context(cafile=ca_file) if ca_file else None
+        except OSError as error:
+            raise ConfigError(f"--kube-ca-file {ca_file}: {error}") from error
+
+    async def list(self, session: aiohttp.ClientSession, labels: str) -> tuple[str, list[Pod]]:
+        """All pods with these labels, and the version to watch on from."""
+        timeout = aiohttp.ClientTimeout(total=LIST_TIMEOUT_S)
+        async with self._get(session, {"labelSelector": labels}, timeout) as response:
+            return read_list(await response.read())
+
+    async def watch(self, session: aiohttp.ClientSession, labels: str, version: str) -> AsyncIterator[bytes]:
+        """One line for each change since `version`. Raises ListExpired."""
+        params = {
+            "labelSelector": labels,
+            "watch": "1",
+            "resourceVersion": version,
+            "allowWatchBookmarks": "true",
+            "timeoutSeconds": str(WATCH_S),
+        }
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=SILENCE_S)
+        async with self._get(session, params, timeout) as response:
+            rest = b""
+            async for chunk in response.content.iter_any():
+                *lines, rest = (rest + chunk).split(b"\n")
+                if len(rest) > MAX_LINE_BYTES:
+                    raise ValueError(f"an event of more than {MAX_LINE_BYTES} bytes")
+                for line in filter(None, lines):
+                    yield line
+
+    def _get(
+        self, session: aiohttp.ClientSession, params: Mapping[str, str], timeout: aiohttp.ClientTimeout
+    ) -> _Answer:
+        # Read each time: Kubernetes changes it now and then.
+        token = _read(self._token_file)
+        headers = {"Authorization": f"Bearer {token}"} if token else {}
+        url = self._base + self._path
+        return _Answer(
+            session.get(url, params=params, headers=headers, timeout=timeout, ssl=self._tls or True)
+        )
+
+
+class _Answer:
+    """An answer of 200; any other is an error."""
+
+    def __init__(self, request: aiohttp.client._RequestContextManager) -> None:
+        self._request = request
+
+    async def __aenter__(self) -> aiohttp.ClientResponse:
+        response = await self._request.__aenter__()
+        if response.status == 410:
+            response.close()
+            raise ListExpired("410 Gone")
+        if response.status != 200:
+            response.close()
+            raise ConnectionError(f"{response.status} {response.reason}")
+        return response
+
+    async def __aexit__(self, *error: object) -> None:
+        await self._request.__aexit__(*error)  # type: ignore[arg-type]
+
+
+class Discovery:
+    """Keeps the cluster's named servers to those that Kubernetes runs. Event loop thread only."""
+
+    def __init__(self, config: DiscoveryConfig, cluster: Cluster, drains: Drains, api: PodApi) -> None:
+        self._config = config
+        self._cluster = cluster
+        self._drains = drains
+        self._api = api
+        self._found: dict[Role, dict[str, InstanceInfo]] = {role: {} for role in config.selectors}
+        """By pod."""
+        self._named: dict[str, InstanceInfo] = {}
+        """By URL: what was named here, and is to be removed here."""
+        self._removing: dict[str, asyncio.Task[None]] = {}
+
+    async def run(self) -> None:
+        """Watch until cancelled. With a session of its own: workers' keys are not for this API."""
+        try:
+            async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
+                for role, labels in self._config.selectors.items():
+                    group.create_task(self._follow(session, role, ",".join(labels)))
+        finally:
+            for task in self._removing.values():
+                task.cancel()
+
+    async def _follow(self, session: aiohttp.ClientSession, role: Role, labels: str) -> None:
+        num_failures = 0
+        while True:
+            try:
+                version, pods = await self._api.list(session, labels)
+                logger.debug("pods listed role=%s num=%d", role, len(pods))
+                self._replace(role, pods)
+                while True:
+                    async for line in self._api.watch(session, labels, version):
+                        change = read_change(line)
+                        if change is not None:
+                            num_failures = 0
+                            version = change.version or version
+                            self._change(role, change.pod, change.is_deleted)
+            except ListExpired:
+                logger.info("pods are listed anew role=%s", role)
+            except _FAULTS as error:
+                reason = str(error) or type(error).__name__
+                logger.warning("kubernetes does not answer, will try again role=%s: %s", role, reason)
+            num_failures += 1
+            await asyncio.sleep(retry_s(num_failures, random.random()))
+
+    def _replace(self, role: Role, pods: Iterable[Pod]) -> None:
+        found = {pod.key: server_in(pod, role, self._config) for pod in pods}
+        self._found[role] = {key: info for key, info in found.items() if info is not None}
+        self._apply()
+
+    def _change(self, role: Role, pod: Pod | None, is_deleted: bool) -> None:
+        if pod is None:
+            return
+        info = None if is_deleted else server_in(pod, role, self._config)
+        if info is not None:
+            self._found[role][pod.key] = info
+        else:
+            self._found[role].pop(pod.key, None)
+        self._apply()
+
+    def _apply(self) -> None:
+        """Name those that are found and not named; drain and forget those that are found no more."""
+        wanted = {info.url: info for found in self._found.values() for info in found.values()}
+        for url, info in list(self._named.items()):
+            if wanted.get(url) == info:
+                self._put_back(url)
+            elif url not in self._removing:
+                logger.info("pod gone url=%s", url)
+                self._removing[url] = asyncio.create_task(self._remove(url))
+        for url, info in wanted.items():
+            if url not in self._named and url not in self._cluster.named():
+                self._named[url] = self._cluster.name(info)
+
+    def _put_back(self, url: str) -> None:
+        removing, member = self._removing.pop(url, None), self._cluster.find(url)
+        if removing is not None:
+            removing.cancel()
+            if member is not None:
+                self._drains.end(member)
+
+    async def _remove(self, url: str) -> None:
+        member = self._cluster.find(url)
+        if member is not None and member.static:
+            self._drains.begin(member)
+            await self._drains.wait(member, REMOVE_S)
+        self._cluster.unname(url)
+        del self._named[url], self._removing[url]
+        self._apply()  # Its place may have been taken, in another role.
+
+
+def retry_s(num_failures: int, chance: float) -> float:
+    """How long to wait after so many failures in a row; `chance`, 0 to 1, spreads many routers."""
+    return min(LAST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(num_failures - 1, 20)) * (0.5 + chance / 2)
+
+
+def _own_api() -> str:
+    host, port = os.environ.get("KUBERNETES_SERVICE_HOST"), os.environ.get("KUBERNETES_SERVICE_PORT", "443")
+    if not host:
+        raise ConfigError("--service-discovery outside of Kubernetes needs --kube-api-server URL")
+    return f"https://{bracketed(host)}:{port}"
+
+
+def _if_there(path: Path, config: DiscoveryConfig) -> Path | None:
+    """The pod's own account is for the pod's own cluster."""
+    return path if config.api_server is None and path.is_file() else None
+
+
+def _read(path: Path | None) -> str:
+    return path.read_text().strip() if path is not None else ""

@@ -1,0 +1,214 @@
+"""An instance's way out: nothing new, what it has ends, and what it holds goes to others first.
+
+    drain ──> no new requests ──> evacuate ──> its last request ends ──> evacuate what that has left ──> done
+
+An evacuation that fails, or has no time, costs recomputation and nothing else. Of an instance with several
+ranks each pool sends to its likes. HTTP and who may ask for it are others' business.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from memserve.core.cluster_key import ClusterKey
+from memserve.core.errors import MemServeError
+from memserve.core.ids import Epoch, InstanceId
+from memserve.router.cluster.member import Member
+from memserve.router.cluster.pools import Pools
+from memserve.router.cluster.registry import Cluster
+from memserve.scheduling.prompt_tree.records import server_of
+from memserve.wire.async_link import AsyncControlClient
+from memserve.wire.messages import PoolInfo, Role
+from memserve.wire.peer_messages import Evacuate, Evacuated, Shelter
+
+logger = logging.getLogger(__name__)
+
+LOOK_S = 0.02
+"""How often it is seen whether a drain is done."""
+ANSWER_S = 5.0
+"""How much later than an evacuation has to end its answer may come: a peer may be slow just then."""
+USES_DRAM = frozenset((Role.PREFILL, Role.COLOCATED, Role.MEMORY))
+"""Who can make use of what is in its DRAM. SGLang's decode never loads from there."""
+
+
+@dataclass(frozen=True, slots=True)
+class Evacuation:
+    """What has become of what an instance held, its ranks together."""
+
+    num_blocks: int = 0
+    num_bytes: int = 0
+    num_known: int = 0
+    """Blocks that others had already."""
+    num_left: int = 0
+    seconds: float = 0.0
+    reason: str = ""
+    """Why blocks are left."""
+
+    def then(self, later: Evacuation) -> Evacuation:
+        """This one and the one after it: only what that one says of the whole still holds."""
+        return Evacuation(
+            self.num_blocks + later.num_blocks,
+            self.num_bytes + later.num_bytes,
+            max(0, later.num_known - self.num_blocks),
+            later.num_left,
+            self.seconds + later.seconds,
+            later.reason,
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """How far a drain has come."""
+
+    num_running: int
+    evacuation: Evacuation | None
+    """None: not over yet, or there is nothing to evacuate."""
+    is_done: bool
+
+
+class Drains:
+    """The drains under way. Event loop thread only."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        pools: Pools,
+        num_running: Callable[[InstanceId], int],
+        *,
+        key: ClusterKey | None,
+        evacuate_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        """`evacuate_s`: how long an evacuation may take; 0: there are none."""
+        self._cluster = cluster
+        self._pools = pools
+        self._num_running = num_running
+        self._client = AsyncControlClient(key=key)
+        self._evacuate_s = evacuate_s
+        self._clock = clock
+        self._leaving: dict[tuple[InstanceId, Epoch], asyncio.Task[Evacuation | None]] = {}
+
+    def begin(self, member: Member) -> None:
+        """No new requests for `member`, one of the cluster's; what it holds goes to others. Idempotent."""
+        self._cluster.drain(member)
+        who = _process(member)
+        if who not in self._leaving:
+            self._leaving[who] = asyncio.create_task(self._leave(member))
+
+    async def wait(self, member: Member, timeout_s: float) -> Drained:
+        """How it stands when the drain is done, ended by somebody, or the time is over."""
+        until_s = self._clock() + timeout_s
+        while not (drained := self.look(member)).is_done and self._goes_on(member):
+            if (left_s := until_s - self._clock()) <= 0:
+                break
+            await asyncio.sleep(min(LOOK_S, left_s))
+        return drained
+
+    def look(self, member: Member) -> Drained:
+        """How it stands now."""
+        running = self._num_running(member.info.instance_id)
+        leaving = self._leaving.get(_process(member))
+        is_evacuated = leaving is not None and leaving.done() and not leaving.cancelled()
+        evacuation = leaving.result() if leaving is not None and is_evacuated else None
+        return Drained(running, evacuation, member.is_draining and is_evacuated and not running)
+
+    async def empty(self, memory: InstanceId) -> Drained:
+        """Send what a memory instance holds to others. It has no requests; others go on storing there."""
+        evacuation = await self._evacuate(memory) if self._evacuate_s else None
+        return Drained(0, evacuation, True)
+
+    def end(self, member: Member) -> None:
+        """Requests for it again. Idempotent."""
+        self._cluster.undrain(member)
+        leaving = self._leaving.pop(_process(member), None)
+        if leaving is not None:
+            leaving.cancel()
+
+    def keep(self) -> None:
+        """Forget the drains of processes that are not there any more, and connections to them."""
+        there = {_process(member) for member in self._cluster.members()}
+        for gone in self._leaving.keys() - there:
+            self._leaving.pop(gone).cancel()
+        self._client.keep({info.address for info in self._pools.infos()})
+
+    def close(self) -> None:
+        """Wait for nobody any more."""
+        for leaving in self._leaving.values():
+            leaving.cancel()
+        self._client.close()
+
+    def _goes_on(self, member: Member) -> bool:
+        return member.is_draining and self._cluster.find(member.info.instance_id) is member
+
+    async def _leave(self, member: Member) -> Evacuation | None:
+        """None if nobody would have to go anywhere."""
+        name = member.info.instance_id
+        if not self._evacuate_s or not self._pools.of(name):
+            return None
+        was_busy = self._num_running(name) > 0
+        evacuation = await self._evacuate(name)
+        if was_busy:
+            while self._num_running(name) and self._goes_on(member):  # noqa: ASYNC110 no event tells
+                await asyncio.sleep(LOOK_S)
+            evacuation = evacuation.then(await self._evacuate(name))
+        logger.info(
+            "instance evacuated instance=%s blocks=%d known=%d left=%d seconds=%.2f reason=%s",
+            *(name, evacuation.num_blocks, evacuation.num_known, evacuation.num_left),
+            *(evacuation.seconds, evacuation.reason or "none"),
+        )
+        return evacuation
+
+    async def _evacuate(self, name: InstanceId) -> Evacuation:
+        begun_s = self._clock()
+        ready = {instance.instance_id for instance in self._cluster.snapshot.all()}
+        infos = self._pools.infos()
+        layouts = {info.layout for info in infos if info.layout}
+        asked = [
+            self._ask(own, layout, shelters_for(own, layout, infos, ready))
+            for own in self._pools.of(name)
+            for layout in ({own.layout} if own.layout else layouts)
+        ]
+        answers = await asyncio.gather(*asked)
+        return Evacuation(
+            sum(answer.num_sent for answer in answers),
+            sum(answer.num_bytes for answer in answers),
+            sum(answer.num_known for answer in answers),
+            sum(answer.num_left for answer in answers),
+            self._clock() - begun_s,
+            next((answer.reason for answer in answers if answer.reason), ""),
+        )
+
+    async def _ask(self, own: PoolInfo, layout: str, shelters: tuple[Shelter, ...]) -> Evacuated:
+        message = Evacuate(bytes.fromhex(layout), shelters, self._evacuate_s)
+        timeout_s = self._evacuate_s + ANSWER_S
+        try:
+            answer = await self._client.request(own.address, message, timeout_s=timeout_s)
+        except MemServeError as error:
+            return Evacuated(0, 0, 0, 0, str(error))
+        return answer if isinstance(answer, Evacuated) else Evacuated(0, 0, 0, 0, f"{own.address} does not")
+
+
+def shelters_for(
+    own: PoolInfo, layout: str, pools: Sequence[PoolInfo], ready: set[InstanceId]
+) -> tuple[Shelter, ...]:
+    """Those of `pools` that may take in blocks of `layout` that `own` holds, and make use of them. Pure.
+
+    `ready`: the servers that are.
+    """
+    server = server_of(own.instance_id)
+    return tuple(
+        Shelter(info.instance_id, info.address, info.epoch)
+        for info in pools
+        if server_of(info.instance_id) != server
+        and info.layout in (layout, "")
+        and info.role in USES_DRAM
+        and (info.role is Role.MEMORY or server_of(info.instance_id) in ready)
+    )
+
+
+def _process(member: Member) -> tuple[InstanceId, Epoch]:
+    return member.info.instance_id, member.info.epoch

@@ -1,0 +1,229 @@
+"""Looks at instances over HTTP: are they well, and what do they serve? Decides nothing."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import aiohttp
+
+from memserve.core.errors import InstanceLost
+from memserve.core.ids import Epoch, InstanceId
+from memserve.router.cluster.instance import Facts, Snapshot
+from memserve.router.cluster.member import Doubt, Member, State
+from memserve.router.cluster.pools import Pools
+from memserve.router.cluster.registry import Cluster
+from memserve.router.kv_events.sources import read_following
+from memserve.router.proxy.capacity import read_room
+from memserve.router.proxy.upstream import describe
+from memserve.router.request import JsonObject
+from memserve.router.tokenization.tokenizers import Tokenizers, Unfit
+from memserve.wire.messages import InstanceInfo, Role
+
+logger = logging.getLogger(__name__)
+
+RETRY_S = 0.3
+"""How soon an instance that is not ready is looked at again."""
+SUSPECT_S = 1.0
+"""How soon one is that no longer says that it lives."""
+SLOW_S = 5.0
+"""A named server whose health check takes longer is suspect: it hangs, or works on something long."""
+AWAY_S = 1.0
+"""A look that comes so late was not the instances' fault: this process has been stopped, or busy."""
+HEALTH_TIMEOUT_S = 30.0
+"""SGLang's /health generates a token, and waits behind a long prefill."""
+FACTS_TIMEOUT_S = 10.0
+
+_PROBE_ERRORS = (aiohttp.ClientError, OSError, ValueError, InstanceLost)
+
+_MODES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "null": Role.COLOCATED}
+
+
+class Prober:
+    """Brings members of a cluster to ready, checks those that send no heartbeats, forgets the silent."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        pools: Pools,
+        tokenizers: Tokenizers,
+        session: aiohttp.ClientSession,
+        *,
+        interval_s: float,
+        clock: Callable[[], float],
+    ) -> None:
+        """`interval_s` is how often a ready instance without heartbeats is checked."""
+        self._cluster = cluster
+        self._pools = pools
+        self._tokenizers = tokenizers
+        self._session = session
+        self._interval_s = interval_s
+        self._clock = clock
+        self._probed_s: dict[InstanceId, float] = {}
+        self._unfit: set[InstanceId] = set()
+        """Those that serve, but not what the others do: looked at again, only not so soon."""
+        self._running: dict[tuple[InstanceId, Epoch], asyncio.Task[None]] = {}
+        self._begun_s: dict[tuple[InstanceId, Epoch], float] = {}
+
+    async def run(self) -> None:
+        """Probe until cancelled; a slow instance delays no other."""
+        looked_s = self._clock()
+        try:
+            while True:
+                self._cluster.stirred.clear()
+                away_s = self._clock() - looked_s - RETRY_S
+                looked_s = self._clock()
+                if away_s > AWAY_S:
+                    logger.warning("this router was away for seconds=%.1f", away_s)
+                    self._cluster.excuse(away_s)
+                    self._pools.excuse(away_s)
+                self._cluster.watch()
+                self._pools.forget_silent()
+                self._start_due()
+                try:
+                    await asyncio.wait_for(self._cluster.stirred.wait(), RETRY_S)
+                except TimeoutError:
+                    continue
+        finally:
+            for task in self._running.values():
+                task.cancel()
+
+    def _start_due(self) -> None:
+        members = {member.info.instance_id: member for member in self._cluster.members()}
+        for process in self._begun_s.keys() - self._running.keys():
+            del self._begun_s[process]
+        for gone in self._probed_s.keys() - members.keys():
+            del self._probed_s[gone]
+            self._unfit.discard(gone)
+            self._tokenizers.forget(gone)
+        for member in members.values():
+            # A process that takes the place of one whose probe hangs does not wait for that.
+            process = (member.info.instance_id, member.info.epoch)
+            if member.static and process in self._running and self._clock() > self._begun_s[process] + SLOW_S:
+                self._cluster.doubt(member, f"its health check takes longer than {SLOW_S:g} s")
+            if process not in self._running and self._is_due(member):
+                task = asyncio.create_task(self._probe(member))
+                self._running[process], self._begun_s[process] = task, self._clock()
+                task.add_done_callback(lambda _, done=process: self._running.pop(done))  # type: ignore[misc]
+
+    def _is_due(self, member: Member) -> bool:
+        since_s = self._clock() - self._probed_s.get(member.info.instance_id, float("-inf"))
+        if member.is_up and not member.static:
+            return member.doubt is Doubt.SILENT and since_s >= SUSPECT_S
+        is_settled = member.is_up or member.info.instance_id in self._unfit
+        return since_s >= (self._interval_s if is_settled else RETRY_S)
+
+    async def _probe(self, member: Member) -> None:
+        info = member.info
+        try:
+            # An instance registers when it serves; the others have to show it.
+            if member.static or member.state is State.DOWN:
+                await self._get(info.url, "/health", HEALTH_TIMEOUT_S)
+            facts = await self._facts(info, is_new=not member.is_up)
+            self._unfit.discard(info.instance_id)
+        except Unfit as error:
+            self._unfit.add(info.instance_id)
+            self._cluster.lost_contact(info.instance_id, info.epoch, error.reason)
+        except _PROBE_ERRORS as error:
+            refused = isinstance(getattr(error, "os_error", None), ConnectionRefusedError)
+            reason = f"{info.url}: {describe(error)}"
+            self._cluster.lost_contact(info.instance_id, info.epoch, reason, has_ended=refused)
+        else:
+            self._cluster.joined(info.instance_id, info.epoch, facts)
+        finally:
+            self._probed_s[info.instance_id] = self._clock()
+
+    async def _facts(self, info: InstanceInfo, *, is_new: bool) -> Facts:
+        """What the instance says of itself. Raises Unfit if that does not go with the others."""
+        url = info.url
+        model_info, server_info, models, takes_empty_text = await asyncio.gather(
+            self._get(url, "/model_info", FACTS_TIMEOUT_S),
+            self._get(url, "/server_info", FACTS_TIMEOUT_S),
+            self._get(url, "/v1/models", FACTS_TIMEOUT_S),
+            self._takes_empty_text(url),
+        )
+        facts = read_facts(url, info.role, model_info, server_info, models)
+        if reason := why_unfit(info.instance_id, facts, self._cluster.up):
+            raise Unfit(url, reason)
+        said = json.loads(server_info)
+        if is_new:
+            await self._tokenizers.admit(
+                info.instance_id, facts.model, facts.model_path, said, lambda body: self._tokenize(url, body)
+            )
+        return replace(facts, takes_empty_text=takes_empty_text)
+
+    async def _tokenize(self, url: str, body: JsonObject) -> object:
+        """The answer of a server's own tokenizer; None if it refuses."""
+        timeout = aiohttp.ClientTimeout(total=FACTS_TIMEOUT_S)
+        async with self._session.post(url + "/v1/tokenize", json=body, timeout=timeout) as response:
+            return await response.json() if response.status == 200 else None
+
+    async def _takes_empty_text(self, url: str) -> bool:
+        """Whether the tokenizer puts a token, such as BOS, before every text; False if it cannot be asked."""
+        timeout = aiohttp.ClientTimeout(total=FACTS_TIMEOUT_S)
+        async with self._session.post(url + "/v1/tokenize", json={"prompt": ""}, timeout=timeout) as response:
+            return response.status == 200 and bool((await response.json())["count"])
+
+    async def _get(self, url: str, path: str, timeout_s: float) -> bytes:
+        timeout = aiohttp.ClientTimeout(total=timeout_s, sock_connect=2.0)
+        async with self._session.get(url + path, timeout=timeout) as response:
+            body = await response.read()
+            if response.status != 200:
+                raise InstanceLost(url, f"{path} answers {response.status}")
+            return body
+
+
+def read_facts(url: str, role: Role, model_info: bytes, server_info: bytes, models: bytes) -> Facts:
+    """What SGLang's three info pages say. Raises InstanceLost for a server with another role,
+    ValueError for pages that are no SGLang's."""
+    model, server, cards = json.loads(model_info), json.loads(server_info), json.loads(models)
+    if not (isinstance(model, dict) and isinstance(server, dict) and isinstance(cards, dict)):
+        raise ValueError(f"{url} does not describe itself as SGLang does")
+    mode = server.get("disaggregation_mode")
+    if mode in _MODES and _MODES[mode] is not role:
+        raise InstanceLost(url, f"named as {role}, but it runs as {_MODES[mode]}")
+    path = str(model.get("model_path", ""))
+    following = read_following(server)
+    card: dict[str, object] = next(iter(cards.get("data") or []), {})
+    return Facts(
+        model=str(model.get("served_model_name") or card.get("id") or path),
+        model_path=path,
+        context_tokens=None if server.get("allow_auto_truncate") else _number(card.get("max_model_len")),
+        vocab_size=read_vocab_size(path),
+        page_size=following.page_tokens,
+        model_info=model_info,
+        following=following,
+        room_tokens=read_room(server, following.page_tokens),
+        is_deterministic=server.get("enable_deterministic_inference") is True,
+        is_on_cpu=server.get("device") == "cpu",
+    )
+
+
+def why_unfit(instance: InstanceId, facts: Facts, ready: Snapshot) -> str | None:
+    """Why an instance cannot serve its model beside those that do; None if it can."""
+    for other in ready.serving(facts.model).all():
+        known = None not in (facts.page_size, other.facts.page_size)
+        if known and other.instance_id != instance and facts.page_size != other.facts.page_size:
+            return (
+                f"its page size is {facts.page_size}, that of {other.instance_id}, which serves "
+                f"{facts.model} too, is {other.facts.page_size}: blocks of one are none of the other"
+            )
+    return None
+
+
+def read_vocab_size(model_path: str) -> int | None:
+    """The size of the embedding of a model directory on this machine; None if it cannot be known."""
+    try:
+        config = json.loads((Path(model_path) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    text = config.get("text_config")
+    return _number(config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None))
+
+
+def _number(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None

@@ -1,0 +1,203 @@
+"""How a request ends badly: the errors of one leg and of the router, and how a client reads them.
+
+A failure is what HTTP shows of an error: status, message, whether to try again. Knows no sockets.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from math import ceil
+
+import msgspec
+
+from memserve.core.errors import BadRequest, MemServeError, Retryable
+from memserve.core.ids import Epoch, InstanceId
+from memserve.router.request import JsonObject, encode_json
+
+CLIENT_LEFT_STATUS = 499
+"""Seen in logs only."""
+
+_TYPES = {
+    401: "authentication_error",
+    403: "permission_error",
+    404: "not_found_error",
+    408: "timeout",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    501: "not_implemented_error",
+    502: "bad_gateway",
+    503: "service_unavailable",
+    504: "timeout",
+}
+
+
+class NoRoute(Retryable):
+    """No instance, or no whole pair, can take the request now."""
+
+
+class WorkerFault(Retryable):
+    """An instance did not do its share of a request: another one may."""
+
+    kind = "fault"
+
+    def __init__(self, instance_id: InstanceId, message: str) -> None:
+        super().__init__(message)
+        self.instance_id = instance_id
+        self.num_attempts = 1
+        """How often the request has been tried, on this instance and others."""
+        self.why_not_resumed: str | None = None
+        """Why nobody goes on with the stream that has begun."""
+
+    def __str__(self) -> str:
+        tried = f" (attempt {self.num_attempts}, the last)" if self.num_attempts > 1 else ""
+        resumed = f"; the answer is not continued: {self.why_not_resumed}" if self.why_not_resumed else ""
+        return super().__str__() + tried + resumed
+
+
+class LegLost(WorkerFault):
+    """The connection to an instance could not be made, or broke before the answer was complete."""
+
+    kind = "lost"
+
+    def __init__(
+        self, instance_id: InstanceId, epoch: Epoch, role: str, reason: str, *, was_sent: bool = True
+    ) -> None:
+        """`was_sent`: the instance had the request, or part of it, and may have ended for it."""
+        super().__init__(instance_id, f"the {role} server {instance_id} was lost: {reason}")
+        self.epoch = epoch
+        self.role = role
+        self.reason = reason
+        self.was_sent = was_sent
+
+
+class LegFailed(WorkerFault):
+    """An instance answered with an error of its own (5xx)."""
+
+    kind = "failed"
+
+    def __init__(self, instance_id: InstanceId, role: str, status: int, message: str) -> None:
+        super().__init__(instance_id, f"the {role} server {instance_id} failed with {status}: {message}")
+        self.status = status
+
+
+class Harmful(MemServeError):
+    """The request was at several instances when each was lost: it is not tried on one more."""
+
+    def __init__(self, role: str, instances: Sequence[InstanceId]) -> None:
+        names = ", ".join(instances)
+        super().__init__(
+            f"{len(instances)} {role} servers were lost while they worked on this request ({names}): "
+            "it may be what ended them, and is not tried on another one; change it before you send it again"
+        )
+
+
+class LegTimeout(Retryable):
+    """A request took longer than it may."""
+
+
+class LegRefused(MemServeError):
+    """An instance refused the request as wrong (4xx). The message is its own."""
+
+    def __init__(self, status: int, error: JsonObject) -> None:
+        super().__init__(str(error.get("message", "")))
+        self.status = status
+        self.error = error
+
+
+class ClientLeft(MemServeError):
+    """Nobody waits for the answer any more."""
+
+
+class Overloaded(Retryable):
+    """A request that was not let in, as there are too many, or its tenant's rate is used up."""
+
+    def __init__(self, message: str, status: int, after_s: float) -> None:
+        super().__init__(message)
+        self.status = status
+        self.after_s = after_s
+        """When it may be worth another try, in seconds."""
+
+
+class ShuttingDown(Retryable):
+    """The router is stopping and gives up what still runs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What the client is told."""
+
+    status: int
+    error: JsonObject
+    retry_after_s: int | None = None
+    """When it may be worth another try, where that is known."""
+
+    def headers(self) -> dict[str, str]:
+        """What the response says beside its body."""
+        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+
+    def body(self) -> bytes:
+        """The JSON of both SGLang's and OpenAI's envelope."""
+        return encode_json({"error": self.error})
+
+    def event(self) -> bytes:
+        """The same, inside a stream."""
+        return b"data: " + self.body() + b"\n\n"
+
+
+def failure_of(error: MemServeError) -> Failure:
+    """What a client is told of `error`."""
+    if isinstance(error, ClientLeft):
+        return failure(CLIENT_LEFT_STATUS, str(error))
+    if isinstance(error, LegRefused):
+        return Failure(error.status, error.error)
+    if isinstance(error, BadRequest):
+        return failure(error.status, error.message, field=error.field)
+    if isinstance(error, LegFailed):
+        return failure(503 if error.status == 503 else 502, str(error), retryable=True)
+    if isinstance(error, Harmful):
+        return failure(502, str(error), code="request_ended_servers")
+    if isinstance(error, LegTimeout):
+        return failure(504, str(error), retryable=True)
+    if isinstance(error, Overloaded):
+        told = failure(error.status, f"{error}; try again later", retryable=True)
+        return replace(told, retry_after_s=max(1, ceil(error.after_s)))
+    told = failure(503, str(error), retryable=isinstance(error, Retryable))
+    return replace(told, retry_after_s=1) if isinstance(error, Retryable) else told
+
+
+def failure(
+    status: int, message: str, *, field: str | None = None, code: str | None = None, retryable: bool = False
+) -> Failure:
+    """A failure in OpenAI's terms; `field` is the request's field at fault."""
+    kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "internal_error")
+    error: JsonObject = {
+        "message": message,
+        "type": kind,
+        "param": field,
+        "code": code or status,
+        "retryable": retryable,
+    }
+    return Failure(status, error)
+
+
+def refusal(status: int, body: bytes) -> LegRefused:
+    """An instance's 4xx, whichever of SGLang's shapes its body has."""
+    return LegRefused(status, _error_object(status, body))
+
+
+def message_of(status: int, body: bytes) -> str:
+    """The message in an instance's error body."""
+    return str(_error_object(status, body)["message"])
+
+
+def _error_object(status: int, body: bytes) -> JsonObject:
+    """SGLang writes {"error": {"message"}}, {"error": "…"}, {"object": "error", "message"} or text."""
+    try:
+        parsed = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        parsed = body.decode(errors="replace").strip()[:1000] or f"status {status}"
+    error = parsed.get("error", parsed) if isinstance(parsed, dict) else parsed
+    own: JsonObject = error if isinstance(error, dict) and "message" in error else {"message": str(error)}
+    fallback = failure(status, "", retryable=status == 429).error
+    return {**fallback, **{key: own[key] for key in ("message", "type", "param", "code") if key in own}}

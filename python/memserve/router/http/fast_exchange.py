@@ -1,0 +1,89 @@
+"""A request on a lean connection, and its answer: one write for a whole one, one for each part of a stream.
+
+Knows no sockets: a `Line` sends.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from http import HTTPStatus
+from typing import Protocol
+
+from memserve.router.errors import ClientLeft
+from memserve.router.http.exchange import EVENT_END, EVENT_STREAM, JSON
+from memserve.router.request import Api
+
+_REASONS = {status.value: status.phrase for status in HTTPStatus}
+
+
+class Line(Protocol):
+    """The connection to a client."""
+
+    is_lost: bool
+    is_full: bool
+    """What was sent has not been read: better to wait until it is `drained`."""
+
+    @property
+    def date(self) -> str:
+        """Now, as HTTP writes it."""
+
+    def send(self, data: bytes) -> None:
+        """Write, unless nobody is there any more."""
+
+    async def drained(self) -> None:
+        """Until the client has read enough. Raises ClientLeft."""
+
+
+class LeanExchange:
+    """See `Exchange`. Made by the connection that it is on."""
+
+    __slots__ = (
+        *("_body", "_line", "api", "begun_s", "has_begun", "headers", "is_complete", "num_events"),
+        "reply",
+    )
+
+    def __init__(self, line: Line, api: Api, headers: Mapping[str, str], body: bytes) -> None:
+        self.api = api
+        self.headers = headers
+        self.reply: dict[str, str] = {}
+        self.has_begun = False
+        self.is_complete = False
+        self.begun_s: float | None = None
+        self.num_events = 0
+        self._line = line
+        self._body = body
+
+    async def body(self) -> bytes:
+        return self._body
+
+    def answer(self, body: bytes, status: int = 200) -> None:
+        self.has_begun = self.is_complete = True
+        head = self._head(status, f"Content-Type: {JSON}\r\nContent-Length: {len(body)}\r\n")
+        self._line.send(head + body)
+
+    async def write(self, chunk: bytes) -> None:
+        line = self._line
+        if line.is_lost:
+            raise ClientLeft("the client left")
+        data = b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunk else b""
+        self.num_events += chunk.count(EVENT_END)
+        if not self.has_begun:
+            self.has_begun = True
+            self.begun_s = time.monotonic()
+            fields = "".join(f"{name}: {value}\r\n" for name, value in EVENT_STREAM.items())
+            data = self._head(200, fields + "Transfer-Encoding: chunked\r\n") + data
+        line.send(data)
+        if line.is_full:
+            await line.drained()
+
+    async def end(self) -> None:
+        if not self.has_begun:
+            await self.write(b"")
+        self.is_complete = True
+        self._line.send(b"0\r\n\r\n")
+
+    def _head(self, status: int, fields: str) -> bytes:
+        reply = "".join([f"{name}: {value}\r\n" for name, value in self.reply.items()])
+        date = self._line.date
+        return f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n{fields}{reply}Date: {date}\r\n\r\n".encode()

@@ -1,0 +1,253 @@
+"""The page at /ui and what it shows, as JSON: the cluster now, hot prefixes, recent requests.
+
+    /ui  /ui/app.js, style.css ...      files of this package: nothing is loaded from anywhere else
+    /ui/state                           everything that the page polls
+    /tree/hottest  /requests            parts of it, for programs
+    /requests/RID                       why a request went where it went
+
+Nothing here changes anything. The page shows what it gets as text, never as HTML: ids and prompts are what
+strangers sent.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+from importlib.resources import files
+
+import msgspec
+from aiohttp import web
+
+from memserve import __version__
+from memserve.core.errors import BadRequest
+from memserve.core.ids import InstanceId
+from memserve.router.admission.controller import Gate
+from memserve.router.cluster.member import Member
+from memserve.router.config import RouterConfig
+from memserve.router.errors import failure, failure_of
+from memserve.router.http.handlers.generate import json_response
+from memserve.router.http.handlers.workers import describe_member
+from memserve.router.observability.hot_prefixes import HotPrefix
+from memserve.router.observability.request_log import Ended
+from memserve.router.request import JsonObject, encode_json
+from memserve.router.state import RouterState
+from memserve.router.tokenization.prompts import Prompt
+from memserve.router.tokenization.text_keys import BLOCK_TOKENS
+from memserve.scheduling.explain import explained
+from memserve.scheduling.prompt_tree.records import Held, server_of
+
+PAGE_FILES = {
+    "index.html": "text/html",
+    "app.js": "text/javascript",
+    "draw.js": "text/javascript",
+    "explain.js": "text/javascript",
+    "style.css": "text/css",
+}
+PAGE_HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
+    "img-src 'self' data:; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "Cache-Control": "no-cache",
+    "Referrer-Policy": "no-referrer",
+    "X-Content-Type-Options": "nosniff",
+}
+DATA_HEADERS = {"Cache-Control": "no-store"}
+MAX_PREFIXES = 100
+MAX_REQUESTS = 1000
+SHOWN_PREFIXES = 12
+SHOWN_REQUESTS = 50
+
+
+class Ui:
+    """Serves these pages. Event loop thread only."""
+
+    def __init__(self, state: RouterState, config: RouterConfig, gate: Gate) -> None:
+        self._state = state
+        self._gate = gate
+        self._config = config
+        self._started_s = time.time()
+        folder = files("memserve.router.http.handlers").joinpath("ui")
+        self._files = {name: folder.joinpath(name).read_bytes() for name in PAGE_FILES}
+
+    def routes(self) -> list[web.RouteDef]:
+        """Where these pages are."""
+        return [
+            web.get("/ui", self.page),
+            web.get("/ui/state", self.state),
+            web.get("/ui/{file}", self.file),
+            web.get("/tree/hottest", self.hottest),
+            web.get("/requests", self.requests),
+            web.get("/requests/{rid:.+}", self.request),
+        ]
+
+    async def page(self, _: web.Request) -> web.Response:
+        """The page itself."""
+        return self._file("index.html")
+
+    async def file(self, request: web.Request) -> web.Response:
+        """What the page needs; 404 for anything else."""
+        name = request.match_info["file"]
+        if name not in PAGE_FILES:
+            return json_response(failure(404, f"/ui has no file {name}").body(), 404)
+        return self._file(name)
+
+    async def state(self, _: web.Request) -> web.Response:
+        """Everything that the page shows, except for explanations."""
+        state, config, now_s = self._state, self._config, time.monotonic()
+        stats = state.feed.tree.stats()
+        page: JsonObject = {
+            "now_s": time.time(),
+            "version": __version__,
+            "uptime_s": round(time.time() - self._started_s, 1),
+            "reason_unready": state.cluster.snapshot.why_unready(),
+            "policies": {
+                "prefill": config.prefill_policy or config.policy,
+                "decode": config.decode_policy or config.policy,
+            },
+            "shows_prompts": state.observed.prefixes.keeps_samples,
+            "waiting": self._gate.num_waiting(),
+            "tree_blocks": stats.blocks,
+            "instances": self._instances(stats.instances),
+            "hottest": self._hottest(SHOWN_PREFIXES, now_s),
+            "requests": [_told(one) for one in state.observed.requests.newest(SHOWN_REQUESTS)],
+            "series": state.observed.series.points(),
+        }
+        return _page(page)
+
+    async def hottest(self, request: web.Request) -> web.Response:
+        """The prefixes that most prompts had in common lately, and who holds them; `?n=20`."""
+        try:
+            num = _number(request, "n", 20, MAX_PREFIXES)
+        except BadRequest as error:
+            return _refused(error)
+        return _page({"prefixes": self._hottest(num, time.monotonic())})
+
+    async def requests(self, request: web.Request) -> web.Response:
+        """Requests that ended lately, the last one first; `?n=100`; `?faults=1`: only those with a 5xx."""
+        try:
+            num = _number(request, "n", 100, MAX_REQUESTS)
+        except BadRequest as error:
+            return _refused(error)
+        only_faults = request.query.get("faults", "0") != "0"
+        found = self._state.observed.requests.newest(num, only_faults=only_faults)
+        return _page({"requests": [_told(one) for one in found]})
+
+    async def request(self, request: web.Request) -> web.Response:
+        """One of them by its rid or x-request-id, and the decision that placed it; 404 if it is gone."""
+        name = request.match_info["rid"]
+        one = self._state.observed.requests.find(name)
+        if one is None:
+            message = f"no recent request has the rid or x-request-id {name}: only the last ones are kept"
+            return _refused(BadRequest(message, field="rid", status=404))
+        decision: JsonObject | None = None
+        if one.decision is not None:
+            situation = one.decision.situation
+            prompt = Prompt(situation.prompt_tokens, session=situation.session, unknown=one.unknown)
+            decision = explained(one.decision, prompt)
+        return _page({**_told(one), "decision": decision})
+
+    # ---- parts
+
+    def _instances(self, held: Mapping[InstanceId, Held]) -> list[JsonObject]:
+        """Everyone known; memory instances too, which hold blocks and serve nobody."""
+        blocks: dict[InstanceId, Held] = {}
+        for name, one in held.items():
+            server = server_of(InstanceId(name.partition("#")[0]))
+            known = blocks.get(server, Held(0, 0))
+            blocks[server] = Held(known.hbm + one.hbm, known.dram + one.dram)
+        pools = self._drams()
+        members = [
+            self._member(it) | self._blocks(it.info.instance_id, blocks, pools)
+            for it in self._state.cluster.members()
+        ]
+        memories = [
+            {"instance_id": name, "role": "memory", "state": "ready", **self._blocks(name, blocks, pools)}
+            for name in self._state.pools.memories()
+        ]
+        return members + memories
+
+    def _member(self, member: Member) -> JsonObject:
+        name = member.info.instance_id
+        load = self._state.placer.load(name)
+        tokens, page = (member.load and member.load.max_tokens), (member.facts and member.facts.page_size)
+        return {
+            **describe_member(member),
+            "breaker": self._state.breakers.state(name, member.info.epoch),
+            "running": self._state.placer.num_running(name),
+            "queued": load.queued,
+            "queued_s": round(load.queued_s, 4),
+            "hbm_capacity": tokens // page if tokens and page else None,
+        }
+
+    def _drams(self) -> dict[InstanceId, tuple[int, int]]:
+        """Of each server whose pools tell, its ranks together: blocks of DRAM in use, and all of them."""
+        found: dict[InstanceId, tuple[int, int]] = {}
+        for pool in self._state.pools.members():
+            for tier in pool.tiers:
+                if tier.tier == "dram" and tier.num_total is not None and tier.num_free is not None:
+                    server = server_of(pool.info.instance_id)
+                    used, total = found.get(server, (0, 0))
+                    found[server] = used + tier.num_total - tier.num_free, total + tier.num_total
+        return found
+
+    def _blocks(
+        self,
+        name: InstanceId,
+        held: Mapping[InstanceId, Held],
+        drams: Mapping[InstanceId, tuple[int, int]],
+    ) -> JsonObject:
+        """By the prompt tree; of DRAM by its pools' own word, where they tell."""
+        one = held.get(name)
+        used, total = drams.get(name, (one and one.dram, None))
+        return {"hbm_blocks": one and one.hbm, "dram_blocks": used, "dram_capacity": total}
+
+    def _hottest(self, num: int, now_s: float) -> list[JsonObject]:
+        found = self._state.observed.prefixes.hottest(num, now_s)
+        return [self._prefix(one, self._state.feed.tree.holders(one.key)) for one in found]
+
+    def _prefix(self, one: HotPrefix, holders: Mapping[InstanceId, Held]) -> JsonObject:
+        sizes = (it.facts.page_size for it in self._state.cluster.up.all() if it.instance_id in holders)
+        page_tokens = BLOCK_TOKENS if one.by_text else next(filter(None, sizes), None)
+        return {
+            "key": one.key.hex()[:16],
+            "blocks": one.blocks,
+            "tokens": page_tokens and one.blocks * page_tokens,
+            "by_text": one.by_text,
+            "prompts": round(one.weight, 1),
+            "sample": one.sample,
+            "holders": [
+                {"instance": name, "tier": "hbm" if held.hbm else "dram"} for name, held in holders.items()
+            ],
+        }
+
+    def _file(self, name: str) -> web.Response:
+        return web.Response(
+            body=self._files[name], content_type=PAGE_FILES[name], charset="utf-8", headers=PAGE_HEADERS
+        )
+
+
+def _told(one: Ended) -> JsonObject:
+    """A request without its decision."""
+    told: JsonObject = msgspec.structs.asdict(one)
+    del told["decision"]
+    told["instances"] = str(told.pop("route"))
+    if one.decision is not None:
+        chosen = one.decision.chosen
+        told["expected_tokens"] = one.decision.situation.cached_tokens(chosen.total_blocks)
+    return told
+
+
+def _number(request: web.Request, name: str, default: int, most: int) -> int:
+    """Raises BadRequest for what is no number from 1 to `most`."""
+    text = request.query.get(name, str(default))
+    if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= most):
+        raise BadRequest(f"{text[:20]} is not a number from 1 to {most}", field=name)
+    return int(text)
+
+
+def _refused(error: BadRequest) -> web.Response:
+    failed = failure_of(error)
+    return json_response(failed.body(), failed.status)
+
+
+def _page(page: JsonObject) -> web.Response:
+    return json_response(encode_json(page), 200, DATA_HEADERS)

@@ -1,0 +1,262 @@
+"""The router's other HTTP pages: is it well, who is there, what do they serve, flush their caches."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import time
+from dataclasses import asdict
+
+import aiohttp
+import msgspec
+from aiohttp import web
+
+from memserve import __version__
+from memserve.router.auth.access import Access
+from memserve.router.cluster.instance import Instance
+from memserve.router.cluster.member import State
+from memserve.router.errors import failure, message_of
+from memserve.router.http.handlers.generate import json_response
+from memserve.router.http.handlers.workers import describe_member
+from memserve.router.observability.metrics import CONTENT_TYPE, RouterMetrics
+from memserve.router.proxy.upstream import describe
+from memserve.router.request import JsonObject, encode_json
+from memserve.router.state import RouterState
+
+_SECRET = re.compile(r"(api_key|password|secret)$|^launch_command$")
+
+logger = logging.getLogger(__name__)
+
+INFO_TIMEOUT_S = 10.0
+FLUSH_WAIT_S = 5
+"""How long a worker may wait for requests that were answered just now to wind down before it flushes."""
+
+
+class Pages:
+    """Serves everything but generation. Event loop thread only."""
+
+    def __init__(
+        self, state: RouterState, metrics: RouterMetrics, session: aiohttp.ClientSession, access: Access
+    ) -> None:
+        """`access`: who sees how things are inside."""
+        self._state = state
+        self._access = access
+        self._cluster = state.cluster
+        self._feed = state.feed
+        self._metrics = metrics
+        self._session = session
+        self._started_s = int(time.time())
+
+    def routes(self) -> list[web.RouteDef]:
+        """Where these pages are."""
+        return [
+            web.get("/health", self.live),
+            web.get("/liveness", self.live),
+            web.get("/readiness", self.ready),
+            web.get("/tree", self.tree),
+            web.get("/metrics", self.metrics),
+            web.get("/v1/models", self.models),
+            web.get("/v1/models/{model:.+}", self.model),
+            web.get("/model_info", self.model_info),
+            web.get("/get_model_info", self.model_info),
+            web.get("/server_info", self.server_info),
+            web.get("/get_server_info", self.server_info),
+            web.get("/flush_cache", self.flush_cache),
+            web.post("/flush_cache", self.flush_cache),
+            web.post("/abort_request", self.abort_request),
+            web.post("/concate_and_append_request", self.concatenate),
+        ]
+
+    async def live(self, _: web.Request) -> web.Response:
+        """200 as long as the router itself runs."""
+        return web.Response(text="OK")
+
+    async def ready(self, request: web.Request) -> web.Response:
+        """200 if a request can be served now, else 503 with the reason; admins also see whose."""
+        snapshot = self._cluster.snapshot
+        reason = snapshot.why_unready()
+        unchecked = [str(one.instance_id) for one in snapshot.all() if one.facts.vocab_size is None]
+        page: JsonObject = {
+            "ready": reason is None,
+            "reason": reason,
+            "prefill": len(snapshot.prefills),
+            "decode": len(snapshot.decodes),
+            "colocated": len(snapshot.colocated),
+            "draining": sum(member.state is State.DRAINING for member in self._cluster.members()),
+        }
+        inside: JsonObject = {
+            "not_ready": {
+                str(member.info.instance_id): member.reason
+                for member in self._cluster.members()
+                if member.reason
+            },
+            "token_ids_not_checked": unchecked,
+            "placed_without_tokens": self._state.tokenizers.reasons(),
+        }
+        if self._access.is_admin(request.headers.get("Authorization")):
+            page |= inside
+        return json_response(encode_json(page), 200 if reason is None else 503)
+
+    async def tree(self, request: web.Request) -> web.Response:
+        """How many blocks the global prompt tree knows of, whose they are, and how true it has been.
+
+        `?digest=1`: and, by instance and tier, a digest of them, as a server has it on `/mempool`.
+        """
+        tree = self._feed.tree
+        stats = tree.stats()
+        page: JsonObject = asdict(stats)
+        if request.query.get("digest") == "1":
+            page["digest"] = {
+                name: {tier.name.lower(): (n, f"{xor:016x}") for tier, (n, xor) in tree.digest(name).items()}
+                for name in stats.instances
+            }
+        return json_response(encode_json(page))
+
+    async def metrics(self, _: web.Request) -> web.Response:
+        """Everything that is counted, for Prometheus."""
+        return web.Response(body=self._metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def models(self, _: web.Request) -> web.Response:
+        """OpenAI's list of models."""
+        return json_response(encode_json({"object": "list", "data": list(self._cards().values())}))
+
+    async def model(self, request: web.Request) -> web.Response:
+        """One entry of that list."""
+        name = request.match_info["model"]
+        card = self._cards().get(name)
+        if card is None:
+            unknown = failure(
+                404, f"The model '{name}' does not exist", field="model", code="model_not_found"
+            )
+            return json_response(unknown.body(), 404)
+        return json_response(encode_json(card))
+
+    async def model_info(self, _: web.Request) -> web.Response:
+        """The model as an instance describes it, an answering one if there is one."""
+        instances = self._cluster.snapshot.all()
+        if not instances:
+            return self._unavailable()
+        return json_response(instances[0].facts.model_info)
+
+    async def server_info(self, request: web.Request) -> web.Response:
+        """What an answering instance says of itself, as a stock server would, but for its keys.
+
+        Admins see everyone's, under `workers`.
+        """
+        instances = self._cluster.up.all()
+        answers = await asyncio.gather(*(self._ask(one, "GET", "/server_info") for one in instances))
+        infos = [msgspec.json.decode(body) if status == 200 else {} for status, body in answers]
+        infos = [info if isinstance(info := without_secrets(said), dict) else {} for said in infos]
+        page: JsonObject = {
+            **(infos[0] if infos else {}),
+            "disaggregation_mode": "null",  # whoever asks here gets the whole of it
+            "router": {"version": __version__, "started": self._started_s},
+        }
+        if self._access.is_admin(request.headers.get("Authorization")):
+            page["router"] = {"version": __version__, "started": self._started_s, "members": self._members()}
+            page["workers"] = [
+                {"instance_id": one.instance_id, "role": one.role, "url": one.url, "server_info": info}
+                for one, info in zip(instances, infos, strict=True)
+            ]
+        return json_response(encode_json(page))
+
+    async def flush_cache(self, request: web.Request) -> web.Response:
+        """Flush every instance that is up; 200 if all of them did."""
+        instances = self._cluster.up.all()
+        if not instances:
+            return self._unavailable()
+        path = request.path_qs if request.query_string else f"/flush_cache?timeout={FLUSH_WAIT_S}"
+        answers = await asyncio.gather(*(self._ask(one, "POST", path) for one in instances))
+        failed = []
+        for one, (status, body) in zip(instances, answers, strict=True):
+            if status == 200:
+                self._state.followers.flushed(one.instance_id)
+            else:
+                failed.append(f"{one.instance_id}: {message_of(status, body)}")
+        if failed:
+            status = 400 if all(status in (200, 400) for status, _ in answers) else 502
+            return json_response(failure(status, "; ".join(failed), retryable=True).body(), status)
+        return web.Response(text=f"Cache flushed on {len(instances)} instances.\n")
+
+    async def abort_request(self, request: web.Request) -> web.Response:
+        """Hand SGLang's own abort to every instance that is up; those that do not know the rid ignore it."""
+        body = await request.read()
+        try:
+            msgspec.json.decode(body, type=_Abort)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            return json_response(failure(400, f"not an abort: {error}").body(), 400)
+        instances = self._cluster.up.all()
+        answers = await asyncio.gather(*(self._ask(one, "POST", "/abort_request", body) for one in instances))
+        status, said = max(answers, default=(200, b""))
+        if status != 200:
+            status = status if status < 500 else 502
+            return json_response(failure(status, message_of(status, said)).body(), status)
+        return web.Response(text=said.decode(errors="replace"))
+
+    async def concatenate(self, request: web.Request) -> web.Response:
+        """Accept the frontend language's hint to put forked branches' KV behind one another.
+
+        No SGLang server can, and none needs to: the program sends the joined text with its next
+        call, and that is what is cached and computed. Any error would hang the program instead:
+        SGLang's client waits for ever for what it submits after a failed call.
+        """
+        try:
+            msgspec.json.decode(await request.read(), type=_Concatenation)
+        except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+            return json_response(failure(400, f"not a concate_and_append request: {error}").body(), 400)
+        return json_response(b'{"success": true}')
+
+    async def _ask(
+        self, instance: Instance, method: str, path: str, body: bytes | None = None
+    ) -> tuple[int, bytes]:
+        """Status and body; 502 and the reason if the instance does not answer."""
+        timeout = aiohttp.ClientTimeout(total=INFO_TIMEOUT_S)
+        headers = {"Content-Type": "application/json"}
+        try:
+            async with self._session.request(
+                method, instance.url + path, data=body, headers=headers, timeout=timeout
+            ) as response:
+                return response.status, await response.read()
+        except (aiohttp.ClientError, OSError) as error:
+            return 502, describe(error).encode()
+
+    def _unavailable(self) -> web.Response:
+        return json_response(failure(503, "no server is ready", retryable=True).body(), 503)
+
+    def _members(self) -> list[JsonObject]:
+        return [describe_member(member) for member in self._cluster.members()]
+
+    def _cards(self) -> dict[str, JsonObject]:
+        """OpenAI's model objects by name."""
+        return {
+            one.facts.model: {
+                "id": one.facts.model,
+                "object": "model",
+                "created": self._started_s,
+                "owned_by": "sglang",
+                "root": one.facts.model,
+                "parent": None,
+                "max_model_len": one.facts.context_tokens,
+            }
+            for one in reversed(self._cluster.snapshot.all())
+        }
+
+
+def without_secrets(value: object) -> object:
+    """What a server says of itself, but for its keys: SGLang tells those too, as fields and as flags."""
+    if isinstance(value, list):
+        return [without_secrets(one) for one in value]
+    if isinstance(value, dict):
+        return {name: without_secrets(one) for name, one in value.items() if not _SECRET.search(name)}
+    return value
+
+
+class _Abort(msgspec.Struct):
+    rid: str | list[str] | None = None
+    abort_all: bool = False
+
+
+class _Concatenation(msgspec.Struct):
+    src_rids: list[str]
+    dst_rid: str

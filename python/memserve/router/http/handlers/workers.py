@@ -1,0 +1,340 @@
+"""The router's pages about its workers: who is there; name one, drain one, forget one.
+
+    GET    /workers              everyone, their pools, and what is kept
+    POST   /workers              {"url", "role", "bootstrap_port"}: a server that does not register
+    GET    /workers/ID           one of them
+    DELETE /workers/ID           drained briefly and forgotten; named servers only
+    POST   /workers/ID/drain     {"timeout_s"}: no new requests; answered when the last one has ended and
+                                 what it holds is elsewhere
+    DELETE /workers/ID/drain     requests again
+    POST   /workers/ID/role      {"role", "timeout_s", "force"}: drained, and started anew as another
+    POST   /add_worker?url=  /remove_worker?url=    GET /list_workers    as sglang-router has them
+
+ID is an instance's id or its URL, percent-encoded or not. Knows no instances' own pages.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Awaitable, Callable
+from typing import Annotated, Literal, TypeVar
+
+import msgspec
+from aiohttp import web
+
+from memserve.core.errors import BadRequest, ConfigError
+from memserve.core.ids import InstanceId
+from memserve.router.cluster.caching import caching_of
+from memserve.router.cluster.drain import Drained, Drains
+from memserve.router.cluster.member import Member
+from memserve.router.cluster.pools import PoolMember
+from memserve.router.cluster.roles import Change, Roles, Stage
+from memserve.router.config import DEFAULT_BOOTSTRAP_PORT, named_server
+from memserve.router.errors import failure_of
+from memserve.router.http.handlers.generate import json_response
+from memserve.router.request import JsonObject, encode_json
+from memserve.router.state import RouterState
+from memserve.wire.messages import InstanceInfo, Role, TierBlocks
+
+T = TypeVar("T")
+Handler = Callable[[web.Request], Awaitable[web.Response]]
+
+REMOVE_S = 10.0
+"""How long a server that is removed may finish what it has, unless the request says otherwise."""
+MAX_WAIT_S = 86400
+_FIELD = re.compile(r"(?:field `|at `\$\.)(\w+)")
+
+
+class Worker(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of `POST /workers`."""
+
+    url: str
+    role: Literal["prefill", "decode", "colocated"] = "colocated"
+    bootstrap_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
+    """Of a prefill: its --disaggregation-bootstrap-port."""
+
+    def info(self) -> InstanceInfo:
+        """As the command line would name it. Raises BadRequest with the field at fault."""
+        role, port = Role(self.role), self.bootstrap_port
+        if role is Role.PREFILL:
+            port = port or DEFAULT_BOOTSTRAP_PORT
+        elif port is not None:
+            raise BadRequest("only a prefill server has a bootstrap port", field="bootstrap_port")
+        try:
+            return named_server(self.url, role, port)
+        except ConfigError as error:
+            raise BadRequest(str(error), field="url") from error
+
+
+class Drain(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of `POST /workers/ID/drain`."""
+
+    timeout_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAIT_S)] = 30.0
+
+
+class NewRole(msgspec.Struct, forbid_unknown_fields=True):
+    """The body of `POST /workers/ID/role`."""
+
+    role: Literal["prefill", "decode", "colocated"]
+    timeout_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAIT_S)] = 120.0
+    """For its requests to end, and as long again for it to come back."""
+    force: bool = False
+    """Also if nobody else can serve meanwhile."""
+
+
+class WorkersApi:
+    """Serves these pages. Event loop thread only."""
+
+    def __init__(self, state: RouterState, drains: Drains, roles: Roles) -> None:
+        self._state = state
+        self._cluster = state.cluster
+        self._drains = drains
+        self._roles = roles
+
+    def routes(self) -> list[web.RouteDef]:
+        """Where these pages are."""
+        one = "/workers/{id:.+}"
+        return [
+            web.get("/workers", self.show_all),
+            web.post("/workers", _answered(self.add)),
+            web.post(f"{one}/drain", _answered(self.drain)),
+            web.delete(f"{one}/drain", _answered(self.undrain)),
+            web.post(f"{one}/role", _answered(self.change_role)),
+            web.get(one, _answered(self.show)),
+            web.delete(one, _answered(self.remove)),
+            web.get("/list_workers", self.list_urls),
+            web.post("/add_worker", _answered(self.add_url)),
+            web.post("/remove_worker", _answered(self.remove_url)),
+        ]
+
+    async def show_all(self, _: web.Request) -> web.Response:
+        """Everyone the router knows of, the pools they exchange blocks with, and what they keep."""
+        pools = self._state.pools
+        page: JsonObject = {
+            "caching": caching_of(self._cluster, pools),
+            "workers": [self._describe(member) for member in self._cluster.members()],
+            "followed": {name: how.mode for name, how in self._state.followers.stats().items()},
+            "pools": [_describe_pool(member, pools.age_s(member)) for member in pools.members()],
+        }
+        return _page(page)
+
+    async def list_urls(self, _: web.Request) -> web.Response:
+        """The URLs alone."""
+        return _page({"urls": [member.info.url for member in self._cluster.members()]})
+
+    async def show(self, request: web.Request) -> web.Response:
+        """One of them; 404 if nobody has that id or URL."""
+        return _page(self._describe(self._member(request.match_info["id"])))
+
+    async def add(self, request: web.Request) -> web.Response:
+        """Name a server: 201, or 200 if it was. It gets requests when a probe has found it well."""
+        return self._add(_decoded(await request.read(), Worker).info())
+
+    async def add_url(self, request: web.Request) -> web.Response:
+        """The same for a colocated server."""
+        return self._add(Worker(_url_of(request)).info())
+
+    async def remove(self, request: web.Request) -> web.Response:
+        """Drain a named server for `?timeout_s=`, and forget it; what it has then may end all the same."""
+        return await self._remove(request, request.match_info["id"])
+
+    async def remove_url(self, request: web.Request) -> web.Response:
+        """The same by URL."""
+        return await self._remove(request, _url_of(request))
+
+    async def drain(self, request: web.Request) -> web.Response:
+        """No new requests; 200 when it has none left and what it holds is elsewhere, or the time is over,
+        with `?wait=0` 202 at once."""
+        body = await request.read()
+        wanted = _decoded(body, Drain) if body else Drain()
+        memory = InstanceId(request.match_info["id"])
+        if memory in self._state.pools.memories():
+            emptied = await self._drains.empty(memory)
+            return _page({"instance_id": memory, "state": "memory", **_describe_drain(emptied)})
+        member = self._member(request.match_info["id"])
+        is_awaited = request.query.get("wait", "1") != "0"
+        self._drains.begin(member)
+        drained = await self._drains.wait(member, wanted.timeout_s if is_awaited else 0.0)
+        state = member.state if self._is_there(member) else "gone"
+        page = {**_id_of(member), "state": state, **_describe_drain(drained)}
+        return _page(page, 200 if is_awaited else 202)
+
+    async def undrain(self, request: web.Request) -> web.Response:
+        """Requests for it again. Idempotent."""
+        member = self._member(request.match_info["id"])
+        self._drains.end(member)
+        return _page(self._describe(member))
+
+    async def change_role(self, request: web.Request) -> web.Response:
+        """Another role for a server that can have one: 200 when it serves so, or it has failed; 202 at
+        once with `?wait=0`; 409 with the reason if it cannot be."""
+        member = self._member(request.match_info["id"])
+        wanted = _decoded(await request.read(), NewRole)
+        role = Role(wanted.role)
+        if role is member.info.role:
+            return _page({**_id_of(member), **_describe_change(Change(member.info.url, role, Stage.DONE))})
+        if reason := self._roles.why_not(member, role, is_forced=wanted.force):
+            raise BadRequest(f"{member.info.instance_id} cannot become {role}: {reason}", status=409)
+        change = self._roles.begin(member, role, wanted.timeout_s)
+        is_awaited = request.query.get("wait", "1") != "0"
+        if is_awaited:
+            await self._roles.wait(change)
+        return _page(
+            {**_id_of(self._cluster.find(change.url) or member), **_describe_change(change)},
+            200 if is_awaited else 202,
+        )
+
+    def _add(self, info: InstanceInfo) -> web.Response:
+        is_new = info.url not in self._cluster.named()
+        known = self._cluster.name(info)
+        if known != info:
+            raise BadRequest(
+                f"{known.url} is known as {known.role}, bootstrap port {known.bootstrap_port}: "
+                "remove it before it is added as another",
+                field="role" if known.role is not info.role else "bootstrap_port",
+                status=409,
+            )
+        return _page(self._describe(self._member(info.url)), 201 if is_new else 200)
+
+    async def _remove(self, request: web.Request, name: str) -> web.Response:
+        timeout_s = _seconds(request.query.get("timeout_s", str(REMOVE_S)))
+        member = self._member(name)
+        if not member.static:
+            raise BadRequest(
+                f"{member.info.instance_id} has registered itself, and would again: drain it with "
+                "POST /workers/ID/drain, then stop its process",
+                status=409,
+            )
+        self._drains.begin(member)
+        drained = await self._drains.wait(member, timeout_s)
+        if self._is_there(member) and not member.is_draining:
+            raise BadRequest(f"{name} was put back meanwhile", status=409)
+        self._cluster.unname(member.info.url)
+        return _page({**_id_of(member), "removed": True, **_describe_drain(drained)})
+
+    def _is_there(self, member: Member) -> bool:
+        """Whether it is the process that it was."""
+        return self._cluster.find(member.info.instance_id) is member
+
+    def _member(self, name: str) -> Member:
+        member = self._cluster.find(name) or self._cluster.find(name.rstrip("/"))
+        if member is None:
+            raise BadRequest(f"no worker has the id or the URL {name}", field="id", status=404)
+        return member
+
+    def _describe(self, member: Member) -> JsonObject:
+        breaker = self._state.breakers.state(member.info.instance_id, member.info.epoch)
+        drained = _describe_drain(self._drains.look(member))
+        change = self._roles.change_of(member.info.url)
+        becoming = None if change is None else _describe_change(change)
+        return {**describe_member(member), "breaker": breaker, **drained, "role_change": becoming}
+
+
+def describe_member(member: Member) -> JsonObject:
+    """What the router knows of an instance."""
+    info, facts = member.info, member.facts
+    return {
+        "instance_id": info.instance_id,
+        "role": info.role,
+        "url": info.url,
+        "bootstrap_port": info.bootstrap_port,
+        "state": member.state,
+        "draining": member.is_draining,
+        "reason": member.reason or None,
+        "registered": not member.static,
+        "load": None if member.load is None else msgspec.to_builtins(member.load),
+        "caching": None if member.static else info.caching,
+        "model": facts.model if facts else None,
+        "context_tokens": facts.context_tokens if facts else None,
+        "vocab_size": facts.vocab_size if facts else None,
+        "page_size": facts.page_size if facts else None,
+    }
+
+
+def _describe_pool(member: PoolMember, age_s: float) -> JsonObject:
+    info = member.info
+    return {
+        "instance_id": info.instance_id,
+        "epoch": f"{info.epoch:016x}",
+        "role": info.role,
+        "caching": info.caching,
+        "address": info.address,
+        "layout": info.layout or None,
+        "bootstrap": info.bootstrap or None,
+        "tiers": {one.tier: _describe_tier(one) for one in member.tiers},
+        "age_s": round(age_s, 1),
+    }
+
+
+def _describe_change(change: Change) -> JsonObject:
+    drained = None if change.drained is None else _describe_drain(change.drained)
+    return {"role": change.role, "stage": change.stage, "reason": change.reason or None, "drain": drained}
+
+
+def _describe_tier(tier: TierBlocks) -> JsonObject:
+    return {"cached_blocks": tier.num_cached, "free_blocks": tier.num_free, "blocks": tier.num_total}
+
+
+def _describe_drain(drained: Drained) -> JsonObject:
+    evacuation = drained.evacuation
+    return {
+        "drained": drained.is_done,
+        "running": drained.num_running,
+        "evacuated": None
+        if evacuation is None
+        else {
+            "blocks": evacuation.num_blocks,
+            "bytes": evacuation.num_bytes,
+            "known_elsewhere": evacuation.num_known,
+            "left": evacuation.num_left,
+            "seconds": round(evacuation.seconds, 3),
+            "reason": evacuation.reason or None,
+        },
+    }
+
+
+def _answered(handler: Handler) -> Handler:
+    """`handler`, its refusals in the envelope of all others."""
+
+    async def answered(request: web.Request) -> web.Response:
+        try:
+            return await handler(request)
+        except BadRequest as error:
+            failed = failure_of(error)
+            return json_response(failed.body(), failed.status)
+
+    return answered
+
+
+def _decoded(body: bytes, kind: type[T]) -> T:
+    """Raises BadRequest with the field at fault."""
+    try:
+        return msgspec.json.decode(body, type=kind)
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
+        found = _FIELD.search(str(error))
+        raise BadRequest(str(error), field=found.group(1) if found else None) from error
+
+
+def _url_of(request: web.Request) -> str:
+    if "url" not in request.query:
+        raise BadRequest("which one? write ?url=http://HOST:PORT", field="url")
+    return request.query["url"]
+
+
+def _seconds(text: str) -> float:
+    try:
+        seconds = float(text)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= MAX_WAIT_S:
+        raise BadRequest(f"{text} is not a number of seconds from 0 to {MAX_WAIT_S}", field="timeout_s")
+    return seconds
+
+
+def _id_of(member: Member) -> JsonObject:
+    return {"instance_id": member.info.instance_id}
+
+
+def _page(page: JsonObject, status: int = 200) -> web.Response:
+    return json_response(encode_json(page), status)

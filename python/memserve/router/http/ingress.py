@@ -1,0 +1,125 @@
+"""All that stands between a client and the router: who it is, what it may send, when it is its turn.
+
+Made from the configuration; decides nothing itself.
+"""
+
+from __future__ import annotations
+
+import logging
+import resource
+import ssl
+import time
+from dataclasses import dataclass
+
+from memserve.core.hosts import is_loopback
+from memserve.router.admission.budget import SERVED_FACTOR, ByteBudget, default_bytes
+from memserve.router.admission.controller import Gate
+from memserve.router.admission.fair_queue import Admission
+from memserve.router.admission.rates import Rates
+from memserve.router.auth.access import Access
+from memserve.router.auth.keys import admin_keys, tenant_keys
+from memserve.router.auth.tls import Certificate
+from memserve.router.config import RouterConfig
+from memserve.router.errors import Overloaded
+from memserve.router.observability.metrics import RouterMetrics
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class ClientLimits:
+    """How much, and how slowly, a client may send and read."""
+
+    max_body_bytes: int
+    head_s: float
+    """For a request's head, from its first byte."""
+    stall_s: float
+    """For the next part of a body, or to read some more of an answer."""
+    max_connections: int
+    """Of all clients."""
+
+
+@dataclass(frozen=True, slots=True)
+class Door:
+    """See the module. Event loop thread only."""
+
+    access: Access
+    gate: Gate
+    limits: ClientLimits
+    budget: ByteBudget
+    """For the memory of all requests that are held."""
+    certificate: Certificate | None
+    """What clients are shown; None: they are served in the clear."""
+
+    @property
+    def tls(self) -> ssl.SSLContext | None:
+        """How clients are served."""
+        return self.certificate.context if self.certificate else None
+
+    def out_of_memory(self) -> Overloaded:
+        """What a request is told that the budget has no room for, counted."""
+        return self.gate.refused("memory")
+
+    def follow(self, *, is_asked: bool = False) -> None:
+        """Read files of keys and certificates again that have changed; all of them if somebody asks."""
+        self.access.follow(is_asked=is_asked)
+        if self.certificate is not None:
+            self.certificate.follow(is_asked=is_asked)
+
+
+def open_door(config: RouterConfig, metrics: RouterMetrics) -> Door:
+    """Raises ConfigError for a file of keys, or a certificate, that cannot be used."""
+    certificate = None
+    if config.ssl_certfile is not None and config.ssl_keyfile is not None:
+        certificate = Certificate(config.ssl_certfile, config.ssl_keyfile)
+    limits = ClientLimits(
+        config.max_body_bytes,
+        config.client_header_timeout_secs,
+        config.client_stall_timeout_secs,
+        config.max_connections or max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4),
+    )
+    budget = _open_budget(config)
+    metrics.show("buffered_bytes", "Memory that requests are taken to need.", lambda: budget.held)
+    return Door(_open_access(config), _open_gate(config, metrics), limits, budget, certificate)
+
+
+def _open_budget(config: RouterConfig) -> ByteBudget:
+    given = config.max_buffered_mib
+    budget = ByteBudget(default_bytes() if given is None else given << 20)
+    largest = config.max_body_bytes * (1 + SERVED_FACTOR)
+    if budget.max_bytes < largest:
+        logger.warning(
+            "a body of --max-body-bytes %d needs %d MiB, and --max-buffered-mib is %d: "
+            "the largest bodies are always answered with 503",
+            *(config.max_body_bytes, largest >> 20, budget.max_bytes >> 20),
+        )
+    return budget
+
+
+def _open_access(config: RouterConfig) -> Access:
+    is_exposed = not is_loopback(config.host)
+    if is_exposed and config.ssl_certfile is None:
+        logger.warning(
+            "HTTP on %s leaves this machine in the clear, API keys and prompts with it: "
+            "start the router with --ssl-certfile and --ssl-keyfile, or behind a proxy that has them",
+            config.host,
+        )
+    return Access(
+        tenants=tenant_keys(config.api_keys_file) if config.api_keys_file else None,
+        api_key=config.api_key,
+        admins=admin_keys(config.admin_api_key_file) if config.admin_api_key_file else None,
+        is_exposed=is_exposed,
+    )
+
+
+def _open_gate(config: RouterConfig, metrics: RouterMetrics) -> Gate:
+    max_running = None if config.max_concurrent_requests < 1 else config.max_concurrent_requests
+    rate = config.rate_limit_tokens_per_second
+    admission = Admission(
+        max_running,
+        config.queue_size,
+        time.monotonic,
+        rates=Rates() if rate is None else Rates(rps=rate),
+        burst=max(rate or 1.0, max_running or 1.0),
+    )
+    return Gate(admission, queue_timeout_s=config.queue_timeout_secs, metrics=metrics)

@@ -1,0 +1,1 @@
+"""What instances report of their caches: the router's tree follows."""

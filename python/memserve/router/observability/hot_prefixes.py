@@ -1,0 +1,161 @@
+"""Which prefixes the prompts of the last minutes had in common: bounded in memory and in work.
+
+    placed ──note──> a sample ──tick──> weights by key, at 1, 2, 3, 4, 6, 8, 12, 16 ... blocks of each prompt
+    hottest: every prefix whose prompts go on in different ways, or end; not those of which nearly all go
+             on alike, as the longer one says it all
+
+Weights fade: after `HALF_LIFE_S` a prompt counts half. Where there are too many keys the lightest go, so a
+prefix may lack the weight it had before it was seen often. Knows no instances, and of texts only the few
+characters that it is given. Event loop thread only; the time is given.
+Source: the bound is that of Manku and Motwani's lossy counting, with fading weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import msgspec
+
+from memserve.core.block_keys import BlockKey
+from memserve.router.request import JsonObject
+from memserve.router.tokenization.prompts import Prompt
+
+MAX_NOTED = 256
+"""Prompts that are looked at per tick: of more, the rest count for nothing but their number."""
+MAX_OF_BATCH = 16
+"""Of a list of prompts, which come as one."""
+MAX_KEYS = 4096
+HALF_LIFE_S = 60.0
+EXPLAINED = 0.9
+"""A prefix of which this share goes on alike is not worth a line of its own."""
+MIN_WEIGHT = 1.5
+"""What came once is no common prefix."""
+MAX_GROWTH = 2.0**64
+SAMPLE_CHARS = 120
+
+
+class HotPrefix(msgspec.Struct, frozen=True):
+    """One of them. It has at least so many blocks in common: up to half as many more may be."""
+
+    key: BlockKey
+    """Of its last block."""
+    blocks: int
+    weight: float
+    """How many prompts had it lately: those of a half-life ago count half."""
+    by_text: bool
+    """Its keys are of a text, whose tokens were not known."""
+    sample: str | None
+    """How one of its prompts begins, if samples are kept."""
+
+
+class _Seen(msgspec.Struct):
+    blocks: int
+    parent: BlockKey | None
+    by_text: bool
+    weight: float = 0.0
+    sample: str | None = None
+
+
+class HotPrefixes:
+    """See the module."""
+
+    def __init__(self, now_s: float, *, keeps_samples: bool = False, max_keys: int = MAX_KEYS) -> None:
+        """`keeps_samples`: of each prefix, how one of its prompts begins."""
+        self.keeps_samples = keeps_samples
+        self._max_keys = max_keys
+        self._seen: dict[BlockKey, _Seen] = {}
+        self._noted: list[tuple[Prompt, str | None]] = []
+        self._num_noted = 0
+        self._origin_s = now_s
+        """Weights are of this time: what comes later weighs more, so nothing has to fade one by one."""
+
+    def sample(self, body: JsonObject) -> str | None:
+        """How the text of a call begins, if that is kept."""
+        return sample_of(body) if self.keeps_samples else None
+
+    def note(self, prompt: Prompt, sample: str | None) -> None:
+        """A prompt was placed, which begins with `sample`. Looked at later."""
+        self._num_noted += 1
+        if len(self._noted) < MAX_NOTED:
+            self._noted.append((prompt, sample))
+
+    def tick(self, now_s: float) -> None:
+        """Count what was noted since. Bounded: `MAX_NOTED` prompts, some 20 keys of each."""
+        noted, self._noted = self._noted, []
+        if noted:
+            weight = self._growth(now_s) * self._num_noted / len(noted)
+            for prompt, sample in noted:
+                for chain in prompt.chains[:MAX_OF_BATCH]:
+                    self._count(chain, prompt.by_text, weight, sample)
+        self._num_noted = 0
+        if len(self._seen) > 2 * self._max_keys:
+            self._drop_lightest()
+
+    def hottest(self, num: int, now_s: float) -> list[HotPrefix]:
+        """At most `num`, the one that most prompts had first."""
+        growth = self._growth(now_s)
+        going_on: dict[BlockKey, float] = {}
+        for one in self._seen.values():
+            if one.parent is not None:
+                going_on[one.parent] = max(going_on.get(one.parent, 0.0), one.weight)
+        found = [
+            HotPrefix(key, one.blocks, one.weight / growth, one.by_text, one.sample)
+            for key, one in self._seen.items()
+            if one.weight / growth >= MIN_WEIGHT and going_on.get(key, 0.0) < EXPLAINED * one.weight
+        ]
+        return sorted(found, key=lambda it: (-it.weight, -it.blocks))[:num]
+
+    def _count(self, chain: Sequence[BlockKey], by_text: bool, weight: float, sample: str | None) -> None:
+        parent = None
+        for blocks in depths_of(len(chain)):
+            key = chain[blocks - 1]
+            one = self._seen.get(key)
+            if one is None:
+                one = self._seen[key] = _Seen(blocks, parent, by_text)
+            one.weight += weight
+            if one.sample is None:
+                one.sample = sample
+            parent = key
+
+    def _growth(self, now_s: float) -> float:
+        """What a prompt weighs now, against one at the origin, which is moved in time."""
+        growth: float = 2.0 ** ((now_s - self._origin_s) / HALF_LIFE_S)
+        if growth < MAX_GROWTH:
+            return growth
+        for one in self._seen.values():
+            one.weight /= growth
+        self._seen = {key: one for key, one in self._seen.items() if one.weight > 1 / MAX_GROWTH}
+        self._origin_s = now_s
+        return 1.0
+
+    def _drop_lightest(self) -> None:
+        heaviest = sorted(self._seen.items(), key=lambda it: (-it[1].weight, it[1].blocks))
+        self._seen = dict(heaviest[: self._max_keys])
+
+
+def depths_of(num_blocks: int) -> Iterator[int]:
+    """Where a prompt of so many blocks is counted: two depths for each doubling."""
+    power = 1
+    while power <= num_blocks:
+        yield power
+        if power > 1 and (between := power + power // 2) <= num_blocks:
+            yield between
+        power *= 2
+
+
+def sample_of(body: JsonObject) -> str | None:
+    """How a call's text begins, or that of its first prompt or message; None if it has ids only."""
+    for name in ("text", "prompt"):
+        text = body.get(name)
+        if isinstance(text, list) and text:
+            text = text[0]
+        if isinstance(text, str) and text:
+            return text[:SAMPLE_CHARS]
+    messages = body.get("messages")
+    message = messages[0] if isinstance(messages, list) and messages else None
+    if not isinstance(message, dict):
+        return None
+    content = message.get("content")
+    if isinstance(content, list) and content and isinstance(content[0], dict):
+        content = content[0].get("text")
+    return f"{message.get('role')}: {content[:SAMPLE_CHARS]}" if isinstance(content, str) else None

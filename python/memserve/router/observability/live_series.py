@@ -1,0 +1,84 @@
+"""The last two minutes, second by second: requests, first tokens, hits. From the counters, so that no request
+pays for it. Event loop thread only; the time is given."""
+
+from __future__ import annotations
+
+from collections import deque
+
+import msgspec
+
+from memserve.router.observability.counting import quantile
+from memserve.router.observability.metrics import RouterMetrics
+from memserve.router.observability.request_log import FAULT
+
+NUM_POINTS = 120
+STEP_S = 1.0
+
+
+class Point(msgspec.Struct, frozen=True):
+    """About one second; None where nothing happened that would tell."""
+
+    seconds: float
+    """Its real length."""
+    requests_s: float
+    """Requests that ended, per second."""
+    faults_s: float
+    """Those of them that were answered with a 5xx, or were to be."""
+    first_token_p50_s: float | None
+    first_token_p95_s: float | None
+    hit_ratio: float | None
+    """Of the prompt tokens whose prefill told, the share that it had."""
+
+
+class _Totals(msgspec.Struct, frozen=True):
+    requests: float
+    faults: float
+    first_tokens: list[int]
+    told_tokens: float
+    cached_tokens: float
+
+
+class LiveSeries:
+    """See the module."""
+
+    def __init__(self, metrics: RouterMetrics, now_s: float) -> None:
+        self._metrics = metrics
+        self._points: deque[Point] = deque(maxlen=NUM_POINTS)
+        self._at_s = now_s
+        self._totals = self._read()
+
+    def points(self) -> list[Point]:
+        """The oldest first."""
+        return list(self._points)
+
+    def tick(self, now_s: float) -> None:
+        """To be called a few times a second; a point is made when its second is over."""
+        seconds = now_s - self._at_s
+        if seconds < STEP_S:
+            return
+        before, now = self._totals, self._read()
+        self._at_s, self._totals = now_s, now
+        first = [a - b for a, b in zip(now.first_tokens, before.first_tokens, strict=True)]
+        told = now.told_tokens - before.told_tokens
+        bounds = self._metrics.first_token_seconds.bounds
+        self._points.append(
+            Point(
+                seconds,
+                (now.requests - before.requests) / seconds,
+                (now.faults - before.faults) / seconds,
+                quantile(0.5, bounds, first),
+                quantile(0.95, bounds, first),
+                min(1.0, (now.cached_tokens - before.cached_tokens) / told) if told > 0 else None,
+            )
+        )
+
+    def _read(self) -> _Totals:
+        metrics = self._metrics
+        ended = metrics.requests.by_labels()
+        return _Totals(
+            sum(ended.values()),
+            sum(count for (_, status), count in ended.items() if isinstance(status, int) and status >= FAULT),
+            metrics.first_token_seconds.totals(),
+            metrics.told_tokens.value,
+            metrics.cached_tokens.value,
+        )

@@ -1,0 +1,149 @@
+"""What the router counts of its requests, for Prometheus. Any part of it may count; none reads."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+
+import prometheus_client
+from prometheus_client import CollectorRegistry, generate_latest
+from prometheus_client.core import Metric
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
+from prometheus_client.registry import Collector
+
+from memserve.router.observability.counting import Counter, Gauge, Histogram
+
+__all__ = ["CONTENT_TYPE", "RouterMetrics"]
+
+PREFIX = "memserve_router"
+_SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
+DURATIONS = (
+    *(0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5),
+    *(0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0),
+)
+"""Bounds of what clients wait for, in seconds; fine enough to read quantiles off."""
+
+
+class RouterMetrics:
+    """The counters of one router. Those who see a request's way count it here."""
+
+    def __init__(self, durations: tuple[float, ...] = DURATIONS) -> None:
+        """`durations`: bounds of the histograms of what clients wait for, in seconds."""
+        self.registry = CollectorRegistry()
+        self._counted: list[Counter | Gauge | Histogram] = []
+        self._count_requests(durations)
+        self._count_placing()
+        self._count_refusals()
+        self.registry.register(_Counted(self._counted))
+
+    def _count_requests(self, durations: tuple[float, ...]) -> None:
+        self.requests = self._counter("requests", "Requests that have ended.", "path", "status")
+        self.retries = self._counter(
+            "retries", "Requests done again as an instance was lost or failed.", "reason"
+        )
+        self.resumed = self._counter(
+            "resumed",
+            "Streams whose server was lost or failed: continued from the tokens they had, repeated from the "
+            "prompt, refused (they end with an error), or diverged (the next server answered differently).",
+            "outcome",
+        )
+        self.harmful = self._counter("harmful", "Requests given up as several servers were lost with them.")
+        self.request_seconds = self._histogram(
+            "request_seconds", "From a request's head to the end of its answer.", durations, "path"
+        )
+        self.first_token_seconds = self._histogram(
+            "time_to_first_token_seconds",
+            "From a request's head to the first byte of its stream; of answers in one piece, to the end of "
+            "their prefill, where it is known.",
+            durations,
+            "path",
+        )
+        self.inter_token_seconds = self._histogram(
+            "inter_token_seconds",
+            "Of streams, the mean time between one event and the next, once per request.",
+            durations,
+            "path",
+        )
+
+    def _count_placing(self) -> None:
+        counter, histogram = self._counter, self._histogram
+        self.placed = counter("placed", "Requests sent to an instance.", "instance", "role")
+        self.unknown_tokens = counter(
+            "unknown_tokens",
+            "Requests placed by load and session only, as their tokens are not known.",
+            "reason",
+        )
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of the prompts that were placed.")
+        self.expected_tokens = counter(
+            "expected_cached_tokens", "Tokens that the prompt tree said the chosen prefill has."
+        )
+        self.cached_tokens = counter("cached_tokens", "Tokens that prefill says it had, where it says so.")
+        tiers = counter(
+            "prompt_tokens_by_tier",
+            "Tokens of placed prompts by where the prompt tree saw them for the chosen prefill: in its HBM "
+            "or DRAM, at another to be fetched from (remote), or nowhere that helps (computed).",
+            "tier",
+        )
+        self.told_tokens = counter("told_prompt_tokens", "Prompt tokens whose prefill told what it had.")
+        self.hbm_tokens, self.dram_tokens = tiers.labels("hbm"), tiers.labels("dram")
+        self.remote_tokens, self.computed_tokens = tiers.labels("remote"), tiers.labels("computed")
+        self.fetches = counter(
+            "fetches",
+            "Fetches before dispatch: whole, part, none of the blocks came, impossible to ask for, or "
+            "shared (waited for another request's).",
+            "outcome",
+        )
+        self.fetched_blocks = counter("fetched_blocks", "Blocks that prefills have by fetches.")
+        self.fetch_seconds = histogram("fetch_seconds", "What requests waited for fetches.", _SECONDS)
+        self.prefill_seconds = histogram(
+            "prefill_seconds", "From a request's dispatch to the end of its prefill.", _SECONDS
+        )
+        self.regret_seconds = histogram(
+            "regret_seconds",
+            "How much longer a prefill took than the best other choice would have, as known then.",
+            _SECONDS,
+        )
+        self.prefill_seconds_error = Gauge(
+            f"{PREFIX}_prefill_seconds_error",
+            "Moving mean of |predicted - observed| / observed, queue included.",
+        )
+        self._counted.append(self.prefill_seconds_error)
+
+    def _count_refusals(self) -> None:
+        self.refused = self._counter("refused", "Requests that were not let in.", "reason")
+        self.queue_seconds = self._histogram(
+            "queue_seconds", "What requests waited for their turn, if they had to.", _SECONDS
+        )
+
+    def show(self, name: str, help: str, value: Callable[[], float]) -> None:
+        """Show what `value` gives whenever somebody looks."""
+        shown = prometheus_client.Gauge(f"{PREFIX}_{name}", help, registry=self.registry)
+        shown.set_function(value)
+
+    def watch(self, collector: Collector) -> None:
+        """Show also what `collector` tells whenever somebody looks."""
+        self.registry.register(collector)
+
+    def exposition(self) -> bytes:
+        """All numbers, in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+    def _counter(self, name: str, help: str, *labels: str) -> Counter:
+        counter = Counter(f"{PREFIX}_{name}", help, labels)
+        self._counted.append(counter)
+        return counter
+
+    def _histogram(self, name: str, help: str, bounds: tuple[float, ...], *labels: str) -> Histogram:
+        histogram = Histogram(f"{PREFIX}_{name}", help, bounds, labels)
+        self._counted.append(histogram)
+        return histogram
+
+
+class _Counted(Collector):
+    """What is counted here, as families."""
+
+    def __init__(self, counted: list[Counter | Gauge | Histogram]) -> None:
+        self._counted = counted
+
+    def collect(self) -> Iterator[Metric]:
+        for one in self._counted:
+            yield one.family()

@@ -1,0 +1,99 @@
+"""The requests that have ended lately, to be looked at and asked about; and what each adds to the numbers.
+
+A ring of everything, and a smaller one of what went wrong, so that a flood of good requests does not wash
+the bad ones away. Decisions are kept as they were made and told in words only when somebody asks; prompts
+are not kept. Event loop thread only.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+
+import msgspec
+
+from memserve.router.cluster.instance import Route
+from memserve.router.observability.counting import Buckets
+from memserve.router.observability.metrics import RouterMetrics
+from memserve.scheduling.decision import Decision
+
+KEPT = 1024
+FAULTS_KEPT = 128
+FAULT = 500
+"""What is answered with this, or more, went wrong on our side."""
+
+
+class Ended(msgspec.Struct, frozen=True, gc=False):
+    """One request, after its end."""
+
+    ended_s: float
+    """Seconds since 1970."""
+    path: str
+    rid: str
+    """What the servers call it."""
+    request_id: str
+    """What the client calls it: its x-request-id, or the one it was given."""
+    status: int
+    seconds: float
+    route: Route | str
+    """Who served it last; "-" if nobody was asked."""
+    reason: str
+    """Why it failed; "-" if it did not."""
+    attempts: int = 0
+    first_token_s: float | None = None
+    """From its beginning to its first token, where that is known."""
+    num_events: int = 0
+    """Of a stream, how often something of it was sent to the client."""
+    prompt_tokens: int | None = None
+    """None if it was never placed."""
+    cached_tokens: int | None = None
+    """Of them, what its prefill says it had."""
+    unknown: str | None = None
+    """Why its tokens were not known."""
+    decision: Decision | None = None
+
+
+class RequestLog:
+    """See the module."""
+
+    def __init__(self, metrics: RouterMetrics, kept: int = KEPT, faults_kept: int = FAULTS_KEPT) -> None:
+        self._metrics = metrics
+        self._ended: deque[Ended] = deque(maxlen=kept)
+        self._faults: deque[Ended] = deque(maxlen=faults_kept)
+        self._by_path: dict[str, tuple[Buckets, Buckets, Buckets]] = {}
+
+    def add(self, one: Ended) -> None:
+        """It has ended. About 1 µs."""
+        self._ended.append(one)
+        if one.status >= FAULT:
+            self._faults.append(one)
+        path = one.path
+        counted = self._by_path.get(path)
+        if counted is None:
+            metrics = self._metrics
+            counted = self._by_path[path] = (
+                metrics.request_seconds.labels(path),
+                metrics.first_token_seconds.labels(path),
+                metrics.inter_token_seconds.labels(path),
+            )
+        took, first_token, inter_token = counted
+        self._metrics.requests.labels(path, one.status).value += 1
+        took.observe(one.seconds)
+        first_s = one.first_token_s
+        if first_s is not None:
+            first_token.observe(first_s)
+            if one.num_events > 1:
+                inter_token.observe((one.seconds - first_s) / (one.num_events - 1))
+
+    def newest(self, num: int, *, only_faults: bool = False) -> list[Ended]:
+        """At most `num`, the last one first."""
+        ring = self._faults if only_faults else self._ended
+        return [one for one, _ in zip(reversed(ring), range(num), strict=False)]
+
+    def find(self, name: str) -> Ended | None:
+        """The last one with this rid or request id that is still kept."""
+        return next((one for one in self._all() if name in (one.rid, one.request_id)), None)
+
+    def _all(self) -> Iterator[Ended]:
+        yield from reversed(self._ended)
+        yield from reversed(self._faults)

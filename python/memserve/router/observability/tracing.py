@@ -1,0 +1,227 @@
+"""Traces of requests across clients, router and servers: W3C's `traceparent`, and OpenTelemetry spans.
+
+    client's span ── traceparent ──> request ┬─ queue      until it was let in
+                                             ├─ place      until it was known where it goes
+                                             ├─ fetch      of history, before it is sent
+                                             ├─ prefill ── traceparent ──> the server's own spans
+                                             └─ decode ─── traceparent ──> the same
+
+Off, a client's `traceparent` is handed to the servers as it is, and nothing else is done. A server joins
+with SGLang's own --enable-trace. Event loop thread only; spans leave on a thread of the SDK's.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
+
+from memserve import __version__
+from memserve.core.errors import ConfigError
+from memserve.router.observability.request_log import Ended
+from memserve.router.request import Api
+from memserve.scheduling.assignment import Placed
+
+if TYPE_CHECKING:
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.trace import Span
+
+SERVICE = "memserve-router"
+PARENT, STATE = "traceparent", "tracestate"
+_PARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
+
+
+class RequestTrace(Protocol):
+    """What is traced of one request."""
+
+    def leg(self, instance: str, role: str) -> Mapping[str, str]:
+        """A leg begins: headers for its server."""
+
+    def left(self, instance: str, *, is_answered: bool) -> None:
+        """A leg has ended."""
+
+    def admitted(self) -> None:
+        """It is its turn now."""
+
+    def placed(self, placed: Placed) -> None:
+        """It is known where it goes now."""
+
+    def end(self, ended: Ended) -> None:
+        """It has ended."""
+
+
+class Traces(Protocol):
+    """Begins traces."""
+
+    def begin(self, api: Api, headers: Mapping[str, str]) -> RequestTrace | None:
+        """The trace of a request that comes now; None if nothing is to be traced of it."""
+
+
+class PassedOn:
+    """A client's trace, in which the router has no part."""
+
+    def __init__(self, headers: Mapping[str, str]) -> None:
+        self._headers = headers
+
+    def leg(self, instance: str, role: str) -> Mapping[str, str]:
+        return self._headers
+
+    def left(self, instance: str, *, is_answered: bool) -> None:
+        pass
+
+    def admitted(self) -> None:
+        pass
+
+    def placed(self, placed: Placed) -> None:
+        pass
+
+    def end(self, ended: Ended) -> None:
+        pass
+
+
+class PassOn:
+    """Hands on what clients send. See `Traces`."""
+
+    def begin(self, api: Api, headers: Mapping[str, str]) -> RequestTrace | None:
+        parent = headers.get(PARENT)
+        if parent is None or not _PARENT.fullmatch(parent):
+            return None
+        state = headers.get(STATE)
+        return PassedOn({PARENT: parent} if state is None else {PARENT: parent, STATE: state})
+
+
+class Tracing:
+    """Spans. See `Traces`."""
+
+    def __init__(self, provider: TracerProvider) -> None:
+        """`provider`: where they go. Its own to shut down."""
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self.provider = provider
+        self.tracer = provider.get_tracer("memserve.router", __version__)
+        self.propagator = TraceContextTextMapPropagator()
+
+    @classmethod
+    def to(cls, endpoint: str) -> Tracing:
+        """Send spans there, OTLP over gRPC. Raises ConfigError if the packages for it are missing."""
+        try:
+            from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ImportError as error:
+            raise ConfigError(f"--enable-trace needs: pip install 'memserve[otel]' ({error})") from error
+        provider = TracerProvider(resource=Resource.create({"service.name": SERVICE}))
+        exporter = OTLPSpanExporter(endpoint=endpoint, insecure="://" not in endpoint or None)
+        provider.add_span_processor(BatchSpanProcessor(exporter))
+        return cls(provider)
+
+    def begin(self, api: Api, headers: Mapping[str, str]) -> RequestTrace:
+        return SpannedRequest(self, api, headers)
+
+    def close(self) -> None:
+        """Send what waits, and no more."""
+        self.provider.shutdown()
+
+
+class SpannedRequest:
+    """The spans of one request. See `RequestTrace`."""
+
+    def __init__(self, tracing: Tracing, api: Api, headers: Mapping[str, str]) -> None:
+        from opentelemetry import trace
+
+        self._tracing = tracing
+        self._trace = trace
+        parents = {name: headers[name] for name in (PARENT, STATE) if name in headers}
+        self._span = tracing.tracer.start_span(
+            f"POST {api}",
+            context=tracing.propagator.extract(parents),
+            kind=trace.SpanKind.SERVER,
+            attributes={"http.request.method": "POST", "url.path": str(api)},
+        )
+        self._context = trace.set_span_in_context(self._span)
+        self._since_ns = time.time_ns()
+        self._clock_ns = self._since_ns - time.monotonic_ns()
+        """What the monotonic clock lacks."""
+        self._legs: dict[str, list[Span]] = {}
+        self._placed: Placed | None = None
+        self._placed_ns = 0
+
+    def admitted(self) -> None:
+        self._child("queue", self._since_ns, self._now_ns())
+
+    def placed(self, placed: Placed) -> None:
+        self._told_fetch()
+        self._placed, self._placed_ns = placed, time.time_ns()
+        situation, chosen = placed.decision.situation, placed.decision.chosen
+        attributes: dict[str, str | int | bool] = {
+            "memserve.prefill": placed.prefill.instance_id,
+            "memserve.decode": placed.decode.instance_id,
+            "memserve.reason": placed.decision.reason,
+            "memserve.prompt_tokens": placed.prompt.num_tokens,
+            "memserve.expected_cached_tokens": situation.cached_tokens(chosen.total_blocks),
+        }
+        self._child("place", self._since_ns, self._now_ns(), attributes)
+
+    def leg(self, instance: str, role: str) -> Mapping[str, str]:
+        span = self._tracing.tracer.start_span(
+            "generate" if role == "colocated" else role,
+            context=self._context,
+            kind=self._trace.SpanKind.CLIENT,
+            attributes={"memserve.instance": instance, "memserve.role": role},
+        )
+        self._legs.setdefault(instance, []).append(span)
+        headers: dict[str, str] = {}
+        self._tracing.propagator.inject(headers, self._trace.set_span_in_context(span))
+        return headers
+
+    def left(self, instance: str, *, is_answered: bool) -> None:
+        if spans := self._legs.get(instance):
+            self._end_leg(spans.pop(0), is_answered)
+
+    def end(self, ended: Ended) -> None:
+        self._told_fetch()
+        for spans in self._legs.values():
+            for span in spans:
+                self._end_leg(span, False)
+        told: dict[str, str | float | None] = {
+            "http.response.status_code": ended.status,
+            "memserve.rid": ended.rid,
+            "memserve.request_id": ended.request_id,
+            "memserve.attempts": ended.attempts,
+            "memserve.first_token_s": ended.first_token_s,
+            "memserve.cached_tokens": ended.cached_tokens,
+        }
+        self._span.set_attributes({name: value for name, value in told.items() if value is not None})
+        if ended.status >= 500:
+            self._span.set_status(self._trace.StatusCode.ERROR, ended.reason)
+        self._span.end()
+
+    def _told_fetch(self) -> None:
+        """Of the last place it was given, once the request has gone out there or was given another."""
+        placed, self._placed = self._placed, None
+        if placed is not None and placed.plan is not None and placed.fetched is not None:
+            begun_ns = self._placed_ns
+            told: dict[str, str | int | bool] = {
+                "memserve.source": placed.plan.source,
+                "memserve.blocks": placed.fetched.num_blocks,
+            }
+            self._child("fetch", begun_ns, begun_ns + int(placed.fetched.seconds * 1e9), told)
+
+    def _child(
+        self, name: str, begun_ns: int, ended_ns: int, told: Mapping[str, str | int | bool] | None = None
+    ) -> None:
+        span = self._tracing.tracer.start_span(
+            name, context=self._context, start_time=begun_ns, attributes=told
+        )
+        span.end(ended_ns)
+        self._since_ns = ended_ns
+
+    def _end_leg(self, span: Span, is_answered: bool) -> None:
+        if not is_answered:
+            span.set_status(self._trace.StatusCode.ERROR, "failed, or given up")
+        span.end()
+
+    def _now_ns(self) -> int:
+        return time.monotonic_ns() + self._clock_ns

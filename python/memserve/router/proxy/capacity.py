@@ -1,0 +1,70 @@
+"""Which decodes can hold a prompt at all. Pure.
+
+SGLang's decode takes a request in when the prompt, in whole pages, and a reserve for the answer are free.
+A prompt for which even an empty cache has no room waits there for ever, and so does everything behind it.
+Source: SGLang 0.5.23, disaggregation/decode.py (pop_preallocated, _required_admission_tokens).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+from memserve.core.errors import BadRequest
+from memserve.router.cluster.instance import Snapshot
+from memserve.router.request import Api
+
+RESERVED_TOKENS = 512
+"""SGLang's default of --num-reserved-decode-tokens."""
+
+_FIELDS = {Api.GENERATE: "input_ids", Api.CHAT: "messages", Api.COMPLETIONS: "prompt"}
+
+
+def read_room(server_info: Mapping[str, object], page_tokens: int | None) -> int | None:
+    """The longest prompt that a decode with this /server_info takes; None if it does not say."""
+    size, reserved = (
+        server_info.get("max_total_num_tokens"),
+        server_info.get("num_reserved_decode_tokens", RESERVED_TOKENS),
+    )
+    if server_info.get("disaggregation_mode") != "decode" or not isinstance(size, int) or page_tokens is None:
+        return None
+    threshold = server_info.get("disaggregation_decode_host_receive_threshold", 1)
+    if server_info.get("enable_hisparse") or threshold != 1 or not isinstance(reserved, int):
+        return None  # what does not fit the device may be in host memory
+    return max(0, size - reserved) // page_tokens * page_tokens
+
+
+def smallest_room(snapshot: Snapshot) -> int | None:
+    """What fits every decode; None if nothing is known not to."""
+    return min(
+        (one.facts.room_tokens for one in snapshot.decodes if one.facts.room_tokens is not None), default=None
+    )
+
+
+def largest_room(snapshot: Snapshot) -> int | None:
+    """What fits some decode, if no instance is without a known limit; else None."""
+    rooms = [one.facts.room_tokens for one in snapshot.decodes]
+    if snapshot.colocated or not rooms or None in rooms:
+        return None
+    return max(room for room in rooms if room is not None)
+
+
+def fitting(snapshot: Snapshot, num_tokens: int) -> Snapshot:
+    """Without the decodes that have no room for a prompt of `num_tokens`."""
+    decodes = tuple(
+        one
+        for one in snapshot.decodes
+        if one.facts.room_tokens is None or num_tokens <= one.facts.room_tokens
+    )
+    return snapshot if len(decodes) == len(snapshot.decodes) else replace(snapshot, decodes=decodes)
+
+
+def check_fits(snapshot: Snapshot, num_tokens: int, api: Api) -> None:
+    """Raises BadRequest if nobody in `snapshot` could ever take a prompt of `num_tokens`."""
+    room = largest_room(snapshot)
+    if room is not None and num_tokens > room:
+        raise BadRequest(
+            f"the prompt has {num_tokens} tokens; the cache of the largest decode server has room for {room} "
+            "beside what is reserved for an answer (its --num-reserved-decode-tokens)",
+            field=_FIELDS[api],
+        )

@@ -1,0 +1,343 @@
+"""From a checked call to an answer: read, placed, and tried until an instance has given all of it.
+
+read ──> Prompt      answer, stream:  place ── attempt ──> the answer
+                                        ^         │ an instance failed: the same again, or what
+                                        └─ a while┘ goes on with what the client has seen
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TypeVar
+
+from memserve.core.errors import BadRequest
+from memserve.core.ids import InstanceId
+from memserve.router.cluster.instance import Snapshot
+from memserve.router.cluster.member import Fate
+from memserve.router.cluster.registry import SUSPECT_MISSES
+from memserve.router.errors import Harmful, LegFailed, LegLost, LegTimeout, NoRoute, WorkerFault
+from memserve.router.observability.metrics import RouterMetrics
+from memserve.router.proxy.capacity import check_fits, fitting, smallest_room
+from memserve.router.proxy.executor import Runner
+from memserve.router.proxy.recovery import Resumer
+from memserve.router.proxy.recovery_policy import Resumption
+from memserve.router.proxy.relay import Sink
+from memserve.router.proxy.retry import Alias, Patience, choices, harmed, wait_s
+from memserve.router.proxy.stream_splicer import Diverged
+from memserve.router.request import Call
+from memserve.router.state import RouterState
+from memserve.router.tokenization.prompts import Prompt
+from memserve.router.tokenization.token_records import KnownTokens
+from memserve.scheduling.assignment import Placed
+from memserve.scheduling.decision import Decision
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+OnPlaced = Callable[[Placed, int], None]
+"""Told where a call goes now, and which attempt that is, from 1."""
+
+LOOK_S = 0.05
+DEFAULT_MODEL = "default"
+"""What SGLang calls the model that a request does not name."""
+
+
+@dataclass(frozen=True, slots=True)
+class Job:
+    """A call that can be placed."""
+
+    call: Call
+    prompt: Prompt
+    model: str | None
+    """The one that is meant, also if the call names none; None if nobody was there to serve any."""
+    sample: str | None = None
+    """How its text begins, if that is to be shown."""
+    num_tokens: int | None = None
+    """Of its longest prompt, if that is so long that a decode might not hold it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Attempt:
+    """What is asked this time, and under which name."""
+
+    call: Call
+    alias: Alias | None = None
+    resumption: Resumption | None = None
+    """How its events follow those that the client has."""
+
+    def job(self, job: Job) -> Job:
+        """What is to be placed for it."""
+        if self.resumption is None or not self.resumption.num_kept:
+            return job
+        return replace(job, num_tokens=self.resumption.num_tokens)
+
+    @classmethod
+    def first(cls, call: Call) -> _Attempt:
+        """Under its own name, unless others could have the same: servers abort by prefix."""
+        return cls.anew(call) if call.is_apart and call.rid_is_clients else cls(call)
+
+    @classmethod
+    def anew(cls, call: Call, resumption: Resumption | None = None) -> _Attempt:
+        """One more, under a name of its own."""
+        alias = Alias()
+        return cls(alias.of(call), alias, resumption)
+
+
+class Dispatcher:
+    """Runs calls. Event loop thread only."""
+
+    def __init__(
+        self,
+        state: RouterState,
+        runner: Runner,
+        resumer: Resumer,
+        patience: Patience,
+        metrics: RouterMetrics,
+    ) -> None:
+        self._cluster = state.cluster
+        self._placer = state.placer
+        self._breakers = state.breakers
+        self._reader = state.reader
+        self._tokenizers = state.tokenizers
+        self._room: tuple[Snapshot, int | None] = Snapshot(), None
+        """What fits every decode of the candidates that were last asked for."""
+        self._runner = runner
+        self._resumer = resumer
+        self._patience = patience
+        self._metrics = metrics
+        self._prefixes = state.observed.prefixes
+
+    def candidates(self, model: str | None) -> Snapshot:
+        """The ready instances that serve `model`.
+
+        Without a name, those of the first model there is. None for one whose servers are all away;
+        raises BadRequest (404) for one that nobody here serves.
+        """
+        snapshot = self._cluster.snapshot
+        models = snapshot.models()
+        if not models:
+            return snapshot
+        if model in (None, DEFAULT_MODEL):
+            return snapshot.serving(models[0])
+        serving = snapshot.serving(model or "")
+        if not serving.all() and not self._cluster.knows(model or ""):
+            message = f"The model '{model}' does not exist; served here: {', '.join(models)}"
+            raise BadRequest(message, field="model", status=404)
+        return serving
+
+    async def read(self, call: Call, candidates: Snapshot, headers: Mapping[str, str]) -> Job:
+        """The call as servers should get it, and what is known of its prompts."""
+        facts = [one.facts for one in candidates.all()]
+        model = facts[0].model if facts else None
+        page_tokens = next((one.page_size for one in facts if one.page_size), None)
+        sample = self._prefixes.sample(call.body)
+        call, prompt = await self._reader.read(call, model, page_tokens, headers)
+        if self._room[0] is not candidates:
+            self._room = candidates, smallest_room(candidates)
+        room = self._room[1]
+        num_tokens = None
+        if room is not None and call.body_bytes > room:  # no token is less than a byte
+            tokens = await self._tokenizers.tokens_of(call, model)
+            num_tokens = max(map(len, tokens.prompts)) if isinstance(tokens, KnownTokens) else None
+        return Job(call, prompt, model, sample, num_tokens)
+
+    def explain(self, job: Job) -> Decision:
+        """Where a call would go. Raises as placing it would."""
+        ready = self._fit(job)
+        decision = self._placer.decide(self._breakers.admitted(ready), job.prompt)
+        if decision is None:
+            raise NoRoute(ready.why_unready() or "no server is ready")
+        return decision
+
+    async def answer(self, job: Job, on_placed: OnPlaced) -> bytes:
+        """The whole answer. Raises NoRoute, Harmful, LegTimeout, and what `Upstream.leg` raises."""
+
+        async def run(attempt: _Attempt, placed: Placed) -> bytes:
+            answer = await self._runner.answer(attempt.call, placed)
+            return attempt.alias.removed(answer) if attempt.alias else answer
+
+        async def again(_: WorkerFault) -> _Attempt:
+            return _Attempt.anew(job.call)
+
+        return await self._tried(job, on_placed, run, again)
+
+    async def stream(self, job: Job, on_placed: OnPlaced, sink: Sink) -> None:
+        """Write the events as they come. Raises as `answer`, and Diverged; maybe after a write."""
+        outlet = self._resumer.outlet(job.call, sink, self._ready(job))
+
+        async def run(attempt: _Attempt, placed: Placed) -> None:
+            resumption = attempt.resumption
+            write = outlet.writer(attempt.alias, resumption.continuation if resumption else None)
+            try:
+                await self._runner.stream(attempt.call, placed, write)
+            except WorkerFault:
+                rest = self._resumer.rest_of(job.call, outlet)
+                if rest is None:
+                    raise
+                await outlet.write(rest)
+            except Diverged:
+                self._resumer.count("diverged")
+                raise
+            await outlet.end()
+            if resumption is not None:
+                self._resumer.count("continued" if resumption.num_kept else "repeated")
+
+        async def go_on(fault: WorkerFault) -> _Attempt:
+            if not sink.has_begun:
+                return _Attempt.anew(job.call)
+            failed = [fault.instance_id]
+
+            async def ask(call: Call) -> bytes:
+                return await self._asked(call, job, failed)
+
+            resumed = await self._resumer.resumed(job.call, job.model, outlet, self._ready(job), ask)
+            if isinstance(resumed, str):
+                fault.why_not_resumed = resumed
+                raise fault
+            return _Attempt.anew(resumed.call, resumed)
+
+        await self._tried(job, on_placed, run, go_on)
+
+    async def _asked(self, call: Call, job: Job, failed: Sequence[InstanceId]) -> bytes:
+        """The answer to a question of the router's own about `job`. Raises as one attempt does."""
+        placed = self._place_elsewhere(job, failed)
+        if placed is None:
+            raise NoRoute("no server is ready")
+        return await self._runner.answer(Alias().of(call), placed)
+
+    # ---- attempts
+
+    async def _tried(
+        self,
+        job: Job,
+        on_placed: OnPlaced,
+        run: Callable[[_Attempt, Placed], Awaitable[T]],
+        then: Callable[[WorkerFault], Awaitable[_Attempt]],
+    ) -> T:
+        """What `run` gives, again elsewhere while it is the instances that fail.
+
+        `then` says what is tried next, or raises what the client is told. Raises LegTimeout.
+        """
+        placed, attempt = self._place(job), _Attempt.first(job.call)
+        faults: list[WorkerFault] = []
+        timeout_s = self._patience.timeout_s
+        if job.call.timeout_s is not None:
+            timeout_s = min(timeout_s, job.call.timeout_s)
+        ends_s = asyncio.get_running_loop().time() + timeout_s
+        try:
+            async with asyncio.timeout_at(ends_s):
+                while True:
+                    on_placed(placed, len(faults) + 1)
+                    try:
+                        result = await run(attempt, placed)
+                    except WorkerFault as fault:
+                        faults.append(fault)
+                        self._note(fault, placed, len(faults))
+                        attempt = await self._next(faults, then)
+                        placed = await self._place_again(attempt.job(job), faults, ends_s)
+                    else:
+                        for instance in placed.instances:
+                            self._breakers.answered(instance)
+                        return result
+        except TimeoutError as error:
+            raise LegTimeout(f"no answer within {timeout_s:g} s") from error
+
+    async def _next(
+        self, faults: list[WorkerFault], then: Callable[[WorkerFault], Awaitable[_Attempt]]
+    ) -> _Attempt:
+        """What `then` says is tried after the last of `faults`; those that it meets are added."""
+        while True:
+            fault = faults[-1]
+            if (harm := await self._harmed(faults)) is not None:
+                self._metrics.harmful.inc()
+                raise harm from fault
+            try:
+                return await then(fault)
+            except WorkerFault as another:
+                if another is fault:
+                    raise
+                faults.append(another)
+
+    async def _harmed(self, faults: Sequence[WorkerFault]) -> Harmful | None:
+        """As `harmed`, of instances that have ended: those that are silent are waited for."""
+        clock = asyncio.get_running_loop().time
+        until_s = clock() + SUSPECT_MISSES * self._cluster.heartbeat_s
+        lost = [fault for fault in faults if isinstance(fault, LegLost)]
+        while True:
+            fates = [self._cluster.fate(one.instance_id, one.epoch) for one in lost]
+            ended, silent = (
+                [one for one, fate in zip(lost, fates, strict=True) if fate is which]
+                for which in (Fate.ENDED, Fate.UNKNOWN)
+            )
+            harm = harmed([*ended, *silent])
+            if harm is None or harmed(ended) is not None or clock() >= until_s:
+                return harm
+            await asyncio.sleep(LOOK_S)
+
+    def _ready(self, job: Job) -> Snapshot:
+        """Who could serve it now."""
+        ready = Snapshot() if job.model is None else self._cluster.snapshot.serving(job.model)
+        return ready if job.num_tokens is None else fitting(ready, job.num_tokens)
+
+    def _fit(self, job: Job) -> Snapshot:
+        """As `_ready`. Raises BadRequest if nobody there could ever hold its prompt."""
+        if job.num_tokens is not None and job.model is not None:
+            check_fits(self._cluster.snapshot.serving(job.model), job.num_tokens, job.call.api)
+        return self._ready(job)
+
+    def _place(self, job: Job) -> Placed:
+        """Who takes the call, which then has to be run.
+
+        Raises NoRoute if no pair is whole, BadRequest if no decode could ever hold its prompt.
+        """
+        ready = self._fit(job)
+        placed = self._placer.place(self._breakers.admitted(ready), job.prompt)
+        if placed is None:
+            raise NoRoute(ready.why_unready() or "no server is ready")
+        self._sent(placed)
+        self._prefixes.note(job.prompt, job.sample)
+        return placed
+
+    async def _place_again(self, job: Job, faults: Sequence[WorkerFault], ends_s: float) -> Placed:
+        """The same after a while, elsewhere if possible. Raises the last fault if nobody is ready then."""
+        fault, failed = faults[-1], [one.instance_id for one in faults]
+        num_tries = len(faults)
+        while True:
+            left_s = ends_s - asyncio.get_running_loop().time()
+            seconds = wait_s(self._patience, num_tries, left_s)
+            if seconds is None:
+                raise fault
+            await asyncio.sleep(seconds)
+            num_tries += 1
+            placed = self._place_elsewhere(job, failed)
+            if placed is not None:
+                self._metrics.retries.labels(fault.kind).inc()
+                logger.warning(
+                    "request done again rid=%s attempt=%d instances=%s reason=%s",
+                    *(job.call.rid, len(faults) + 1, placed.route, fault),
+                )
+                return placed
+
+    def _place_elsewhere(self, job: Job, failed: Sequence[InstanceId]) -> Placed | None:
+        """Who takes the call, rather not one of those that `failed`; None if nobody is ready."""
+        for snapshot in choices(self._ready(job), failed):
+            placed = self._placer.place(self._breakers.admitted(snapshot), job.prompt)
+            if placed is not None:
+                self._sent(placed)
+                return placed
+        return None
+
+    def _sent(self, placed: Placed) -> None:
+        for instance in placed.instances:
+            self._breakers.sent(instance)
+
+    def _note(self, fault: WorkerFault, placed: Placed, num_attempts: int) -> None:
+        """Count it against who it was. A lost connection was counted when it was noticed, once for all."""
+        fault.num_attempts = num_attempts
+        if isinstance(fault, LegFailed):
+            for instance in placed.instances:
+                if instance.instance_id == fault.instance_id:
+                    self._breakers.failed(instance)

@@ -1,0 +1,157 @@
+"""One attempt at a call, on the instances it was given to: fetched, run on its legs, settled.
+
+fetch ── legs ── prefilled ── ended
+Knows nothing of other attempts, nor of who asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Coroutine, Iterable
+from functools import partial
+from typing import Any, TypeVar
+
+import msgspec
+
+from memserve.router.cluster.instance import Instance, Pair, Route
+from memserve.router.proxy.fetcher import Fetcher
+from memserve.router.proxy.merge import cached_tokens_in, rid_field
+from memserve.router.proxy.n_sampling import SampleJoiner, as_batch, as_singles, join_answers
+from memserve.router.proxy.pd_pair import OnPrefilled, PairRunner, parsed
+from memserve.router.proxy.relay import Write, relay
+from memserve.router.proxy.upstream import Upstream
+from memserve.router.request import Api, Call, encode_json
+from memserve.router.sse import data_of
+from memserve.scheduling.assignment import Placed, profits_from
+from memserve.scheduling.selector import Placer
+
+T = TypeVar("T")
+
+decode_json = msgspec.json.Decoder().decode
+
+
+class Runner:
+    """Runs placed calls. Event loop thread only."""
+
+    def __init__(self, upstream: Upstream, placer: Placer, fetcher: Fetcher) -> None:
+        self._upstream = upstream
+        self._pairs = PairRunner(upstream)
+        self._placer = placer
+        self._fetcher = fetcher
+
+    async def answer(self, call: Call, placed: Placed) -> bytes:
+        """The whole answer. Raises what `Upstream.leg` raises."""
+        is_answered = False
+        try:
+            on_prefilled = await self._begun(call, placed)
+            answer = await self._answer(call, placed, on_prefilled)
+            is_answered = True
+            return answer
+        finally:
+            self._placer.ended(placed, is_answered=is_answered)
+
+    async def stream(self, call: Call, placed: Placed, write: Write) -> None:
+        """Write the answer as it comes. Raises what `Upstream.leg` and `write` raise."""
+        is_answered = False
+        try:
+            on_prefilled = await self._begun(call, placed)
+            await self._stream(call, placed.route, on_prefilled, write)
+            is_answered = True
+        finally:
+            self._placer.ended(placed, is_answered=is_answered)
+
+    async def _begun(self, call: Call, placed: Placed) -> OnPrefilled:
+        """Its history is fetched; what to tell of its prefill."""
+        waited_s = await self._fetcher.wait(partial(profits_from, placed))
+        if waited_s is not None:
+            self._placer.waited(waited_s)
+        if placed.plan is not None:
+            self._placer.fetched(placed, await self._fetcher.run(placed.plan))
+        self._placer.sent(placed)
+
+        def on_prefilled(answer: Any) -> None:
+            self._placer.prefilled(placed, _num_cached(call, answer))
+
+        return on_prefilled
+
+    async def _stream(self, call: Call, route: Route, on_prefilled: OnPrefilled, write: Write) -> None:
+        if not isinstance(route, Pair):
+            await self._relay(call, route.worker, on_prefilled, write)
+        elif call.num_samples == 1:
+            await self._pairs.stream(call, route, on_prefilled, write)
+        elif call.api is Api.GENERATE:
+            await self._pairs.stream(as_batch(call), route, on_prefilled, write)
+        else:
+            await self._stream_samples(call, route, on_prefilled, write)
+
+    async def _answer(self, call: Call, placed: Placed, on_prefilled: OnPrefilled) -> bytes:
+        route = placed.route
+        if not isinstance(route, Pair):
+            whole = await self._upstream.fetch(route.worker, call, _own_body(call))
+            answer = parsed(route.worker, whole)
+            # Whatever follows a first token takes its time.
+            is_timely = placed.prompt.output_tokens == 1
+            self._placer.prefilled(placed, _num_cached(call, answer), is_timely=is_timely)
+            return whole
+        if call.num_samples == 1:
+            return await self._pairs.answer(call, route, on_prefilled)
+        if call.api is Api.GENERATE:
+            return await self._pairs.answer(as_batch(call), route, on_prefilled)
+        answers = await _all(self._pairs.answer(single, route, on_prefilled) for single in as_singles(call))
+        return join_answers(call, answers)
+
+    async def _relay(self, call: Call, worker: Instance, on_prefilled: OnPrefilled, write: Write) -> None:
+        def on_first(chunk: bytes) -> None:
+            on_prefilled(_parsed(data_of(chunk)))
+
+        async with self._upstream.leg(worker, call, _own_body(call)) as leg:
+            await relay(leg, write, on_first)
+
+    async def _stream_samples(self, call: Call, pair: Pair, on_prefilled: OnPrefilled, write: Write) -> None:
+        joiner = SampleJoiner(call)
+
+        async def run(sample: int, single: Call) -> None:
+            async def write_sample(chunk: bytes) -> None:
+                if joined := joiner.feed(sample, chunk):
+                    await write(joined)
+
+            await self._pairs.stream(single, pair, on_prefilled, write_sample)
+
+        await _all(run(sample, single) for sample, single in enumerate(as_singles(call)))
+        await write(joiner.end())
+
+
+def _own_body(call: Call) -> bytes:
+    """The body for a server that does everything itself."""
+    return encode_json({**call.body, "rid": rid_field(call)})
+
+
+def _parsed(answer: bytes) -> Any:
+    """None for what is no JSON: an event that has come in part."""
+    try:
+        return decode_json(answer)
+    except (msgspec.DecodeError, UnicodeDecodeError):
+        return None
+
+
+def _num_cached(call: Call, answer: Any) -> int | None:
+    """Prompt tokens that were cached, all prompts together, by a parsed answer or the first event of one."""
+    try:
+        cached = cached_tokens_in(call, answer)
+    except (KeyError, TypeError, AttributeError):
+        return None  # an event that says nothing of it, or has come in part
+    if isinstance(cached, list):
+        counts = [one for one in cached if one is not None]
+        return sum(counts) if len(counts) == len(cached) else None
+    return cached
+
+
+async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
+    """Every result; the first failure cancels the rest and is raised."""
+    tasks = [asyncio.create_task(one) for one in work]
+    try:
+        return await asyncio.gather(*tasks)
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks)

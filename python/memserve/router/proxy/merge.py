@@ -1,0 +1,134 @@
+"""What the two halves of a pair are sent, and how their answers become one. Pure functions of JSON.
+
+Prefill computes the prompt and one token; decode's answer is the answer, but what was asked about
+the prompt (its logprobs, what of it was cached) is known to prefill only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from memserve.router.cluster.instance import Pair
+from memserve.router.request import Api, Call, JsonObject, encode_json
+from memserve.router.sse import data_of, with_data
+
+decode_json = msgspec.json.Decoder().decode
+
+_LOGPROB_LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
+
+
+def leg_bodies(call: Call, pair: Pair, draw_room: Callable[[], int]) -> tuple[bytes, bytes]:
+    """The bodies for prefill and for decode.
+
+    `draw_room` gives a fresh rendezvous number: one for each prompt. Prefill answers whole even if
+    the client wants a stream: its single token would be no stream.
+    """
+    host, port = pair.prefill.bootstrap_host, pair.prefill.bootstrap_port
+    body: JsonObject = {**call.body, "rid": rid_field(call)}
+    if call.num_prompts is None:
+        body |= {"bootstrap_host": host, "bootstrap_port": port, "bootstrap_room": draw_room()}
+    else:
+        rooms = [draw_room() for _ in range(call.num_prompts)]
+        count = len(rooms)
+        body |= {"bootstrap_host": [host] * count, "bootstrap_port": [port] * count, "bootstrap_room": rooms}
+    decode = encode_json(body)
+    if not call.is_stream:
+        return decode, decode
+    prefill = {**body, "stream": False}
+    prefill.pop("stream_options", None)
+    return encode_json(prefill), decode
+
+
+def rid_field(call: Call) -> object:
+    """`rid` as SGLang wants it: a list for a batch."""
+    return call.rid if call.num_prompts is None else list(call.rids)
+
+
+def merge_answers(call: Call, prefill: Any, decode: bytes) -> bytes:
+    """Decode's whole answer, with what prefill's, parsed, knows of the prompt."""
+    theirs, ours = prefill, decode_json(decode)
+    if call.api is Api.GENERATE:
+        pairs = [(theirs, ours)] if isinstance(ours, dict) else list(zip(theirs, ours, strict=True))
+        for one, other in pairs:
+            _merge_meta(one["meta_info"], other["meta_info"])
+            for name in ("cached_tokens", "e2e_latency"):
+                other["meta_info"][f"prefill_{name}"] = one["meta_info"].get(name)
+        return encode_json(ours)
+    if call.wants_input_logprobs:
+        for one, other in zip(theirs["choices"], ours["choices"], strict=True):
+            _prepend_logprobs(one, other)
+    cached = cached_tokens_in(call, theirs)
+    if cached is not None and isinstance(ours.get("usage"), dict):
+        details = ours["usage"].get("prompt_tokens_details") or {}
+        ours["usage"]["prompt_tokens_details"] = {**details, "prefill_cached_tokens": cached}
+    return encode_json(ours)
+
+
+def cached_tokens_in(call: Call, answer: Any) -> int | list[int] | None:
+    """How many prompt tokens were cached by a parsed answer, for each prompt of a native batch.
+
+    None if it does not say: OpenAI's endpoints do only with --enable-cache-report.
+    """
+    if call.api is Api.GENERATE:
+        if isinstance(answer, list):
+            return [one["meta_info"].get("cached_tokens") for one in answer]
+        cached: int | None = answer["meta_info"].get("cached_tokens")
+        return cached
+    details = (answer.get("usage") or {}).get("prompt_tokens_details") or {}
+    total: int | None = details.get("cached_tokens")
+    return total
+
+
+def cache_report(call: Call, answer: Any) -> JsonObject:
+    """What to tell of prefill's reuse; of one prompt also by tier: `device` is HBM, `host` DRAM."""
+    report: JsonObject = {"prefill_cached_tokens": cached_tokens_in(call, answer)}
+    if isinstance(answer, dict) and (tiers := answer.get("meta_info", {}).get("cached_tokens_details")):
+        report["prefill_cached_tokens_details"] = tiers
+    return report
+
+
+class LogprobMerger:
+    """Puts prefill's logprobs of the prompt into the events of decode's stream."""
+
+    def __init__(self, call: Call, prefill: Any) -> None:
+        """`prefill`: its answer, parsed."""
+        self._api = call.api
+        self._prefill = prefill
+        self._seen: set[int] = set()
+
+    def rewrite(self, event: bytes) -> bytes:
+        """The event a client gets in place of decode's."""
+        data = data_of(event)
+        if not data.startswith(b"{"):
+            return event
+        ours = decode_json(data)
+        if self._api is Api.GENERATE and "meta_info" in ours:
+            batch = isinstance(self._prefill, list)
+            theirs = self._prefill[ours.get("index", 0)] if batch else self._prefill
+            _merge_meta(theirs["meta_info"], ours["meta_info"])
+        for choice in ours.get("choices") or ():
+            # The prompt's logprobs belong to the first event of each choice.
+            if choice["index"] not in self._seen:
+                self._seen.add(choice["index"])
+                _prepend_logprobs(self._prefill["choices"][choice["index"]], choice)
+        return with_data(event, encode_json(ours))
+
+
+def _merge_meta(prefill: JsonObject, decode: JsonObject) -> None:
+    """SGLang's names for what it says of the prompt begin with `input_`."""
+    decode.update({key: value for key, value in prefill.items() if key.startswith("input_")})
+
+
+def _prepend_logprobs(prefill: JsonObject, decode: JsonObject) -> None:
+    """OpenAI's logprobs are lists over prompt and output; prefill's end with its one output token."""
+    theirs, ours = prefill.get("logprobs"), decode.get("logprobs")
+    if not isinstance(theirs, dict):
+        return
+    if not isinstance(ours, dict):
+        ours = decode["logprobs"] = {}
+    for name in _LOGPROB_LISTS:
+        if isinstance(theirs.get(name), list):
+            ours[name] = [*theirs[name][:-1], *(ours.get(name) or [])]

@@ -1,0 +1,141 @@
+"""`n > 1` on a pair, where SGLang itself would hang: one request becomes several.
+
+/generate becomes a batch that repeats its prompts, which answers in the shape of `n > 1`. OpenAI's
+endpoints become n requests whose answers are joined here. Pure but for `SampleJoiner`'s state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import msgspec
+from msgspec import structs
+
+from memserve.core.errors import BadRequest
+from memserve.router.request import Call, JsonObject, encode_json
+from memserve.router.sse import DONE, EventSplitter, data_of, with_data
+
+decode_json = msgspec.json.Decoder().decode
+
+_PROMPTS = ("text", "input_ids", "input_embeds")
+_MEDIA = ("image_data", "video_data", "audio_data")
+_PER_PROMPT = (
+    *_PROMPTS,
+    *_MEDIA,
+    "lora_path",
+    "extra_key",
+    "cache_salt",
+    "custom_logit_processor",
+    "return_logprob",
+    "logprob_start_len",
+    "top_logprobs_num",
+)
+
+
+def as_batch(call: Call) -> Call:
+    """A /generate call with n samples as a batch of n × its prompts, a prompt's samples side by side.
+
+    Source: SGLang, TokenizerManager._handle_batch_request, which orders `n > 1` the same way.
+    """
+    n, body = call.num_samples, dict(call.body)
+    for name in _PER_PROMPT:
+        value = body.get(name)
+        if value is None:
+            continue
+        if call.num_prompts is None and (name in _PROMPTS or name in _MEDIA):
+            body[name] = [value] * n
+        elif isinstance(value, list) and call.num_prompts is not None:
+            if len(value) != call.num_prompts:
+                raise BadRequest(
+                    f"{name} has {len(value)} entries for {call.num_prompts} prompts", field=name
+                )
+            body[name] = [one for one in value for _ in range(n)]
+    params = body["sampling_params"]
+    if isinstance(params, list):
+        body["sampling_params"] = [{**one, "n": 1} for one in params for _ in range(n)]
+    elif isinstance(params, dict):
+        body["sampling_params"] = {**params, "n": 1}
+    count = n * (call.num_prompts or 1)
+    rids = tuple(f"{call.rid}_{i}" for i in range(count))
+    return structs.replace(call, body=body, rids=rids, num_prompts=count, num_samples=1)
+
+
+def as_singles(call: Call) -> list[Call]:
+    """An OpenAI call with n samples as n calls for one each.
+
+    A seed counts up from the one given: sample 0 is what a call without n would get.
+    """
+    return [_single(call, sample) for sample in range(call.num_samples)]
+
+
+def _single(call: Call, sample: int) -> Call:
+    rid = f"{call.rid}_{sample}"
+    body: JsonObject = {**call.body, "n": 1}
+    if isinstance(seed := body.get("seed"), int):
+        body["seed"] = seed + sample
+    rids = (rid,) if call.num_prompts is None else tuple(f"{rid}_{i}" for i in range(call.num_prompts))
+    return structs.replace(call, body=body, rid=rid, rids=rids, num_samples=1)
+
+
+def join_answers(call: Call, answers: Sequence[bytes]) -> bytes:
+    """The n whole answers as one: choices numbered as SGLang does, usage summed, the prompt counted once."""
+    parsed = [decode_json(answer) for answer in answers]
+    choices = [
+        {**choice, "index": choice["index"] * call.num_samples + sample}
+        for sample, answer in enumerate(parsed)
+        for choice in answer["choices"]
+    ]
+    choices.sort(key=lambda choice: choice["index"])
+    usage = _sum_usage([answer.get("usage") for answer in parsed])
+    return encode_json({**parsed[0], "id": call.rid, "choices": choices, "usage": usage})
+
+
+class SampleJoiner:
+    """Joins n event streams into one, event by event, in the order they come."""
+
+    def __init__(self, call: Call) -> None:
+        self._call = call
+        self._splitters = [EventSplitter() for _ in range(call.num_samples)]
+        self._usages: list[object] = [None] * call.num_samples
+        self._usage_event = b""
+
+    def feed(self, sample: int, chunk: bytes) -> bytes:
+        """What the client gets for `chunk` of sample number `sample`."""
+        return b"".join(self._joined(sample, event) for event in self._splitters[sample].feed(chunk))
+
+    def end(self) -> bytes:
+        """What the client gets when every stream has ended: the usage, if it was wanted, and [DONE]."""
+        if not self._usage_event:
+            return DONE
+        last = {**decode_json(data_of(self._usage_event)), "id": self._call.rid}
+        last["usage"] = _sum_usage(self._usages)
+        return with_data(self._usage_event, encode_json(last)) + DONE
+
+    def _joined(self, sample: int, event: bytes) -> bytes:
+        data = data_of(event)
+        if not data.startswith(b"{"):
+            return b""  # [DONE], and comments of one sample
+        parsed = decode_json(data)
+        if "error" in parsed:
+            return event
+        if not parsed.get("choices") and parsed.get("usage"):
+            self._usages[sample], self._usage_event = parsed["usage"], event
+            return b""
+        for choice in parsed.get("choices") or ():
+            choice["index"] = choice["index"] * self._call.num_samples + sample
+        parsed["id"] = self._call.rid
+        return with_data(event, encode_json(parsed))
+
+
+def _sum_usage(usages: Sequence[object]) -> JsonObject | None:
+    present = [usage for usage in usages if isinstance(usage, dict)]
+    if not present:
+        return None
+    total: JsonObject = dict(present[0])
+    for name in ("completion_tokens", "reasoning_tokens"):
+        if isinstance(total.get(name), int):
+            total[name] = sum(usage.get(name) or 0 for usage in present)
+    total["total_tokens"] = present[0].get("prompt_tokens", 0) + sum(
+        usage.get("completion_tokens") or 0 for usage in present
+    )
+    return total

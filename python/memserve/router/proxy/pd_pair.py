@@ -1,0 +1,166 @@
+"""One request on a prefill and a decode server: both or neither.
+
+    client ──> router ──body──> prefill ──KV──> decode ──> router ──> client
+                     └──body────────────────────>┘
+The same body goes to both at once. Decode's answer is the answer. Whichever leg fails, or if the
+client leaves, the other one is closed and aborted at once: SGLang would let it wait.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from typing import Any, TypeVar
+
+import msgspec
+
+from memserve.router.cluster.instance import Instance, Pair
+from memserve.router.errors import LegFailed, LegLost
+from memserve.router.proxy.merge import LogprobMerger, cache_report, leg_bodies, merge_answers
+from memserve.router.proxy.relay import Write, relay
+from memserve.router.proxy.upstream import Upstream
+from memserve.router.request import Call, encode_json
+from memserve.router.sse import DONE, EventSplitter
+
+T = TypeVar("T")
+OnPrefilled = Callable[[Any], None]
+"""Told of prefill's answer, parsed, as soon as it is there."""
+
+decode_json = msgspec.json.Decoder().decode
+
+# What reading an answer of another shape raises.
+_NONSENSE = (msgspec.DecodeError, ValueError, LookupError, TypeError, AttributeError)
+
+PREFILL_END_S = 1.0
+"""After decode's last byte prefill has nothing left to do but to say so."""
+
+
+class PairRunner:
+    """Runs calls on pairs. Event loop thread only."""
+
+    def __init__(self, upstream: Upstream) -> None:
+        self._upstream = upstream
+
+    async def answer(self, call: Call, pair: Pair, on_prefilled: OnPrefilled) -> bytes:
+        """The whole answer. Raises what `Upstream.leg` raises, for either leg."""
+        for_prefill, for_decode = leg_bodies(call, pair, _draw_room)
+        async with self._prefilling(call, pair.prefill, for_prefill, on_prefilled) as prefill:
+            answer = await unless_fails(prefill, self._upstream.fetch(pair.decode, call, for_decode))
+            try:
+                return merge_answers(call, await prefill, answer)
+            except _NONSENSE as error:
+                raise nonsense(pair.decode, error) from error
+
+    async def stream(self, call: Call, pair: Pair, on_prefilled: OnPrefilled, write: Write) -> None:
+        """Write decode's events as they come, byte for byte unless prefill has to add to them.
+
+        Raises what `Upstream.leg` raises; before the first `write` if the request was refused or not begun.
+        """
+        for_prefill, for_decode = leg_bodies(call, pair, _draw_room)
+        async with self._prefilling(call, pair.prefill, for_prefill, on_prefilled) as prefill:
+            await unless_fails(prefill, self._relay(call, pair.decode, for_decode, prefill, write))
+            await asyncio.wait((prefill,), timeout=PREFILL_END_S)
+
+    @asynccontextmanager
+    async def _prefilling(
+        self, call: Call, instance: Instance, body: bytes, on_prefilled: OnPrefilled
+    ) -> AsyncIterator[asyncio.Task[Any]]:
+        """Prefill's leg as a task, which gives its answer parsed; taken back if the block is left before."""
+
+        async def prefill() -> Any:
+            answer = parsed(instance, await self._upstream.fetch(instance, call, body))
+            on_prefilled(answer)
+            return answer
+
+        task = asyncio.create_task(prefill())
+        try:
+            yield task
+        finally:
+            task.cancel()
+            await asyncio.wait((task,))
+            if not task.cancelled():
+                task.exception()  # it was raised above, or no longer matters
+
+    async def _relay(
+        self, call: Call, decode: Instance, body: bytes, prefill: asyncio.Task[Any], write: Write
+    ) -> None:
+        async with self._upstream.leg(decode, call, body) as leg:
+            if call.wants_input_logprobs or call.wants_report:
+                write = _Rewriter(call, prefill, write).write
+            await relay(leg, write)
+
+
+class _Rewriter:
+    """A stream to which prefill has something to add."""
+
+    def __init__(self, call: Call, prefill: asyncio.Task[Any], write: Write) -> None:
+        self._call = call
+        self._prefill = prefill
+        self._write = write
+        self._splitter = EventSplitter()
+        self._merger: LogprobMerger | None = None
+
+    async def write(self, chunk: bytes) -> None:
+        for event in self._splitter.feed(chunk):
+            await self._write(await self._rewritten(event))
+
+    async def _rewritten(self, event: bytes) -> bytes:
+        if event == DONE:
+            return await self._report() + DONE
+        if not self._call.wants_input_logprobs:
+            return event
+        if self._merger is None:
+            self._merger = LogprobMerger(self._call, await asyncio.shield(self._prefill))
+        return self._merger.rewrite(event)
+
+    async def _report(self) -> bytes:
+        """A comment: clients that did not ask for it would not even see it."""
+        if not self._call.wants_report:
+            return b""
+        report = cache_report(self._call, await asyncio.shield(self._prefill))
+        return b": memserve " + encode_json(report) + b"\n\n"
+
+
+async def unless_fails(prefill: asyncio.Task[Any], decode: Coroutine[Any, Any, T]) -> T:
+    """The result of `decode`; if `prefill` fails first, its error, with `decode` cancelled.
+
+    If both have failed, and one of them was lost, then that is why the other one failed.
+    """
+    task = asyncio.create_task(decode)
+    try:
+        await asyncio.wait((task, prefill), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            prefill.result()
+        return await task
+    except LegFailed:
+        for leg in (task, prefill):
+            if leg.done() and not leg.cancelled() and isinstance(lost := leg.exception(), LegLost):
+                raise lost from None
+        raise
+    finally:
+        if not task.done():
+            task.cancel()
+            await asyncio.wait((task,))
+        if not task.cancelled():
+            task.exception()  # it was raised above, or nobody waits any more
+
+
+def parsed(instance: Instance, answer: bytes) -> Any:
+    """Raises LegFailed for what is no JSON."""
+    try:
+        return decode_json(answer)
+    except _NONSENSE as error:
+        raise nonsense(instance, error) from error
+
+
+def nonsense(instance: Instance, error: Exception) -> LegFailed:
+    """What an instance has done that answers 200 with something else than an answer."""
+    message = f"its answer is none of SGLang's: {error!r}"
+    return LegFailed(instance.instance_id, instance.role, 502, message)
+
+
+def _draw_room() -> int:
+    """SGLang's rooms are signed 64-bit numbers."""
+    return secrets.randbits(63)

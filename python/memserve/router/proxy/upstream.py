@@ -1,0 +1,228 @@
+"""One request at one instance: sent, read as it comes, and taken back if it is not wanted any more."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import logging
+import ssl
+import sys
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from functools import lru_cache
+from urllib.parse import urlsplit
+
+import aiohttp
+import msgspec
+
+from memserve.core.errors import InstanceLost
+from memserve.router.cluster.instance import Instance
+from memserve.router.errors import LegFailed, LegLost, LegRefused, message_of, refusal
+from memserve.router.proxy.connection_pool import (
+    KEEPALIVE_S,
+    BrokenAnswer,
+    Connection,
+    Connections,
+    FallenSilent,
+)
+from memserve.router.request import Api, Call
+from memserve.router.sse import data_of
+
+logger = logging.getLogger(__name__)
+
+ABORT_TIMEOUT_S = 3.0
+ABORT_AGAIN_S = 1.0
+"""An abort may overtake the request it means; it is said again after this long."""
+_OWN_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+"""What the router lacks, and no instance is to blame for."""
+_ERROR = b'data: {"error"'
+
+
+def open_session(tls: ssl.SSLContext, api_key: str | None = None) -> aiohttp.ClientSession:
+    """Connections for what is not generation: probes, aborts, pages. `tls` verifies, `api_key` admits."""
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=60, ssl=tls)
+    headers = {"Accept-Encoding": "identity"}
+    if api_key is not None:
+        headers["Authorization"] = f"Bearer {api_key}"
+    return aiohttp.ClientSession(connector=connector, headers=headers)
+
+
+class Leg:
+    """A request that an instance is working on. Made by `Upstream.leg`."""
+
+    __slots__ = ("_connection", "instance", "next")
+
+    def __init__(self, instance: Instance, connection: Connection) -> None:
+        self.instance = instance
+        self._connection = connection
+        self.next = connection.next
+        """What came next, as soon as it came; b"" at the end of the answer."""
+
+    async def read(self) -> bytes:
+        """The whole answer."""
+        return await self._connection.read()
+
+    async def first(self) -> bytes:
+        """What came first. Raises LegRefused, LegFailed: SGLang refuses streams inside a 200."""
+        chunk = await self.next()
+        if chunk.startswith(_ERROR):
+            raise _refused(self.instance, chunk)
+        return chunk
+
+
+class Upstream:
+    """Sends requests to instances and reports those that are not there. Event loop thread only."""
+
+    def __init__(
+        self,
+        connections: Connections,
+        session: aiohttp.ClientSession,
+        *,
+        on_lost: Callable[[Instance, str], None],
+    ) -> None:
+        """`session`: for aborts. `on_lost` is told of each instance whose connection failed."""
+        self._connections = connections
+        self._session = session
+        self._on_lost = on_lost
+        self._aborting: set[asyncio.Task[None]] = set()
+        self._closing = asyncio.Event()
+
+    @asynccontextmanager
+    async def leg(self, instance: Instance, call: Call, body: bytes) -> AsyncIterator[Leg]:
+        """Send `body`, this instance's share of `call`, and wait until it begins to answer 200.
+
+        Leaving with an exception, cancellation included, closes the connection and aborts the call there.
+        Raises LegLost, LegFailed (5xx) or LegRefused (4xx), from inside the block too. Sets no limit of time.
+        """
+        connection: Connection | None = None
+        answered = False
+        try:
+            connection = await self._sent(instance, call, body)
+            if await connection.answered() != 200:
+                error = _error(instance, connection.status, await connection.read())
+                answered = True
+                raise error
+            yield Leg(instance, connection)
+            answered = True
+        except OSError as error:
+            raise self._lost(instance, error, was_sent=connection is not None) from error
+        finally:
+            self._leave(instance, call, connection, answered)
+
+    async def fetch(self, instance: Instance, call: Call, body: bytes) -> bytes:
+        """The whole answer of an instance. Raises and takes back as `leg` does."""
+        connection: Connection | None = None
+        answered = False
+        try:
+            connection = await self._sent(instance, call, body)
+            answer = await connection.read()
+            answered = True
+            if connection.status != 200:
+                raise _error(instance, connection.status, answer)
+            return answer
+        except OSError as error:
+            raise self._lost(instance, error, was_sent=connection is not None) from error
+        finally:
+            self._leave(instance, call, connection, answered)
+
+    async def _sent(self, instance: Instance, call: Call, body: bytes) -> Connection:
+        connection = self._connections.free(instance.url) or await self._connections.connect(instance.url)
+        connection.send(_request(instance, call, body))
+        return connection
+
+    def _leave(self, instance: Instance, call: Call, connection: Connection | None, answered: bool) -> None:
+        if connection is not None:
+            connection.release() if answered else connection.close()
+            if call.trace is not None:
+                is_well = answered and sys.exception() is None
+                call.trace.left(instance.instance_id, is_answered=is_well)
+        if not answered:
+            self._abort(instance, call)
+
+    async def close(self) -> None:
+        """Wait for the aborts that are still under way; those to be said again are said at once."""
+        self._closing.set()
+        if self._aborting:
+            await asyncio.wait(self._aborting, timeout=ABORT_TIMEOUT_S)
+
+    def _lost(self, instance: Instance, error: OSError, *, was_sent: bool) -> LegLost:
+        reason = describe(error) if was_sent else f"cannot connect ({error.strerror or describe(error)})"
+        if error.errno not in _OWN_FAULTS:
+            self._on_lost(instance, reason)
+        # A process that was stopped, or cut off, was not ended by what it was asked.
+        may_be_cause = was_sent and not isinstance(error, FallenSilent)
+        name, epoch = instance.instance_id, instance.epoch
+        return LegLost(name, epoch, instance.role, reason, was_sent=may_be_cause)
+
+    def _abort(self, instance: Instance, call: Call) -> None:
+        task = asyncio.create_task(self._send_aborts(instance, call))
+        self._aborting.add(task)
+        task.add_done_callback(self._aborting.discard)
+
+    async def _send_aborts(self, instance: Instance, call: Call) -> None:
+        # A client may use its own rid again at once: a second abort could hit its next request.
+        try:
+            await self._send_abort(instance, call)
+            if not call.rid_is_clients:
+                with suppress(TimeoutError):
+                    await asyncio.wait_for(self._closing.wait(), ABORT_AGAIN_S)
+                await self._send_abort(instance, call)
+        except (aiohttp.ClientError, OSError) as error:
+            logger.debug("abort not sent rid=%s instance=%s: %s", call.rid, instance.instance_id, error)
+
+    async def _send_abort(self, instance: Instance, call: Call) -> None:
+        timeout = aiohttp.ClientTimeout(total=ABORT_TIMEOUT_S)
+        url = instance.url + "/abort_request"
+        for rid in call.rids:
+            async with self._session.post(url, json={"rid": rid}, timeout=timeout) as response:
+                await response.read()
+
+
+@lru_cache(maxsize=1024)
+def _head(url: str, api: Api) -> str:
+    parts = urlsplit(url)
+    return (
+        f"POST {parts.path.rstrip('/')}{api} HTTP/1.1\r\nHost: {parts.netloc}\r\n"
+        "Content-Type: application/json\r\nAccept-Encoding: identity\r\n"
+    )
+
+
+def _request(instance: Instance, call: Call, body: bytes) -> bytes:
+    head = _head(instance.url, call.api)
+    if call.authorization is not None:
+        head += f"Authorization: {call.authorization}\r\n"
+    if call.trace is not None:
+        told = call.trace.leg(instance.instance_id, instance.role)
+        head += "".join([f"{name}: {value}\r\n" for name, value in told.items()])
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+def _error(instance: Instance, status: int, text: bytes) -> LegRefused | LegFailed:
+    """What an answer means that is not 200."""
+    if 400 <= status < 500:
+        return refusal(status, text)
+    return LegFailed(instance.instance_id, instance.role, status, message_of(status, text))
+
+
+def _refused(instance: Instance, event: bytes) -> LegRefused | LegFailed:
+    """The status that is meant is in the event."""
+    body = data_of(event)
+    code = msgspec.json.decode(body)["error"].get("code")
+    if isinstance(code, int) and 500 <= code < 600:
+        return LegFailed(instance.instance_id, instance.role, code, message_of(code, body))
+    return refusal(code if isinstance(code, int) and 400 <= code < 500 else 400, body)
+
+
+def describe(error: BaseException) -> str:
+    """`error` in a few words, for a log line or an answer."""
+    if isinstance(error, InstanceLost):
+        return error.reason
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return f"cannot connect ({error.os_error.strerror or error.os_error})"
+    if isinstance(error, BrokenAnswer):
+        return str(error)
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError | OSError):
+        return "the connection broke"
+    return str(error) or type(error).__name__

@@ -1,0 +1,303 @@
+"""What is refused before anything is sent: bytes in, a `Call` out, or BadRequest with the field at fault.
+
+Pure. Checks what would otherwise reach only one half of a pair, crash a server, or hang there; what
+every server refuses alike (odd sampling values, texts too long) is checked where it is cheap.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import msgspec
+
+from memserve.core.errors import BadRequest
+from memserve.router.request import Api, Call, JsonObject
+from memserve.router.sglang_api import SAMPLING_FIELDS
+
+MAX_SAMPLES = 128
+
+_decode = msgspec.json.Decoder().decode
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What the model takes; None: not known, not checked."""
+
+    vocab_size: int | None = None
+    context_tokens: int | None = None
+    takes_empty_text: bool = False
+    """Otherwise an empty prompt would end the server that gets it."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Prompts:
+    """What a body says of its prompts: None for a single one, else how many."""
+
+    count: int | None
+
+
+def read_body(raw: bytes) -> JsonObject:
+    """The JSON object in a request's body."""
+    if not raw.strip():
+        raise BadRequest("the body is empty; send a JSON object")
+    try:
+        body = _decode(raw)
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise BadRequest(f"the body is not JSON: {error}") from error
+    except RecursionError as error:
+        raise BadRequest("the body is nested too deeply") from error
+    if not isinstance(body, dict):
+        raise BadRequest(f"the body is {_kind(body)}; send a JSON object")
+    return body
+
+
+def read_call(api: Api, body: JsonObject, limits: Limits, new_rid: str) -> Call:
+    """The call in `body`, which is checked and kept as it is. `new_rid` is used if it names none."""
+    _check_type(body, "stream", "true or false", lambda value: isinstance(value, bool))
+    _check_type(body, "model", "a string", lambda value: isinstance(value, str))
+    prompts = _PROMPT_READERS[api](body, limits)
+    if api is Api.GENERATE:
+        num_samples = _read_sampling_params(body, prompts)
+    else:
+        _check_numbers(body, "")
+        num_samples = _samples(body, "n")
+    rid, rids, is_clients = _read_rid(body, prompts, new_rid)
+    model = body.get("model")
+    return Call(
+        api=api,
+        body=body,
+        rid=rid,
+        rid_is_clients=is_clients,
+        rids=rids,
+        num_prompts=prompts.count,
+        num_samples=num_samples,
+        model=model if isinstance(model, str) else None,
+    )
+
+
+def _read_generate(body: JsonObject, limits: Limits) -> _Prompts:
+    given = [name for name in ("text", "input_ids", "input_embeds") if body.get(name) is not None]
+    if not given:
+        raise BadRequest("text, input_ids or input_embeds is missing", field="text")
+    if len(given) > 1:
+        raise BadRequest(f"{' and '.join(given)} exclude each other", field=given[1])
+    value = body[given[0]]
+    if given[0] == "input_ids":
+        return _check_ids(value, "input_ids", limits)
+    if given[0] == "text":
+        return _check_text(value, "text", limits)
+    if not isinstance(value, list) or not value or not isinstance(value[0], list) or not value[0]:
+        raise BadRequest("input_embeds has to be a list of vectors, or a list of those", field="input_embeds")
+    return _Prompts(len(value) if isinstance(value[0][0], list) else None)
+
+
+def _read_chat(body: JsonObject, limits: Limits) -> _Prompts:
+    messages = body.get("messages")
+    if not isinstance(messages, list) or not messages:
+        raise BadRequest("messages has to be a list with at least one message", field="messages")
+    for number, message in enumerate(messages):
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            name = f"messages[{number}]"
+            raise BadRequest(f"{name} has to be an object with a role", field=name)
+    if body.get("input_ids") is not None and _check_ids(body["input_ids"], "input_ids", limits).count:
+        raise BadRequest("input_ids has to be one list of token ids", field="input_ids")
+    return _Prompts(None)
+
+
+def _read_completions(body: JsonObject, limits: Limits) -> _Prompts:
+    prompt = body.get("prompt")
+    if prompt in (None, "", []):
+        raise BadRequest("prompt is missing or empty", field="prompt")
+    _check_type(body, "echo", "true or false", lambda value: isinstance(value, bool))
+    if isinstance(prompt, str) or (isinstance(prompt, list) and isinstance(prompt[0], str)):
+        return _check_text(prompt, "prompt", limits)
+    return _check_ids(prompt, "prompt", limits)
+
+
+_PROMPT_READERS: dict[Api, Callable[[JsonObject, Limits], _Prompts]] = {
+    Api.GENERATE: _read_generate,
+    Api.CHAT: _read_chat,
+    Api.COMPLETIONS: _read_completions,
+}
+
+
+def _check_text(value: object, field: str, limits: Limits) -> _Prompts:
+    if isinstance(value, str):
+        _check_not_empty(value, field, limits)
+        return _Prompts(None)
+    if not isinstance(value, list) or not value:
+        raise BadRequest(f"{field} has to be a string or a list of strings, not {_kind(value)}", field=field)
+    for number, one in enumerate(value):
+        if not isinstance(one, str):
+            name = f"{field}[{number}]"
+            raise BadRequest(f"{name} has to be a string, not {_kind(one)}", field=name)
+        _check_not_empty(one, f"{field}[{number}]", limits)
+    return _Prompts(len(value))
+
+
+def _check_not_empty(text: str, field: str, limits: Limits) -> None:
+    if not text and not limits.takes_empty_text:
+        raise BadRequest(f"{field} is empty: this model's tokenizer makes no token of it", field=field)
+
+
+def _check_ids(value: object, field: str, limits: Limits) -> _Prompts:
+    """A token id outside the vocabulary would end an SGLang server, and hang every later request."""
+    if not isinstance(value, list):
+        raise BadRequest(f"{field} has to be a list of token ids, not {_kind(value)}", field=field)
+    if not value or not isinstance(value[0], list):
+        _check_prompt_ids(value, field, limits)
+        return _Prompts(None)
+    for number, one in enumerate(value):
+        name = f"{field}[{number}]"
+        if not isinstance(one, list):
+            raise BadRequest(f"{name} has to be a list of token ids, not {_kind(one)}", field=name)
+        _check_prompt_ids(one, name, limits)
+    return _Prompts(len(value))
+
+
+def _check_prompt_ids(ids: list[object], field: str, limits: Limits) -> None:
+    if not ids:
+        raise BadRequest(f"{field} is empty", field=field)
+    if set(map(type, ids)) != {int}:
+        number, wrong = next((i, one) for i, one in enumerate(ids) if type(one) is not int)
+        name = f"{field}[{number}]"
+        raise BadRequest(f"{name} has to be a token id, not {_kind(wrong)}", field=name)
+    lowest, highest = min(ids), max(ids)  # type: ignore[type-var]
+    bound = 2**31 if limits.vocab_size is None else limits.vocab_size
+    for wrong in (lowest, highest):
+        if not 0 <= wrong < bound:  # type: ignore[operator]
+            name = f"{field}[{ids.index(wrong)}]"
+            raise BadRequest(f"{name} is {wrong}: token ids of this model are 0 to {bound - 1}", field=name)
+    if limits.context_tokens is not None and len(ids) >= limits.context_tokens:
+        raise BadRequest(
+            f"{field} has {len(ids)} tokens, the model's context is {limits.context_tokens}: "
+            f"at most {limits.context_tokens - 1} fit",
+            field=field,
+        )
+
+
+def _read_sampling_params(body: JsonObject, prompts: _Prompts) -> int:
+    """The number of samples that /generate asks for."""
+    params = body.get("sampling_params")
+    if params is None:
+        return 1
+    if isinstance(params, dict):
+        return _check_sampling(params, "sampling_params")
+    if not isinstance(params, list) or prompts.count is None:
+        wanted = "an object" if prompts.count is None else "an object, or a list of one per prompt"
+        raise BadRequest(f"sampling_params has to be {wanted}, not {_kind(params)}", field="sampling_params")
+    if len(params) != prompts.count:
+        raise BadRequest(
+            f"sampling_params has {len(params)} entries for {prompts.count} prompts", field="sampling_params"
+        )
+    counts = set()
+    for number, one in enumerate(params):
+        name = f"sampling_params[{number}]"
+        if not isinstance(one, dict):
+            raise BadRequest(f"{name} has to be an object, not {_kind(one)}", field=name)
+        counts.add(_check_sampling(one, name))
+    if len(counts) > 1:
+        raise BadRequest("sampling_params: n has to be the same for all prompts", field="sampling_params")
+    return counts.pop()
+
+
+def _check_sampling(params: dict[str, object], field: str) -> int:
+    if unknown := sorted(params.keys() - SAMPLING_FIELDS):
+        name = f"{field}.{unknown[0]}"
+        raise BadRequest(f"{name} is not a sampling parameter", field=name)
+    _check_numbers(params, field + ".")
+    samples = _samples(params, field + ".n")
+    beam_width = params.get("beam_width")
+    # With beam search n is how many beams are returned: still one request.
+    return 1 if isinstance(beam_width, int) and beam_width > 1 else samples
+
+
+def _samples(params: dict[str, object], field: str) -> int:
+    n = params.get("n")
+    if n is None:
+        return 1
+    if type(n) is not int or not 1 <= n <= MAX_SAMPLES:
+        raise BadRequest(f"{field} has to be a whole number from 1 to {MAX_SAMPLES}", field=field)
+    return n
+
+
+@dataclass(frozen=True, slots=True)
+class _Range:
+    lowest: float
+    highest: float = math.inf
+    whole: bool = False
+
+    def __contains__(self, value: object) -> bool:
+        kinds = (int,) if self.whole else (int, float)
+        if isinstance(value, bool) or not isinstance(value, kinds):
+            return False
+        return math.isfinite(value) and self.lowest <= value <= self.highest
+
+    def __str__(self) -> str:
+        kind = "a whole number" if self.whole else "a number"
+        upper = "" if self.highest == math.inf else f", at most {self.highest:g}"
+        return f"{kind}, at least {self.lowest:g}{upper}"
+
+
+_RANGES = {
+    "max_new_tokens": _Range(0, whole=True),
+    "min_new_tokens": _Range(0, whole=True),
+    "max_tokens": _Range(1, whole=True),
+    "max_completion_tokens": _Range(1, whole=True),
+    "min_tokens": _Range(0, whole=True),
+    "temperature": _Range(0),
+    "top_p": _Range(0, 1),
+    "min_p": _Range(0, 1),
+    "top_k": _Range(-1, whole=True),
+    "frequency_penalty": _Range(-2, 2),
+    "presence_penalty": _Range(-2, 2),
+    "repetition_penalty": _Range(0, 2),
+    "seed": _Range(-(2**63), 2**63 - 1, whole=True),
+    "sampling_seed": _Range(-(2**63), 2**63 - 1, whole=True),
+}
+
+
+def _check_numbers(values: dict[str, object], prefix: str) -> None:
+    for name in _RANGES.keys() & values.keys():
+        value = values[name]
+        if value is not None and value not in _RANGES[name]:
+            raise BadRequest(f"{prefix}{name} has to be {_RANGES[name]}", field=prefix + name)
+
+
+def _read_rid(body: JsonObject, prompts: _Prompts, new_rid: str) -> tuple[str, tuple[str, ...], bool]:
+    """The request's name, those of its parts, and whether the client chose them."""
+    given = body.get("rid")
+    if isinstance(given, list) and prompts.count is not None:
+        names = [one for one in given if isinstance(one, str) and one]
+        if len(names) != len(given) or len(given) != prompts.count or len(set(names)) != len(names):
+            raise BadRequest(f"rid has to be {prompts.count} different strings, one per prompt", field="rid")
+        return names[0], tuple(names), True
+    if given is not None and (not isinstance(given, str) or not given):
+        raise BadRequest(f"rid has to be a string that is not empty, not {_kind(given)}", field="rid")
+    rid = given if isinstance(given, str) else new_rid
+    return rid, tuple(_part_names(rid, prompts.count)), given is not None
+
+
+def _part_names(rid: str, count: int | None) -> Iterator[str]:
+    if count is None:
+        yield rid
+    else:
+        yield from (f"{rid}_{i}" for i in range(count))
+
+
+def _check_type(body: JsonObject, field: str, wanted: str, fits: Callable[[object], bool]) -> None:
+    value = body.get(field)
+    if value is not None and not fits(value):
+        raise BadRequest(f"{field} has to be {wanted}, not {_kind(value)}", field=field)
+
+
+def _kind(value: object) -> str:
+    """`value`'s JSON type, in words."""
+    if value is None:
+        return "null"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    kinds = {int: "a number", float: "a number", str: "a string", list: "a list", dict: "an object"}
+    return kinds.get(type(value), "something else")

@@ -1,0 +1,134 @@
+"""What the router reads of a request to place it: its tokens, the keys of its blocks, its session.
+
+    call ── Tokenizers ──> token ids ── page keys, in the request's namespace ──> Prompt
+       │                      └──> the call with ids for text, so that no server tokenizes again
+       └── text keys, where the ids are not known or not wanted ──> Prompt
+
+Knows no instances and no policy. Event loop thread only; long work is done on threads.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Literal
+from zlib import crc32
+
+import msgspec
+
+from memserve.core.block_keys import BlockKey, Namespace
+from memserve.router.request import Api, Call, JsonObject
+from memserve.router.tokenization.text_key_cache import TextMemory
+from memserve.router.tokenization.text_keys import BYTES_PER_TOKEN, text_chain, text_of
+from memserve.router.tokenization.token_records import KnownTokens, Tokens, UnknownTokens, keys_of
+from memserve.router.tokenization.tokenizers import Tokenizers
+
+OUTPUT_TOKENS = 256
+"""How many tokens an answer is expected to have, at most."""
+LONG_PROMPT = 16384
+"""The keys of a prompt with more tokens are cut on a thread: 40 ns each."""
+RoutingKeys = Literal["auto", "tokens", "text"]
+SESSION_HEADERS = ("x-session-id", "x-user-id")
+
+NO_PAGES = "instances that do not tell their page size"
+
+
+class Prompt(msgspec.Struct, frozen=True):
+    """One request, as a policy needs it. Of a batch all prompts together: they are placed as one."""
+
+    num_tokens: int
+    """Estimated, where the tokens are not known."""
+    chains: tuple[Sequence[BlockKey], ...] = ()
+    """The keys of each prompt's whole pages; none if they are not known."""
+    by_text: bool = False
+    """The keys are of `BLOCK_TOKENS` of text each: of use where caches are believed in, not reported."""
+    session: int | None = None
+    """A hash of whatever names the conversation."""
+    output_tokens: int = OUTPUT_TOKENS
+    unknown: str | None = None
+    """Why the tokens are not known, though they are wanted."""
+
+
+class PromptReader:
+    """See the module."""
+
+    def __init__(self, tokenizers: Tokenizers, routing_keys: RoutingKeys = "auto") -> None:
+        self._tokenizers = tokenizers
+        self._routing_keys = routing_keys
+        self.memory = TextMemory()
+
+    async def read(
+        self, call: Call, model: str | None, page_tokens: int | None, headers: Mapping[str, str]
+    ) -> tuple[Call, Prompt]:
+        """What is known of `call`, which `model` will serve, and the call as the servers should get it."""
+        session, output_tokens = session_of(call.body, headers), output_tokens_of(call)
+        tokens: Tokens | None = None
+        if self._routing_keys != "text" or text_of(call) is None:
+            tokens = await self._tokenizers.tokens_of(call, model)
+        if isinstance(tokens, KnownTokens) and page_tokens is None:
+            tokens = UnknownTokens(NO_PAGES)
+        if not isinstance(tokens, KnownTokens):
+            num_tokens = max(1, call.body_bytes // BYTES_PER_TOKEN)
+            chains, by_text = self._chains_of(call)
+            reason = None if tokens is None else tokens.reason
+            return call, Prompt(num_tokens, chains, by_text, session, output_tokens, reason)
+        assert page_tokens is not None
+        cuts = []
+        for number, ids in enumerate(tokens.prompts):
+            cut = (ids, page_tokens, _namespace(call, number))
+            long = len(ids) > LONG_PROMPT
+            cuts.append(await asyncio.to_thread(keys_of, *cut) if long else keys_of(*cut))
+        num_tokens = max(1, sum(map(len, tokens.prompts)))
+        prompt = Prompt(num_tokens, tuple(cuts), False, session, output_tokens)
+        return self._tokenizers.forwardable(call, model, tokens), prompt
+
+    def _chains_of(self, call: Call) -> tuple[tuple[Sequence[BlockKey], ...], bool]:
+        """The keys of a call's texts, and whether they are the texts' own, as its prompts' are not known."""
+        texts = None if self._routing_keys == "tokens" else text_of(call)
+        if texts is None:
+            return (), False
+        chains = tuple(text_chain(text, call, _namespace(call, i)) for i, text in enumerate(texts))
+        if self._routing_keys != "text" or len(chains) > 1:
+            return chains, True
+        self.memory.asked(call.rid, chains[0], len(texts[0]))
+        keys = self.memory.keys_of(chains[0])
+        return ((keys,), False) if keys else (chains, True)
+
+
+def _namespace(call: Call, number: int) -> Namespace | None:
+    return namespace_of(call.body, number if call.num_prompts is not None else None)
+
+
+def namespace_of(body: JsonObject, number: int | None) -> Namespace | None:
+    """What keeps this prompt's blocks apart from equal ones, as SGLang reads it; `number` in a batch.
+
+    Source: SGLang 0.5.23, GenerateReqInput: in a batch one value is every prompt's, and "" is none.
+    """
+    parts: list[str | None] = []
+    if "extra_key" not in body and "cache_salt" not in body:
+        return None
+    for name in ("extra_key", "cache_salt"):
+        value = body.get(name)
+        if isinstance(value, list):
+            value = value[number] if number is not None and number < len(value) else None
+        if not isinstance(value, str) or (number is not None and not value):
+            value = None
+        parts.append(value)
+    return None if parts == [None, None] else Namespace(*parts)
+
+
+def session_of(body: JsonObject, headers: Mapping[str, str]) -> int | None:
+    """A hash of the session that a header names, or else of the user in the body; None if nothing does."""
+    name: object = next((headers[header] for header in SESSION_HEADERS if header in headers), None)
+    name = name or body.get("user")
+    return crc32(name.encode()) if isinstance(name, str) and name else None
+
+
+def output_tokens_of(call: Call) -> int:
+    """How many tokens the answer will have, as far as the request says."""
+    if call.api is Api.GENERATE:
+        params = call.body.get("sampling_params")
+        wanted = params.get("max_new_tokens") if isinstance(params, dict) else None
+    else:
+        wanted = call.body.get("max_completion_tokens") or call.body.get("max_tokens")
+    return min(wanted, OUTPUT_TOKENS) if isinstance(wanted, int) and wanted > 0 else OUTPUT_TOKENS

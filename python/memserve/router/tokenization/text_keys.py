@@ -1,0 +1,68 @@
+"""Keys for a prompt whose tokens nobody here knows: chained hashes of its text, chunk by chunk.
+
+    chunk i of the text, 512 bytes ── xxh3_128(key[i-1] + chunk i) ──> key[i]
+
+They stand for blocks where a cache is only *believed* in (a worker that reports nothing): a prompt's
+text finds what the same text was sent before. An instance that reports names its blocks by tokens and
+knows none of these. A chat is its messages as JSON, which begin alike as their rendering does.
+Not a cryptographic hash: who makes two texts of one namespace collide has them sent to the same instance.
+"""
+
+from __future__ import annotations
+
+from hashlib import sha256
+
+from xxhash import xxh3_128_digest
+
+from memserve.core.block_keys import BlockKey, Namespace
+from memserve.router.request import Api, Call, encode_json
+
+BYTES_PER_TOKEN = 4
+"""Of English text, about."""
+BLOCK_TOKENS = 128
+"""What one key stands for, about. A finer one would cost each request more than it tells."""
+
+_SEEDS = frozenset(
+    {"tools", "tool_choice", "chat_template_kwargs", "reasoning_effort", "lora_path", "suffix"}
+)
+"""What else in a body changes the prompt from its beginning on."""
+
+
+def text_of(call: Call) -> tuple[bytes, ...] | None:
+    """What stands for each prompt of a call; None if it came as ids, or has more to it than text."""
+    body = call.body
+    if call.api is Api.CHAT:
+        messages = body.get("messages")
+        texts = body.get("input_ids") is None and isinstance(messages, list) and all(map(_is_text, messages))
+        return (encode_json(messages)[:-1],) if texts else None
+    value = body.get("text" if call.api is Api.GENERATE else "prompt")
+    if isinstance(value, str):
+        return (value.encode(errors="surrogatepass"),)
+    if isinstance(value, list) and value and isinstance(value[0], str):
+        return tuple(str(one).encode(errors="surrogatepass") for one in value)
+    return None
+
+
+def text_chain(text: bytes, call: Call, namespace: Namespace | None) -> list[BlockKey]:
+    """The key of each whole chunk of one prompt."""
+    size = BLOCK_TOKENS * BYTES_PER_TOKEN
+    body = call.body
+    seeds = [(name, body[name]) for name in sorted(_SEEDS & body.keys()) if body[name]]
+    key = b"" if namespace is None else namespace.seed()
+    if seeds:
+        key = sha256(key + encode_json(seeds)).digest()
+    keys = []
+    for start in range(0, len(text) - size + 1, size):
+        half = xxh3_128_digest(key + text[start : start + size])
+        key = half + half
+        keys.append(BlockKey(key))
+    return keys
+
+
+def _is_text(message: object) -> bool:
+    if not isinstance(message, dict):
+        return False
+    content = message.get("content")
+    if isinstance(content, list):
+        return all(isinstance(part, dict) and part.get("type") == "text" for part in content)
+    return content is None or isinstance(content, str)

@@ -1,0 +1,279 @@
+"""Tokenize once: the token ids of a request, exactly as the servers would compute them, or why not.
+
+    call ── ids in it? ─────────────────────────────────────────► KnownTokens
+         ── text ── Encoder ── on a thread ─────────────────────► KnownTokens
+         ── chat ── read_chat ── ChatTemplate ── Encoder ───────► KnownTokens
+         ── anything that only a server can tell ───────────────► UnknownTokens
+
+Never guesses: servers have to confirm that they read texts and chats as the files here say (`verify`).
+Knows SGLang's three endpoints; not the instances, and not what the ids are used for.
+Source: SGLang 0.5.23, managers/tokenizer_manager.py and entrypoints/openai/serving_{chat,completions}.py.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from array import array
+from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+import jinja2
+from msgspec import structs
+
+from memserve.router.request import Api, Call, JsonObject
+from memserve.router.tokenization.chat_messages import MALFORMED, MULTIMODAL, read_chat
+from memserve.router.tokenization.chat_template import ChatTemplate
+from memserve.router.tokenization.token_encoder import DEFAULT_CACHE_TOKENS, Encoder
+from memserve.router.tokenization.token_files import TokenizerFiles, read_tokenizer_files
+from memserve.router.tokenization.token_probes import CHATS, Agreement, Agreements, probe_texts, renders_chats
+from memserve.router.tokenization.token_records import (
+    CannotKnow,
+    KnownTokens,
+    TokenizerStats,
+    Tokens,
+    UnknownTokens,
+)
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+Ask = Callable[[JsonObject], Awaitable[object]]
+"""Posts a body to a server's /v1/tokenize; gives its answer as parsed JSON, None if it was refused."""
+
+NUM_THREADS = 2
+_READ_BACK = 5
+"""INIT_INCREMENTAL_DETOKENIZATION_OFFSET of SGLang."""
+NO_TEMPLATE = "a model without one chat template"
+UNCONFIRMED = "a tokenizer that the servers have not confirmed"
+
+_NOT_FOLLOWED = {
+    "lora_path": "a LoRA adapter",
+    "image_data": MULTIMODAL,
+    "video_data": MULTIMODAL,
+    "audio_data": MULTIMODAL,
+    "input_embeds": "embeddings in place of tokens",
+    "positional_embed_overrides": "embeddings in place of tokens",
+    "session_id": "a session, whose tokens a server has",
+    "session_params": "a session, whose tokens a server has",
+}
+
+
+@dataclass(slots=True)
+class _Reading:
+    """What a thread made of a call."""
+
+    known: KnownTokens
+    num_tokens: int = 0
+    num_cached: int = 0
+    seconds: float = 0.0
+
+
+class Tokenizer:
+    """The tokenizer of the one model that the cluster serves. Event loop thread only."""
+
+    def __init__(self, files: TokenizerFiles, *, cache_tokens: int = DEFAULT_CACHE_TOKENS) -> None:
+        """`files` become this object's. Starts no thread before the first call."""
+        self._special_tokens = files.all_special_tokens
+        self._encoder = Encoder(files.backend, cache_tokens=cache_tokens)
+        bos = files.special_tokens.get("bos_token")
+        self._bos_id = None if bos is None else self._encoder.id_of(bos)
+        self._template, self._no_chats = _compile(files)
+        self.agreements = Agreements()
+        """With the servers that were asked. To be read."""
+        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenizer")
+        self.stats = TokenizerStats()
+
+    @classmethod
+    def load(cls, path: Path, *, cache_tokens: int = DEFAULT_CACHE_TOKENS) -> Tokenizer:
+        """The tokenizer of the model directory `path`. Blocks for as long as it takes to read it.
+
+        `cache_tokens` are the tokens of text that is remembered, at about 10 bytes each.
+        Raises ConfigError, in one line, if there is no fast tokenizer in it.
+        """
+        return cls(read_tokenizer_files(path), cache_tokens=cache_tokens)
+
+    async def tokens_of(self, call: Call) -> Tokens:
+        """The tokens of each prompt of `call`, which was checked (`read_call`)."""
+        try:
+            if (given := given_tokens(call, self.agreements.serves)) is not None:
+                return given
+            self._check_confirmed(call)
+            reading = await self._on_thread(self._read, call)
+        except CannotKnow as cannot:
+            self.stats.unknown[cannot.reason] += 1
+            return UnknownTokens(cannot.reason)
+        self.stats.calls += 1
+        self.stats.tokens += reading.num_tokens
+        self.stats.cached_tokens += reading.num_cached
+        self.stats.seconds += reading.seconds
+        return reading.known
+
+    def forwardable(self, call: Call, tokens: Tokens) -> Call:
+        """`call` with `tokens` for its text, so that no server tokenizes again; else `call` itself.
+
+        The answer is the same in every part. So the text stays where SGLang answers with it (`echo`),
+        and a chat keeps its messages beside the ids: they decide how tools are constrained and parsed.
+        """
+        if isinstance(tokens, UnknownTokens) or not tokens.replaceable or not all(tokens.prompts):
+            return call
+        if _given_ids(call) is not None:
+            return call
+        lists = [list(ids) for ids in tokens.prompts]
+        ids: object = lists[0] if call.num_prompts is None else lists
+        if call.api is Api.CHAT:
+            return structs.replace(call, body={**call.body, "input_ids": ids})
+        if call.api is Api.COMPLETIONS:
+            return call if call.body.get("echo") else structs.replace(call, body={**call.body, "prompt": ids})
+        body = {name: value for name, value in call.body.items() if name != "text"}
+        return structs.replace(call, body={**body, "input_ids": ids})
+
+    def text_after(self, prompt: Sequence[int], ids: Sequence[int], *, skips_special: bool) -> str:
+        """The text that `ids` add to `prompt`, as SGLang tells them apart.
+
+        Source: SGLang, Req.init_incremental_detokenize, which reads on from the prompt's last tokens.
+        """
+        before = prompt[-_READ_BACK:]
+        known = self._encoder.decode(before, skips_special=skips_special)
+        return self._encoder.decode([*before, *ids], skips_special=skips_special)[len(known) :]
+
+    async def ids_of(self, text: str) -> Sequence[int]:
+        """What the tokenizer makes of `text` where it stands within another; none if it is no Unicode."""
+        try:
+            return await self._on_thread(lambda it: self._encoder.encode(it, framed=False).ids, text)
+        except CannotKnow:
+            return ()
+
+    async def verify(self, server: str, server_info: JsonObject, ask: Ask) -> Agreement:
+        """Have `server` read some texts and chats, and remember whether it reads them as we do.
+
+        To be done whenever a server joins, before it gets a call. `server_info` is its page of that
+        name. Raises what `ask` raises; what was known of the server stays.
+        """
+        texts = probe_texts(self._special_tokens)
+        ours = await self._on_thread(self._text_ids, texts)
+        answer = await ask({"prompt": texts})
+        agrees = isinstance(answer, dict) and answer.get("tokens") == ours
+        num_chats = 0
+        if agrees and self._template is not None and renders_chats(server_info):
+            num_chats = await self._num_equal_chats(ask)
+        model = server_info.get("served_model_name")
+        agreement = Agreement(agrees, num_chats > 0, model if isinstance(model, str) else None)
+        self.agreements.note(server, agreement)
+        level = logging.INFO if agrees else logging.WARNING
+        logger.log(level, "tokenizer asked: server=%s texts=%s chats=%s", server, agrees, num_chats > 0)
+        return agreement
+
+    def forget(self, server: str) -> None:
+        """`server` left: its answers to `verify` count no more."""
+        self.agreements.forget(server)
+
+    def close(self) -> None:
+        """End the threads; calls that wait for one are cancelled."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    async def _num_equal_chats(self, ask: Ask) -> int:
+        """How many chats the server reads as we do; 0 if it reads one differently."""
+        equal = 0
+        for body in CHATS:
+            try:
+                reading = await self._on_thread(self._read_chat, body)
+            except CannotKnow:
+                continue  # not every template takes tools, or a system message
+            answer = await ask(body)
+            if not isinstance(answer, dict) or answer.get("tokens") != list(reading.known.prompts[0]):
+                return 0
+            equal += 1
+        return equal
+
+    def _check_confirmed(self, call: Call) -> None:
+        if call.api is Api.CHAT and self._template is None:
+            raise CannotKnow(self._no_chats)
+        if not (self.agreements.chats if call.api is Api.CHAT else self.agreements.texts):
+            raise CannotKnow(UNCONFIRMED)
+
+    async def _on_thread(self, work: Callable[[T], R], argument: T) -> R:
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work, argument)
+
+    # From here on: any thread.
+
+    def _read(self, call: Call) -> _Reading:
+        start = time.perf_counter()
+        try:
+            reading = self._read_chat(call.body) if call.api is Api.CHAT else self._read_texts(call)
+        except RecursionError as error:
+            raise CannotKnow(MALFORMED) from error
+        reading.seconds = time.perf_counter() - start
+        return reading
+
+    def _text_ids(self, texts: list[str]) -> list[list[int]]:
+        return [list(self._encoder.encode(text, framed=True).ids) for text in texts]
+
+    def _read_texts(self, call: Call) -> _Reading:
+        value = call.body["text" if call.api is Api.GENERATE else "prompt"]
+        texts = value if isinstance(value, list) else [value]
+        encoded = [self._encoder.encode(text, framed=True) for text in texts if isinstance(text, str)]
+        return _Reading(
+            KnownTokens(tuple(one.ids for one in encoded)),
+            num_tokens=sum(len(one.ids) for one in encoded),
+            num_cached=sum(one.cached for one in encoded),
+        )
+
+    def _read_chat(self, body: JsonObject) -> _Reading:
+        if self._template is None:
+            raise CannotKnow(self._no_chats)
+        chat = read_chat(body, self._template.content_format)
+        rendered = self._template.render(chat)
+        # The template writes BOS and the like itself.
+        encoded = self._encoder.encode(rendered.text, framed=False)
+        if chat.answer_start:
+            encoded.ids += self._answer_ids(chat.answer_start)
+        known = KnownTokens((encoded.ids,), replaceable=not rendered.read_clock)
+        return _Reading(known, num_tokens=len(encoded.ids), num_cached=encoded.cached)
+
+    def _answer_ids(self, text: str) -> array[int]:
+        """As SGLang: framed like any text, less a BOS at the start."""
+        ids = self._encoder.encode(text, framed=True).ids
+        return ids[1:] if ids and ids[0] == self._bos_id else ids
+
+
+def given_tokens(call: Call, serves: Callable[[str], bool]) -> KnownTokens | None:
+    """What needs no tokenizer: the ids of a call that came as ids; None if it came as text.
+
+    `serves` tells whether that is the whole name of a model. Raises CannotKnow for a call that is more
+    than its tokens.
+    """
+    for name in _NOT_FOLLOWED.keys() & call.body.keys():
+        if call.body[name]:
+            raise CannotKnow(_NOT_FOLLOWED[name])
+    if call.api is Api.COMPLETIONS and call.body.get("suffix"):
+        raise CannotKnow("a suffix")
+    if call.api is not Api.GENERATE and ":" in (call.model or "") and not serves(call.model or ""):
+        raise CannotKnow("a LoRA adapter")  # SGLang reads MODEL:ADAPTER
+    ids = _given_ids(call)
+    return None if ids is None else KnownTokens(ids)
+
+
+def _given_ids(call: Call) -> tuple[Sequence[int], ...] | None:
+    """The ids that the client sent, one list per prompt; None if it sent text."""
+    given = call.body.get("prompt" if call.api is Api.COMPLETIONS else "input_ids")
+    if not isinstance(given, list) or not given or isinstance(given[0], str):
+        return None
+    return tuple(given) if isinstance(given[0], list) else (given,)
+
+
+def _compile(files: TokenizerFiles) -> tuple[ChatTemplate | None, str]:
+    """The chat template, and why there is none if there is none."""
+    if files.no_chats is not None or files.chat_template is None:
+        return None, files.no_chats or NO_TEMPLATE
+    try:
+        return ChatTemplate(files.chat_template, files.special_tokens), NO_TEMPLATE
+    except jinja2.TemplateError as error:
+        logger.warning("chats are not tokenized: the chat template cannot be read: %s", error)
+        return None, NO_TEMPLATE

@@ -1,0 +1,133 @@
+"""The tokenizers of all models served: loaded when an instance comes, confirmed by every instance.
+
+    instance joins ── admit ──> its tokenizer's files, read once per model ── Tokenizer.verify
+    request        ── tokens_of ──> its tokens, or why nobody here can tell
+
+An instance that reads texts otherwise than those that serve the same model is refused by name.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+from memserve.core.errors import ConfigError, InstanceLost
+from memserve.core.ids import InstanceId
+from memserve.router.request import Call, JsonObject
+from memserve.router.tokenization.token_records import CannotKnow, TokenizerStats, Tokens, UnknownTokens
+from memserve.router.tokenization.tokenizer import Ask, Tokenizer, given_tokens
+
+logger = logging.getLogger(__name__)
+
+OFF = "none"
+"""The path that means: do not tokenize."""
+NOT_WANTED = f"--tokenizer-path {OFF}"
+NO_MODEL = "a model that no instance has told of"
+
+
+class Unfit(InstanceLost):
+    """The instance serves, but not what the others of its model do."""
+
+
+class Tokenizers:
+    """Event loop thread only."""
+
+    def __init__(self, path: str | None) -> None:
+        """`path`: a model directory for every model; None: that which its instances name; or `OFF`."""
+        self._path = path
+        self._by_model: dict[str, Tokenizer | str] = {}
+        """The tokenizer, or why there is none."""
+        self._loading = asyncio.Lock()
+
+    async def admit(
+        self, instance: InstanceId, model: str, model_path: str, server_info: JsonObject, ask: Ask
+    ) -> None:
+        """Have an instance confirm the tokenizer of its model.
+
+        Raises Unfit if it reads texts otherwise than the others that serve it, and what `ask` raises.
+        """
+        self.forget(instance)
+        tokenizer = await self._loaded(
+            model, self._path or str(server_info.get("tokenizer_path") or model_path)
+        )
+        if isinstance(tokenizer, str):
+            return
+        agreement = await tokenizer.verify(instance, server_info, ask)
+        others = tokenizer.agreements.confirming
+        if not agreement.texts and others:
+            tokenizer.forget(instance)
+            raise Unfit(instance, f"its tokenizer is not that of {min(others)}, which serves {model} too")
+
+    def forget(self, instance: InstanceId) -> None:
+        """The instance is not there any more. Idempotent."""
+        for tokenizer in self._tokenizers().values():
+            tokenizer.forget(instance)
+
+    async def tokens_of(self, call: Call, model: str | None) -> Tokens:
+        """The tokens of each prompt of a checked call that `model` will serve."""
+        tokenizer = self._by_model.get(model or "", NO_MODEL)
+        if isinstance(tokenizer, Tokenizer):
+            return await tokenizer.tokens_of(call)
+        try:
+            return given_tokens(call, lambda name: name == model) or UnknownTokens(tokenizer)
+        except CannotKnow as cannot:
+            return UnknownTokens(cannot.reason)
+
+    def text_after(
+        self, model: str | None, prompt: Sequence[int], ids: Sequence[int], *, skips_special: bool
+    ) -> str:
+        """As `Tokenizer.text_after`; "" for a model without a tokenizer here."""
+        tokenizer = self._by_model.get(model or "")
+        if not isinstance(tokenizer, Tokenizer):
+            return ""
+        return tokenizer.text_after(prompt, ids, skips_special=skips_special)
+
+    async def ids_of(self, model: str | None, text: str) -> Sequence[int]:
+        """As `Tokenizer.ids_of`; none for a model without a tokenizer here."""
+        tokenizer = self._by_model.get(model or "")
+        return await tokenizer.ids_of(text) if isinstance(tokenizer, Tokenizer) else ()
+
+    def forwardable(self, call: Call, model: str | None, tokens: Tokens) -> Call:
+        """As `Tokenizer.forwardable`."""
+        tokenizer = self._by_model.get(model or "")
+        return tokenizer.forwardable(call, tokens) if isinstance(tokenizer, Tokenizer) else call
+
+    def reasons(self) -> dict[str, str]:
+        """The models of whose requests nothing is known in advance, and why."""
+        reasons = {}
+        for model, tokenizer in self._by_model.items():
+            if isinstance(tokenizer, str):
+                reasons[model] = tokenizer
+            elif not tokenizer.agreements.is_empty and not tokenizer.agreements.confirming:
+                reasons[model] = "no instance confirms the tokenizer"
+        return reasons
+
+    def stats(self) -> dict[str, TokenizerStats]:
+        """Of each model with a tokenizer."""
+        return {model: tokenizer.stats for model, tokenizer in self._tokenizers().items()}
+
+    def close(self) -> None:
+        """End the threads."""
+        for tokenizer in self._tokenizers().values():
+            tokenizer.close()
+
+    def _tokenizers(self) -> dict[str, Tokenizer]:
+        return {model: one for model, one in self._by_model.items() if isinstance(one, Tokenizer)}
+
+    async def _loaded(self, model: str, path: str) -> Tokenizer | str:
+        async with self._loading:
+            known = self._by_model.get(model)
+            if known is None:
+                known = self._by_model[model] = await self._load(model, path)
+            return known
+
+    async def _load(self, model: str, path: str) -> Tokenizer | str:
+        if self._path == OFF:
+            return NOT_WANTED
+        try:
+            return await asyncio.to_thread(Tokenizer.load, Path(path))
+        except ConfigError as error:
+            logger.warning("requests for %s are not tokenized here: %s; set --tokenizer-path", model, error)
+            return str(error)

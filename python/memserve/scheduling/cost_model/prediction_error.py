@@ -1,0 +1,68 @@
+"""What a request teaches once its prefill is over: what work costs, and how good prediction and choice were.
+
+Knows no instances and no queue: both were noted when the request was placed.
+"""
+
+from __future__ import annotations
+
+from memserve.router.observability.metrics import RouterMetrics
+from memserve.scheduling.assignment import Placed
+from memserve.scheduling.cost_model.model import CostModel, Observation, Work
+from memserve.scheduling.cost_model.online import LearntCosts
+from memserve.scheduling.decision import prefill_score
+
+MAX_CANDIDATES = 64
+"""Of more than this, nobody reckons what the others would have taken."""
+ERROR_WEIGHT = 0.02
+"""What the newest prediction error weighs in the mean."""
+
+
+def work_of(placed: Placed, cached_tokens: int | None) -> Work | None:
+    """What its prefill computed; None if it does not say what it had of the prompt."""
+    prompt = placed.prompt
+    if prompt.unknown is not None or len(prompt.chains) != 1 or cached_tokens is None:
+        return None
+    if not 0 <= cached_tokens < prompt.num_tokens:
+        return None
+    return Work.of(prompt.num_tokens, cached_tokens)
+
+
+def learn(placed: Placed, seconds: float, cached_tokens: int | None, costs: LearntCosts) -> None:
+    """From a prefill that had its instance to itself all the time, if it says what it had of the prompt."""
+    if cached_tokens is None or work_of(placed, cached_tokens) is None or seconds <= 0:
+        return
+    prompt = placed.prompt
+    situation = placed.decision.situation
+    num_loaded = cached_tokens - situation.cached_tokens(placed.decision.chosen.near_blocks)
+    if num_loaded >= situation.page_tokens:
+        load_s = seconds - costs.model.exec_s(prompt.num_tokens, cached_tokens)
+        costs.loaded(num_loaded, load_s, total_s=seconds)
+    else:
+        costs.prefilled(Observation(prompt.num_tokens, cached_tokens, seconds))
+
+
+class Hindsight:
+    """Event loop thread only."""
+
+    def __init__(self, metrics: RouterMetrics) -> None:
+        self._metrics = metrics
+        self._error = 0.0
+        self._num_reckoned = 0
+
+    def reckon(self, placed: Placed, seconds: float, costs: CostModel) -> None:
+        """The prefill took so long, from its dispatch; others would have taken what `costs`, as believed
+        now, says of the queues of then."""
+        if seconds <= 0:
+            return
+        predicted_s = placed.decision.chosen.queued_s + placed.work_s
+        self._num_reckoned += 1
+        error = abs(predicted_s - seconds) / seconds
+        self._error += max(ERROR_WEIGHT, 1 / self._num_reckoned) * (error - self._error)
+        self._metrics.prefill_seconds_error.set(self._error)
+        situation = placed.decision.situation
+        if len(situation.prefills) > MAX_CANDIDATES:
+            return
+        others = (it for it in situation.prefills if it.instance_id != placed.decision.prefill)
+        scores = (prefill_score(situation, it, costs) for it in others)
+        best_s = min((one.queue_s + one.load_s + one.exec_s for one in scores), default=seconds)
+        self._metrics.regret_seconds.observe(max(0.0, seconds - best_s))

@@ -1,0 +1,99 @@
+"""Starts servers as forks of one process that has imported all they need, which is most of a start.
+
+multiprocessing's fork server does the forking. From its command line on a server does as if it had been
+executed: in a session, an environment and with an output of its own. For machines without a GPU, whose
+context does not survive a fork.
+"""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from multiprocessing import forkserver
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+MODULE = "memserve.launch_server"
+PRELOADED = (
+    MODULE,
+    "memserve.engine.server",
+    "memserve.engine.linker",
+    "memserve.instance.registrar",
+    "sglang.srt.entrypoints.http_server",
+    "sglang.srt.managers.scheduler",
+    "sglang.srt.models.registry",
+)
+
+
+class Nursery:
+    """Forks servers. One in a process is enough: the fork server is the process's."""
+
+    def __init__(self) -> None:
+        """Begin to import, in the background."""
+        self._context = multiprocessing.get_context("forkserver")
+        self._context.set_forkserver_preload(list(PRELOADED))
+        before = os.environ.get("OMP_NUM_THREADS")
+        os.environ["OMP_NUM_THREADS"] = "1"  # numpy would have threads, which a fork does not copy
+        forkserver.ensure_running()
+        del os.environ["OMP_NUM_THREADS"]
+        if before is not None:
+            os.environ["OMP_NUM_THREADS"] = before
+
+    def start(self, argv: Sequence[str], log: Path, env: Mapping[str, str]) -> Forked:
+        """A server with what comes after `python -m` and the whole of its environment.
+
+        Waits for the imports. Raises ValueError for another module.
+        """
+        if argv[0] != MODULE:
+            raise ValueError(f"{argv[0]} is not what is imported here")
+        process = self._context.Process(target=_become, args=(list(argv), log, dict(env)), daemon=False)
+        log.touch()  # whoever reads it may be sooner than the fork
+        process.start()
+        return Forked(process)
+
+
+class Forked:
+    """What `subprocess.Popen` is for a server that was executed. Any thread."""
+
+    def __init__(self, process: ForkServerProcess) -> None:
+        self._process = process
+        self._lock = threading.Lock()
+        assert process.pid is not None
+        self.pid = process.pid
+
+    def poll(self) -> int | None:
+        """Exit status, or None while it runs; negative if a signal ended it."""
+        with self._lock:
+            return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        """The exit status. Raises subprocess.TimeoutExpired."""
+        with self._lock:
+            self._process.join(timeout)
+            if (status := self._process.exitcode) is None:
+                raise subprocess.TimeoutExpired(self._process.name, timeout or 0)
+            return status
+
+
+def _become(argv: list[str], log: Path, env: dict[str, str]) -> None:
+    """In the fork: what the system and the interpreter do when they execute a module."""
+    os.setsid()
+    with log.open("ab", buffering=0) as output:
+        os.dup2(output.fileno(), 1)
+        os.dup2(output.fileno(), 2)
+    sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
+    sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
+    multiprocessing.process._parent_process = None  # type: ignore[attr-defined]  # nobody's worker
+    for name in os.environ.keys() - env.keys():
+        del os.environ[name]
+    # Only what differs: setproctitle finds a process's title from where its environment began.
+    os.environ.update(env.items() - os.environ.items())
+    sys.orig_argv = [sys.executable, "-m", *argv]
+    sys.argv = list(argv)
+    from memserve.launch_server import main
+
+    sys.exit(main(argv[1:]))

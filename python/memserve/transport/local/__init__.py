@@ -1,0 +1,1 @@
+"""Copies on one host: process memory and memfds."""

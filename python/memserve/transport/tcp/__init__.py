@@ -1,0 +1,1 @@
+"""Copies over TCP: MemServe's own data plane."""

@@ -1,0 +1,35 @@
+"""When the other processes of a CPU server are forks of the first."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+CHOOSE = """
+import multiprocessing, threading
+from memserve.engine.cpu import forking
+
+multiprocessing.set_start_method("spawn")
+release = threading.Event()
+for _ in range({num_others}):
+    threading.Thread(target=release.wait).start()
+forking.fork_if_single_threaded()
+release.set()
+print(multiprocessing.get_start_method())
+"""
+
+
+def chosen(num_others: int) -> str:
+    """The start method in a process with that many other threads."""
+    command = [sys.executable, "-c", CHOOSE.format(num_others=num_others)]
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # else numpy starts some of its own
+    return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.strip()
+
+
+def test_a_process_with_one_thread_forks() -> None:
+    assert chosen(0) == "fork"
+
+
+def test_a_process_with_another_thread_spawns_as_sglang_does() -> None:
+    assert chosen(1) == "spawn"

@@ -1,0 +1,123 @@
+"""Names of SGLang's events back to keys: what is certain, and only that."""
+
+from __future__ import annotations
+
+from array import array
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from sglang.srt.disaggregation.kv_events import kv_event_namespace_seed, namespaced_block_hash
+from sglang.srt.mem_cache.radix_cache import RadixKey
+from sglang.srt.mem_cache.utils import compute_node_event_hash_values, hash_str_to_int64
+
+from memserve.core.block_keys import Namespace, page_keys
+from memserve.engine.event_hashes import BlockNames
+
+PAGE = 4
+PLAIN = Namespace()
+NAMESPACES = [
+    PLAIN,
+    Namespace(extra_key="adapter"),
+    Namespace(extra_key=""),
+    Namespace(cache_salt="tenant"),
+    Namespace("adapter", "tenant"),
+    Namespace("ä" * 40, "ü"),
+]
+TOKENS = list(range(100, 100 + 5 * PAGE))
+
+
+def names_of(tokens: list[int], namespace: Namespace = PLAIN) -> list[int]:
+    """As SGLang computes them, by its own functions."""
+    root = SimpleNamespace(key=RadixKey(array("q")), parent=None, hash_value=[], event_hash_value=None)
+    key = RadixKey(array("q", tokens), extra_key=namespace.extra_key, cache_salt=namespace.cache_salt)
+    node = SimpleNamespace(key=key, parent=root, hash_value=None, event_hash_value=None)
+    seed = kv_event_namespace_seed(extra_key=namespace.extra_key, cache_salt=namespace.cache_salt)
+    hashes = map(hash_str_to_int64, compute_node_event_hash_values(node, PAGE))
+    return [namespaced_block_hash(each, namespace_seed=seed) for each in hashes]
+
+
+NAMES, KEYS = names_of(TOKENS), page_keys(TOKENS, PAGE)
+
+
+@pytest.mark.parametrize("namespace", NAMESPACES, ids=str)
+def test_a_chain_is_known_in_each_namespace_however_it_is_cut(namespace: Namespace) -> None:
+    names, keys = names_of(TOKENS, namespace), page_keys(TOKENS, PAGE, namespace)
+    for cut in range(1, 6):
+        known = BlockNames()
+        assert known.stored(names[:cut], None, TOKENS[: cut * PAGE], namespace) == (None, keys[:cut])
+        if cut < 5:
+            rest = known.stored(names[cut:], names[cut - 1], TOKENS[cut * PAGE :], namespace)
+            assert rest == (keys[cut - 1], keys[cut:])
+        assert len(known) == 5
+
+
+def test_equal_tokens_of_two_namespaces_are_two_blocks() -> None:
+    known = BlockNames()
+    for namespace in NAMESPACES:
+        known.stored(names_of(TOKENS, namespace), None, TOKENS, namespace)
+    assert len(known) == 5 * len(NAMESPACES)
+    for namespace in NAMESPACES[::-1]:
+        assert known.removed(names_of(TOKENS, namespace)) == page_keys(TOKENS, PAGE, namespace)
+    assert len(known) == 0
+    assert not known._links
+
+
+@pytest.mark.parametrize("believed", NAMESPACES, ids=str)
+@pytest.mark.parametrize("true", NAMESPACES, ids=str)
+def test_another_namespace_is_never_taken_for_the_true_one(true: Namespace, believed: Namespace) -> None:
+    _, keys = BlockNames().stored(names_of(TOKENS, true), None, TOKENS, believed)
+    assert keys == (page_keys(TOKENS, PAGE, true) if true == believed else [])
+
+
+WRONG = [*NAMES[:2], 7, *NAMES[3:]]
+
+
+@pytest.mark.parametrize(
+    ("names", "parent", "tokens", "known"),
+    [
+        (WRONG, None, TOKENS, 2),  # one name is not its tokens': it and all after it are unknown
+        (NAMES, 12345, TOKENS, 0),  # after a block that was never told of
+        (NAMES[1:], None, TOKENS[PAGE:], 0),  # no beginning of a prompt
+        (NAMES, None, TOKENS[::-1], 0),
+        (NAMES, None, TOKENS[:-1], 0),  # no whole pages
+        (NAMES, None, [], 0),
+        ([], None, TOKENS, 0),
+        (NAMES, None, [-1, *TOKENS[1:]], 0),  # no tokens
+        (NAMES, None, [(1, 2)] * len(TOKENS), 0),  # pairs, as speculative decoding has them
+    ],
+)
+def test_what_is_not_certain_is_left_out(
+    names: list[int], parent: int | None, tokens: list[Any], known: int
+) -> None:
+    blocks = BlockNames()
+    assert blocks.stored(names, parent, tokens, PLAIN) == (None, KEYS[:known])
+    assert len(blocks) == known
+    assert blocks.stored([NAMES[4]], NAMES[3], TOKENS[-PAGE:], PLAIN) == (None, [])
+
+
+def test_names_that_are_not_known_are_removed_in_silence() -> None:
+    known = BlockNames()
+    known.stored(NAMES, None, TOKENS, PLAIN)
+    assert known.removed([1, NAMES[4], 2, NAMES[3]]) == [KEYS[4], KEYS[3]]
+    assert known.removed(NAMES[3:]) == []
+    known.clear()
+    assert known.removed(NAMES) == []
+
+
+def test_a_block_may_be_told_of_again() -> None:
+    known = BlockNames()
+    known.stored(NAMES, None, TOKENS, PLAIN)
+    assert known.stored(NAMES[1:3], NAMES[0], TOKENS[PAGE : 3 * PAGE], PLAIN) == (KEYS[0], KEYS[1:3])
+    assert len(known) == 5
+
+
+def test_a_name_that_two_blocks_share_is_the_first_ones() -> None:
+    known = BlockNames()
+    known._keys[NAMES[1]] = page_keys([9] * PAGE, PAGE)[0]
+    assert known.stored(NAMES, None, TOKENS, PLAIN) == (None, KEYS[:1])
+
+
+def test_wide_tokens_have_names_too() -> None:
+    tokens = [2**32 + 5, *range(7)]
+    assert BlockNames().stored(names_of(tokens), None, tokens, PLAIN) == (None, page_keys(tokens, PAGE))

@@ -1,0 +1,256 @@
+"""Pools of one cluster in one process: what is sent home, what is copied, what is fetched."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
+import pytest
+
+from memserve.core.block_keys import BlockKey, page_keys
+from memserve.core.caching import CachingMode
+from memserve.core.ids import InstanceId, new_epoch
+from memserve.core.kv_layout import KVLayout
+from memserve.instance.pool_agent import DRAM_PER_HBM, MAX_GROWTH, PoolNode, PoolSettings, dram_slots
+from memserve.instance.push_queue import Errand
+from memserve.mempool.arena import Arena
+from memserve.mempool.pool import MemPool
+from memserve.testing.cluster import Cluster, wait_for
+from memserve.wire.messages import Role
+
+LAYOUT = KVLayout.of_heads("model", 2, 4, 2, 8, ("float32", 4))
+NUM_BLOCKS = 32
+BOOTSTRAP = "127.0.0.1:4321"
+Join = Callable[..., PoolNode]
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A router alone, which leaves it to the nodes to ask each other for blocks."""
+    flags = ("--heartbeat-secs", "0.1", "--fetch", "never")
+    with Cluster(tmp_path_factory.mktemp("nodes"), router_flags=flags) as cluster:
+        yield cluster
+
+
+@pytest.fixture(scope="module")
+def directing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    """A router alone, which tells the nodes what to fetch."""
+    with Cluster(tmp_path_factory.mktemp("told"), router_flags=("--heartbeat-secs", "0.1")) as cluster:
+        yield cluster
+
+
+@pytest.fixture
+def join(cluster: Cluster) -> Iterator[Join]:
+    """Makes nodes that know each other; checks at the end that nothing of them has leaked."""
+    nodes: list[PoolNode] = []
+
+    def make(
+        role: Role,
+        *,
+        num_blocks: int = NUM_BLOCKS,
+        caching: CachingMode = CachingMode.FULL,
+        router: Cluster = cluster,
+    ) -> PoolNode:
+        settings = PoolSettings(
+            instance_id=InstanceId(f"{role}-{len(nodes)}"),
+            role=role,
+            caching=caching,
+            dram_bytes=None,
+            router=router.control,
+            host="127.0.0.1",
+            bootstrap=BOOTSTRAP if role is Role.PREFILL else "",
+            transfer="tcp",
+            mooncake_protocol="tcp",
+            cluster_key_file=None,
+        )
+        arena = Arena(LAYOUT.block_bytes, num_blocks, max_slots=MAX_GROWTH * num_blocks)
+        epoch = new_epoch()
+        nodes.append(PoolNode(settings, MemPool(LAYOUT, arena, epoch), epoch))
+        known = len(nodes) - 1
+        for node in nodes:
+            wait_for(
+                lambda node=node: node.stats()["members"]["known"] == known, what="members", timeout_s=10
+            )
+        return nodes[-1]
+
+    yield make
+    for node in nodes:
+        node.close()
+        stats = node.pool.stats()
+        assert stats.private == stats.reserved == stats.quarantined == stats.leases == 0
+
+
+def chain(num_blocks: int, seed: int = 1) -> list[BlockKey]:
+    return page_keys([seed] * (num_blocks * LAYOUT.page_tokens), LAYOUT.page_tokens)
+
+
+def store(node: PoolNode, keys: Sequence[BlockKey], parent: BlockKey | None = None) -> list[bytes]:
+    """Cache random blocks under `keys`; their bytes."""
+    addrs = node.pool.alloc_mem(len(keys))
+    data = [os.urandom(LAYOUT.block_bytes) for _ in addrs]
+    for addr, block in zip(addrs, data, strict=True):
+        node.pool.block(addr)[:] = block
+    node.pool.seal(addrs)
+    assert len(node.pool.insert(keys, addrs, parent).new) == len(keys)
+    return data
+
+
+def read(node: PoolNode, keys: Sequence[BlockKey]) -> list[bytes]:
+    with node.pool.acquire(node.pool.match(keys)) as lease:
+        assert node.pool.verify(lease) == len(lease)
+        return [bytes(node.pool.block(addr)) for addr in lease.addrs]
+
+
+def wait_sent(node: PoolNode) -> None:
+    wait_for(lambda: not node.stats()["outbox"]["waiting"], what="the outbox to be empty", timeout_s=10)
+
+
+def test_the_pages_of_an_ended_request_go_home_and_only_those_that_are_lacking(join: Join) -> None:
+    prefill, decode = join(Role.PREFILL), join(Role.DECODE)
+    keys = chain(6)
+    prompt = store(prefill, keys[:4])
+    answer = store(decode, keys)[4:]
+    decode.stored(keys, None, BOOTSTRAP)
+    wait_sent(decode)
+    assert read(prefill, keys) == prompt + answer
+    stats = decode.stats()
+    assert stats["peers"]["bytes_pushed"] == 2 * LAYOUT.block_bytes
+    assert (stats["outbox"]["sent"], stats["outbox"]["blocks"]) == (1, 2)
+
+
+def test_a_prefill_that_has_lost_the_prompt_gets_all_of_it(join: Join) -> None:
+    prefill, decode = join(Role.PREFILL), join(Role.DECODE)
+    keys = chain(6)
+    data = store(decode, keys)
+    decode.stored(keys[4:], keys[3], BOOTSTRAP)
+    wait_sent(decode)
+    assert read(prefill, keys) == data
+
+
+def test_nothing_goes_home_while_a_request_runs_nor_to_a_prefill_nobody_knows(join: Join) -> None:
+    prefill, decode = join(Role.PREFILL), join(Role.DECODE)
+    keys = chain(3)
+    store(decode, keys)
+    decode.stored(keys, None, None)
+    decode.stored(keys, None, "127.0.0.1:9")
+    wait_sent(decode)
+    assert prefill.pool.stats().cached == 0
+
+
+def test_errands_to_a_pool_that_has_gone_hold_nobody_up(join: Join) -> None:
+    prefill, decode = join(Role.PREFILL), join(Role.DECODE)
+    (to,) = decode._members.pools()
+    store(decode, chain(3))
+    prefill.close()
+    wait_for(lambda: decode.stats()["members"]["known"] == 0, what="the prefill to be gone", timeout_s=10)
+    for _ in range(5):
+        decode._outbox.offer(Errand(to, chain(3), None))
+    wait_for(lambda: not decode.stats()["outbox"]["waiting"], what="them to be given up", timeout_s=2)
+    assert decode.stats()["outbox"]["failed"] == 5
+
+
+def test_errands_to_a_pool_that_was_started_anew_go_there(join: Join) -> None:
+    prefill, decode = join(Role.PREFILL), join(Role.DECODE)
+    (to,) = decode._members.pools()
+    data = store(decode, chain(3))
+    before = msgspec.structs.replace(to, epoch=new_epoch(), address="127.0.0.1:9")
+    decode._outbox.offer(Errand(before, chain(3), None))
+    wait_sent(decode)
+    assert read(prefill, chain(3)) == data
+
+
+def test_no_other_mode_sends_anything_home(join: Join) -> None:
+    prefill = join(Role.PREFILL, caching=CachingMode.BOTH)
+    decode = join(Role.DECODE, caching=CachingMode.BOTH)
+    keys = chain(3)
+    store(decode, keys)
+    decode.stored(keys, None, BOOTSTRAP)
+    wait_sent(decode)
+    assert prefill.pool.stats().cached == 0
+    prefill.fetch(lambda: keys, num_reachable=0).result(timeout=10)
+    assert prefill.pool.stats().cached == 0
+
+
+def test_a_prefill_asks_nobody_if_the_router_tells_it_what_to_fetch(join: Join, directing: Cluster) -> None:
+    prefill, decode = join(Role.PREFILL, router=directing), join(Role.DECODE, router=directing)
+    keys = chain(6)
+    store(decode, keys)
+    prefill.fetch(lambda: keys, num_reachable=0).result(timeout=10)
+    assert prefill.pool.stats().cached == 0
+    assert prefill.stats()["fetch"]["asked"] == 0
+
+
+def test_a_prompt_is_fetched_from_decode_as_far_as_it_goes(join: Join) -> None:
+    prefill, decode = join(Role.PREFILL), join(Role.DECODE)
+    assert prefill.fetches
+    assert not decode.fetches
+    keys = chain(8)
+    data = store(decode, keys[:6])
+    head = store(prefill, keys[:2])
+    prefill.fetch(lambda: keys, num_reachable=2).result(timeout=10)
+    assert read(prefill, keys) == head + data[2:]
+    assert prefill.stats()["fetch"] | {"seconds": 0} == {
+        "asked": 1,
+        "found": 1,
+        "blocks": 4,
+        "failed": 0,
+        "seconds": 0,
+    }
+
+
+def test_what_this_server_can_reach_is_not_fetched(join: Join) -> None:
+    prefill, decode = join(Role.PREFILL), join(Role.DECODE)
+    keys = chain(6)
+    store(decode, keys)
+    prefill.fetch(lambda: keys, num_reachable=6).result(timeout=10)
+    assert prefill.pool.stats().cached == 0, "the radix cache has them"
+
+
+def test_a_fetch_without_room_is_a_miss(join: Join) -> None:
+    prefill, decode = join(Role.PREFILL, num_blocks=2), join(Role.DECODE)
+    keys = chain(6)
+    store(decode, keys)
+    prefill.fetch(lambda: keys, num_reachable=0).result(timeout=10)
+    assert prefill.pool.stats().cached <= 2
+
+
+def test_a_decode_that_is_gone_is_asked_no_more(join: Join) -> None:
+    prefill, decode = join(Role.PREFILL), join(Role.DECODE)
+    decode.close()
+    wait_for(lambda: prefill.stats()["members"]["known"] == 0, what="decode to be gone", timeout_s=10)
+    prefill.fetch(lambda: chain(3), num_reachable=0).result(timeout=10)
+    assert prefill.stats()["fetch"]["asked"] == 0
+
+
+def test_a_tier_is_resized_while_it_serves(join: Join) -> None:
+    prefill, decode = join(Role.PREFILL), join(Role.DECODE)
+    keys = chain(NUM_BLOCKS)
+    data = store(decode, keys)
+    prefill.resize(2 * NUM_BLOCKS * LAYOUT.block_bytes)
+    wait_for(lambda: prefill.pool.stats().total == 2 * NUM_BLOCKS, what="growth", timeout_s=10)
+    decode.stored(keys, None, BOOTSTRAP)
+    wait_sent(decode)
+    assert read(prefill, keys) == data
+    prefill.resize(8 * LAYOUT.block_bytes)
+    wait_for(lambda: prefill.pool.stats().total == 8, what="shrinking", timeout_s=10)
+    kept = prefill.pool.stats().cached
+    assert 0 < kept <= 8
+    assert read(prefill, keys) == data[:kept]
+    prefill.fetch(lambda: keys[:8], num_reachable=0).result(timeout=10)
+    assert read(prefill, keys[:8]) == data[:8], "decode finds the memory that is left"
+
+
+@pytest.mark.parametrize(
+    ("dram_bytes", "num_ranks", "hbm_blocks", "blocks"),
+    [
+        (100 * LAYOUT.block_bytes, 1, 7, 100),
+        (100 * LAYOUT.block_bytes, 4, 7, 25),
+        (1, 1, 7, 1),
+        (None, 1, 7, 7 * DRAM_PER_HBM),
+        (None, 2, 7, 7 * DRAM_PER_HBM),
+    ],
+)
+def test_the_size_of_a_tier(dram_bytes: int | None, num_ranks: int, hbm_blocks: int, blocks: int) -> None:
+    layout = KVLayout("model", 2, 4, LAYOUT.parts, "float32", 4, rank=0, num_ranks=num_ranks)
+    assert dram_slots(dram_bytes, layout, hbm_blocks * layout.block_bytes) == blocks

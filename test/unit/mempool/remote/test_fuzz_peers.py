@@ -1,0 +1,92 @@
+"""Whatever peers say: an answer or a refusal, and in the end nothing of it is left."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import Future
+
+import msgspec
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from router.message_strategies import CHAIN, messages
+
+from memserve.core.errors import WireMismatch
+from memserve.core.ids import Epoch, new_epoch
+from memserve.mempool.remote.config import PeersConfig
+from memserve.mempool.remote.peers import Peers
+from memserve.wire.messages import Message, decode, encode
+from memserve.wire.peer_messages import (
+    AcquireLease,
+    Allocate,
+    Cancel,
+    Commit,
+    Evacuate,
+    Evacuated,
+    Fetch,
+    Fetched,
+    Hello,
+    Locate,
+    ReleaseLease,
+    Reserve,
+    Shelter,
+)
+
+from ..harness import make_pool, write
+from .harness import LEASE_S, RESERVATION_S, World
+
+KINDS = (Reserve, Allocate, Commit, Cancel, Locate, AcquireLease, ReleaseLease)
+PEER = Epoch(1)
+
+
+@settings(max_examples=300)
+@given(st.lists(messages(*KINDS), max_size=14), st.data())
+def test_a_pool_answers_or_refuses_any_messages_and_leaks_nothing(
+    heard: list[Message], data: st.DataObject
+) -> None:
+    world = World()
+    node = world.start("here", 4)
+    node.server.add(node.pool)
+    layout = node.pool.layout
+    node.answer(Hello(PEER, node.address.epoch, PEER, layout))
+    for message in heard:
+        known = hasattr(message, "layout") and data.draw(st.booleans())
+        node.answer(msgspec.structs.replace(message, layout=layout.digest) if known else message)
+        if data.draw(st.booleans()):
+            world.clock.advance(data.draw(st.sampled_from([1.0, LEASE_S, RESERVATION_S])))
+            node.sweep()
+    for _ in range(3):
+        world.clock.advance(RESERVATION_S + LEASE_S + 10.0)
+        node.sweep()
+    stats = node.pool.stats()
+    assert stats.private == stats.reserved == stats.quarantined == stats.leases == 0
+
+
+@pytest.fixture(scope="module")
+def peers() -> Iterator[Peers]:
+    """Real ones: what a thread of theirs raises would end the process."""
+    peers = Peers(PeersConfig(timeout_s=0.01, transport="tcp"), new_epoch(), lambda _: make_pool(4))
+    yield peers
+    peers.close()
+
+
+@pytest.mark.parametrize("timeout_s", [0.01, 0.0, -1.0, float("nan"), float("inf"), 1e300])
+@pytest.mark.parametrize(
+    "address", ["127.0.0.1:1", "", "a", ":", "a:b", "127.0.0.1:99999999", "\x00:1", "a b:1", "[::1", "*:*"]
+)
+def test_errands_to_nowhere_end_with_an_answer(peers: Peers, address: str, timeout_s: float) -> None:
+    pool = make_pool(4)
+    pool.insert(CHAIN[:2], write(pool, CHAIN[:2]))
+    peers.add(pool)
+    layout = pool.layout.digest
+    fetch = Fetch(layout, CHAIN, None, address, Epoch(5), timeout_s)
+    shelter = Shelter("other", address, Epoch(5))
+    for message in (fetch, Evacuate(layout, (shelter,), timeout_s)):
+        try:
+            answer = peers._answer(decode(encode(message)))
+        except WireMismatch:
+            assert not 0 <= timeout_s <= 86400
+            continue
+        if isinstance(answer, Future):
+            answer = answer.result(10)
+        assert isinstance(answer, Fetched | Evacuated)

@@ -1,0 +1,180 @@
+"""What is known of a peer: what is over stays over, and who is fenced stays out."""
+
+from __future__ import annotations
+
+import pytest
+
+from memserve.core.errors import InstanceLost, TransferTimeout
+from memserve.core.ids import Epoch
+from memserve.mempool.remote.server import RETRY_S
+from memserve.mempool.remote.sessions import MAX_GUESTS, MAX_OVER, OVER, Guests, Ledger, Over
+from memserve.testing.faulty_link import Fault
+from memserve.wire.messages import Done, Refused, Unknown
+from memserve.wire.peer_messages import (
+    Allocate,
+    Cancel,
+    Commit,
+    Committed,
+    Declined,
+    Hello,
+    Reserve,
+    Reserved,
+    Welcome,
+)
+
+from ..harness import LAYOUT, keys_of, store
+from .harness import RESERVATION_S, Node, World
+from .network import Mishap
+
+KEYS = keys_of([1, 2, 3])
+WRITER = Epoch(99)
+
+
+def greeted(num_slots: int = 8) -> tuple[World, Node]:
+    """A process that WRITER has introduced itself to."""
+    world = World()
+    node = world.start("b", num_slots)
+    assert isinstance(node.answer(Hello(WRITER, node.address.epoch, WRITER, LAYOUT)), Welcome)
+    return world, node
+
+
+def reserve(transfer_id: int) -> Reserve:
+    return Reserve(WRITER, transfer_id, LAYOUT.digest, tuple(KEYS), None)
+
+
+def test_the_ledger_knows_the_last_ones_and_that_the_others_are_over() -> None:
+    ledger = Ledger()
+    answer = Over(OVER, Committed(3))
+    for exchange_id in range(1, MAX_OVER + 10):
+        ledger.add(exchange_id, answer)
+    assert ledger.get(MAX_OVER) == answer
+    assert ledger.get(3) == Over(OVER)
+    assert ledger.get(MAX_OVER + 10) is None
+    ledger.add(MAX_OVER, Over(OVER))
+    assert ledger.get(MAX_OVER) == answer, "it ended once"
+
+
+def test_idle_guests_are_forgotten_and_busy_ones_are_not() -> None:
+    guests = Guests()
+    guests.welcome(Epoch(1), Epoch(1))
+    busy = guests.get(Epoch(1))
+    assert busy is not None
+    busy.to_fence.add(Epoch(1))
+    for epoch in range(2, MAX_GUESTS + 10):
+        assert guests.welcome(Epoch(epoch), Epoch(epoch))
+    assert guests.get(Epoch(1)) is busy
+    assert guests.get(Epoch(2)) is None
+    assert sum(1 for _ in guests) == MAX_GUESTS
+
+
+def test_a_stranger_is_asked_to_introduce_itself() -> None:
+    node = World().start("b", 8)
+    for message in (reserve(1), Allocate(WRITER, 1, LAYOUT.digest, 2), Commit(WRITER, 1, ())):
+        assert node.answer(message) == Unknown()
+    assert node.answer(Cancel(WRITER, 1, True)) == Done()
+
+
+def test_a_reserve_after_its_cancel_reserves_nothing() -> None:
+    _, node = greeted()
+    assert node.answer(Cancel(WRITER, 1, True)) == Done()
+    assert node.answer(reserve(1)) == OVER
+    assert node.pool.stats().reserved == 0
+
+
+def test_a_declined_reserve_stays_declined() -> None:
+    _, node = greeted(num_slots=3)
+    taken = node.pool.alloc_mem(2)
+    answer = node.answer(reserve(1))
+    assert isinstance(answer, Declined)
+    node.pool.free_mem(taken)
+    assert node.answer(reserve(1)) == answer
+    assert node.pool.stats().free == 3
+
+
+def test_a_commit_of_another_number_of_blocks_is_refused_and_changes_nothing() -> None:
+    _, node = greeted()
+    node.answer(reserve(1))
+    assert isinstance(node.answer(Commit(WRITER, 1, (1, 2))), Refused)
+    assert node.pool.stats().reserved == 3
+    assert node.answer(Cancel(WRITER, 1, True)) == Done()
+    assert node.pool.stats().free == 8
+
+
+def test_a_commit_says_the_same_twice_and_a_cancel_after_it_changes_nothing() -> None:
+    _, node = greeted()
+    node.answer(reserve(1))
+    commit = Commit(WRITER, 1, (1, 2, 3))  # which nothing sums to
+    assert node.answer(commit) == node.answer(commit) == Committed(0)
+    assert node.answer(Cancel(WRITER, 1, True)) == Done()
+    assert node.answer(commit) == Committed(0)
+    assert node.pool.stats().free == 8
+    assert node.stats().corrupt_in_flight == 1
+
+
+def test_a_message_that_is_none_to_a_pool_is_refused() -> None:
+    _, node = greeted()
+    assert isinstance(node.answer(Committed(1)), Refused)
+
+
+def test_a_fenced_peer_is_welcome_under_another_data_epoch_only() -> None:
+    world, node = greeted()
+    node.answer(reserve(1))
+    world.clock.advance(RESERVATION_S)
+    node.sweep()
+    assert node.stats().fenced == 1
+    assert node.pool.stats().free == 8
+    assert node.answer(reserve(2)) == Unknown()
+    again = node.answer(Hello(WRITER, node.address.epoch, WRITER, LAYOUT))
+    assert isinstance(again, Welcome)
+    assert again.is_fenced
+    assert again.endpoints == ()
+    other = node.answer(Hello(WRITER, node.address.epoch, Epoch(98), LAYOUT))
+    assert isinstance(other, Welcome)
+    assert not other.is_fenced
+    assert isinstance(node.answer(reserve(2)), Reserved)
+    assert node.answer(Cancel(WRITER, 2, True)) == Done()
+
+
+def test_fencing_one_life_of_a_writer_does_not_settle_what_the_next_one_writes() -> None:
+    world = World()
+    sender, receiver = world.start("a", 8), world.start("b", 8)
+    store(sender.pool, [1, 2, 3])
+    world.network.can_settle = world.network.can_fence = False
+
+    def push_late(prompt: list[int]) -> None:
+        world.network.mishaps.append(Mishap.LATE)
+        with pytest.raises(TransferTimeout):
+            sender.to(receiver.address).sender.push(keys_of(prompt), None)
+
+    push_late([1])
+    world.clock.advance(RESERVATION_S)
+    receiver.sweep()  # refuses the first life, but cannot be sure that it is out
+    push_late([1, 2, 3])
+    assert sender.stats().reopened == 1
+    assert receiver.num_quarantined() == 4
+    receiver.answer(Cancel(sender.address.epoch, 1, True))  # That life is over, and so are its bytes.
+    assert receiver.num_quarantined() == 3
+    world.network.can_fence = True
+    world.clock.advance(RETRY_S)
+    receiver.sweep()  # keeps the first life out
+    assert receiver.stats().fenced == 1
+    assert receiver.num_quarantined() == 3, "and says nothing of the second"
+    world.clock.advance(RESERVATION_S)
+    receiver.sweep()
+    assert receiver.stats().fenced == 2
+    assert receiver.num_quarantined() == 0
+    assert world.network.late == []
+
+
+def test_a_commit_that_comes_too_late_is_declined() -> None:
+    world = World()
+    sender, receiver = world.start("a", 8), world.start("b", 8)
+    store(sender.pool, [1, 2, 3])
+    world.faults.expect(Commit, Fault.DELAY, Fault.DELAY)
+    with pytest.raises(InstanceLost, match="late"):
+        sender.to(receiver.address).sender.push(KEYS, None)
+    world.clock.advance(RESERVATION_S)
+    receiver.sweep()
+    world.faults.land()
+    assert receiver.pool.num_cached(KEYS) == 0
+    assert receiver.pool.stats().free == 8

@@ -1,0 +1,117 @@
+"""Clients ask, admins see and change; what nobody was named for is off."""
+
+from __future__ import annotations
+
+import base64
+from pathlib import Path
+
+import pytest
+
+from memserve.core.errors import BadRequest
+from memserve.router.auth.access import ADMIN_FLAG, Access, key_of
+from memserve.router.auth.keys import ANYBODY, KeyFile, Tenant, admin_keys, tenant_keys
+
+
+def secret(path: Path, text: str) -> Path:
+    path.write_text(text)
+    path.chmod(0o600)
+    return path
+
+
+@pytest.fixture
+def tenants(tmp_path: Path) -> KeyFile[Tenant]:
+    return tenant_keys(secret(tmp_path / "tenants", "key-a alice\n"))
+
+
+@pytest.fixture
+def admins(tmp_path: Path) -> KeyFile[str]:
+    return admin_keys(secret(tmp_path / "admins", "root-key ops\n"))
+
+
+def refusal(access: Access, authorization: str | None) -> tuple[int, str]:
+    """Status and words for who would be an admin; 200 if it is."""
+    try:
+        access.check_admin(authorization)
+    except BadRequest as error:
+        return error.status, error.message
+    return 200, ""
+
+
+def test_on_a_laptop_everybody_may_do_everything() -> None:
+    access = Access()
+    assert access.tenant_of(None) is ANYBODY
+    assert access.is_admin(None)
+    assert access.for_servers("Bearer own") == "Bearer own"
+
+
+def test_whoever_other_machines_reach_has_no_admins_but_clients() -> None:
+    access = Access(is_exposed=True)
+    assert access.tenant_of(None) is ANYBODY
+    status, words = refusal(access, "Bearer anything")
+    assert status == 403
+    assert ADMIN_FLAG in words
+
+
+def test_tenants_are_no_admins(tenants: KeyFile[Tenant]) -> None:
+    access = Access(tenants=tenants)
+    assert access.tenant_of("Bearer key-a").name == "alice"
+    for authorization in (None, "Bearer key-a", "Bearer root-key"):
+        status, words = refusal(access, authorization)
+        assert status == 403
+        assert ADMIN_FLAG in words
+    assert access.for_servers("Bearer key-a") is None
+
+
+def test_admins_are_no_tenants(tenants: KeyFile[Tenant], admins: KeyFile[str]) -> None:
+    access = Access(tenants=tenants, admins=admins, is_exposed=True)
+    assert access.check_admin("Bearer root-key") == "ops"
+    for authorization in (None, "Bearer key-a", "Bearer ops"):
+        assert refusal(access, authorization)[0] == 401
+    with pytest.raises(BadRequest) as caught:
+        access.tenant_of("Bearer root-key")
+    assert caught.value.status == 401
+
+
+def test_one_key_for_all_is_the_servers_too() -> None:
+    access = Access(api_key="the-key", is_exposed=True)
+    assert access.tenant_of("Bearer the-key") is ANYBODY
+    assert refusal(access, "Bearer the-key")[0] == 200
+    assert refusal(access, "Bearer another")[0] == 401
+    assert access.for_servers("Basic whatever") == "Bearer the-key"
+    with pytest.raises(BadRequest):
+        access.tenant_of(None)
+
+
+def test_beside_tenants_it_is_the_servers_alone(tenants: KeyFile[Tenant]) -> None:
+    access = Access(tenants=tenants, api_key="the-key")
+    assert access.for_servers("Bearer key-a") == "Bearer the-key"
+    with pytest.raises(BadRequest):
+        access.tenant_of("Bearer the-key")
+
+
+def test_new_keys_hold_without_a_restart(tmp_path: Path, tenants: KeyFile[Tenant]) -> None:
+    access = Access(tenants=tenants)
+    secret(tmp_path / "tenants", "key-b bob\n")
+    access.follow()
+    assert access.tenant_of("Bearer key-b").name == "bob"
+    with pytest.raises(BadRequest):
+        access.tenant_of("Bearer key-a")
+
+
+@pytest.mark.parametrize(
+    ("header", "key"),
+    [
+        ("Bearer k", "k"),
+        ("bearer  k ", "k"),
+        ("Basic " + base64.b64encode(b"any:k:2").decode(), "k:2"),
+        ("Basic " + base64.b64encode(b"any").decode(), ""),
+        ("Basic !", None),
+        ("Basic " + base64.b64encode(b"\xff:\xff").decode(), None),
+        ("Digest k", None),
+        ("k", None),
+        ("", None),
+        (None, None),
+    ],
+)
+def test_a_key_comes_as_a_bearer_or_a_password(header: str | None, key: str | None) -> None:
+    assert key_of(header) == key

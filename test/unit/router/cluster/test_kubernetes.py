@@ -1,0 +1,368 @@
+"""Servers are found among pods: a fake API server, real lists and watches, and what goes wrong with them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from memserve.core.errors import ConfigError
+from memserve.router.cluster.discovery.config import DiscoveryConfig
+from memserve.router.cluster.discovery.kubernetes import LAST_RETRY_S, PodApi, retry_s
+from memserve.router.cluster.discovery.pods import ListExpired, read_change, read_list, server_in
+from memserve.router.config import parse_args
+from memserve.testing.fake_answers import Script
+from memserve.testing.fake_worker import FakeWorker
+from memserve.wire.messages import Role
+
+from ..harness import Stage, staged
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+ANY = {"text": "a", "sampling_params": {"max_new_tokens": 2}}
+
+
+def pod(name: str, *, ip: str = "127.0.0.1", ready: bool = True, **meta: Any) -> dict[str, Any]:
+    return {
+        "metadata": {"name": name, "uid": f"uid-{name}", "resourceVersion": "7", **meta},
+        "spec": {"containers": []},
+        "status": {
+            "phase": "Running",
+            "podIP": ip,
+            "conditions": [{"type": "Ready", "status": "True" if ready else "False"}],
+        },
+    }
+
+
+class FakeKubernetes:
+    """Lists and watches pods, as `pods` and `say` have it."""
+
+    def __init__(self) -> None:
+        self.pods: list[Any] = []
+        self.asked: list[dict[str, str]] = []
+        self.tokens: list[str | None] = []
+        self.paths: list[str] = []
+        self.refuses = 0
+        """The next answers to a watch, that many, are 410."""
+        self._watches: list[asyncio.Queue[bytes | None]] = []
+        app = web.Application()
+        app.router.add_get("/{path:.*}", self._answer)
+        self._runner = web.AppRunner(app)
+        self.url = ""
+
+    async def start(self, port: int = 0) -> None:
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", port)
+        await site.start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+
+    async def close(self) -> None:
+        self.hang_up()
+        await self._runner.cleanup()
+
+    @property
+    def num_watched(self) -> int:
+        return len(self._watches)
+
+    @property
+    def num_listed(self) -> int:
+        return sum("watch" not in params for params in self.asked)
+
+    def say(self, kind: str, what: Any) -> None:
+        self.write(json.dumps({"type": kind, "object": what}).encode() + b"\n")
+
+    def write(self, data: bytes) -> None:
+        for watch in self._watches:
+            watch.put_nowait(data)
+
+    def hang_up(self) -> None:
+        for watch in self._watches:
+            watch.put_nowait(None)
+
+    async def _answer(self, request: web.Request) -> web.StreamResponse:
+        self.asked.append(dict(request.query))
+        self.tokens.append(request.headers.get("Authorization"))
+        self.paths.append(request.path)
+        if "watch" not in request.query:
+            return web.json_response({"metadata": {"resourceVersion": "5"}, "items": self.pods})
+        if self.refuses:
+            self.refuses -= 1
+            return web.Response(status=410)
+        response = web.StreamResponse()
+        await response.prepare(request)
+        said: asyncio.Queue[bytes | None] = asyncio.Queue()
+        self._watches.append(said)
+        try:
+            while (data := await said.get()) is not None:
+                await response.write(data)
+        finally:
+            self._watches.remove(said)
+        return response
+
+
+@asynccontextmanager
+async def discovering(
+    *workers: FakeWorker, kubernetes: FakeKubernetes | None = None, **settings: Any
+) -> AsyncIterator[tuple[Stage, FakeKubernetes]]:
+    """A router that looks for pods at the port of the first worker."""
+    api = kubernetes or FakeKubernetes()
+    for worker in workers:
+        await worker.start()
+    await api.start()
+    config = DiscoveryConfig(
+        selectors=settings.pop("selectors", {Role.COLOCATED: ("app=sglang", "tier=gpu")}),
+        port=workers[0].port,
+        api_server=api.url,
+        **settings,
+    )
+    try:
+        async with staged(discovery=config) as stage:
+            yield stage, api
+    finally:
+        await api.close()
+        for worker in workers:
+            await worker.kill()
+
+
+def urls(stage: Stage) -> list[str]:
+    return [member.info.url for member in stage.router.cluster.members()]
+
+
+@pytest.fixture(autouse=True)
+def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("memserve.router.cluster.discovery.kubernetes.FIRST_RETRY_S", 0.01)
+
+
+def test_pods_that_are_there_are_served_by_and_those_that_go_are_not(run: Run) -> None:
+    async def test() -> None:
+        worker, api = FakeWorker(), FakeKubernetes()
+        api.pods = [pod("one"), pod("not ready", ip="127.0.0.2", ready=False)]
+        async with discovering(worker, kubernetes=api) as (stage, _):
+            await stage.until(stage.is_ready)
+            assert urls(stage) == [worker.url]
+            assert (await stage.post("/generate", ANY))[0] == 200
+            assert api.asked[0] == {"labelSelector": "app=sglang,tier=gpu"}
+            await stage.until(lambda: api.num_watched)
+            assert api.asked[1]["resourceVersion"] == "5"
+            api.say("DELETED", pod("one"))
+            await stage.until(lambda: not urls(stage))
+            assert (await stage.post("/generate", ANY))[0] == 503
+
+    run(test())
+
+
+def test_a_pod_is_added_when_it_is_ready_and_drained_when_it_is_not(run: Run) -> None:
+    async def test() -> None:
+        worker = FakeWorker()
+        async with discovering(worker) as (stage, api):
+            await stage.until(lambda: api.num_watched)
+            api.say("ADDED", pod("one", ready=False))
+            api.say("BOOKMARK", {"kind": "Pod", "metadata": {"resourceVersion": "6"}})
+            api.say("MODIFIED", pod("one"))
+            await stage.until(stage.is_ready)
+            gate = asyncio.Event()
+            worker.script = Script(gates={1: gate})
+            request = asyncio.create_task(stage.post("/generate", ANY))
+            await worker.until(lambda w: w.requests)
+            api.say("MODIFIED", pod("one", deletionTimestamp="2026-01-01T00:00:00Z"))
+            await stage.until(lambda: not stage.is_ready())
+            assert urls(stage) == [worker.url], "it may end what it has"
+            # It changes its mind, as pods do when a readiness check fails once.
+            api.say("MODIFIED", pod("one"))
+            await stage.until(stage.is_ready)
+            api.say("MODIFIED", pod("one", ready=False))
+            await stage.until(lambda: not stage.is_ready())
+            gate.set()
+            assert (await request)[0] == 200
+            await stage.until(lambda: not urls(stage))
+
+    run(test())
+
+
+def test_a_pair_is_found_by_two_selectors(run: Run) -> None:
+    async def test() -> None:
+        worker, api = FakeWorker(Role.DECODE), FakeKubernetes()
+        selectors = {Role.PREFILL: ("role=prefill",), Role.DECODE: ("role=decode",)}
+        async with discovering(worker, kubernetes=api, selectors=selectors) as (stage, _):
+            await stage.until(lambda: api.num_watched == 2)
+            assert {params["labelSelector"] for params in api.asked} == {"role=prefill", "role=decode"}
+
+    run(test())
+
+
+def test_a_watch_that_ends_is_begun_anew_where_it_ended(run: Run) -> None:
+    async def test() -> None:
+        async with discovering(FakeWorker()) as (stage, api):
+            await stage.until(lambda: api.num_watched)
+            api.say("BOOKMARK", {"kind": "Pod", "metadata": {"resourceVersion": "6"}})
+            api.hang_up()
+            await stage.until(lambda: len(api.asked) == 3 and api.num_watched)
+            assert api.asked[2]["resourceVersion"] == "6"
+            assert api.num_listed == 1
+            api.say("ADDED", pod("one"))
+            await stage.until(stage.is_ready)
+
+    run(test())
+
+
+@pytest.mark.parametrize("how", ["status", "event"])
+def test_what_has_expired_is_listed_anew(run: Run, how: str) -> None:
+    async def test() -> None:
+        async with discovering(FakeWorker()) as (stage, api):
+            await stage.until(lambda: api.num_watched)
+            api.say("ADDED", pod("gone meanwhile"))
+            await stage.until(stage.is_ready)
+            if how == "status":
+                api.refuses = 2
+                api.hang_up()
+            else:
+                api.say("ERROR", {"kind": "Status", "code": 410, "message": "too old"})
+            await stage.until(lambda: not urls(stage))
+            assert api.num_listed >= 2
+            await stage.until(lambda: api.num_watched)
+            api.say("ADDED", pod("another"))
+            await stage.until(stage.is_ready)
+
+    run(test())
+
+
+def test_malformed_objects_are_left_out_and_nothing_else(run: Run) -> None:
+    async def test() -> None:
+        worker, api = FakeWorker(), FakeKubernetes()
+        api.pods = [17, {"metadata": {}}, {"metadata": {"name": ["a"]}}, pod("v6", ip="::::::")]
+        async with discovering(worker, kubernetes=api) as (stage, _):
+            await stage.until(lambda: api.num_watched)
+            for line in (b"no json\n", b"\n", b"{}\n", b"[]\n", b"\xff\xfe\n", b'{"type": "ADDED"}\n'):
+                api.write(line)
+            api.say("ADDED", {"metadata": {"name": "x"}, "status": {"phase": 3}})
+            api.say("NONSENSE", {"metadata": {"name": "x"}})
+            whole = json.dumps({"type": "ADDED", "object": pod("one")}).encode() + b"\n"
+            api.write(whole[:50])
+            api.write(whole[50:])
+            await stage.until(stage.is_ready)
+            assert worker.url in urls(stage)
+            assert api.num_listed == 1
+
+    run(test())
+
+
+def test_workers_stay_while_the_api_is_away(run: Run) -> None:
+    async def test() -> None:
+        async with discovering(FakeWorker()) as (stage, api):
+            await stage.until(lambda: api.num_watched)
+            api.say("ADDED", pod("one"))
+            await stage.until(stage.is_ready)
+            port = int(api.url.rsplit(":", 1)[1])
+            await api.close()
+            assert (await stage.post("/generate", ANY))[0] == 200
+            again = FakeKubernetes()
+            again.pods = [pod("one")]
+            await again.start(port)
+            await stage.until(lambda: again.num_watched)
+            assert stage.is_ready()
+            await again.close()
+
+    run(test())
+
+
+def test_a_server_that_somebody_else_has_named_is_theirs(run: Run) -> None:
+    async def test() -> None:
+        worker = FakeWorker()
+        async with discovering(worker) as (stage, api):
+            status, _ = await stage.post("/workers", {"url": worker.url})
+            assert status == 201
+            await stage.until(lambda: api.num_watched)
+            for kind in ("ADDED", "DELETED"):
+                api.say(kind, pod("one"))
+            api.say("ADDED", pod("two", ip="127.0.0.2"))
+            await stage.until(lambda: len(urls(stage)) == 2)
+            assert worker.url in urls(stage)
+            await stage.until(stage.is_ready)
+
+    run(test())
+
+
+def test_the_token_is_read_each_time_and_the_namespace_asked_for(run: Run, tmp_path: Path) -> None:
+    async def test() -> None:
+        token = tmp_path / "token"
+        token.write_text("first\n")
+        async with discovering(FakeWorker(), token_file=token, namespace="here") as (stage, api):
+            await stage.until(lambda: api.num_watched)
+            token.write_text("second\n")
+            api.hang_up()
+            await stage.until(lambda: len(api.asked) == 3)
+            assert api.tokens == ["Bearer first", "Bearer first", "Bearer second"]
+            assert set(api.paths) == {"/api/v1/namespaces/here/pods"}
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("annotations", "port"),
+    [(None, 8998), ({}, 8998), ({"sglang.ai/bootstrap-port": "9001"}, 9001)]
+    + [({"sglang.ai/bootstrap-port": bad}, None) for bad in ("", "x", "0", "65536", "-1", "٣")],
+)
+def test_a_prefill_says_its_bootstrap_port(annotations: dict[str, str] | None, port: int | None) -> None:
+    config = DiscoveryConfig({Role.PREFILL: ("a=b",)}, port=8000)
+    items = [pod("p", ip="fd00::1", annotations=annotations)]
+    _, pods = read_list(json.dumps({"metadata": {}, "items": items}).encode())
+    info = server_in(pods[0], Role.PREFILL, config)
+    if port is None:
+        assert info is None
+    else:
+        assert info is not None
+        assert (info.url, info.bootstrap_port) == ("http://[fd00::1]:8000", port)
+
+
+def test_what_the_api_refuses_is_an_error_of_its_own() -> None:
+    with pytest.raises(ListExpired):
+        read_change(b'{"type": "ERROR", "object": {"code": 410}}')
+    with pytest.raises(ConnectionError, match="500 no"):
+        read_change(b'{"type": "ERROR", "object": {"code": 500, "message": "no"}}')
+
+
+def test_retries_come_later_and_later_and_not_all_at_once() -> None:
+    delays = [retry_s(num, 1.0) for num in (1, 2, 3, 100)]
+    assert delays == sorted(delays)
+    assert delays[-1] == LAST_RETRY_S
+    assert retry_s(3, 0.0) < retry_s(3, 1.0)
+
+
+def test_a_launch_line_of_sglang_router_says_where_to_look() -> None:
+    argv = "--service-discovery --selector app=sglang tier=gpu --service-discovery-port 8000"
+    config = parse_args([*argv.split(), "--service-discovery-namespace", "prod"]).discovery
+    assert config is not None
+    assert config.selectors == {Role.COLOCATED: ("app=sglang", "tier=gpu")}
+    assert (config.port, config.namespace) == (8000, "prod")
+    argv = "--service-discovery --prefill-selector role=p --decode-selector role=d"
+    config = parse_args(argv.split()).discovery
+    assert config is not None
+    assert config.selectors == {Role.PREFILL: ("role=p",), Role.DECODE: ("role=d",)}
+    assert parse_args([]).discovery is None
+
+
+@pytest.mark.parametrize(
+    ("argv", "reason"),
+    [
+        ("--service-discovery", "--selector"),
+        ("--selector a=b", "--service-discovery"),
+        ("--service-discovery --selector app", "NAME=VALUE"),
+        ("--service-discovery --selector a=b,c=d", "NAME=VALUE"),
+        ("--service-discovery --selector a=b --service-discovery-port 0", "port"),
+        ("--service-discovery --selector a=b --kube-api-server kube:443", "http"),
+    ],
+)
+def test_what_cannot_be_looked_for_is_refused(argv: str, reason: str) -> None:
+    with pytest.raises(ConfigError, match=reason):
+        parse_args(argv.split())
+
+
+def test_outside_of_kubernetes_it_has_to_be_told_where_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(ConfigError, match="--kube-api-server"):
+        PodApi(DiscoveryConfig({Role.COLOCATED: ("a=b",)}))

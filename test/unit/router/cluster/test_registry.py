@@ -1,0 +1,369 @@
+"""Who is a member, and who can take a request."""
+
+from __future__ import annotations
+
+import pytest
+
+from memserve.core.ids import Epoch, InstanceId
+from memserve.router.cluster.control import answer
+from memserve.router.cluster.instance import Facts
+from memserve.router.cluster.member import Fate, Member, State
+from memserve.router.cluster.pools import Pools
+from memserve.router.cluster.registry import (
+    DOWN_MISSES,
+    HEARTBEAT_MISSES,
+    SUSPECT_MISSES,
+    Cluster,
+)
+from memserve.router.config import STATIC_EPOCH
+from memserve.testing.fake_clock import FakeClock
+from memserve.wire.messages import (
+    Accepted,
+    Deregister,
+    Heartbeat,
+    InstanceInfo,
+    Load,
+    Opened,
+    Refused,
+    Register,
+    Role,
+    Unknown,
+)
+
+FACTS = Facts("model", "/model")
+ONE, TWO = Epoch(1), Epoch(2)
+NAME = InstanceId("d")
+
+
+def decode(epoch: Epoch = ONE, url: str = "http://h:1", name: str = NAME) -> InstanceInfo:
+    return InstanceInfo(InstanceId(name), epoch, Role.DECODE, url)
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def cluster(clock: FakeClock) -> Cluster:
+    return Cluster([], heartbeat_s=1.0, clock=clock)
+
+
+@pytest.fixture
+def pools(clock: FakeClock) -> Pools:
+    return Pools(heartbeat_s=1.0, clock=clock)
+
+
+def states(cluster: Cluster) -> dict[str, State]:
+    return {member.info.instance_id: member.state for member in cluster.members()}
+
+
+def test_a_registered_instance_takes_requests_once_it_has_joined(cluster: Cluster) -> None:
+    cluster.register(decode())
+    assert cluster.snapshot.decodes == ()
+    assert cluster.stirred.is_set()
+    cluster.joined(NAME, ONE, FACTS)
+    assert [one.instance_id for one in cluster.snapshot.decodes] == [NAME]
+
+
+def test_registering_again_changes_nothing(cluster: Cluster) -> None:
+    cluster.register(decode())
+    cluster.joined(NAME, ONE, FACTS)
+    before = cluster.snapshot
+    cluster.register(decode())
+    assert cluster.snapshot is before
+
+
+def test_a_new_epoch_replaces_the_old_one(cluster: Cluster) -> None:
+    cluster.register(decode())
+    cluster.joined(NAME, ONE, FACTS)
+    cluster.register(decode(TWO))
+    assert cluster.snapshot.decodes == ()
+    cluster.joined(NAME, ONE, FACTS)  # a late answer of the old process
+    assert cluster.snapshot.decodes == ()
+    cluster.joined(NAME, TWO, FACTS)
+    assert [one.epoch for one in cluster.snapshot.decodes] == [TWO]
+
+
+def test_another_name_at_the_same_url_replaces_the_old_one(cluster: Cluster) -> None:
+    cluster.register(decode())
+    cluster.register(decode(TWO, name="other"))
+    assert list(states(cluster)) == ["other"]
+
+
+def test_a_silent_instance_is_suspect_then_down_then_forgotten(cluster: Cluster, clock: FakeClock) -> None:
+    cluster.register(decode())
+    cluster.register(decode(url="http://h:2", name="other"))
+    for name in (NAME, InstanceId("other")):
+        cluster.joined(name, ONE, FACTS)
+    seen = []
+    for _ in range(11):
+        cluster.heartbeat(InstanceId("other"), ONE)
+        cluster.watch()
+        seen.append((states(cluster).get(NAME), len(cluster.snapshot.decodes), len(cluster.up.decodes)))
+        clock.advance(HEARTBEAT_MISSES / 10 + 0.01)
+    assert list(dict.fromkeys(seen)) == [
+        (State.READY, 2, 2),
+        (State.SUSPECT, 1, 2),
+        (State.DOWN, 1, 1),
+        (None, 1, 1),
+    ]
+    assert not cluster.heartbeat(NAME, ONE)
+
+
+def test_a_suspect_that_is_heard_again_is_ready_at_once(cluster: Cluster, clock: FakeClock) -> None:
+    cluster.register(decode())
+    cluster.joined(NAME, ONE, FACTS)
+    clock.advance(SUSPECT_MISSES + 0.1)
+    cluster.watch()
+    (member,) = cluster.members()
+    assert (member.state, member.reason) == (State.SUSPECT, "no heartbeat for 2.1 s")
+    assert cluster.heartbeat(NAME, ONE)
+    assert (member.state, member.reason) == (State.READY, "")
+
+
+def test_who_is_down_for_its_silence_joins_when_it_is_heard_again(cluster: Cluster, clock: FakeClock) -> None:
+    cluster.register(decode())
+    cluster.joined(NAME, ONE, FACTS)
+    clock.advance(DOWN_MISSES + 0.1)
+    cluster.watch()
+    assert states(cluster) == {NAME: State.DOWN}
+    cluster.stirred.clear()
+    assert cluster.heartbeat(NAME, ONE)
+    assert states(cluster) == {NAME: State.JOINING}
+    assert cluster.stirred.is_set()
+    cluster.joined(NAME, ONE, FACTS)
+    assert states(cluster) == {NAME: State.READY}
+
+
+def test_who_answers_but_is_not_heard_is_suspect_and_no_worse(cluster: Cluster, clock: FakeClock) -> None:
+    """Its requests go one way, its heartbeats another."""
+    cluster.register(decode())
+    cluster.joined(NAME, ONE, FACTS)
+    for _ in range(20):
+        clock.advance(1.0)
+        cluster.watch()
+        cluster.joined(NAME, ONE, FACTS)
+    assert states(cluster) == {NAME: State.SUSPECT}
+
+
+def test_silence_of_which_the_router_is_the_cause_is_excused(cluster: Cluster, clock: FakeClock) -> None:
+    cluster.register(decode())
+    cluster.joined(NAME, ONE, FACTS)
+    clock.advance(20.0)
+    cluster.excuse(19.5)
+    cluster.watch()
+    assert states(cluster) == {NAME: State.READY}
+
+
+def test_a_stuck_instance_gets_requests_only_where_nobody_else_can_have_them(clock: FakeClock) -> None:
+    cluster = Cluster([], heartbeat_s=1.0, clock=clock, stuck_s=15.0)
+    stuck, works = Load(1, 0, 10, 100, 15.5), Load(1, 0, 10, 100, 14.5)
+    other, third = InstanceId("other"), InstanceId("third")
+    for name, model in ((NAME, "model"), (other, "model"), (third, "another")):
+        cluster.register(decode(name=name, url=f"http://{name}:1"))
+        cluster.joined(name, ONE, Facts(model, "/model"))
+    for name in (NAME, third):
+        cluster.heartbeat(name, ONE, stuck)
+    cluster.heartbeat(other, ONE, works)
+    assert [one.instance_id for one in cluster.snapshot.decodes] == [other, third]
+    assert states(cluster) == {NAME: State.SUSPECT, other: State.READY, third: State.SUSPECT}
+    assert "15.5 s" in cluster.members()[0].reason
+    cluster.heartbeat(other, ONE, stuck)
+    assert len(cluster.snapshot.decodes) == 3
+    for name in (NAME, other, third):
+        cluster.heartbeat(name, ONE, works)
+    assert set(states(cluster).values()) == {State.READY}
+
+
+def test_a_suspect_that_is_drained_is_draining(cluster: Cluster, clock: FakeClock) -> None:
+    cluster.register(decode())
+    cluster.joined(NAME, ONE, FACTS)
+    cluster.drain(cluster.members()[0])
+    clock.advance(SUSPECT_MISSES + 0.1)
+    cluster.watch()
+    assert states(cluster) == {NAME: State.DRAINING}
+    assert not cluster.snapshot.decodes
+    cluster.undrain(cluster.members()[0])
+    assert states(cluster) == {NAME: State.SUSPECT}
+
+
+def test_a_router_that_forgot_is_told_who_drains(cluster: Cluster, pools: Pools) -> None:
+    told = answer(cluster, pools, Register(decode(), is_draining=True))
+    assert told == Accepted(1.0, is_draining=True)
+    cluster.joined(NAME, ONE, FACTS)
+    assert states(cluster) == {NAME: State.DRAINING}
+    cluster.undrain(cluster.members()[0])
+    # Its own memory of it is older than that.
+    assert answer(cluster, pools, Register(decode(), is_draining=True)) == Accepted(1.0)
+    assert answer(cluster, pools, Heartbeat(NAME, ONE)) == Accepted(1.0)
+    cluster.drain(cluster.members()[0])
+    assert answer(cluster, pools, Heartbeat(NAME, ONE)) == Accepted(1.0, is_draining=True)
+    # Another process is another matter.
+    assert answer(cluster, pools, Register(decode(TWO))) == Accepted(1.0)
+
+
+def test_a_heartbeat_of_another_epoch_is_unknown(cluster: Cluster) -> None:
+    cluster.register(decode())
+    assert not cluster.heartbeat(NAME, TWO)
+
+
+def test_a_lost_connection_takes_an_instance_out_until_a_probe_succeeds(cluster: Cluster) -> None:
+    cluster.register(decode())
+    cluster.joined(NAME, ONE, FACTS)
+    cluster.stirred.clear()
+    cluster.lost_contact(NAME, ONE, "refused")
+    assert states(cluster) == {NAME: State.DOWN}
+    assert not cluster.snapshot.decodes
+    assert cluster.stirred.is_set()
+    assert cluster.heartbeat(NAME, ONE)
+    assert states(cluster) == {NAME: State.DOWN}
+    cluster.joined(NAME, ONE, FACTS)
+    assert cluster.snapshot.decodes
+
+
+def test_what_became_of_a_lost_process_is_known_by_what_is_heard_of_it(
+    cluster: Cluster, clock: FakeClock
+) -> None:
+    cluster.register(decode())
+    cluster.joined(NAME, ONE, FACTS)
+    cluster.lost_contact(NAME, ONE, "reset")
+    assert cluster.fate(NAME, ONE) is Fate.UNKNOWN
+    cluster.lost_contact(NAME, ONE, "refused", has_ended=True)
+    assert cluster.fate(NAME, ONE) is Fate.ENDED
+    clock.advance(0.5)
+    cluster.heartbeat(NAME, ONE)
+    assert cluster.fate(NAME, ONE) is Fate.LIVES
+    cluster.joined(NAME, ONE, FACTS)
+    clock.advance(0.5)
+    cluster.lost_contact(NAME, ONE, "reset")
+    assert cluster.fate(NAME, ONE) is Fate.UNKNOWN, "it was heard of before"
+    cluster.joined(NAME, ONE, FACTS)
+    assert cluster.fate(NAME, ONE) is Fate.LIVES
+    cluster.register(decode(TWO))
+    assert cluster.fate(NAME, ONE) is Fate.ENDED
+
+
+def test_a_loss_seen_on_the_old_process_does_not_touch_the_new_one(cluster: Cluster) -> None:
+    cluster.register(decode(TWO))
+    cluster.joined(NAME, TWO, FACTS)
+    cluster.lost_contact(NAME, ONE, "reset")
+    assert cluster.snapshot.decodes
+
+
+def test_a_named_server_is_never_forgotten(clock: FakeClock) -> None:
+    cluster = Cluster([decode(STATIC_EPOCH)], heartbeat_s=1.0, clock=clock)
+    clock.advance(1000)
+    cluster.watch()
+    assert states(cluster) == {NAME: State.JOINING}
+
+
+def test_a_named_server_that_registered_is_named_again_when_it_leaves(clock: FakeClock) -> None:
+    cluster = Cluster([decode(STATIC_EPOCH, name="http://h:1")], heartbeat_s=1.0, clock=clock)
+    cluster.register(decode())
+    assert list(states(cluster)) == [NAME]
+    cluster.deregister(NAME, ONE)
+    assert list(states(cluster)) == ["http://h:1"]
+
+
+def test_deregister_takes_out_only_the_process_that_says_it(cluster: Cluster) -> None:
+    cluster.register(decode(TWO))
+    cluster.deregister(NAME, ONE)
+    assert list(states(cluster)) == [NAME]
+    cluster.deregister(NAME, TWO)
+    cluster.deregister(NAME, TWO)
+    assert states(cluster) == {}
+
+
+def test_control_messages_are_answered(cluster: Cluster, pools: Pools) -> None:
+    assert answer(cluster, pools, Heartbeat(NAME, ONE)) == Unknown()
+    assert answer(cluster, pools, Register(decode())) == Accepted(1.0)
+    assert answer(cluster, pools, Heartbeat(NAME, ONE)) == Accepted(1.0)
+    assert answer(cluster, pools, Deregister(NAME, ONE)) == Accepted(1.0)
+    assert answer(cluster, pools, Heartbeat(NAME, ONE)) == Unknown()
+
+
+@pytest.mark.parametrize(
+    "message",
+    [
+        Register(decode(STATIC_EPOCH)),
+        Register(InstanceInfo(NAME, ONE, Role.PREFILL, "http://h:1")),
+        Opened(ONE, (), ()),
+    ],
+)
+def test_nonsense_is_refused(cluster: Cluster, pools: Pools, message: Register) -> None:
+    assert isinstance(answer(cluster, pools, message), Refused)
+    assert states(cluster) == {}
+
+
+def joined(cluster: Cluster, info: InstanceInfo) -> Member:
+    cluster.register(info)
+    cluster.joined(info.instance_id, info.epoch, FACTS)
+    member = cluster.find(info.instance_id)
+    assert member is not None
+    return member
+
+
+def test_a_draining_instance_gets_nothing_new_and_is_up(cluster: Cluster) -> None:
+    member = joined(cluster, decode())
+    cluster.drain(member)
+    cluster.drain(member)
+    assert states(cluster) == {NAME: State.DRAINING}
+    assert not cluster.snapshot.decodes
+    assert [one.instance_id for one in cluster.up.decodes] == cluster.working() == [NAME]
+    cluster.undrain(member)
+    assert states(cluster) == {NAME: State.READY}
+    assert cluster.snapshot == cluster.up
+
+
+def test_heartbeats_probes_and_lost_contact_end_no_drain(cluster: Cluster) -> None:
+    member = joined(cluster, decode())
+    cluster.drain(member)
+    cluster.register(decode())
+    assert cluster.heartbeat(NAME, ONE)
+    cluster.joined(NAME, ONE, FACTS)
+    assert states(cluster) == {NAME: State.DRAINING}
+    cluster.lost_contact(NAME, ONE, "reset")
+    assert states(cluster) == {NAME: State.DOWN}
+    assert cluster.working() == [NAME]
+    cluster.joined(NAME, ONE, FACTS)
+    assert states(cluster) == {NAME: State.DRAINING}
+
+
+def test_one_that_drains_before_it_has_joined_is_never_ready(cluster: Cluster) -> None:
+    cluster.register(decode())
+    cluster.drain(cluster.members()[0])
+    assert states(cluster) == {NAME: State.JOINING}
+    cluster.joined(NAME, ONE, FACTS)
+    assert states(cluster) == {NAME: State.DRAINING}
+
+
+def test_a_new_process_does_not_drain(cluster: Cluster) -> None:
+    cluster.drain(joined(cluster, decode()))
+    joined(cluster, decode(TWO))
+    assert states(cluster) == {NAME: State.READY}
+    cluster.deregister(NAME, TWO)
+    cluster.drain(joined(cluster, decode(TWO)))
+    cluster.deregister(NAME, TWO)
+    joined(cluster, decode(TWO))
+    assert states(cluster) == {NAME: State.READY}
+
+
+def test_servers_are_named_and_forgotten_at_run_time(cluster: Cluster) -> None:
+    info = decode(STATIC_EPOCH, name="http://h:1")
+    assert cluster.name(info) is info
+    assert cluster.name(decode(STATIC_EPOCH, name="http://h:1")) is info
+    assert list(states(cluster)) == ["http://h:1"]
+    cluster.unname("http://h:1")
+    cluster.unname("http://h:1")
+    assert states(cluster) == {}
+
+
+def test_a_name_does_not_touch_who_has_registered_there(cluster: Cluster) -> None:
+    joined(cluster, decode())
+    cluster.name(decode(STATIC_EPOCH, name="http://h:1"))
+    assert list(states(cluster)) == [NAME]
+    cluster.unname("http://h:1")
+    assert list(states(cluster)) == [NAME]
+    cluster.deregister(NAME, ONE)
+    assert states(cluster) == {}

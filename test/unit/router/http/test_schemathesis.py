@@ -1,0 +1,62 @@
+"""The router, held to its own OpenAPI document by requests that Schemathesis makes of it, good and bad."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import schemathesis
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.errors import Unsatisfiable
+from schemathesis import GenerationMode
+from schemathesis.checks import not_a_server_error
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+
+from memserve.router.http.openapi import OPERATIONS
+
+from ..fuzz_harness import Beside, beside
+
+CALLING = {("POST", "/workers"), ("POST", "/add_worker")}
+"""These would have the router call on servers that are none of the test's."""
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
+
+
+@pytest.fixture(scope="module")
+def router(tiny_model: Path) -> Iterator[Beside]:
+    with beside(tiny_model, cb_failure_threshold=10**9, request_timeout_secs=5.0) as router:
+        yield router
+
+
+@pytest.fixture(scope="module")
+def api(router: Beside) -> Any:
+    return schemathesis.openapi.from_url(router.stage.url("/openapi.json"))
+
+
+@pytest.mark.parametrize(("method", "path"), sorted(OPERATIONS.keys() - CALLING))
+@settings(max_examples=8, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_the_router_does_as_it_says(
+    router: Beside, api: Any, method: str, path: str, data: st.DataObject
+) -> None:
+    mode = data.draw(st.sampled_from(list(GenerationMode)))
+    try:
+        strategy = api[path][method].as_strategy(generation_mode=mode)
+        case = data.draw(strategy)
+    except Unsatisfiable:
+        return  # it takes nothing that could be wrong
+    case.call_and_validate(checks=CHECKS, timeout=10)
+    router.assert_well()

@@ -1,0 +1,124 @@
+"""What /server_info says of a cache; recorded from stock SGLang 0.5.23 servers, as far as it matters."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from memserve.router.kv_events.sources import EventPublisher, EventSource, Following, read_following
+
+PUBLISHES = {
+    "publisher": "zmq",
+    "endpoint_host": "127.0.0.1",
+    "endpoint_port_base": 52137,
+    "topic": "kv",
+    "block_size": 16,
+    "dp_size": 1,
+    "replay_endpoint_port_base": 42161,
+}
+CONFIG = (
+    '{"publisher":"zmq","endpoint":"tcp://127.0.0.1:52137","bind":true,'
+    '"replay_endpoint":"tcp://127.0.0.1:42161","topic":"kv"}'
+)
+SERVER_INFO: dict[str, Any] = {
+    "page_size": 16,
+    "max_total_num_tokens": 1024,
+    "max_total_tokens": 1024,
+    "disable_radix_cache": False,
+    "disaggregation_mode": "null",
+    "dp_size": 1,
+    "attn_dp_size": 1,
+    "dcp_size": 1,
+    "startup_time": {"load_weight": 0.02403804899950046, "scheduler_e2e": 1.9181070390004606},
+    "kv_events_config": CONFIG,
+    "kv_events": PUBLISHES,
+}
+PUBLISHER = EventPublisher("127.0.0.1", 52137, 42161, "kv", 1)
+
+
+def info(**changes: Any) -> dict[str, Any]:
+    return {**SERVER_INFO, **changes}
+
+
+def publishes(**changes: Any) -> dict[str, Any]:
+    return info(kv_events={**PUBLISHES, **changes})
+
+
+def test_a_servers_cache_and_its_events_are_read() -> None:
+    assert read_following(SERVER_INFO) == Following(True, 16, 1024, PUBLISHER, 1.9181070390004606)
+    assert read_following(SERVER_INFO).capacity_blocks == 64
+    assert PUBLISHER.sources("http://worker:30000") == (
+        EventSource("tcp://127.0.0.1:52137", "kv", "tcp://127.0.0.1:42161"),
+    )
+
+
+@pytest.mark.parametrize("host", ["*", "0.0.0.0", "::"])
+def test_a_wildcard_is_the_host_of_the_worker(host: str) -> None:
+    events = read_following(
+        info(kv_events={**PUBLISHES, "endpoint_host": host, "dp_size": 2}, kv_events_config="{}")
+    ).events
+    assert events is not None
+    assert [source.endpoint for source in events.sources("http://[fd00::1]:30000")] == [
+        "tcp://[fd00::1]:52137",
+        "tcp://[fd00::1]:52138",
+    ]
+    assert events.sources("http://worker:1")[1].replay == "tcp://worker:42162"
+    assert events.sources("nonsense") == ()
+
+
+def test_ranks_and_shards_are_all_in_the_capacity() -> None:
+    following = read_following(info(dp_size=2, attn_dp_size=1, dcp_size=4, kv_events=None))
+    assert (following.page_tokens, following.capacity_tokens, following.capacity_blocks) == (64, 2048, 32)
+
+
+def test_a_tiny_cache_has_a_block() -> None:
+    assert read_following(info(max_total_num_tokens=3)).capacity_blocks == 1
+
+
+@pytest.mark.parametrize("disabled", [True, None, "false", 0])
+def test_a_server_without_a_radix_cache_keeps_nothing(disabled: object) -> None:
+    assert not read_following(info(disable_radix_cache=disabled)).keeps
+
+
+@pytest.mark.parametrize(
+    "server_info",
+    [
+        info(kv_events=None),
+        info(kv_events="zmq"),
+        info(kv_events_config=None),
+        info(kv_events_config="{"),
+        info(kv_events_config="[" * 100_000),
+        info(kv_events_config='{"bind":false}'),
+        publishes(publisher="null"),
+        publishes(endpoint_host=7),
+        publishes(endpoint_port_base="52137"),
+        publishes(endpoint_port_base=True),
+        publishes(endpoint_port_base=-1),
+        publishes(endpoint_port_base=65536),
+        publishes(endpoint_port_base=65535, dp_size=2),
+        publishes(endpoint_host="evil\0host"),
+        publishes(topic=None),
+        publishes(topic="\ud800"),
+        publishes(dp_size=0),
+        publishes(dp_size=1 << 70),
+        publishes(block_size=32),
+    ],
+)
+def test_events_that_cannot_be_had_are_not_followed(server_info: dict[str, Any]) -> None:
+    following = read_following(server_info)
+    assert (following.keeps, following.events) == (True, None)
+
+
+def test_a_replay_that_cannot_be_had_is_not_asked_for() -> None:
+    for port in (None, "1", 70000):
+        events = read_following(publishes(replay_endpoint_port_base=port)).events
+        assert events == EventPublisher("127.0.0.1", 52137, None, "kv", 1)
+
+
+@pytest.mark.parametrize(
+    "server_info",
+    [{}, dict.fromkeys(SERVER_INFO), {key: [1] for key in SERVER_INFO}, dict.fromkeys(SERVER_INFO, -1)],
+)
+def test_who_says_nothing_that_makes_sense_is_not_followed(server_info: dict[str, Any]) -> None:
+    assert read_following(server_info) == Following()

@@ -1,0 +1,171 @@
+"""The router's tree follows what pools report: gaps, restarts, strangers and broken snapshots."""
+
+from __future__ import annotations
+
+import pytest
+
+from memserve.core.block_addr import Tier
+from memserve.core.cache_events import Removed
+from memserve.core.caching import CachingMode
+from memserve.core.ids import Epoch, InstanceId
+from memserve.router.cluster.pools import Pools
+from memserve.router.kv_events.synchronizer import MAX_LAYOUTS, TreeFeed
+from memserve.scheduling.prompt_tree.records import pool_name
+from memserve.scheduling.prompt_tree.tree import ClusterTree
+from memserve.testing.fake_clock import FakeClock
+from memserve.wire.messages import Done, PoolEvents, PoolInfo, Role, SnapshotPart, SnapshotWanted, Unknown
+
+from .sync_harness import AUDIT_S, ONE, TWO, chain, depth, info, stored
+
+
+@pytest.fixture
+def clock() -> FakeClock:
+    return FakeClock()
+
+
+@pytest.fixture
+def pools(clock: FakeClock) -> Pools:
+    pools = Pools(heartbeat_s=1.0, clock=clock)
+    pools.register(info(ONE))
+    return pools
+
+
+@pytest.fixture
+def feed(pools: Pools, clock: FakeClock) -> TreeFeed:
+    return TreeFeed(ClusterTree(clock=clock), pools, audit_s=AUDIT_S, clock=clock)
+
+
+def test_events_reach_the_tree(feed: TreeFeed) -> None:
+    keys = chain(5)
+    assert feed.events(PoolEvents(ONE, (stored(1, keys[:3]),))) == Done()
+    assert feed.events(PoolEvents(ONE, (stored(2, keys[3:], keys[2]),))) == Done()
+    assert depth(feed, keys) == 5
+    assert feed.events(PoolEvents(ONE, (Removed(3, Tier.DRAM, keys[:3:-1]),))) == Done()
+    assert depth(feed, keys) == 4
+
+
+def test_a_gap_asks_for_a_snapshot_which_mends_it(feed: TreeFeed) -> None:
+    keys = chain(6)
+    feed.events(PoolEvents(ONE, (stored(1, keys[:2]),)))
+    assert feed.events(PoolEvents(ONE, (stored(3, keys[4:], keys[3]),))) == SnapshotWanted()
+    assert depth(feed, keys) == 2
+    assert feed.part(SnapshotPart(ONE, 3, 0, False, (stored(0, keys[:4]),))) == Done()
+    assert depth(feed, keys) == 2, "not before the last part"
+    assert feed.part(SnapshotPart(ONE, 3, 1, True, (stored(0, keys[4:], keys[3]),))) == Done()
+    assert depth(feed, keys) == 6
+    assert feed.events(PoolEvents(ONE, (Removed(4, Tier.DRAM, keys[5:]),))) == Done()
+    assert depth(feed, keys) == 5
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [(3, 1, True)],
+        [(3, 0, False), (3, 2, True)],
+        [(3, 0, False), (4, 1, True)],
+        [(3, 0, True), (3, 1, True)],
+    ],
+    ids=["no first", "one is missing", "of another snapshot", "after the last"],
+)
+def test_a_snapshot_in_the_wrong_parts_is_asked_for_again(
+    feed: TreeFeed, parts: list[tuple[int, int, bool]]
+) -> None:
+    answers = [feed.part(SnapshotPart(ONE, *part, ())) for part in parts]
+    assert answers == [Done()] * (len(parts) - 1) + [SnapshotWanted()]
+
+
+def test_a_first_part_begins_anew(feed: TreeFeed) -> None:
+    keys = chain(3)
+    feed.part(SnapshotPart(ONE, 3, 0, False, (stored(0, chain(4, seed=9)),)))
+    feed.part(SnapshotPart(ONE, 5, 0, True, (stored(0, keys),)))
+    assert depth(feed, keys) == 3
+    assert depth(feed, chain(4, seed=9)) == 0
+
+
+def test_a_stranger_is_not_believed(feed: TreeFeed) -> None:
+    keys = chain(3)
+    assert feed.events(PoolEvents(TWO, (stored(1, keys),))) == Unknown()
+    assert feed.part(SnapshotPart(TWO, 1, 0, True, (stored(0, keys),))) == Unknown()
+    assert feed.tree.depths(keys) == {}
+
+
+def test_what_a_pool_held_goes_with_it(feed: TreeFeed, pools: Pools) -> None:
+    keys = chain(3)
+    feed.events(PoolEvents(ONE, (stored(1, keys),)))
+    pools.deregister(ONE)
+    assert feed.tree.depths(keys) == {}
+    assert feed.events(PoolEvents(ONE, (stored(2, chain(2, seed=2)),))) == Unknown()
+
+
+def test_a_new_life_begins_with_nothing(feed: TreeFeed, pools: Pools) -> None:
+    keys = chain(3)
+    feed.events(PoolEvents(ONE, (stored(1, keys),)))
+    pools.register(info(TWO))
+    assert feed.tree.depths(keys) == {}
+    assert feed.events(PoolEvents(ONE, (stored(2, keys),))) == Unknown()
+    assert feed.events(PoolEvents(TWO, (stored(1, keys[:1]),))) == Done()
+    assert depth(feed, keys) == 1
+
+
+def test_of_two_lives_of_an_instance_the_later_is_heard_whatever_becomes_of_the_other(
+    feed: TreeFeed, pools: Pools
+) -> None:
+    """Another model under the same name: their pools do not replace each other."""
+    keys = chain(3)
+    feed.events(PoolEvents(ONE, (stored(1, keys),)))
+    pools.register(info(TWO, layout="another"))
+    assert feed.events(PoolEvents(ONE, (stored(2, chain(2, seed=2)),))) == Unknown()
+    assert feed.events(PoolEvents(TWO, (stored(1, keys[:2]),))) == Done()
+    pools.deregister(ONE)
+    assert depth(feed, keys) == 2
+    assert feed.events(PoolEvents(TWO, (stored(2, keys[2:], keys[1]),))) == Done()
+
+
+def test_only_the_first_rank_of_an_instance_is_heard(feed: TreeFeed, pools: Pools) -> None:
+    feed.events(PoolEvents(ONE, (stored(1, chain(3)),)))
+    pools.register(info(TWO, layout="second half", rank=1))
+    assert feed.events(PoolEvents(TWO, (stored(1, chain(1)),))) == Unknown()
+    assert depth(feed, chain(3)) == 3
+
+
+def test_nothing_new_is_news_from_one_who_has_said_nothing_yet(feed: TreeFeed) -> None:
+    assert feed.events(PoolEvents(ONE, ())) == SnapshotWanted()
+    assert feed.part(SnapshotPart(ONE, 7, 0, True, ())) == Done()
+    assert feed.events(PoolEvents(ONE, ())) == Done()
+    assert feed.events(PoolEvents(ONE, (stored(8, chain(2)),))) == Done()
+
+
+def test_a_part_that_comes_again_is_left_out(feed: TreeFeed) -> None:
+    keys = chain(6)
+    for part in ((0, False, stored(0, keys[:4])), (1, False, stored(0, keys[4:5], keys[3]))):
+        message = SnapshotPart(ONE, 3, *part[:2], part[2:])
+        assert [feed.part(message), feed.part(message)] == [Done()] * 2
+    last = SnapshotPart(ONE, 3, 2, True, (stored(0, keys[5:], keys[4]),))
+    assert feed.part(last) == Done()
+    feed.events(PoolEvents(ONE, (Removed(4, Tier.DRAM, keys[:1:-1]),)))
+    assert feed.part(last) == Done()
+    assert depth(feed, keys) == 2
+    assert feed.tree.stats().counters.resets == 1
+
+
+def test_a_memory_instance_tells_of_each_layout_by_itself() -> None:
+    clock = FakeClock()
+    pools = Pools(heartbeat_s=1, clock=clock)
+    feed = TreeFeed(ClusterTree(clock=clock), pools, clock=clock)
+    memory, epoch = InstanceId("m"), Epoch(5)
+    pools.register(PoolInfo(memory, epoch, Role.MEMORY, CachingMode.FULL, "127.0.0.1:5", ""))
+    for layout, length in (("aa", 3), ("bb", 2)):
+        parts = (stored(1, chain(length)),)
+        assert isinstance(feed.part(SnapshotPart(epoch, 1, 0, True, parts, layout=layout)), Done)
+        assert isinstance(feed.events(PoolEvents(epoch, (stored(2, chain(9, seed=2)),), layout)), Done)
+    assert {name: depth(feed, chain(9), pool_name(memory, name)) for name in ("aa", "bb")} == {
+        "aa": 3,
+        "bb": 2,
+    }
+    assert depth(feed, chain(9), memory) == 0
+    assert isinstance(feed.events(PoolEvents(epoch, (), "c" * 1000)), Unknown), "no layout's digest"
+    for number in range(100):
+        feed.part(SnapshotPart(epoch, 1, 0, True, (stored(1, chain(1)),), layout=f"{number:04}"))
+    assert len(feed.tree.depths(chain(1))) == MAX_LAYOUTS, "however many it names"
+    pools.deregister(epoch)
+    assert feed.tree.depths(chain(9)) == {}

@@ -1,0 +1,51 @@
+"""Greedy requests, a server that answers them, and what a client has seen of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from memserve.router.proxy.recovery_policy import Tokens
+from memserve.router.proxy.stream_state import Transcript
+from memserve.router.request import Api, Call
+
+from ..tokenization.token_harness import byte_level
+from .greedy_server import GreedyServer
+
+TOKENIZER = byte_level()
+SAID = " The quick 日本語 brown naïve 🐍🦊 fox 中文\n jumps over café the lazy dog; it's 12345 times 한국어."
+SCRIPT: list[int] = TOKENIZER.encode(SAID).ids
+LETTERS: list[int] = [TOKENIZER.token_to_id(letter) for letter in "zqxjvk" * 9]
+PROMPT: list[int] = TOKENIZER.encode("Say the quick brown fox: hello 🐍").ids
+SERVER = GreedyServer(TOKENIZER, SCRIPT)
+
+GREEDY = {"temperature": 0, "max_new_tokens": 40}
+
+
+def native(**params: Any) -> Call:
+    body = {"input_ids": PROMPT, "stream": True, "sampling_params": {**GREEDY, **params}}
+    return Call(Api.GENERATE, body, "me", False, ("me",), None, 1, None)
+
+
+def openai(api: Api, **body: Any) -> Call:
+    asked = {"messages": []} if api is Api.CHAT else {"prompt": PROMPT}
+    whole = {**asked, "stream": True, "temperature": 0, "max_tokens": 40, **body}
+    return Call(api, whole, "me", False, ("me",), None, 1, None)
+
+
+def tokens_of(server: GreedyServer, proven: Sequence[int] = ()) -> Tokens:
+    return Tokens(PROMPT, lambda ids: server.text_after(PROMPT, ids), None, proven)
+
+
+def seen_of(call: Call, events: Sequence[bytes]) -> Any:
+    transcript = Transcript(call)
+    for event in events:
+        transcript.note(event)
+    return transcript.seen()
+
+
+def proven(server: GreedyServer, text: str | None) -> list[int]:
+    """The tokens of a text, as far as `server` would have generated just those."""
+    ids: list[int] = TOKENIZER.encode(text or "").ids
+    said = [server.script[(len(PROMPT) + n) % len(server.script)] for n in range(len(ids))]
+    return ids[: next((n for n in range(len(ids)) if ids[n] != said[n]), len(ids))]

@@ -1,0 +1,121 @@
+"""Streams that come in any pieces, with anything in them."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from contextlib import suppress
+from typing import Any
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memserve.core.errors import MemServeError
+from memserve.core.ids import Epoch, InstanceId
+from memserve.router.cluster.instance import Facts, Instance
+from memserve.router.proxy.relay import Outlet, relay
+from memserve.router.proxy.retry import Alias
+from memserve.router.proxy.stream_splicer import Diverged
+from memserve.router.proxy.stream_state import Transcript, Unreadable
+from memserve.router.request import Api, Call
+from memserve.router.sse import DONE, EventSplitter
+from memserve.wire.messages import Role
+
+from ..json_strategies import ANY
+
+ALIAS = Alias("mark-")
+EVENTS = st.one_of(
+    st.binary(max_size=30),
+    st.sampled_from(
+        [
+            b'data: {"text": "a", "output_ids": [1], "meta_info": {"id": "mark-x", "completion_tokens": 1}}\n'
+            b"\n",
+            b'data: {"id": "mark-x", "choices": [{"index": 0, "delta": {"content": "a"}}]}\n\n',
+            b'data: {"error": {"message": "no", "code": 500}}\n\n',
+            b'data: {"meta_info": {"finish_reason": {"type":"abort","status_code":503}}}\n\n',
+            b'data: {"type":"abort"}\n\n',
+            b"data: {\n\n",
+            b": ping\n\n",
+            b"\n\n",
+            DONE,
+        ]
+    ),
+    ANY.map(lambda said: b"data: %s\n\n" % repr(said).encode("utf-8", "replace")),
+)
+CALLS = [Call(api, {"stream": True}, "x", False, ("x",), None, 1, None) for api in Api]
+
+
+@given(st.lists(st.binary(max_size=12) | st.sampled_from([b"\n", b"\n\n", b"\r\n", DONE])))
+def test_events_are_the_same_however_a_stream_is_cut(chunks: list[bytes]) -> None:
+    whole, cut = EventSplitter(), EventSplitter()
+    joined = b"".join(chunks)
+    events = list(whole.feed(joined))
+    assert [event for chunk in chunks for event in cut.feed(chunk)] == events
+    assert b"".join(events) + whole.rest() == joined
+    assert cut.rest() == whole.rest()
+
+
+class _Leg:
+    """An instance that says `chunks`."""
+
+    def __init__(self, chunks: list[bytes]) -> None:
+        facts = Facts("m", "/m")
+        self.instance = Instance(InstanceId("a"), Epoch(1), Role.COLOCATED, "http://a:1", None, facts)
+        self._chunks: Iterator[bytes] = iter([one for one in chunks if one])
+
+    async def first(self) -> bytes:
+        return await self.next()
+
+    async def next(self) -> bytes:
+        return next(self._chunks, b"")
+
+
+class _Client:
+    """Keeps what it gets."""
+
+    def __init__(self) -> None:
+        self.chunks: list[bytes] = []
+
+    @property
+    def has_begun(self) -> bool:
+        return bool(self.chunks)
+
+    async def write(self, chunk: bytes) -> None:
+        self.chunks.append(chunk)
+
+
+def streamed(call: Call, chunks: list[bytes]) -> tuple[bool, bytes]:
+    """What a client gets of a stream, and whether that was all of it."""
+    client = _Client()
+
+    async def run() -> bool:
+        transcript = Transcript(call)
+        outlet = Outlet(client, transcript)
+        leg: Any = _Leg(chunks)
+        try:
+            await relay(leg, outlet.writer(ALIAS, None))
+            await outlet.end()
+        except (MemServeError, Diverged):
+            return False
+        finally:
+            with suppress(Unreadable):
+                transcript.seen()
+        return True
+
+    return asyncio.run(run()), b"".join(client.chunks)
+
+
+@given(st.sampled_from(CALLS), st.lists(EVENTS, max_size=6), st.data())
+def test_a_client_gets_whole_events_of_any_stream_and_an_end_or_a_fault(
+    call: Call, events: list[bytes], data: st.DataObject
+) -> None:
+    joined = b"".join(events)
+    cuts = sorted(data.draw(st.lists(st.integers(0, len(joined)), max_size=6)))
+    chunks = [joined[a:b] for a, b in zip([0, *cuts], [*cuts, len(joined)], strict=True)]
+    is_whole, got = streamed(call, chunks)
+    assert b"mark-" not in got or b'"mark-' not in joined
+    if is_whole:
+        assert joined.endswith(DONE)
+        assert got == joined.replace(b'"mark-', b'"')
+    else:
+        assert got.endswith(b"\n\n") or not got

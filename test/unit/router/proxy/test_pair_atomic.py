@@ -1,0 +1,128 @@
+"""The legs of a pair end together: within 50 ms of one failing, or of the client's leaving."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Coroutine
+from typing import Any
+
+import pytest
+from aiohttp import web
+
+from memserve.testing.fake_answers import Script
+from memserve.testing.fake_worker import FakeWorker
+from memserve.wire.messages import Role
+
+from ..harness import Stage, pair, staged
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+WITHIN_S = 0.05
+ATTEMPTS = 5
+"""The machine may be busy: the router is fast if it is fast once."""
+
+ROLES = [Role.PREFILL, Role.DECODE]
+
+
+async def under_way(stage: Stage, *, stream: bool, num_tokens: int = 0) -> asyncio.Task[Any]:
+    """A request that both legs have; decode has sent `num_tokens` of it."""
+    for worker in (stage.prefill, stage.decode):
+        worker.requests.clear()
+        worker.aborts.clear()
+    stage.prefill.script = Script(gates={0: asyncio.Event()})
+    stage.decode.script = Script(gates={num_tokens: asyncio.Event()})
+    asked = asyncio.create_task(stage.post("/generate", {"text": "hello", "stream": stream}))
+    await stage.prefill.until(lambda w: w.requests)
+    await stage.decode.until(lambda w: w.requests and w.requests[0].num_sent == num_tokens)
+    return asked
+
+
+async def ends_s(happens: Callable[[], Awaitable[Any]], *workers: FakeWorker) -> float:
+    """How long after `happens` all of `workers` have lost the connection and been told to abort."""
+    loop = asyncio.get_running_loop()
+    begun_s = loop.time()
+    await happens()
+    for worker in workers:
+        await worker.until(lambda w: w.requests[0].dropped and w.aborts)
+        assert worker.aborts[0] == worker.requests[0].rids[0]
+    return loop.time() - begun_s
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1])
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("failing", ROLES)
+def test_the_other_leg_ends_with_the_one_that_is_lost(
+    run: Run, failing: Role, stream: bool, num_tokens: int
+) -> None:
+    async def test() -> None:
+        took_s = []
+        for _ in range(ATTEMPTS):
+            async with staged(*pair(), retry_max_retries=0) as stage:
+                asked = await under_way(stage, stream=stream, num_tokens=num_tokens)
+                bad, good = stage.workers[failing][0], stage.workers[_other(failing)][0]
+                took_s.append(await ends_s(bad.kill, good))
+                await asyncio.gather(asked, return_exceptions=True)
+            if took_s[-1] <= WITHIN_S:
+                return
+        pytest.fail(f"the other leg ended after {min(took_s) * 1000:.0f} ms at best")
+
+    run(test())
+
+
+class _Refusing(FakeWorker):
+    """Answers with an error when it is told to."""
+
+    status = 500
+    refuses: asyncio.Event
+
+    async def _answer(self, request: Any, received: Any) -> Any:
+        await self.refuses.wait()
+        return web.json_response({"error": {"message": "no"}}, status=self.status)
+
+
+@pytest.mark.parametrize("status", [400, 500])
+@pytest.mark.parametrize("failing", ROLES)
+def test_the_other_leg_ends_with_the_one_that_refuses(run: Run, failing: Role, status: int) -> None:
+    async def test() -> None:
+        took_s = []
+        bad, good = _Refusing(failing), FakeWorker(_other(failing))
+        bad.status = status
+        async with staged(bad, good, retry_max_retries=0) as stage:
+            for _ in range(ATTEMPTS):
+                bad.refuses = asyncio.Event()
+                asked = await under_way(stage, stream=False)
+
+                async def refuses() -> None:
+                    bad.refuses.set()
+
+                took_s.append(await ends_s(refuses, good))
+                assert (await asked)[0] >= 400
+                if took_s[-1] <= WITHIN_S:
+                    return
+        pytest.fail(f"the other leg ended after {min(took_s) * 1000:.0f} ms at best")
+
+    run(test())
+
+
+@pytest.mark.parametrize("num_tokens", [0, 1])
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_client_that_leaves_frees_both_legs(run: Run, stream: bool, num_tokens: int) -> None:
+    async def test() -> None:
+        took_s = []
+        async with staged(*pair()) as stage:
+            for _ in range(ATTEMPTS):
+                asked = await under_way(stage, stream=stream, num_tokens=num_tokens)
+
+                async def leaves(asked: asyncio.Task[Any] = asked) -> None:
+                    asked.cancel()
+
+                took_s.append(await ends_s(leaves, stage.prefill, stage.decode))
+                if took_s[-1] <= WITHIN_S:
+                    return
+        pytest.fail(f"the legs ended after {min(took_s) * 1000:.0f} ms at best")
+
+    run(test())
+
+
+def _other(role: Role) -> Role:
+    return Role.DECODE if role is Role.PREFILL else Role.PREFILL

@@ -1,0 +1,346 @@
+"""A stream that broke anywhere goes on as if it had not."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from msgspec import structs
+
+from memserve.router.proxy.recovery_policy import (
+    SAMPLES,
+    Tokens,
+    closing,
+    keep,
+    openai_text,
+    resumption,
+    why_not,
+)
+from memserve.router.proxy.stream_splicer import Diverged, Kept
+from memserve.router.proxy.stream_state import Transcript
+from memserve.router.request import Api, Call
+
+from .greedy_server import GreedyServer
+from .recovery_harness import (
+    LETTERS,
+    PROMPT,
+    SAID,
+    SCRIPT,
+    SERVER,
+    TOKENIZER,
+    native,
+    openai,
+    proven,
+    seen_of,
+    tokens_of,
+)
+
+
+def told(call: Call, events: Sequence[bytes]) -> Any:
+    """What a client makes of whole events: each choice's text, ids, end; and what it was charged."""
+    transcript = Transcript(call)
+    for event in events:
+        transcript.note(event)
+    seen = transcript.seen()
+    last: Any = {}
+    for event in events:
+        if event.startswith(b"data: {"):
+            last = json.loads(event[6:])
+    choices = {i: (one.parts, one.is_finished) for i, one in seen.choices.items()}
+    meta = {k: v for k, v in last.get("meta_info", {}).items() if k != "id"}
+    return choices, seen.is_done, meta, last.get("usage"), seen.head, len(seen.choices)
+
+
+def broken(
+    server: GreedyServer,
+    call: Call,
+    cuts: Sequence[tuple[int, Sequence[int]]],
+    last: Sequence[int],
+    *,
+    proves: bool = False,
+) -> tuple[list[bytes], list[int]]:
+    """What a client gets if servers leave it after so many events each; and what each next one kept."""
+    got, num_kept = list[bytes](), list[int]()
+    transcript, asked, rewrite = Transcript(call), call, None
+    for count, groups in [*cuts, (1 << 30, last)]:
+        prompt: Any = asked.body.get("input_ids") or asked.body.get("prompt") or PROMPT
+        for event in server.stream(asked, prompt, groups)[:count]:
+            own = rewrite(event) if rewrite else event
+            if own:
+                got.append(own)
+                transcript.note(own)
+        if count == 1 << 30:
+            break
+        seen = transcript.seen()
+        rest = closing(call, seen)
+        if rest is not None:
+            got.append(rest)
+            break
+        ids = proven(server, openai_text(call, seen)) if proves else ()
+        going = resumption(call, seen, tokens_of(server, ids))
+        num_kept.append(going.num_kept)
+        asked, rewrite = going.call, going.continuation.rewrite
+    return [event for event in got if event], num_kept
+
+
+def one_by_one(cuts: list[tuple[int, list[int]]]) -> list[tuple[int, list[int]]]:
+    """A stream of what is new may have told the begin of a stop string, or not, by how its tokens came."""
+    return [(count, [1]) for count, _ in cuts]
+
+
+GROUPS = st.lists(st.integers(1, 4), min_size=1, max_size=4)
+CUTS = st.lists(st.tuples(st.integers(1, 45), GROUPS), min_size=1, max_size=3)
+STOPS = st.lists(
+    st.integers(0, len(SAID) - 1).flatmap(lambda i: st.integers(1, 9).map(lambda n: SAID[i : i + n])),
+    max_size=2,
+)
+
+
+@given(CUTS, GROUPS, STOPS, st.integers(1, 60), st.booleans())
+def test_a_native_stream_goes_on_as_if_undisturbed(
+    cuts: list[tuple[int, list[int]]], last: list[int], stops: list[str], most: int, incremental: bool
+) -> None:
+    if stops and incremental:
+        cuts, last = one_by_one(cuts), [1]
+    server = replace(SERVER, is_incremental=incremental)
+    call = native(stop=stops, max_new_tokens=most)
+    whole = told(call, server.stream(call, PROMPT, last))
+    got, _ = broken(server, call, cuts, last)
+    assert told(call, got) == whole
+
+
+@given(
+    CUTS,
+    GROUPS,
+    STOPS,
+    st.integers(1, 60),
+    st.sampled_from([Api.CHAT, Api.COMPLETIONS]),
+    st.booleans(),
+    st.booleans(),
+)
+def test_an_openai_stream_goes_on_as_if_undisturbed(
+    cuts: list[tuple[int, list[int]]],
+    last: list[int],
+    stops: list[str],
+    most: int,
+    api: Api,
+    include_usage: bool,
+    proves: bool,
+) -> None:
+    if stops:
+        cuts, last = one_by_one(cuts), [1]
+    call = openai(api, stop=stops, max_tokens=most, stream_options={"include_usage": include_usage})
+    groups = cuts[0][1]
+    whole, got = SERVER.stream(call, PROMPT, groups), broken(SERVER, call, cuts, last, proves=proves)[0]
+    assert told(call, got) == told(call, whole)
+
+
+def test_what_was_streamed_becomes_a_part_of_the_prompt() -> None:
+    call = native(max_new_tokens=30, min_new_tokens=12, ignore_eos=True)
+    server = GreedyServer(TOKENIZER, LETTERS)
+    seen = seen_of(call, server.stream(call, PROMPT, [1])[:10])
+    going = resumption(call, seen, tokens_of(server))
+    assert going.num_kept == 10
+    params: Any = going.call.body["sampling_params"]
+    assert going.call.body["input_ids"] == PROMPT + seen.choices[0].ids
+    assert (params["max_new_tokens"], params["min_new_tokens"]) == (20, 2)
+    assert params["ignore_eos"], "the rest is as it was"
+    assert len(call.body["input_ids"]) == len(PROMPT), "the call itself is not changed"  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("params", "num_kept"),
+    [
+        ({}, 12),
+        ({"stop": ["12345"]}, 8),
+        ({"frequency_penalty": 0.5}, 0),
+        ({"presence_penalty": -1}, 0),
+        ({"repetition_penalty": 1.1}, 0),
+        ({"repetition_penalty": 1.0, "presence_penalty": 0}, 12),
+        ({"json_schema": "{}"}, 0),
+        ({"regex": "a*"}, 0),
+        ({"stop_regex": "a+"}, 0),
+        ({"max_new_tokens": None}, 0),
+        ({"something_new": True}, 0),
+    ],
+)
+def test_requests_that_look_back_are_done_again_from_the_prompt(params: Any, num_kept: int) -> None:
+    """The stop string is five characters: those of the last four may be its begin."""
+    call = native(**params)
+    server = GreedyServer(TOKENIZER, LETTERS)
+    seen = seen_of(call, server.stream(call, PROMPT, [1])[:12])
+    going = resumption(call, seen, tokens_of(server))
+    assert going.num_kept == num_kept
+    if not num_kept:
+        assert going.call is call
+
+
+@pytest.mark.parametrize("field", ["lora_path", "image_data", "return_logprob", "return_prompt_token_ids"])
+def test_requests_that_are_more_than_their_tokens_are_done_again_from_the_prompt(field: str) -> None:
+    call = native()
+    seen = seen_of(call, SERVER.stream(call, PROMPT, [1])[:12])
+    more = structs.replace(call, body={**call.body, field: True})
+    assert resumption(more, seen, tokens_of(SERVER)).call is more
+    assert resumption(call, seen, Tokens()).call is call
+
+
+def test_half_a_character_is_not_kept() -> None:
+    ids = TOKENIZER.encode(" 🐍").ids
+    halves = [SERVER.text_after(PROMPT, ids[: count + 1]) for count in range(len(ids))]
+    assert [half.endswith("�") for half in halves].count(True) >= 2, "a character of several tokens"
+    kept = keep(ids[:-1], " ", [], lambda some: SERVER.text_after(PROMPT, some))
+    assert kept.text in ("", " ")
+    assert keep(ids, " 🐍", [], lambda some: SERVER.text_after(PROMPT, some)) == Kept(tuple(ids), " 🐍")
+
+
+def test_no_tokens_are_kept_whose_text_is_another() -> None:
+    assert keep([1, 2, 3], "abc", [], lambda ids: "x" * len(ids)) == Kept()
+    assert keep([1, 2, 3], "abc", [], lambda ids: "") == Kept(), "nobody knows"
+
+
+# ---- who is continued
+
+
+@pytest.mark.parametrize(
+    ("params", "reason"),
+    [
+        ({}, None),
+        ({"temperature": 1e-9}, None),
+        ({"temperature": 0.7, "top_k": 1}, None),
+        ({"temperature": 0.7}, SAMPLES),
+        ({"temperature": None}, SAMPLES),
+        ({"temperature": 0.7, "sampling_seed": 7}, SAMPLES),
+        ({"beam_width": 4}, "beam_width is set"),
+    ],
+)
+def test_greedy_requests_can_be_continued(params: Any, reason: str | None) -> None:
+    assert why_not(native(**params), is_deterministic=False) == reason
+    expected = None if reason is SAMPLES else reason
+    assert why_not(native(**params), is_deterministic=True) == expected
+
+
+def test_every_prompt_of_a_batch_has_to_be_greedy() -> None:
+    params = [{"temperature": 0}, {"temperature": 0}]
+    body = {"input_ids": [[1], [2]], "sampling_params": params}
+    call = Call(Api.GENERATE, body, "x", False, ("x", "y"), 2, 1, None)
+    assert why_not(call, is_deterministic=False) is None
+    params[1]["temperature"] = 1
+    assert why_not(call, is_deterministic=False) is SAMPLES
+    assert why_not(openai(Api.CHAT, temperature=None), is_deterministic=False) is SAMPLES
+
+
+def test_what_a_server_remembers_is_not_continued_by_another() -> None:
+    call = native()
+    call = structs.replace(call, body={**call.body, "session_params": {"id": "s"}})
+    assert why_not(call, is_deterministic=True) == "session_params is set"
+
+
+# ---- what follows
+
+
+def test_a_client_that_has_it_all_is_only_told_the_end() -> None:
+    for call in (native(), openai(Api.CHAT), openai(Api.COMPLETIONS)):
+        *events, done = SERVER.stream(call, PROMPT, [1])
+        assert closing(call, seen_of(call, events)) == done
+        assert closing(call, seen_of(call, [*events, done])) == b""
+        assert closing(call, seen_of(call, events[:-1])) is None
+    call = openai(Api.CHAT, stream_options={"include_usage": True})
+    *events, usage, _ = SERVER.stream(call, PROMPT, [1])
+    assert closing(call, seen_of(call, events)) is None, "what it used is not told yet"
+    assert closing(call, seen_of(call, [*events, usage])) is not None
+
+
+@pytest.mark.parametrize("call", [native(presence_penalty=1), openai(Api.CHAT), openai(Api.COMPLETIONS)])
+def test_a_server_that_answers_differently_is_not_listened_to(call: Call) -> None:
+    other = GreedyServer(TOKENIZER, SCRIPT[::-1])
+    seen = seen_of(call, SERVER.stream(call, PROMPT, [1])[:8])
+    rewrite = resumption(call, seen, Tokens(PROMPT)).continuation.rewrite
+    events = other.stream(call, PROMPT, [1])
+    with pytest.raises(Diverged):
+        list(map(rewrite, events))
+
+
+@pytest.mark.parametrize("call", [native(presence_penalty=1), openai(Api.CHAT), openai(Api.COMPLETIONS)])
+def test_a_server_that_ends_too_soon_is_not_believed(call: Call) -> None:
+    seen = seen_of(call, SERVER.stream(call, PROMPT, [1])[:20])
+    short = native(max_new_tokens=3) if call.api is Api.GENERATE else openai(call.api, max_tokens=3)
+    rewrite = resumption(call, seen, Tokens(PROMPT)).continuation.rewrite
+    events = SERVER.stream(short, PROMPT, [1])
+    with pytest.raises(Diverged):
+        list(map(rewrite, events))
+
+
+def chunk(delta: Any, index: int = 0, **said: Any) -> bytes:
+    choice = {"index": index, "delta": delta, "finish_reason": None, **said}
+    return b"data: " + json.dumps({"id": "x", "created": 1, "choices": [choice]}).encode() + b"\n\n"
+
+
+def tool(number: int, arguments: str, name: str | None = None, call_id: str | None = None) -> Any:
+    return {
+        "tool_calls": [{"index": number, "id": call_id, "function": {"name": name, "arguments": arguments}}]
+    }
+
+
+def test_reasoning_and_tool_calls_go_on_where_they_were() -> None:
+    call = openai(Api.CHAT, tools=[{}])
+    first = [
+        chunk({"role": "assistant", "content": ""}),
+        chunk({"reasoning_content": "hm, "}),
+        chunk({"content": "so"}),
+        chunk(tool(0, "", "noon", "call_1")),
+        chunk(tool(0, '{"ci')),
+    ]
+    again = [
+        chunk({"role": "assistant", "content": ""}),
+        chunk({"reasoning_content": "hm"}),
+        chunk({"reasoning_content": ", "}),
+        chunk({"content": "so"}),
+        chunk(tool(0, "", "noon", "call_2")),
+        chunk(tool(0, '{"city"')),
+        chunk(tool(0, ": 1}")),
+        chunk(tool(1, "", "late", "call_3")),
+        chunk({}, finish_reason="tool_calls"),
+        b"data: [DONE]\n\n",
+    ]
+    rewrite = resumption(call, seen_of(call, first), Tokens()).continuation.rewrite
+    rest = [own for event in again if (own := rewrite(event))]
+    assert [json.loads(event[6:])["choices"][0]["delta"] for event in rest[:-1]] == [
+        tool(0, 'ty"'),
+        tool(0, ": 1}"),
+        tool(1, "", "late", "call_3"),
+        {},
+    ]
+
+
+def test_each_choice_goes_on_by_itself() -> None:
+    call = structs.replace(openai(Api.CHAT, n=2), num_samples=2)
+    first = [chunk({"content": "a"}, 0), chunk({"content": "bcd"}, 1), chunk({}, 1, finish_reason="stop")]
+    again = [
+        chunk({"content": "bc"}, 1),
+        chunk({"content": "ab"}, 0),
+        chunk({"content": "d"}, 1),
+        chunk({}, 1, finish_reason="stop"),
+        chunk({}, 0, finish_reason="stop"),
+    ]
+    rewrite = resumption(call, seen_of(call, first), Tokens()).continuation.rewrite
+    rest = [json.loads(own[6:]) for event in again if (own := rewrite(event))]
+    assert rest == [json.loads(event[6:]) for event in (chunk({"content": "b"}, 0), again[-1])]
+
+
+def test_logprobs_are_told_once() -> None:
+    call = openai(Api.COMPLETIONS, logprobs=1)
+
+    def event(text: str, *values: float) -> bytes:
+        logprobs = {"tokens": list(text), "token_logprobs": list(values)}
+        said = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": None}
+        return b"data: " + json.dumps({"id": "x", "choices": [said]}).encode() + b"\n\n"
+
+    rewrite = resumption(call, seen_of(call, [event("ab", -0.1, -0.2)]), Tokens()).continuation.rewrite
+    assert rewrite(event("a", -0.10001)) == b""
+    rest = json.loads(rewrite(event("bc", -0.2, -0.3))[6:])["choices"][0]
+    assert (rest["text"], rest["logprobs"]) == ("c", {"tokens": ["c"], "token_logprobs": [-0.3]})

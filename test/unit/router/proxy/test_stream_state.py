@@ -1,0 +1,43 @@
+"""What a client has seen of a stream is known when it is asked for, and takes little memory until then."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+
+from memserve.router.proxy.stream_state import FOLD_BYTES, MAX_BYTES, Transcript, Unreadable
+from memserve.router.request import Api
+
+from .recovery_harness import PROMPT, SERVER, native, openai, seen_of
+
+
+@pytest.mark.parametrize("incremental", [False, True])
+def test_a_long_stream_is_remembered_in_little_memory(incremental: bool) -> None:
+    server = replace(SERVER, is_incremental=incremental)
+    call = native(max_new_tokens=900)
+    events = server.stream(call, PROMPT, [1])
+    assert sum(map(len, events)) > FOLD_BYTES
+    transcript = Transcript(call)
+    for event in events:
+        transcript.note(event)
+        assert sum(map(len, transcript._chunks)) <= FOLD_BYTES + 4 * max(map(len, events))
+    assert transcript.seen().choices[0].ids == seen_of(call, SERVER.stream(call, PROMPT, [1])).choices[0].ids
+    assert transcript.seen().is_done
+
+
+def test_a_stream_that_is_too_long_is_forgotten() -> None:
+    call = openai(Api.COMPLETIONS)
+    event = json.dumps({"id": "x", "choices": [{"index": 0, "text": "x" * 100_000}]}).encode()
+    with pytest.raises(Unreadable, match="longer"):
+        seen_of(call, [b"data: " + event + b"\n\n"] * (MAX_BYTES // 100_000 + 1))
+
+
+@pytest.mark.parametrize(
+    "event",
+    [b"data: {}\n\n", b"data: {oops\n\n", b'data: {"meta_info": {"completion_tokens": 1}, "text": "x"}\n\n'],
+)
+def test_events_of_another_kind_are_not_continued(event: bytes) -> None:
+    with pytest.raises(Unreadable):
+        seen_of(native(), [event])

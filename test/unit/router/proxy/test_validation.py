@@ -1,0 +1,238 @@
+"""What is refused before anything is sent."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memserve.core.errors import BadRequest
+from memserve.router.proxy.validation import Limits, read_body, read_call
+from memserve.router.request import Api, Call
+from memserve.router.sglang_api import SAMPLING_FIELDS
+
+LIMITS = Limits(vocab_size=100, context_tokens=8)
+HELLO = [{"role": "user", "content": "hello"}]
+
+
+def read(api: Api, body: dict[str, Any], limits: Limits = LIMITS) -> Call:
+    return read_call(api, body, limits, new_rid="new")
+
+
+def generate(**body: Any) -> Call:
+    return read(Api.GENERATE, body)
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [
+        b"",
+        b"  \n",
+        b"{",
+        b"nonsense",
+        b"[]",
+        b'"text"',
+        b"null",
+        b"\xff\xfe",
+        b'{"a": NaN}',
+        b'{"a": 1} x',
+        b'{"a": "\xff"}',
+        b"[" * 10**6,
+    ],
+)
+def test_a_body_that_is_no_json_object_is_refused(raw: bytes) -> None:
+    with pytest.raises(BadRequest) as caught:
+        read_body(raw)
+    assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "text"),
+        ({"text": None}, "text"),
+        ({"text": 5}, "text"),
+        ({"text": []}, "text"),
+        ({"text": ["a", 5]}, "text[1]"),
+        ({"text": ""}, "text"),
+        ({"text": ["a", ""]}, "text[1]"),
+        ({"text": "a", "input_ids": [1]}, "input_ids"),
+        ({"text": "a", "stream": "yes"}, "stream"),
+        ({"text": "a", "stream": 1}, "stream"),
+        ({"input_ids": "1 2"}, "input_ids"),
+        ({"input_ids": []}, "input_ids"),
+        ({"input_ids": [[]]}, "input_ids[0]"),
+        ({"input_ids": [[1], []]}, "input_ids[1]"),
+        ({"input_ids": [[1], 2]}, "input_ids[1]"),
+        ({"input_ids": [1, [2]]}, "input_ids[1]"),
+        ({"input_ids": [1, 100]}, "input_ids[1]"),
+        ({"input_ids": [-1, 5]}, "input_ids[0]"),
+        ({"input_ids": [1, True]}, "input_ids[1]"),
+        ({"input_ids": [1.0]}, "input_ids[0]"),
+        ({"input_ids": [None]}, "input_ids[0]"),
+        ({"input_ids": ["1"]}, "input_ids[0]"),
+        ({"input_ids": [[1, 2], [3, 2**70]]}, "input_ids[1][1]"),
+        ({"input_ids": [1] * 8}, "input_ids"),
+        ({"input_ids": [[1], [1] * 8]}, "input_ids[1]"),
+        ({"input_embeds": [1.0]}, "input_embeds"),
+        ({"text": "a", "sampling_params": 5}, "sampling_params"),
+        ({"text": "a", "sampling_params": [{}]}, "sampling_params"),
+        ({"text": ["a", "b"], "sampling_params": [{}]}, "sampling_params"),
+        ({"text": ["a"], "sampling_params": [5]}, "sampling_params[0]"),
+        ({"text": ["a", "b"], "sampling_params": [{"n": 1}, {"n": 2}]}, "sampling_params"),
+        ({"text": "a", "sampling_params": {"max_tokens": 5}}, "sampling_params.max_tokens"),
+        ({"text": "a", "sampling_params": {"max_new_tokens": -1}}, "sampling_params.max_new_tokens"),
+        ({"text": "a", "sampling_params": {"max_new_tokens": 1.5}}, "sampling_params.max_new_tokens"),
+        ({"text": "a", "sampling_params": {"max_new_tokens": True}}, "sampling_params.max_new_tokens"),
+        ({"text": "a", "sampling_params": {"temperature": -1}}, "sampling_params.temperature"),
+        ({"text": "a", "sampling_params": {"temperature": math.inf}}, "sampling_params.temperature"),
+        ({"text": "a", "sampling_params": {"temperature": math.nan}}, "sampling_params.temperature"),
+        ({"text": "a", "sampling_params": {"top_p": 1.1}}, "sampling_params.top_p"),
+        ({"text": "a", "sampling_params": {"n": 0}}, "sampling_params.n"),
+        ({"text": "a", "sampling_params": {"n": 1000}}, "sampling_params.n"),
+        ({"text": "a", "sampling_params": {"n": "2"}}, "sampling_params.n"),
+        ({"text": "a", "rid": ""}, "rid"),
+        ({"text": "a", "rid": 5}, "rid"),
+        ({"text": "a", "rid": ["x"]}, "rid"),
+        ({"text": ["a", "b"], "rid": ["x"]}, "rid"),
+        ({"text": ["a", "b"], "rid": ["x", "x"]}, "rid"),
+    ],
+)
+def test_generate_refuses(body: dict[str, Any], field: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        read(Api.GENERATE, body)
+    assert caught.value.field == field
+    assert field.split("[")[0].split(".")[-1] in caught.value.message
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "messages"),
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"messages": ["hello"]}, "messages[0]"),
+        ({"messages": [{"content": "hello"}]}, "messages[0]"),
+        ({"messages": HELLO, "n": 0}, "n"),
+        ({"messages": HELLO, "max_tokens": 0}, "max_tokens"),
+        ({"messages": HELLO, "max_completion_tokens": -5}, "max_completion_tokens"),
+        ({"messages": HELLO, "temperature": "hot"}, "temperature"),
+        ({"messages": HELLO, "model": 5}, "model"),
+        ({"messages": HELLO, "input_ids": [500]}, "input_ids[0]"),
+        ({"messages": HELLO, "input_ids": [[5]]}, "input_ids"),
+    ],
+)
+def test_chat_refuses(body: dict[str, Any], field: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        read(Api.CHAT, body)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({}, "prompt"),
+        ({"prompt": ""}, "prompt"),
+        ({"prompt": []}, "prompt"),
+        ({"prompt": 5}, "prompt"),
+        ({"prompt": ["a", 1]}, "prompt[1]"),
+        ({"prompt": ["a", ""]}, "prompt[1]"),
+        ({"prompt": [5, 100]}, "prompt[1]"),
+        ({"prompt": [[5], [-1]]}, "prompt[1][0]"),
+        ({"prompt": [True]}, "prompt[0]"),
+        ({"prompt": "a", "max_tokens": 0}, "max_tokens"),
+        ({"prompt": "a", "echo": "yes"}, "echo"),
+    ],
+)
+def test_completions_refuses(body: dict[str, Any], field: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        read(Api.COMPLETIONS, body)
+    assert caught.value.field == field
+
+
+@pytest.mark.parametrize(
+    ("body", "num_prompts", "num_samples"),
+    [
+        ({"text": "a"}, None, 1),
+        ({"text": ["a"]}, 1, 1),
+        ({"input_ids": [0, 99]}, None, 1),
+        ({"input_ids": [[1], [2]]}, 2, 1),
+        ({"input_embeds": [[0.5]]}, None, 1),
+        ({"input_embeds": [[[0.5]]]}, 1, 1),
+        ({"text": "a", "sampling_params": {"n": 3}}, None, 3),
+        ({"text": "a", "sampling_params": {"n": 3, "beam_width": 4}}, None, 1),
+        ({"text": ["a", "b"], "sampling_params": [{"n": 3}, {"n": 3}]}, 2, 3),
+        ({"text": "a", "sampling_params": {"max_new_tokens": 0, "temperature": 0, "top_k": -1}}, None, 1),
+        ({"text": "a", "sampling_params": {"max_new_tokens": None}, "stream": None}, None, 1),
+        ({"text": "a", "some_new_field": 1}, None, 1),
+    ],
+)
+def test_generate_takes(body: dict[str, Any], num_prompts: int | None, num_samples: int) -> None:
+    call = read(Api.GENERATE, body)
+    assert (call.num_prompts, call.num_samples) == (num_prompts, num_samples)
+    assert call.body is body
+
+
+def test_parts_are_named_as_sglang_names_them() -> None:
+    assert generate(text="a").rids == ("new",)
+    assert generate(text="a", rid="mine").rids == ("mine",)
+    assert generate(text=["a", "b"]).rids == ("new_0", "new_1")
+    assert generate(text=["a", "b"], rid=["x", "y"]).rids == ("x", "y")
+    assert generate(text="a", rid="mine").rid_is_clients
+    assert not generate(text="a").rid_is_clients
+
+
+def test_empty_text_is_taken_where_a_token_is_put_before_it() -> None:
+    assert read(Api.GENERATE, {"text": ""}, Limits(takes_empty_text=True)).num_prompts is None
+
+
+def test_what_is_not_known_is_not_checked() -> None:
+    unknown = Limits()
+    assert read(Api.GENERATE, {"input_ids": [10**6] * 1000}, unknown).num_prompts is None
+    with pytest.raises(BadRequest):
+        read(Api.GENERATE, {"input_ids": [-1]}, unknown)
+
+
+names = st.sampled_from(["", "a", "n", "role", "temperature"])
+scalars = st.none() | st.booleans() | st.integers(-200, 200) | st.floats() | names
+json_values = (
+    scalars
+    | st.lists(scalars | st.lists(scalars, max_size=2) | st.dictionaries(names, scalars), max_size=3)
+    | st.dictionaries(names, scalars, max_size=3)
+)
+fields = st.sampled_from(
+    ["text", "input_ids", "prompt", "messages", "sampling_params", "stream", "n", "rid", "model", "echo"]
+)
+
+
+@given(st.sampled_from(list(Api)), st.dictionaries(fields, json_values))
+def test_any_json_is_taken_or_refused_with_a_reason(api: Api, body: dict[str, Any]) -> None:
+    try:
+        call = read(api, body)
+    except BadRequest:
+        return
+    assert len(call.rids) == (1 if call.num_prompts is None else call.num_prompts)
+
+
+def test_the_sampling_parameters_are_sglangs() -> None:
+    spec = importlib.util.find_spec("sglang")
+    if spec is None or spec.origin is None:
+        pytest.skip("sglang is not installed")
+    source = Path(spec.origin).parent / "srt" / "sampling" / "sampling_params.py"
+    tree = ast.parse(source.read_text())
+    record = next(
+        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "SamplingParams"
+    )
+    names = [
+        node.target.id
+        for node in record.body
+        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
+    ]
+    public = names[: names.index("stop_strs")]
+    assert set(public) == SAMPLING_FIELDS

@@ -1,0 +1,143 @@
+"""What users of LLM routers complain of elsewhere, and the tests that hold us to it.
+
+ 1  With few connections every miss goes to the same replica, and imbalance throws affinity away.
+ 2  The longest prefix sends everything to one worker when all prompts share a block.
+ 3  Chats are routed by their first message, or without the chat template.
+ 4  Trees grow without bound.
+ 5  Removed or restarted workers leave phantoms; gaps go unnoticed; a new router knows nothing.
+ 6  Of a pair one half fails and the other hangs, or only one is aborted; an open breaker dispatches.
+ 7  A client's mistakes open breakers.
+ 8  Cache hits of lower tiers are corrupt without a word; caches are written and never read.
+ 9  Nobody sees hits by tier; no drain; no stream moves; instances that do not fit are quietly left to load.
+10  Tenants find out by timing what others have cached.
+
+Those without a test of their own elsewhere have one here.
+"""
+
+from __future__ import annotations
+
+import ast
+import os
+from collections.abc import Callable, Coroutine
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memserve.core.block_addr import Tier
+from memserve.core.block_keys import page_keys
+from memserve.core.cache_events import Stored
+from memserve.core.ids import Epoch, InstanceId
+from memserve.scheduling.prompt_tree.tree import ClusterTree
+from memserve.testing.fake_clock import FakeClock
+from memserve.testing.fake_worker import FakeWorker
+
+from .harness import info_of, staged
+from .proxy.retry_harness import metric
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+
+TEST = Path(__file__).parent.parent.parent
+COVERED = {
+    1: [
+        "unit/scheduling/test_policies.py::test_cold_prompts_spread_at_any_concurrency",
+        "unit/router/test_routing.py::test_cold_prompts_spread_whatever_the_concurrency",
+        "unit/scheduling/test_policies.py::test_prompt_tree_takes_the_lowest_of_the_scores_it_shows",
+        "unit/scheduling/test_policies.py::test_who_joins_shares_the_work_with_who_did_it_alone",
+    ],
+    2: [
+        "unit/scheduling/test_policies.py::test_cold_prompts_spread_at_any_concurrency",
+        "e2e/test_routing.py::test_a_prefix_that_many_ask_for_is_replicated",
+    ],
+    3: [
+        "unit/core/test_block_keys.py::test_keys_are_sglangs",
+        "e2e/test_tokenize.py::test_chats_have_the_ids_and_take_them",
+        "e2e/test_routing.py::test_a_conversation_stays_with_its_history",
+    ],
+    4: [
+        "unit/scheduling/prompt_tree/test_tree.py::test_the_budget_holds_however_many_unique_prompts_come",
+        "unit/router/test_known_router_bugs.py::test_many_unique_prompts_take_no_more_memory_than_the_budget",
+    ],
+    5: [
+        "unit/scheduling/prompt_tree/test_tree.py::test_only_the_living_epoch_is_heard",
+        "unit/router/kv_events/test_synchronizer.py::test_a_gap_asks_for_a_snapshot_which_mends_it",
+        "unit/instance/test_publisher.py::test_a_router_that_restarts_gets_a_snapshot",
+        "unit/instance/test_sync_session.py::test_an_audit_finds_a_wrong_tree_and_puts_it_right",
+        "e2e/test_global_tree.py::test_after_decode_was_killed_and_came_back",
+        "e2e/test_global_tree.py::test_no_audit_has_ever_found_the_tree_wrong",
+    ],
+    6: [
+        "unit/router/proxy/test_pair_atomic.py::test_the_other_leg_ends_with_the_one_that_is_lost",
+        "unit/router/proxy/test_pair_atomic.py::test_the_other_leg_ends_with_the_one_that_refuses",
+        "unit/router/proxy/test_pair_atomic.py::test_a_client_that_leaves_frees_both_legs",
+        "unit/router/cluster/test_breaker.py::test_half_open_it_is_given_one_request_at_a_time",
+        "unit/router/cluster/test_breaker.py::"
+        "test_requests_of_a_worker_that_fails_go_elsewhere_and_soon_are_not_sent_there",
+    ],
+    7: ["unit/router/cluster/test_breaker.py::test_a_client_that_errs_says_nothing_of_the_worker"],
+    8: [
+        "unit/mempool/test_pool.py::test_a_flipped_byte_is_a_miss_a_counter_and_a_log_line",
+        "unit/engine/test_linker.py::test_a_flipped_bit_is_a_miss_and_never_loaded",
+        "unit/mempool/remote/test_peers_faults.py::test_a_byte_flipped_in_the_holders_arena_is_a_miss",
+        "e2e/test_dram_tier.py::test_what_prefill_evicts_is_found_in_dram",
+        "e2e/test_remote_memory.py::test_history_that_prefill_lost_comes_from_decode",
+    ],
+    9: [
+        "unit/instance/test_pool_metrics.py::test_blocks_are_shown_by_tier_and_state",
+        "unit/router/cluster/test_drain.py::test_blocks_go_where_they_are_of_use",
+        "unit/router/http/test_workers_api.py::test_a_drained_server_ends_what_it_has_and_gets_nothing_new",
+        "unit/router/proxy/test_recovery.py::test_another_instance_goes_on",
+        "e2e/test_resume.py::test_streams_outlive_the_decode_that_feeds_them",
+        "unit/router/test_known_router_bugs.py::test_an_instance_with_other_pages_is_not_ready_and_says_why",
+    ],
+    10: [
+        "unit/router/http/test_tenants.py::test_tenants_share_no_blocks_whatever_they_claim",
+        "unit/router/http/test_tenants.py::test_chats_and_completions_are_salted_too",
+    ],
+}
+
+
+@pytest.mark.parametrize("complaint", range(1, 11))
+def test_each_complaint_has_its_tests(complaint: int) -> None:
+    names = [name.partition("::") for name in COVERED[complaint]]
+    missing = [test for path, _, test in names if test not in _tests_in(path)]
+    assert not missing, f"{missing}: renamed? Then here, too"
+
+
+@cache
+def _tests_in(path: str) -> frozenset[str]:
+    tree = ast.parse((TEST / path).read_text())
+    return frozenset(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+
+
+def test_many_unique_prompts_take_no_more_memory_than_the_budget() -> None:
+    name, epoch, before = InstanceId("a"), Epoch(1), 0
+    tree = ClusterTree(max_blocks=10_000, clock=FakeClock())
+    tree.join(name, epoch)
+    for number in range(40_000):
+        chain = tuple(page_keys([number, number >> 8], 1))
+        assert tree.apply(name, epoch, [Stored(number + 1, Tier.HBM, None, chain)])
+        if number == 10_000:
+            before = _resident_bytes()
+    assert tree.stats().blocks <= 10_000
+    assert _resident_bytes() - before < 8 << 20, "not even 280 bytes for each prompt that came"
+
+
+def _resident_bytes() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_an_instance_with_other_pages_is_not_ready_and_says_why(run: Run) -> None:
+    async def test() -> None:
+        async with staged(FakeWorker(page_size=16)) as stage, FakeWorker(page_size=32) as other:
+            stage.router.cluster.register(info_of(other, name="other"))
+            await stage.until(lambda: "page size" in stage.router.cluster.find("other").reason)
+            status, page = await stage.get("/readiness")
+            assert (status, page["colocated"]) == (200, 1)
+            assert "its page size is 32" in page["not_ready"]["other"]
+            assert await metric(stage, 'memserve_router_instances{role="colocated",state="ready"} 1.0')
+            assert (await stage.post("/generate", {"text": "hello"}))[0] == 200
+            assert not other.requests
+
+    run(test())

@@ -1,0 +1,404 @@
+"""Where requests go, and what their way teaches: a placer over a real tree, ledger and pools."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+
+import pytest
+
+from memserve.core.block_addr import Tier
+from memserve.core.block_keys import BlockKey, page_keys
+from memserve.core.cache_events import Stored
+from memserve.core.caching import CachingMode
+from memserve.core.ids import Epoch, InstanceId
+from memserve.router.cluster.instance import Facts, Instance, Pair, Single, Snapshot
+from memserve.router.cluster.pools import Pools
+from memserve.router.kv_events.synchronizer import TreeFeed
+from memserve.router.observability.metrics import RouterMetrics
+from memserve.router.proxy.fetcher import FetchOutcome
+from memserve.router.tokenization.prompts import Prompt
+from memserve.scheduling.assignment import Placed, profits_from
+from memserve.scheduling.cost_model.model import CPU_COSTS, GPU_COSTS, CostModel
+from memserve.scheduling.prompt_tree.tree import ClusterTree
+from memserve.scheduling.selector import Placer, PlacerSettings
+from memserve.testing.fake_clock import FakeClock
+from memserve.wire.messages import PoolEvents, PoolInfo, Role
+
+PAGE = 16
+FACTS = Facts("model", "/model", page_size=PAGE)
+EPOCH = Epoch(7)
+TOKENS = list(range(4096))
+KEYS = page_keys(TOKENS, PAGE)
+MEMORY = 4
+"""The epoch of the memory instance."""
+
+
+def instance(name: str, role: Role) -> Instance:
+    return Instance(InstanceId(name), EPOCH, role, f"http://{name}:1", 8998, FACTS)
+
+
+def pool(name: str, role: Role, epoch: int, layout: str = "aa", rank: int = 0) -> PoolInfo:
+    return PoolInfo(
+        InstanceId(name),
+        Epoch(epoch),
+        role,
+        CachingMode.FULL,
+        f"{name}:{epoch}",
+        layout,
+        "",
+        PAGE * 1024,
+        rank,
+    )
+
+
+@dataclass
+class Learner:
+    """Notes what it is told."""
+
+    answers: list[InstanceId] = field(default_factory=list)
+
+    def know(self, keys: Sequence[BlockKey]) -> None:
+        pass
+
+    def answered(self, instance: InstanceId, keys: Sequence[BlockKey]) -> None:
+        self.answers.append(instance)
+
+
+class Stage:
+    """Prefills a, b and decode d, their pools, and memory instance m."""
+
+    def __init__(
+        self,
+        policy: str = "prompt_tree",
+        fetches: bool = True,
+        start_costs: CostModel | None = GPU_COSTS,
+    ) -> None:
+        self.clock = FakeClock()
+        self.pools = Pools(heartbeat_s=1, clock=self.clock)
+        self.feed = TreeFeed(ClusterTree(clock=self.clock), self.pools, clock=self.clock)
+        self.metrics = RouterMetrics()
+        self.learner = Learner()
+        settings = PlacerSettings(policy, policy, start_costs, 0.0, fetches)
+        self.placer = Placer(settings, self.feed, self.pools, self.learner, self.metrics, self.clock)
+        self.snapshot = Snapshot.of(
+            [instance("a", Role.PREFILL), instance("b", Role.PREFILL), instance("d", Role.DECODE)]
+        )
+        for epoch, (name, role) in enumerate(
+            [("a", Role.PREFILL), ("b", Role.PREFILL), ("d", Role.DECODE), ("m", Role.MEMORY)], start=1
+        ):
+            self.pools.register(pool(name, role, epoch))
+
+    def holds(self, epoch: int, num_blocks: int, tier: Tier = Tier.DRAM, sequence: int = 1) -> None:
+        stored = Stored(sequence, tier, None, tuple(KEYS[:num_blocks]))
+        layout = "aa" if epoch == MEMORY else ""
+        self.feed.events(PoolEvents(Epoch(epoch), (stored,), layout))
+
+    def place(self, prompt: Prompt) -> Placed:
+        placed = self.placer.place(self.snapshot, prompt)
+        assert placed is not None
+        return placed
+
+    def value(self, name: str, **labels: str) -> float:
+        return self.metrics.registry.get_sample_value(f"memserve_router_{name}", labels) or 0.0
+
+
+def prompt(num_blocks: int = 256, extra: int = 10, **fields: object) -> Prompt:
+    return Prompt(num_blocks * PAGE + extra, (KEYS[:num_blocks],), **fields)  # type: ignore[arg-type]
+
+
+def test_a_prompt_goes_to_who_has_it() -> None:
+    stage = Stage()
+    stage.holds(2, 200)
+    placed = stage.place(prompt())
+    assert isinstance(placed.route, Pair)
+    assert (str(placed.route), placed.plan) == ("b+d", None)
+
+
+def test_a_queue_sends_it_elsewhere_and_history_is_fetched() -> None:
+    stage = Stage()
+    stage.holds(2, 256)
+    for _ in range(30):
+        stage.placer._ledger.prefill_dispatched(InstanceId("b"), -1 - _, 1.0, stage.clock())
+    placed = stage.place(prompt())
+    assert placed.prefill.instance_id == "a"
+    assert placed.plan is not None
+    assert (placed.plan.source, len(placed.plan.keys)) == ("b", 256)
+    assert [(own.address, other.address) for own, other in placed.plan.links] == [("a:1", "b:2")]
+    assert 0 < placed.plan.timeout_s <= 2.0
+    assert placed.work_s < GPU_COSTS.exec_s(4106, 0) / 2, "what is fetched need not be computed"
+
+
+def test_what_a_memory_instance_holds_is_fetched() -> None:
+    stage = Stage()
+    stage.holds(4, 256)
+    plan = stage.place(prompt()).plan
+    assert plan is not None
+    assert plan.source == "m"
+
+
+def test_a_short_history_is_computed_again() -> None:
+    stage = Stage()
+    stage.holds(4, 2)
+    assert stage.place(prompt(2)).plan is None
+
+
+def test_blocks_that_are_only_in_hbm_cannot_be_fetched() -> None:
+    stage = Stage()
+    stage.holds(3, 256, Tier.HBM)
+    stage.holds(3, 100, Tier.DRAM, sequence=2)
+    stage.holds(4, 180)
+    decision = stage.placer.decide(stage.snapshot, prompt())
+    assert decision is not None
+    assert decision.fetch is not None
+    assert (decision.fetch.source, decision.fetch.num_blocks) == ("m", 180)
+
+
+def test_no_fetch_between_pools_of_different_blocks() -> None:
+    stage = Stage()
+    stage.feed.events(PoolEvents(Epoch(MEMORY), (Stored(1, Tier.DRAM, None, tuple(KEYS)),), "bb"))
+    assert stage.place(prompt()).plan is None, "those are another model's"
+    stage = Stage()
+    stage.pools.deregister(Epoch(3))
+    stage.pools.register(pool("d", Role.DECODE, 9, layout="bb"))
+    stage.holds(9, 256)
+    assert stage.place(prompt()).plan is None
+    assert stage.value("fetches_total", outcome="impossible") == 1
+
+
+def test_every_rank_fetches_from_its_like() -> None:
+    stage = Stage()
+    for name, role, epoch in (("a", Role.PREFILL, 11), ("b", Role.PREFILL, 12), ("m", Role.MEMORY, 14)):
+        stage.pools.register(pool(name, role, epoch, layout="cc", rank=1))
+    stage.holds(4, 256)
+    plan = stage.place(prompt()).plan
+    assert plan is not None
+    assert len(plan.links) == 2
+    assert all(own.layout == other.layout for own, other in plan.links)
+
+
+def test_a_burst_on_a_new_prompt_does_not_scatter() -> None:
+    stage = Stage()
+    first = stage.place(prompt()).prefill
+    assert {stage.place(prompt()).prefill.instance_id for _ in range(3)} == {first.instance_id}
+
+
+def test_what_was_expected_and_never_came_is_forgotten() -> None:
+    stage = Stage()
+    stage.place(prompt())
+    stage.clock.advance(60)
+    decision = stage.placer.decide(stage.snapshot, prompt())
+    assert decision is not None
+    assert {it.total_blocks for it in decision.situation.prefills} == {0}
+
+
+def test_to_decide_changes_nothing() -> None:
+    stage = Stage()
+    decisions = [stage.placer.decide(stage.snapshot, prompt()) for _ in range(3)]
+    assert decisions[0] is not None
+    assert all(one is not None and one.situation == decisions[0].situation for one in decisions)
+
+
+@pytest.mark.parametrize("is_answered", [True, False])
+def test_work_is_taken_off_the_books_when_it_ends(is_answered: bool) -> None:
+    stage = Stage()
+    placed = stage.place(prompt())
+    stage.clock.advance(0.01)
+    stage.placer.ended(placed, is_answered=is_answered)
+    stage.placer.ended(placed, is_answered=is_answered)
+    decision = stage.placer.decide(stage.snapshot, prompt())
+    assert decision is not None
+    assert {(it.queued, it.running, it.queued_s) for it in decision.situation.prefills} == {(0, 0, 0.0)}
+    assert {it.decode_batch for it in decision.situation.decodes} == {0}
+    assert bool(stage.learner.answers) is is_answered
+
+
+def test_a_prefill_alone_teaches_what_prefills_cost() -> None:
+    stage = Stage()
+    for _ in range(40):
+        for num_blocks, seconds in ((16, 0.1), (64, 0.4), (256, 1.6)):
+            placed = stage.place(prompt(num_blocks, extra=0))
+            stage.clock.advance(seconds)
+            stage.placer.prefilled(placed, 0)
+            stage.placer.ended(placed, is_answered=True)
+    costs = stage.placer.costs["model"]
+    assert costs.model.exec_s(4096, 0) == pytest.approx(1.6, rel=0.05)
+    assert costs.prefills.error < 0.2
+    assert costs.model.kv_bytes_per_token == 1024, "as the pools say"
+
+
+@pytest.mark.parametrize("is_on_cpu", [False, True])
+def test_nobody_takes_a_cpu_for_a_gpu_to_begin_with(is_on_cpu: bool) -> None:
+    stage = Stage(start_costs=None)
+    stage.snapshot = Snapshot.of(
+        replace(one, facts=replace(one.facts, is_on_cpu=is_on_cpu)) for one in stage.snapshot.all()
+    )
+    stage.place(prompt())
+    begun = CPU_COSTS if is_on_cpu else GPU_COSTS
+    assert stage.placer.costs["model"].model.prefill == begun.prefill
+
+
+def test_prefills_that_shared_an_instance_teach_together() -> None:
+    stage = Stage()
+    first, second = stage.place(prompt()), stage.place(prompt())
+    assert first.prefill == second.prefill
+    for placed in (first, second):
+        stage.placer.sent(placed)
+    stage.clock.advance(5.0)
+    stage.placer.prefilled(first, 0)
+    assert stage.placer.costs["model"].prefills.num_observed == 0
+    stage.clock.advance(5.0)
+    stage.placer.prefilled(second, 0)
+    costs = stage.placer.costs["model"]
+    assert costs.prefills.num_observed == 1
+    assert costs.model.exec_s(first.prompt.num_tokens, 0) == pytest.approx(5.0, rel=0.02)
+
+
+@pytest.mark.parametrize("end", ["fails", "says nothing"])
+def test_what_shared_an_instance_with_who_knows_what_teaches_nothing(end: str) -> None:
+    stage = Stage()
+    first, second = stage.place(prompt()), stage.place(prompt())
+    for placed in (first, second):
+        stage.placer.sent(placed)
+    stage.clock.advance(5.0)
+    if end == "fails":
+        stage.placer.ended(first, is_answered=False)
+    else:
+        stage.placer.prefilled(first, None)
+    stage.placer.prefilled(second, 0)
+    assert stage.placer.costs["model"].prefills.num_observed == 0
+
+
+def test_a_fetch_is_counted_and_teaches_the_way() -> None:
+    stage = Stage()
+    stage.holds(4, 256)
+    placed = stage.place(prompt())
+    stage.clock.advance(0.5)
+    before = stage.placer.costs["model"].model.remote
+    stage.placer.fetched(placed, FetchOutcome(256, 0.5, ""))
+    assert stage.value("fetches_total", outcome="whole") == 1
+    assert stage.value("fetched_blocks_total") == 256
+    assert stage.placer.costs["model"].model.remote != before
+    stage.placer.sent(placed)
+    assert placed.begun_s == stage.clock()
+
+
+def test_who_shares_what_another_fetches_waits_for_it() -> None:
+    stage = Stage("random")
+    stage.holds(4, 256)
+    first = stage.place(prompt())
+    plan = first.plan
+    assert plan is not None
+    assert (plan.num_there, plan.target) in ((0, "a"), (0, "b"))
+    others = [stage.place(prompt()) for _ in range(8)]
+    by_target = {it.prefill.instance_id == plan.target: it for it in others}
+    assert profits_from(by_target[True], plan)
+    assert not profits_from(by_target[False], plan)
+    foreign = page_keys([9] * len(KEYS) * PAGE, PAGE)
+    strangers = [stage.place(Prompt(256 * PAGE, (foreign,))) for _ in range(8)]
+    assert any(it.prefill.instance_id == plan.target for it in strangers)
+    assert not any(profits_from(it, plan) for it in strangers), "nothing of it is theirs, whatever the queue"
+    for it in (first, *others, *strangers):
+        stage.placer.ended(it, is_answered=False)
+    other = page_keys([7] * len(KEYS) * PAGE, PAGE)
+    for _ in range(8):
+        unlike = stage.place(Prompt(256 * PAGE, ((*KEYS[:1], *other[1:]),)))
+        assert not profits_from(unlike, plan), "one block is not worth the wait for 256"
+        stage.placer.ended(unlike, is_answered=False)
+    stage.clock.advance(0.5)
+    stage.placer.waited(0.5)
+    stage.placer.sent(by_target[True])
+    assert by_target[True].begun_s == stage.clock()
+    assert stage.value("fetches_total", outcome="shared") == 1
+
+
+@pytest.mark.parametrize(("num_blocks", "outcome"), [(0, "none"), (100, "part")])
+def test_a_fetch_that_brought_less_is_counted_as_such(num_blocks: int, outcome: str) -> None:
+    stage = Stage()
+    stage.holds(4, 256)
+    placed = stage.place(prompt())
+    stage.placer.fetched(placed, FetchOutcome(num_blocks, 0.5, "gone"))
+    assert stage.value("fetches_total", outcome=outcome) == 1
+
+
+def test_a_bad_choice_is_regretted() -> None:
+    stage = Stage("random", fetches=False)
+    stage.holds(1, 250)
+    stage.holds(2, 250)
+    placed = stage.place(prompt())
+    stage.clock.advance(9.0)
+    stage.placer.prefilled(placed, 0)
+    assert stage.value("regret_seconds_sum") > 8.0
+    assert stage.value("prefill_seconds_error") > 0.5
+
+
+def test_unknown_tokens_stay_with_their_session() -> None:
+    stage = Stage()
+    blind = Prompt(1000, (), session=12345, unknown="multimodal input")
+    assert len({stage.place(blind).prefill.instance_id for _ in range(8)}) == 1
+    stage = Stage()
+    nameless = Prompt(1000, (), unknown="multimodal input")
+    assert len({stage.place(nameless).prefill.instance_id for _ in range(8)}) == 2
+    assert stage.value("unknown_tokens_total", reason="multimodal input") == 8
+
+
+def test_of_a_batch_all_prompts_count() -> None:
+    stage = Stage()
+    stage.holds(1, 10)
+    others = page_keys([9] * 512, PAGE)
+    stage.feed.events(PoolEvents(Epoch(2), (Stored(1, Tier.DRAM, None, tuple(others)),)))
+    batch = Prompt(4096 + 512, (KEYS, others))
+    decision = stage.placer.decide(stage.snapshot, batch)
+    assert decision is not None
+    assert [it.total_blocks for it in decision.situation.prefills] == [10, 32]
+    assert (decision.prefill, decision.fetch) == ("b", None)
+
+
+def test_ranks_of_data_parallel_servers_count_as_their_server() -> None:
+    stage = Stage()
+    stage.pools.register(pool("b/dp1", Role.PREFILL, 21))
+    stage.holds(21, 99)
+    decision = stage.placer.decide(stage.snapshot, prompt())
+    assert decision is not None
+    assert [it.total_blocks for it in decision.situation.prefills] == [0, 99]
+
+
+def everyone(num_prefills: int, num_decodes: int, num_colocated: int) -> Snapshot:
+    counts = {Role.PREFILL: num_prefills, Role.DECODE: num_decodes, Role.COLOCATED: num_colocated}
+    return Snapshot.of(instance(f"{role}{i}", role) for role, count in counts.items() for i in range(count))
+
+
+@pytest.mark.parametrize("policy", ["round_robin", "prompt_tree", "least_load"])
+@pytest.mark.parametrize(
+    "counts", [(1, 1, 0), (2, 1, 0), (1, 2, 0), (2, 2, 0), (3, 2, 0), (0, 0, 3), (1, 1, 1)]
+)
+def test_cold_prompts_are_shared_evenly(policy: str, counts: tuple[int, int, int]) -> None:
+    stage, snapshot = Stage(policy), everyone(*counts)
+    prefills: Counter[str] = Counter()
+    decodes: Counter[str] = Counter()
+    pairings: set[str] = set()
+    for turn in range(60):
+        cold = Prompt(1000, (page_keys([turn] * 992, PAGE),))
+        placed = stage.placer.place(snapshot, cold)
+        assert placed is not None
+        prefills[placed.prefill.instance_id] += 1
+        if isinstance(placed.route, Single):
+            assert placed.prefill.role is Role.COLOCATED
+        else:
+            decodes[placed.decode.instance_id] += 1
+            pairings.add(str(placed.route))
+        stage.clock.advance(0.5)
+        stage.placer.prefilled(placed, 0)
+        stage.placer.ended(placed, is_answered=True)
+    assert len(prefills) == counts[0] + counts[2]
+    assert len(decodes) == counts[1]
+    for shares in (prefills, decodes):
+        assert not shares or max(shares.values()) <= 1.3 * min(shares.values())
+    if policy == "round_robin" and counts == (2, 2, 0):
+        assert len(pairings) == 4
+
+
+@pytest.mark.parametrize("counts", [(0, 0, 0), (3, 0, 0), (0, 3, 0)])
+def test_half_a_pair_is_no_place(counts: tuple[int, int, int]) -> None:
+    assert Stage().placer.place(everyone(*counts), prompt()) is None

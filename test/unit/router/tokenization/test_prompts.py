@@ -1,0 +1,200 @@
+"""What the router reads of a request: tokens, namespaces, sessions; and who confirms its tokenizer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from memserve.core.block_keys import Namespace, page_keys
+from memserve.core.ids import InstanceId
+from memserve.router.proxy.validation import Limits, read_call
+from memserve.router.request import Api, Call
+from memserve.router.tokenization.prompts import (
+    NO_PAGES,
+    OUTPUT_TOKENS,
+    PromptReader,
+    namespace_of,
+    output_tokens_of,
+    session_of,
+)
+from memserve.router.tokenization.tokenizers import NOT_WANTED, OFF, Tokenizers, Unfit
+
+from .token_harness import SglangServer, written_model
+
+Run = Callable[[Coroutine[Any, Any, None]], None]
+PAGE = 4
+A, B = InstanceId("a"), InstanceId("b")
+
+
+def call(body: dict[str, Any], api: Api = Api.GENERATE) -> Call:
+    return read_call(api, body, Limits(takes_empty_text=True), "rid")
+
+
+async def nobody(_: object) -> object:
+    return {"tokens": []}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return written_model(tmp_path_factory.mktemp("model"), "llama2")
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> SglangServer:
+    return SglangServer(model)
+
+
+async def admitted(server: SglangServer, model: Path, *names: InstanceId) -> Tokenizers:
+    tokenizers = Tokenizers(None)
+    for name in names:
+        await tokenizers.admit(name, "m", str(model), server.info, server.ask)
+    return tokenizers
+
+
+def test_a_text_becomes_the_servers_ids_and_their_keys(run: Run, server: SglangServer, model: Path) -> None:
+    async def test() -> None:
+        tokenizers = await admitted(server, model, A)
+        text = "The quick brown fox jumps over the lazy dog"
+        forwarded, prompt = await PromptReader(tokenizers).read(call({"text": text}), "m", PAGE, {})
+        ids = server.text_ids(text)
+        assert forwarded.body == {"input_ids": ids}
+        assert (prompt.num_tokens, prompt.unknown) == (len(ids), None)
+        assert [list(chain) for chain in prompt.chains] == [page_keys(ids, PAGE)]
+        assert tokenizers.reasons() == {}
+        tokenizers.close()
+
+    run(test())
+
+
+def test_an_instance_that_reads_otherwise_is_refused_by_name(
+    run: Run, server: SglangServer, model: Path
+) -> None:
+    async def test() -> None:
+        tokenizers = await admitted(server, model, A)
+        with pytest.raises(Unfit, match="tokenizer is not that of a"):
+            await tokenizers.admit(B, "m", str(model), {}, nobody)
+        _, prompt = await PromptReader(tokenizers).read(call({"text": "hello"}), "m", PAGE, {})
+        assert prompt.unknown is None, "the others are not touched by it"
+        tokenizers.close()
+
+    run(test())
+
+
+def test_without_anybody_to_confirm_it_nothing_is_guessed(
+    run: Run, server: SglangServer, model: Path
+) -> None:
+    async def test() -> None:
+        tokenizers = Tokenizers(str(model))
+        await tokenizers.admit(A, "m", "/nowhere", {}, nobody)
+        original = call({"text": "hello"})
+        forwarded, prompt = await PromptReader(tokenizers).read(original, "m", PAGE, {})
+        assert forwarded is original
+        assert prompt.unknown
+        assert "m" in tokenizers.reasons()
+        tokenizers.forget(A)
+        await tokenizers.admit(B, "m", "/nowhere", server.info, server.ask)
+        assert (await PromptReader(tokenizers).read(original, "m", PAGE, {}))[1].unknown is None
+        tokenizers.close()
+
+    run(test())
+
+
+def test_ids_need_no_tokenizer(run: Run) -> None:
+    async def test() -> None:
+        tokenizers = Tokenizers(OFF)
+        await tokenizers.admit(A, "m", "/nowhere", {}, nobody)
+        assert tokenizers.reasons() == {"m": NOT_WANTED}
+        reader = PromptReader(tokenizers)
+        assert (await reader.read(call({"input_ids": [1] * 9}), "m", PAGE, {}))[1].num_tokens == 9
+        assert (await reader.read(call({"text": "hello"}), "m", PAGE, {}))[1].unknown == NOT_WANTED
+        assert (await reader.read(call({"input_ids": [1] * 9}), "m", None, {}))[1].unknown == NO_PAGES
+        image = call({"input_ids": [1] * 9, "image_data": "x"})
+        assert (await reader.read(image, "m", PAGE, {}))[1].unknown
+
+    run(test())
+
+
+def test_of_a_batch_each_prompt_has_its_keys_and_salt(run: Run) -> None:
+    async def test() -> None:
+        body = {"input_ids": [[1] * 8, [1] * 8, [1] * 8], "cache_salt": ["x", "", "x"]}
+        _, prompt = await PromptReader(Tokenizers(OFF)).read(call(body), "m", PAGE, {})
+        plain, salted = page_keys([1] * 8, PAGE), page_keys([1] * 8, PAGE, Namespace(None, "x"))
+        assert [list(chain) for chain in prompt.chains] == [salted, plain, salted]
+        assert prompt.num_tokens == 24
+
+    run(test())
+
+
+@pytest.mark.parametrize(
+    ("body", "number", "namespace"),
+    [
+        ({}, None, None),
+        ({"cache_salt": "s"}, None, Namespace(None, "s")),
+        ({"extra_key": "e", "cache_salt": "s"}, None, Namespace("e", "s")),
+        ({"extra_key": ""}, None, Namespace("", None)),
+        ({"extra_key": ""}, 0, None),
+        ({"extra_key": ["e", "f"]}, 1, Namespace("f", None)),
+        ({"extra_key": ["e"]}, 1, None),
+        ({"cache_salt": 5}, None, None),
+    ],
+)
+def test_namespaces_are_read_as_sglang_reads_them(
+    body: dict[str, Any], number: int | None, namespace: Namespace | None
+) -> None:
+    assert namespace_of(body, number) == namespace
+
+
+def test_a_header_names_the_session_or_else_the_user() -> None:
+    assert session_of({}, {}) is None
+    assert session_of({"user": "u"}, {}) == session_of({}, {"x-session-id": "u"}) is not None
+    assert session_of({"user": "u"}, {"x-session-id": "s"}) == session_of({}, {"x-user-id": "s"})
+    assert session_of({"user": 5}, {}) is None
+
+
+@pytest.mark.parametrize(
+    ("api", "body", "expected"),
+    [
+        (Api.GENERATE, {"text": "a", "sampling_params": {"max_new_tokens": 7}}, 7),
+        (Api.GENERATE, {"text": "a"}, OUTPUT_TOKENS),
+        (Api.COMPLETIONS, {"prompt": "a", "max_tokens": 9}, 9),
+        (Api.COMPLETIONS, {"prompt": "a", "max_tokens": 10**9}, OUTPUT_TOKENS),
+    ],
+)
+def test_the_answers_length_is_what_the_request_allows(api: Api, body: dict[str, Any], expected: int) -> None:
+    assert output_tokens_of(call(body, api)) == expected
+
+
+def test_by_text_nothing_is_tokenized_and_what_servers_tell_is_used(
+    run: Run, server: SglangServer, model: Path
+) -> None:
+    async def test() -> None:
+        reader = PromptReader(await admitted(server, model, A), "text")
+        long = call({"text": "word " * 500})
+        sent, prompt = await reader.read(long, "m", PAGE, {})
+        assert sent is long
+        assert (prompt.by_text, prompt.unknown) == (True, None)
+        keys = page_keys(list(range(400)), PAGE)
+        reader.memory.named("rid", keys)
+        _, again = await reader.read(long, "m", PAGE, {})
+        assert not again.by_text
+        assert again.chains[0] == keys[: len(again.chains[0])]
+        assert len(again.chains[0]) > 0.7 * len(keys)
+        ids = call({"input_ids": [1, 2, 3, 4]})
+        assert (await reader.read(ids, "m", PAGE, {}))[1].chains == (page_keys([1, 2, 3, 4], PAGE),)
+
+    run(test())
+
+
+def test_unknown_tokens_are_looked_up_by_text_unless_that_is_not_wanted(run: Run) -> None:
+    async def test() -> None:
+        long = call({"text": "word " * 500})
+        for keys, by_text in (("auto", True), ("tokens", False)):
+            reader = PromptReader(Tokenizers(OFF), keys)  # type: ignore[arg-type]
+            _, prompt = await reader.read(long, "m", PAGE, {})
+            assert (prompt.by_text, bool(prompt.chains)) == (by_text, by_text)
+            assert prompt.unknown is not None
+
+    run(test())

@@ -1,0 +1,127 @@
+"""What the router knows of texts whose tokens only the servers know."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memserve.core.block_keys import BlockKey, page_keys
+from memserve.router.proxy.validation import Limits, read_call
+from memserve.router.request import Api
+from memserve.router.tokenization import text_key_cache as text_memory
+from memserve.router.tokenization.text_key_cache import TextMemory
+from memserve.router.tokenization.text_keys import BLOCK_TOKENS, BYTES_PER_TOKEN, text_chain
+
+CHUNK = BLOCK_TOKENS * BYTES_PER_TOKEN
+PAGE = 16
+CALL = read_call(Api.GENERATE, {"text": "x"}, Limits(), "rid")
+DENSITIES = (1, 4, 16)
+"""Bytes per token: a text's chunks need not be alike."""
+
+Text = list[tuple[int, int]]
+"""Chunks: which one, and its density."""
+texts = st.lists(st.tuples(st.integers(0, 2), st.sampled_from(DENSITIES)), min_size=1, max_size=6)
+
+
+def written(text: Text) -> bytes:
+    return b"".join(bytes([16 * which + density]) * CHUNK for which, density in text)
+
+
+def pages(text: Text) -> list[BlockKey]:
+    """As a server with a tokenizer would name them."""
+    ids = [16 * which + density for which, density in text for _ in range(CHUNK // density)]
+    return page_keys(ids, PAGE)
+
+
+def chain(text: Text) -> list[BlockKey]:
+    return text_chain(written(text), CALL, None)
+
+
+class Router:
+    """A memory, and prompts that went by it."""
+
+    def __init__(self) -> None:
+        self.memory = TextMemory()
+        self.num_asked = 0
+
+    def serve(self, text: Text) -> None:
+        self.num_asked += 1
+        self.memory.asked(f"r{self.num_asked}", chain(text), len(written(text)))
+        self.memory.named(f"r{self.num_asked}", pages(text))
+
+    def known(self, text: Text) -> list[BlockKey]:
+        return list(self.memory.keys_of(chain(text)))
+
+
+def shared(one: list[BlockKey], other: list[BlockKey]) -> int:
+    return next(
+        (i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other))
+    )
+
+
+@given(texts)
+def test_a_text_that_was_named_is_known_whole(text: Text) -> None:
+    router = Router()
+    assert router.known(text) == []
+    router.serve(text)
+    assert router.known(text) == pages(text)
+
+
+@given(texts, texts)
+def test_the_next_turn_is_known_as_far_as_the_last(first: Text, more: Text) -> None:
+    router = Router()
+    router.serve(first)
+    known = router.known(first + more)
+    # What goes on as nothing that was named is known to the end of what was.
+    assert known == pages(first)
+    router.serve(first + more)
+    assert router.known(first + more) == pages(first + more)
+
+
+@given(texts, texts, texts, texts)
+def test_where_texts_part_is_learnt_from_two_of_them(begin: Text, one: Text, two: Text, three: Text) -> None:
+    one, two, three = [(3, 4), *one], [(4, 4), *two], [(5, 4), *three]
+    router = Router()
+    router.serve(begin + one)
+    router.serve(begin + two)
+    known = router.known(begin + three)
+    assert known == pages(begin + three)[: len(known)]
+    assert len(known) == shared(pages(begin + one), pages(begin + two))
+
+
+def test_before_that_a_part_has_its_share() -> None:
+    router = Router()
+    whole: Text = [(i % 3, 4) for i in range(4)]
+    router.serve([*whole, *whole])
+    assert router.known([*whole, (9, 4)]) == pages(whole)
+
+
+def test_only_what_was_asked_for_is_learnt_and_once() -> None:
+    memory, text = TextMemory(), [(1, 4)]
+    memory.named("stranger", pages(text))
+    assert memory.keys_of(chain(text)) == ()
+    memory.asked("r", chain(text), CHUNK)
+    memory.named("r", pages(text))
+    memory.named("r", [])
+    assert list(memory.keys_of(chain(text))) == pages(text)
+
+
+def test_a_text_shorter_than_a_chunk_is_nobodys() -> None:
+    memory = TextMemory()
+    memory.asked("r", [], 10)
+    memory.named("r", pages([(1, 4)]))
+    assert len(memory) == 0
+
+
+def test_memory_is_bounded_and_the_latest_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_memory, "MAX_ASKED", 3)
+    memory = TextMemory(max_chunks=4)
+    for number in range(10):
+        memory.asked(f"r{number}", chain([(number, 4), (0, 4)]), 2 * CHUNK)
+    for number in range(10):
+        memory.named(f"r{number}", pages([(number, 4), (0, 4)]))
+    assert len(memory) == 4
+    assert not memory.keys_of(chain([(6, 4)]))  # nobody remembers having asked
+    assert not memory.keys_of(chain([(7, 4)]))
+    assert memory.keys_of(chain([(9, 4)]))

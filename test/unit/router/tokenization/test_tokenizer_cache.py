@@ -1,0 +1,141 @@
+"""A cache of pieces never changes what a text is tokenized to."""
+
+from __future__ import annotations
+
+from functools import cache
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as Backend
+
+from memserve.router.tokenization.chat_messages import Chat
+from memserve.router.tokenization.chat_template import ChatTemplate
+from memserve.router.tokenization.token_encoder import Encoder
+
+from .token_harness import CHATML, CORPUS, MODELS, byte_level, framed
+
+TOKENS = [
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|endoftext|>",
+    "<|im",
+    "|>",
+    "a|>b",
+    "<s>",
+    "</s>",
+    "[INST]",
+    "[/INST]",
+    "<think>",
+    "<tool_call>",
+    "<|begin_of_text|>",
+    "<|start_header_id|>",
+    "<|eot_id|>",
+    "<|user|>",
+    "<|end|>",
+]
+WORDS = [
+    "Hello",
+    " world",
+    "  ",
+    "\n\n",
+    "it's",
+    "123456",
+    "cafe\u0301",
+    "<think>\u0338",  # composed, its last character is no ">": this is no token
+    "日本",
+    "🙂",
+    "▁",
+    "<",
+    "|",
+    ">",
+    "a",
+    "b",
+]
+TEXTS = st.lists(st.sampled_from(TOKENS + WORDS) | st.text(max_size=5), max_size=12).map("".join)
+SMALL_CACHE = 8 * 64
+
+
+@cache
+def backend(model: str) -> Backend:
+    """What the encoders are held against; they have one each of their own."""
+    return MODELS[model]()[0]
+
+
+@cache
+def encoder(model: str, cache_tokens: int) -> Encoder:
+    return Encoder(Backend.from_str(backend(model).to_str()), cache_tokens=cache_tokens)
+
+
+@pytest.mark.parametrize("model", MODELS)
+@settings(max_examples=150, deadline=None)
+@given(texts=st.lists(TEXTS, min_size=1, max_size=4), framed=st.booleans())
+def test_any_texts_have_the_ids_of_the_whole(model: str, texts: list[str], framed: bool) -> None:
+    for text in [*texts, *texts, "".join(texts)]:
+        expected = backend(model).encode(text, add_special_tokens=framed).ids
+        for cache_tokens in (0, SMALL_CACHE, 1 << 20):
+            assert encoder(model, cache_tokens).encode(text, framed=framed).ids.tolist() == expected
+
+
+@pytest.mark.parametrize("model", MODELS)
+@settings(max_examples=50, deadline=None)
+@given(contents=st.lists(TEXTS, min_size=1, max_size=8))
+def test_any_growing_history_has_the_ids_of_the_whole(model: str, contents: list[str]) -> None:
+    template = ChatTemplate(CHATML, {})
+    messages: list[dict[str, object]] = []
+    for number, content in enumerate(contents):
+        messages.append({"role": ("user", "assistant")[number % 2], "content": content})
+        text = template.render(Chat(messages, None, {}, None)).text
+        expected = backend(model).encode(text, add_special_tokens=False).ids
+        assert encoder(model, 1 << 20).encode(text, framed=False).ids.tolist() == expected
+
+
+def test_what_was_seen_is_counted_as_cached() -> None:
+    encoder = Encoder(byte_level("<|im_end|>"))
+    first = encoder.encode("one<|im_end|>two", framed=False)
+    second = encoder.encode("one<|im_end|>three", framed=False)
+    assert first.cached == 0
+    assert second.cached == len(encoder.encode("one", framed=False).ids)
+
+
+def test_the_result_is_the_callers() -> None:
+    encoder = Encoder(byte_level("<|im_end|>"))
+    for _ in range(2):
+        encoded = encoder.encode("one", framed=False)
+        expected = encoded.ids.tolist()
+        encoded.ids.append(0)
+        assert encoder.encode("one", framed=False).ids.tolist() == expected
+
+
+def test_a_full_cache_drops_what_was_not_used_longest() -> None:
+    encoder = Encoder(byte_level("<|im_end|>"), cache_tokens=400)  # room for ten short pieces
+    encoder.encode("kept", framed=False)
+    for number in range(30):
+        encoder.encode(f"other {number}", framed=False)
+        assert encoder.encode("kept", framed=False).cached
+    assert not encoder.encode("other 0", framed=False).cached
+    assert encoder.encode("other 29", framed=False).cached
+
+
+def test_a_text_that_would_fill_the_cache_is_not_kept() -> None:
+    encoder = Encoder(byte_level("<|im_end|>"), cache_tokens=400)
+    for _ in range(2):
+        assert not encoder.encode("".join(CORPUS), framed=False).cached
+
+
+def test_a_token_that_looks_around_forbids_cuts() -> None:
+    encoder = Encoder(byte_level("<|im_end|>", AddedToken("<|user|>", rstrip=True)))
+    encoder.encode("one<|im_end|>two", framed=False)
+    assert encoder.encode("one<|im_end|>three", framed=False).cached == 0
+    assert encoder.encode("one<|im_end|>two", framed=False).cached
+
+
+def test_the_frame_of_a_text_stands_around_cached_pieces() -> None:
+    backend = framed(byte_level("<s>", "</s>", "<|im_end|>"), "<s> $A </s>", "<s>", "</s>")
+    first, last = backend.token_to_id("<s>"), backend.token_to_id("</s>")
+    encoder = Encoder(backend)
+    bare = encoder.encode("one<|im_end|>two", framed=False).ids.tolist()
+    encoded = encoder.encode("one<|im_end|>two", framed=True)
+    assert encoded.ids.tolist() == [first, *bare, last]
+    assert encoded.cached == len(bare) - 1

@@ -1,0 +1,410 @@
+"""ClusterTree, rule by rule; `test_prompt_tree_model.py` has all of them together."""
+
+from __future__ import annotations
+
+import random
+import tracemalloc
+from collections.abc import Sequence
+from functools import reduce
+from operator import xor
+
+import pytest
+
+from memserve.core.block_addr import Tier
+from memserve.core.block_keys import BlockKey, page_keys
+from memserve.core.cache_events import CacheEvent, Removed, Snapshot, Stored
+from memserve.core.ids import Epoch, InstanceId
+from memserve.scheduling.prompt_tree.tree import BYTES_PER_BLOCK, MAX_CHAIN_BLOCKS, ClusterTree, Depth, Held
+from memserve.testing.fake_clock import FakeClock
+
+ANN, BOB, CYD = InstanceId("ann"), InstanceId("bob"), InstanceId("cyd")
+EPOCH = Epoch(7)
+HBM, DRAM, REMOTE = Tier.HBM, Tier.DRAM, Tier.REMOTE
+
+
+def keys(prompt: str) -> list[BlockKey]:
+    """A block per letter."""
+    return page_keys([ord(letter) for letter in prompt], 1)
+
+
+def stored(sequence: int, prompt: str, tier: Tier = HBM, start: int = 0) -> Stored:
+    chain = keys(prompt)
+    return Stored(sequence, tier, chain[start - 1] if start else None, tuple(chain[start:]))
+
+
+def removed(sequence: int, prompt: str, num_blocks: int, tier: Tier = HBM) -> Removed:
+    return Removed(sequence, tier, tuple(reversed(keys(prompt)[-num_blocks:])))
+
+
+def tree_of(*reports: tuple[InstanceId, Sequence[CacheEvent]], max_blocks: int | None = None) -> ClusterTree:
+    tree = ClusterTree(max_blocks=max_blocks)
+    for instance, events in reports:
+        tree.join(instance, EPOCH)
+        assert tree.apply(instance, EPOCH, events)
+    return tree
+
+
+@pytest.mark.parametrize(
+    ("events", "depth"),
+    [
+        ([stored(1, "abc")], Depth(3, 3)),
+        ([stored(1, "abc", DRAM)], Depth(0, 3)),
+        ([stored(1, "ab"), stored(2, "abcd", DRAM)], Depth(2, 4)),
+        ([stored(1, "abcd"), stored(2, "ab", DRAM)], Depth(4, 4)),
+        ([stored(1, "ab"), stored(2, "abcd", HBM, start=2)], Depth(4, 4)),
+        ([stored(1, "abcd"), removed(2, "abcd", 2)], Depth(2, 2)),
+        ([stored(1, "abcd", DRAM), stored(2, "abcd"), removed(3, "abcd", 3)], Depth(1, 4)),
+        ([stored(1, "abcde"), Removed(2, HBM, tuple(keys("abcde")[2:]))], Depth(2, 2)),
+        ([stored(1, "abcde"), Removed(2, HBM, tuple(keys("abc")[2:]))], Depth(2, 2)),
+        ([stored(1, "abc"), stored(2, "abd"), Removed(3, HBM, (keys("abd")[2], keys("ab")[1]))], Depth(1, 1)),
+        ([stored(1, "abxy"), stored(2, "abcd"), removed(3, "abxy", 2)], Depth(4, 4)),
+        ([stored(1, "abxy")], Depth(2, 2)),
+        ([stored(1, "abcd", REMOTE)], None),
+        ([stored(1, "xbcd")], None),
+        ([stored(1, "abcd"), removed(2, "abcd", 4)], None),
+    ],
+)
+def test_depth_is_what_is_held_from_the_front(events: list[CacheEvent], depth: Depth | None) -> None:
+    others = [stored(1, "abcdefgh", DRAM)]
+    tree = tree_of((ANN, events), (BOB, others), (CYD, []))
+    assert tree.depths(keys("abcde")) == {BOB: Depth(0, 5)} | ({ANN: depth} if depth else {})
+    assert tree.depths([]) == {}
+
+
+def test_as_many_depths_as_instances_are_told_apart() -> None:
+    prompt = "".join(map(chr, range(1000, 1300)))
+    names = [InstanceId(f"i{n}") for n in range(300)]
+    tree = tree_of(*((name, [stored(1, prompt[: n + 1])]) for n, name in enumerate(names)))
+    assert tree.depths(keys(prompt)) == {name: Depth(n + 1, n + 1) for n, name in enumerate(names)}
+    assert tree.depths(keys(prompt[:150] + "x"))[names[-1]] == Depth(150, 150)
+
+
+def test_nothing_after_a_gap_is_applied_and_what_was_missing_repairs_it() -> None:
+    tree = tree_of((ANN, [stored(1, "ab")]))
+    late = stored(2, "abc", HBM, start=2)
+    assert not tree.apply(ANN, EPOCH, [stored(3, "xy"), stored(4, "z")])
+    assert not tree.apply(ANN, EPOCH, [stored(3, "xy")])
+    assert tree.depths(keys("xy")) == tree.depths(keys("z")) == {}
+    assert tree.apply(ANN, EPOCH, [late, stored(3, "xy")])
+    assert tree.depths(keys("abc")) == {ANN: Depth(3, 3)}
+    assert tree.depths(keys("xy")) == {ANN: Depth(2, 2)}
+    assert tree.stats().counters.gaps == 2
+
+
+def test_events_that_come_again_are_left_out() -> None:
+    tree = tree_of((ANN, [stored(1, "abc"), removed(2, "abc", 1)]))
+    assert tree.apply(ANN, EPOCH, [stored(1, "abc"), removed(2, "abc", 1), stored(1, "abc")])
+    assert tree.depths(keys("abc")) == {ANN: Depth(2, 2)}
+    assert tree.stats().counters.repeated == 3
+
+
+def test_a_snapshot_is_all_that_is_held_and_events_go_on_from_it() -> None:
+    tree = tree_of((ANN, [stored(1, "abc"), stored(2, "xyz")]), (BOB, [stored(1, "xyz")]))
+    tree.reset(ANN, EPOCH, Snapshot(9, (stored(0, "abcd", DRAM), stored(0, "ab"))))
+    assert tree.depths(keys("abcd")) == {ANN: Depth(2, 4)}
+    assert tree.depths(keys("xyz")) == {BOB: Depth(3, 3)}
+    assert tree.apply(ANN, EPOCH, [stored(9, "q"), stored(10, "xy")])
+    assert tree.depths(keys("xyz")) == {ANN: Depth(2, 2), BOB: Depth(3, 3)}
+    tree.reset(ANN, EPOCH, Snapshot(9, ()))
+    assert tree.depths(keys("xyz"))[ANN] == Depth(2, 2), "an older snapshot is left out"
+    assert tree.stats().counters.resets == 1
+
+
+def test_only_the_living_epoch_is_heard() -> None:
+    tree = tree_of((ANN, [stored(1, "ab")]))
+    assert not tree.apply(ANN, Epoch(6), [stored(2, "abc")])
+    assert not tree.apply(BOB, EPOCH, [stored(1, "abc")])
+    tree.reset(ANN, Epoch(6), Snapshot(9, ()))
+    tree.reset(BOB, EPOCH, Snapshot(9, (stored(0, "ab"),)))
+    assert tree.depths(keys("abc")) == {ANN: Depth(2, 2)}
+    assert tree.stats().counters.unknown == 4
+    tree.join(ANN, EPOCH)
+    assert tree.depths(keys("abc")) == {ANN: Depth(2, 2)}, "joining again changes nothing"
+    tree.join(ANN, Epoch(8))
+    assert tree.depths(keys("abc")) == {}
+    assert tree.apply(ANN, Epoch(8), [stored(1, "a")])
+
+
+def test_who_leaves_is_gone_at_once_and_its_memory_follows() -> None:
+    prompts = [f"sys{n:04}" for n in range(2000)]
+    events = [stored(n + 1, prompt) for n, prompt in enumerate(prompts)]
+    tree = tree_of((ANN, events), (BOB, events[:1]), (CYD, []))
+    tree.leave(ANN)
+    tree.leave(ANN)
+    assert tree.depths(keys(prompts[0])) == {BOB: Depth(7, 7)}
+    assert tree.depths(keys(prompts[1])) == {BOB: Depth(6, 6)}
+    assert tree.stats().instances == {BOB: Held(7, 0), CYD: Held(0, 0)}
+    for n in range(100):
+        assert tree.apply(CYD, EPOCH, [Removed(n + 1, HBM, ())])
+    stats = tree.stats()
+    assert (stats.blocks, stats.holdings, stats.holder_sets) == (7, 7, 2)
+    tree.join(ANN, Epoch(9))
+    assert tree.apply(ANN, Epoch(9), [stored(1, prompts[1])])
+    assert tree.depths(keys(prompts[1]))[ANN] == Depth(7, 7)
+    assert tree.stats().blocks == 8
+
+
+def test_what_was_dispatched_counts_until_it_is_reported_or_late() -> None:
+    clock = FakeClock()
+    tree = ClusterTree(clock=clock)
+    for instance in (ANN, BOB):
+        tree.join(instance, EPOCH)
+    assert tree.apply(ANN, EPOCH, [stored(1, "ab", DRAM)])
+    tree.expect(ANN, keys("abcd"), clock() + 5)
+    tree.expect(BOB, keys("ab"), clock() + 9)
+    tree.expect(CYD, keys("ab"), clock() + 9)
+    assert tree.depths(keys("abcde")) == {ANN: Depth(0, 4), BOB: Depth(0, 2)}
+    assert tree.apply(ANN, EPOCH, [stored(2, "abc", DRAM, start=2), removed(3, "abc", 1, DRAM)])
+    assert tree.depths(keys("abcd"))[ANN] == Depth(0, 2), "reported, and gone since"
+    assert tree.depths(keys("abxx"))[BOB] == Depth(0, 2)
+    clock.advance(9)
+    assert tree.depths(keys("abcd")) == {ANN: Depth(0, 2)}
+    tree.tidy()
+    assert tree.stats().expected == 0
+
+
+def test_what_is_expected_again_counts_until_the_later_time() -> None:
+    clock = FakeClock()
+    tree = ClusterTree(clock=clock)
+    tree.join(ANN, EPOCH)
+    tree.expect(ANN, keys("abc"), clock() + 5)
+    tree.expect(ANN, keys("ab"), clock() + 2)
+    tree.expect(ANN, keys("a"), clock() + 9)
+    for passed_s, depth in ((2, 3), (3, 1), (3, 1)):
+        clock.advance(passed_s)
+        tree.tidy()
+        assert tree.depths(keys("abc")) == {ANN: Depth(0, depth)}
+    tree.leave(ANN)
+    tree.join(ANN, EPOCH)
+    assert tree.depths(keys("abc")) == {}
+
+
+def test_a_silent_worker_has_what_it_was_sent_within_capacity_and_ttl() -> None:
+    clock = FakeClock()
+    tree = ClusterTree(clock=clock)
+    tree.mirror(ANN, capacity_blocks=5, ttl_s=60)
+    assert tree.depths(keys("abc")) == {}
+    tree.learn(ANN, keys("abc"))
+    tree.learn(BOB, keys("abc"))
+    assert tree.depths(keys("abc")) == {ANN: Depth(3, 3)}
+    clock.advance(30)
+    tree.learn(ANN, keys("axy"))
+    assert tree.depths(keys("abc")) == {ANN: Depth(3, 3)}
+    tree.learn(ANN, keys("axyz"))
+    assert tree.depths(keys("abc")) == {ANN: Depth(2, 2)}, "the tail used longest ago has gone"
+    assert tree.depths(keys("axyz")) == {ANN: Depth(4, 4)}
+    clock.advance(30)
+    assert tree.depths(keys("abc")) == {ANN: Depth(1, 1)}, "a is in what came later"
+    assert tree.depths(keys("axyz")) == {ANN: Depth(4, 4)}
+    tree.learn(ANN, keys("qrstuvw"))
+    assert tree.depths(keys("qrstuvw")) == {ANN: Depth(5, 5)}
+    assert tree.depths(keys("axyz")) == {}
+    clock.advance(60)
+    assert tree.depths(keys("qrstuvw")) == {}
+    assert tree.stats().blocks == 0
+    assert not tree.apply(ANN, EPOCH, [stored(1, "a")]), "until it joins"
+    with pytest.raises(ValueError, match="no mirror"):
+        tree.mirror(ANN, capacity_blocks=0, ttl_s=60)
+
+
+def test_the_tails_used_longest_ago_are_forgotten_first() -> None:
+    tree = tree_of((ANN, [stored(1, "abcd"), stored(2, "abxy"), stored(3, "pqrs")]), max_blocks=10)
+    tree.depths(keys("abc"))
+    assert tree.apply(ANN, EPOCH, [stored(4, "k")])
+    assert tree.depths(keys("abcd"))[ANN].total == 3, "d was used before c"
+    tree.depths(keys("abxy"))
+    assert tree.apply(ANN, EPOCH, [stored(5, "lmn")])
+    assert tree.stats().blocks == 10
+    assert tree.depths(keys("pqrs"))[ANN].total == 1
+    assert tree.depths(keys("abxy"))[ANN].total == 4
+    assert tree.apply(ANN, EPOCH, [stored(6, "0123456789abcdef")])
+    assert tree.depths(keys("0123456789abcdef")) == {ANN: Depth(10, 10)}
+    assert tree.stats().counters.forgotten == 1 + 3 + 6 + 10
+
+
+def test_the_budget_holds_however_many_unique_prompts_come() -> None:
+    tree = tree_of((ANN, []), (BOB, []), max_blocks=1000)
+    tree.mirror(CYD, capacity_blocks=None, ttl_s=60)
+    shared = keys("system prompt")
+    for n in range(10_000):
+        chain = tuple(shared + page_keys([*range(13), n + 5000, n], 1)[13:])
+        tree.depths(shared)
+        assert tree.apply((ANN, BOB)[n % 2], EPOCH, [Stored(n // 2 + 1, (HBM, DRAM)[n % 3 > 0], None, chain)])
+        if n % 5 == 0:
+            tree.learn(CYD, chain)
+        assert tree.stats().blocks <= 1000
+    assert tree.depths(shared)[ANN].total == len(shared)
+    assert tree.stats().blocks > 700
+    assert tree.stats().counters.forgotten > 18_000
+
+
+def test_distinct_sets_of_holders_are_within_the_budget_too() -> None:
+    names = [InstanceId(f"i{n}") for n in range(12)]
+    tree = tree_of(*((name, []) for name in names), max_blocks=4000)
+    sequences = dict.fromkeys(names, 0)
+    for n in range(1, 3000):
+        for bit, name in enumerate(names):
+            if n >> bit & 1:
+                sequences[name] += 1
+                assert tree.apply(name, EPOCH, [Stored(sequences[name], HBM, None, tuple(page_keys([n], 1)))])
+    assert tree.stats().holder_sets <= 1024
+    assert tree.depths(page_keys([2999], 1)).keys() == {
+        name for bit, name in enumerate(names) if 2999 >> bit & 1
+    }
+
+
+def test_a_block_takes_the_memory_that_is_promised() -> None:
+    tree = tree_of((ANN, []), (BOB, []), max_blocks=200_000)
+    rng = random.Random(0)
+    tracemalloc.start()
+    try:
+        for n in range(200_000 // 100):
+            chain = tuple(BlockKey(rng.randbytes(32)) for _ in range(100))
+            tree.apply(ANN, EPOCH, [Stored(n + 1, HBM, None, chain)])
+            tree.apply(BOB, EPOCH, [Stored(n + 1, DRAM, None, chain)])
+        del chain
+        taken = tracemalloc.get_traced_memory()[0] / 200_000
+    finally:
+        tracemalloc.stop()
+    assert tree.stats().blocks == 200_000
+    assert 0.75 * BYTES_PER_BLOCK < taken < 1.25 * BYTES_PER_BLOCK
+
+
+def test_the_budget_is_of_bytes_whatever_the_blocks_are_there_for() -> None:
+    """Reported, learned and expected ones, and each by other holders than the one before."""
+    tree = tree_of(*((InstanceId(f"i{n}"), []) for n in range(40)), max_blocks=6000)
+    for n in range(4):
+        tree.mirror(InstanceId(f"m{n}"), capacity_blocks=None, ttl_s=60)
+    rng = random.Random(0)
+    tracemalloc.start()
+    try:
+        for n in range(800):
+            chain = tuple(BlockKey(rng.randbytes(32)) for _ in range(20))
+            for name in (f"i{n % 40}", f"i{n % 37}"):
+                sequence = tree.compare(InstanceId(name), Snapshot(0, ())).behind * -1 + 1
+                assert tree.apply(InstanceId(name), EPOCH, [Stored(sequence, DRAM, None, chain)])
+            tree.learn(InstanceId(f"m{n % 4}"), chain[:10])
+            tree.expect(ANN, chain, 0.0)
+            tree.expect(InstanceId(f"i{n % 7}"), tuple(BlockKey(rng.randbytes(32)) for _ in range(5)), 1e12)
+        del chain
+        taken = tracemalloc.get_traced_memory()[0]
+    finally:
+        tracemalloc.stop()
+    assert taken < 1.25 * 6000 * BYTES_PER_BLOCK
+    assert tree.stats().blocks > 1000
+    assert tree.stats().expected > 1000
+
+
+ABC = keys("abc")
+HOSTILE: list[CacheEvent] = [
+    stored(2, "abcdef", HBM, start=5),
+    stored(2, "zzz", HBM, start=1),
+    Stored(2, HBM, None, (ABC[0], ABC[0])),
+    Stored(2, HBM, None, (*keys("xy"), keys("x")[0])),
+    Stored(2, HBM, None, (ABC[2], ABC[1], ABC[0])),
+    Stored(2, HBM, ABC[2], (ABC[0],)),
+    Stored(2, HBM, ABC[0], (ABC[2],)),
+    Stored(2, HBM, None, (BlockKey(b"short"),)),
+    Stored(2, HBM, None, (BlockKey(b""), BlockKey(b"x" * 1000))),
+    Stored(2, HBM, None, (BlockKey(b"x" * 32),) * (MAX_CHAIN_BLOCKS + 1)),
+    Stored(2, HBM, None, ()),
+    Stored(2, HBM, BlockKey(b"x" * 32), ()),
+    Removed(2, HBM, tuple(keys("nobody has this"))),
+    Removed(2, HBM, (BlockKey(b""),)),
+    Removed(2, DRAM, tuple(ABC)),
+    Stored(-5, HBM, None, tuple(keys("xyz"))),
+    Stored(1 << 80, HBM, None, tuple(keys("xyz"))),
+    stored(2, "abc", REMOTE),
+]
+
+
+@pytest.mark.parametrize("event", HOSTILE)
+@pytest.mark.parametrize("max_blocks", [None, 6])
+def test_what_is_broken_changes_nothing_for_others(event: CacheEvent, max_blocks: int | None) -> None:
+    tree = tree_of((ANN, [stored(1, "abc")]), (BOB, [stored(1, "abcd")]), max_blocks=max_blocks)
+    tree.apply(ANN, EPOCH, [event])
+    depths = tree.depths(keys("abcd"))
+    assert depths[BOB] == Depth(4, 4)
+    assert depths[ANN] == Depth(3, 3)
+    assert tree.depths(keys("xyz")) in ({}, {ANN: Depth(2, 2)})
+    assert tree.apply(BOB, EPOCH, [stored(2, "abcde", HBM, start=4)])
+    assert tree.depths(keys("abcde"))[BOB] == Depth(5, 5)
+
+
+def test_what_is_refused_is_counted() -> None:
+    tree = tree_of(
+        (ANN, [stored(1, "abc"), stored(2, "axcdef", HBM, start=4), stored(3, "ax", DRAM, start=1)])
+    )
+    tree.apply(ANN, EPOCH, [Stored(4, HBM, None, (BlockKey(b"short"),) * 3)])
+    counters = tree.stats().counters
+    assert (counters.orphans, counters.refused) == (2 + 1, 3)
+
+
+def test_lies_of_one_instance_never_lengthen_anothers_depth() -> None:
+    """Whatever chains an instance makes up of keys that exist."""
+    rng = random.Random(1)
+    universe = [one for prompt in ("abcd", "abxy", "pqrs", "aq") for one in keys(prompt)]
+    for _ in range(300):
+        tree = tree_of((ANN, []), (BOB, []))
+        truth: dict[str, int] = {}
+        for n in range(1, 12):
+            chain = tuple(rng.choices(universe, k=rng.randrange(4)))
+            parent = rng.choice([None, *universe])
+            lie = rng.choice([Stored(n, HBM, parent, chain), Removed(n, HBM, chain)])
+            assert tree.apply(ANN, EPOCH, [lie])
+            prompt = rng.choice(["abcd", "abxy", "pqrs"])
+            truth[prompt] = 4
+            assert tree.apply(BOB, EPOCH, [stored(n, prompt)])
+            for asked in ("abcd", "abxy", "pqrs"):
+                shared = 2 if asked[0] == "a" and truth.keys() & {"abcd", "abxy"} else 0
+                depths = tree.depths(keys(asked))
+                assert depths.get(BOB, Depth(0, 0)).total <= truth.get(asked, shared)
+                assert all(depth.near == depth.total for depth in depths.values())
+
+
+def test_a_snapshot_tells_how_true_the_tree_is() -> None:
+    tree = tree_of((ANN, [stored(1, "abcd"), stored(2, "ab", DRAM)]), (BOB, [stored(1, "abcdxyz")]))
+    exact = tree.compare(ANN, Snapshot(2, (stored(0, "abcd"), stored(0, "ab", DRAM), stored(0, "x", REMOTE))))
+    assert (exact.precision, exact.recall, exact.phantoms, exact.behind) == (1.0, 1.0, 0, 0)
+    other = tree.compare(ANN, Snapshot(2, (stored(0, "abxy"), stored(0, "abcd", DRAM))))
+    assert (other.held, other.reported, other.both, other.phantoms) == (6, 8, 4, 2)
+    assert (other.precision, other.recall) == (4 / 6, 4 / 8)
+    later = tree.compare(ANN, Snapshot(5, ()))
+    assert (later.behind, later.phantoms) == (3, 6)
+    assert tree.compare(CYD, Snapshot(1, (stored(0, "a"),))).recall == 0
+    assert tree.compare(BOB, Snapshot(1, (stored(0, "abcdxyz"),))).precision == 1
+
+
+def test_a_tree_of_no_blocks_is_refused() -> None:
+    with pytest.raises(ValueError, match="at least one block"):
+        ClusterTree(max_blocks=0)
+
+
+def test_what_was_forgotten_is_known_again_when_a_dispatched_prompt_grows() -> None:
+    tree = tree_of((ANN, [stored(1, "abcdef")]), max_blocks=32)
+    assert tree.apply(ANN, EPOCH, [stored(2, "0123456789ABCDEFGHIJKLMNOPQR")])
+    assert tree.depths(keys("abcdef"))[ANN].total == 4
+    tree.expect(ANN, keys("abcdefg"), until_s=float("inf"))
+    assert tree.apply(ANN, EPOCH, [stored(3, "abcdefg", HBM, start=6)])
+    assert tree.depths(keys("abcdefg")) == {ANN: Depth(7, 7)}
+    assert tree.stats().counters.orphans == 0
+    assert tree.stats().expected == 0
+
+
+def test_a_digest_is_of_the_blocks_that_are_held_by_tier_whatever_way_they_came() -> None:
+    tree = tree_of((ANN, [stored(1, "abcd"), stored(2, "abx", DRAM)]), (BOB, [stored(1, "abcdxyz", DRAM)]))
+
+    def digest(*prompts: str) -> tuple[int, int]:
+        names = {int.from_bytes(key[:8], "big") for prompt in prompts for key in keys(prompt)}
+        return len(names), reduce(xor, names, 0)
+
+    assert tree.digest(ANN) == {HBM: digest("abcd"), DRAM: digest("abx")}
+    assert tree.digest(BOB) == {HBM: (0, 0), DRAM: digest("abcdxyz")}
+    assert tree.digest(CYD) == {}
+    assert tree.apply(ANN, EPOCH, [removed(3, "abcd", 2), stored(4, "abef", start=2)])
+    assert tree.digest(ANN)[HBM] == digest("abef")
+    tree.leave(BOB)
+    tree.join(BOB, EPOCH)
+    assert tree.digest(BOB)[DRAM] == (0, 0)
+    tree.reset(ANN, EPOCH, Snapshot(9, (stored(0, "abx", DRAM), stored(0, "abcd", DRAM, start=2))))
+    assert tree.digest(ANN) == {HBM: (0, 0), DRAM: digest("abx", "abcd")}

@@ -1,0 +1,288 @@
+"""Who gets a request, as tables: situations and what follows from them."""
+
+from __future__ import annotations
+
+import heapq
+from collections import Counter
+from dataclasses import replace
+from random import Random
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from memserve.core.ids import InstanceId
+from memserve.scheduling.context import Candidate, Situation
+from memserve.scheduling.cost_model.model import GPU_COSTS, CostModel, Path
+from memserve.scheduling.decision import decide
+from memserve.scheduling.load_tracker import Ledger
+from memserve.scheduling.policy import DECODE_POLICIES, PREFILL_POLICIES
+from memserve.scheduling.prompt_tree.tree import Depth
+
+SLOW_NETWORK = replace(GPU_COSTS, remote=Path(2e-3, 1e8))
+
+
+def candidate(name: str, total: int = 0, near: int | None = None, **load: float) -> Candidate:
+    return Candidate(InstanceId(name), total if near is None else near, total, **load)  # type: ignore[arg-type]
+
+
+def situation(*prefills: Candidate, **fields: object) -> Situation:
+    """A prompt of 10 blocks of 512 tokens."""
+    return Situation(5120, 512, prefills, **fields)  # type: ignore[arg-type]
+
+
+def chosen(policy: str, *prefills: Candidate, **fields: object) -> str:
+    return decide(situation(*prefills, **fields), GPU_COSTS, policy).prefill
+
+
+@pytest.mark.parametrize(
+    ("candidates", "expected"),
+    [
+        pytest.param([candidate("a"), candidate("b", 8)], "b", id="history wins where nothing is queued"),
+        pytest.param([candidate("a"), candidate("b", 8, queued_s=9.0)], "a", id="a long queue loses it"),
+        pytest.param(
+            [candidate("a"), candidate("b", 8, queued_s=0.05)], "b", id="a queue shorter than the work saved"
+        ),
+        pytest.param([candidate("a", 8, near=0), candidate("b", 8)], "b", id="near blocks before DRAM's"),
+        pytest.param([candidate("a", 6), candidate("b", 8, near=0)], "b", id="DRAM before computing"),
+        pytest.param([candidate("a", recent_s=1.0), candidate("b")], "b", id="idle: the least recent work"),
+        pytest.param(
+            [candidate("a", 1, recent_s=90.0), candidate("b")],
+            "b",
+            id="one shared block does not win for ever",
+        ),
+        pytest.param([candidate("a", 9, recent_s=3.0), candidate("b")], "a", id="recent work counts little"),
+        pytest.param(
+            [candidate("a", 0, queued_s=0.3, queued=9), candidate("b", 9, queued_s=0.5, queued=9)],
+            "b",
+            id="much work behind many keeps others waiting",
+        ),
+    ],
+)
+def test_prompt_tree_weighs_load_and_locality_in_one_sum(candidates: list[Candidate], expected: str) -> None:
+    assert chosen("prompt_tree", *candidates) == expected
+    assert chosen("prompt_tree", *reversed(candidates), turn=1) == expected
+
+
+@pytest.mark.parametrize(
+    ("policy", "candidates", "expected"),
+    [
+        ("longest_prefix", [candidate("a"), candidate("b", 1, queued_s=99.0)], "b"),
+        ("least_load", [candidate("a", 9, queued_s=1.0), candidate("b", queued_s=0.9)], "b"),
+        ("least_load", [candidate("a", decode_batch=2), candidate("b", decode_batch=1)], "b"),
+        ("power_of_two", [candidate("a", queued_s=1.0), candidate("b")], "b"),
+        ("round_robin", [candidate("a"), candidate("b", 9)], "a"),
+    ],
+)
+def test_the_other_policies_look_at_one_thing(
+    policy: str, candidates: list[Candidate], expected: str
+) -> None:
+    assert chosen(policy, *candidates) == expected
+
+
+def test_round_robin_and_random_come_to_everyone() -> None:
+    names = [candidate(name) for name in "abcd"]
+    turns = [chosen("round_robin", *names, turn=turn) for turn in range(8)]
+    assert turns == list("abcd") * 2
+    drawn = Counter(chosen("random", *names, turn=turn) for turn in range(1000))
+    assert min(drawn.values()) > 200
+    assert drawn != Counter(chosen("random", *names, turn=turn, seed=1) for turn in range(1000))
+
+
+def test_power_of_two_never_takes_the_most_loaded() -> None:
+    names = [candidate(name, queued_s=load) for name, load in zip("abc", (3.0, 2.0, 1.0), strict=True)]
+    drawn = Counter(chosen("power_of_two", *names, turn=turn) for turn in range(300))
+    assert set(drawn) == {"b", "c"}
+
+
+def test_a_session_stays_and_moves_only_with_its_instance() -> None:
+    names = [candidate(name) for name in "abcd"]
+    homes = {session: chosen("session", *names, session=session) for session in range(200)}
+    assert min(Counter(homes.values()).values()) > 30
+    for session, home in homes.items():
+        assert chosen("session", *reversed(names), session=session, turn=7) == home
+        left = chosen("session", *names[1:], session=session)
+        assert left == home or home == "a"
+
+
+@pytest.mark.parametrize(
+    ("own", "other", "costs", "source"),
+    [
+        pytest.param(2, 9, GPU_COSTS, "b", id="moving beats computing"),
+        pytest.param(2, 9, SLOW_NETWORK, None, id="a slow network does not"),
+        pytest.param(9, 2, GPU_COSTS, None, id="nobody has more"),
+        pytest.param(10, 10, GPU_COSTS, None, id="as much is not more"),
+    ],
+)
+def test_a_fetch_has_to_pay(own: int, other: int, costs: CostModel, source: str | None) -> None:
+    decision = decide(situation(candidate("a", own), candidate("b", other, queued_s=60.0)), costs)
+    if own < other:
+        assert decision.prefill == "a"
+    assert decision.fetch_from == source
+
+
+def test_a_transfer_that_the_queue_hides_costs_nothing() -> None:
+    prefills = [candidate("a", 2), candidate("b", 9, queued_s=600.0)]
+    slow_s = SLOW_NETWORK.transfer_s(7 * 512, InstanceId("b"), InstanceId("a"))
+    for queued_s, source in ((0.0, None), (0.5 * slow_s, None), (slow_s, "b")):
+        prefills[0] = candidate("a", 2, queued_s=queued_s)
+        decision = decide(situation(*prefills), SLOW_NETWORK)
+        assert (decision.prefill, decision.fetch_from) == ("a", source)
+
+
+def test_the_holder_that_saves_most_is_fetched_from() -> None:
+    holders = (candidate("memory0", 7), candidate("memory1", 9))
+    decodes = (candidate("d", 8),)
+    prefills = (candidate("a"), candidate("b", 3, queued_s=60.0))
+    decision = decide(situation(*prefills, decodes=decodes, holders=holders), GPU_COSTS)
+    assert decision.fetch_from == "memory1"
+    assert decision.fetch is not None
+    assert decision.fetch.num_blocks == 9
+    assert decision.fetch.transfer_s <= decision.fetch.saved_s
+
+
+def test_a_measured_pair_supersedes_the_network_as_reckoned() -> None:
+    slow = {(InstanceId("b"), InstanceId("a"), tier): Path(0.0, 1e6) for tier in (0, 1)}
+    costs = replace(GPU_COSTS, pairs=slow)  # type: ignore[arg-type]
+    prefills = (candidate("a"), candidate("b", 9, queued_s=60.0), candidate("c", 8, queued_s=60.0))
+    assert decide(situation(*prefills), costs).fetch_from == "c"
+
+
+@pytest.mark.parametrize(
+    ("decodes", "expected"),
+    [
+        ([candidate("a"), candidate("b", 8)], "b"),
+        ([candidate("a"), candidate("b", 8, decode_batch=64, context_tokens=500_000)], "a"),
+        ([candidate("a", decode_batch=9), candidate("b", decode_batch=8)], "b"),
+    ],
+)
+def test_a_decode_is_chosen_for_what_it_holds_and_its_load(decodes: list[Candidate], expected: str) -> None:
+    decision = decide(situation(candidate("p"), decodes=tuple(decodes)), GPU_COSTS)
+    assert (decision.prefill, decision.decode) == ("p", expected)
+
+
+def test_a_decision_holds_every_candidate_and_says_why() -> None:
+    prefills = (candidate("a", 8, near=3, queued_s=0.01), candidate("b", 2), candidate("c"))
+    decision = decide(situation(*prefills, decodes=(candidate("d"),)), GPU_COSTS)
+    assert [score.candidate for score in decision.scores] == list(prefills)
+    assert decision.scores[0].total_s == min(score.total_s for score in decision.scores)
+    assert decision.scores[0].load_s > 0
+    assert decision.reason.startswith("a by prompt_tree: it has 8 of 10 blocks (3 in HBM), 0.01 s queued")
+    assert "best of the others is b with 2 blocks" in decision.reason
+    assert decision.reason.endswith("d decodes by prompt_tree.")
+
+
+def test_nobody_to_choose_from_is_an_error() -> None:
+    with pytest.raises(ValueError, match="nobody"):
+        decide(situation(), GPU_COSTS)
+
+
+CANDIDATES = st.lists(
+    st.builds(
+        lambda name, near, far, queued_s, queued, recent_s: candidate(
+            f"i{name}", near + far, near, queued_s=queued_s, queued=queued, recent_s=recent_s
+        ),
+        st.integers(0, 99),
+        st.integers(0, 5),
+        st.integers(0, 5),
+        st.floats(0, 100),
+        st.integers(0, 9),
+        st.floats(0, 100),
+    ),
+    min_size=1,
+    max_size=8,
+    unique_by=lambda it: it.instance_id,
+)
+
+
+@given(CANDIDATES, st.sampled_from(sorted(PREFILL_POLICIES)), st.integers(0, 99), st.none() | st.integers(0))
+def test_every_policy_chooses_one_of_the_candidates_and_again_the_same(
+    candidates: list[Candidate], policy: str, turn: int, session: int | None
+) -> None:
+    given_ = situation(*candidates, decodes=tuple(candidates), turn=turn, session=session)
+    decision = decide(given_, GPU_COSTS, policy, policy)
+    assert decision == decide(given_, GPU_COSTS, policy, policy)
+    names = {it.instance_id for it in candidates}
+    assert decision.prefill in names
+    assert decision.decode in names
+    assert decision.fetch_from in names | {None}
+    assert decision.fetch_from != decision.prefill
+    assert decision.reason
+
+
+@given(CANDIDATES, st.integers(0, 99))
+def test_prompt_tree_takes_the_lowest_of_the_scores_it_shows(candidates: list[Candidate], turn: int) -> None:
+    given_ = situation(*candidates, decodes=tuple(candidates), turn=turn)
+    decision = decide(given_, GPU_COSTS)
+    for name, scores in ((decision.prefill, decision.scores), (decision.decode, decision.decode_scores)):
+        totals = {score.candidate.instance_id: score.total_s for score in scores}
+        assert name is not None
+        assert totals[name] == pytest.approx(min(totals.values()))
+
+
+def test_prefill_and_decode_have_the_same_choice_of_policies() -> None:
+    assert set(PREFILL_POLICIES) == set(DECODE_POLICIES)
+
+
+@pytest.mark.parametrize("shared_blocks", [0, 1])
+@pytest.mark.parametrize("warm_share", [0.0, 0.5])
+@pytest.mark.parametrize("connections", [1, 2, 4, 8, 16, 32])
+def test_cold_prompts_spread_at_any_concurrency(
+    connections: int, warm_share: float, shared_blocks: int
+) -> None:
+    """Closed loop of `connections` over 4 instances; prompts share a prefix of `shared_blocks`."""
+    names = [InstanceId(f"i{i}") for i in range(4)]
+    ledger, random = Ledger(180.0), Random(connections)
+    busy_until = dict.fromkeys(names, 0.0)
+    seen: set[str] = set()
+    cold: Counter[str] = Counter()
+    free = [(0.0, i) for i in range(connections)]
+    ends: list[tuple[float, int, str]] = []
+    for turn in range(600):
+        now_s, connection = heapq.heappop(free)
+        while ends and ends[0][0] <= now_s:
+            end_s, number, name = heapq.heappop(ends)
+            ledger.prefill_done(InstanceId(name), number, end_s)
+        is_warm, home = random.random() < warm_share, random.choice(names)
+        candidates = []
+        for name in names:
+            blocks = 9 if is_warm and name == home else shared_blocks * (name in seen)
+            candidates.append(ledger.candidate(name, Depth(blocks, blocks), now_s))
+        asked = Situation(5120, 512, tuple(candidates), turn=turn)
+        name = decide(asked, GPU_COSTS, can_fetch=False).prefill
+        blocks = next(it.total_blocks for it in candidates if it.instance_id == name)
+        work_s = GPU_COSTS.exec_s(5120, asked.cached_tokens(blocks))
+        ledger.prefill_dispatched(name, turn, work_s, now_s)
+        busy_until[name] = max(busy_until[name], now_s) + work_s
+        heapq.heappush(ends, (busy_until[name], turn, name))
+        heapq.heappush(free, (busy_until[name], connection))
+        seen.add(name)
+        cold[name] += not is_warm
+    shares = [cold[name] for name in names]
+    assert max(shares) <= 1.3 * min(shares), shares
+
+
+@pytest.mark.parametrize("num_before", [0, 1])
+def test_who_joins_shares_the_work_with_who_did_it_alone(num_before: int) -> None:
+    """Also if it was given something before its coming was noted."""
+    old, new = InstanceId("old"), InstanceId("new")
+    ledger, work_s, now_s = Ledger(180.0), GPU_COSTS.exec_s(5120, 0), 0.0
+    ledger.keep({old, new}, now_s)
+    ledger.keep({old}, now_s)
+    for number in range(100):
+        ledger.prefill_dispatched(old, number, work_s, now_s)
+        now_s += work_s
+        ledger.prefill_done(old, number, now_s)
+    for number in range(100, 100 + num_before):
+        ledger.prefill_dispatched(new, number, work_s, now_s)
+        ledger.prefill_done(new, number, now_s)
+    ledger.keep({old, new}, now_s)
+    got = Counter[InstanceId]()
+    for number in range(100, 200):
+        candidates = tuple(ledger.candidate(name, Depth(0, 0), now_s) for name in (old, new))
+        name = decide(Situation(5120, 512, candidates, turn=number), GPU_COSTS, can_fetch=False).prefill
+        ledger.prefill_dispatched(name, number, work_s, now_s)
+        now_s += work_s
+        ledger.prefill_done(name, number, now_s)
+        got[name] += 1
+    assert 40 <= got[new] <= 60
