@@ -32,7 +32,7 @@ from bench_model import ROOM, make_model, random_tokens
 from figures import progress, report
 from memserve.core.caching import CachingMode
 from memserve.simulation.make_trace import Shape, loogle
-from memserve.simulation.traces import BLOCK_TOKENS, Line
+from memserve.simulation.traces import BLOCK_TOKENS, TraceLine
 from memserve.testing.cluster import Cluster, is_ready, wait_for
 from memserve.wire.messages import Role
 
@@ -105,7 +105,7 @@ def routers_of(policies: Sequence[str], ways: Sequence[str]) -> dict[str, list[s
     }
 
 
-def scaled(lines: Sequence[Line], scale: int) -> list[Prompt]:
+def scaled(lines: Sequence[TraceLine], scale: int) -> list[Prompt]:
     """The trace with real token ids: those of a block are drawn by its id."""
     block = BLOCK_TOKENS // scale
     prompts = []

@@ -26,7 +26,7 @@ from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import CacheEvent, Removed, Snapshot, Stored
 from memserve.core.ids import Epoch, InstanceId
-from memserve.scheduling.prompt_tree.tree import ClusterTree, Depth
+from memserve.scheduling.prompt_tree.tree import GlobalPromptTree, Overlap
 
 PAGE, BLOCKS, SYSTEM, NUM_SYSTEMS = 16, 256, 32, 16
 SAMPLED = 1000
@@ -97,7 +97,7 @@ class Cluster:
         self.rng = random.Random(0)
         self.names = [InstanceId(f"instance-{n}") for n in range(num_instances)]
         self.sequences = dict.fromkeys(self.names, 0)
-        self.tree = ClusterTree(max_blocks=2 * num_blocks)
+        self.tree = GlobalPromptTree(max_blocks=2 * num_blocks)
         self.naive, self.per_instance = NaiveTree(), TreePerInstance()
         self.baselines = baselines
         self.systems = [self.random_keys(SYSTEM) for _ in range(NUM_SYSTEMS)]
@@ -202,7 +202,7 @@ def check(cluster: Cluster, keys: Sequence[BlockKey]) -> None:
         naive.setdefault(name, {})[tier] = depth
     assert cluster.naive.depths(keys) == cluster.per_instance.depths(keys)
     assert cluster.tree.depths(keys) == {
-        name: Depth(depths.get(Tier.HBM, 0), max(depths.values())) for name, depths in naive.items()
+        name: Overlap(depths.get(Tier.HBM, 0), max(depths.values())) for name, depths in naive.items()
     }
 
 
@@ -223,7 +223,7 @@ def bench_decision(cluster: Cluster, where: str) -> None:
     def decide(tokens: Sequence[int]) -> InstanceId:
         keys = page_keys(tokens, PAGE)
         depths = cluster.tree.depths(keys)
-        nothing = Depth(0, 0)
+        nothing = Overlap(0, 0)
         return min(names, key=lambda name: queued[name] + BLOCKS - depths.get(name, nothing).total)
 
     alone, taken = [], []

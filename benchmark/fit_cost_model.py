@@ -40,8 +40,8 @@ from memserve.scheduling.cost_model.model import (
     CostModel,
     DecodeCost,
     Observation,
-    Refined,
-    observe,
+    RlsState,
+    rls_update,
     with_prefill,
 )
 from memserve.testing.cluster import Cluster, is_ready, wait_for
@@ -147,9 +147,9 @@ def fit_prefill(
     """`costs` with prefills as they were timed; says how well that predicts prompts not fitted to."""
     seen = time_prefills(instance, num_prompts, longest, random)
     fitted, judged = seen[: len(seen) * 3 // 4], seen[len(seen) * 3 // 4 :]
-    refined = Refined.of(costs.prefill)
+    refined = RlsState.of(costs.prefill)
     for one in fitted:
-        refined = observe(refined, one)
+        refined = rls_update(refined, one)
     before = [abs(costs.exec_s(it.num_tokens, it.num_cached) / it.seconds - 1) for it in judged]
     costs = with_prefill(costs, refined.cost)
     errors = [abs(costs.exec_s(it.num_tokens, it.num_cached) / it.seconds - 1) for it in judged]

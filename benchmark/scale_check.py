@@ -49,8 +49,7 @@ from figures import progress, report
 from fit_cost_model import Instance, fit_prefill
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.caching import CachingMode
-from memserve.scheduling.cost_model.model import CPU_COSTS, CostModel, PrefillCost, with_prefill
-from memserve.scheduling.cost_model.model import Path as PathCost
+from memserve.scheduling.cost_model.model import CPU_COSTS, CostModel, PathCost, PrefillCost, with_prefill
 from memserve.simulation.make_trace import Shape, loogle
 from memserve.simulation.report import first_token_times
 from memserve.simulation.simulation import Outcome, SimulationConfig, simulate

@@ -30,14 +30,14 @@ from memserve.core.block_keys import BlockKey
 from memserve.core.cache_events import CacheEvent, Removed, Stored
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.instance import Facts, Instance, Snapshot
+from memserve.router.cluster.instance import ClusterSnapshot, Instance, ServerInfo
 from memserve.router.cluster.pools import Pools
-from memserve.router.kv_events.synchronizer import TreeFeed
+from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.router.observability.metrics import RouterMetrics
 from memserve.router.tokenization.prompts import Prompt
 from memserve.scheduling.cost_model.model import GPU_COSTS
-from memserve.scheduling.prompt_tree.tree import BYTES_PER_BLOCK, ClusterTree
-from memserve.scheduling.selector import Placer, PlacerSettings
+from memserve.scheduling.prompt_tree.tree import BYTES_PER_BLOCK, GlobalPromptTree
+from memserve.scheduling.selector import InstanceSelector, SelectorConfig
 from memserve.wire.messages import Done, PoolEvents, PoolInfo, Role
 
 PAGE, BLOCKS, SYSTEM, NUM_SYSTEMS = 16, 256, 32, 16
@@ -152,11 +152,13 @@ class Stage:
     def __init__(self, num_instances: int) -> None:
         self._random = Random(0)
         self._pools = Pools(heartbeat_s=3600, clock=time.monotonic)
-        self._feed = TreeFeed(ClusterTree(), self._pools, audit_s=1e9)
-        settings = PlacerSettings("prompt_tree", "prompt_tree", GPU_COSTS, 0.0, True)
+        self._feed = TreeSynchronizer(GlobalPromptTree(), self._pools, audit_s=1e9)
+        settings = SelectorConfig("prompt_tree", "prompt_tree", GPU_COSTS, 0.0, True)
         metrics = RouterMetrics()
-        self._placer = Placer(settings, self._feed, self._pools, _NobodyLearns(), metrics, time.monotonic)
-        facts = Facts("model", "/model", page_size=PAGE)
+        self._placer = InstanceSelector(
+            settings, self._feed, self._pools, _NobodyLearns(), metrics, time.monotonic
+        )
+        facts = ServerInfo("model", "/model", page_size=PAGE)
         self._epochs = [Epoch(number + 1) for number in range(num_instances)]
         self._sequences = dict.fromkeys(self._epochs, 0)
         members = []
@@ -167,7 +169,7 @@ class Stage:
             address = f"10.0.0.1:{20_000 + epoch}"
             info = PoolInfo(name, epoch, role, CachingMode.FULL, address, "aa", "", PAGE << 17, 0)
             self._pools.register(info)
-        self._snapshot = Snapshot.of(members)
+        self._snapshot = ClusterSnapshot.of(members)
         self._systems = [self._keys(SYSTEM) for _ in range(NUM_SYSTEMS)]
         self._known: list[list[BlockKey]] = []
 

@@ -29,7 +29,7 @@ import sglang as sgl
 from tqdm import tqdm
 
 from memserve.core.caching import CachingMode
-from memserve.testing.cluster import Cluster, ClusterFailed, Process, is_ready, wait_for
+from memserve.testing.cluster import Cluster, ClusterFailed, ServerProcess, is_ready, wait_for
 from memserve.testing.pool_reports import pool_reports, sent_home_bytes, wait_acquainted, wait_settled
 from memserve.wire.messages import Role
 
@@ -141,7 +141,7 @@ def wait_with_bar(cluster: Cluster) -> None:
         ticker = threading.Thread(target=tick, args=(bar,), daemon=True)
         ticker.start()
 
-        def report(process: Process) -> None:
+        def report(process: ServerProcess) -> None:
             bar.set_postfix_str(f" {process.name} is up")
 
         try:

@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from bench_model import ROOM
-from memserve.testing.cluster import Process
+from memserve.testing.cluster import ServerProcess
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,7 +58,7 @@ class System(ABC):
         return None
 
     @abstractmethod
-    def processes(self) -> Mapping[str, Process]:
+    def processes(self) -> Mapping[str, ServerProcess]:
         """All of them, by name."""
 
     def close(self) -> None:
@@ -75,7 +75,7 @@ class System(ABC):
         self.close()
 
 
-def pin(process: Process, share: int, shares: int) -> None:
+def pin(process: ServerProcess, share: int, shares: int) -> None:
     """Give a server one of so many equal shares of the cores: two of them must not slow each other down.
 
     A machine with fewer cores than shares gives the last servers the same core.

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import requests
 
 from memserve.core.caching import CachingMode
-from memserve.testing.cluster import Cluster, Process, is_ready, wait_for
+from memserve.testing.cluster import Cluster, ServerProcess, is_ready, wait_for
 from memserve.testing.pool_reports import wait_acquainted, wait_settled
 from memserve.wire.messages import Role
 from systems.base import Setting, System, pin
@@ -57,7 +57,7 @@ class MemServe(System):
     def kv_bytes_moved(self) -> int:
         return self._cluster.moved_bytes()
 
-    def processes(self) -> Mapping[str, Process]:
+    def processes(self) -> Mapping[str, ServerProcess]:
         return {"router": self._cluster.router, **self._cluster.servers}
 
     def close(self) -> None:

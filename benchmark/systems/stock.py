@@ -15,7 +15,7 @@ import requests
 
 from memserve.core.hosts import keep_port
 from memserve.engine.server_flags import cpu_flags
-from memserve.testing.cluster import Process, wait_for
+from memserve.testing.cluster import ServerProcess, wait_for
 from memserve.wire.messages import Role
 from systems.base import Setting, System, pin
 
@@ -50,9 +50,9 @@ class StockPair(System):
         }
         self._urls = [f"http://127.0.0.1:{port}" for port in (prefill, decode)]
         self._router_ports = router, prometheus
-        self._router: Process | None = None
+        self._router: ServerProcess | None = None
 
-    def _launch(self, role: Role, port: int, share: int) -> Process:
+    def _launch(self, role: Role, port: int, share: int) -> ServerProcess:
         """One server. SGLang's own flags, and those a machine without a GPU needs."""
         flags = ["--model-path", str(self._setting.model), "--host", "127.0.0.1", "--port", str(port)]
         flags += [*cpu_flags(role), *self._setting.flags, "--enable-cache-report"]
@@ -63,7 +63,7 @@ class StockPair(System):
             flags += self._extra.decode
         env = {"OMP_NUM_THREADS": "1", **dict(self._extra.env)}
         log = self._setting.logs / self.name / f"{role}.log"
-        process = Process(f"{self.name}'s {role}", ["sglang.launch_server", *flags], log, env)
+        process = ServerProcess(f"{self.name}'s {role}", ["sglang.launch_server", *flags], log, env)
         pin(process, share, 2)
         return process
 
@@ -76,7 +76,7 @@ class StockPair(System):
         flags += ["--pd-disaggregation", "--prefill", prefill, str(self._bootstrap), "--decode", decode]
         flags += ["--policy", "cache_aware", "--disable-retries", "--log-level", "warn"]
         log = self._setting.logs / self.name / "router.log"
-        self._router = Process(f"{self.name}'s router", ["sglang_router.launch_router", *flags], log)
+        self._router = ServerProcess(f"{self.name}'s router", ["sglang_router.launch_router", *flags], log)
         url = f"http://127.0.0.1:{port}"
         ready = partial(_answers, f"{url}/readiness")
         wait_for(ready, [self._router], what=self._router.name, timeout_s=PATIENCE_S)
@@ -89,7 +89,7 @@ class StockPair(System):
     def settle(self) -> None:
         """There is nothing that it could be asked."""
 
-    def processes(self) -> Mapping[str, Process]:
+    def processes(self) -> Mapping[str, ServerProcess]:
         router = {} if self._router is None else {"router": self._router}
         return {**router, **self._servers}
 

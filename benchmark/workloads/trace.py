@@ -61,7 +61,8 @@ def published(settings: Settings) -> tuple[Published, ...]:
 def _read(settings: Settings) -> Trace:
     if settings.trace is None:
         raise ConfigError(
-            "no trace given: pass its file; python -m memserve.simulation.make_trace writes one"
+            "which trace? give its file; "
+            "python -m memserve.simulation.make_trace conversation -o FILE writes one"
         )
     trace = read_trace(settings.trace, settings.block_tokens)
     return Trace(trace.requests[: settings.requests], trace.block_tokens)

@@ -10,7 +10,7 @@ from types import TracebackType
 import aiohttp
 
 from memserve.testing.faulty_link import Faults, FaultyLink, FaultyProxy
-from memserve.testing.transport_process import Process
+from memserve.testing.transport_process import ChildProcess
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import Heartbeat, Register
 
@@ -44,7 +44,7 @@ class FakeHost:
     async def start(self) -> None:
         """Returns when its workers listen; they register soon after."""
         arguments = (str(HOST), self.name, str(self._model), self._proxy.address, ",".join(self._ports))
-        self._process = await asyncio.to_thread(Process, *arguments)
+        self._process = await asyncio.to_thread(ChildProcess, *arguments)
         greeting: dict[str, int] = self._process.greeting
         self.workers = frozenset(greeting)
         shown = [f":{link.port}" for link in self.links] or [""] * NUM_WORKERS

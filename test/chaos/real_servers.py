@@ -98,8 +98,10 @@ def faults(world: RealWorld) -> list[Fault]:
 
 
 @pytest.mark.timeout(1500)
-def test_no_request_is_lost_and_no_block_leaks_whatever_breaks(tmp_path: Path, tiny_model: Path) -> None:
-    asyncio.run(_run(tmp_path, tiny_model))
+async def test_no_request_is_lost_and_no_block_leaks_whatever_breaks(
+    tmp_path: Path, tiny_model: Path
+) -> None:
+    await _run(tmp_path, tiny_model)
 
 
 async def _run(directory: Path, model: Path) -> None:

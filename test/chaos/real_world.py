@@ -18,8 +18,8 @@ from typing import Any
 import aiohttp
 import msgspec
 
-from memserve.testing.cluster import Process, wait_for
-from memserve.testing.faulty_link import Faults, FaultyLink, FaultyProxy, Link
+from memserve.testing.cluster import ServerProcess, wait_for
+from memserve.testing.faulty_link import ControlLink, Faults, FaultyLink, FaultyProxy
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import Message, Register, RegisterPool, Role
 
@@ -89,7 +89,7 @@ class Server:
             self.link.lead_to(self._port)
         self._count += 1
         argv = ["memserve.launch_server", "--role", str(self.role), "--instance-id", self.name, *self._flags]
-        self.process = Process(self.name, argv, self._directory / f"{self.name}-{self._count}.log")
+        self.process = ServerProcess(self.name, argv, self._directory / f"{self.name}-{self._count}.log")
 
     async def ready(self) -> None:
         """Returns when it has registered. Raises ClusterFailed."""
@@ -273,7 +273,7 @@ def free_port() -> int:
             return port
 
 
-def _client(address: str) -> Link:
+def _client(address: str) -> ControlLink:
     return ControlClient(address)
 
 

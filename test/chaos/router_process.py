@@ -9,7 +9,7 @@ import signal
 from collections.abc import Sequence
 from pathlib import Path
 
-from memserve.testing.cluster import Process, wait_for
+from memserve.testing.cluster import ServerProcess, wait_for
 
 SHIFTED = Path(__file__).parent / "shifted_router.py"
 _READY = re.compile(r"router ready http=(\S+) control=(\S+)")
@@ -35,7 +35,7 @@ class RouterProcess:
         self.clock.write_text("0")
         log = self._log_dir / f"router-{self._count}.log"
         argv = ["test.chaos.shifted_router", str(self.clock), *self._ports, *self._flags]
-        self.process = Process("router", argv, log)
+        self.process = ServerProcess("router", argv, log)
         await asyncio.to_thread(
             wait_for,
             lambda: _READY.search(self.process.output()),

@@ -17,8 +17,8 @@ import pytest
 import requests
 
 from memserve.engine.platform_detect import is_cpu_machine
-from memserve.testing.cluster import Cluster, Process, Start, executed, is_ready, wait_for
-from memserve.testing.fork_server import Nursery
+from memserve.testing.cluster import Cluster, ServerProcess, Start, executed, is_ready, wait_for
+from memserve.testing.fork_server import ForkServer
 from memserve.testing.pool_reports import wait_acquainted
 from memserve.wire.messages import Role
 
@@ -45,7 +45,7 @@ class Pair:
     def url(self) -> str:
         return self.cluster.url
 
-    def launch(self, role: Role) -> Process:
+    def launch(self, role: Role) -> ServerProcess:
         """Start the server of this role, also after it was killed."""
         flags = self.flags + (self.prefill_flags if role is Role.PREFILL else ())
         return self.cluster.launch(str(role), role, self.model, *flags)
@@ -103,7 +103,7 @@ NewCluster = Callable[..., AbstractContextManager[Cluster]]
 @pytest.fixture(scope="session")
 def start() -> Start:
     """How servers are started that need not begin as a user's do."""
-    return Nursery().start if is_cpu_machine() else executed
+    return ForkServer().start if is_cpu_machine() else executed
 
 
 @pytest.fixture(scope="session")

@@ -20,7 +20,7 @@ import pytest
 import requests
 
 from memserve.router.tokenization.text_keys import BLOCK_TOKENS, BYTES_PER_TOKEN
-from memserve.testing.cluster import Cluster, Process, is_ready, wait_for
+from memserve.testing.cluster import Cluster, ServerProcess, is_ready, wait_for
 from memserve.testing.pool_reports import wait_acquainted, wait_settled
 from memserve.wire.messages import Role
 
@@ -38,7 +38,7 @@ Answer = dict[str, Any]
 @dataclasses.dataclass
 class Stage:
     cluster: Cluster
-    memory: Process
+    memory: ServerProcess
     draw: Random = dataclasses.field(default_factory=lambda: Random(11))
 
     def tokens(self, count: int) -> list[int]:

@@ -10,7 +10,7 @@ import pytest
 import requests
 
 from memserve.router.proxy.validation import Limits, read_call
-from memserve.router.request import Api, Call
+from memserve.router.request import Api, GenerationRequest
 from memserve.router.tokenization.token_records import KnownTokens
 from memserve.router.tokenization.tokenizer import Tokenizer
 
@@ -58,7 +58,7 @@ def tokenizer(pair: Pair, tiny_model: Path) -> Tokenizer:
     return tokenizer
 
 
-def read(tokenizer: Tokenizer, api: Api, body: dict[str, Any]) -> tuple[list[list[int]], Call]:
+def read(tokenizer: Tokenizer, api: Api, body: dict[str, Any]) -> tuple[list[list[int]], GenerationRequest]:
     """The ids of each prompt, and the call to forward."""
     call = read_call(api, body, Limits(), new_rid="new")
     tokens = asyncio.run(tokenizer.tokens_of(call))

@@ -66,7 +66,7 @@ class SessionId:
 
 
 @dataclass(frozen=True, slots=True)
-class _Reached:
+class _PeerRegions:
     """What is known of the peer at a moment."""
 
     peer: Peer
@@ -74,7 +74,7 @@ class _Reached:
     memory: AddressMap
 
 
-class Session:
+class HandoffSession:
     """Transfers to one life of one peer. Any thread."""
 
     def __init__(
@@ -86,7 +86,7 @@ class Session:
         self._key = key
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
-        self._reached: _Reached | None = None
+        self._reached: _PeerRegions | None = None
 
     @property
     def transport_name(self) -> str:
@@ -118,7 +118,7 @@ class Session:
                 self._reached.transport.disconnect(self._reached.peer)
 
     def _write(
-        self, reached: _Reached, local: tuple[Int64s, Int64s], addresses: Int64s, lengths: Int64s
+        self, reached: _PeerRegions, local: tuple[Int64s, Int64s], addresses: Int64s, lengths: Int64s
     ) -> None:
         remote = reached.memory.locate(addresses, lengths)
         copies = Copies(*local, *remote, lengths)
@@ -128,7 +128,7 @@ class Session:
             self._settle(reached, error)
             raise
 
-    def _settle(self, reached: _Reached, cause: MemServeError) -> None:
+    def _settle(self, reached: _PeerRegions, cause: MemServeError) -> None:
         """See to it that nothing lands late; the peer's memory may be given away after our error."""
         try:
             reached.transport.settle(reached.peer, timeout_s=self._timeout_s)
@@ -138,7 +138,7 @@ class Session:
             logger.warning("bytes may still land at peer=%s after: %s (%s)", self.session_id, cause, error)
             raise TransferTimeout(str(self.session_id), self._timeout_s) from cause
 
-    def _refresh(self, seen: _Reached | None) -> _Reached:
+    def _refresh(self, seen: _PeerRegions | None) -> _PeerRegions:
         """Ask the peer anew, unless another thread has done so since `seen`."""
         with self._lock:
             if self._reached is not None and self._reached is not seen:
@@ -158,7 +158,7 @@ class Session:
             else:
                 transport = self._reached.transport
                 peer = Peer(str(self.session_id), opened.epoch, offered[transport.name], table)
-            self._reached = _Reached(peer, transport, memory)
+            self._reached = _PeerRegions(peer, transport, memory)
             return self._reached
 
     def _ask(self) -> Opened:

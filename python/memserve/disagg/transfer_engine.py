@@ -23,9 +23,9 @@ import numpy as np
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import ConfigError, InstanceLost, MemServeError, OutOfBounds, StaleEpoch
 from memserve.core.ids import new_epoch
-from memserve.disagg.session import Session, SessionId
+from memserve.disagg.session import HandoffSession, SessionId
 from memserve.transport.regions import AddressMap, Int64s, Region, RegionTable
-from memserve.transport.registry import MooncakeProtocol, Place, TransportName, open_transports
+from memserve.transport.registry import MooncakeProtocol, TransportConfig, TransportName, open_transports
 from memserve.wire.link import ControlServer
 from memserve.wire.messages import Message, Open, Opened, Refused
 from memserve.wire.peer_messages import Endpoint, MemoryRange
@@ -96,9 +96,9 @@ class TransferEngine:
         self._lock = threading.Lock()
         self._ids = RegionTable()
         self._memory = AddressMap([])
-        self._sessions: dict[str, Session] = {}
+        self._sessions: dict[str, HandoffSession] = {}
         self._stats = TransferStats()
-        place = Place(
+        place = TransportConfig(
             self._epoch, config.host, key, config.data_port, config.mooncake_protocol, config.ib_device
         )
         self._transports = open_transports(config.transport, place)
@@ -250,10 +250,10 @@ class TransferEngine:
         for transport in self._transports:
             transport.deregister(region.region_id, timeout_s=self._config.timeout_s)
 
-    def _session(self, text: str) -> Session:
+    def _session(self, text: str) -> HandoffSession:
         session = self._sessions.get(text)
         if session is None:
-            made = Session(SessionId.parse(text), self._transports, self._key, self._config.timeout_s)
+            made = HandoffSession(SessionId.parse(text), self._transports, self._key, self._config.timeout_s)
             with self._lock:
                 session = self._sessions.setdefault(text, made)
         return session

@@ -17,7 +17,7 @@ from hashlib import sha256
 from memserve.core.block_keys import BlockKey, Namespace, continue_keys, event_hash, page_keys
 
 
-class BlockNames:
+class EventHashNames:
     """The blocks that an engine holds, as far as they are known. Not thread-safe."""
 
     def __init__(self) -> None:

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from memserve.core.block_keys import BlockKey, Namespace, page_keys
-from memserve.instance.pool_agent import PoolNode
+from memserve.instance.pool_agent import PoolAgent
 
 IDLE_WAIT_S = 0.001
 """How long a scheduler that has nothing else to do lets the fetching threads run."""
@@ -27,7 +27,7 @@ AllReduceMin = Callable[[torch.Tensor], None]
 class Fetching:
     """The fetches under way, by request. A fetch that raises, which is a bug, ends the scheduler."""
 
-    def __init__(self, node: PoolNode) -> None:
+    def __init__(self, node: PoolAgent) -> None:
         self._node = node
         self._fetches: dict[str, Future[None]] = {}
 

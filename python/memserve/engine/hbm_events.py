@@ -24,10 +24,10 @@ from sglang.srt.disaggregation.kv_events import (
 from sglang.srt.mem_cache.events import KvEventLoraNames
 
 from memserve.core.block_keys import Namespace
-from memserve.engine.event_hashes import BlockNames
+from memserve.engine.event_hashes import EventHashNames
 from memserve.engine.server_flags import HBM_PUBLISHER
 from memserve.engine.worker import Worker
-from memserve.mempool.external_tier import ForeignTier
+from memserve.mempool.external_tier import ExternalTier
 
 
 @dataclass(slots=True)
@@ -45,9 +45,9 @@ class HbmStats:
 class HbmReport:
     """Turns events into changes of a foreign tier. One thread at a time; anybody may read `stats`."""
 
-    def __init__(self, hbm: ForeignTier) -> None:
+    def __init__(self, hbm: ExternalTier) -> None:
         self._hbm = hbm
-        self._names = BlockNames()
+        self._names = EventHashNames()
         self._stats = HbmStats()
 
     def apply(self, events: Sequence[Any]) -> None:
@@ -83,7 +83,7 @@ class HbmPublisher(EventPublisher):
         self._report: HbmReport | None = None
         self._worker = Worker("mempool-hbm-events")
 
-    def join(self, hbm: ForeignTier) -> None:
+    def join(self, hbm: ExternalTier) -> None:
         """Tell this tier from the first event on."""
         self._report = HbmReport(hbm)
 

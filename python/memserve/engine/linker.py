@@ -33,7 +33,7 @@ from memserve.engine.hbm_events import HbmPublisher
 from memserve.engine.kv_blocks import KVBlocks, layout_of
 from memserve.engine.settings import EngineSettings
 from memserve.engine.worker import Worker
-from memserve.instance.pool_agent import MAX_GROWTH, PoolNode, dram_slots
+from memserve.instance.pool_agent import MAX_GROWTH, PoolAgent, dram_slots
 from memserve.mempool.arena import Arena
 from memserve.mempool.lease import Lease
 from memserve.mempool.pool import MemPool
@@ -113,7 +113,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         arena = Arena(layout.block_bytes, num_slots, max_slots=MAX_GROWTH * num_slots)
         epoch = new_epoch()
         self._pool = MemPool(layout, arena, epoch)
-        self.node = PoolNode(settings, self._pool, epoch)
+        self.node = PoolAgent(settings, self._pool, epoch)
         self.fetching = Fetching(self.node)
         self._blocks = KVBlocks(device_pool, layout, arena)
         self.pools = {PoolName.KV: device_pool}

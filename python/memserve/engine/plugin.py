@@ -38,7 +38,7 @@ def register() -> None:
             register_cpu_attention()
             _send_from_host_memory()
         if launched:
-            leave_signals_to_the_launcher()
+            ignore_signals_in_children()
             engine = drop_in(EngineSettings.inherited())
             HookRegistry.register(seams.TRANSFER_ENGINE, engine, HookType.REPLACE)
             if seams.SCHEDULER_MODULE in sys.modules:
@@ -97,7 +97,7 @@ def report_state(output: Any, inquirer: Any, *_: Any) -> Any:
     return output
 
 
-def leave_signals_to_the_launcher() -> None:
+def ignore_signals_in_children() -> None:
     """In a child: let Ctrl-C and a service manager's SIGTERM, which reach every process of the server, end it
     in the launcher's order: SGLang's children, when hit first, would count as crashed."""
     if multiprocessing.parent_process() is not None:

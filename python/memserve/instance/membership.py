@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable
 
 from memserve.core.ids import Epoch
-from memserve.instance.registration import ANSWER_TIMEOUT_S, RETRY_S, Presence, Words
+from memserve.instance.registration import ANSWER_TIMEOUT_S, RETRY_S, RegistrationMessages, RouterRegistration
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import (
     DeregisterPool,
@@ -63,14 +63,14 @@ class Membership:
         self._unsettled = True
         self._awaited: tuple[PoolInfo, ...] = ()
         self._await_until_s = 0.0
-        words = Words(
+        words = RegistrationMessages(
             name=f"pool={info.instance_id}",
             register=lambda: RegisterPool(info),
             heartbeat=lambda: PoolHeartbeat(info.epoch, self._version, tiers()),
             deregister=DeregisterPool(info.epoch),
             heard=self._heard,
         )
-        self._presence = Presence(client, words)
+        self._presence = RouterRegistration(client, words)
         self._presence.start()
 
     @property

@@ -32,7 +32,7 @@ _ALIGNMENT = 64
 """Of an arena's slots."""
 
 
-class LentMemory:
+class MemoryBudget:
     """The pools of one process. Any thread; pools are made and resized one at a time."""
 
     def __init__(
@@ -158,7 +158,7 @@ class LentMemory:
         return pool.arena.num_slots != before
 
 
-class LastUse:
+class LayoutUsage:
     """When the layout of each pool was last that of a member. One thread."""
 
     def __init__(self, clock: Callable[[], float]) -> None:

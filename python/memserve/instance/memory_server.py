@@ -31,7 +31,7 @@ from memserve.core.errors import ConfigError
 from memserve.core.hosts import bracketed
 from memserve.core.ids import InstanceId, new_epoch
 from memserve.instance.membership import Membership
-from memserve.instance.memory_budget import LastUse, LentMemory
+from memserve.instance.memory_budget import LayoutUsage, MemoryBudget
 from memserve.instance.metrics import CONTENT_TYPE, exposition
 from memserve.instance.publisher import Publisher
 from memserve.instance.tier_blocks import tier_blocks
@@ -119,14 +119,14 @@ class MemoryServer:
         _check_room(config.dram_bytes)
         self._config = config
         epoch = new_epoch()
-        self.lent = LentMemory(config.dram_bytes, epoch, on_resized=self._resized)
+        self.lent = MemoryBudget(config.dram_bytes, epoch, on_resized=self._resized)
         peers_config = PeersConfig(
             host=config.host,
             transport=config.transfer,
             cluster_key=config.cluster_key,
             mooncake_protocol=config.mooncake_protocol,
         )
-        self._last_use = LastUse(time.monotonic)
+        self._last_use = LayoutUsage(time.monotonic)
         self._pages = _Pages(config.host, config.port, self)
         try:
             self.peers = Peers(peers_config, epoch, self.lent.pool_of)

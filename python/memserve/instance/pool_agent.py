@@ -29,9 +29,9 @@ from memserve.core.errors import InstanceLost, LayoutMismatch, MemServeError, Pe
 from memserve.core.ids import Epoch, InstanceId
 from memserve.core.kv_layout import KVLayout
 from memserve.instance.membership import Membership
-from memserve.instance.prompt_keys import PromptNames
+from memserve.instance.prompt_keys import PromptKeyLog
 from memserve.instance.publisher import Publisher
-from memserve.instance.push_queue import Errand, Outbox
+from memserve.instance.push_queue import PushQueue, PushTask
 from memserve.instance.tier_blocks import tier_blocks
 from memserve.mempool.events import digest
 from memserve.mempool.free_memory import free_memory_bytes
@@ -99,7 +99,7 @@ def dram_slots(dram_bytes: int | None, layout: KVLayout, hbm_bytes: int) -> int:
     return max(1, dram_bytes // layout.num_ranks // layout.block_bytes)
 
 
-class PoolNode:
+class PoolAgent:
     """A pool and its ways to others. Any thread may call anything."""
 
     def __init__(self, settings: PoolSettings, pool: MemPool, epoch: Epoch) -> None:
@@ -112,11 +112,11 @@ class PoolNode:
         self._counting = threading.Lock()
         self._fetching = FetchStats()
         self._namer = ThreadPoolExecutor(1, thread_name_prefix="mempool-names")
-        self.prompt_names = PromptNames(self._namer)
+        self.prompt_names = PromptKeyLog(self._namer)
         self._fetchers = ThreadPoolExecutor(NUM_FETCHERS, thread_name_prefix="mempool-fetch")
         self._resizer = ThreadPoolExecutor(1, thread_name_prefix="mempool-resize")
         self._closing = threading.Event()
-        self._outbox = Outbox(self._send)
+        self._outbox = PushQueue(self._send)
         if settings.router is not None:
             self._join(settings, settings.router, epoch)
 
@@ -125,7 +125,7 @@ class PoolNode:
     def stored(self, keys: Sequence[BlockKey], parent: BlockKey | None, bootstrap: str | None) -> None:
         """These pages are in the pool now; `bootstrap` names the prefill of a request that has ended."""
         for to in self._receivers(keys, bootstrap):
-            self._outbox.offer(Errand(to, keys, parent))
+            self._outbox.offer(PushTask(to, keys, parent))
 
     def forget(self) -> None:
         """Send nothing of what has been stored so far; the pool is being cleared."""
@@ -256,7 +256,7 @@ class PoolNode:
             roles.append(Role.DECODE)
         return self._members.others(self.pool.layout.digest.hex(), *roles)
 
-    def _send(self, errand: Errand) -> int:
+    def _send(self, errand: PushTask) -> int:
         assert self._peers is not None
         there = self._there_now(errand.to)
         to = PeerAddress(there.address, there.epoch)

@@ -19,7 +19,7 @@ MAX_KEYS = 1 << 14
 """Of one prompt. Of a longer one the rest stays unknown."""
 
 
-class PromptNames:
+class PromptKeyLog:
     """See the module."""
 
     def __init__(self, executor: Executor) -> None:

@@ -69,8 +69,8 @@ class Publisher:
         """Takes `client` and closes it in the end. `layout`, `take_named()`: as in `PoolEvents`."""
         self._client = client
         self._closing = threading.Event()
-        source = Source(epoch, take_events, snapshot, layout, take_named)
-        self._report = Report(client, source, self._closing.wait)
+        source = ReportSource(epoch, take_events, snapshot, layout, take_named)
+        self._report = SyncSession(client, source, self._closing.wait)
         self._thread = threading.Thread(target=self._run, name="mempool-events", daemon=True)
         self._thread.start()
 
@@ -89,7 +89,7 @@ class Publisher:
 
 
 @dataclass(frozen=True, slots=True)
-class Source:
+class ReportSource:
     """A pool, as far as it is reported."""
 
     epoch: Epoch
@@ -103,10 +103,10 @@ class Source:
         return PoolEvents(self.epoch, tuple(events), self.layout, named)
 
 
-class Report:
+class SyncSession:
     """What a publisher says, in order. Belongs to whoever runs it."""
 
-    def __init__(self, client: ControlClient, source: Source, wait: Callable[[float], bool]) -> None:
+    def __init__(self, client: ControlClient, source: ReportSource, wait: Callable[[float], bool]) -> None:
         """`wait` lets so many seconds pass; true when it is time to stop."""
         self._client = client
         self._source = source
@@ -178,7 +178,7 @@ class Report:
 
 
 def parts(
-    source: Source, snapshot: Snapshot, max_keys: int = MAX_KEYS, *, is_audit: bool = False
+    source: ReportSource, snapshot: Snapshot, max_keys: int = MAX_KEYS, *, is_audit: bool = False
 ) -> Iterator[SnapshotPart]:
     """The messages that a snapshot is sent in: at least one. Pure."""
     index, room = 0, max_keys

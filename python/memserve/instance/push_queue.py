@@ -25,7 +25,7 @@ CAPACITY = 256
 
 
 @dataclass(frozen=True, slots=True)
-class Errand:
+class PushTask:
     """A chain that `to` may lack. keys[0] comes after `parent`, or begins a prompt."""
 
     to: PoolInfo
@@ -34,7 +34,7 @@ class Errand:
 
 
 @dataclass(frozen=True, slots=True)
-class OutboxStats:
+class PushStats:
     """Errands and their outcome; `waiting` is of this moment."""
 
     sent: int = 0
@@ -46,22 +46,22 @@ class OutboxStats:
     waiting: int = 0
 
 
-class Outbox:
+class PushQueue:
     """Errands, run in order on one thread. `offer` may be called by any thread."""
 
-    def __init__(self, run: Callable[[Errand], int], capacity: int = CAPACITY) -> None:
+    def __init__(self, run: Callable[[PushTask], int], capacity: int = CAPACITY) -> None:
         """`run` sends one and returns how many blocks that were; a MemServeError is a failure."""
         self._send = run
-        self._errands: Queue[Errand] = Queue(capacity)
+        self._errands: Queue[PushTask] = Queue(capacity)
         self._closing = threading.Event()
         self._lock = threading.Lock()
-        self._stats = OutboxStats()
+        self._stats = PushStats()
         self._unfinished = 0
         self._idle = threading.Condition(self._lock)
         self._thread = threading.Thread(target=self._run, name="mempool-outbox", daemon=True)
         self._thread.start()
 
-    def offer(self, errand: Errand) -> bool:
+    def offer(self, errand: PushTask) -> bool:
         """Queue it; False, and counted, if there is no room."""
         with self._lock:
             try:
@@ -72,7 +72,7 @@ class Outbox:
             self._unfinished += 1
             return True
 
-    def stats(self) -> OutboxStats:
+    def stats(self) -> PushStats:
         with self._lock:
             return replace(self._stats, waiting=self._unfinished)
 
@@ -105,7 +105,7 @@ class Outbox:
             logger.exception("the outbox of the memory pool failed; this process cannot go on")
             os._exit(1)
 
-    def _blocks_sent(self, errand: Errand) -> int | None:
+    def _blocks_sent(self, errand: PushTask) -> int | None:
         try:
             return self._send(errand)
         except MemServeError as error:

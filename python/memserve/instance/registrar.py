@@ -8,7 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable
 
-from memserve.instance.registration import Presence, Words
+from memserve.instance.registration import RegistrationMessages, RouterRegistration
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import (
     Accepted,
@@ -33,7 +33,7 @@ def _keep_role(_: Role) -> None:
 
 
 class Registrar:
-    """Registers `info`, then sends heartbeats on a thread of its own (see Presence)."""
+    """Registers `info`, then sends heartbeats on a thread of its own (see RouterRegistration)."""
 
     def __init__(
         self,
@@ -49,14 +49,14 @@ class Registrar:
         self._is_draining = False
         self._on_role = on_role
         self._becomes: Role | None = None
-        words = Words(
+        words = RegistrationMessages(
             name=f"instance={info.instance_id}",
             register=lambda: Register(info, self._is_draining),
             heartbeat=lambda: Heartbeat(info.instance_id, info.epoch, load()),
             deregister=Deregister(info.instance_id, info.epoch),
             heard=self._heard,
         )
-        self._presence = Presence(client, words)
+        self._presence = RouterRegistration(client, words)
 
     def start(self) -> None:
         """Begin; the instance must be ready to serve."""

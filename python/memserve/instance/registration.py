@@ -26,7 +26,7 @@ RETRY_S = 0.5
 
 
 @dataclass(frozen=True, slots=True)
-class Words:
+class RegistrationMessages:
     """What is said to the router of one thing, and what its answers mean."""
 
     name: str
@@ -38,14 +38,14 @@ class Words:
     """Takes each answer; the heartbeat interval in seconds if it says that the thing is known."""
 
 
-class Presence:
+class RouterRegistration:
     """Says `words` to the router on a thread of its own.
 
     A router that is away is asked again every half second; one that restarted answers `Unknown`
     and gets the registration anew.
     """
 
-    def __init__(self, client: ControlClient, words: Words) -> None:
+    def __init__(self, client: ControlClient, words: RegistrationMessages) -> None:
         """Takes `client` and closes it in the end."""
         self._client = client
         self._words = words

@@ -14,7 +14,7 @@ from memserve.core.block_keys import BlockKey
 from memserve.core.errors import BlockStateError, OutOfBlocks
 from memserve.mempool.allocator import CACHED, FREE, PRIVATE, QUARANTINED, Allocator, Slots, SlotState
 from memserve.mempool.events import EventLog
-from memserve.mempool.eviction import Ordering
+from memserve.mempool.eviction import EvictionPolicy
 from memserve.mempool.index import BlockIndex, CachedNode
 
 
@@ -22,7 +22,7 @@ class BlockCache:
     """A slot is CACHED in `allocator` exactly while a node of `index` names it."""
 
     def __init__(
-        self, num_slots: int, max_slots: int, tier: Tier, ordering: Ordering, events: EventLog
+        self, num_slots: int, max_slots: int, tier: Tier, ordering: EvictionPolicy, events: EventLog
     ) -> None:
         self.allocator = Allocator(num_slots, max_slots)
         self.index = BlockIndex(max_slots, ordering)

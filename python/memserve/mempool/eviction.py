@@ -24,7 +24,7 @@ class BlockUse(NamedTuple):
     """Blocks before this one."""
 
 
-Ordering = Callable[[BlockUse], float]
+EvictionPolicy = Callable[[BlockUse], float]
 """The block with the lowest value is evicted first. A use never lowers the value of a block."""
 
 
@@ -38,7 +38,7 @@ def lfu(use: BlockUse) -> float:
     return use.uses + 1 - 1 / (1 + use.last_used)
 
 
-def cost_aware(half_life_ticks: float = 4096, attention_blocks: float = 512) -> Ordering:
+def cost_aware(half_life_ticks: float = 4096, attention_blocks: float = 512) -> EvictionPolicy:
     """Least expected cost of computing the block again first.
 
     Cost is linear in depth (attention reads all that comes before) and doubles at
@@ -55,7 +55,7 @@ def cost_aware(half_life_ticks: float = 4096, attention_blocks: float = 512) -> 
     return order
 
 
-ORDERINGS: dict[str, Callable[[], Ordering]] = {
+ORDERINGS: dict[str, Callable[[], EvictionPolicy]] = {
     "lru": lambda: lru,
     "lfu": lambda: lfu,
     "cost-aware": cost_aware,

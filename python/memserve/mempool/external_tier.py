@@ -15,7 +15,7 @@ from memserve.core.prompt_tree import Node, PromptTree
 from memserve.mempool.events import EventLog
 
 
-class ForeignTier:
+class ExternalTier:
     """Which keys the tier holds; prefix-closed, as any. Any thread: it has its pool's lock."""
 
     def __init__(self, tier: Tier, events: EventLog, lock: AbstractContextManager[object]) -> None:

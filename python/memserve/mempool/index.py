@@ -19,7 +19,7 @@ from memserve.core.block_addr import NO_SLOT
 from memserve.core.block_keys import BlockKey
 from memserve.core.prompt_tree import Node, PromptTree
 from memserve.mempool.allocator import Slots
-from memserve.mempool.eviction import BlockUse, EvictionQueue, Ordering
+from memserve.mempool.eviction import BlockUse, EvictionPolicy, EvictionQueue
 from memserve.mempool.pins import Pins
 
 CachedNode = Node[int]
@@ -29,7 +29,7 @@ CachedNode = Node[int]
 class BlockIndex:
     """keys -> slots. A slot is in at most one node."""
 
-    def __init__(self, num_slots: int, ordering: Ordering) -> None:
+    def __init__(self, num_slots: int, ordering: EvictionPolicy) -> None:
         self.tree: PromptTree[int] = PromptTree()
         """For reading."""
         self._ordering = ordering

@@ -25,12 +25,12 @@ from memserve.mempool.arena import Arena
 from memserve.mempool.cache import BlockCache
 from memserve.mempool.checksums import Checksum
 from memserve.mempool.events import CachedNodes, EventLog, snapshot
-from memserve.mempool.eviction import Ordering, lru
-from memserve.mempool.external_tier import ForeignTier
+from memserve.mempool.eviction import EvictionPolicy, lru
+from memserve.mempool.external_tier import ExternalTier
 from memserve.mempool.lease import Lease
 from memserve.mempool.leases import Leases
 from memserve.mempool.records import Inserted, Match, PoolStats, Reservation
-from memserve.mempool.reservations import Reservations
+from memserve.mempool.reservations import WriteReservations
 from memserve.mempool.swap import swap_in, swap_out
 from memserve.mempool.tier_pool import TierPool
 
@@ -48,7 +48,7 @@ class MemPool:
         layout: KVLayout,
         arena: Arena,
         epoch: Epoch,
-        ordering: Ordering = lru,
+        ordering: EvictionPolicy = lru,
         *,
         hbm: Arena | None = None,
     ) -> None:
@@ -67,8 +67,8 @@ class MemPool:
         self._dram = tier_pool(Tier.DRAM, arena, Checksum(layout))
         self._hbm = None if hbm is None else tier_pool(Tier.HBM, hbm, None)
         self._tiers = (self._dram,) if self._hbm is None else (self._hbm, self._dram)
-        self._foreign: list[ForeignTier] = []
-        self._reservations = Reservations(self._dram)
+        self._foreign: list[ExternalTier] = []
+        self._reservations = WriteReservations(self._dram)
         self._leases = Leases(self._tiers)
 
     # ---- memory
@@ -265,14 +265,14 @@ class MemPool:
     def cached(self) -> tuple[int, list[CachedNodes]]:
         """All blocks of each tier, as of the event with this number. Only their lists are copied, locked."""
         with self._lock:
-            tiers: list[BlockCache | ForeignTier] = [*(tier.cache for tier in self._tiers), *self._foreign]
+            tiers: list[BlockCache | ExternalTier] = [*(tier.cache for tier in self._tiers), *self._foreign]
             return self._events.sequence(), [(tier.tier, tier.nodes()) for tier in tiers]
 
-    def follow(self, tier: Tier) -> ForeignTier:
+    def follow(self, tier: Tier) -> ExternalTier:
         """Tell of somebody else's tier, too. Raises ConfigError if the pool has or follows it already."""
         if any(tier == other for other, _ in self.cached()[1]):
             raise ConfigError(f"one {tier.name} tier is known already")
-        self._foreign.append(ForeignTier(tier, self._events, self._lock))
+        self._foreign.append(ExternalTier(tier, self._events, self._lock))
         return self._foreign[-1]
 
     def num_followed(self) -> dict[Tier, int]:

@@ -16,7 +16,7 @@ from memserve.mempool.records import Reservation
 from memserve.mempool.tier_pool import TierPool
 
 
-class Reservations:
+class WriteReservations:
     """Open and quarantined reservations of one tier, by id. Ids are never used twice.
 
     Ending one that is not in the right state raises BlockStateError, changing nothing.

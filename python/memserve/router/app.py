@@ -17,29 +17,29 @@ from memserve.core.hosts import bracketed, is_loopback
 from memserve.router.auth.tls import client_context
 from memserve.router.cluster.control import ControlHandler
 from memserve.router.cluster.discovery.kubernetes import Discovery, PodApi
-from memserve.router.cluster.drain import Drains
-from memserve.router.cluster.health import Prober
+from memserve.router.cluster.drain import DrainManager
+from memserve.router.cluster.health import HealthProber
 from memserve.router.cluster.instance import Instance
 from memserve.router.cluster.pools import Pools
-from memserve.router.cluster.registry import Cluster
-from memserve.router.cluster.roles import Roles
+from memserve.router.cluster.registry import InstanceRegistry
+from memserve.router.cluster.roles import RoleChanges
 from memserve.router.config import RouterConfig
-from memserve.router.http.handlers.dashboard import Ui
+from memserve.router.http.handlers.dashboard import Dashboard
 from memserve.router.http.handlers.generate import GenerateHandler
-from memserve.router.http.handlers.info import Pages
+from memserve.router.http.handlers.info import InfoHandlers
 from memserve.router.http.handlers.workers import WorkersApi
-from memserve.router.http.ingress import Door, open_door
+from memserve.router.http.ingress import Ingress, build_ingress
 from memserve.router.http.routes import serve_http, serve_metrics, web_app
-from memserve.router.kv_events.synchronizer import TreeFeed
+from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.router.observability.metrics import DURATIONS, RouterMetrics
 from memserve.router.observability.state_metrics import StateCollector
-from memserve.router.observability.tracing import PassOn, Traces, Tracing
-from memserve.router.proxy.connection_pool import Connections
+from memserve.router.observability.tracing import PropagateOnly, Traces, Tracing
+from memserve.router.proxy.connection_pool import ConnectionPool
 from memserve.router.proxy.dispatcher import Dispatcher
-from memserve.router.proxy.executor import Runner
+from memserve.router.proxy.executor import RequestExecutor
 from memserve.router.proxy.fetcher import Fetcher
-from memserve.router.proxy.recovery import Resumer
-from memserve.router.proxy.retry import Patience
+from memserve.router.proxy.recovery import StreamRecovery
+from memserve.router.proxy.retry import RetryPolicy
 from memserve.router.proxy.upstream import Upstream, open_session
 from memserve.router.state import RouterState, new_state
 from memserve.wire.link import ControlServer
@@ -56,16 +56,16 @@ class Router:
 
     url: str
     control_address: str
-    cluster: Cluster
+    cluster: InstanceRegistry
     state: RouterState
-    door: Door
+    door: Ingress
 
     @property
     def pools(self) -> Pools:
         return self.state.pools
 
     @property
-    def feed(self) -> TreeFeed:
+    def feed(self) -> TreeSynchronizer:
         return self.state.feed
 
 
@@ -77,7 +77,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
     """
     key = ClusterKey.read(config.cluster_key_file) if config.cluster_key_file else None
     metrics = RouterMetrics(config.observe.prometheus_duration_buckets or DURATIONS)
-    door = open_door(config, metrics)
+    door = build_ingress(config, metrics)
     state = new_state(config, metrics)
     metrics.watch(StateCollector(state))
     cluster, pools = state.cluster, state.pools
@@ -88,24 +88,24 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         stack.callback(fetcher.close)
         tls = client_context(config.ssl_ca_certs, config.ssl_client_certfile, config.ssl_client_keyfile)
         session = await stack.enter_async_context(open_session(tls, config.api_key))
-        connections = Connections(tls)
+        connections = ConnectionPool(tls)
         stack.callback(connections.close)
         cluster.on_silent = connections.give_up
         upstream = Upstream(connections, session, on_lost=_on_lost(state))
         stack.push_async_callback(upstream.close)
-        runner = Runner(upstream, state.placer, fetcher)
-        resumer = Resumer(state.tokenizers, metrics, is_on=config.resume == "auto")
+        runner = RequestExecutor(upstream, state.placer, fetcher)
+        resumer = StreamRecovery(state.tokenizers, metrics, is_on=config.resume == "auto")
         dispatcher = Dispatcher(state, runner, resumer, _patience(config), metrics)
         requests, traces = state.observed.requests, _traces(stack, config)
         generate = GenerateHandler(dispatcher, requests, door, config.observe, traces)
-        drains = Drains(
+        drains = DrainManager(
             cluster, pools, state.placer.num_running, key=key, evacuate_s=config.drain_evacuate_secs
         )
         stack.callback(drains.close)
-        roles = Roles(cluster, drains)
+        roles = RoleChanges(cluster, drains)
         stack.callback(roles.close)
-        pages = Pages(state, metrics, session, door.access)
-        parts = (generate, WorkersApi(state, drains, roles), pages, Ui(state, config, door.gate))
+        pages = InfoHandlers(state, metrics, session, door.access)
+        parts = (generate, WorkersApi(state, drains, roles), pages, Dashboard(state, config, door.gate))
         app = web_app(config, door, [route for part in parts for route in part.routes()])
         port = await serve_http(stack, config, generate, app, door)
         await serve_metrics(stack, config, pages)
@@ -118,7 +118,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
             lambda: connections.keep(cluster.up),
         ]
         interval_s = config.health_check_interval_secs
-        prober = Prober(
+        prober = HealthProber(
             cluster, pools, state.tokenizers, session, interval_s=interval_s, clock=time.monotonic
         )
         _begin(stack, prober.run(), _keep_up(state, keepers))
@@ -184,14 +184,14 @@ def _begin(stack: AsyncExitStack, *works: Coroutine[Any, Any, None]) -> None:
 def _traces(stack: AsyncExitStack, config: RouterConfig) -> Traces:
     """What is done with traces. Raises ConfigError if spans are wanted and cannot be made."""
     if not config.observe.enable_trace:
-        return PassOn()
+        return PropagateOnly()
     tracing = Tracing.to(config.observe.otlp_traces_endpoint)
     stack.push_async_callback(asyncio.to_thread, tracing.close)
     return tracing
 
 
-def _patience(config: RouterConfig) -> Patience:
-    return Patience(
+def _patience(config: RouterConfig) -> RetryPolicy:
+    return RetryPolicy(
         timeout_s=config.request_timeout_secs,
         max_retries=config.retry_max_retries,
         initial_backoff_s=config.retry_initial_backoff_ms / 1000,

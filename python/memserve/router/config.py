@@ -14,7 +14,7 @@ from memserve.core.flags import add_flags, from_namespace, setting
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.discovery.config import DiscoveryConfig, add_discovery_flags, read_discovery
 from memserve.router.compat import POLICY_SYNONYMS, CompatParser, settle
-from memserve.router.observability.settings import ObserveSettings
+from memserve.router.observability.settings import ObservabilityConfig
 from memserve.router.tokenization.prompts import RoutingKeys
 from memserve.wire.messages import InstanceInfo, Role
 
@@ -181,7 +181,7 @@ class RouterConfig:
     client_stall_timeout_secs: float = setting(
         60.0, "how long a client may send nothing of a body, or read nothing of its answer"
     )
-    observe: ObserveSettings = field(default_factory=ObserveSettings)
+    observe: ObservabilityConfig = field(default_factory=ObservabilityConfig)
     remarks: tuple[str, ...] = ()
     """What is to be logged of the flags."""
     static: tuple[InstanceInfo, ...] = ()
@@ -254,7 +254,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
         allow_abbrev=False,
     )
     add_flags(parser, RouterConfig)
-    add_flags(parser.add_argument_group("watching it"), ObserveSettings)
+    add_flags(parser.add_argument_group("watching it"), ObservabilityConfig)
     servers = parser.add_argument_group("servers that do not register themselves (stock SGLang)")
     servers.add_argument(
         "--prefill",
@@ -283,7 +283,7 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
     return from_namespace(
         RouterConfig,
         namespace,
-        observe=from_namespace(ObserveSettings, namespace),
+        observe=from_namespace(ObservabilityConfig, namespace),
         remarks=remarks,
         static=tuple(static),
         discovery=read_discovery(namespace),

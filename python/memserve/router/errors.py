@@ -36,7 +36,7 @@ class NoRoute(Retryable):
     """No instance, or no whole pair, can take the request now."""
 
 
-class WorkerFault(Retryable):
+class UpstreamFault(Retryable):
     """An instance did not do its share of a request: another one may."""
 
     kind = "fault"
@@ -55,7 +55,7 @@ class WorkerFault(Retryable):
         return super().__str__() + tried + resumed
 
 
-class LegLost(WorkerFault):
+class UpstreamDisconnected(UpstreamFault):
     """The connection to an instance could not be made, or broke before the answer was complete."""
 
     kind = "lost"
@@ -71,7 +71,7 @@ class LegLost(WorkerFault):
         self.was_sent = was_sent
 
 
-class LegFailed(WorkerFault):
+class UpstreamError(UpstreamFault):
     """An instance answered with an error of its own (5xx)."""
 
     kind = "failed"
@@ -81,7 +81,7 @@ class LegFailed(WorkerFault):
         self.status = status
 
 
-class Harmful(MemServeError):
+class PoisonRequest(MemServeError):
     """The request was at several instances when each was lost: it is not tried on one more."""
 
     def __init__(self, role: str, instances: Sequence[InstanceId]) -> None:
@@ -92,11 +92,11 @@ class Harmful(MemServeError):
         )
 
 
-class LegTimeout(Retryable):
+class RequestTimeout(Retryable):
     """A request took longer than it may."""
 
 
-class LegRefused(MemServeError):
+class UpstreamRejected(MemServeError):
     """An instance refused the request as wrong (4xx). The message is its own."""
 
     def __init__(self, status: int, error: JsonObject) -> None:
@@ -149,15 +149,15 @@ def failure_of(error: MemServeError) -> Failure:
     """What a client is told of `error`."""
     if isinstance(error, ClientLeft):
         return failure(CLIENT_LEFT_STATUS, str(error))
-    if isinstance(error, LegRefused):
+    if isinstance(error, UpstreamRejected):
         return Failure(error.status, error.error)
     if isinstance(error, BadRequest):
         return failure(error.status, error.message, field=error.field)
-    if isinstance(error, LegFailed):
+    if isinstance(error, UpstreamError):
         return failure(503 if error.status == 503 else 502, str(error), retryable=True)
-    if isinstance(error, Harmful):
+    if isinstance(error, PoisonRequest):
         return failure(502, str(error), code="request_ended_servers")
-    if isinstance(error, LegTimeout):
+    if isinstance(error, RequestTimeout):
         return failure(504, str(error), retryable=True)
     if isinstance(error, Overloaded):
         told = failure(error.status, f"{error}; try again later", retryable=True)
@@ -181,9 +181,9 @@ def failure(
     return Failure(status, error)
 
 
-def refusal(status: int, body: bytes) -> LegRefused:
+def refusal(status: int, body: bytes) -> UpstreamRejected:
     """An instance's 4xx, whichever of SGLang's shapes its body has."""
-    return LegRefused(status, _error_object(status, body))
+    return UpstreamRejected(status, _error_object(status, body))
 
 
 def message_of(status: int, body: bytes) -> str:

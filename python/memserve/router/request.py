@@ -24,8 +24,8 @@ class Api(StrEnum):
     COMPLETIONS = "/v1/completions"
 
 
-class Names:
-    """Names for requests, as no other router process gives them. None is the beginning of another."""
+class RequestIds:
+    """RequestIds for requests, as no other router process gives them. None is the beginning of another."""
 
     def __init__(self) -> None:
         self._process = secrets.token_hex(10)
@@ -46,14 +46,14 @@ class LegTrace(Protocol):
         """It has ended."""
 
 
-class Call(msgspec.Struct, frozen=True):
+class GenerationRequest(msgspec.Struct, frozen=True):
     """A checked request."""
 
     api: Api
     body: JsonObject
     """As the client sent it. Never changed."""
     rid: str
-    """Names the request in logs, and at every server."""
+    """RequestIds the request in logs, and at every server."""
     rid_is_clients: bool
     """The client chose it, and may use it again."""
     rids: tuple[str, ...]
@@ -75,7 +75,7 @@ class Call(msgspec.Struct, frozen=True):
     trace: LegTrace | None = None
 
     def __repr__(self) -> str:
-        return f"Call({self.api}, rid={self.rid})"  # neither prompts nor keys
+        return f"GenerationRequest({self.api}, rid={self.rid})"  # neither prompts nor keys
 
     @property
     def is_stream(self) -> bool:

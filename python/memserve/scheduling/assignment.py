@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from memserve.router.cluster.instance import Instance, Pair, Route, Single, Snapshot
+from memserve.router.cluster.instance import ClusterSnapshot, Instance, Pair, Route, Single
 from memserve.router.proxy.fetcher import FetchOutcome, FetchPlan
 from memserve.router.tokenization.prompts import Prompt
 from memserve.scheduling.decision import Decision, fetch_gain_s
@@ -12,7 +12,7 @@ from memserve.wire.messages import Role
 
 
 @dataclass(slots=True)
-class Placed:
+class Assignment:
     """A request that has been given to instances. Changed by `Placer` only."""
 
     number: int
@@ -48,7 +48,7 @@ class Placed:
         return self.route.decode if isinstance(self.route, Pair) else self.route.worker
 
 
-def route_of(snapshot: Snapshot, decision: Decision) -> Route:
+def route_of(snapshot: ClusterSnapshot, decision: Decision) -> Route:
     prefill = snapshot.named(decision.prefill)
     if prefill.role is Role.COLOCATED:
         return Single(prefill)
@@ -56,7 +56,7 @@ def route_of(snapshot: Snapshot, decision: Decision) -> Route:
     return Pair(prefill, snapshot.named(decision.decode))
 
 
-def profits_from(placed: Placed, plan: FetchPlan) -> bool:
+def benefits_from(placed: Assignment, plan: FetchPlan) -> bool:
     """Whether to wait for what `plan`, another request's, brings: it was sent there because of it.
 
     As Eq. 2, for the whole transfer and what it brings of this prompt.
@@ -71,7 +71,7 @@ def profits_from(placed: Placed, plan: FetchPlan) -> bool:
     return fetch_gain_s(there - then, plan.transfer_s, placed.decision.chosen.queued_s) > 0
 
 
-def work_s_of(decision: Decision, plan: FetchPlan | None) -> float:
+def work_s_by_instance(decision: Decision, plan: FetchPlan | None) -> float:
     """What this request's own prefill will take, by the prediction."""
     situation, costs = decision.situation, decision.costs
     if plan is not None:

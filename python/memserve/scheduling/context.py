@@ -36,7 +36,7 @@ class Candidate(msgspec.Struct, frozen=True):
         return self.total_blocks if self.fetchable_blocks is None else self.fetchable_blocks
 
 
-class Situation(msgspec.Struct, frozen=True):
+class RoutingContext(msgspec.Struct, frozen=True):
     """One request, and all that could serve it."""
 
     prompt_tokens: int

@@ -1,4 +1,4 @@
-"""Where a request goes, and whether its history is fetched first: pure functions of a `Situation`.
+"""Where a request goes, and whether its history is fetched first: pure functions of a `RoutingContext`.
 
     Eq. 1   p* = argmin_p [ sum over p's queue of exec(x_r, y_r) + exec(x, y_p) ]
     Eq. 2   fetch from p' if transfer(y_p, y_p') <= exec(x, y_p) - exec(x, y_p') + p's queue
@@ -16,7 +16,7 @@ from collections.abc import Sequence
 import msgspec
 
 from memserve.core.ids import InstanceId
-from memserve.scheduling.context import Candidate, Situation
+from memserve.scheduling.context import Candidate, RoutingContext
 from memserve.scheduling.cost_model.model import CostModel
 from memserve.scheduling.policy import (
     DECODE_POLICIES,
@@ -49,7 +49,7 @@ class Score(msgspec.Struct, frozen=True):
         return self.queue_s + self.load_s + self.exec_s + self.others_s + self.recent_s
 
 
-class Fetch(msgspec.Struct, frozen=True):
+class FetchChoice(msgspec.Struct, frozen=True):
     """Blocks worth moving to the prefill first, by Eq. 2."""
 
     source: InstanceId
@@ -65,8 +65,8 @@ class Decision(msgspec.Struct, frozen=True):
 
     prefill: InstanceId
     decode: InstanceId | None
-    fetch: Fetch | None
-    situation: Situation
+    fetch: FetchChoice | None
+    situation: RoutingContext
     costs: CostModel
     policies: tuple[str, str]
     """Names of the policies that chose the prefill and the decode."""
@@ -93,7 +93,7 @@ class Decision(msgspec.Struct, frozen=True):
 
 
 def decide(
-    situation: Situation,
+    situation: RoutingContext,
     costs: CostModel,
     prefill_policy: str = "prompt_tree",
     decode_policy: str = "prompt_tree",
@@ -111,7 +111,7 @@ def decide(
     return Decision(
         prefill.instance_id,
         decode.instance_id if decode else None,
-        worthwhile_fetch(situation, prefill, costs) if can_fetch else None,
+        best_fetch(situation, prefill, costs) if can_fetch else None,
         situation,
         costs,
         (prefill_policy, decode_policy),
@@ -124,9 +124,9 @@ def fetch_gain_s(saved_s: float, transfer_s: float, queued_s: float) -> float:
     return saved_s - max(0.0, transfer_s - queued_s)
 
 
-def worthwhile_fetch(situation: Situation, prefill: Candidate, costs: CostModel) -> Fetch | None:
+def best_fetch(situation: RoutingContext, prefill: Candidate, costs: CostModel) -> FetchChoice | None:
     """Eq. 2: from which other holder moving KV to `prefill` saves most, None if recomputing is as fast."""
-    best: Fetch | None = None
+    best: FetchChoice | None = None
     most = 0.0
     tokens, has = situation.prompt_tokens, prefill.total_blocks
     holders = [
@@ -143,7 +143,7 @@ def worthwhile_fetch(situation: Situation, prefill: Candidate, costs: CostModel)
         gain_s = fetch_gain_s(saved_s, transfer_s, prefill.queued_s)
         if gain_s > most:
             most = gain_s
-            best = Fetch(holder.instance_id, holder.offered_blocks, transfer_s, saved_s)
+            best = FetchChoice(holder.instance_id, holder.offered_blocks, transfer_s, saved_s)
     return best
 
 
@@ -160,11 +160,11 @@ def fetching_at_most(decision: Decision, holder: InstanceId, num_blocks: int) ->
     situation = msgspec.structs.replace(
         old, prefills=known(old.prefills), decodes=known(old.decodes), holders=known(old.holders)
     )
-    fetch = worthwhile_fetch(situation, decision.chosen, decision.costs)
+    fetch = best_fetch(situation, decision.chosen, decision.costs)
     return msgspec.structs.replace(decision, situation=situation, fetch=fetch)
 
 
-def prefill_score(situation: Situation, candidate: Candidate, costs: CostModel) -> Score:
+def prefill_score(situation: RoutingContext, candidate: Candidate, costs: CostModel) -> Score:
     """Eq. 1 for one prefill, each block at the price of the tier it is in."""
     near = situation.cached_tokens(candidate.near_blocks)
     total = situation.cached_tokens(candidate.total_blocks)
@@ -180,7 +180,7 @@ def prefill_score(situation: Situation, candidate: Candidate, costs: CostModel) 
     )
 
 
-def decode_score(situation: Situation, candidate: Candidate, costs: CostModel) -> Score:
+def decode_score(situation: RoutingContext, candidate: Candidate, costs: CostModel) -> Score:
     """One decode: receiving what it lacks, then this answer's steps in the batch it would join."""
     load_s, exec_s = arrival_s(situation, candidate, costs), steps_s(situation, candidate, costs)
     return Score(candidate, 0.0, load_s, exec_s, others_s=0.0, recent_s=0.0)
@@ -215,7 +215,7 @@ def explain(decision: Decision) -> str:
     return "".join(text) + "."
 
 
-def _best(situation: Situation, candidates: Sequence[Candidate], ranks: Sequence[Rank]) -> Candidate:
+def _best(situation: RoutingContext, candidates: Sequence[Candidate], ranks: Sequence[Rank]) -> Candidate:
     """The lowest rank; of equals the one with the least recent work, then the next in turn."""
     lowest = min(ranks)
     if ranks.count(lowest) == 1:

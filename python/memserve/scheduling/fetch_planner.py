@@ -5,7 +5,7 @@ from __future__ import annotations
 from memserve.core.block_addr import Tier
 from memserve.core.ids import InstanceId
 from memserve.router.cluster.pools import Pools
-from memserve.router.kv_events.synchronizer import TreeFeed
+from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.router.observability.metrics import RouterMetrics
 from memserve.router.proxy.fetcher import MAX_FETCH_S, FetchPlan, links_between
 from memserve.router.tokenization.prompts import Prompt
@@ -14,10 +14,10 @@ from memserve.scheduling.prompt_tree.records import pool_name
 from memserve.wire.messages import Role
 
 
-class Planner:
+class FetchPlanner:
     """Plans fetches. Event loop thread only."""
 
-    def __init__(self, feed: TreeFeed, pools: Pools, metrics: RouterMetrics) -> None:
+    def __init__(self, feed: TreeSynchronizer, pools: Pools, metrics: RouterMetrics) -> None:
         self._feed = feed
         self._pools = pools
         self._metrics = metrics

@@ -12,11 +12,11 @@ from dataclasses import dataclass, field
 
 from memserve.core.ids import InstanceId
 from memserve.scheduling.context import Candidate
-from memserve.scheduling.prompt_tree.tree import Depth
+from memserve.scheduling.prompt_tree.tree import Overlap
 
 
 @dataclass(slots=True)
-class _Account:
+class _InstanceLoad:
     queued: OrderedDict[int, float] = field(default_factory=OrderedDict)
     """Predicted seconds by request, in order of dispatch."""
     queued_s: float = 0.0
@@ -29,13 +29,13 @@ class _Account:
     context_tokens: int = 0
 
 
-class Ledger:
+class LoadTracker:
     """The accounts of all instances. One thread only."""
 
     def __init__(self, window_s: float) -> None:
         """`window_s`: how long work counts as recent."""
         self._window_s = window_s
-        self._accounts: dict[InstanceId, _Account] = {}
+        self._accounts: dict[InstanceId, _InstanceLoad] = {}
         self._known: dict[InstanceId, float] = {}
         """Who was kept last, and the recent work that each is to begin with."""
 
@@ -103,7 +103,7 @@ class Ledger:
             account.context_tokens -= account.decoding.pop(request, 0)
 
     def candidate(
-        self, instance_id: InstanceId, depth: Depth, now_s: float, fetchable_blocks: int | None = None
+        self, instance_id: InstanceId, depth: Overlap, now_s: float, fetchable_blocks: int | None = None
     ) -> Candidate:
         """The instance as a policy sees it, which has `depth` of the request in question."""
         account = self._accounts.get(instance_id)
@@ -127,14 +127,14 @@ class Ledger:
             account.context_tokens,
         )
 
-    def _is_busy(self, account: _Account, now_s: float) -> bool:
+    def _is_busy(self, account: _InstanceLoad, now_s: float) -> bool:
         """Whether it was given work lately; what was earlier is forgotten."""
         while account.recent and account.recent[0][0] <= now_s - self._window_s:
             account.recent_s -= account.recent.popleft()[1]
         return bool(account.recent)
 
-    def _account(self, instance_id: InstanceId) -> _Account:
+    def _account(self, instance_id: InstanceId) -> _InstanceLoad:
         account = self._accounts.get(instance_id)
         if account is None:
-            account = self._accounts[instance_id] = _Account()
+            account = self._accounts[instance_id] = _InstanceLoad()
         return account

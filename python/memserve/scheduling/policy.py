@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 from zlib import crc32
 
-from memserve.scheduling.context import Candidate, Situation
+from memserve.scheduling.context import Candidate, RoutingContext
 from memserve.scheduling.cost_model.model import CostModel
 
 RECENT_WEIGHT = 0.02
@@ -39,11 +39,11 @@ On the same trace it saves 7% of the mean at load 0.9 and nothing past the knee;
 """
 
 Rank = float | tuple[float, ...]
-Policy = Callable[[Situation, Sequence[Candidate], CostModel], Sequence[Rank]]
+Policy = Callable[[RoutingContext, Sequence[Candidate], CostModel], Sequence[Rank]]
 """A rank for each candidate, of which there is at least one. Lower is better; ties are broken outside."""
 
 
-def _prompt_tree(situation: Situation, candidates: Sequence[Candidate], costs: CostModel) -> list[Rank]:
+def _prompt_tree(situation: RoutingContext, candidates: Sequence[Candidate], costs: CostModel) -> list[Rank]:
     """The totals of `prefill_score`, without making scores: this is done for every request."""
     tokens, page_tokens = situation.prompt_tokens, situation.page_tokens
     ranks: list[Rank] = []
@@ -58,49 +58,51 @@ def _prompt_tree(situation: Situation, candidates: Sequence[Candidate], costs: C
     return ranks
 
 
-def arrival_s(situation: Situation, candidate: Candidate, costs: CostModel) -> float:
+def arrival_s(situation: RoutingContext, candidate: Candidate, costs: CostModel) -> float:
     """Receiving at a decode what it lacks of the prompt."""
     lacking = situation.prompt_tokens - situation.cached_tokens(candidate.total_blocks)
     return costs.remote.seconds(lacking * costs.kv_bytes_per_token)
 
 
-def steps_s(situation: Situation, candidate: Candidate, costs: CostModel) -> float:
+def steps_s(situation: RoutingContext, candidate: Candidate, costs: CostModel) -> float:
     """This answer's steps in the batch it would join."""
     context_tokens = candidate.context_tokens + situation.prompt_tokens
     return costs.step_s(candidate.decode_batch + 1, context_tokens) * situation.output_tokens
 
 
 def _prompt_tree_decode(
-    situation: Situation, candidates: Sequence[Candidate], costs: CostModel
+    situation: RoutingContext, candidates: Sequence[Candidate], costs: CostModel
 ) -> list[Rank]:
     return [arrival_s(situation, it, costs) + steps_s(situation, it, costs) for it in candidates]
 
 
-def _longest_prefix(situation: Situation, candidates: Sequence[Candidate], _: CostModel) -> list[Rank]:
+def _longest_prefix(situation: RoutingContext, candidates: Sequence[Candidate], _: CostModel) -> list[Rank]:
     return [-it.total_blocks for it in candidates]
 
 
-def _round_robin(situation: Situation, candidates: Sequence[Candidate], _: CostModel) -> list[Rank]:
+def _round_robin(situation: RoutingContext, candidates: Sequence[Candidate], _: CostModel) -> list[Rank]:
     count = len(candidates)
     return [(i - situation.turn) % count for i in range(count)]
 
 
-def _round_robin_decode(situation: Situation, candidates: Sequence[Candidate], _: CostModel) -> list[Rank]:
+def _round_robin_decode(
+    situation: RoutingContext, candidates: Sequence[Candidate], _: CostModel
+) -> list[Rank]:
     """Shifts by one with each round: as many prefills would else always meet the same decodes."""
     count = len(candidates)
     return [(i - situation.turn - situation.turn // count) % count for i in range(count)]
 
 
-def _random(situation: Situation, candidates: Sequence[Candidate], _: CostModel) -> list[Rank]:
+def _random(situation: RoutingContext, candidates: Sequence[Candidate], _: CostModel) -> list[Rank]:
     drawn = _mixed(situation.seed, situation.turn) % len(candidates)
     return [float(i != drawn) for i in range(len(candidates))]
 
 
-def _least_load(situation: Situation, candidates: Sequence[Candidate], _: CostModel) -> list[Rank]:
+def _least_load(situation: RoutingContext, candidates: Sequence[Candidate], _: CostModel) -> list[Rank]:
     return [_load(it) for it in candidates]
 
 
-def _power_of_two(situation: Situation, candidates: Sequence[Candidate], _: CostModel) -> list[Rank]:
+def _power_of_two(situation: RoutingContext, candidates: Sequence[Candidate], _: CostModel) -> list[Rank]:
     """The less loaded of two that are drawn."""
     count = len(candidates)
     one = _mixed(situation.seed, situation.turn) % count
@@ -108,7 +110,7 @@ def _power_of_two(situation: Situation, candidates: Sequence[Candidate], _: Cost
     return [(float(i not in (one, other)), *_load(it)) for i, it in enumerate(candidates)]
 
 
-def _session(situation: Situation, candidates: Sequence[Candidate], costs: CostModel) -> list[Rank]:
+def _session(situation: RoutingContext, candidates: Sequence[Candidate], costs: CostModel) -> list[Rank]:
     """Rendezvous hashing: a session stays where it is as long as that instance is there."""
     if situation.session is None:
         return _least_load(situation, candidates, costs)

@@ -1,7 +1,7 @@
 """From what is known of a request to where it goes, and what its way teaches about the next ones.
 
-    decide   prompt tree + ledger + costs ──> Situation ──> Decision          (changes nothing)
-    place    the same, entered in the ledger and expected in the tree ──> Placed
+    decide   prompt tree + ledger + costs ──> RoutingContext ──> Decision          (changes nothing)
+    place    the same, entered in the ledger and expected in the tree ──> Assignment
     fetched, prefilled, ended: settle the ledger, refine the costs, count
 
 Knows no HTTP. Event loop thread only; the clock is given.
@@ -17,24 +17,24 @@ import msgspec
 
 from memserve.core.block_keys import BlockKey
 from memserve.core.ids import InstanceId
-from memserve.router.cluster.instance import Instance, Snapshot
+from memserve.router.cluster.instance import ClusterSnapshot, Instance
 from memserve.router.cluster.pools import Pools
-from memserve.router.kv_events.synchronizer import TreeFeed
+from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.router.observability.metrics import RouterMetrics
 from memserve.router.proxy.fetcher import FetchOutcome
 from memserve.router.tokenization.prompts import Prompt
 from memserve.router.tokenization.text_keys import BLOCK_TOKENS
-from memserve.scheduling.assignment import Placed, route_of, work_s_of
-from memserve.scheduling.context import Candidate, Situation
+from memserve.scheduling.assignment import Assignment, route_of, work_s_by_instance
+from memserve.scheduling.context import Candidate, RoutingContext
 from memserve.scheduling.cost_model.busy_periods import BusyPeriods
 from memserve.scheduling.cost_model.model import CPU_COSTS, GPU_COSTS, CostModel
-from memserve.scheduling.cost_model.online import LearntCosts
-from memserve.scheduling.cost_model.prediction_error import Hindsight, learn, work_of
+from memserve.scheduling.cost_model.online import OnlineCostModel
+from memserve.scheduling.cost_model.prediction_error import PredictionError, update_costs, work_of
 from memserve.scheduling.decision import Decision, decide, fetching_at_most
-from memserve.scheduling.fetch_planner import Planner
-from memserve.scheduling.load_tracker import Ledger
+from memserve.scheduling.fetch_planner import FetchPlanner
+from memserve.scheduling.load_tracker import LoadTracker
 from memserve.scheduling.prompt_tree.records import by_server
-from memserve.scheduling.prompt_tree.tree import Depth
+from memserve.scheduling.prompt_tree.tree import Overlap
 
 WINDOW_S = 180.0
 """How long work counts as recent."""
@@ -44,11 +44,11 @@ MAX_HOLDERS = 3
 """How many holders are looked at to fetch from, when they have less in DRAM than in HBM."""
 
 _NEED_TOKENS = frozenset({"prompt_tree", "longest_prefix"})
-_NOTHING = Depth(0, 0)
+_NOTHING = Overlap(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
-class PlacerSettings:
+class SelectorConfig:
     """How requests are placed."""
 
     prefill_policy: str
@@ -61,7 +61,7 @@ class PlacerSettings:
     """Whether history may be fetched before a request goes out."""
 
 
-class Learner(Protocol):
+class CacheObserver(Protocol):
     """Follows the caches of workers that do not report theirs in full."""
 
     def know(self, keys: Sequence[BlockKey]) -> None:
@@ -74,15 +74,15 @@ class Learner(Protocol):
         """Whether what it answered is all that is known of its cache."""
 
 
-class Placer:
+class InstanceSelector:
     """Places requests on the ready instances."""
 
     def __init__(
         self,
-        settings: PlacerSettings,
-        feed: TreeFeed,
+        settings: SelectorConfig,
+        feed: TreeSynchronizer,
         pools: Pools,
-        learner: Learner,
+        learner: CacheObserver,
         metrics: RouterMetrics,
         clock: Callable[[], float],
     ) -> None:
@@ -92,21 +92,21 @@ class Placer:
         self._learner = learner
         self._metrics = metrics
         self._clock = clock
-        self._ledger = Ledger(WINDOW_S)
-        self._costs: dict[str, LearntCosts] = {}
+        self._ledger = LoadTracker(WINDOW_S)
+        self._costs: dict[str, OnlineCostModel] = {}
         self._turn = 0
         self._last: dict[InstanceId, int] = {}
         """The request that each prefill was given last."""
-        self._hindsight = Hindsight(metrics)
-        self._planner = Planner(feed, pools, metrics)
+        self._hindsight = PredictionError(metrics)
+        self._planner = FetchPlanner(feed, pools, metrics)
         self._busy = BusyPeriods()
 
     @property
-    def costs(self) -> Mapping[str, LearntCosts]:
+    def costs(self) -> Mapping[str, OnlineCostModel]:
         """What has been learnt, by model."""
         return self._costs
 
-    def decide(self, snapshot: Snapshot, prompt: Prompt) -> Decision | None:
+    def decide(self, snapshot: ClusterSnapshot, prompt: Prompt) -> Decision | None:
         """Where a request would go now; None if no pair is whole and nobody does both."""
         prefills = (*(snapshot.prefills if snapshot.decodes else ()), *snapshot.colocated)
         if not prefills:
@@ -124,21 +124,21 @@ class Placer:
             decision = fetching_at_most(decision, decision.fetch.source, less)
         return msgspec.structs.replace(decision, fetch=None)
 
-    def place(self, snapshot: Snapshot, prompt: Prompt) -> Placed | None:
+    def place(self, snapshot: ClusterSnapshot, prompt: Prompt) -> Assignment | None:
         """Where it goes, entered as work there; None as `decide`."""
         decision = self.decide(snapshot, prompt)
         if decision is None:
             return None
         now_s, route = self._clock(), route_of(snapshot, decision)
         plan = self._planner.plan(decision, prompt)
-        placed = Placed(
+        placed = Assignment(
             number=self._turn,
             decision=decision,
             prompt=prompt,
             route=route,
             plan=plan,
             begun_s=now_s,
-            work_s=work_s_of(decision, plan),
+            work_s=work_s_by_instance(decision, plan),
             had_queue=self._ledger.num_queued(decision.prefill) > 0,
         )
         self._turn += 1
@@ -150,7 +150,7 @@ class Placer:
         self._metrics.fetches.labels("shared").inc()
         self._metrics.fetch_seconds.observe(seconds)
 
-    def fetched(self, placed: Placed, outcome: FetchOutcome) -> None:
+    def fetched(self, placed: Assignment, outcome: FetchOutcome) -> None:
         """Its fetch is over."""
         plan, wanted = placed.plan, placed.decision.fetch
         assert plan is not None
@@ -166,12 +166,12 @@ class Placer:
             self._costs_of(placed.prefill).fetched(num_tokens, outcome.seconds)
         placed.fetched = outcome
 
-    def sent(self, placed: Placed) -> None:
+    def sent(self, placed: Assignment) -> None:
         """It goes out now."""
         placed.begun_s = self._clock()
         self._busy.sent(placed.decision.prefill, placed.number, placed.begun_s)
 
-    def prefilled(self, placed: Placed, cached_tokens: int | None, *, is_timely: bool = True) -> None:
+    def prefilled(self, placed: Assignment, cached_tokens: int | None, *, is_timely: bool = True) -> None:
         """Its first token is there; prefill had `cached_tokens` of it, if it says so. Idempotent.
 
         `is_timely`: just now, not some time ago.
@@ -197,10 +197,10 @@ class Placer:
         self._metrics.prefill_seconds.observe(seconds)
         is_alone = not placed.had_queue and self._last.get(placed.decision.prefill) == placed.number
         if is_alone:
-            learn(placed, seconds, cached_tokens, costs)
+            update_costs(placed, seconds, cached_tokens, costs)
         self._hindsight.reckon(placed, seconds, costs.model)
 
-    def ended(self, placed: Placed, *, is_answered: bool) -> None:
+    def ended(self, placed: Assignment, *, is_answered: bool) -> None:
         """Nobody works on it any more. Idempotent."""
         now_s = self._clock()
         self._ledger.prefill_done(placed.decision.prefill, placed.number, now_s)
@@ -245,7 +245,7 @@ class Placer:
 
     def _situation(
         self, prefills: Sequence[Instance], decodes: Sequence[Instance], prompt: Prompt
-    ) -> Situation:
+    ) -> RoutingContext:
         depths, now_s = self._depths(prompt), self._clock()
 
         def candidates(instances: Sequence[Instance]) -> tuple[Candidate, ...]:
@@ -258,7 +258,7 @@ class Placer:
             for inside in self._planner.names_of(name, prefills[0].instance_id)
             if inside in depths
         )
-        return Situation(
+        return RoutingContext(
             prompt.num_tokens,
             BLOCK_TOKENS if prompt.by_text else prefills[0].facts.page_size or 1,
             candidates(prefills),
@@ -269,19 +269,19 @@ class Placer:
             output_tokens=prompt.output_tokens,
         )
 
-    def _depths(self, prompt: Prompt) -> Mapping[InstanceId, Depth]:
+    def _depths(self, prompt: Prompt) -> Mapping[InstanceId, Overlap]:
         """Of a batch, the sum over its prompts."""
         tree = self._feed.tree
         if len(prompt.chains) == 1:
             return by_server(tree.depths(prompt.chains[0]))
-        sums: dict[InstanceId, Depth] = {}
+        sums: dict[InstanceId, Overlap] = {}
         for chain in prompt.chains:
             for instance, depth in by_server(tree.depths(chain)).items():
                 known = sums.get(instance, _NOTHING)
-                sums[instance] = Depth(known.near + depth.near, known.total + depth.total)
+                sums[instance] = Overlap(known.near + depth.near, known.total + depth.total)
         return sums
 
-    def _enter(self, placed: Placed) -> None:
+    def _enter(self, placed: Assignment) -> None:
         prompt = placed.prompt
         prefill, decode = placed.prefill.instance_id, placed.decode.instance_id
         self._ledger.prefill_dispatched(prefill, placed.number, placed.work_s, placed.begun_s)
@@ -304,7 +304,7 @@ class Placer:
         if prompt.unknown is not None:
             metrics.unknown_tokens.labels(prompt.unknown).inc()
 
-    def _count_tiers(self, placed: Placed, prompt: Prompt) -> None:
+    def _count_tiers(self, placed: Assignment, prompt: Prompt) -> None:
         """Where its tokens were seen for the prefill it goes to."""
         metrics, situation, chosen = self._metrics, placed.decision.situation, placed.decision.chosen
         after = 0
@@ -318,13 +318,13 @@ class Placer:
             metrics.remote_tokens.inc(after - total)
         metrics.computed_tokens.inc(prompt.num_tokens - after)
 
-    def _costs_of(self, instance: Instance) -> LearntCosts:
+    def _costs_of(self, instance: Instance) -> OnlineCostModel:
         """Of the model that the instance serves."""
         facts = instance.facts
         costs = self._costs.get(facts.model)
         if costs is None:
             usual = CPU_COSTS if facts.is_on_cpu else GPU_COSTS
-            costs = LearntCosts(self._settings.start_costs or usual, certainty=self._settings.certainty)
+            costs = OnlineCostModel(self._settings.start_costs or usual, certainty=self._settings.certainty)
             self._costs[facts.model] = costs
         pools = self._pools.of(instance.instance_id)
         if pools and pools[0].block_bytes and facts.page_size:

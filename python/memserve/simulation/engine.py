@@ -18,7 +18,7 @@ from memserve.simulation.traces import Request
 
 
 @dataclass(slots=True)
-class Job:
+class SimulatedRequest:
     """A request on its way. Times in seconds of the simulation."""
 
     request: Request
@@ -39,13 +39,13 @@ class PrefillQueue:
 
     def __init__(self, costs: CostModel, cache: PromptCache, block_tokens: int) -> None:
         self._costs, self._cache, self._block_tokens = costs, cache, block_tokens
-        self._waiting: deque[Job] = deque()
+        self._waiting: deque[SimulatedRequest] = deque()
         self._busy = False
 
-    def add(self, job: Job) -> None:
+    def add(self, job: SimulatedRequest) -> None:
         self._waiting.append(job)
 
-    def begin(self) -> tuple[Job, float] | None:
+    def begin(self) -> tuple[SimulatedRequest, float] | None:
         """Take up the next prefill, if idle: the job and how long it takes. `end` has to follow."""
         if self._busy or not self._waiting:
             return None
@@ -66,7 +66,7 @@ class DecodeBatch:
 
     def __init__(self, costs: CostModel) -> None:
         self._costs = costs
-        self._ends: list[tuple[float, int, Job]] = []
+        self._ends: list[tuple[float, int, SimulatedRequest]] = []
         """By the step after which each has all its tokens."""
         self._context_tokens = 0.0
         self._steps = 0.0
@@ -74,7 +74,7 @@ class DecodeBatch:
         self.version = 0
         """Goes up whenever the batch changes, so that an end foretold before is known to be void."""
 
-    def add(self, job: Job, now_s: float) -> None:
+    def add(self, job: SimulatedRequest, now_s: float) -> None:
         """Its first token has come from the prefill; the others take a step each."""
         self._advance(now_s)
         remaining = max(job.request.output_tokens - 1, 0)
@@ -88,7 +88,7 @@ class DecodeBatch:
             return None
         return self._now_s + max(self._ends[0][0] - self._steps, 0.0) * self._step_s()
 
-    def take_ended(self, now_s: float) -> Job:
+    def take_ended(self, now_s: float) -> SimulatedRequest:
         """The request that ends now, taken out of the batch."""
         self._advance(now_s)
         end, _, job = heapq.heappop(self._ends)

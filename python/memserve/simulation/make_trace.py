@@ -18,7 +18,7 @@ from random import Random
 import msgspec
 
 from memserve.core.errors import ConfigError
-from memserve.simulation.traces import BLOCK_TOKENS, Line
+from memserve.simulation.traces import BLOCK_TOKENS, TraceLine
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,23 +76,23 @@ class _Context:
         """The whole blocks."""
         return list(self._blocks)
 
-    def request(self, at_s: float, output_tokens: int, session: int) -> Line:
+    def request(self, at_s: float, output_tokens: int, session: int) -> TraceLine:
         blocks = self.blocks()
         if self.num_tokens % self._block_tokens:
             blocks.append(self._ids.take())
-        return Line(round(at_s * 1e3), self.num_tokens, output_tokens, blocks, session)
+        return TraceLine(round(at_s * 1e3), self.num_tokens, output_tokens, blocks, session)
 
 
-Session = Callable[[Random, float, int], Iterator[Line]]
+Session = Callable[[Random, float, int], Iterator[TraceLine]]
 """The requests of one conversation that begins at some time and has that number."""
 
 
-def conversation(shape: Shape) -> list[Line]:
+def conversation(shape: Shape) -> list[TraceLine]:
     """Chat with long prompts: quantiles, turns and reuse of Mooncake's conversation trace."""
     ids = _Ids()
     system = [ids.take()]
 
-    def session(random: Random, at_s: float, number: int) -> Iterator[Line]:
+    def session(random: Random, at_s: float, number: int) -> Iterator[TraceLine]:
         context = _Context(ids, shape.block_tokens, system)
         first = min(max(random.lognormvariate(log(5900), 1.18), 890), 126_000)
         context.grow(max(int(first) - context.num_tokens, 1))
@@ -114,11 +114,11 @@ def conversation(shape: Shape) -> list[Line]:
     return _poisson_sessions(shape, session, mean_turns=1.63)
 
 
-def sharegpt(shape: Shape) -> list[Line]:
+def sharegpt(shape: Shape) -> list[TraceLine]:
     """Short chat: 73% of conversations have several turns, 5.75 turns in the mean, prompts to 2.3K tokens."""
     ids = _Ids()
 
-    def session(random: Random, at_s: float, number: int) -> Iterator[Line]:
+    def session(random: Random, at_s: float, number: int) -> Iterator[TraceLine]:
         context = _Context(ids, shape.block_tokens)
         turns = 1 if random.random() > 0.73 else 2 + int(random.expovariate(1 / 6.0))
         for _ in range(turns):
@@ -134,7 +134,7 @@ def sharegpt(shape: Shape) -> list[Line]:
     return _poisson_sessions(shape, session, mean_turns=5.75)
 
 
-def loogle(shape: Shape) -> list[Line]:
+def loogle(shape: Shape) -> list[TraceLine]:
     """Questions about long documents: 23.5K tokens (sd 6.1K), 91% of them shared, 16 tokens of answer.
 
     Every `share_ratio` sessions ask about one document. Requests come at random, those of a session in order.
@@ -162,13 +162,13 @@ def loogle(shape: Shape) -> list[Line]:
     return _renumbered(lines)
 
 
-def react(shape: Shape) -> list[Line]:
+def react(shape: Shape) -> list[TraceLine]:
     """Agents: a 6-shot prompt of 1,250 tokens that all share, growing by thought, action, observation."""
     ids = _Ids()
     shots = _Context(ids, shape.block_tokens)
     shots.grow(1250)
 
-    def session(random: Random, at_s: float, number: int) -> Iterator[Line]:
+    def session(random: Random, at_s: float, number: int) -> Iterator[TraceLine]:
         context = _Context(ids, shape.block_tokens, shots.blocks())
         context.grow(shots.num_tokens - context.num_tokens + 12 + int(random.expovariate(1 / 15)))
         for _ in range(random.randint(2, 7)):
@@ -189,10 +189,10 @@ def _chat_answer(random: Random) -> int:
     return int(random.lognormvariate(log(900), 0.3))
 
 
-def _poisson_sessions(shape: Shape, session: Session, mean_turns: float) -> list[Line]:
+def _poisson_sessions(shape: Shape, session: Session, mean_turns: float) -> list[TraceLine]:
     """The first requests of sessions that begin as a Poisson process."""
     random = Random(shape.seed)
-    lines: list[Line] = []
+    lines: list[TraceLine] = []
     begin_s, number = 0.0, 0
     while len(lines) < shape.requests or lines[shape.requests - 1].timestamp > begin_s * 1e3:
         lines.extend(session(random, begin_s, number))
@@ -204,7 +204,7 @@ def _poisson_sessions(shape: Shape, session: Session, mean_turns: float) -> list
     return _renumbered(lines)
 
 
-def _renumbered(lines: list[Line]) -> list[Line]:
+def _renumbered(lines: list[TraceLine]) -> list[TraceLine]:
     """Block ids and sessions in order of appearance, times from 0."""
     blocks: dict[int, int] = {}
     sessions: dict[int | None, int] = {}
@@ -219,7 +219,7 @@ def _renumbered(lines: list[Line]) -> list[Line]:
     ]
 
 
-SHAPES: dict[str, tuple[Callable[[Shape], list[Line]], Shape]] = {
+SHAPES: dict[str, tuple[Callable[[Shape], list[TraceLine]], Shape]] = {
     "conversation": (conversation, Shape(requests=12_000, rate=3.4)),
     "sharegpt": (sharegpt, Shape(requests=5000, rate=10.0)),
     "loogle": (loogle, Shape(requests=250, rate=1.0)),

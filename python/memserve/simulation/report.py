@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from memserve.core.ids import InstanceId
 from memserve.scheduling.cost_model.model import CostModel
-from memserve.simulation.engine import Job
+from memserve.simulation.engine import SimulatedRequest
 from memserve.simulation.simulation import Outcome
 from memserve.simulation.traces import Trace
 
@@ -81,7 +81,7 @@ def figures(outcome: Outcome, costs: CostModel, goal: Goal = Goal()) -> Figures:
     return _with_times(untimed, outcome, costs, goal) if config.timed else untimed
 
 
-def work_by_instance(jobs: Sequence[Job], prefills: Sequence[InstanceId]) -> list[int]:
+def work_by_instance(jobs: Sequence[SimulatedRequest], prefills: Sequence[InstanceId]) -> list[int]:
     """Tokens that each of `prefills` computed."""
     work = dict.fromkeys(prefills, 0)
     for job in jobs:

@@ -23,23 +23,23 @@ from memserve.core.block_keys import BlockKey
 from memserve.core.cache_events import CacheEvent, Removed, Snapshot, Stored
 from memserve.core.errors import ConfigError
 from memserve.core.ids import Epoch, InstanceId
-from memserve.scheduling.context import Situation
+from memserve.scheduling.context import RoutingContext
 from memserve.scheduling.cost_model.model import (
     GPU_COSTS,
     TOKEN_COSTS,
     CostModel,
     Observation,
     PrefillCost,
-    Refined,
-    observe,
+    RlsState,
+    rls_update,
     with_prefill,
 )
-from memserve.scheduling.decision import Decision, Fetch, decide
-from memserve.scheduling.load_tracker import Ledger
+from memserve.scheduling.decision import Decision, FetchChoice, decide
+from memserve.scheduling.load_tracker import LoadTracker
 from memserve.scheduling.policy import PREFILL_POLICIES
-from memserve.scheduling.prompt_tree.tree import ClusterTree, Depth
+from memserve.scheduling.prompt_tree.tree import GlobalPromptTree, Overlap
 from memserve.simulation.cache import PromptCache
-from memserve.simulation.engine import Job, SimulatedInstance
+from memserve.simulation.engine import SimulatedInstance, SimulatedRequest
 from memserve.simulation.traces import Request, Trace
 
 WINDOW_S = 180.0
@@ -51,7 +51,7 @@ EXPECT_S = 60.0
 EPOCH = Epoch(1)
 """Nobody restarts here."""
 
-NOTHING = Depth(0, 0)
+NOTHING = Overlap(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +98,10 @@ class Outcome:
 
     config: SimulationConfig
     trace: Trace
-    jobs: tuple[Job, ...]
+    jobs: tuple[SimulatedRequest, ...]
     prefills: tuple[InstanceId, ...]
     num_resyncs: int
-    refined: Refined
+    refined: RlsState
     """What the router has learnt of prefills; of none if it was right from the beginning."""
 
 
@@ -111,7 +111,7 @@ class Simulation:
     def __init__(self, trace: Trace, config: SimulationConfig, costs: CostModel) -> None:
         self._trace, self._config = trace, config
         self._costs = costs if config.timed else TOKEN_COSTS
-        self._refined = Refined.of(
+        self._refined = RlsState.of(
             PrefillCost(*(value * config.cost_error for value in astuple(self._costs.prefill)))
         )
         self._believed = with_prefill(self._costs, self._refined.cost)
@@ -119,9 +119,9 @@ class Simulation:
         self._events: list[tuple[float, int, Callable[[], None]]] = []
         self._order = count()
         self._now_s = 0.0
-        self._ended: list[Job] = []
-        self._index = ClusterTree(clock=lambda: self._now_s)
-        self._ledger = Ledger(WINDOW_S)
+        self._ended: list[SimulatedRequest] = []
+        self._index = GlobalPromptTree(clock=lambda: self._now_s)
+        self._ledger = LoadTracker(WINDOW_S)
         self._resyncing: set[InstanceId] = set()
         self._num_resyncs = 0
         role = "prefill" if config.decodes else "worker"
@@ -161,7 +161,7 @@ class Simulation:
 
     def _arrive(self, request: Request) -> None:
         decision, depths = self._decide(request)
-        job = Job(request, decision.prefill, decision.decode or decision.prefill)
+        job = SimulatedRequest(request, decision.prefill, decision.decode or decision.prefill)
         tokens = decision.situation.prompt_tokens
         known = depths.get(decision.prefill, NOTHING).total
         if decision.fetch:
@@ -179,7 +179,7 @@ class Simulation:
         else:
             self._queue(job)
 
-    def _decide(self, request: Request) -> tuple[Decision, dict[InstanceId, Depth]]:
+    def _decide(self, request: Request) -> tuple[Decision, dict[InstanceId, Overlap]]:
         depths = self._index.depths(request.keys)
         prefills, decodes = (
             tuple(
@@ -189,7 +189,7 @@ class Simulation:
             for instances in (self._prefills, self._decodes)
         )
         config = self._config
-        situation = Situation(
+        situation = RoutingContext(
             request.prompt_tokens,
             self._trace.block_tokens,
             prefills,
@@ -201,7 +201,7 @@ class Simulation:
         can_fetch = config.can_fetch and config.timed
         return decide(situation, self._believed, config.policy, config.decode_policy, can_fetch), depths
 
-    def _place(self, job: Job) -> None:
+    def _place(self, job: SimulatedRequest) -> None:
         """Without times: the prompt is computed and cached at once."""
         job.first_token_s = job.end_s = self._now_s
         tokens = job.request.prompt_tokens
@@ -209,7 +209,7 @@ class Simulation:
         job.work_tokens = tokens - min(job.hit_blocks * self._trace.block_tokens, tokens - 1)
         self._ended.append(job)
 
-    def _fetch(self, job: Job, fetch: Fetch) -> None:
+    def _fetch(self, job: SimulatedRequest, fetch: FetchChoice) -> None:
         """The request waits for the blocks, as many as there really are."""
         target = self._instances[job.prefill]
         there = self._instances[fetch.source].cache.depth(job.request.keys)
@@ -219,11 +219,11 @@ class Simulation:
         duration_s = self._costs.transfer_s(num_tokens, fetch.source, job.prefill)
         self._at(self._now_s + duration_s, partial(self._fetched, job, there))
 
-    def _fetched(self, job: Job, num_blocks: int) -> None:
+    def _fetched(self, job: SimulatedRequest, num_blocks: int) -> None:
         self._insert(self._instances[job.prefill], job.request.keys[:num_blocks])
         self._queue(job)
 
-    def _queue(self, job: Job) -> None:
+    def _queue(self, job: SimulatedRequest) -> None:
         instance = self._instances[job.prefill]
         instance.prefills.add(job)
         self._begin_prefill(instance)
@@ -234,11 +234,13 @@ class Simulation:
             job, duration_s = begun
             self._at(self._now_s + duration_s, partial(self._prefilled, job, instance, duration_s))
 
-    def _prefilled(self, job: Job, instance: SimulatedInstance, duration_s: float) -> None:
+    def _prefilled(self, job: SimulatedRequest, instance: SimulatedInstance, duration_s: float) -> None:
         instance.prefills.end()
         if self._config.cost_error != 1:
             tokens = job.request.prompt_tokens
-            self._refined = observe(self._refined, Observation(tokens, tokens - job.work_tokens, duration_s))
+            self._refined = rls_update(
+                self._refined, Observation(tokens, tokens - job.work_tokens, duration_s)
+            )
             self._believed = with_prefill(self._costs, self._refined.cost)
         self._insert(instance, job.request.keys)
         self._ledger.prefill_done(job.prefill, job.request.number, self._now_s)
@@ -251,7 +253,7 @@ class Simulation:
         duration_s = self._costs.transfer_s(num_tokens, job.prefill, job.decode, Tier.HBM)
         self._at(self._now_s + duration_s, partial(self._handed_over, job))
 
-    def _handed_over(self, job: Job) -> None:
+    def _handed_over(self, job: SimulatedRequest) -> None:
         """Prefill's first token goes out from where the others will be decoded."""
         job.first_token_s = self._now_s
         instance = self._instances[job.decode]

@@ -22,7 +22,7 @@ from memserve.core.errors import ConfigError
 BLOCK_TOKENS = 512
 
 
-class Line(msgspec.Struct, frozen=True, omit_defaults=True):
+class TraceLine(msgspec.Struct, frozen=True, omit_defaults=True):
     """One request as it is written. Other fields are ignored."""
 
     timestamp: float
@@ -80,7 +80,7 @@ def read_trace(path: Path, block_tokens: int = BLOCK_TOKENS) -> Trace:
 
 def parse_trace(lines: Iterable[bytes], name: str, block_tokens: int = BLOCK_TOKENS) -> Trace:
     """As `read_trace`; `name` is what errors call the source. Blank lines are skipped."""
-    decoder = msgspec.json.Decoder(Line)
+    decoder = msgspec.json.Decoder(TraceLine)
     sessions = _Sessions()
     parents: dict[int, int | None] = {}
     requests: list[Request] = []
@@ -107,7 +107,7 @@ def parse_trace(lines: Iterable[bytes], name: str, block_tokens: int = BLOCK_TOK
     return Trace(tuple(requests), block_tokens)
 
 
-def _check(line: Line, block_tokens: int) -> None:
+def _check(line: TraceLine, block_tokens: int) -> None:
     if line.timestamp < 0:
         raise ValueError(f"timestamp {line.timestamp:g} is negative")
     if line.input_length < 1:
@@ -146,7 +146,7 @@ class _Sessions:
         self._of_block: dict[int, int] = {}
         self._next = 0
 
-    def of(self, line: Line) -> int:
+    def of(self, line: TraceLine) -> int:
         if line.session_id is not None:
             return line.session_id
         known = [self._of_block[block] for block in line.hash_ids[1:] if block in self._of_block]

@@ -33,7 +33,7 @@ class ClusterFailed(MemServeError):
     """A process ended, or did not get ready in time; the text has the end of its log."""
 
 
-class Running(Protocol):
+class RunningProcess(Protocol):
     """A process that was started here, as subprocess describes it."""
 
     @property
@@ -42,11 +42,11 @@ class Running(Protocol):
     def wait(self, timeout: float | None = None) -> int: ...
 
 
-Start = Callable[[Sequence[str], Path, Mapping[str, str]], Running]
+Start = Callable[[Sequence[str], Path, Mapping[str, str]], RunningProcess]
 """From what comes after `python -m`, the file for the output, and the environment."""
 
 
-def executed(argv: Sequence[str], log: Path, env: Mapping[str, str]) -> Running:
+def executed(argv: Sequence[str], log: Path, env: Mapping[str, str]) -> RunningProcess:
     """In a session of its own, so that it gets only the signals sent here."""
     with log.open("wb") as output:
         return subprocess.Popen(
@@ -59,7 +59,7 @@ def executed(argv: Sequence[str], log: Path, env: Mapping[str, str]) -> Running:
         )
 
 
-class Process:
+class ServerProcess:
     """One process of the cluster, its output in a file."""
 
     def __init__(
@@ -140,9 +140,9 @@ class Cluster:
         """
         self.log_dir = log_dir
         self._start = start
-        self.servers: dict[str, Process] = {}
+        self.servers: dict[str, ServerProcess] = {}
         argv = ["memserve.launch_router", "--port", "0", "--control-port", "0", *router_flags]
-        self.router = Process("router", argv, log_dir / "router.log")
+        self.router = ServerProcess("router", argv, log_dir / "router.log")
         ready = re.compile(r"router ready http=(\S+) control=(\S+)")
         try:
             wait_for(lambda: ready.search(self.router.output()), [self.router], what="the router")
@@ -155,22 +155,22 @@ class Cluster:
 
     def launch(
         self, name: str, role: Role, model: Path, *flags: str, env: dict[str, str] | None = None
-    ) -> Process:
+    ) -> ServerProcess:
         """Start a server under `name`; it registers itself when it is warm (see `wait_ready`)."""
         argv = ["memserve.launch_server", "--role", role, "--router", self.control, "--instance-id", name]
         argv += ["--model-path", str(model), *flags]
-        self.servers[name] = Process(name, argv, self.log_dir / f"{name}.log", env, self._start)
+        self.servers[name] = ServerProcess(name, argv, self.log_dir / f"{name}.log", env, self._start)
         return self.servers[name]
 
-    def launch_memory(self, name: str, dram_gib: float, *flags: str) -> Process:
+    def launch_memory(self, name: str, dram_gib: float, *flags: str) -> ServerProcess:
         """Start a server under `name` that lends DRAM; ready as the others are."""
         argv = ["memserve.launch_server", "--role", Role.MEMORY, "--router", self.control]
         argv += ["--instance-id", name, "--dram-gib", str(dram_gib), *flags]
-        self.servers[name] = Process(name, argv, self.log_dir / f"{name}.log")
+        self.servers[name] = ServerProcess(name, argv, self.log_dir / f"{name}.log")
         return self.servers[name]
 
     def wait_ready(
-        self, progress: Callable[[Process], None] | None = None, timeout_s: float = START_TIMEOUT_S
+        self, progress: Callable[[ServerProcess], None] | None = None, timeout_s: float = START_TIMEOUT_S
     ) -> None:
         """Return when all servers have registered. `progress` is called for each that just did."""
         waiting = dict(self.servers)
@@ -222,7 +222,7 @@ class Cluster:
 
 def wait_for(
     condition: Callable[[], object],
-    needed: Sequence[Process] = (),
+    needed: Sequence[ServerProcess] = (),
     *,
     what: str,
     timeout_s: float = START_TIMEOUT_S,
@@ -246,7 +246,7 @@ def is_ready(url: str) -> bool:
         return False
 
 
-def _is_registered(process: Process) -> bool:
+def _is_registered(process: ServerProcess) -> bool:
     """A server's pools register long before it does; a memory instance is nothing but its pools."""
     kind = "pool" if Role.MEMORY in process.argv else "instance"
     line = rf" registered router=\S+ {kind}={re.escape(process.name)}$"

@@ -29,7 +29,7 @@ PROXY_TIMEOUT_S = 2.0
 """How long a server behind a `FaultyProxy` may take to answer: those who ask wait no longer either."""
 
 
-class Link(Protocol):
+class ControlLink(Protocol):
     """What `wire.link.ControlClient` does."""
 
     def request(self, message: Message, *, timeout_s: float) -> Message:
@@ -59,7 +59,7 @@ class Faults:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._expected: list[tuple[type[Message] | None, Fault]] = []
-        self._late: deque[tuple[Link, Message, float]] = deque()
+        self._late: deque[tuple[ControlLink, Message, float]] = deque()
         self._random = random.Random()
         self._lossy: tuple[type[Message], ...] = ()
         self._share = 0.0
@@ -113,7 +113,7 @@ class Faults:
                         return fault
         return Fault.NONE
 
-    def delay(self, link: Link, message: Message, timeout_s: float) -> None:
+    def delay(self, link: ControlLink, message: Message, timeout_s: float) -> None:
         """Keep a request for `land`."""
         self._late.append((link, message, timeout_s))
 
@@ -122,7 +122,7 @@ class FaultyLink:
     """Asks through `inner`, if nothing goes wrong. What is lost is lost at once: nobody waits."""
 
     def __init__(
-        self, inner: Link, faults: Faults, *, on_lost: Callable[[float], object] = lambda _: None
+        self, inner: ControlLink, faults: Faults, *, on_lost: Callable[[float], object] = lambda _: None
     ) -> None:
         """`on_lost` gets the seconds that one would have waited in vain, to move a clock by."""
         self._inner = inner
@@ -157,7 +157,7 @@ class FaultyProxy:
     What the link loses is never answered. One request at a time. A context manager.
     """
 
-    def __init__(self, link: Link) -> None:
+    def __init__(self, link: ControlLink) -> None:
         """Takes `link` and closes it in the end."""
         self._link = link
         self._server = ControlServer("127.0.0.1", 0, self._pass_on)

@@ -29,7 +29,7 @@ PRELOADED = (
 )
 
 
-class Nursery:
+class ForkServer:
     """Forks servers. One in a process is enough: the fork server is the process's."""
 
     def __init__(self) -> None:
@@ -43,20 +43,22 @@ class Nursery:
         if before is not None:
             os.environ["OMP_NUM_THREADS"] = before
 
-    def start(self, argv: Sequence[str], log: Path, env: Mapping[str, str]) -> Forked:
+    def start(self, argv: Sequence[str], log: Path, env: Mapping[str, str]) -> ForkedProcess:
         """A server with what comes after `python -m` and the whole of its environment.
 
         Waits for the imports. Raises ValueError for another module.
         """
         if argv[0] != MODULE:
             raise ValueError(f"{argv[0]} is not what is imported here")
-        process = self._context.Process(target=_become, args=(list(argv), log, dict(env)), daemon=False)
+        process = self._context.Process(
+            target=_run_as_module, args=(list(argv), log, dict(env)), daemon=False
+        )
         log.touch()  # whoever reads it may be sooner than the fork
         process.start()
-        return Forked(process)
+        return ForkedProcess(process)
 
 
-class Forked:
+class ForkedProcess:
     """What `subprocess.Popen` is for a server that was executed. Any thread."""
 
     def __init__(self, process: ForkServerProcess) -> None:
@@ -79,7 +81,7 @@ class Forked:
             return status
 
 
-def _become(argv: list[str], log: Path, env: dict[str, str]) -> None:
+def _run_as_module(argv: list[str], log: Path, env: dict[str, str]) -> None:
     """In the fork: what the system and the interpreter do when they execute a module."""
     os.setsid()
     with log.open("ab", buffering=0) as output:

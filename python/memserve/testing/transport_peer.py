@@ -17,7 +17,7 @@ import numpy as np
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import MemServeError
 from memserve.core.ids import Epoch, new_epoch
-from memserve.testing.transport_process import Process, serve
+from memserve.testing.transport_process import ChildProcess, serve
 from memserve.transport.base import Peer, Transport
 from memserve.transport.copies import Copies, Copy
 from memserve.transport.local.transport import LocalTransport
@@ -39,7 +39,7 @@ def open_transport(name: str, epoch: Epoch, port: int = 0) -> Transport:
     raise ValueError(name)
 
 
-class PeerProcess(Process):
+class PeerProcess(ChildProcess):
     """The child, as a test sees it."""
 
     def __init__(self, name: str, num_bytes: int, port: int = 0) -> None:

@@ -1,6 +1,6 @@
 """A second process that a test drives, stops, resumes and kills: requests and answers as JSON lines.
 
-`serve` is the child's loop, `Process` the test's end. Knows nothing of what the child does.
+`serve` is the child's loop, `ChildProcess` the test's end. Knows nothing of what the child does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DEADLINE_S = 20.0
 """How long anything in a test may take before the test has failed."""
 
 
-class Process:
+class ChildProcess:
     """A child that runs `python *arguments` and answers `ask` until it is killed."""
 
     def __init__(self, *arguments: str) -> None:

@@ -27,7 +27,7 @@ MooncakeProtocol = Literal["rdma", "tcp"]
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class TransportConfig:
     """What transports need to know of the process they serve."""
 
     epoch: Epoch
@@ -41,7 +41,7 @@ class Place:
     """RDMA devices for `mooncake`, comma-separated; empty: all."""
 
 
-def open_transports(wanted: TransportName, place: Place) -> tuple[Transport, ...]:
+def open_transports(wanted: TransportName, place: TransportConfig) -> tuple[Transport, ...]:
     """The transports that this process offers, best first.
 
     `auto` offers what the host allows, one log line for what it does not. Raises ConfigError if
@@ -101,9 +101,9 @@ def connect_best(
     raise TransferFailed(name, f"no transport reaches it: here {ours}; there {', '.join(offered)}")
 
 
-def _tcp(place: Place) -> TcpTransport:
+def _tcp(place: TransportConfig) -> TcpTransport:
     return TcpTransport(place.epoch, place.host, place.port, key=place.key)
 
 
-def _mooncake(place: Place) -> MooncakeTransport:
+def _mooncake(place: TransportConfig) -> MooncakeTransport:
     return MooncakeTransport(place.epoch, place.host, place.mooncake_protocol, place.devices)

@@ -180,7 +180,7 @@ class Fetched(msgspec.Struct, frozen=True, tag=True):
     """Why it is not all of them."""
 
 
-class Shelter(msgspec.Struct, frozen=True):
+class EvacuationTarget(msgspec.Struct, frozen=True):
     """A pool that may take in what another one evacuates."""
 
     name: str
@@ -197,7 +197,7 @@ class Evacuate(msgspec.Struct, frozen=True, tag=True):
     """
 
     layout: bytes
-    shelters: tuple[Shelter, ...]
+    shelters: tuple[EvacuationTarget, ...]
     timeout_s: Seconds
 
 

@@ -10,7 +10,7 @@ import pytest
 
 from memserve.core.errors import ConfigError
 from memserve.disagg.transfer_engine import TransferConfig, TransferEngine
-from memserve.testing.transport_process import DEADLINE_S, Process
+from memserve.testing.transport_process import DEADLINE_S, ChildProcess
 
 NUM_BYTES = 1 << 20
 PAGE = 4096
@@ -27,7 +27,7 @@ class Sender:
         assert self.engine.batch_register([self.address], [NUM_BYTES]) == 0
 
 
-class Receiver(Process):
+class Receiver(ChildProcess):
     def __init__(self, transport: str, key_file: str = "", port: int = 0) -> None:
         super().__init__(str(Path(__file__).parent / "transfer_peer.py"), transport, key_file, str(port))
         self.session: str = self.greeting["session"]

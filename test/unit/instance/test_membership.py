@@ -14,7 +14,7 @@ from memserve.instance import registration as presence
 from memserve.instance.membership import Membership
 from memserve.router.cluster.control import answer
 from memserve.router.cluster.pools import Pools
-from memserve.router.cluster.registry import Cluster
+from memserve.router.cluster.registry import InstanceRegistry
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.link import ControlClient, ControlServer
 from memserve.wire.messages import (
@@ -49,7 +49,7 @@ class StubRouter:
         self.heard: queue.Queue[Message] = queue.Queue()
         self.refusal: str | None = None
         self._lock = threading.Lock()
-        self._cluster = Cluster([], heartbeat_s=0.01, clock=FakeClock())
+        self._cluster = InstanceRegistry([], heartbeat_s=0.01, clock=FakeClock())
         self._pools = Pools(heartbeat_s=0.01, clock=FakeClock())
         for info in pools:
             self._pools.register(info)

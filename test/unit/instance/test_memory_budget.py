@@ -11,7 +11,7 @@ from memserve.core.errors import ConfigError, OutOfBlocks, TransferTimeout
 from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout
 from memserve.instance import memory_budget as lent_memory
-from memserve.instance.memory_budget import UNUSED_S, LastUse, LentMemory
+from memserve.instance.memory_budget import UNUSED_S, LayoutUsage, MemoryBudget
 from memserve.mempool.pool import MemPool
 from memserve.testing.fake_clock import FakeClock
 
@@ -40,7 +40,7 @@ class Stage:
     def __init__(self, budget: int = BUDGET, step: int = BUDGET, fails: bool = False) -> None:
         self.resized: list[tuple[str, int]] = []
         self.fails = fails
-        self.lent = LentMemory(budget, Epoch(1), on_resized=self._resized, step_bytes=step)
+        self.lent = MemoryBudget(budget, Epoch(1), on_resized=self._resized, step_bytes=step)
 
     def _resized(self, pool: MemPool) -> None:
         self.resized.append((pool.layout.model, pool.arena.num_slots))
@@ -212,7 +212,7 @@ def test_a_peer_that_is_slow_to_let_go_stops_nothing(make: Callable[..., Stage])
 
 def test_a_layout_is_unused_when_no_member_has_had_it_for_long() -> None:
     clock = FakeClock()
-    last_use = LastUse(clock)
+    last_use = LayoutUsage(clock)
     one, two = layout("a").digest, layout("b").digest
     assert last_use.unused([one, two], {one.hex()}) == set()
     clock.advance(UNUSED_S)

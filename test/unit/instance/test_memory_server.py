@@ -28,7 +28,7 @@ from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.config import PeerAddress, PeersConfig
 from memserve.mempool.remote.peers import Peers
-from memserve.testing.cluster import Cluster, Process, is_ready, wait_for
+from memserve.testing.cluster import Cluster, ServerProcess, is_ready, wait_for
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import PoolInfo, Role
 
@@ -116,7 +116,7 @@ def instance(cluster: Cluster) -> Iterator[Instance]:
     instance.close()
 
 
-def page(process: Process, path: str) -> str:
+def page(process: ServerProcess, path: str) -> str:
     """What a memory server answers on that path."""
     ready = re.search(r"memory ready http=(\S+) control=\S+ dram_gib=", process.output())
     assert ready is not None
@@ -124,7 +124,7 @@ def page(process: Process, path: str) -> str:
         return str(answer.read().decode())
 
 
-def report(process: Process) -> dict[str, Any]:
+def report(process: ServerProcess) -> dict[str, Any]:
     return dict(json.loads(page(process, "/mempool")))
 
 

@@ -12,8 +12,8 @@ from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.caching import CachingMode
 from memserve.core.ids import InstanceId, new_epoch
 from memserve.core.kv_layout import KVLayout
-from memserve.instance.pool_agent import DRAM_PER_HBM, MAX_GROWTH, PoolNode, PoolSettings, dram_slots
-from memserve.instance.push_queue import Errand
+from memserve.instance.pool_agent import DRAM_PER_HBM, MAX_GROWTH, PoolAgent, PoolSettings, dram_slots
+from memserve.instance.push_queue import PushTask
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
 from memserve.testing.cluster import Cluster, wait_for
@@ -22,7 +22,7 @@ from memserve.wire.messages import Role
 LAYOUT = KVLayout.of_heads("model", 2, 4, 2, 8, ("float32", 4))
 NUM_BLOCKS = 32
 BOOTSTRAP = "127.0.0.1:4321"
-Join = Callable[..., PoolNode]
+Join = Callable[..., PoolAgent]
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +43,7 @@ def directing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 @pytest.fixture
 def join(cluster: Cluster) -> Iterator[Join]:
     """Makes nodes that know each other; checks at the end that nothing of them has leaked."""
-    nodes: list[PoolNode] = []
+    nodes: list[PoolAgent] = []
 
     def make(
         role: Role,
@@ -51,7 +51,7 @@ def join(cluster: Cluster) -> Iterator[Join]:
         num_blocks: int = NUM_BLOCKS,
         caching: CachingMode = CachingMode.FULL,
         router: Cluster = cluster,
-    ) -> PoolNode:
+    ) -> PoolAgent:
         settings = PoolSettings(
             instance_id=InstanceId(f"{role}-{len(nodes)}"),
             role=role,
@@ -66,7 +66,7 @@ def join(cluster: Cluster) -> Iterator[Join]:
         )
         arena = Arena(LAYOUT.block_bytes, num_blocks, max_slots=MAX_GROWTH * num_blocks)
         epoch = new_epoch()
-        nodes.append(PoolNode(settings, MemPool(LAYOUT, arena, epoch), epoch))
+        nodes.append(PoolAgent(settings, MemPool(LAYOUT, arena, epoch), epoch))
         known = len(nodes) - 1
         for node in nodes:
             wait_for(
@@ -85,7 +85,7 @@ def chain(num_blocks: int, seed: int = 1) -> list[BlockKey]:
     return page_keys([seed] * (num_blocks * LAYOUT.page_tokens), LAYOUT.page_tokens)
 
 
-def store(node: PoolNode, keys: Sequence[BlockKey], parent: BlockKey | None = None) -> list[bytes]:
+def store(node: PoolAgent, keys: Sequence[BlockKey], parent: BlockKey | None = None) -> list[bytes]:
     """Cache random blocks under `keys`; their bytes."""
     addrs = node.pool.alloc_mem(len(keys))
     data = [os.urandom(LAYOUT.block_bytes) for _ in addrs]
@@ -96,13 +96,13 @@ def store(node: PoolNode, keys: Sequence[BlockKey], parent: BlockKey | None = No
     return data
 
 
-def read(node: PoolNode, keys: Sequence[BlockKey]) -> list[bytes]:
+def read(node: PoolAgent, keys: Sequence[BlockKey]) -> list[bytes]:
     with node.pool.acquire(node.pool.match(keys)) as lease:
         assert node.pool.verify(lease) == len(lease)
         return [bytes(node.pool.block(addr)) for addr in lease.addrs]
 
 
-def wait_sent(node: PoolNode) -> None:
+def wait_sent(node: PoolAgent) -> None:
     wait_for(lambda: not node.stats()["outbox"]["waiting"], what="the outbox to be empty", timeout_s=10)
 
 
@@ -145,7 +145,7 @@ def test_errands_to_a_pool_that_has_gone_hold_nobody_up(join: Join) -> None:
     prefill.close()
     wait_for(lambda: decode.stats()["members"]["known"] == 0, what="the prefill to be gone", timeout_s=10)
     for _ in range(5):
-        decode._outbox.offer(Errand(to, chain(3), None))
+        decode._outbox.offer(PushTask(to, chain(3), None))
     wait_for(lambda: not decode.stats()["outbox"]["waiting"], what="them to be given up", timeout_s=2)
     assert decode.stats()["outbox"]["failed"] == 5
 
@@ -155,7 +155,7 @@ def test_errands_to_a_pool_that_was_started_anew_go_there(join: Join) -> None:
     (to,) = decode._members.pools()
     data = store(decode, chain(3))
     before = msgspec.structs.replace(to, epoch=new_epoch(), address="127.0.0.1:9")
-    decode._outbox.offer(Errand(before, chain(3), None))
+    decode._outbox.offer(PushTask(before, chain(3), None))
     wait_sent(decode)
     assert read(prefill, chain(3)) == data
 

@@ -13,7 +13,7 @@ from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import Follower, Snapshot, Stored
 from memserve.core.ids import Epoch, new_epoch
 from memserve.core.kv_layout import KVLayout
-from memserve.instance.publisher import Publisher, Source, parts
+from memserve.instance.publisher import Publisher, ReportSource, parts
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
 from memserve.testing.cluster import wait_for
@@ -21,7 +21,7 @@ from memserve.testing.faulty_link import Fault, Faults, FaultyLink, FaultyProxy
 from memserve.wire.link import ControlClient, ControlServer
 from memserve.wire.messages import Done, Message, PoolEvents, SnapshotPart, SnapshotWanted, Unknown
 
-SOURCE = Source(Epoch(7), list, lambda: Snapshot(0, ()))
+SOURCE = ReportSource(Epoch(7), list, lambda: Snapshot(0, ()))
 LAYOUT = KVLayout.of_heads("model", 1, 1, 1, 4, ("float32", 4))
 
 

@@ -11,7 +11,7 @@ from memserve.core.block_keys import page_keys
 from memserve.core.caching import CachingMode
 from memserve.core.errors import PeerDeclined
 from memserve.core.ids import Epoch, InstanceId
-from memserve.instance.push_queue import Errand, Outbox
+from memserve.instance.push_queue import PushQueue, PushTask
 from memserve.testing.cluster import wait_for
 from memserve.wire.messages import PoolInfo, Role
 
@@ -20,8 +20,8 @@ PREFILL = PoolInfo(
 )
 
 
-def errand(num_blocks: int) -> Errand:
-    return Errand(PREFILL, page_keys([1] * num_blocks, 1), None)
+def errand(num_blocks: int) -> PushTask:
+    return PushTask(PREFILL, page_keys([1] * num_blocks, 1), None)
 
 
 class Postman:
@@ -31,7 +31,7 @@ class Postman:
         self.may_go = threading.Event()
         self.ran: list[int] = []
 
-    def __call__(self, errand: Errand) -> int:
+    def __call__(self, errand: PushTask) -> int:
         assert self.may_go.wait(10)
         self.ran.append(len(errand.keys))
         if len(errand.keys) == 3:
@@ -45,18 +45,18 @@ def postman() -> Postman:
 
 
 @pytest.fixture
-def outbox(postman: Postman) -> Iterator[Outbox]:
-    outbox = Outbox(postman, capacity=2)
+def outbox(postman: Postman) -> Iterator[PushQueue]:
+    outbox = PushQueue(postman, capacity=2)
     yield outbox
     postman.may_go.set()
     outbox.close()
 
 
-def wait_idle(outbox: Outbox) -> None:
+def wait_idle(outbox: PushQueue) -> None:
     wait_for(lambda: outbox.stats().waiting == 0, what="the outbox to be empty", timeout_s=10)
 
 
-def test_errands_run_in_order_and_are_counted(outbox: Outbox, postman: Postman) -> None:
+def test_errands_run_in_order_and_are_counted(outbox: PushQueue, postman: Postman) -> None:
     postman.may_go.set()
     for num_blocks in (2, 3, 5):
         while not outbox.offer(errand(num_blocks)):
@@ -67,7 +67,7 @@ def test_errands_run_in_order_and_are_counted(outbox: Outbox, postman: Postman) 
     assert (stats.sent, stats.blocks, stats.failed) == (2, 1 + 4, 1)
 
 
-def test_what_does_not_fit_is_dropped_and_counted(outbox: Outbox, postman: Postman) -> None:
+def test_what_does_not_fit_is_dropped_and_counted(outbox: PushQueue, postman: Postman) -> None:
     taken = [outbox.offer(errand(1)) for _ in range(10)]
     # One may have left the queue for the thread that is stuck with it.
     assert taken.count(True) in (2, 3)
@@ -78,7 +78,7 @@ def test_what_does_not_fit_is_dropped_and_counted(outbox: Outbox, postman: Postm
     assert outbox.offer(errand(1))
 
 
-def test_forget_drops_what_waits_and_waits_for_what_runs(outbox: Outbox, postman: Postman) -> None:
+def test_forget_drops_what_waits_and_waits_for_what_runs(outbox: PushQueue, postman: Postman) -> None:
     outbox.offer(errand(1))
     outbox.offer(errand(2))
     forgetting = threading.Thread(target=outbox.forget)

@@ -19,12 +19,12 @@ from memserve.core.cache_events import Snapshot, Stored
 from memserve.core.caching import CachingMode
 from memserve.core.ids import InstanceId, new_epoch
 from memserve.core.kv_layout import KVLayout
-from memserve.instance.publisher import Report, Source
+from memserve.instance.publisher import ReportSource, SyncSession
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
 from memserve.router.cluster.pools import Pools
-from memserve.router.kv_events.synchronizer import TreeFeed
-from memserve.scheduling.prompt_tree.tree import ClusterTree, Truth
+from memserve.router.kv_events.synchronizer import TreeSynchronizer
+from memserve.scheduling.prompt_tree.tree import AuditResult, GlobalPromptTree
 from memserve.testing.fake_clock import FakeClock
 from memserve.testing.faulty_link import Fault, Faults, FaultyLink
 from memserve.wire.link import ControlClient, ControlServer
@@ -69,8 +69,8 @@ class Stage:
     def restart_router(self) -> None:
         """It knows nobody."""
         self.pools = Pools(heartbeat_s=HEARTBEAT_S, clock=self.clock)
-        self.feed = TreeFeed(
-            ClusterTree(clock=self.clock), self.pools, audit_s=self.audit_s, clock=self.clock
+        self.feed = TreeSynchronizer(
+            GlobalPromptTree(clock=self.clock), self.pools, audit_s=self.audit_s, clock=self.clock
         )
 
     def register(self) -> None:
@@ -78,21 +78,21 @@ class Stage:
         self.pools.register(info)
 
     def run(self, seconds: float) -> None:
-        """Report for so long, from the beginning."""
+        """SyncSession for so long, from the beginning."""
         until_s = self.clock() + seconds
 
         def wait(wait_s: float) -> bool:
             self._live(wait_s)
             return self.clock() >= until_s
 
-        source = Source(self.epoch, self.pool.take_events, self.pool.snapshot)
-        Report(self._link, source, wait).run()
+        source = ReportSource(self.epoch, self.pool.take_events, self.pool.snapshot)
+        SyncSession(self._link, source, wait).run()
 
     def at(self, seconds: float, what: Callable[[], object]) -> None:
         """Do that so long from now."""
         self._plan.append((self.clock() + seconds, what))
 
-    def compare(self) -> Truth:
+    def compare(self) -> AuditResult:
         return self.feed.tree.compare(PREFILL, self.pool.snapshot())
 
     def assert_true(self) -> None:
@@ -233,7 +233,7 @@ def test_an_audit_finds_a_wrong_tree_and_puts_it_right(
         assert stage.compare().phantoms >= 7
         stage.is_watched = False
 
-    found: list[Truth] = []
+    found: list[AuditResult] = []
     stage.at(stage.audit_s + 1, invent)
     stage.at(2 * stage.audit_s + 2, lambda: found.append(stage.feed.truth()[PREFILL]))
     stage.run(2 * stage.audit_s + 3)

@@ -9,7 +9,7 @@ from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout
 from memserve.mempool.arena import Arena
-from memserve.mempool.eviction import Ordering, lru
+from memserve.mempool.eviction import EvictionPolicy, lru
 from memserve.mempool.pool import MemPool
 
 LAYOUT = KVLayout.of_heads("small", 2, 1, 1, 4, ("float32", 4))
@@ -17,7 +17,7 @@ EPOCH = Epoch(0x1234_5678_9ABC_DEF1)
 
 
 def make_pool(
-    num_slots: int, ordering: Ordering = lru, *, max_slots: int | None = None, hbm_slots: int = 0
+    num_slots: int, ordering: EvictionPolicy = lru, *, max_slots: int | None = None, hbm_slots: int = 0
 ) -> MemPool:
     """`hbm_slots`: 0 for a pool as an engine has it, whose HBM is not the pool's."""
     hbm = Arena(LAYOUT.block_bytes, hbm_slots) if hbm_slots else None

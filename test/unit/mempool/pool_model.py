@@ -24,7 +24,7 @@ Prompt = tuple[int, ...]
 
 
 @dataclass
-class Held:
+class TierCounts:
     """A lease, and the prompts of the blocks it pins: those it names and all before them."""
 
     lease: Lease
@@ -45,7 +45,7 @@ class PoolModel(RuleBasedStateMachine):
         self.cached: dict[tuple[int, ...], BlockAddr] = {}
         self.reserved: dict[int, Reservation] = {}
         self.quarantined: dict[int, Reservation] = {}
-        self.held: list[Held] = []
+        self.held: list[TierCounts] = []
         self.dropped: dict[BlockAddr, int] = {}  # cached no longer, but leased so many times
         self.follower = Follower()
         self.everyone: list[BlockAddr] = []

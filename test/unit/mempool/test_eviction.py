@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memserve.mempool.eviction import ORDERINGS, BlockUse, EvictionQueue, Ordering, cost_aware, lfu, lru
+from memserve.mempool.eviction import ORDERINGS, BlockUse, EvictionPolicy, EvictionQueue, cost_aware, lfu, lru
 
 uses = st.builds(BlockUse, st.integers(1, 10**9), st.integers(0, 10**6), st.integers(0, 10**5))
 
@@ -26,7 +26,7 @@ uses = st.builds(BlockUse, st.integers(1, 10**9), st.integers(0, 10**6), st.inte
         (cost_aware(100, attention_blocks=64), BlockUse(200, 1, 0), BlockUse(100, 2, 64)),
     ],
 )
-def test_which_goes_first(ordering: Ordering, first: BlockUse, then: BlockUse) -> None:
+def test_which_goes_first(ordering: EvictionPolicy, first: BlockUse, then: BlockUse) -> None:
     assert ordering(first) < ordering(then)
 
 

@@ -16,7 +16,7 @@ from memserve.mempool.lease import Lease
 from memserve.mempool.records import Match
 
 from .harness import content, keys_of
-from .pool_model import MAX_SLOTS, NUM_SLOTS, Held, PoolModel
+from .pool_model import MAX_SLOTS, NUM_SLOTS, PoolModel, TierCounts
 
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=6)
 picks = st.integers(0, 99)
@@ -188,7 +188,7 @@ class PoolMachine(PoolModel):
         depth = self.depth(prompt) if tuple(prompt[: start + 1]) in self.cached else start
         assert list(lease.addrs) == [self.cached[tuple(prompt[: i + 1])] for i in range(start, depth)]
         pinned = [tuple(prompt[: i + 1]) for i in range(depth)] if len(lease) else []
-        self.held.append(Held(lease, pinned, {self.cached[one] for one in pinned}))
+        self.held.append(TierCounts(lease, pinned, {self.cached[one] for one in pinned}))
 
     @precondition(lambda self: self.held)
     @rule(pick=picks)

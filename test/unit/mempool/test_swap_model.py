@@ -17,7 +17,7 @@ from memserve.mempool.lease import Lease
 from memserve.mempool.pool import MemPool
 
 from .harness import content, keys_of, make_pool, write
-from .pool_model import MAX_SLOTS, NUM_SLOTS, Held, Prompt
+from .pool_model import MAX_SLOTS, NUM_SLOTS, Prompt, TierCounts
 from .test_pool_model import PoolMachine, few, picks, prompts
 
 HBM_SLOTS = 7
@@ -176,7 +176,7 @@ class SwapMachine(PoolMachine):
         in_near = chain[:near] if near > start else []
         in_far = chain[:far] if far > near else []
         addrs = {self.near[one] for one in in_near} | {self.cached[one] for one in in_far}
-        self.held.append(Held(lease, in_far, addrs, in_near))
+        self.held.append(TierCounts(lease, in_far, addrs, in_near))
         assert self.pool.verify(lease) == len(lease)
 
     @precondition(lambda self: self.held)

@@ -1,26 +1,12 @@
-"""Fixtures of the router's tests."""
+"""Fixtures of the router's tests: they run on uvloop, as the router does."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any
+from collections.abc import Callable
 
-import pytest
 import uvloop
 
-from .harness import DEADLINE_S
 
-
-@pytest.fixture
-def run() -> Callable[[Coroutine[Any, Any, None]], None]:
-    """Run a coroutine as a test's body."""
-
-    def runner(work: Coroutine[Any, Any, None]) -> None:
-        async def bounded() -> None:
-            async with asyncio.timeout(2 * DEADLINE_S):
-                await work
-
-        uvloop.run(bounded())
-
-    return runner
+def pytest_asyncio_loop_factories() -> dict[str, Callable[[], asyncio.AbstractEventLoop]]:
+    return {"uvloop": uvloop.new_event_loop}

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from memserve.core.errors import MemServeError, WireMismatch
 from memserve.router.cluster.control import ControlHandler
 from memserve.router.cluster.pools import Pools
-from memserve.router.cluster.registry import Cluster
-from memserve.router.kv_events.synchronizer import TreeFeed
-from memserve.scheduling.prompt_tree.tree import ClusterTree
+from memserve.router.cluster.registry import InstanceRegistry
+from memserve.router.kv_events.synchronizer import TreeSynchronizer
+from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.messages import (
     Heartbeat,
@@ -37,10 +37,10 @@ class Router:
 
     def __init__(self) -> None:
         self.clock = FakeClock()
-        self.cluster = Cluster((), heartbeat_s=2.0, clock=self.clock)
+        self.cluster = InstanceRegistry((), heartbeat_s=2.0, clock=self.clock)
         self.pools = Pools(heartbeat_s=2.0, clock=self.clock, directs_fetches=True)
-        self.feed = TreeFeed(
-            ClusterTree(max_blocks=8, clock=self.clock), self.pools, audit_s=5.0, clock=self.clock
+        self.feed = TreeSynchronizer(
+            GlobalPromptTree(max_blocks=8, clock=self.clock), self.pools, audit_s=5.0, clock=self.clock
         )
         self._handler = ControlHandler(self.cluster, self.pools, self.feed, None)  # type: ignore[arg-type]
 

@@ -18,10 +18,8 @@ from __future__ import annotations
 
 import ast
 import os
-from collections.abc import Callable, Coroutine
 from functools import cache
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -29,14 +27,12 @@ from memserve.core.block_addr import Tier
 from memserve.core.block_keys import page_keys
 from memserve.core.cache_events import Stored
 from memserve.core.ids import Epoch, InstanceId
-from memserve.scheduling.prompt_tree.tree import ClusterTree
+from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
 from memserve.testing.fake_clock import FakeClock
 from memserve.testing.fake_worker import FakeWorker
 
 from .harness import info_of, staged
 from .proxy.retry_harness import metric
-
-Run = Callable[[Coroutine[Any, Any, None]], None]
 
 TEST = Path(__file__).parent.parent.parent
 COVERED = {
@@ -108,12 +104,14 @@ def test_each_complaint_has_its_tests(complaint: int) -> None:
 @cache
 def _tests_in(path: str) -> frozenset[str]:
     tree = ast.parse((TEST / path).read_text())
-    return frozenset(node.name for node in ast.walk(tree) if isinstance(node, ast.FunctionDef))
+    return frozenset(
+        node.name for node in ast.walk(tree) if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef))
+    )
 
 
 def test_many_unique_prompts_take_no_more_memory_than_the_budget() -> None:
     name, epoch, before = InstanceId("a"), Epoch(1), 0
-    tree = ClusterTree(max_blocks=10_000, clock=FakeClock())
+    tree = GlobalPromptTree(max_blocks=10_000, clock=FakeClock())
     tree.join(name, epoch)
     for number in range(40_000):
         chain = tuple(page_keys([number, number >> 8], 1))
@@ -128,16 +126,13 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-def test_an_instance_with_other_pages_is_not_ready_and_says_why(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker(page_size=16)) as stage, FakeWorker(page_size=32) as other:
-            stage.router.cluster.register(info_of(other, name="other"))
-            await stage.until(lambda: "page size" in stage.router.cluster.find("other").reason)
-            status, page = await stage.get("/readiness")
-            assert (status, page["colocated"]) == (200, 1)
-            assert "its page size is 32" in page["not_ready"]["other"]
-            assert await metric(stage, 'memserve_router_instances{role="colocated",state="ready"} 1.0')
-            assert (await stage.post("/generate", {"text": "hello"}))[0] == 200
-            assert not other.requests
-
-    run(test())
+async def test_an_instance_with_other_pages_is_not_ready_and_says_why() -> None:
+    async with staged(FakeWorker(page_size=16)) as stage, FakeWorker(page_size=32) as other:
+        stage.router.cluster.register(info_of(other, name="other"))
+        await stage.until(lambda: "page size" in stage.router.cluster.find("other").reason)
+        status, page = await stage.get("/readiness")
+        assert (status, page["colocated"]) == (200, 1)
+        assert "its page size is 32" in page["not_ready"]["other"]
+        assert await metric(stage, 'memserve_router_instances{role="colocated",state="ready"} 1.0')
+        assert (await stage.post("/generate", {"text": "hello"}))[0] == 200
+        assert not other.requests

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -16,7 +15,6 @@ from memserve.wire.messages import Role
 
 from .harness import Stage, info_of, pair, staged
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
 CACHE_TOKENS = 1 << 16
 
 
@@ -39,179 +37,145 @@ async def generate(stage: Stage, tokens: list[int], **kwargs: Any) -> None:
     assert status == 200, answer
 
 
-def test_a_conversation_stays_where_its_history_is(run: Run) -> None:
-    async def test() -> None:
-        workers = [worker() for _ in range(4)]
-        async with staged(*workers) as stage:
-            await followed(stage, 4)
-            for turn in range(3):
-                for user in range(8):
-                    await generate(stage, ids(user, 512 + 64 * turn))
-            for one in workers:
-                seen = {tuple(request.body["input_ids"][:512]) for request in one.requests}
-                assert (len(one.requests), len(seen)) == (6, 2)
-
-    run(test())
+async def test_a_conversation_stays_where_its_history_is() -> None:
+    workers = [worker() for _ in range(4)]
+    async with staged(*workers) as stage:
+        await followed(stage, 4)
+        for turn in range(3):
+            for user in range(8):
+                await generate(stage, ids(user, 512 + 64 * turn))
+        for one in workers:
+            seen = {tuple(request.body["input_ids"][:512]) for request in one.requests}
+            assert (len(one.requests), len(seen)) == (6, 2)
 
 
 @pytest.mark.parametrize("connections", [1, 2, 4, 8, 16, 32])
-def test_cold_prompts_spread_whatever_the_concurrency(run: Run, connections: int) -> None:
-    async def test() -> None:
-        workers = [worker() for _ in range(4)]
-        async with staged(*workers) as stage:
-            await followed(stage, 4)
-            waiting = list(range(160))
+async def test_cold_prompts_spread_whatever_the_concurrency(connections: int) -> None:
+    workers = [worker() for _ in range(4)]
+    async with staged(*workers) as stage:
+        await followed(stage, 4)
+        waiting = list(range(160))
 
-            async def client() -> None:
-                while waiting:
-                    await generate(stage, ids(waiting.pop()))
+        async def client() -> None:
+            while waiting:
+                await generate(stage, ids(waiting.pop()))
 
-            await asyncio.gather(*(client() for _ in range(connections)))
-            shares = [len(one.requests) for one in workers]
-            assert max(shares) <= 1.3 * min(shares), shares
-
-    run(test())
+        await asyncio.gather(*(client() for _ in range(connections)))
+        shares = [len(one.requests) for one in workers]
+        assert max(shares) <= 1.3 * min(shares), shares
 
 
-def test_a_pair_is_chosen_leg_by_leg(run: Run) -> None:
-    async def test() -> None:
-        prefills, decodes = ([worker(role) for _ in range(2)] for role in (Role.PREFILL, Role.DECODE))
-        async with staged(*prefills, *decodes) as stage:
-            await followed(stage, 4)
-            for user in (0, 1, 0, 1, 0, 1):
-                await generate(stage, ids(user))
-            for legs in (prefills, decodes):
-                assert sorted(len(one.requests) for one in legs) == [3, 3]
-                for one in legs:
-                    assert len({request.body["input_ids"][0] for request in one.requests}) == 1
-
-    run(test())
+async def test_a_pair_is_chosen_leg_by_leg() -> None:
+    prefills, decodes = ([worker(role) for _ in range(2)] for role in (Role.PREFILL, Role.DECODE))
+    async with staged(*prefills, *decodes) as stage:
+        await followed(stage, 4)
+        for user in (0, 1, 0, 1, 0, 1):
+            await generate(stage, ids(user))
+        for legs in (prefills, decodes):
+            assert sorted(len(one.requests) for one in legs) == [3, 3]
+            for one in legs:
+                assert len({request.body["input_ids"][0] for request in one.requests}) == 1
 
 
-def test_explain_sends_nothing_and_names_every_candidate(run: Run) -> None:
-    async def test() -> None:
-        workers = [worker() for _ in range(3)]
-        async with staged(*workers) as stage:
-            await followed(stage, 3)
-            await generate(stage, ids(0))
-            (home,) = [one for one in workers if one.requests]
-            status, told = await stage.post("/explain", {"input_ids": ids(0)})
-            assert status == 200
-            assert told["prefill"] == info_of(home).instance_id
-            assert told["prefill"] in told["reason"]
-            assert sum(len(one.requests) for one in workers) == 1
-            depths = {one["instance"]: one["blocks"] for one in told["prefill_candidates"]}
-            assert len(depths) == 3
-            assert depths[told["prefill"]] == 32
-            assert all(
-                {"queue_s", "exec_s", "load_s", "hbm_blocks"} <= one.keys()
-                for one in told["prefill_candidates"]
-            )
-            chat = {"messages": [{"role": "user", "content": "hello"}]}
-            assert (await stage.post("/explain", chat))[1]["tokens_unknown"]
-            assert (await stage.post("/explain", {"text": 1}))[0] == 400
-
-    run(test())
+async def test_explain_sends_nothing_and_names_every_candidate() -> None:
+    workers = [worker() for _ in range(3)]
+    async with staged(*workers) as stage:
+        await followed(stage, 3)
+        await generate(stage, ids(0))
+        (home,) = [one for one in workers if one.requests]
+        status, told = await stage.post("/explain", {"input_ids": ids(0)})
+        assert status == 200
+        assert told["prefill"] == info_of(home).instance_id
+        assert told["prefill"] in told["reason"]
+        assert sum(len(one.requests) for one in workers) == 1
+        depths = {one["instance"]: one["blocks"] for one in told["prefill_candidates"]}
+        assert len(depths) == 3
+        assert depths[told["prefill"]] == 32
+        assert all(
+            {"queue_s", "exec_s", "load_s", "hbm_blocks"} <= one.keys() for one in told["prefill_candidates"]
+        )
+        chat = {"messages": [{"role": "user", "content": "hello"}]}
+        assert (await stage.post("/explain", chat))[1]["tokens_unknown"]
+        assert (await stage.post("/explain", {"text": 1}))[0] == 400
 
 
-def test_any_request_is_explained_on_demand(run: Run) -> None:
-    async def test() -> None:
-        async with staged(worker()) as stage:
-            await followed(stage, 1)
-            for stream in (False, True):
-                body, headers = {"input_ids": ids(0), "stream": stream}, {"x-memserve-explain": "1"}
-                async with stage.client.post(stage.url("/generate"), json=body, headers=headers) as answer:
-                    told = json.loads(answer.headers["x-memserve-decision"])
-                    assert told["prefill"] == info_of(stage.colocated).instance_id
-            async with stage.client.post(stage.url("/generate"), json={"input_ids": ids(0)}) as answer:
-                assert "x-memserve-decision" not in answer.headers
-
-    run(test())
+async def test_any_request_is_explained_on_demand() -> None:
+    async with staged(worker()) as stage:
+        await followed(stage, 1)
+        for stream in (False, True):
+            body, headers = {"input_ids": ids(0), "stream": stream}, {"x-memserve-explain": "1"}
+            async with stage.client.post(stage.url("/generate"), json=body, headers=headers) as answer:
+                told = json.loads(answer.headers["x-memserve-decision"])
+                assert told["prefill"] == info_of(stage.colocated).instance_id
+        async with stage.client.post(stage.url("/generate"), json={"input_ids": ids(0)}) as answer:
+            assert "x-memserve-decision" not in answer.headers
 
 
-def test_what_is_not_known_is_said(run: Run) -> None:
-    async def test() -> None:
-        async with staged(worker()) as stage:
-            ready = (await stage.get("/readiness"))[1]
-            assert "tokenizer.json" in ready["placed_without_tokens"]["fake-model"]
-            assert (await stage.post("/generate", {"text": "hello"}))[0] == 200
-            async with stage.client.get(stage.url("/metrics")) as answer:
-                text = await answer.text()
-            assert "memserve_router_unknown_tokens_total{reason=" in text
-            assert 'memserve_router_requests_total{path="/generate",status="200"} 1.0' in text
-            assert 'memserve_router_models_without_tokens{model="fake-model"} 1.0' in text
-
-    run(test())
+async def test_what_is_not_known_is_said() -> None:
+    async with staged(worker()) as stage:
+        ready = (await stage.get("/readiness"))[1]
+        assert "tokenizer.json" in ready["placed_without_tokens"]["fake-model"]
+        assert (await stage.post("/generate", {"text": "hello"}))[0] == 200
+        async with stage.client.get(stage.url("/metrics")) as answer:
+            text = await answer.text()
+        assert "memserve_router_unknown_tokens_total{reason=" in text
+        assert 'memserve_router_requests_total{path="/generate",status="200"} 1.0' in text
+        assert 'memserve_router_models_without_tokens{model="fake-model"} 1.0' in text
 
 
-def test_a_session_keeps_its_instance_where_tokens_are_not_known(run: Run) -> None:
-    async def test() -> None:
-        workers = [worker() for _ in range(4)]
-        async with staged(*workers) as stage:
-            for _ in range(6):
-                body = {"text": "hello"}
-                assert (await stage.post("/generate", body, headers={"x-session-id": "me"}))[0] == 200
-                chat = {"messages": [{"role": "user", "content": "hello"}], "user": "me"}
-                assert (await stage.post("/v1/chat/completions", chat))[0] == 200
-            assert sorted(len(one.requests) for one in workers) == [0, 0, 0, 12]
-
-    run(test())
+async def test_a_session_keeps_its_instance_where_tokens_are_not_known() -> None:
+    workers = [worker() for _ in range(4)]
+    async with staged(*workers) as stage:
+        for _ in range(6):
+            body = {"text": "hello"}
+            assert (await stage.post("/generate", body, headers={"x-session-id": "me"}))[0] == 200
+            chat = {"messages": [{"role": "user", "content": "hello"}], "user": "me"}
+            assert (await stage.post("/v1/chat/completions", chat))[0] == 200
+        assert sorted(len(one.requests) for one in workers) == [0, 0, 0, 12]
 
 
-def test_pages_of_another_size_are_refused_by_name(run: Run) -> None:
-    async def test() -> None:
-        odd = worker(page_size=32)
-        async with staged(worker()) as stage, odd:
-            stage.router.cluster.register(info_of(odd, name="odd"))
+async def test_pages_of_another_size_are_refused_by_name() -> None:
+    odd = worker(page_size=32)
+    async with staged(worker()) as stage, odd:
+        stage.router.cluster.register(info_of(odd, name="odd"))
 
-            def is_refused() -> bool:
-                members = {member.info.instance_id: member for member in stage.router.cluster.members()}
-                return members[InstanceId("odd")].state is State.DOWN
+        def is_refused() -> bool:
+            members = {member.info.instance_id: member for member in stage.router.cluster.members()}
+            return members[InstanceId("odd")].state is State.DOWN
 
-            await stage.until(is_refused)
-            reason = (await stage.get("/readiness"))[1]["not_ready"]["odd"]
-            assert "page size is 32" in reason
-            async with stage.client.get(stage.url("/metrics")) as answer:
-                assert 'memserve_router_instances{role="colocated",state="down"} 1.0' in await answer.text()
-            odd.page_size = 16
-
-    run(test())
+        await stage.until(is_refused)
+        reason = (await stage.get("/readiness"))[1]["not_ready"]["odd"]
+        assert "page size is 32" in reason
+        async with stage.client.get(stage.url("/metrics")) as answer:
+            assert 'memserve_router_instances{role="colocated",state="down"} 1.0' in await answer.text()
+        odd.page_size = 16
 
 
-def test_salts_and_extra_keys_keep_equal_prompts_apart(run: Run) -> None:
-    async def test() -> None:
-        async with staged(worker(), worker()) as stage:
-            await followed(stage, 2)
-            await generate(stage, ids(0))
-            for name in ("cache_salt", "extra_key"):
-                told = (await stage.post("/explain", {"input_ids": ids(0), name: "other"}))[1]
-                assert {one["blocks"] for one in told["prefill_candidates"]} == {0}
-
-    run(test())
+async def test_salts_and_extra_keys_keep_equal_prompts_apart() -> None:
+    async with staged(worker(), worker()) as stage:
+        await followed(stage, 2)
+        await generate(stage, ids(0))
+        for name in ("cache_salt", "extra_key"):
+            told = (await stage.post("/explain", {"input_ids": ids(0), name: "other"}))[1]
+            assert {one["blocks"] for one in told["prefill_candidates"]} == {0}
 
 
 @pytest.mark.parametrize(
     ("policy", "shares"), [("round_robin", [4, 4]), ("longest_prefix", [0, 8]), ("prompt_tree", [4, 4])]
 )
-def test_the_policy_is_a_flag(run: Run, policy: str, shares: list[int]) -> None:
+async def test_the_policy_is_a_flag(policy: str, shares: list[int]) -> None:
     """All prompts share their first page; nothing else."""
 
-    async def test() -> None:
-        workers = [worker() for _ in range(2)]
-        async with staged(*workers, policy=policy) as stage:
-            await followed(stage, 2)
-            for number in range(8):
-                await generate(stage, ids(0, 16) + ids(number + 1, 1000))
-            assert sorted(len(one.requests) for one in workers) == shares
-
-    run(test())
+    workers = [worker() for _ in range(2)]
+    async with staged(*workers, policy=policy) as stage:
+        await followed(stage, 2)
+        for number in range(8):
+            await generate(stage, ids(0, 16) + ids(number + 1, 1000))
+        assert sorted(len(one.requests) for one in workers) == shares
 
 
-def test_each_role_can_have_a_policy_of_its_own(run: Run) -> None:
-    async def test() -> None:
-        decodes = [worker(Role.DECODE) for _ in range(2)]
-        async with staged(pair()[0], *decodes, decode_policy="round_robin") as stage:
-            told = (await stage.post("/explain", {"input_ids": ids(0)}))[1]
-            assert told["policies"] == {"prefill": "prompt_tree", "decode": "round_robin"}
-
-    run(test())
+async def test_each_role_can_have_a_policy_of_its_own() -> None:
+    decodes = [worker(Role.DECODE) for _ in range(2)]
+    async with staged(pair()[0], *decodes, decode_policy="round_robin") as stage:
+        told = (await stage.post("/explain", {"input_ids": ids(0)}))[1]
+        assert told["policies"] == {"prefill": "prompt_tree", "decode": "round_robin"}

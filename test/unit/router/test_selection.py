@@ -13,21 +13,21 @@ from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import Stored
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.instance import Facts, Instance, Pair, Single, Snapshot
+from memserve.router.cluster.instance import ClusterSnapshot, Instance, Pair, ServerInfo, Single
 from memserve.router.cluster.pools import Pools
-from memserve.router.kv_events.synchronizer import TreeFeed
+from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.router.observability.metrics import RouterMetrics
 from memserve.router.proxy.fetcher import FetchOutcome
 from memserve.router.tokenization.prompts import Prompt
-from memserve.scheduling.assignment import Placed, profits_from
+from memserve.scheduling.assignment import Assignment, benefits_from
 from memserve.scheduling.cost_model.model import CPU_COSTS, GPU_COSTS, CostModel
-from memserve.scheduling.prompt_tree.tree import ClusterTree
-from memserve.scheduling.selector import Placer, PlacerSettings
+from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
+from memserve.scheduling.selector import InstanceSelector, SelectorConfig
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.messages import PoolEvents, PoolInfo, Role
 
 PAGE = 16
-FACTS = Facts("model", "/model", page_size=PAGE)
+FACTS = ServerInfo("model", "/model", page_size=PAGE)
 EPOCH = Epoch(7)
 TOKENS = list(range(4096))
 KEYS = page_keys(TOKENS, PAGE)
@@ -77,12 +77,14 @@ class Stage:
     ) -> None:
         self.clock = FakeClock()
         self.pools = Pools(heartbeat_s=1, clock=self.clock)
-        self.feed = TreeFeed(ClusterTree(clock=self.clock), self.pools, clock=self.clock)
+        self.feed = TreeSynchronizer(GlobalPromptTree(clock=self.clock), self.pools, clock=self.clock)
         self.metrics = RouterMetrics()
         self.learner = Learner()
-        settings = PlacerSettings(policy, policy, start_costs, 0.0, fetches)
-        self.placer = Placer(settings, self.feed, self.pools, self.learner, self.metrics, self.clock)
-        self.snapshot = Snapshot.of(
+        settings = SelectorConfig(policy, policy, start_costs, 0.0, fetches)
+        self.placer = InstanceSelector(
+            settings, self.feed, self.pools, self.learner, self.metrics, self.clock
+        )
+        self.snapshot = ClusterSnapshot.of(
             [instance("a", Role.PREFILL), instance("b", Role.PREFILL), instance("d", Role.DECODE)]
         )
         for epoch, (name, role) in enumerate(
@@ -95,7 +97,7 @@ class Stage:
         layout = "aa" if epoch == MEMORY else ""
         self.feed.events(PoolEvents(Epoch(epoch), (stored,), layout))
 
-    def place(self, prompt: Prompt) -> Placed:
+    def place(self, prompt: Prompt) -> Assignment:
         placed = self.placer.place(self.snapshot, prompt)
         assert placed is not None
         return placed
@@ -231,7 +233,7 @@ def test_a_prefill_alone_teaches_what_prefills_cost() -> None:
 @pytest.mark.parametrize("is_on_cpu", [False, True])
 def test_nobody_takes_a_cpu_for_a_gpu_to_begin_with(is_on_cpu: bool) -> None:
     stage = Stage(start_costs=None)
-    stage.snapshot = Snapshot.of(
+    stage.snapshot = ClusterSnapshot.of(
         replace(one, facts=replace(one.facts, is_on_cpu=is_on_cpu)) for one in stage.snapshot.all()
     )
     stage.place(prompt())
@@ -293,18 +295,18 @@ def test_who_shares_what_another_fetches_waits_for_it() -> None:
     assert (plan.num_there, plan.target) in ((0, "a"), (0, "b"))
     others = [stage.place(prompt()) for _ in range(8)]
     by_target = {it.prefill.instance_id == plan.target: it for it in others}
-    assert profits_from(by_target[True], plan)
-    assert not profits_from(by_target[False], plan)
+    assert benefits_from(by_target[True], plan)
+    assert not benefits_from(by_target[False], plan)
     foreign = page_keys([9] * len(KEYS) * PAGE, PAGE)
     strangers = [stage.place(Prompt(256 * PAGE, (foreign,))) for _ in range(8)]
     assert any(it.prefill.instance_id == plan.target for it in strangers)
-    assert not any(profits_from(it, plan) for it in strangers), "nothing of it is theirs, whatever the queue"
+    assert not any(benefits_from(it, plan) for it in strangers), "nothing of it is theirs, whatever the queue"
     for it in (first, *others, *strangers):
         stage.placer.ended(it, is_answered=False)
     other = page_keys([7] * len(KEYS) * PAGE, PAGE)
     for _ in range(8):
         unlike = stage.place(Prompt(256 * PAGE, ((*KEYS[:1], *other[1:]),)))
-        assert not profits_from(unlike, plan), "one block is not worth the wait for 256"
+        assert not benefits_from(unlike, plan), "one block is not worth the wait for 256"
         stage.placer.ended(unlike, is_answered=False)
     stage.clock.advance(0.5)
     stage.placer.waited(0.5)
@@ -364,9 +366,11 @@ def test_ranks_of_data_parallel_servers_count_as_their_server() -> None:
     assert [it.total_blocks for it in decision.situation.prefills] == [0, 99]
 
 
-def everyone(num_prefills: int, num_decodes: int, num_colocated: int) -> Snapshot:
+def everyone(num_prefills: int, num_decodes: int, num_colocated: int) -> ClusterSnapshot:
     counts = {Role.PREFILL: num_prefills, Role.DECODE: num_decodes, Role.COLOCATED: num_colocated}
-    return Snapshot.of(instance(f"{role}{i}", role) for role, count in counts.items() for i in range(count))
+    return ClusterSnapshot.of(
+        instance(f"{role}{i}", role) for role, count in counts.items() for i in range(count)
+    )
 
 
 @pytest.mark.parametrize("policy", ["round_robin", "prompt_tree", "least_load"])

@@ -12,23 +12,23 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve.core.ids import InstanceId
-from memserve.scheduling.context import Candidate, Situation
-from memserve.scheduling.cost_model.model import GPU_COSTS, CostModel, Path
+from memserve.scheduling.context import Candidate, RoutingContext
+from memserve.scheduling.cost_model.model import GPU_COSTS, CostModel, PathCost
 from memserve.scheduling.decision import decide
-from memserve.scheduling.load_tracker import Ledger
+from memserve.scheduling.load_tracker import LoadTracker
 from memserve.scheduling.policy import DECODE_POLICIES, PREFILL_POLICIES
-from memserve.scheduling.prompt_tree.tree import Depth
+from memserve.scheduling.prompt_tree.tree import Overlap
 
-SLOW_NETWORK = replace(GPU_COSTS, remote=Path(2e-3, 1e8))
+SLOW_NETWORK = replace(GPU_COSTS, remote=PathCost(2e-3, 1e8))
 
 
 def candidate(name: str, total: int = 0, near: int | None = None, **load: float) -> Candidate:
     return Candidate(InstanceId(name), total if near is None else near, total, **load)  # type: ignore[arg-type]
 
 
-def situation(*prefills: Candidate, **fields: object) -> Situation:
+def situation(*prefills: Candidate, **fields: object) -> RoutingContext:
     """A prompt of 10 blocks of 512 tokens."""
-    return Situation(5120, 512, prefills, **fields)  # type: ignore[arg-type]
+    return RoutingContext(5120, 512, prefills, **fields)  # type: ignore[arg-type]
 
 
 def chosen(policy: str, *prefills: Candidate, **fields: object) -> str:
@@ -142,7 +142,7 @@ def test_the_holder_that_saves_most_is_fetched_from() -> None:
 
 
 def test_a_measured_pair_supersedes_the_network_as_reckoned() -> None:
-    slow = {(InstanceId("b"), InstanceId("a"), tier): Path(0.0, 1e6) for tier in (0, 1)}
+    slow = {(InstanceId("b"), InstanceId("a"), tier): PathCost(0.0, 1e6) for tier in (0, 1)}
     costs = replace(GPU_COSTS, pairs=slow)  # type: ignore[arg-type]
     prefills = (candidate("a"), candidate("b", 9, queued_s=60.0), candidate("c", 8, queued_s=60.0))
     assert decide(situation(*prefills), costs).fetch_from == "c"
@@ -232,7 +232,7 @@ def test_cold_prompts_spread_at_any_concurrency(
 ) -> None:
     """Closed loop of `connections` over 4 instances; prompts share a prefix of `shared_blocks`."""
     names = [InstanceId(f"i{i}") for i in range(4)]
-    ledger, random = Ledger(180.0), Random(connections)
+    ledger, random = LoadTracker(180.0), Random(connections)
     busy_until = dict.fromkeys(names, 0.0)
     seen: set[str] = set()
     cold: Counter[str] = Counter()
@@ -247,8 +247,8 @@ def test_cold_prompts_spread_at_any_concurrency(
         candidates = []
         for name in names:
             blocks = 9 if is_warm and name == home else shared_blocks * (name in seen)
-            candidates.append(ledger.candidate(name, Depth(blocks, blocks), now_s))
-        asked = Situation(5120, 512, tuple(candidates), turn=turn)
+            candidates.append(ledger.candidate(name, Overlap(blocks, blocks), now_s))
+        asked = RoutingContext(5120, 512, tuple(candidates), turn=turn)
         name = decide(asked, GPU_COSTS, can_fetch=False).prefill
         blocks = next(it.total_blocks for it in candidates if it.instance_id == name)
         work_s = GPU_COSTS.exec_s(5120, asked.cached_tokens(blocks))
@@ -266,7 +266,7 @@ def test_cold_prompts_spread_at_any_concurrency(
 def test_who_joins_shares_the_work_with_who_did_it_alone(num_before: int) -> None:
     """Also if it was given something before its coming was noted."""
     old, new = InstanceId("old"), InstanceId("new")
-    ledger, work_s, now_s = Ledger(180.0), GPU_COSTS.exec_s(5120, 0), 0.0
+    ledger, work_s, now_s = LoadTracker(180.0), GPU_COSTS.exec_s(5120, 0), 0.0
     ledger.keep({old, new}, now_s)
     ledger.keep({old}, now_s)
     for number in range(100):
@@ -279,8 +279,8 @@ def test_who_joins_shares_the_work_with_who_did_it_alone(num_before: int) -> Non
     ledger.keep({old, new}, now_s)
     got = Counter[InstanceId]()
     for number in range(100, 200):
-        candidates = tuple(ledger.candidate(name, Depth(0, 0), now_s) for name in (old, new))
-        name = decide(Situation(5120, 512, candidates, turn=number), GPU_COSTS, can_fetch=False).prefill
+        candidates = tuple(ledger.candidate(name, Overlap(0, 0), now_s) for name in (old, new))
+        name = decide(RoutingContext(5120, 512, candidates, turn=number), GPU_COSTS, can_fetch=False).prefill
         ledger.prefill_dispatched(name, number, work_s, now_s)
         now_s += work_s
         ledger.prefill_done(name, number, now_s)

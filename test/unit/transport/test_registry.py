@@ -6,11 +6,11 @@ from memserve.core.errors import ConfigError
 from memserve.core.ids import new_epoch
 from memserve.transport.local.transport import LocalTransport, host_identity
 from memserve.transport.mooncake import MooncakeTransport, rdma_devices
-from memserve.transport.registry import Place, open_transports, ranked
+from memserve.transport.registry import TransportConfig, open_transports, ranked
 
 
-def place() -> Place:
-    return Place(epoch=new_epoch(), host="127.0.0.1", key=None)
+def place() -> TransportConfig:
+    return TransportConfig(epoch=new_epoch(), host="127.0.0.1", key=None)
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import pytest
 
 from memserve.core.errors import InstanceLost, TransferTimeout
 from memserve.transport.local.syscalls import SocketVectors
-from memserve.transport.tcp.client import stream as tcp_stream
+from memserve.transport.tcp import stream as tcp_stream
 from memserve.transport.tcp.stream import NO_DEADLINE, Stream
 
 SLICE_S = 0.02

@@ -30,7 +30,7 @@ from sglang.srt.layers.radix_attention import AttentionType
 from sglang.srt.mem_cache.memory_pool import KVWriteLoc
 from torch import Tensor
 
-from memserve.engine.cpu.key_parts import DecodePlan, KeyParts, Run, plan_decode, split_keys
+from memserve.engine.cpu.key_parts import DecodePlan, KeyParts, KeyRun, plan_decode, split_keys
 from memserve.engine.cpu.partial_attention import Partial, attend, merge, merge_outputs, nothing_seen
 from memserve.engine.platform_detect import CPU_ATTENTION
 
@@ -198,7 +198,7 @@ class MemServeCpuAttnBackend(TorchNativeAttnBackend):
             partials.append(attend(query, key, value, scale=scale))
         return partials
 
-    def _attend_run(self, query: Tensor, run: Run, keys: Tensor, values: Tensor, scale: float) -> Partial:
+    def _attend_run(self, query: Tensor, run: KeyRun, keys: Tensor, values: Tensor, scale: float) -> Partial:
         key, value = (_heads_first(rows[run.slot : run.slot + run.tokens]) for rows in (keys, values))
         return attend(query, key, value, scale=scale)
 

@@ -29,7 +29,7 @@ def fork_children() -> None:
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     plugin.hook_scheduler()
     HookRegistry.register(seams.START_METHOD, fork_if_single_threaded, HookType.AFTER)
-    util.register_after_fork(plugin, lambda _: plugin.leave_signals_to_the_launcher())
+    util.register_after_fork(plugin, lambda _: plugin.ignore_signals_in_children())
 
 
 def fork_if_single_threaded(*_: Any) -> None:

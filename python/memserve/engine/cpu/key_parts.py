@@ -28,7 +28,7 @@ MIN_PART_TOKENS_PER_QUERY = 4
 """And a part is never much smaller than this: a merge touches every output once per part."""
 
 
-class Run(NamedTuple):
+class KeyRun(NamedTuple):
     """Neighbouring slots of the pool that hold neighbouring tokens of one request."""
 
     position: int
@@ -41,7 +41,7 @@ class Run(NamedTuple):
 class KeyParts:
     """Where the keys of one request lie in the pool, in no order: dense attention needs none."""
 
-    runs: tuple[Run, ...]
+    runs: tuple[KeyRun, ...]
     """To be attended in place."""
     pieces: tuple[Tensor, ...]
     """Slots to gather, [tokens] integers each."""
@@ -63,7 +63,7 @@ class Gather:
 class DecodePlan:
     """The parts of a decode batch: first the runs in order, then the pieces of the gathers in order."""
 
-    runs: tuple[tuple[int, Run], ...]
+    runs: tuple[tuple[int, KeyRun], ...]
     """(request, run)."""
     gathers: tuple[Gather, ...]
     columns: Tensor | None
@@ -124,9 +124,9 @@ def split_keys(slots: Sequence[Tensor], num_queries: Sequence[int]) -> list[KeyP
     return parts
 
 
-def find_runs(slots: Sequence[Tensor]) -> list[list[Run]]:
+def find_runs(slots: Sequence[Tensor]) -> list[list[KeyRun]]:
     """The runs of MIN_RUN_TOKENS or more in each request's `slots` ([tokens] integers), in order."""
-    runs: list[list[Run]] = [[] for _ in slots]
+    runs: list[list[KeyRun]] = [[] for _ in slots]
     offsets = [0, *accumulate(len(own) for own in slots)]
     if offsets[-1] < MIN_RUN_TOKENS:
         return runs
@@ -138,5 +138,5 @@ def find_runs(slots: Sequence[Tensor]) -> list[list[Run]]:
     long = (np.diff(edges) >= MIN_RUN_TOKENS).nonzero()[0]
     for begin, end in zip(edges[long].tolist(), edges[long + 1].tolist(), strict=True):
         request = bisect_right(offsets, begin) - 1
-        runs[request].append(Run(begin - offsets[request], int(flat[begin]), end - begin))
+        runs[request].append(KeyRun(begin - offsets[request], int(flat[begin]), end - begin))
     return runs

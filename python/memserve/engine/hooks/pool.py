@@ -29,8 +29,8 @@ def place() -> None:
     HookRegistry.register(seams.OFFLOAD_NODE, name_offload_parent, HookType.BEFORE)
     HookRegistry.register(seams.CHECKPOINT, name_ended_request, HookType.AROUND)
     HookRegistry.register(seams.ARRIVAL, begin_arrival, HookType.BEFORE)
-    HookRegistry.register(seams.NEW_PREFILL_BATCH, hold_while_fetching, HookType.AROUND)
-    HookRegistry.register(seams.DECODE_QUEUE, let_go_of_offloaded, HookType.BEFORE)
+    HookRegistry.register(seams.NEW_PREFILL_BATCH, defer_while_fetching, HookType.AROUND)
+    HookRegistry.register(seams.DECODE_QUEUE, release_offloaded, HookType.BEFORE)
     HookRegistry.register(seams.UPDATE_HANDLERS, offer_resize, HookType.AFTER)
     HookRegistry.register(seams.EXTRA_KEY_NAMES, name_extra_keys, HookType.AFTER)
     HookRegistry.register(seams.EVENTS_PUBLISHER, join_hbm_events, HookType.AFTER)
@@ -77,7 +77,7 @@ def begin_arrival(scheduler: Any, req: Any, *_: Any, **__: Any) -> None:
         linker.fetching.begin(req, req.prefix_len + req.host_hit_length)
 
 
-def hold_while_fetching(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
+def defer_while_fetching(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
     """Build a batch from those requests that wait for no blocks."""
     linker = linker_of(scheduler.tree_cache)
     held = [] if linker is None else linker.fetching.hold(scheduler.waiting_queue, _all_reduce_min(scheduler))
@@ -93,7 +93,7 @@ def hold_while_fetching(original: Callable[..., Any], scheduler: Any, running_ba
         scheduler.waiting_queue = [*held, *scheduler.waiting_queue]
 
 
-def let_go_of_offloaded(scheduler: Any) -> None:
+def release_offloaded(scheduler: Any) -> None:
     """Unlock pages that are in DRAM by now: SGLang's decode loop does so only for its own second tier."""
     if linker_of(scheduler.tree_cache) is not None:
         scheduler.tree_cache.check_hicache_events()

@@ -32,8 +32,8 @@ from memserve.core.ids import Epoch
 from memserve.core.kv_layout import Extents
 from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.config import PeerAddress
-from memserve.mempool.remote.faults import HelloNeeded
-from memserve.mempool.remote.local_regions import OwnMemory
+from memserve.mempool.remote.faults import HandshakeRequired
+from memserve.mempool.remote.local_regions import LocalRegions
 from memserve.transport.base import Peer, Transport
 from memserve.transport.copies import Copies
 from memserve.transport.regions import Region, RegionTable
@@ -46,7 +46,7 @@ logger = logging.getLogger(__name__)
 Result = TypeVar("Result")
 
 
-class Link(Protocol):
+class ControlLink(Protocol):
     """What of `wire.link.ControlClient` is needed: a faulty one for tests has it, too."""
 
     def request(self, message: Message, *, timeout_s: float) -> Message: ...
@@ -54,11 +54,11 @@ class Link(Protocol):
     def close(self) -> None: ...
 
 
-Connect = Callable[[str], Link]
+Connect = Callable[[str], ControlLink]
 
 
 @dataclass(frozen=True, slots=True)
-class Reached:
+class PeerConnection:
     """The peer's arena as one of our transports' lives reaches it."""
 
     own_epoch: Epoch
@@ -75,7 +75,7 @@ class RemotePool:
         self,
         address: PeerAddress,
         pool: MemPool,
-        own: tuple[Epoch, OwnMemory],
+        own: tuple[Epoch, LocalRegions],
         connect: Connect,
         timeout_s: float,
     ) -> None:
@@ -88,12 +88,12 @@ class RemotePool:
         self._connect = connect
         self._lock = threading.Lock()
         self._hello_lock = threading.Lock()
-        self._reached: Reached | None = None
-        self._last_reached: Reached | None = None
-        self._idle: list[Link] = []
+        self._reached: PeerConnection | None = None
+        self._last_reached: PeerConnection | None = None
+        self._idle: list[ControlLink] = []
         self._is_closed = False
 
-    def exchange(self, action: Callable[[Reached], Result]) -> Result:
+    def exchange(self, action: Callable[[PeerConnection], Result]) -> Result:
         """Run `action` on the peer's arena, which stays reachable meanwhile; once more after a new Hello.
 
         Errors of `action`, after which nothing that was known is relied on; StaleEpoch if the
@@ -106,10 +106,10 @@ class RemotePool:
                     return action(reached)
             except PeerDeclined:
                 raise
-            except (HelloNeeded, OutOfBounds, StaleEpoch) as error:
+            except (HandshakeRequired, OutOfBounds, StaleEpoch) as error:
                 self._forget(reached)
                 if is_last:
-                    if isinstance(error, HelloNeeded):
+                    if isinstance(error, HandshakeRequired):
                         raise PeerDeclined(self.name, str(error)) from error
                     raise
             except MemServeError:
@@ -120,18 +120,18 @@ class RemotePool:
     def ask(self, message: Message, *, timeout_s: float | None = None, attempts: int = 2) -> Message:
         """The peer's answer. Asks again if it is lost: all messages are idempotent.
 
-        Raises InstanceLost, WireMismatch, or HelloNeeded if the peer does not know us.
+        Raises InstanceLost, WireMismatch, or HandshakeRequired if the peer does not know us.
         """
         answer = self._asked(message, self.timeout_s if timeout_s is None else timeout_s, attempts)
         if isinstance(answer, Unknown):
-            raise HelloNeeded(f"{self.name} does not know epoch {self.epoch:016x}")
+            raise HandshakeRequired(f"{self.name} does not know epoch {self.epoch:016x}")
         if isinstance(answer, Refused):
             raise WireMismatch(f"{self.name} refused {type(message).__name__}: {answer.reason}")
         return answer
 
     def copies(
         self,
-        reached: Reached,
+        reached: PeerConnection,
         own: Sequence[BlockAddr],
         theirs: Sequence[BlockAddr] | Sequence[int],
         extents: Extents,
@@ -147,7 +147,7 @@ class RemotePool:
         ones = np.ones(len(local), np.int64)
         return Copies(ones * region, local, ones * reached.region_id, remote, lengths)
 
-    def reach(self, timeout_s: float) -> Reached:
+    def reach(self, timeout_s: float) -> PeerConnection:
         """Introduce ourselves, if that has not been done. Each step takes up to `timeout_s`.
 
         Raises StaleEpoch, LayoutMismatch, PeerDeclined, InstanceLost, TransferFailed.
@@ -171,7 +171,7 @@ class RemotePool:
         if reached is not None:
             reached.transport.disconnect(reached.peer)
 
-    def _introduced(self, timeout_s: float) -> Reached:
+    def _introduced(self, timeout_s: float) -> PeerConnection:
         for _ in range(2):
             served = self._memory.served(self.pool)
             hello = Hello(self.epoch, self.address.epoch, served.epoch, self.pool.layout)
@@ -191,7 +191,7 @@ class RemotePool:
 
     def _connected(
         self, welcome: Welcome, own_epoch: Epoch, transports: Sequence[Transport], timeout_s: float
-    ) -> Reached:
+    ) -> PeerConnection:
         table = RegionTable()
         table.add(Region(welcome.arena.region_id, welcome.arena.address, welcome.arena.num_bytes))
         offered = {endpoint.transport: endpoint.address for endpoint in welcome.endpoints}
@@ -199,9 +199,9 @@ class RemotePool:
             transports, self.name, welcome.data_epoch, offered, table, timeout_s=timeout_s
         )
         logger.info("peer reached peer=%s transport=%s", self.name, transport.name)
-        return Reached(own_epoch, transport, peer, welcome.arena.region_id, welcome.slot_bytes)
+        return PeerConnection(own_epoch, transport, peer, welcome.arena.region_id, welcome.slot_bytes)
 
-    def _forget(self, reached: Reached) -> None:
+    def _forget(self, reached: PeerConnection) -> None:
         with self._hello_lock:
             if self._reached is reached:
                 self._reached = None

@@ -28,7 +28,7 @@ from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.config import PeerAddress
 from memserve.mempool.remote.records import Pushed
 from memserve.wire.messages import Message
-from memserve.wire.peer_messages import Evacuate, Evacuated, Located, Shelter
+from memserve.wire.peer_messages import Evacuate, Evacuated, EvacuationTarget, Located
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +41,7 @@ MAX_WAITING = 4
 LATE, NO_PEER, NO_ROOM = "the time was over", "no pool takes such blocks", "the others have no room"
 
 
-class Exchange(Protocol):
+class EvacuationPeers(Protocol):
     """What of `Peers` is needed."""
 
     def room(self, peer: PeerAddress, pool: MemPool, keys: Sequence[BlockKey]) -> Located: ...
@@ -57,7 +57,7 @@ class Exchange(Protocol):
 
 
 @dataclass(slots=True, eq=False)
-class _Shelter:
+class _EvacuationTarget:
     """One of the others, and how much it may still take."""
 
     name: str
@@ -69,26 +69,32 @@ class _Shelter:
 class _Choice:
     """Where the rest of a chain goes, and what of it is there."""
 
-    shelter: _Shelter
+    shelter: _EvacuationTarget
     start: int
     """Of the chain: what comes before is there, as far as anybody knows."""
     num_lacking: int
 
 
-class Evacuation:
+class EvacuationRun:
     """One pool's way out. One thread."""
 
     def __init__(
-        self, exchange: Exchange, pool: MemPool, shelters: Sequence[Shelter], now: Callable[[], float]
+        self,
+        exchange: EvacuationPeers,
+        pool: MemPool,
+        shelters: Sequence[EvacuationTarget],
+        now: Callable[[], float],
     ) -> None:
         self._exchange = exchange
         self._pool = pool
         self._now = now
-        self._shelters = [_Shelter(one.name, PeerAddress(one.address, one.epoch)) for one in shelters]
-        self._homes: dict[BlockKey, _Shelter] = {}
+        self._shelters = [
+            _EvacuationTarget(one.name, PeerAddress(one.address, one.epoch)) for one in shelters
+        ]
+        self._homes: dict[BlockKey, _EvacuationTarget] = {}
         """Of each block that is elsewhere, where. Prefix-closed."""
         self._sent = Pushed()
-        self._ends: list[tuple[_Shelter, BlockKey, BlockKey | None]] = []
+        self._ends: list[tuple[_EvacuationTarget, BlockKey, BlockKey | None]] = []
         """Of the prompts that were sent, in order: where, the last block, and the one before it."""
 
     def run(self, timeout_s: float) -> Evacuated:
@@ -181,7 +187,9 @@ class Evacuation:
             if shelter in self._shelters:
                 self._pushed(shelter, [key], parent)
 
-    def _pushed(self, shelter: _Shelter, keys: Sequence[BlockKey], parent: BlockKey | None) -> Pushed | None:
+    def _pushed(
+        self, shelter: _EvacuationTarget, keys: Sequence[BlockKey], parent: BlockKey | None
+    ) -> Pushed | None:
         try:
             return self._exchange.push(shelter.address, self._pool, keys, parent=parent)
         except PeerDeclined as error:
@@ -191,18 +199,18 @@ class Evacuation:
             self._lost(shelter, error)
         return None
 
-    def _located(self, shelter: _Shelter, keys: Sequence[BlockKey]) -> Located | None:
+    def _located(self, shelter: _EvacuationTarget, keys: Sequence[BlockKey]) -> Located | None:
         try:
             return self._exchange.room(shelter.address, self._pool, keys)
         except MemServeError as error:
             self._lost(shelter, error)
             return None
 
-    def _lost(self, shelter: _Shelter, error: MemServeError) -> None:
+    def _lost(self, shelter: _EvacuationTarget, error: MemServeError) -> None:
         logger.warning("evacuation goes on without peer=%s: %s", shelter.name, error)
         self._shelters.remove(shelter)
 
-    def _settle(self, chain: Sequence[BlockKey], num_blocks: int, shelter: _Shelter) -> None:
+    def _settle(self, chain: Sequence[BlockKey], num_blocks: int, shelter: _EvacuationTarget) -> None:
         for key in chain[:num_blocks]:
             self._homes.setdefault(key, shelter)
 
@@ -210,7 +218,7 @@ class Evacuation:
 class Evacuations:
     """Those that a router asks for: one after the other, answered when over. Any thread may ask."""
 
-    def __init__(self, exchange: Exchange, now: Callable[[], float]) -> None:
+    def __init__(self, exchange: EvacuationPeers, now: Callable[[], float]) -> None:
         self._exchange = exchange
         self._closing = threading.Event()
         self._now = lambda: float("inf") if self._closing.is_set() else now()
@@ -225,7 +233,7 @@ class Evacuations:
             return Evacuated(
                 0, 0, 0, pool.stats().cached, f"{MAX_WAITING} evacuations are running or waiting"
             )
-        evacuation = Evacuation(self._exchange, pool, message.shelters, self._now)
+        evacuation = EvacuationRun(self._exchange, pool, message.shelters, self._now)
         try:
             future: Future[Message] = self._thread.submit(evacuation.run, message.timeout_s)
         except RuntimeError:

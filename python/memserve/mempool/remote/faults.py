@@ -5,5 +5,5 @@ from __future__ import annotations
 from memserve.core.errors import Retryable
 
 
-class HelloNeeded(Retryable):
+class HandshakeRequired(Retryable):
     """What two pools knew of each other's memory is out of date: introduce yourself again."""

@@ -18,7 +18,7 @@ from memserve.core.errors import MemServeError, TransferTimeout
 from memserve.core.ids import Epoch, new_epoch
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
-from memserve.mempool.remote.faults import HelloNeeded
+from memserve.mempool.remote.faults import HandshakeRequired
 from memserve.transport.base import Transport
 from memserve.transport.regions import Region, RegionTable
 
@@ -36,7 +36,7 @@ class Served(NamedTuple):
     region: Region
 
 
-class OwnMemory:
+class LocalRegions:
     """Transports and the regions they serve. Any thread may call anything."""
 
     def __init__(self, open_transports: OpenTransports, epoch: Epoch, timeout_s: float) -> None:
@@ -85,10 +85,10 @@ class OwnMemory:
 
     @contextmanager
     def hold(self, epoch: Epoch) -> Iterator[None]:
-        """Keep the transports of that data epoch open. Raises HelloNeeded if they are not any more."""
+        """Keep the transports of that data epoch open. Raises HandshakeRequired if they are not any more."""
         with self._changed:
             if self._is_reopening or self.epoch != epoch:
-                raise HelloNeeded(f"data epoch {epoch:016x} is over")
+                raise HandshakeRequired(f"data epoch {epoch:016x} is over")
             self._num_users += 1
         try:
             yield

@@ -15,36 +15,36 @@ from memserve.core.ids import Epoch
 from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.config import PeerAddress, PeersConfig
 from memserve.mempool.remote.connection import Connect, RemotePool
-from memserve.mempool.remote.local_regions import OpenTransports, OwnMemory
-from memserve.mempool.remote.reader import Doubtful, Reader
-from memserve.mempool.remote.records import Tally
+from memserve.mempool.remote.local_regions import LocalRegions, OpenTransports
+from memserve.mempool.remote.reader import QuarantinedReads, Reader
+from memserve.mempool.remote.records import Counters
 from memserve.mempool.remote.sender import Sender
 from memserve.transport.base import Transport
-from memserve.transport.registry import Place, open_transports
+from memserve.transport.registry import TransportConfig, open_transports
 from memserve.wire.link import ControlClient
 
 
 @dataclass(frozen=True, slots=True)
-class Wiring:
+class PeerFactory:
     """How bytes and messages reach peers; a test may put something in between."""
 
     open_transports: OpenTransports
     connect: Connect
 
     @classmethod
-    def of(cls, config: PeersConfig) -> Wiring:
+    def of(cls, config: PeersConfig) -> PeerFactory:
         """The real one."""
 
         def opened(epoch: Epoch) -> Sequence[Transport]:
             protocol, devices = config.mooncake_protocol, config.ib_device
-            place = Place(epoch, config.host, config.cluster_key, 0, protocol, devices)
+            place = TransportConfig(epoch, config.host, config.cluster_key, 0, protocol, devices)
             return open_transports(config.transport, place)
 
         return cls(opened, lambda address: ControlClient(address, key=config.cluster_key))
 
 
 @dataclass(frozen=True, slots=True)
-class Known:
+class PeerHandle:
     """A peer's pool of one layout, and what is done with it."""
 
     remote: RemotePool
@@ -52,15 +52,15 @@ class Known:
     reader: Reader
 
 
-class Remotes:
+class PeerTable:
     """Peers' pools by address and layout. Any thread."""
 
     def __init__(
         self,
-        own: tuple[Epoch, OwnMemory],
+        own: tuple[Epoch, LocalRegions],
         connect: Connect,
-        doubtful: Doubtful,
-        tally: Tally,
+        doubtful: QuarantinedReads,
+        tally: Counters,
         timeout_s: float,
     ) -> None:
         self._own = own
@@ -70,10 +70,10 @@ class Remotes:
         self._timeout_s = timeout_s
         self._ids = itertools.count(1)
         self._lock = threading.Lock()
-        self._known: dict[tuple[PeerAddress, bytes], Known] = {}
+        self._known: dict[tuple[PeerAddress, bytes], PeerHandle] = {}
         self._is_closed = False
 
-    def use(self, peer: PeerAddress, pool: MemPool) -> Known:
+    def use(self, peer: PeerAddress, pool: MemPool) -> PeerHandle:
         """That peer's pool of such blocks. Raises PeerDeclined after `close`."""
         key = (peer, pool.layout.digest)
         with self._lock:
@@ -83,7 +83,7 @@ class Remotes:
                 remote = RemotePool(peer, pool, self._own, self._connect, self._timeout_s)
                 sender = Sender(remote, self._next_id)
                 reader = Reader(remote, self._next_id, self._doubtful, self._tally)
-                self._known[key] = Known(remote, sender, reader)
+                self._known[key] = PeerHandle(remote, sender, reader)
             return self._known[key]
 
     def drop(self, epoch: Epoch) -> None:

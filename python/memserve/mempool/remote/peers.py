@@ -30,14 +30,14 @@ from memserve.mempool.remote.config import PeerAddress, PeersConfig
 from memserve.mempool.remote.connection import Result
 from memserve.mempool.remote.evacuation import Evacuations
 from memserve.mempool.remote.fetches import Fetches
-from memserve.mempool.remote.local_regions import OwnMemory
-from memserve.mempool.remote.peer_table import Known, Remotes, Wiring
-from memserve.mempool.remote.reader import Doubtful
-from memserve.mempool.remote.records import PeersStats, Pushed, Tally
+from memserve.mempool.remote.local_regions import LocalRegions
+from memserve.mempool.remote.peer_table import PeerFactory, PeerHandle, PeerTable
+from memserve.mempool.remote.reader import QuarantinedReads
+from memserve.mempool.remote.records import Counters, PeersStats, Pushed
 from memserve.mempool.remote.sender import Blocks
 from memserve.mempool.remote.server import PeerServer, PoolOf
 from memserve.mempool.remote.sweeper import Sweeper
-from memserve.mempool.remote.transfers import RemoteReservation, Reservations, Ticket, Transfers
+from memserve.mempool.remote.transfers import RemoteReservation, RemoteReservations, Ticket, Transfers
 from memserve.wire.link import ControlServer
 from memserve.wire.messages import Message
 from memserve.wire.peer_messages import (
@@ -62,7 +62,7 @@ class Peers:
     """One per process. Any thread may call anything; calls block for at most a few `timeout_s`."""
 
     def __init__(
-        self, config: PeersConfig, epoch: Epoch, pool_of: PoolOf, wiring: Wiring | None = None
+        self, config: PeersConfig, epoch: Epoch, pool_of: PoolOf, wiring: PeerFactory | None = None
     ) -> None:
         """Open the transports and answer peers. Raises ConfigError if that cannot be.
 
@@ -71,15 +71,15 @@ class Peers:
         """
         self._config = config
         self.epoch = epoch
-        self._tally = Tally()
-        wiring = wiring or Wiring.of(config)
-        self._memory = OwnMemory(wiring.open_transports, epoch, config.timeout_s)
+        self._tally = Counters()
+        wiring = wiring or PeerFactory.of(config)
+        self._memory = LocalRegions(wiring.open_transports, epoch, config.timeout_s)
         self._server = PeerServer(config, epoch, self._memory, pool_of, self._tally, time.monotonic)
-        self._doubtful = Doubtful(self._memory, config.timeout_s)
-        self._remotes = Remotes(
+        self._doubtful = QuarantinedReads(self._memory, config.timeout_s)
+        self._remotes = PeerTable(
             (epoch, self._memory), wiring.connect, self._doubtful, self._tally, config.timeout_s
         )
-        self._reserved = Reservations()
+        self._reserved = RemoteReservations()
         self._fetches = Fetches(self.fetch)
         self._evacuations = Evacuations(self, time.monotonic)
         self._slow = ThreadPoolExecutor(1, thread_name_prefix="peer-pools")
@@ -252,7 +252,7 @@ class Peers:
         self._server.close()
         self._doubtful.close()
 
-    def _use(self, peer: PeerAddress, pool: MemPool) -> Known:
+    def _use(self, peer: PeerAddress, pool: MemPool) -> PeerHandle:
         self._server.add(pool)
         return self._remotes.use(peer, pool)
 

@@ -17,9 +17,9 @@ from memserve.core.errors import InstanceLost, MemServeError, StaleEpoch, WireMi
 from memserve.core.kv_layout import TransferMode
 from memserve.mempool.pool import MemPool
 from memserve.mempool.records import Reservation
-from memserve.mempool.remote.connection import Reached, RemotePool
-from memserve.mempool.remote.local_regions import OwnMemory
-from memserve.mempool.remote.records import PeersStats, Tally
+from memserve.mempool.remote.connection import PeerConnection, RemotePool
+from memserve.mempool.remote.local_regions import LocalRegions
+from memserve.mempool.remote.records import Counters, PeersStats
 from memserve.mempool.remote.sender import chunk_blocks
 from memserve.mempool.remote.write_reservations import indexed, num_equal, pinned
 from memserve.transport.base import Peer
@@ -31,31 +31,31 @@ RETRY_S = 1.0
 
 
 @dataclass(eq=False, frozen=True, slots=True)
-class _Doubtful:
+class _QuarantinedRead:
     """A read that failed and may still land."""
 
-    reached: Reached
+    reached: PeerConnection
     pool: MemPool
     reservation: Reservation
 
 
-class Doubtful:
+class QuarantinedReads:
     """Reads that may still land, until it is known that they cannot. Any thread; one sweeps."""
 
-    def __init__(self, memory: OwnMemory, timeout_s: float) -> None:
+    def __init__(self, memory: LocalRegions, timeout_s: float) -> None:
         self._memory = memory
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
-        self._waiting: list[_Doubtful] = []
+        self._waiting: list[_QuarantinedRead] = []
 
-    def give_up(self, reached: Reached, pool: MemPool, reservation: Reservation) -> None:
+    def give_up(self, reached: PeerConnection, pool: MemPool, reservation: Reservation) -> None:
         """Free what a failed read was to fill, or keep it until that is safe."""
         if self._is_settled(reached):
             pool.cancel(reservation)
             return
         pool.quarantine(reservation)
         with self._lock:
-            self._waiting.append(_Doubtful(reached, pool, reservation))
+            self._waiting.append(_QuarantinedRead(reached, pool, reservation))
 
     def num_blocks(self) -> int:
         """Blocks in quarantine."""
@@ -86,7 +86,7 @@ class Doubtful:
         for one in waiting:
             one.pool.settle(one.reservation)
 
-    def _is_settled(self, reached: Reached) -> bool:
+    def _is_settled(self, reached: PeerConnection) -> bool:
         if reached.own_epoch != self._memory.epoch:  # Those transports are closed.
             return True
         try:
@@ -103,7 +103,7 @@ class Reader:
     """Fetches from the pool of one peer. Any thread."""
 
     def __init__(
-        self, remote: RemotePool, next_id: Callable[[], int], doubtful: Doubtful, tally: Tally
+        self, remote: RemotePool, next_id: Callable[[], int], doubtful: QuarantinedReads, tally: Counters
     ) -> None:
         """`next_id` never repeats itself in this process."""
         self._remote = remote
@@ -133,7 +133,7 @@ class Reader:
         return pool.num_cached(keys)
 
     def _fetch_some(self, keys: Sequence[BlockKey], parent: BlockKey | None, deadline: float) -> int:
-        def fetch(reached: Reached) -> int:
+        def fetch(reached: PeerConnection) -> int:
             lease_id = self._next_id()
             answer = self._remote.ask(
                 AcquireLease(self._remote.epoch, lease_id, self._remote.pool.layout.digest, tuple(keys)),
@@ -157,7 +157,7 @@ class Reader:
 
     def _read(
         self,
-        reached: Reached,
+        reached: PeerConnection,
         keys: Sequence[BlockKey],
         leased: Leased,
         parent: BlockKey | None,

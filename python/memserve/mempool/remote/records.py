@@ -63,7 +63,7 @@ class PeersStats:
         return PeersStats(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
 
-class Tally:
+class Counters:
     """Counts, from any thread."""
 
     def __init__(self) -> None:

@@ -22,7 +22,7 @@ from memserve.core.block_addr import BlockAddr
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import InstanceLost, MemServeError, PeerDeclined, StaleEpoch, WireMismatch
 from memserve.core.kv_layout import TransferMode
-from memserve.mempool.remote.connection import Reached, RemotePool, Result
+from memserve.mempool.remote.connection import PeerConnection, RemotePool, Result
 from memserve.mempool.remote.read_leases import readable
 from memserve.mempool.remote.records import Pushed
 from memserve.wire.messages import Message
@@ -58,10 +58,10 @@ class Blocks:
 
 
 @dataclass(frozen=True, slots=True)
-class Granted:
+class GrantedWrite:
     """A reservation at a peer, and the way it was reached when it was made."""
 
-    reached: Reached
+    reached: PeerConnection
     transfer_id: int
     num_known: int
     addrs: tuple[int, ...]
@@ -76,7 +76,7 @@ class Sender:
         self._remote = remote
         self._next_id = next_id
         self._lock = threading.Lock()
-        self._left_over: dict[int, tuple[Reached | None, bool]] = {}
+        self._left_over: dict[int, tuple[PeerConnection | None, bool]] = {}
 
     def push(self, keys: Sequence[BlockKey], parent: BlockKey | None) -> Pushed:
         """See `Peers.push`."""
@@ -106,7 +106,7 @@ class Sender:
     def insert(self, keys: Sequence[BlockKey], blocks: Blocks, parent: BlockKey | None) -> Pushed:
         """Write what the peer lacks of a chain, as one reservation, and have it indexed."""
 
-        def send(reached: Reached) -> Pushed:
+        def send(reached: PeerConnection) -> Pushed:
             digest = self._remote.pool.layout.digest
             transfer_id = self._next_id()
             reserve = Reserve(self._remote.epoch, transfer_id, digest, tuple(keys), parent)
@@ -121,10 +121,10 @@ class Sender:
 
         return self._exchange(send)
 
-    def allocate(self, num_blocks: int) -> Granted:
+    def allocate(self, num_blocks: int) -> GrantedWrite:
         """Reserve blocks that nobody indexes yet."""
 
-        def ask(reached: Reached) -> Granted:
+        def ask(reached: PeerConnection) -> GrantedWrite:
             transfer_id = self._next_id()
             digest = self._remote.pool.layout.digest
             allocate = Allocate(self._remote.epoch, transfer_id, digest, num_blocks)
@@ -132,7 +132,7 @@ class Sender:
 
         return self._exchange(ask)
 
-    def write(self, granted: Granted, addrs: Sequence[int], blocks: Blocks) -> None:
+    def write(self, granted: GrantedWrite, addrs: Sequence[int], blocks: Blocks) -> None:
         """Copy blocks over reserved ones. If it raises, the reservation has been or will be cancelled."""
         reached = granted.reached
         try:
@@ -145,20 +145,26 @@ class Sender:
             raise
 
     def commit(
-        self, granted: Granted, checksums: Sequence[int], keys: Sequence[BlockKey], parent: BlockKey | None
+        self,
+        granted: GrantedWrite,
+        checksums: Sequence[int],
+        keys: Sequence[BlockKey],
+        parent: BlockKey | None,
     ) -> int:
         """End a reservation; returns how many blocks have been indexed. Keys are for allocated blocks."""
         return self._exchange(lambda _: self._committed(granted, checksums, keys, parent))
 
-    def cancel(self, granted: Granted) -> None:
+    def cancel(self, granted: GrantedWrite) -> None:
         """End a reservation that will not be committed. Never raises for the peer's failure."""
         self._give_up(granted.transfer_id, granted.reached)
 
-    def _exchange(self, action: Callable[[Reached], Result]) -> Result:
+    def _exchange(self, action: Callable[[PeerConnection], Result]) -> Result:
         self._clear_left_over()
         return self._remote.exchange(action)
 
-    def _granted(self, reached: Reached, message: Reserve | Allocate, transfer_id: int) -> Granted:
+    def _granted(
+        self, reached: PeerConnection, message: Reserve | Allocate, transfer_id: int
+    ) -> GrantedWrite:
         try:
             answer = self._remote.ask(message)
         except InstanceLost:
@@ -169,10 +175,14 @@ class Sender:
             raise PeerDeclined(self._remote.name, answer.reason, parent_unknown=answer.parent_unknown)
         if not isinstance(answer, Reserved) or answer.num_known + len(answer.addrs) != wanted:
             raise _nonsense(self._remote.name, answer)
-        return Granted(reached, transfer_id, answer.num_known, answer.addrs)
+        return GrantedWrite(reached, transfer_id, answer.num_known, answer.addrs)
 
     def _committed(
-        self, granted: Granted, checksums: Sequence[int], keys: Sequence[BlockKey], parent: BlockKey | None
+        self,
+        granted: GrantedWrite,
+        checksums: Sequence[int],
+        keys: Sequence[BlockKey],
+        parent: BlockKey | None,
     ) -> int:
         commit = Commit(self._remote.epoch, granted.transfer_id, tuple(checksums), tuple(keys), parent)
         try:
@@ -186,7 +196,7 @@ class Sender:
             raise _nonsense(self._remote.name, answer)
         return answer.num_new
 
-    def _give_up(self, transfer_id: int, reached: Reached) -> None:
+    def _give_up(self, transfer_id: int, reached: PeerConnection) -> None:
         """Make sure that nothing lands late, if that can be had, and tell the peer."""
         settled = True
         try:
@@ -205,7 +215,7 @@ class Sender:
         if not settled:
             self._leave_over(transfer_id, reached, settled)
 
-    def _leave_over(self, transfer_id: int, reached: Reached | None, settled: bool) -> None:
+    def _leave_over(self, transfer_id: int, reached: PeerConnection | None, settled: bool) -> None:
         """Something to try once more when the peer answers again. What does not fit is dropped."""
         with self._lock:
             if len(self._left_over) < MAX_LEFT_OVER:

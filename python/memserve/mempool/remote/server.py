@@ -24,11 +24,11 @@ from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout
 from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.config import PeersConfig
-from memserve.mempool.remote.local_regions import OwnMemory
-from memserve.mempool.remote.read_leases import Lending
-from memserve.mempool.remote.records import PeersStats, Tally
-from memserve.mempool.remote.sessions import Guest, Guests
-from memserve.mempool.remote.write_reservations import Receiving
+from memserve.mempool.remote.local_regions import LocalRegions
+from memserve.mempool.remote.read_leases import ReadLeases
+from memserve.mempool.remote.records import Counters, PeersStats
+from memserve.mempool.remote.sessions import PeerSession, PeerSessions
+from memserve.mempool.remote.write_reservations import PeerReservations
 from memserve.wire.messages import Done, Message, Refused, Unknown
 from memserve.wire.peer_messages import (
     AcquireLease,
@@ -62,9 +62,9 @@ class PeerServer:
         self,
         config: PeersConfig,
         epoch: Epoch,
-        memory: OwnMemory,
+        memory: LocalRegions,
         pool_of: PoolOf,
-        tally: Tally,
+        tally: Counters,
         now: Callable[[], float],
     ) -> None:
         self._epoch = epoch
@@ -74,9 +74,9 @@ class PeerServer:
         self._now = now
         self._lock = threading.Lock()
         self._making = threading.Lock()
-        self._guests = Guests()
-        self._receiving = Receiving(tally, config.reservation_s, config.lease_s)
-        self._lending = Lending(tally, config.lease_s)
+        self._guests = PeerSessions()
+        self._receiving = PeerReservations(tally, config.reservation_s, config.lease_s)
+        self._lending = ReadLeases(tally, config.lease_s)
         self._pools: dict[bytes, MemPool] = {}
 
     def add(self, pool: MemPool) -> None:
@@ -207,7 +207,7 @@ class PeerServer:
         arena = MemoryRange(region.region_id, region.address, region.num_bytes)
         return Welcome(self._epoch, served.epoch, endpoints, arena, pool.arena.slot_bytes)
 
-    def _fence(self, guest: Guest, transfer_ids: list[int], epochs: frozenset[Epoch]) -> None:
+    def _fence(self, guest: PeerSession, transfer_ids: list[int], epochs: frozenset[Epoch]) -> None:
         """Keep a guest's late bytes out, then free what they could have hit."""
         try:
             for epoch in epochs:

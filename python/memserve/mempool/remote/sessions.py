@@ -23,7 +23,7 @@ from memserve.mempool.records import Reservation
 from memserve.wire.messages import Message
 from memserve.wire.peer_messages import Declined, Leased, Reserved
 
-MAX_GUESTS = 256
+MAX_SESSIONS = 256
 """Idle ones beyond that are forgotten, oldest first: they say Hello again."""
 MAX_REFUSED = 500
 """Fenced data epochs that are remembered; transports remember as many."""
@@ -33,7 +33,7 @@ MAX_OVER = 1024
 OVER = Declined("that exchange is over")
 
 
-class Over(NamedTuple):
+class CompletedExchange(NamedTuple):
     """What repeated messages of a finished exchange are answered."""
 
     begin: Message
@@ -41,14 +41,14 @@ class Over(NamedTuple):
     commit: Message = OVER
 
 
-class Ledger:
+class IdempotencyLog:
     """Finished exchanges by their peer's ascending ids: exact for the last ones, "over" for the others."""
 
     def __init__(self) -> None:
-        self._over: OrderedDict[int, Over] = OrderedDict()
+        self._over: OrderedDict[int, CompletedExchange] = OrderedDict()
         self._floor = 0
 
-    def add(self, exchange_id: int, over: Over) -> None:
+    def add(self, exchange_id: int, over: CompletedExchange) -> None:
         """The exchange has ended so. What was known of it already stays."""
         if self.get(exchange_id) is not None:
             return
@@ -57,14 +57,14 @@ class Ledger:
             forgotten, _ = self._over.popitem(last=False)
             self._floor = max(self._floor, forgotten)
 
-    def get(self, exchange_id: int) -> Over | None:
+    def get(self, exchange_id: int) -> CompletedExchange | None:
         """None if it has not ended, nor begun."""
         known = self._over.get(exchange_id)
-        return Over(OVER) if known is None and exchange_id <= self._floor else known
+        return CompletedExchange(OVER) if known is None and exchange_id <= self._floor else known
 
 
 @dataclass(eq=False, slots=True)
-class Incoming:
+class IncomingWrite:
     """One reservation that a guest writes to."""
 
     pool: MemPool
@@ -86,7 +86,7 @@ class Incoming:
 
 
 @dataclass(eq=False, slots=True)
-class Lent:
+class OutgoingRead:
     """One lease that a guest reads by."""
 
     pool: MemPool
@@ -96,7 +96,7 @@ class Lent:
 
 
 @dataclass(eq=False, slots=True)
-class Guest:
+class PeerSession:
     """One life of a peer."""
 
     epoch: Epoch
@@ -104,10 +104,10 @@ class Guest:
     """It may write here by these."""
     to_fence: set[Epoch] = field(default_factory=set)
     """It must not any more, but the transports do not see to that yet."""
-    incoming: dict[int, Incoming] = field(default_factory=dict)
-    transfers: Ledger = field(default_factory=Ledger)
-    lent: dict[int, Lent] = field(default_factory=dict)
-    leases: Ledger = field(default_factory=Ledger)
+    incoming: dict[int, IncomingWrite] = field(default_factory=dict)
+    transfers: IdempotencyLog = field(default_factory=IdempotencyLog)
+    lent: dict[int, OutgoingRead] = field(default_factory=dict)
+    leases: IdempotencyLog = field(default_factory=IdempotencyLog)
     retry_at: float = 0.0
     """When to try again to fence it."""
     is_gone: bool = False
@@ -134,20 +134,20 @@ class Guest:
             yield self.retry_at
 
 
-class Guests:
+class PeerSessions:
     """All guests, and the data epochs that are refused for good."""
 
     def __init__(self) -> None:
-        self._guests: OrderedDict[Epoch, Guest] = OrderedDict()
+        self._guests: OrderedDict[Epoch, PeerSession] = OrderedDict()
         self._refused: OrderedDict[Epoch, None] = OrderedDict()
 
-    def __iter__(self) -> Iterator[Guest]:
+    def __iter__(self) -> Iterator[PeerSession]:
         return iter(list(self._guests.values()))
 
-    def get(self, epoch: Epoch) -> Guest | None:
+    def get(self, epoch: Epoch) -> PeerSession | None:
         return self._guests.get(epoch)
 
-    def writer(self, epoch: Epoch) -> Guest | None:
+    def writer(self, epoch: Epoch) -> PeerSession | None:
         """A guest that has a data epoch it may write by."""
         guest = self._guests.get(epoch)
         return guest if guest is not None and guest.data_epochs else None
@@ -156,16 +156,16 @@ class Guests:
         """Admit a guest under a data epoch. False, changing nothing, if that is refused."""
         if data_epoch in self._refused:
             return False
-        guest = self._guests.setdefault(epoch, Guest(epoch))
+        guest = self._guests.setdefault(epoch, PeerSession(epoch))
         guest.data_epochs.add(data_epoch)
         guest.is_gone = False
         self._guests.move_to_end(epoch)
-        if len(self._guests) > MAX_GUESTS:
-            for idle in [one for one in self if one.is_idle][: len(self._guests) - MAX_GUESTS]:
+        if len(self._guests) > MAX_SESSIONS:
+            for idle in [one for one in self if one.is_idle][: len(self._guests) - MAX_SESSIONS]:
                 del self._guests[idle.epoch]
         return True
 
-    def refuse(self, guest: Guest) -> None:
+    def refuse(self, guest: PeerSession) -> None:
         """Its data epochs are to be fenced."""
         for data_epoch in guest.data_epochs:
             self._refused[data_epoch] = None
@@ -174,9 +174,9 @@ class Guests:
         guest.to_fence |= guest.data_epochs
         guest.data_epochs.clear()
 
-    def gone(self, epoch: Epoch) -> Guest:
+    def gone(self, epoch: Epoch) -> PeerSession:
         """The guest, known or not, refused; forgotten once it is idle."""
-        guest = self._guests.setdefault(epoch, Guest(epoch))
+        guest = self._guests.setdefault(epoch, PeerSession(epoch))
         guest.data_epochs.add(epoch)
         guest.is_gone = True
         self.refuse(guest)

@@ -21,10 +21,10 @@ from functools import partial
 from memserve.core.block_addr import BlockAddr
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import BlockStateError, MemServeError, PeerDeclined, TransferTimeout
-from memserve.mempool.remote.faults import HelloNeeded
-from memserve.mempool.remote.local_regions import OwnMemory
+from memserve.mempool.remote.faults import HandshakeRequired
+from memserve.mempool.remote.local_regions import LocalRegions
 from memserve.mempool.remote.records import Pushed
-from memserve.mempool.remote.sender import Blocks, Granted, Sender, chunk_blocks
+from memserve.mempool.remote.sender import Blocks, GrantedWrite, Sender, chunk_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +55,9 @@ class RemoteReservation:
     Not ended in the peer's `reservation_s`, it ends there. Any thread; one at a time.
     """
 
-    def __init__(self, sender: Sender, granted: Granted, forget: Callable[[RemoteReservation], None]) -> None:
+    def __init__(
+        self, sender: Sender, granted: GrantedWrite, forget: Callable[[RemoteReservation], None]
+    ) -> None:
         self.addrs = [BlockAddr(addr) for addr in granted.addrs]
         self.granted = granted
         self.block_bytes = sender.block_bytes
@@ -91,14 +93,14 @@ class RemoteReservation:
         self._sender.cancel(self.granted)
 
 
-class Reservations:
+class RemoteReservations:
     """Those of this process at its peers, by the addresses they hold. Any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._by_addr: dict[BlockAddr, RemoteReservation] = {}
 
-    def add(self, sender: Sender, granted: Granted) -> RemoteReservation:
+    def add(self, sender: Sender, granted: GrantedWrite) -> RemoteReservation:
         reservation = RemoteReservation(sender, granted, self._forget)
         with self._lock:
             self._by_addr |= dict.fromkeys(reservation.addrs, reservation)
@@ -121,7 +123,7 @@ class Reservations:
 class Transfers:
     """A bounded queue of transfers and the thread that makes them."""
 
-    def __init__(self, memory: OwnMemory) -> None:
+    def __init__(self, memory: LocalRegions) -> None:
         self._memory = memory
         self._queue: queue.Queue[tuple[Future[Pushed], Callable[[], Pushed]] | None] = queue.Queue(MAX_QUEUED)
         self._lock = threading.Lock()
@@ -184,12 +186,12 @@ class Transfers:
         return done
 
     @contextmanager
-    def _held(self, granted: Granted, cancel: Callable[[], None]) -> Iterator[None]:
+    def _held(self, granted: GrantedWrite, cancel: Callable[[], None]) -> Iterator[None]:
         """Keep the transports open by which a reservation was made, or end it: PeerDeclined."""
         try:
             with self._memory.hold(granted.reached.own_epoch):
                 yield
-        except HelloNeeded as error:
+        except HandshakeRequired as error:
             cancel()
             raise PeerDeclined(granted.reached.peer.name, f"reserved in an earlier life: {error}") from error
 

@@ -17,8 +17,8 @@ from memserve.core.block_keys import BlockKey
 from memserve.core.errors import BlockStateError, OutOfBlocks
 from memserve.mempool.lease import Lease
 from memserve.mempool.pool import MemPool
-from memserve.mempool.remote.records import PeersStats, Tally
-from memserve.mempool.remote.sessions import OVER, Guest, Incoming, Over
+from memserve.mempool.remote.records import Counters, PeersStats
+from memserve.mempool.remote.sessions import OVER, CompletedExchange, IncomingWrite, PeerSession
 from memserve.wire.messages import Done, Message
 from memserve.wire.peer_messages import Allocate, Cancel, Commit, Committed, Declined, Reserve, Reserved
 
@@ -28,10 +28,10 @@ _UNKNOWN = Declined("no such reservation")
 _RUN_OUT = Declined("the reservation has run out")
 
 
-class Receiving:
+class PeerReservations:
     """The receiver's half of reserve, write, commit."""
 
-    def __init__(self, tally: Tally, reservation_s: float, claim_s: float) -> None:
+    def __init__(self, tally: Counters, reservation_s: float, claim_s: float) -> None:
         self._tally = tally
         self._reservation_s = reservation_s
         self._claim_s = claim_s
@@ -39,7 +39,7 @@ class Receiving:
 
     # ---- messages
 
-    def reserve(self, guest: Guest, pool: MemPool, message: Reserve, now: float) -> Message:
+    def reserve(self, guest: PeerSession, pool: MemPool, message: Reserve, now: float) -> Message:
         """Slots for what is missing of a chain, after pinning what it comes after."""
         seen = _answered(guest, message.transfer_id)
         if seen is not None:
@@ -57,7 +57,7 @@ class Receiving:
             if pin is not None:
                 pool.release(pin)
             answer = Reserved(num_known, ())
-            guest.transfers.add(message.transfer_id, Over(answer))
+            guest.transfers.add(message.transfer_id, CompletedExchange(answer))
             return answer
         try:
             reservation = pool.reserve(len(missing))
@@ -67,12 +67,12 @@ class Receiving:
             return self._declined(guest, message.transfer_id, Declined(str(error)))
         answer = Reserved(num_known, tuple(reservation.addrs))
         deadline = now + self._reservation_s
-        guest.incoming[message.transfer_id] = Incoming(
+        guest.incoming[message.transfer_id] = IncomingWrite(
             pool, reservation, missing, last, pin, answer, deadline
         )
         return answer
 
-    def allocate(self, guest: Guest, pool: MemPool, message: Allocate, now: float) -> Message:
+    def allocate(self, guest: PeerSession, pool: MemPool, message: Allocate, now: float) -> Message:
         """Slots for blocks whose keys, if they get any, come with the commit."""
         seen = _answered(guest, message.transfer_id)
         if seen is not None:
@@ -83,10 +83,12 @@ class Receiving:
             return self._declined(guest, message.transfer_id, Declined(str(error)))
         answer = Reserved(0, tuple(reservation.addrs))
         deadline = now + self._reservation_s
-        guest.incoming[message.transfer_id] = Incoming(pool, reservation, (), None, None, answer, deadline)
+        guest.incoming[message.transfer_id] = IncomingWrite(
+            pool, reservation, (), None, None, answer, deadline
+        )
         return answer
 
-    def commit(self, guest: Guest, message: Commit, now: float) -> Message:
+    def commit(self, guest: PeerSession, message: Commit, now: float) -> Message:
         """Take what was written, if it sums to what the sender says. Reads the bytes.
 
         Raises BlockStateError, changing nothing, if the message does not fit the reservation.
@@ -121,26 +123,26 @@ class Receiving:
         else:
             incoming.pool.free_mem(addrs)
             answer = Declined(f"block {good} does not sum to what was said")
-        self._end(guest, message.transfer_id, Over(OVER, answer))
+        self._end(guest, message.transfer_id, CompletedExchange(OVER, answer))
         return answer
 
-    def cancel(self, guest: Guest, message: Cancel) -> Message:
+    def cancel(self, guest: PeerSession, message: Cancel) -> Message:
         """End a reservation, or keep it from everybody if its writer may still write."""
         incoming = guest.incoming.get(message.transfer_id)
         if incoming is None:
-            guest.transfers.add(message.transfer_id, Over(OVER))
+            guest.transfers.add(message.transfer_id, CompletedExchange(OVER))
         elif not message.settled:
             self._quarantine(incoming)
         elif incoming.is_quarantined:
             self.settle(guest, [message.transfer_id])
         else:
             incoming.pool.cancel(incoming.reservation)
-            self._end(guest, message.transfer_id, Over(OVER))
+            self._end(guest, message.transfer_id, CompletedExchange(OVER))
         return Done()
 
     # ---- time
 
-    def expire(self, guest: Guest, now: float) -> None:
+    def expire(self, guest: PeerSession, now: float) -> None:
         """Quarantine what should have ended by now."""
         for transfer_id, incoming in guest.incoming.items():
             if incoming.deadline <= now and not incoming.is_quarantined:
@@ -153,19 +155,19 @@ class Receiving:
                     len(incoming.reservation.addrs),
                 )
 
-    def abandon(self, guest: Guest, now: float) -> None:
+    def abandon(self, guest: PeerSession, now: float) -> None:
         """Its process is gone: nothing of it is waited for."""
         for incoming in guest.incoming.values():
             incoming.deadline = now
             self._quarantine(incoming)
 
-    def settle(self, guest: Guest, transfer_ids: Sequence[int]) -> None:
+    def settle(self, guest: PeerSession, transfer_ids: Sequence[int]) -> None:
         """No byte can land there any more: those in quarantine that have not ended yet are free."""
         for transfer_id in transfer_ids:
             incoming = guest.incoming.get(transfer_id)
             if incoming is not None and incoming.is_quarantined:
                 incoming.pool.settle(incoming.reservation)
-                self._end(guest, transfer_id, Over(OVER))
+                self._end(guest, transfer_id, CompletedExchange(OVER))
 
     # ---- blocks without keys
 
@@ -186,18 +188,18 @@ class Receiving:
         """When `free_unclaimed` has something to do."""
         return min((deadline for _, deadline in self._unclaimed.values()), default=float("inf"))
 
-    def _declined(self, guest: Guest, transfer_id: int, answer: Declined) -> Declined:
-        guest.transfers.add(transfer_id, Over(answer))
+    def _declined(self, guest: PeerSession, transfer_id: int, answer: Declined) -> Declined:
+        guest.transfers.add(transfer_id, CompletedExchange(answer))
         self._tally.add(PeersStats(declined=1))
         return answer
 
-    def _quarantine(self, incoming: Incoming) -> None:
+    def _quarantine(self, incoming: IncomingWrite) -> None:
         if not incoming.is_quarantined:
             incoming.pool.quarantine(incoming.reservation)
             incoming.is_quarantined = True
             incoming.unpin()
 
-    def _end(self, guest: Guest, transfer_id: int, over: Over) -> None:
+    def _end(self, guest: PeerSession, transfer_id: int, over: CompletedExchange) -> None:
         guest.incoming.pop(transfer_id).unpin()
         guest.transfers.add(transfer_id, over)
 
@@ -234,7 +236,7 @@ def indexed(
     return len(inserted.new)
 
 
-def _answered(guest: Guest, transfer_id: int) -> Message | None:
+def _answered(guest: PeerSession, transfer_id: int) -> Message | None:
     """What was said when the transfer began, if it has."""
     incoming = guest.incoming.get(transfer_id)
     if incoming is not None:

@@ -13,7 +13,7 @@ import asyncio
 from collections.abc import Callable
 from types import TracebackType
 
-from memserve.router.admission.fair_queue import Admission, Refusal, Share, Waiter
+from memserve.router.admission.fair_queue import FairQueue, Refusal, TenantQueue, Waiter
 from memserve.router.auth.keys import Tenant
 from memserve.router.errors import Overloaded
 from memserve.router.observability.metrics import RouterMetrics
@@ -30,10 +30,10 @@ _UNAVAILABLE = ("queue_timeout", "memory", "connections")
 """What is nobody's fault who asks: 503, all else 429."""
 
 
-class Gate:
+class AdmissionController:
     """Event loop thread only."""
 
-    def __init__(self, admission: Admission, *, queue_timeout_s: float, metrics: RouterMetrics) -> None:
+    def __init__(self, admission: FairQueue, *, queue_timeout_s: float, metrics: RouterMetrics) -> None:
         """`queue_timeout_s` is how long a request waits for its turn at most."""
         self._admission = admission
         self._queue_timeout_s = queue_timeout_s
@@ -41,19 +41,21 @@ class Gate:
         metrics.show("admitted_requests", "Requests that run.", lambda: admission.num_running)
         metrics.show("queued_requests", "Requests that wait for their turn.", self.num_waiting)
 
-    def admitted(self, tenant: Tenant, priority: Callable[[], int] = lambda: 0) -> Admitted:
+    def admitted(self, tenant: Tenant, priority: Callable[[], int] = lambda: 0) -> AdmissionSlot:
         """A block in which a request of `tenant` runs; higher priorities of it come first.
 
         `priority` is asked for only if it has to wait.
         Entering raises Overloaded. While there is room it costs neither a task nor a future.
         """
-        return Admitted(self, self._admission, self._admission.share(tenant.name, tenant.rates), priority)
+        return AdmissionSlot(
+            self, self._admission, self._admission.share(tenant.name, tenant.rates), priority
+        )
 
     def num_waiting(self) -> int:
         """How many requests wait for their turn."""
         return self._admission.num_waiting
 
-    async def wait(self, share: Share, priority: int) -> float:
+    async def wait(self, share: TenantQueue, priority: int) -> float:
         """When it began. Raises Refusal, with a reason of its own if it took too long."""
         admission, loop = self._admission, asyncio.get_running_loop()
         future, came_s = loop.create_future(), loop.time()
@@ -91,15 +93,17 @@ class Gate:
             self._admission.abandon(waiter)
 
 
-class Admitted:
-    """One request's place among those that run. Made by `Gate.admitted`."""
+class AdmissionSlot:
+    """One request's place among those that run. Made by `AdmissionController.admitted`."""
 
     __slots__ = ("_admission", "_began_s", "_gate", "_priority", "_share")
 
-    def __init__(self, gate: Gate, admission: Admission, share: Share, priority: Callable[[], int]) -> None:
+    def __init__(
+        self, gate: AdmissionController, admission: FairQueue, share: TenantQueue, priority: Callable[[], int]
+    ) -> None:
         self._gate, self._admission, self._share, self._priority = gate, admission, share, priority
 
-    async def __aenter__(self) -> Admitted:
+    async def __aenter__(self) -> AdmissionSlot:
         try:
             began_s = self._admission.enter(self._share)
             if began_s is None:

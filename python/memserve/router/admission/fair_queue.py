@@ -22,7 +22,7 @@ from bisect import insort
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from memserve.router.admission.rates import Bucket, Rates
+from memserve.router.admission.rates import Rates, TokenBucket
 
 FIRST_HELD_S = 1.0
 """What a request is taken to hold its slot for while none has ended."""
@@ -47,7 +47,7 @@ class Waiter:
 
     rank: tuple[int, int]
     """(-priority, arrival)."""
-    share: Share = field(compare=False)
+    share: TenantQueue = field(compare=False)
     settled: Callable[[], None] = field(compare=False)
     """Called once, unless it is abandoned, when one of these is known:"""
     began_s: float | None = field(default=None, compare=False)
@@ -56,13 +56,13 @@ class Waiter:
 
 
 @dataclass(slots=True)
-class Share:
-    """What one tenant has, and has had. Belongs to an `Admission`."""
+class TenantQueue:
+    """What one tenant has, and has had. Belongs to an `FairQueue`."""
 
     name: str
     rates: Rates
-    requests: Bucket | None = None
-    tokens: Bucket | None = None
+    requests: TokenBucket | None = None
+    tokens: TokenBucket | None = None
     running: int = 0
     waiting: list[Waiter] = field(default_factory=list)
     """The next one first."""
@@ -77,7 +77,7 @@ class Share:
     """Whether any rate holds for it."""
 
 
-class Admission:
+class FairQueue:
     """See the module. One thread."""
 
     def __init__(
@@ -96,9 +96,9 @@ class Admission:
         self._max_running = math.inf if max_running is None else max_running
         self._max_waiting = max_waiting
         self._clock = clock
-        self._all = Share("", rates or Rates(), *self._buckets(rates or Rates(), burst))
-        self._shares: dict[str, Share] = {}
-        self._queued: dict[str, Share] = {}
+        self._all = TenantQueue("", rates or Rates(), *self._buckets(rates or Rates(), burst))
+        self._shares: dict[str, TenantQueue] = {}
+        self._queued: dict[str, TenantQueue] = {}
         """Those that have somebody waiting."""
         self._arrivals = 0
         self._busy_time = 0
@@ -107,19 +107,19 @@ class Admission:
         self.num_running = 0
         self.num_waiting = 0
 
-    def share(self, name: str, rates: Rates) -> Share:
+    def share(self, name: str, rates: Rates) -> TenantQueue:
         """The share of a tenant, with these rates from now on."""
         share = self._shares.get(name)
         if share is not None and share.rates is rates:
             return share
         if share is None:
-            share = self._shares[name] = Share(name, rates, *self._buckets(rates))
+            share = self._shares[name] = TenantQueue(name, rates, *self._buckets(rates))
         elif share.rates != rates:
             share.rates, (share.requests, share.tokens) = rates, self._buckets(rates)
         share.is_rated = any((share.requests, share.tokens, self._all.requests, self._all.tokens))
         return share
 
-    def enter(self, share: Share) -> float | None:
+    def enter(self, share: TenantQueue) -> float | None:
         """When it began, if it runs now, which `leave` has to be told; None if it has to wait.
 
         Raises Refusal if its tenant, or all together, are over their rates.
@@ -134,7 +134,7 @@ class Admission:
         self._begin(share, now_s)
         return now_s
 
-    def wait(self, share: Share, priority: int, settled: Callable[[], None]) -> Waiter:
+    def wait(self, share: TenantQueue, priority: int, settled: Callable[[], None]) -> Waiter:
         """Queue up, after `enter` has said None. Raises Refusal if the queue has no place for it."""
         self._arrivals += 1
         waiter = Waiter((-priority, self._arrivals), share, settled)
@@ -157,7 +157,7 @@ class Admission:
         share.waiting.remove(waiter)
         self._left_queue(share)
 
-    def leave(self, share: Share, began_s: float) -> None:
+    def leave(self, share: TenantQueue, began_s: float) -> None:
         """A request has ended; its slot is somebody else's."""
         now_s = self._clock()
         held_s = now_s - began_s
@@ -170,7 +170,7 @@ class Admission:
         if self.num_waiting:
             self._begin_next(now_s)
 
-    def charge(self, share: Share, tokens: int) -> None:
+    def charge(self, share: TenantQueue, tokens: int) -> None:
         """Count the tokens of a request that was let in."""
         for one in (share, self._all):
             if one.tokens is not None:
@@ -184,29 +184,29 @@ class Admission:
 
     # ---- rates
 
-    def _buckets(self, rates: Rates, burst: float = 1.0) -> tuple[Bucket | None, Bucket | None]:
+    def _buckets(self, rates: Rates, burst: float = 1.0) -> tuple[TokenBucket | None, TokenBucket | None]:
         now_s = self._clock()
         requests, tokens = (
-            None if math.isinf(rate) else Bucket(rate, max(least, rate), now_s)
+            None if math.isinf(rate) else TokenBucket(rate, max(least, rate), now_s)
             for rate, least in ((rates.rps, burst), (rates.tps, 1.0))
         )
         return requests, tokens
 
-    def _check_rates(self, share: Share, now_s: float) -> None:
+    def _check_rates(self, share: TenantQueue, now_s: float) -> None:
         for one in (share, self._all):
             if one.requests is not None and (wait_s := one.requests.wait_s(now_s, 1.0)):
                 raise Refusal("requests", wait_s)
             if one.tokens is not None and (wait_s := one.tokens.wait_s(now_s, 1.0)):
                 raise Refusal("tokens", wait_s)
 
-    def _pay(self, share: Share) -> None:
+    def _pay(self, share: TenantQueue) -> None:
         for one in (share, self._all):
             if one.requests is not None:
                 one.requests.take(1.0)
 
     # ---- turns
 
-    def _begin(self, share: Share, now_s: float) -> None:
+    def _begin(self, share: TenantQueue, now_s: float) -> None:
         share.running += 1
         share.began_s += now_s
         self.num_running += 1
@@ -223,13 +223,13 @@ class Admission:
         waiter.began_s = now_s
         waiter.settled()
 
-    def _had(self, share: Share, now_s: float) -> float:
+    def _had(self, share: TenantQueue, now_s: float) -> float:
         """Slot-seconds over weight, in this busy time."""
         self._join(share)
         running_s = max(share.running * share.held_s, share.running * now_s - share.began_s)
         return (share.had_s + running_s) / share.rates.weight
 
-    def _join(self, share: Share) -> None:
+    def _join(self, share: TenantQueue) -> None:
         """What it has had before this busy time, or has missed in it, counts no more."""
         if share.busy_time != self._busy_time:
             share.busy_time, share.had_s = self._busy_time, 0.0
@@ -255,11 +255,11 @@ class Admission:
         last.refusal = refusal
         last.settled()
 
-    def _left_queue(self, share: Share) -> None:
+    def _left_queue(self, share: TenantQueue) -> None:
         self.num_waiting -= 1
         if not share.waiting:
             del self._queued[share.name]
 
 
-def _length(share: Share) -> float:
+def _length(share: TenantQueue) -> float:
     return len(share.waiting) / share.rates.weight

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import msgspec
 
-from memserve.router.request import Api, Call
+from memserve.router.request import Api, GenerationRequest
 
 PRIORITY = "x-priority"
 MAX_PRIORITY = 1 << 31
@@ -34,12 +34,12 @@ def priority_of(headers: Mapping[str, str], body: bytes) -> int:
         return 0  # what is wrong with it is said when it is read
 
 
-def asked_tokens(call: Call) -> int:
+def max_output_tokens(call: GenerationRequest) -> int:
     """How many tokens the answers to a checked call may have, all together."""
     return (call.num_prompts or 1) * call.num_samples * _most(call)
 
 
-def _most(call: Call) -> int:
+def _most(call: GenerationRequest) -> int:
     params = call.body.get("sampling_params") if call.api is Api.GENERATE else call.body
     first = params[0] if isinstance(params, list) and params else params
     if not isinstance(first, dict):

@@ -29,7 +29,7 @@ class Rates:
             raise ConfigError("weight has to be finite")
 
 
-class Bucket:
+class TokenBucket:
     """A token bucket that may go into debt: what has begun is charged when it is known.
 
     Source: the leaky bucket as a meter; ITU-T I.371. Times are the caller's, in seconds.

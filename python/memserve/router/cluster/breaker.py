@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.instance import Instance, Snapshot
+from memserve.router.cluster.instance import ClusterSnapshot, Instance
 
 logger = logging.getLogger(__name__)
 
@@ -53,14 +53,14 @@ class Breakers:
             return BreakerState.CLOSED
         return BreakerState.OPEN if self._clock() < breaker.try_s else BreakerState.HALF_OPEN
 
-    def admitted(self, snapshot: Snapshot) -> Snapshot:
+    def admitted(self, snapshot: ClusterSnapshot) -> ClusterSnapshot:
         """The instances that are not open; of a role without any, or if no route is whole so, all."""
         if not self._faulty or not any(self._is_open(one) for one in snapshot.all()):
             return snapshot
-        kept = Snapshot.of(one for one in snapshot.all() if not self._is_open(one))
+        kept = ClusterSnapshot.of(one for one in snapshot.all() if not self._is_open(one))
         if kept.why_unready() is None:
             return kept
-        return Snapshot(
+        return ClusterSnapshot(
             kept.prefills or snapshot.prefills,
             kept.decodes or snapshot.decodes,
             kept.colocated or snapshot.colocated,

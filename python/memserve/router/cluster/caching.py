@@ -5,10 +5,12 @@ from __future__ import annotations
 from memserve.core.caching import CachingMode
 from memserve.core.ids import InstanceId
 from memserve.router.cluster.pools import Pools
-from memserve.router.cluster.registry import Cluster
+from memserve.router.cluster.registry import InstanceRegistry
 
 
-def caching_of(cluster: Cluster, pools: Pools, *, besides: InstanceId | None = None) -> CachingMode | None:
+def caching_of(
+    cluster: InstanceRegistry, pools: Pools, *, besides: InstanceId | None = None
+) -> CachingMode | None:
     """What those that are registered, `besides` one of them, have agreed on; None if there is nobody.
 
     Instances named by URL never said what they do, and are not asked.
@@ -20,7 +22,9 @@ def caching_of(cluster: Cluster, pools: Pools, *, besides: InstanceId | None = N
     return next((caching for instance_id, caching in said if instance_id != besides), None)
 
 
-def why_refused(cluster: Cluster, pools: Pools, instance_id: InstanceId, caching: CachingMode) -> str | None:
+def why_refused(
+    cluster: InstanceRegistry, pools: Pools, instance_id: InstanceId, caching: CachingMode
+) -> str | None:
     """Why an instance with that value cannot join; None if it can.
 
     The first one decides; an instance that comes back may change its mind if it is alone.

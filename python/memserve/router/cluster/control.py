@@ -8,9 +8,9 @@ from collections.abc import Callable
 from memserve.core.errors import Retryable
 from memserve.router.cluster.caching import why_refused
 from memserve.router.cluster.pools import Pools
-from memserve.router.cluster.registry import Cluster
+from memserve.router.cluster.registry import InstanceRegistry
 from memserve.router.config import STATIC_EPOCH
-from memserve.router.kv_events.synchronizer import TreeFeed
+from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.wire.messages import (
     Accepted,
     Deregister,
@@ -39,9 +39,9 @@ class ControlHandler:
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: InstanceRegistry,
         pools: Pools,
-        feed: TreeFeed,
+        feed: TreeSynchronizer,
         loop: asyncio.AbstractEventLoop,
         on_named: Callable[[NamedPrompt], None] = lambda _: None,
     ) -> None:
@@ -71,7 +71,7 @@ class ControlHandler:
         return answer(self._cluster, self._pools, message)
 
 
-def answer(cluster: Cluster, pools: Pools, message: Message) -> Message:
+def answer(cluster: InstanceRegistry, pools: Pools, message: Message) -> Message:
     """Apply `message` to `cluster` or `pools`. Loop thread only."""
     match message:
         case Register(info, is_draining):

@@ -19,11 +19,11 @@ from memserve.core.errors import MemServeError
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.member import Member
 from memserve.router.cluster.pools import Pools
-from memserve.router.cluster.registry import Cluster
+from memserve.router.cluster.registry import InstanceRegistry
 from memserve.scheduling.prompt_tree.records import server_of
 from memserve.wire.async_link import AsyncControlClient
 from memserve.wire.messages import PoolInfo, Role
-from memserve.wire.peer_messages import Evacuate, Evacuated, Shelter
+from memserve.wire.peer_messages import Evacuate, Evacuated, EvacuationTarget
 
 logger = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ USES_DRAM = frozenset((Role.PREFILL, Role.COLOCATED, Role.MEMORY))
 
 
 @dataclass(frozen=True, slots=True)
-class Evacuation:
+class EvacuationSettings:
     """What has become of what an instance held, its ranks together."""
 
     num_blocks: int = 0
@@ -48,9 +48,9 @@ class Evacuation:
     reason: str = ""
     """Why blocks are left."""
 
-    def then(self, later: Evacuation) -> Evacuation:
+    def then(self, later: EvacuationSettings) -> EvacuationSettings:
         """This one and the one after it: only what that one says of the whole still holds."""
-        return Evacuation(
+        return EvacuationSettings(
             self.num_blocks + later.num_blocks,
             self.num_bytes + later.num_bytes,
             max(0, later.num_known - self.num_blocks),
@@ -61,21 +61,21 @@ class Evacuation:
 
 
 @dataclass(frozen=True, slots=True)
-class Drained:
+class DrainStatus:
     """How far a drain has come."""
 
     num_running: int
-    evacuation: Evacuation | None
+    evacuation: EvacuationSettings | None
     """None: not over yet, or there is nothing to evacuate."""
     is_done: bool
 
 
-class Drains:
+class DrainManager:
     """The drains under way. Event loop thread only."""
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: InstanceRegistry,
         pools: Pools,
         num_running: Callable[[InstanceId], int],
         *,
@@ -90,7 +90,7 @@ class Drains:
         self._client = AsyncControlClient(key=key)
         self._evacuate_s = evacuate_s
         self._clock = clock
-        self._leaving: dict[tuple[InstanceId, Epoch], asyncio.Task[Evacuation | None]] = {}
+        self._leaving: dict[tuple[InstanceId, Epoch], asyncio.Task[EvacuationSettings | None]] = {}
 
     def begin(self, member: Member) -> None:
         """No new requests for `member`, one of the cluster's; what it holds goes to others. Idempotent."""
@@ -99,7 +99,7 @@ class Drains:
         if who not in self._leaving:
             self._leaving[who] = asyncio.create_task(self._leave(member))
 
-    async def wait(self, member: Member, timeout_s: float) -> Drained:
+    async def wait(self, member: Member, timeout_s: float) -> DrainStatus:
         """How it stands when the drain is done, ended by somebody, or the time is over."""
         until_s = self._clock() + timeout_s
         while not (drained := self.look(member)).is_done and self._goes_on(member):
@@ -108,18 +108,18 @@ class Drains:
             await asyncio.sleep(min(LOOK_S, left_s))
         return drained
 
-    def look(self, member: Member) -> Drained:
+    def look(self, member: Member) -> DrainStatus:
         """How it stands now."""
         running = self._num_running(member.info.instance_id)
         leaving = self._leaving.get(_process(member))
         is_evacuated = leaving is not None and leaving.done() and not leaving.cancelled()
         evacuation = leaving.result() if leaving is not None and is_evacuated else None
-        return Drained(running, evacuation, member.is_draining and is_evacuated and not running)
+        return DrainStatus(running, evacuation, member.is_draining and is_evacuated and not running)
 
-    async def empty(self, memory: InstanceId) -> Drained:
+    async def empty(self, memory: InstanceId) -> DrainStatus:
         """Send what a memory instance holds to others. It has no requests; others go on storing there."""
         evacuation = await self._evacuate(memory) if self._evacuate_s else None
-        return Drained(0, evacuation, True)
+        return DrainStatus(0, evacuation, True)
 
     def end(self, member: Member) -> None:
         """Requests for it again. Idempotent."""
@@ -144,7 +144,7 @@ class Drains:
     def _goes_on(self, member: Member) -> bool:
         return member.is_draining and self._cluster.find(member.info.instance_id) is member
 
-    async def _leave(self, member: Member) -> Evacuation | None:
+    async def _leave(self, member: Member) -> EvacuationSettings | None:
         """None if nobody would have to go anywhere."""
         name = member.info.instance_id
         if not self._evacuate_s or not self._pools.of(name):
@@ -162,7 +162,7 @@ class Drains:
         )
         return evacuation
 
-    async def _evacuate(self, name: InstanceId) -> Evacuation:
+    async def _evacuate(self, name: InstanceId) -> EvacuationSettings:
         begun_s = self._clock()
         ready = {instance.instance_id for instance in self._cluster.snapshot.all()}
         infos = self._pools.infos()
@@ -173,7 +173,7 @@ class Drains:
             for layout in ({own.layout} if own.layout else layouts)
         ]
         answers = await asyncio.gather(*asked)
-        return Evacuation(
+        return EvacuationSettings(
             sum(answer.num_sent for answer in answers),
             sum(answer.num_bytes for answer in answers),
             sum(answer.num_known for answer in answers),
@@ -182,7 +182,7 @@ class Drains:
             next((answer.reason for answer in answers if answer.reason), ""),
         )
 
-    async def _ask(self, own: PoolInfo, layout: str, shelters: tuple[Shelter, ...]) -> Evacuated:
+    async def _ask(self, own: PoolInfo, layout: str, shelters: tuple[EvacuationTarget, ...]) -> Evacuated:
         message = Evacuate(bytes.fromhex(layout), shelters, self._evacuate_s)
         timeout_s = self._evacuate_s + ANSWER_S
         try:
@@ -194,14 +194,14 @@ class Drains:
 
 def shelters_for(
     own: PoolInfo, layout: str, pools: Sequence[PoolInfo], ready: set[InstanceId]
-) -> tuple[Shelter, ...]:
+) -> tuple[EvacuationTarget, ...]:
     """Those of `pools` that may take in blocks of `layout` that `own` holds, and make use of them. Pure.
 
     `ready`: the servers that are.
     """
     server = server_of(own.instance_id)
     return tuple(
-        Shelter(info.instance_id, info.address, info.epoch)
+        EvacuationTarget(info.instance_id, info.address, info.epoch)
         for info in pools
         if server_of(info.instance_id) != server
         and info.layout in (layout, "")

@@ -13,15 +13,15 @@ import aiohttp
 
 from memserve.core.errors import InstanceLost
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.instance import Facts, Snapshot
-from memserve.router.cluster.member import Doubt, Member, State
+from memserve.router.cluster.instance import ClusterSnapshot, ServerInfo
+from memserve.router.cluster.member import Member, State, SuspectReason
 from memserve.router.cluster.pools import Pools
-from memserve.router.cluster.registry import Cluster
-from memserve.router.kv_events.sources import read_following
-from memserve.router.proxy.capacity import read_room
+from memserve.router.cluster.registry import InstanceRegistry
+from memserve.router.kv_events.sources import read_event_sources
+from memserve.router.proxy.capacity import read_max_prompt_tokens
 from memserve.router.proxy.upstream import describe
 from memserve.router.request import JsonObject
-from memserve.router.tokenization.tokenizers import Tokenizers, Unfit
+from memserve.router.tokenization.tokenizers import TokenizerMismatch, Tokenizers
 from memserve.wire.messages import InstanceInfo, Role
 
 logger = logging.getLogger(__name__)
@@ -43,12 +43,12 @@ _PROBE_ERRORS = (aiohttp.ClientError, OSError, ValueError, InstanceLost)
 _MODES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "null": Role.COLOCATED}
 
 
-class Prober:
+class HealthProber:
     """Brings members of a cluster to ready, checks those that send no heartbeats, forgets the silent."""
 
     def __init__(
         self,
-        cluster: Cluster,
+        cluster: InstanceRegistry,
         pools: Pools,
         tokenizers: Tokenizers,
         session: aiohttp.ClientSession,
@@ -113,7 +113,7 @@ class Prober:
     def _is_due(self, member: Member) -> bool:
         since_s = self._clock() - self._probed_s.get(member.info.instance_id, float("-inf"))
         if member.is_up and not member.static:
-            return member.doubt is Doubt.SILENT and since_s >= SUSPECT_S
+            return member.doubt is SuspectReason.SILENT and since_s >= SUSPECT_S
         is_settled = member.is_up or member.info.instance_id in self._unfit
         return since_s >= (self._interval_s if is_settled else RETRY_S)
 
@@ -125,7 +125,7 @@ class Prober:
                 await self._get(info.url, "/health", HEALTH_TIMEOUT_S)
             facts = await self._facts(info, is_new=not member.is_up)
             self._unfit.discard(info.instance_id)
-        except Unfit as error:
+        except TokenizerMismatch as error:
             self._unfit.add(info.instance_id)
             self._cluster.lost_contact(info.instance_id, info.epoch, error.reason)
         except _PROBE_ERRORS as error:
@@ -137,8 +137,8 @@ class Prober:
         finally:
             self._probed_s[info.instance_id] = self._clock()
 
-    async def _facts(self, info: InstanceInfo, *, is_new: bool) -> Facts:
-        """What the instance says of itself. Raises Unfit if that does not go with the others."""
+    async def _facts(self, info: InstanceInfo, *, is_new: bool) -> ServerInfo:
+        """What the instance says of itself. Raises TokenizerMismatch if that does not go with the others."""
         url = info.url
         model_info, server_info, models, takes_empty_text = await asyncio.gather(
             self._get(url, "/model_info", FACTS_TIMEOUT_S),
@@ -147,8 +147,8 @@ class Prober:
             self._takes_empty_text(url),
         )
         facts = read_facts(url, info.role, model_info, server_info, models)
-        if reason := why_unfit(info.instance_id, facts, self._cluster.up):
-            raise Unfit(url, reason)
+        if reason := incompatibility(info.instance_id, facts, self._cluster.up):
+            raise TokenizerMismatch(url, reason)
         said = json.loads(server_info)
         if is_new:
             await self._tokenizers.admit(
@@ -177,7 +177,7 @@ class Prober:
             return body
 
 
-def read_facts(url: str, role: Role, model_info: bytes, server_info: bytes, models: bytes) -> Facts:
+def read_facts(url: str, role: Role, model_info: bytes, server_info: bytes, models: bytes) -> ServerInfo:
     """What SGLang's three info pages say. Raises InstanceLost for a server with another role,
     ValueError for pages that are no SGLang's."""
     model, server, cards = json.loads(model_info), json.loads(server_info), json.loads(models)
@@ -187,9 +187,9 @@ def read_facts(url: str, role: Role, model_info: bytes, server_info: bytes, mode
     if mode in _MODES and _MODES[mode] is not role:
         raise InstanceLost(url, f"named as {role}, but it runs as {_MODES[mode]}")
     path = str(model.get("model_path", ""))
-    following = read_following(server)
+    following = read_event_sources(server)
     card: dict[str, object] = next(iter(cards.get("data") or []), {})
-    return Facts(
+    return ServerInfo(
         model=str(model.get("served_model_name") or card.get("id") or path),
         model_path=path,
         context_tokens=None if server.get("allow_auto_truncate") else _number(card.get("max_model_len")),
@@ -197,13 +197,13 @@ def read_facts(url: str, role: Role, model_info: bytes, server_info: bytes, mode
         page_size=following.page_tokens,
         model_info=model_info,
         following=following,
-        room_tokens=read_room(server, following.page_tokens),
+        room_tokens=read_max_prompt_tokens(server, following.page_tokens),
         is_deterministic=server.get("enable_deterministic_inference") is True,
         is_on_cpu=server.get("device") == "cpu",
     )
 
 
-def why_unfit(instance: InstanceId, facts: Facts, ready: Snapshot) -> str | None:
+def incompatibility(instance: InstanceId, facts: ServerInfo, ready: ClusterSnapshot) -> str | None:
     """Why an instance cannot serve its model beside those that do; None if it can."""
     for other in ready.serving(facts.model).all():
         known = None not in (facts.page_size, other.facts.page_size)

@@ -7,12 +7,12 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.kv_events.sources import Following
+from memserve.router.kv_events.sources import EventSourceInfo
 from memserve.wire.messages import Role
 
 
 @dataclass(frozen=True, slots=True)
-class Facts:
+class ServerInfo:
     """What an instance says of the model it serves; None where it does not say."""
 
     model: str
@@ -25,7 +25,7 @@ class Facts:
     """Its tokenizer makes at least one token of "": a prompt of none ends an SGLang server."""
     model_info: bytes = field(default=b"{}", repr=False)
     """Its own /model_info, as JSON."""
-    following: Following = field(default_factory=Following)
+    following: EventSourceInfo = field(default_factory=EventSourceInfo)
     """How its cache can be followed, if it has no memory pool."""
     room_tokens: int | None = None
     """The longest prompt that a decode can ever take."""
@@ -48,7 +48,7 @@ class Instance:
     role: Role
     url: str
     bootstrap_port: int | None
-    facts: Facts
+    facts: ServerInfo
 
     @property
     def bootstrap_host(self) -> str:
@@ -81,17 +81,17 @@ Route = Pair | Single
 
 
 @dataclass(frozen=True, slots=True)
-class Snapshot:
+class ClusterSnapshot:
     """The instances that could take a request at one moment. Everything a policy decides on."""
 
     prefills: tuple[Instance, ...] = ()
     decodes: tuple[Instance, ...] = ()
     colocated: tuple[Instance, ...] = ()
-    _serving: dict[str, Snapshot] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _serving: dict[str, ClusterSnapshot] = field(default_factory=dict, init=False, repr=False, compare=False)
     _named: dict[InstanceId, Instance] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
-    def of(cls, instances: Iterable[Instance]) -> Snapshot:
+    def of(cls, instances: Iterable[Instance]) -> ClusterSnapshot:
         """The snapshot of `instances`, each under its role, in the order given."""
         by_role: dict[Role, list[Instance]] = {role: [] for role in Role}
         for instance in instances:
@@ -112,12 +112,12 @@ class Snapshot:
         """The names served here, each once."""
         return tuple(dict.fromkeys(instance.facts.model for instance in self.all()))
 
-    def serving(self, model: str) -> Snapshot:
+    def serving(self, model: str) -> ClusterSnapshot:
         """Only the instances that serve `model`; also under `model:adapter`, as SGLang names LoRA."""
         serving = self._serving.get(model)
         if serving is None:
             chosen = [it for it in self.all() if it.facts.serves(model)]
-            serving = self if len(chosen) == len(self.all()) else Snapshot.of(chosen)
+            serving = self if len(chosen) == len(self.all()) else ClusterSnapshot.of(chosen)
             if any(it.facts.model == model for it in chosen):  # the names of adapters are without end
                 self._serving[model] = serving
         return serving

@@ -5,11 +5,11 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from memserve.router.cluster.instance import Facts
+from memserve.router.cluster.instance import ServerInfo
 from memserve.wire.messages import InstanceInfo, Load, Role
 
 
-class Doubt(StrEnum):
+class SuspectReason(StrEnum):
     """Why an instance that has registered is suspect."""
 
     SILENT = "silent"
@@ -30,7 +30,7 @@ class State(StrEnum):
     DOWN = "down"
 
 
-class Fate(StrEnum):
+class ProcessStatus(StrEnum):
     """What became of a process that was lost."""
 
     LIVES = "lives"
@@ -48,12 +48,12 @@ class Member:
     static: bool
     seen_s: float
     state: State = State.JOINING
-    facts: Facts | None = None
+    facts: ServerInfo | None = None
     reason: str = "not seen yet"
     """Why it does not answer."""
     is_draining: bool = False
     """It gets nothing new, also when it answers again."""
-    doubt: Doubt | None = None
+    doubt: SuspectReason | None = None
     become: Role | None = None
     """It is to start anew as this; told with each heartbeat."""
     load: Load | None = None
@@ -71,8 +71,8 @@ class Member:
         return self.state in (State.READY, State.SUSPECT, State.DRAINING)
 
     @property
-    def fate(self) -> Fate:
+    def fate(self) -> ProcessStatus:
         """What became of it if it was lost."""
         if self.is_up or self.seen_s > self.lost_s:
-            return Fate.LIVES
-        return Fate.ENDED if self.has_ended else Fate.UNKNOWN
+            return ProcessStatus.LIVES
+        return ProcessStatus.ENDED if self.has_ended else ProcessStatus.UNKNOWN

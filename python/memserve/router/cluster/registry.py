@@ -19,8 +19,8 @@ import logging
 from collections.abc import Callable, Container, Iterable, Sequence
 
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.instance import Facts, Instance, Snapshot
-from memserve.router.cluster.member import Doubt, Fate, Member, State
+from memserve.router.cluster.instance import ClusterSnapshot, Instance, ServerInfo
+from memserve.router.cluster.member import Member, ProcessStatus, State, SuspectReason
 from memserve.wire.messages import InstanceInfo, Load
 
 logger = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ SUSPECT_MISSES, DOWN_MISSES, HEARTBEAT_MISSES = 2, 3, 5
 """After so many heartbeats' time of silence an instance is suspect, down, forgotten."""
 
 
-class Cluster:
+class InstanceRegistry:
     """The members and their states. Event loop thread only."""
 
     def __init__(
@@ -53,18 +53,18 @@ class Cluster:
         self._clock = clock
         self._static = {info.url: info for info in static}
         self._members: dict[InstanceId, Member] = {}
-        self._snapshot = Snapshot()
-        self._up = Snapshot()
+        self._snapshot = ClusterSnapshot()
+        self._up = ClusterSnapshot()
         for info in self._static.values():
             self._add(info, static=True)
 
     @property
-    def snapshot(self) -> Snapshot:
+    def snapshot(self) -> ClusterSnapshot:
         """Those that get requests: the ready, or else the suspect. A new object whenever they change."""
         return self._snapshot
 
     @property
-    def up(self) -> Snapshot:
+    def up(self) -> ClusterSnapshot:
         """All that are up, the draining ones, too."""
         return self._up
 
@@ -143,7 +143,7 @@ class Cluster:
         if member is None:
             return None
         member.load = load
-        if member.state is State.DOWN and member.doubt is Doubt.SILENT:
+        if member.state is State.DOWN and member.doubt is SuspectReason.SILENT:
             member.state = State.JOINING
             self.stirred.set()
         self._heard(member)
@@ -154,7 +154,7 @@ class Cluster:
         if self._find(instance_id, epoch) is not None:
             self._forget(instance_id, "it deregistered")
 
-    def joined(self, instance_id: InstanceId, epoch: Epoch, facts: Facts) -> None:
+    def joined(self, instance_id: InstanceId, epoch: Epoch, facts: ServerInfo) -> None:
         """A probe found the instance serving. Ignored if it is another process by now."""
         member = self._find(instance_id, epoch)
         if member is None:
@@ -173,7 +173,7 @@ class Cluster:
     def doubt(self, member: Member, reason: str) -> None:
         """A named server that is up may not be any more: suspect until it has `joined` again. Idempotent."""
         if member.is_up and member.doubt is None:
-            self._doubt(member, Doubt.SILENT, reason)
+            self._doubt(member, SuspectReason.SILENT, reason)
 
     def lost_contact(
         self, instance_id: InstanceId, epoch: Epoch, reason: str, *, has_ended: bool = False
@@ -189,10 +189,10 @@ class Cluster:
         self.stirred.set()
         self._refresh()
 
-    def fate(self, instance_id: InstanceId, epoch: Epoch) -> Fate:
+    def fate(self, instance_id: InstanceId, epoch: Epoch) -> ProcessStatus:
         """What became of an instance that was lost."""
         member = self._find(instance_id, epoch)
-        return Fate.ENDED if member is None else member.fate
+        return ProcessStatus.ENDED if member is None else member.fate
 
     def excuse(self, seconds: float) -> None:
         """For so long the router itself could hear nobody."""
@@ -200,7 +200,7 @@ class Cluster:
             member.seen_s += seconds
 
     def watch(self) -> None:
-        """Doubt, take down and in the end forget the registered instances whose heartbeats have stopped."""
+        """Suspect, take down and in the end forget the registered instances whose heartbeats have stopped."""
         now_s = self._clock()
         for member in self.members():
             if member.static:
@@ -232,13 +232,13 @@ class Cluster:
         """Whether `member`, which has registered, is suspect, or no longer."""
         doubt = None
         if self._clock() - member.seen_s > SUSPECT_MISSES * self.heartbeat_s:
-            doubt = Doubt.SILENT
+            doubt = SuspectReason.SILENT
         elif member.load is not None and member.load.step_age_s > self._stuck_s:
-            doubt = Doubt.STUCK
+            doubt = SuspectReason.STUCK
         if doubt is not member.doubt:
             self._doubt(member, doubt)
 
-    def _doubt(self, member: Member, doubt: Doubt | None, reason: str = "") -> None:
+    def _doubt(self, member: Member, doubt: SuspectReason | None, reason: str = "") -> None:
         member.doubt = doubt
         if not member.is_up:
             return
@@ -253,7 +253,7 @@ class Cluster:
 
     def _why(self, member: Member) -> str:
         """The reason of its doubt."""
-        if member.doubt is Doubt.STUCK and member.load is not None:
+        if member.doubt is SuspectReason.STUCK and member.load is not None:
             return f"its scheduler has made no step for {member.load.step_age_s:.1f} s"
         return f"no heartbeat for {self._clock() - member.seen_s:.1f} s"
 
@@ -281,7 +281,10 @@ class Cluster:
         }
         ready = [one for name, one in up.items() if not self._members[name].is_draining]
         suspect = {name for name in up if self._members[name].doubt is not None}
-        self._up, self._snapshot = Snapshot.of(up.values()), Snapshot.of(_trusted(ready, suspect))
+        self._up, self._snapshot = (
+            ClusterSnapshot.of(up.values()),
+            ClusterSnapshot.of(_trusted(ready, suspect)),
+        )
 
 
 def _up_state(member: Member) -> State:

@@ -16,16 +16,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 
-from memserve.router.cluster.drain import LOOK_S, Drained, Drains
-from memserve.router.cluster.instance import Snapshot
+from memserve.router.cluster.drain import LOOK_S, DrainManager, DrainStatus
+from memserve.router.cluster.instance import ClusterSnapshot
 from memserve.router.cluster.member import Member, State
-from memserve.router.cluster.registry import Cluster
+from memserve.router.cluster.registry import InstanceRegistry
 from memserve.wire.messages import Role
 
 logger = logging.getLogger(__name__)
 
 
-class Stage(StrEnum):
+class Phase(StrEnum):
     """How far a change has come."""
 
     DRAINING = "draining"
@@ -36,29 +36,31 @@ class Stage(StrEnum):
 
 
 @dataclass(slots=True)
-class Change:
-    """One instance's way into another role. Changed by `Roles` only."""
+class RoleChange:
+    """One instance's way into another role. Changed by `RoleChanges` only."""
 
     url: str
     role: Role
-    stage: Stage = Stage.DRAINING
-    drained: Drained | None = None
+    stage: Phase = Phase.DRAINING
+    drained: DrainStatus | None = None
     reason: str = ""
     """Why it failed."""
 
     @property
     def is_over(self) -> bool:
-        return self.stage in (Stage.DONE, Stage.FAILED)
+        return self.stage in (Phase.DONE, Phase.FAILED)
 
 
-class Roles:
+class RoleChanges:
     """The changes of role under way, and the last one at each address. Event loop thread only."""
 
-    def __init__(self, cluster: Cluster, drains: Drains, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, cluster: InstanceRegistry, drains: DrainManager, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._cluster = cluster
         self._drains = drains
         self._clock = clock
-        self._changes: dict[str, Change] = {}
+        self._changes: dict[str, RoleChange] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
 
     def why_not(self, member: Member, role: Role, *, is_forced: bool) -> str | None:
@@ -79,23 +81,23 @@ class Roles:
             return f'without it {reason}; {{"force": true}} does it all the same'
         return None
 
-    def begin(self, member: Member, role: Role, timeout_s: float) -> Change:
+    def begin(self, member: Member, role: Role, timeout_s: float) -> RoleChange:
         """Have `member`, to whom nothing stands against it, become a `role`.
 
         `timeout_s` for its requests to end, and as long again for it to come back.
         """
-        change = self._changes[member.info.url] = Change(member.info.url, role)
+        change = self._changes[member.info.url] = RoleChange(member.info.url, role)
         logger.info("instance changes its role instance=%s to=%s", member.info.instance_id, role)
         task = asyncio.create_task(self._run(member, change, timeout_s))
         self._running[change.url] = task
         task.add_done_callback(lambda _: self._running.pop(change.url))
         return change
 
-    def change_of(self, url: str) -> Change | None:
+    def change_of(self, url: str) -> RoleChange | None:
         """The last one at that address."""
         return self._changes.get(url)
 
-    async def wait(self, change: Change) -> None:
+    async def wait(self, change: RoleChange) -> None:
         """Return when it is over."""
         task = self._running.get(change.url)
         if task is not None:
@@ -106,14 +108,14 @@ class Roles:
         for task in self._running.values():
             task.cancel()
 
-    async def _run(self, member: Member, change: Change, timeout_s: float) -> None:
+    async def _run(self, member: Member, change: RoleChange, timeout_s: float) -> None:
         self._drains.begin(member)
         change.drained = await self._drains.wait(member, timeout_s)
         if not change.drained.is_done:
             self._fail(change, "its requests have not ended in time")
             self._drains.end(member)
             return
-        change.stage = Stage.RESTARTING
+        change.stage = Phase.RESTARTING
         member.become = change.role
         until_s = self._clock() + timeout_s
         while (
@@ -127,21 +129,21 @@ class Roles:
                 return
             await asyncio.sleep(LOOK_S)
         if now.info.role is change.role:
-            change.stage = Stage.DONE
+            change.stage = Phase.DONE
             logger.info(
                 "instance has changed its role instance=%s role=%s", now.info.instance_id, change.role
             )
         else:
             self._fail(change, f"it has come back as {now.info.role}")
 
-    def _fail(self, change: Change, reason: str) -> None:
+    def _fail(self, change: RoleChange, reason: str) -> None:
         logger.warning("instance keeps its role url=%s wanted=%s: %s", change.url, change.role, reason)
-        change.stage, change.reason = Stage.FAILED, reason
+        change.stage, change.reason = Phase.FAILED, reason
 
     def _why_needed(self, member: Member) -> str | None:
         """Why nobody could serve its model while it is away; None if others can, or nobody can as it is."""
         if member.facts is None:
             return None
         ready = self._cluster.snapshot.serving(member.facts.model)
-        others = Snapshot.of(one for one in ready.all() if one.instance_id != member.info.instance_id)
+        others = ClusterSnapshot.of(one for one in ready.all() if one.instance_id != member.info.instance_id)
         return None if ready.why_unready() else others.why_unready()

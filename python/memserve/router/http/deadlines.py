@@ -8,7 +8,7 @@ from contextlib import asynccontextmanager
 from math import isfinite
 
 from memserve.core.errors import BadRequest
-from memserve.router.errors import LegTimeout
+from memserve.router.errors import RequestTimeout
 
 TIMEOUT = "x-request-timeout-secs"
 """The header: a number of seconds from when the request has come."""
@@ -30,9 +30,9 @@ def timeout_of(headers: Mapping[str, str]) -> float | None:
 
 @asynccontextmanager
 async def in_time(timeout_s: float | None) -> AsyncIterator[None]:
-    """A block that ends within `timeout_s`. Raises LegTimeout, with what is left of it cancelled."""
+    """A block that ends within `timeout_s`. Raises RequestTimeout, with what is left of it cancelled."""
     try:
         async with asyncio.timeout(timeout_s):
             yield
     except TimeoutError as error:
-        raise LegTimeout(f"no answer within {timeout_s:g} s") from error
+        raise RequestTimeout(f"no answer within {timeout_s:g} s") from error

@@ -15,7 +15,7 @@ from aiohttp import web
 
 from memserve.core.errors import BadRequest
 from memserve.router.errors import ClientLeft
-from memserve.router.http.ingress import Door
+from memserve.router.http.ingress import Ingress
 from memserve.router.request import Api
 
 JSON = "application/json"
@@ -56,7 +56,7 @@ class Exchange(Protocol):
 class Bodies:
     """Reads bodies that aiohttp receives, within bounds. Event loop thread only."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: Ingress) -> None:
         self.limits = door.limits
         self._budget = door.budget
         self._out_of_memory = door.out_of_memory

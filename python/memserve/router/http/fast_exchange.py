@@ -1,6 +1,6 @@
 """A request on a lean connection, and its answer: one write for a whole one, one for each part of a stream.
 
-Knows no sockets: a `Line` sends.
+Knows no sockets: a `ClientConnection` sends.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from memserve.router.request import Api
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
 
-class Line(Protocol):
+class ClientConnection(Protocol):
     """The connection to a client."""
 
     is_lost: bool
@@ -35,7 +35,7 @@ class Line(Protocol):
         """Until the client has read enough. Raises ClientLeft."""
 
 
-class LeanExchange:
+class FastExchange:
     """See `Exchange`. Made by the connection that it is on."""
 
     __slots__ = (
@@ -43,7 +43,7 @@ class LeanExchange:
         "reply",
     )
 
-    def __init__(self, line: Line, api: Api, headers: Mapping[str, str], body: bytes) -> None:
+    def __init__(self, line: ClientConnection, api: Api, headers: Mapping[str, str], body: bytes) -> None:
         self.api = api
         self.headers = headers
         self.reply: dict[str, str] = {}

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 
 from memserve.core.hosts import is_loopback
 from memserve.router.admission.budget import SERVED_FACTOR, ByteBudget, default_bytes
-from memserve.router.admission.controller import Gate
-from memserve.router.admission.fair_queue import Admission
+from memserve.router.admission.controller import AdmissionController
+from memserve.router.admission.fair_queue import FairQueue
 from memserve.router.admission.rates import Rates
 from memserve.router.auth.access import Access
 from memserve.router.auth.keys import admin_keys, tenant_keys
@@ -40,11 +40,11 @@ class ClientLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Door:
+class Ingress:
     """See the module. Event loop thread only."""
 
     access: Access
-    gate: Gate
+    gate: AdmissionController
     limits: ClientLimits
     budget: ByteBudget
     """For the memory of all requests that are held."""
@@ -67,7 +67,7 @@ class Door:
             self.certificate.follow(is_asked=is_asked)
 
 
-def open_door(config: RouterConfig, metrics: RouterMetrics) -> Door:
+def build_ingress(config: RouterConfig, metrics: RouterMetrics) -> Ingress:
     """Raises ConfigError for a file of keys, or a certificate, that cannot be used."""
     certificate = None
     if config.ssl_certfile is not None and config.ssl_keyfile is not None:
@@ -80,7 +80,7 @@ def open_door(config: RouterConfig, metrics: RouterMetrics) -> Door:
     )
     budget = _open_budget(config)
     metrics.show("buffered_bytes", "Memory that requests are taken to need.", lambda: budget.held)
-    return Door(_open_access(config), _open_gate(config, metrics), limits, budget, certificate)
+    return Ingress(_open_access(config), _open_gate(config, metrics), limits, budget, certificate)
 
 
 def _open_budget(config: RouterConfig) -> ByteBudget:
@@ -112,14 +112,14 @@ def _open_access(config: RouterConfig) -> Access:
     )
 
 
-def _open_gate(config: RouterConfig, metrics: RouterMetrics) -> Gate:
+def _open_gate(config: RouterConfig, metrics: RouterMetrics) -> AdmissionController:
     max_running = None if config.max_concurrent_requests < 1 else config.max_concurrent_requests
     rate = config.rate_limit_tokens_per_second
-    admission = Admission(
+    admission = FairQueue(
         max_running,
         config.queue_size,
         time.monotonic,
         rates=Rates() if rate is None else Rates(rps=rate),
         burst=max(rate or 1.0, max_running or 1.0),
     )
-    return Gate(admission, queue_timeout_s=config.queue_timeout_secs, metrics=metrics)
+    return AdmissionController(admission, queue_timeout_s=config.queue_timeout_secs, metrics=metrics)

@@ -25,7 +25,7 @@ from memserve.router.http.openapi_schemas import (
     ref,
     schemas,
 )
-from memserve.router.http.permissions import LEVELS, Level
+from memserve.router.http.permissions import LEVELS, Permission
 from memserve.router.request import encode_json
 
 JSON, TEXT, EVENTS = "application/json", "text/plain", "text/event-stream"
@@ -34,7 +34,7 @@ _HEADERS = {"x-request-id": {"schema": STRING, "description": "the request's own
 
 
 @dataclass(frozen=True, slots=True)
-class Operation:
+class ApiOperation:
     """One method of one path."""
 
     summary: str
@@ -53,95 +53,95 @@ _SWITCH: Schema = {"enum": ["0", "1"]}
 _URL = {"url": {"type": "string", "format": "uri"}}
 _SECONDS = {"timeout_s": {"type": "number", "minimum": 0, "maximum": MAX_WAIT_S}}
 _ANSWER: Schema = {"anyOf": [OBJECT, array(OBJECT)]}
-_generate = Operation("Generate, as SGLang", {200: _ANSWER}, ref("Generate"), other=EVENTS)
-_flush = Operation(
+_generate = ApiOperation("Generate, as SGLang", {200: _ANSWER}, ref("Generate"), other=EVENTS)
+_flush = ApiOperation(
     "Flush the caches of all servers", query={"timeout": {"type": "number", "minimum": 0}}, other=TEXT
 )
-_model_info = Operation("What a server says of its model")
-_server_info = Operation("What a server says of itself; every server's under `workers`")
-_live = Operation("Whether the router runs", other=TEXT)
+_model_info = ApiOperation("What a server says of its model")
+_server_info = ApiOperation("What a server says of itself; every server's under `workers`")
+_live = ApiOperation("Whether the router runs", other=TEXT)
 
-OPERATIONS: dict[tuple[str, str], Operation] = {
+OPERATIONS: dict[tuple[str, str], ApiOperation] = {
     ("GET", "/health"): _live,
     ("GET", "/liveness"): _live,
-    ("GET", "/readiness"): Operation(
+    ("GET", "/readiness"): ApiOperation(
         "Whether a request can be served", {200: ref("Readiness"), 503: ref("Readiness")}
     ),
-    ("GET", "/metrics"): Operation("Everything that is counted, for Prometheus", other=TEXT),
-    ("GET", "/openapi.json"): Operation("This document"),
+    ("GET", "/metrics"): ApiOperation("Everything that is counted, for Prometheus", other=TEXT),
+    ("GET", "/openapi.json"): ApiOperation("This document"),
     ("POST", "/generate"): _generate,
     ("PUT", "/generate"): _generate,
-    ("POST", "/v1/chat/completions"): Operation(
+    ("POST", "/v1/chat/completions"): ApiOperation(
         "Answer a chat, as OpenAI", {200: OBJECT}, ref("Chat"), other=EVENTS
     ),
-    ("POST", "/v1/completions"): Operation(
+    ("POST", "/v1/completions"): ApiOperation(
         "Complete a prompt, as OpenAI", {200: OBJECT}, ref("Completion"), other=EVENTS
     ),
-    ("POST", "/explain"): Operation(
+    ("POST", "/explain"): ApiOperation(
         "Where a request would go, and why; nothing is sent",
         {200: ref("Decision")},
         {"anyOf": [ref("Generate"), ref("Chat"), ref("Completion")]},
     ),
-    ("GET", "/v1/models"): Operation("The models served here", {200: ref("Models")}),
-    ("GET", "/v1/models/{model}"): Operation("One of them", {200: ref("Model")}),
+    ("GET", "/v1/models"): ApiOperation("The models served here", {200: ref("Models")}),
+    ("GET", "/v1/models/{model}"): ApiOperation("One of them", {200: ref("Model")}),
     ("GET", "/model_info"): _model_info,
     ("GET", "/get_model_info"): _model_info,
     ("GET", "/server_info"): _server_info,
     ("GET", "/get_server_info"): _server_info,
     ("GET", "/flush_cache"): _flush,
     ("POST", "/flush_cache"): _flush,
-    ("POST", "/abort_request"): Operation(
+    ("POST", "/abort_request"): ApiOperation(
         "End a request, as SGLang", {200: {}}, obj({}, {"rid": STRING, "abort_all": BOOLEAN}), other=TEXT
     ),
-    ("POST", "/concate_and_append_request"): Operation(
+    ("POST", "/concate_and_append_request"): ApiOperation(
         "Take the frontend language's hint to join branches",
         {200: obj({"success": BOOLEAN})},
         obj({"src_rids": array(STRING), "dst_rid": STRING}),
     ),
-    ("GET", "/tree"): Operation("The prompt tree: blocks, holders, truth", query={"digest": _SWITCH}),
-    ("GET", "/tree/hottest"): Operation(
+    ("GET", "/tree"): ApiOperation("The prompt tree: blocks, holders, truth", query={"digest": _SWITCH}),
+    ("GET", "/tree/hottest"): ApiOperation(
         "The prefixes that most prompts had in common lately, and who holds them",
         {200: ref("Prefixes")},
         query={"n": {**INTEGER, "minimum": 1, "maximum": MAX_PREFIXES}},
     ),
-    ("GET", "/requests"): Operation(
+    ("GET", "/requests"): ApiOperation(
         "Requests that ended lately, the last one first",
         {200: ref("Requests")},
         query={"n": {**INTEGER, "minimum": 1, "maximum": MAX_REQUESTS}, "faults": _SWITCH},
     ),
-    ("GET", "/requests/{rid}"): Operation(
+    ("GET", "/requests/{rid}"): ApiOperation(
         "One of them by rid or x-request-id, and why it went where it went", {200: ref("Explained")}
     ),
-    ("GET", "/ui"): Operation("The page that shows the cluster", other="text/html"),
-    ("GET", "/ui/state"): Operation("What it shows", {200: ref("State")}),
-    ("GET", "/ui/{file}"): Operation("What it needs", other="*/*"),
-    ("GET", "/workers"): Operation("Everyone the router knows of", {200: ref("Members")}),
-    ("POST", "/workers"): Operation(
+    ("GET", "/ui"): ApiOperation("The page that shows the cluster", other="text/html"),
+    ("GET", "/ui/state"): ApiOperation("What it shows", {200: ref("State")}),
+    ("GET", "/ui/{file}"): ApiOperation("What it needs", other="*/*"),
+    ("GET", "/workers"): ApiOperation("Everyone the router knows of", {200: ref("Members")}),
+    ("POST", "/workers"): ApiOperation(
         "Name a server: 201, or 200 if it was", {200: ref("Member"), 201: ref("Member")}, ref("Worker")
     ),
-    ("GET", "/workers/{id}"): Operation("One of them, by id or URL", {200: ref("Member")}),
-    ("DELETE", "/workers/{id}"): Operation(
+    ("GET", "/workers/{id}"): ApiOperation("One of them, by id or URL", {200: ref("Member")}),
+    ("DELETE", "/workers/{id}"): ApiOperation(
         "Drain a named server, and forget it", {200: ref("Removed")}, query=_SECONDS
     ),
-    ("POST", "/workers/{id}/drain"): Operation(
+    ("POST", "/workers/{id}/drain"): ApiOperation(
         "Send it nothing new; answered when it has nothing left, or the time is over",
         {200: ref("Drained"), 202: ref("Drained")},
-        ref("Drain"),
+        ref("DrainRequest"),
         needs_body=False,
         query={"wait": _SWITCH},
     ),
-    ("DELETE", "/workers/{id}/drain"): Operation("Send it requests again", {200: ref("Member")}),
-    ("POST", "/workers/{id}/role"): Operation(
+    ("DELETE", "/workers/{id}/drain"): ApiOperation("Send it requests again", {200: ref("Member")}),
+    ("POST", "/workers/{id}/role"): ApiOperation(
         "Make a prefill a decode, or back",
         {200: ref("RoleChange"), 202: ref("RoleChange")},
-        ref("NewRole"),
+        ref("RoleRequest"),
         query={"wait": _SWITCH},
     ),
-    ("GET", "/list_workers"): Operation("The servers' URLs", {200: obj({"urls": array(STRING)})}),
-    ("POST", "/add_worker"): Operation(
+    ("GET", "/list_workers"): ApiOperation("The servers' URLs", {200: obj({"urls": array(STRING)})}),
+    ("POST", "/add_worker"): ApiOperation(
         "Name a colocated server", {200: ref("Member"), 201: ref("Member")}, query=_URL, required=("url",)
     ),
-    ("POST", "/remove_worker"): Operation(
+    ("POST", "/remove_worker"): ApiOperation(
         "Drain a named server, and forget it",
         {200: ref("Removed")},
         query={**_URL, **_SECONDS},
@@ -181,7 +181,7 @@ async def page(_: web.Request) -> web.Response:
     return json_response(encode_json(document()))
 
 
-def _described(method: str, path: str, operation: Operation) -> Schema:
+def _described(method: str, path: str, operation: ApiOperation) -> Schema:
     described: Schema = {
         "operationId": f"{method.lower()}{path.translate(_AS_NAME)}",
         "summary": operation.summary,
@@ -200,19 +200,19 @@ _AS_NAME = str.maketrans({"/": "_", "{": None, "}": None, ".": "_"})
 
 
 def _tag(path: str) -> str:
-    level = LEVELS.get(path, Level.ADMIN)
-    return {Level.OPEN: "health", Level.ADMIN: "management"}.get(level, "inference")
+    level = LEVELS.get(path, Permission.ADMIN)
+    return {Permission.OPEN: "health", Permission.ADMIN: "management"}.get(level, "inference")
 
 
 def _security(path: str) -> list[Schema]:
-    level = LEVELS.get(path, Level.ADMIN)
-    if level is Level.OPEN:
+    level = LEVELS.get(path, Permission.ADMIN)
+    if level is Permission.OPEN:
         return []
     admin: list[Schema] = [{"admin": []}, {"browser": []}]
-    return admin if level is Level.ADMIN else [{"client": []}, *admin]
+    return admin if level is Permission.ADMIN else [{"client": []}, *admin]
 
 
-def _parameters(path: str, operation: Operation) -> list[Any]:
+def _parameters(path: str, operation: ApiOperation) -> list[Any]:
     names = [part[1:-1] for part in path.split("/") if part.startswith("{")]
     kinds = {"file": {"enum": list(PAGE_FILES)}}
     inside = [
@@ -226,7 +226,7 @@ def _parameters(path: str, operation: Operation) -> list[Any]:
     return [*inside, *query]
 
 
-def _responses(operation: Operation) -> Schema:
+def _responses(operation: ApiOperation) -> Schema:
     responses: Schema = {}
     for status, schema in operation.answers.items():
         content: Schema = {JSON: {"schema": schema}}

@@ -10,7 +10,7 @@ from typing import Any
 
 import msgspec
 
-from memserve.router.http.handlers.workers import Drain, NewRole, Worker
+from memserve.router.http.handlers.workers import DrainRequest, RoleRequest, Worker
 from memserve.router.observability.live_series import Point
 from memserve.router.proxy.validation import MAX_SAMPLES
 
@@ -195,7 +195,7 @@ _READINESS = obj(
 
 def schemas() -> dict[str, Schema]:
     """All that have a name."""
-    _, checked = msgspec.json.schema_components([Worker, Drain, NewRole, Point], ref_template=REF)
+    _, checked = msgspec.json.schema_components([Worker, DrainRequest, RoleRequest, Point], ref_template=REF)
     return {
         **checked,
         "Generate": GENERATE,

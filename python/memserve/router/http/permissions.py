@@ -20,7 +20,7 @@ from memserve.core.errors import BadRequest
 from memserve.core.hosts import is_loopback
 from memserve.router.errors import Overloaded, failure_of
 from memserve.router.http.handlers.generate import json_response
-from memserve.router.http.ingress import Door
+from memserve.router.http.ingress import Ingress
 from memserve.router.request import Api
 
 logger = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ _CHALLENGE = {"WWW-Authenticate": 'Basic realm="memserve"'}
 """Has a browser ask for a key: as the password, with any name."""
 
 
-class Level(Enum):
+class Permission(Enum):
     """Whose a page is."""
 
     OPEN = auto()
@@ -49,23 +49,23 @@ class Level(Enum):
 
 
 LEVELS = {
-    "/health": Level.OPEN,
-    "/liveness": Level.OPEN,
-    "/readiness": Level.OPEN,
-    "/metrics": Level.OPEN,
-    "/openapi.json": Level.OPEN,
-    "/generate": Level.CLIENT,
-    "/v1/chat/completions": Level.CLIENT,
-    "/v1/completions": Level.CLIENT,
-    "/v1/models": Level.CLIENT,
-    "/v1/models/{model}": Level.CLIENT,
-    "/model_info": Level.CLIENT,
-    "/get_model_info": Level.CLIENT,
-    "/server_info": Level.CLIENT,
-    "/get_server_info": Level.CLIENT,
-    "/explain": Level.CLIENT,
-    "/concate_and_append_request": Level.CLIENT,
-    "/abort_request": Level.SHARED,
+    "/health": Permission.OPEN,
+    "/liveness": Permission.OPEN,
+    "/readiness": Permission.OPEN,
+    "/metrics": Permission.OPEN,
+    "/openapi.json": Permission.OPEN,
+    "/generate": Permission.CLIENT,
+    "/v1/chat/completions": Permission.CLIENT,
+    "/v1/completions": Permission.CLIENT,
+    "/v1/models": Permission.CLIENT,
+    "/v1/models/{model}": Permission.CLIENT,
+    "/model_info": Permission.CLIENT,
+    "/get_model_info": Permission.CLIENT,
+    "/server_info": Permission.CLIENT,
+    "/get_server_info": Permission.CLIENT,
+    "/explain": Permission.CLIENT,
+    "/concate_and_append_request": Permission.CLIENT,
+    "/abort_request": Permission.SHARED,
 }
 """By path, as it is routed. `/server_info` and `/readiness` tell admins more."""
 _CHANGES_WHEN_SEEN = {"/flush_cache"}
@@ -73,29 +73,29 @@ _CHANGES_WHEN_SEEN = {"/flush_cache"}
 
 def is_clients(path: str) -> bool:
     """Whether what is asked for at this path, before it is routed, is for anybody but admins."""
-    level = LEVELS.get("/v1/models/{model}" if path.startswith("/v1/models/") else path, Level.ADMIN)
-    return level in (Level.OPEN, Level.CLIENT)
+    level = LEVELS.get("/v1/models/{model}" if path.startswith("/v1/models/") else path, Permission.ADMIN)
+    return level in (Permission.OPEN, Permission.CLIENT)
 
 
 class Guard:
     """The check, and the aiohttp middleware that does it."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: Ingress) -> None:
         self._door = door
         self._access = door.access
 
-    def level_of(self, path: str) -> Level:
+    def level_of(self, path: str) -> Permission:
         """Whose the page is that is routed by `path`."""
-        level = LEVELS.get(path, Level.ADMIN)
-        if level is Level.SHARED:
-            return Level.ADMIN if self._access.has_tenants else Level.CLIENT
+        level = LEVELS.get(path, Permission.ADMIN)
+        if level is Permission.SHARED:
+            return Permission.ADMIN if self._access.has_tenants else Permission.CLIENT
         return level
 
     def check(self, request: web.Request, path: str) -> None:
         """Raises BadRequest for who may not have the page that is routed by `path`."""
         authorization = request.headers.get("Authorization")
         level = self.level_of(path)
-        if level is Level.ADMIN:
+        if level is Permission.ADMIN:
             name = self._access.check_admin(authorization)
             changes = request.method not in ("GET", "HEAD") or path in _CHANGES_WHEN_SEEN
             self._check_origin(request, changes=changes)
@@ -104,7 +104,7 @@ class Guard:
                     "change asked for method=%s path=%s admin=%s from=%s",
                     *(request.method, request.rel_url.raw_path, name, request.remote),
                 )
-        elif level is Level.CLIENT and not self._is_admin(authorization):
+        elif level is Permission.CLIENT and not self._is_admin(authorization):
             self._access.tenant_of(authorization)
 
     def middleware(self) -> Middleware:

@@ -15,16 +15,16 @@ from memserve.router.errors import failure
 from memserve.router.http import openapi
 from memserve.router.http.cors import Cors
 from memserve.router.http.handlers.generate import GenerateHandler, json_response
-from memserve.router.http.handlers.info import Pages
-from memserve.router.http.ingress import Door
+from memserve.router.http.handlers.info import InfoHandlers
+from memserve.router.http.ingress import Ingress
 from memserve.router.http.permissions import PAGE_BODY_BYTES, Guard, is_clients
-from memserve.router.http.server import Front
+from memserve.router.http.server import HttpServer
 from memserve.router.http.web_log import web_logger
 
 logger = logging.getLogger(__name__)
 
 
-def web_app(config: RouterConfig, door: Door, routes: Sequence[web.RouteDef]) -> web.Application:
+def web_app(config: RouterConfig, door: Ingress, routes: Sequence[web.RouteDef]) -> web.Application:
     """All pages, guarded."""
     middlewares = [_answer_errors, Guard(door).middleware()]
     if cors := Cors(config.observe.cors_allowed_origins):
@@ -40,7 +40,7 @@ async def serve_http(
     config: RouterConfig,
     generate: GenerateHandler,
     app: web.Application,
-    door: Door,
+    door: Ingress,
 ) -> int:
     """Start the HTTP server; its port."""
     runner = web.AppRunner(
@@ -49,12 +49,12 @@ async def serve_http(
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     assert runner.server is not None
-    front = Front(generate.handle, runner.server, door)
+    front = HttpServer(generate.handle, runner.server, door)
     stack.push_async_callback(front.close)
     return await front.listen(config.host, config.port)
 
 
-async def serve_metrics(stack: AsyncExitStack, config: RouterConfig, pages: Pages) -> None:
+async def serve_metrics(stack: AsyncExitStack, config: RouterConfig, pages: InfoHandlers) -> None:
     """Serve them on a port of their own too, if that is wanted."""
     port, host = config.observe.metrics_port, config.observe.prometheus_host or config.host
     if port is None:

@@ -1,6 +1,6 @@
 """The router's HTTP port: lean connections for what generates, aiohttp's for everything else.
 
-    bytes ── plain POST to an `Api`, its length known ──> LeanExchange ── handler
+    bytes ── plain POST to an `Api`, its length known ──> FastExchange ── handler
       └───── anything else ──> aiohttp takes the connection, from these bytes on
 
 A plain request costs a regular expression, a task and one write. Whatever is not plain (chunked or
@@ -19,8 +19,8 @@ from typing import Any, Protocol, cast
 from memserve.core.errors import BadRequest, ConfigError
 from memserve.router.errors import ClientLeft, Overloaded, failure, failure_of
 from memserve.router.http.exchange import Exchange
-from memserve.router.http.fast_exchange import LeanExchange
-from memserve.router.http.ingress import Door
+from memserve.router.http.fast_exchange import FastExchange
+from memserve.router.http.ingress import Ingress
 from memserve.router.http.plain_head import plain_head
 from memserve.router.request import Api
 
@@ -56,7 +56,7 @@ class _Connection(asyncio.Protocol):
         *("_wanted", "deadline_s", "front", "is_full", "is_lost"),
     )
 
-    def __init__(self, front: Front) -> None:
+    def __init__(self, front: HttpServer) -> None:
         self.front = front
         self.is_full = False
         self.is_lost = False
@@ -193,7 +193,7 @@ class _Connection(asyncio.Protocol):
         body, self._pending = bytes(view[: self._wanted]), bytes(view[self._wanted :])
         self._head, self._body = None, bytearray()
         self.deadline_s = None
-        exchange = LeanExchange(self, api, headers, body)
+        exchange = FastExchange(self, api, headers, body)
         self._task = self.front.loop.create_task(self._serve(exchange))
 
     def _hand_over(self) -> None:
@@ -207,7 +207,7 @@ class _Connection(asyncio.Protocol):
 
     # ---- answering
 
-    async def _serve(self, exchange: LeanExchange) -> None:
+    async def _serve(self, exchange: FastExchange) -> None:
         try:
             await self.front.handler(exchange)
         except Exception:
@@ -244,7 +244,7 @@ class _Connection(asyncio.Protocol):
             self._transport.abort()
             return
         failed = failure_of(error)
-        exchange = LeanExchange(self, Api.GENERATE, {}, b"")
+        exchange = FastExchange(self, Api.GENERATE, {}, b"")
         exchange.reply = {"Connection": "close", **failed.headers()}
         exchange.answer(failed.body(), failed.status)
         self._head, self._body, self._pending = None, bytearray(), b""
@@ -255,10 +255,10 @@ class _Connection(asyncio.Protocol):
             self._transport.write_eof()
 
 
-class Front:
+class HttpServer:
     """A listening socket and its lean connections. Event loop thread only."""
 
-    def __init__(self, handler: Handler, make_web: MakesWeb, door: Door) -> None:
+    def __init__(self, handler: Handler, make_web: MakesWeb, door: Ingress) -> None:
         self.handler = handler
         self.make_web = make_web
         self.door = door

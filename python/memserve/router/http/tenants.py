@@ -12,10 +12,10 @@ from hashlib import sha256
 from msgspec import structs
 
 from memserve.router.auth.keys import ANYBODY, Tenant
-from memserve.router.request import Call
+from memserve.router.request import GenerationRequest
 
 
-def salted(call: Call, tenant: Tenant) -> Call:
+def salted(call: GenerationRequest, tenant: Tenant) -> GenerationRequest:
     """`call` as the servers should get it: in its tenant's part of the cache."""
     if tenant is ANYBODY:
         return call

@@ -59,7 +59,7 @@ class EventPublisher:
 
 
 @dataclass(frozen=True, slots=True)
-class Following:
+class EventSourceInfo:
     """A server's cache as seen from outside; None where it does not say."""
 
     keeps: bool = False
@@ -80,7 +80,7 @@ class Following:
         return max(1, self.capacity_tokens // self.page_tokens)
 
 
-def read_following(server_info: Mapping[str, object]) -> Following:
+def read_event_sources(server_info: Mapping[str, object]) -> EventSourceInfo:
     """What /server_info, parsed, says; what is not as SGLang writes it counts as not said. Never raises."""
     page = _number(server_info.get("page_size"))
     shards = _number(server_info.get("dcp_size")) or 1
@@ -89,7 +89,7 @@ def read_following(server_info: Mapping[str, object]) -> Following:
     page_tokens = None if page is None else page * shards
     startup = server_info.get("startup_time")
     start_s = startup.get("scheduler_e2e") if isinstance(startup, dict) else None
-    return Following(
+    return EventSourceInfo(
         keeps=server_info.get("disable_radix_cache") is False,
         page_tokens=page_tokens,
         capacity_tokens=None if tokens is None else tokens * min(num_caches, MAX_DP_SIZE),

@@ -6,7 +6,7 @@
 
 SGLang numbers its messages and has no snapshots: who comes late, or misses what nobody repeats, knows
 less than the worker has until it is stored anew, or a prompt that came by is continued; never more.
-Knows sockets by `StockLine` alone. Event loop thread only.
+Knows sockets by `ZmqEventStream` alone. Event loop thread only.
 Source: SGLang 0.5.23, disaggregation/kv_events.py, mem_cache/events.py.
 """
 
@@ -27,9 +27,9 @@ from memserve.core.block_addr import Tier
 from memserve.core.cache_events import CacheEvent, Snapshot
 from memserve.core.ids import InstanceId, new_epoch
 from memserve.router.kv_events.sources import EventSource
-from memserve.router.kv_events.zmq_stream import LineLost, MalformedFrames, StockLine
-from memserve.scheduling.prompt_tree.event_hashes import ShortKeys
-from memserve.scheduling.prompt_tree.tree import ClusterTree
+from memserve.router.kv_events.zmq_stream import MalformedFrames, StreamLost, ZmqEventStream
+from memserve.scheduling.prompt_tree.event_hashes import EventHashKeys
+from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
 
 logger = logging.getLogger(__name__)
 
@@ -91,7 +91,7 @@ class SourceStats:
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class SubscriberTimeouts:
     """How long to wait for what."""
 
     connect_s: float = 10.0
@@ -102,21 +102,21 @@ class Patience:
     """Before another connection, after one that was lost."""
 
 
-class _Displaced(Exception):
+class _Superseded(Exception):
     """The tree does not take this follower's word any more."""
 
 
-class StockFollower:
+class KvEventSubscriber:
     """Follows one cache from when it is made until it is stopped. Never raises for what a worker sends."""
 
     def __init__(
         self,
         instance: InstanceId,
         source: EventSource,
-        tree: Callable[[], ClusterTree],
-        short: ShortKeys,
+        tree: Callable[[], GlobalPromptTree],
+        short: EventHashKeys,
         context: zmq.Context[zmq.Socket[bytes]],
-        patience: Patience,
+        patience: SubscriberTimeouts,
     ) -> None:
         """Joins the tree as `instance`, at once. Needs a running loop."""
         self.instance = instance
@@ -155,7 +155,7 @@ class StockFollower:
     async def _run(self) -> None:
         while not self._stats.displaced:
             try:
-                with StockLine(self._context, self._source) as line:
+                with ZmqEventStream(self._context, self._source) as line:
                     if not await line.connected(self._patience.connect_s):
                         logger.warning(
                             "cannot connect to the events of instance=%s %s", self.instance, self._source
@@ -164,9 +164,9 @@ class StockFollower:
                     self._stats.connected = True
                     self._next, self._live = None, -1
                     await self._follow(line)
-            except _Displaced:
+            except _Superseded:
                 self._stats.displaced = True
-            except LineLost as error:
+            except StreamLost as error:
                 self._forget("lost", str(error), joins=True)
             except Exception as error:
                 self._forget("failed", repr(error), joins=True)
@@ -174,7 +174,7 @@ class StockFollower:
             await asyncio.sleep(self._patience.retry_s)
         logger.warning("another reports in its place, its events are not followed instance=%s", self.instance)
 
-    async def _follow(self, line: StockLine) -> None:
+    async def _follow(self, line: ZmqEventStream) -> None:
         """Learn until the line is lost."""
         await self._fill(line, 0)
         while True:
@@ -198,7 +198,7 @@ class StockFollower:
                 self._next = None
             await self._take(sequence, payload)
 
-    async def _fill(self, line: StockLine, first: int) -> None:
+    async def _fill(self, line: ZmqEventStream, first: int) -> None:
         """Take in what the publisher repeats from `first` on, as far as it follows on what is known.
 
         Asks again for as long as that helps: of a long replay not all may arrive.
@@ -253,7 +253,7 @@ class StockFollower:
         await asyncio.sleep(0)
 
     def _apply(self, piece: _Piece) -> None:
-        """Tell the tree. Raises _Displaced if it does not listen."""
+        """Tell the tree. Raises _Superseded if it does not listen."""
         sequence = self._sequence + 1
         event: CacheEvent
         if piece.is_stored:
@@ -268,7 +268,7 @@ class StockFollower:
         if event.keys:
             self._sequence = sequence
             if not self._tree().apply(self.instance, self._epoch, [event]):
-                raise _Displaced
+                raise _Superseded
 
     def _forget(self, reason: str, detail: str, *, joins: bool = False) -> None:
         """Believe nothing of the cache. `joins`: it may be another process's, to which nothing was sent."""

@@ -1,7 +1,7 @@
 """Decides how the cluster's tree learns what each ready instance holds, and sees to it that it does.
 
     it has a pool of its own      ──> pool      it reports by itself, exactly
-    it publishes SGLang's events  ──> events    `StockFollower`: one for each of its caches
+    it publishes SGLang's events  ──> events    `KvEventSubscriber`: one for each of its caches
     it keeps what it has computed ──> mirror    what it answered is believed to be there, for a while
     it keeps nothing              ──> none
 
@@ -23,13 +23,13 @@ import zmq
 
 from memserve.core.block_keys import BlockKey
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.instance import Instance, Snapshot
+from memserve.router.cluster.instance import ClusterSnapshot, Instance
 from memserve.router.cluster.pools import Pools
-from memserve.router.kv_events.sources import Following
-from memserve.router.kv_events.subscriber import Patience, SourceStats, StockFollower
-from memserve.scheduling.prompt_tree.event_hashes import ShortKeys
+from memserve.router.kv_events.sources import EventSourceInfo
+from memserve.router.kv_events.subscriber import KvEventSubscriber, SourceStats, SubscriberTimeouts
+from memserve.scheduling.prompt_tree.event_hashes import EventHashKeys
 from memserve.scheduling.prompt_tree.records import server_of
-from memserve.scheduling.prompt_tree.tree import ClusterTree
+from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
 
 logger = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ class Mode(StrEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class FollowingStats:
+class SubscriptionStats:
     """How an instance is followed."""
 
     mode: Mode
@@ -66,13 +66,13 @@ class _Plan:
     epoch: Epoch
     url: str
     mode: Mode
-    following: Following
+    following: EventSourceInfo
 
 
 @dataclass(slots=True)
-class _Followed:
+class _Subscription:
     plan: _Plan
-    followers: list[StockFollower]
+    followers: list[KvEventSubscriber]
     answered_blocks: int = 0
 
     @property
@@ -80,17 +80,17 @@ class _Followed:
         return any(follower.is_displaced for follower in self.followers)
 
 
-class Followers:
+class StockSubscriptions:
     """Every ready instance, and how it is followed. To be closed."""
 
     def __init__(
         self,
-        tree: Callable[[], ClusterTree],
-        following: Callable[[Instance], Following],
+        tree: Callable[[], GlobalPromptTree],
+        following: Callable[[Instance], EventSourceInfo],
         *,
         max_named_keys: int = MAX_NAMED_KEYS,
         mirror_ttl_s: float = MIRROR_TTL_S,
-        patience: Patience | None = None,
+        patience: SubscriberTimeouts | None = None,
     ) -> None:
         """`tree`: with the pools that are registered now in it, those that are not any more out of it.
         `following`: what an instance says of itself.
@@ -100,14 +100,14 @@ class Followers:
         self._tree = tree
         self._following = following
         self._mirror_ttl_s = mirror_ttl_s
-        self._patience = patience or Patience()
-        self._short = ShortKeys(max_named_keys)
+        self._patience = patience or SubscriberTimeouts()
+        self._short = EventHashKeys(max_named_keys)
         self._context = zmq.Context()
-        self._followed: dict[InstanceId, _Followed] = {}
+        self._followed: dict[InstanceId, _Subscription] = {}
         self._stopping: set[asyncio.Task[None]] = set()
-        self._seen: tuple[Snapshot, int] | None = None
+        self._seen: tuple[ClusterSnapshot, int] | None = None
 
-    def follow(self, snapshot: Snapshot, pools: Pools) -> None:
+    def follow(self, snapshot: ClusterSnapshot, pools: Pools) -> None:
         """Bring what is followed in line with who is ready, and who has a pool. For each change of
         either; cheap if there was none."""
         displaced = any(followed.is_displaced for followed in self._followed.values())
@@ -124,7 +124,7 @@ class Followers:
                 self._stop(instance_id, followed, pool_names)
         for instance_id, plan in plans.items():
             if instance_id not in self._followed:
-                self._followed[instance_id] = _Followed(plan, self._start(instance_id, plan))
+                self._followed[instance_id] = _Subscription(plan, self._start(instance_id, plan))
 
     def know(self, keys: Iterable[BlockKey]) -> None:
         """A prompt of these came by: workers may tell of its blocks by their short names."""
@@ -149,10 +149,10 @@ class Followers:
         followed = self._followed.get(instance_id)
         return followed is not None and followed.plan.mode is Mode.MIRROR
 
-    def stats(self) -> dict[InstanceId, FollowingStats]:
+    def stats(self) -> dict[InstanceId, SubscriptionStats]:
         """A copy, by instance; an instance that is not ready is not in it."""
         return {
-            instance_id: FollowingStats(
+            instance_id: SubscriptionStats(
                 followed.plan.mode,
                 followed.answered_blocks,
                 {follower.instance: follower.stats for follower in followed.followers},
@@ -186,7 +186,7 @@ class Followers:
             mode = Mode.MIRROR
         return _Plan(instance.epoch, instance.url, mode, following)
 
-    def _start(self, instance_id: InstanceId, plan: _Plan) -> list[StockFollower]:
+    def _start(self, instance_id: InstanceId, plan: _Plan) -> list[KvEventSubscriber]:
         logger.info("instance followed instance=%s by=%s", instance_id, plan.mode)
         if plan.mode is Mode.MIRROR:
             self._mirror(instance_id, plan)
@@ -194,7 +194,7 @@ class Followers:
             return []
         sources = plan.following.events.sources(plan.url)
         return [
-            StockFollower(
+            KvEventSubscriber(
                 InstanceId(f"{instance_id}/dp{rank}") if len(sources) > 1 else instance_id,
                 source,
                 self._tree,
@@ -210,7 +210,7 @@ class Followers:
         capacity_blocks = plan.following.capacity_blocks
         self._tree().mirror(instance_id, capacity_blocks=capacity_blocks, ttl_s=self._mirror_ttl_s)
 
-    def _stop(self, instance_id: InstanceId, followed: _Followed, pool_names: set[InstanceId]) -> None:
+    def _stop(self, instance_id: InstanceId, followed: _Subscription, pool_names: set[InstanceId]) -> None:
         """Forget what was learnt, but not what a pool reports that has taken the place."""
         names = {follower.instance for follower in followed.followers}
         if followed.plan.mode is Mode.MIRROR:

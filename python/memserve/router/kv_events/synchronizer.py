@@ -20,7 +20,7 @@ from memserve.core.cache_events import Snapshot, Stored
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.pools import Pools
 from memserve.scheduling.prompt_tree.records import FeedCounters, pool_name
-from memserve.scheduling.prompt_tree.tree import ClusterTree, Truth
+from memserve.scheduling.prompt_tree.tree import AuditResult, GlobalPromptTree
 from memserve.wire.messages import (
     AuditWanted,
     Done,
@@ -45,12 +45,12 @@ MAX_SNAPSHOT_BLOCKS = 1 << 22
 """Of one pool. What it says beyond that is left out: it costs misses, and no memory."""
 
 
-class TreeFeed:
+class TreeSynchronizer:
     """The tree, and those whose reports it follows."""
 
     def __init__(
         self,
-        tree: ClusterTree,
+        tree: GlobalPromptTree,
         pools: Pools,
         *,
         audit_s: float = AUDIT_S,
@@ -68,11 +68,11 @@ class TreeFeed:
         """By epoch and layout: a memory instance has a pool for each, and tells of each."""
         self._memories: dict[Epoch, InstanceId] = {}
         self._no_audit_until_s = 0.0
-        self._truth: dict[InstanceId, Truth] = {}
+        self._truth: dict[InstanceId, AuditResult] = {}
         self._counters = FeedCounters()
 
     @property
-    def tree(self) -> ClusterTree:
+    def tree(self) -> GlobalPromptTree:
         """What the pools hold that are members now."""
         if self._version != self._pools.version:
             self._version = self._pools.version
@@ -81,7 +81,7 @@ class TreeFeed:
             self._follow({info.epoch: info for info in lives.values()})
         return self._tree
 
-    def truth(self) -> Mapping[InstanceId, Truth]:
+    def truth(self) -> Mapping[InstanceId, AuditResult]:
         """What the last audit of each instance has found; none of those that have gone, or not had one."""
         return MappingProxyType(self._truth)
 
@@ -153,9 +153,9 @@ class TreeFeed:
         if not part.is_last:
             return Done()
         pool.audit = None
-        return self._conclude(pool, Truth(truth.held, audit.reported, audit.both, 0))
+        return self._conclude(pool, AuditResult(truth.held, audit.reported, audit.both, 0))
 
-    def _conclude(self, pool: _Followed, truth: Truth) -> Message:
+    def _conclude(self, pool: _Followed, truth: AuditResult) -> Message:
         """The verdict of an audit. If the tree is wrong, a snapshot puts it right."""
         instance = pool.name
         self._rest(truth.reported)

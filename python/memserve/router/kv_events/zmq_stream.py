@@ -40,11 +40,11 @@ class MalformedFrames(Exception):
     """What came is not what SGLang sends. The line goes on."""
 
 
-class LineLost(Exception):
+class StreamLost(Exception):
     """The publisher has gone, or broke the protocol. The line is of no use any more."""
 
 
-class StockLine:
+class ZmqEventStream:
     """One connection to one publisher. A context manager: it connects on entry, and closes."""
 
     def __init__(self, context: zmq.Context[zmq.Socket[bytes]], source: EventSource) -> None:
@@ -54,7 +54,7 @@ class StockLine:
         self._readable = asyncio.Event()
         self._is_open = False
 
-    def __enter__(self) -> StockLine:
+    def __enter__(self) -> ZmqEventStream:
         self._subscriber = _socket(self._context, zmq.SUB, self._source.endpoint, MAX_WAITING)
         self._monitor = self._subscriber.get_monitor_socket(_MONITORED)
         self._watch(self._monitor)
@@ -64,7 +64,7 @@ class StockLine:
             self._subscriber.connect(self._source.endpoint)
         except zmq.ZMQError as error:
             self._close()
-            raise LineLost(f"{self._source.endpoint}: {error.strerror}") from error
+            raise StreamLost(f"{self._source.endpoint}: {error.strerror}") from error
         return self
 
     def __exit__(
@@ -85,7 +85,7 @@ class StockLine:
             return False
 
     async def next(self) -> Numbered:
-        """The next live message. Raises MalformedFrames, and LineLost if there will be none."""
+        """The next live message. Raises MalformedFrames, and StreamLost if there will be none."""
         while True:
             self._look()
             try:
@@ -124,7 +124,7 @@ class StockLine:
                     return
                 yield _numbered(frames[2:])
         except zmq.ZMQError as error:
-            raise LineLost(f"{self._source.replay}: {error.strerror}") from error
+            raise StreamLost(f"{self._source.replay}: {error.strerror}") from error
         finally:
             self._unwatch(dealer)
             dealer.close(linger=0)
@@ -140,7 +140,7 @@ class StockLine:
             if event == zmq.EVENT_HANDSHAKE_SUCCEEDED:
                 self._is_open = True
             elif self._is_open:
-                raise LineLost(f"{self._source.endpoint}: the connection is lost")
+                raise StreamLost(f"{self._source.endpoint}: the connection is lost")
 
     async def _wait(self, until_s: float | None) -> bool:
         """Until a socket may have something; False if it is that late on the loop's clock."""

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from memserve.core.errors import ConfigError
-from memserve.router.observability.settings import ObserveSettings
+from memserve.router.observability.settings import ObservabilityConfig
 
 MAX_WAITING = 10_000
 """Lines that wait for their turn; of more, the newest are lost."""
@@ -77,7 +77,7 @@ def fields_of(template: str) -> tuple[str, ...]:
     return tuple(name for name, _ in _DIRECTIVE.findall(template.replace("%%", "")))
 
 
-class SteadyFile(RotatingFileHandler):
+class ResilientFileHandler(RotatingFileHandler):
     """A file that may be impossible to write to for a while."""
 
     def __init__(self, path: Path, max_bytes: int) -> None:
@@ -120,7 +120,7 @@ class _Stderr(logging.StreamHandler[TextIO]):
         """Nobody does."""
 
 
-class _Door(QueueHandler):
+class _QueueHandler(QueueHandler):
     """Where records come in, on any thread."""
 
     def __init__(self, waiting: queue.Queue[Any]) -> None:
@@ -139,21 +139,23 @@ class _Door(QueueHandler):
 class Logs:
     """The process's log lines, from `start` to `close`."""
 
-    def __init__(self, settings: ObserveSettings) -> None:
+    def __init__(self, settings: ObservabilityConfig) -> None:
         """Raises ConfigError if the log file cannot be written."""
         formatter = JsonFormatter() if settings.log_format == "json" else TextFormatter()
         self._handlers: list[logging.Handler] = [_Stderr(sys.stderr)]
         if settings.log_dir is not None:
             try:
                 settings.log_dir.mkdir(parents=True, exist_ok=True)
-                self._handlers.append(SteadyFile(settings.log_dir / "router.log", settings.log_max_mib << 20))
+                self._handlers.append(
+                    ResilientFileHandler(settings.log_dir / "router.log", settings.log_max_mib << 20)
+                )
             except OSError as error:
                 raise ConfigError(f"cannot write logs to {settings.log_dir}: {error.strerror}") from error
         for handler in self._handlers:
             handler.setFormatter(formatter)
         self._level = settings.log_level.upper()
         self._waiting: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_WAITING)
-        self._door = _Door(self._waiting)
+        self._door = _QueueHandler(self._waiting)
         self._thread = threading.Thread(target=self._write, name="logs", daemon=True)
 
     def start(self) -> None:

@@ -23,7 +23,7 @@ FAULT = 500
 """What is answered with this, or more, went wrong on our side."""
 
 
-class Ended(msgspec.Struct, frozen=True, gc=False):
+class RequestRecord(msgspec.Struct, frozen=True, gc=False):
     """One request, after its end."""
 
     ended_s: float
@@ -58,11 +58,11 @@ class RequestLog:
 
     def __init__(self, metrics: RouterMetrics, kept: int = KEPT, faults_kept: int = FAULTS_KEPT) -> None:
         self._metrics = metrics
-        self._ended: deque[Ended] = deque(maxlen=kept)
-        self._faults: deque[Ended] = deque(maxlen=faults_kept)
+        self._ended: deque[RequestRecord] = deque(maxlen=kept)
+        self._faults: deque[RequestRecord] = deque(maxlen=faults_kept)
         self._by_path: dict[str, tuple[Buckets, Buckets, Buckets]] = {}
 
-    def add(self, one: Ended) -> None:
+    def add(self, one: RequestRecord) -> None:
         """It has ended. About 1 µs."""
         self._ended.append(one)
         if one.status >= FAULT:
@@ -85,15 +85,15 @@ class RequestLog:
             if one.num_events > 1:
                 inter_token.observe((one.seconds - first_s) / (one.num_events - 1))
 
-    def newest(self, num: int, *, only_faults: bool = False) -> list[Ended]:
+    def newest(self, num: int, *, only_faults: bool = False) -> list[RequestRecord]:
         """At most `num`, the last one first."""
         ring = self._faults if only_faults else self._ended
         return [one for one, _ in zip(reversed(ring), range(num), strict=False)]
 
-    def find(self, name: str) -> Ended | None:
+    def find(self, name: str) -> RequestRecord | None:
         """The last one with this rid or request id that is still kept."""
         return next((one for one in self._all() if name in (one.rid, one.request_id)), None)
 
-    def _all(self) -> Iterator[Ended]:
+    def _all(self) -> Iterator[RequestRecord]:
         yield from reversed(self._ended)
         yield from reversed(self._faults)

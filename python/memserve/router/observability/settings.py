@@ -13,7 +13,7 @@ METRICS_PORT = 29000
 
 
 @dataclass(frozen=True, slots=True)
-class ObserveSettings:
+class ObservabilityConfig:
     """Checked when built."""
 
     log_level: Literal["debug", "info", "warning", "error"] = setting(

@@ -11,7 +11,7 @@ from memserve.router.observability.request_log import RequestLog
 
 
 @dataclass(frozen=True, slots=True)
-class Observed:
+class Telemetry:
     """Event loop thread only."""
 
     requests: RequestLog
@@ -19,7 +19,7 @@ class Observed:
     prefixes: HotPrefixes
 
     @classmethod
-    def new(cls, metrics: RouterMetrics, now_s: float, *, keeps_samples: bool) -> Observed:
+    def new(cls, metrics: RouterMetrics, now_s: float, *, keeps_samples: bool) -> Telemetry:
         """Nothing has been seen yet. The time is that of `tick`."""
         prefixes = HotPrefixes(now_s, keeps_samples=keeps_samples)
         return cls(RequestLog(metrics), LiveSeries(metrics, now_s), prefixes)

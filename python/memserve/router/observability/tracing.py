@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING, Protocol
 
 from memserve import __version__
 from memserve.core.errors import ConfigError
-from memserve.router.observability.request_log import Ended
+from memserve.router.observability.request_log import RequestRecord
 from memserve.router.request import Api
-from memserve.scheduling.assignment import Placed
+from memserve.scheduling.assignment import Assignment
 
 if TYPE_CHECKING:
     from opentelemetry.sdk.trace import TracerProvider
@@ -44,10 +44,10 @@ class RequestTrace(Protocol):
     def admitted(self) -> None:
         """It is its turn now."""
 
-    def placed(self, placed: Placed) -> None:
+    def placed(self, placed: Assignment) -> None:
         """It is known where it goes now."""
 
-    def end(self, ended: Ended) -> None:
+    def end(self, ended: RequestRecord) -> None:
         """It has ended."""
 
 
@@ -58,7 +58,7 @@ class Traces(Protocol):
         """The trace of a request that comes now; None if nothing is to be traced of it."""
 
 
-class PassedOn:
+class Propagated:
     """A client's trace, in which the router has no part."""
 
     def __init__(self, headers: Mapping[str, str]) -> None:
@@ -73,14 +73,14 @@ class PassedOn:
     def admitted(self) -> None:
         pass
 
-    def placed(self, placed: Placed) -> None:
+    def placed(self, placed: Assignment) -> None:
         pass
 
-    def end(self, ended: Ended) -> None:
+    def end(self, ended: RequestRecord) -> None:
         pass
 
 
-class PassOn:
+class PropagateOnly:
     """Hands on what clients send. See `Traces`."""
 
     def begin(self, api: Api, headers: Mapping[str, str]) -> RequestTrace | None:
@@ -88,7 +88,7 @@ class PassOn:
         if parent is None or not _PARENT.fullmatch(parent):
             return None
         state = headers.get(STATE)
-        return PassedOn({PARENT: parent} if state is None else {PARENT: parent, STATE: state})
+        return Propagated({PARENT: parent} if state is None else {PARENT: parent, STATE: state})
 
 
 class Tracing:
@@ -145,13 +145,13 @@ class SpannedRequest:
         self._clock_ns = self._since_ns - time.monotonic_ns()
         """What the monotonic clock lacks."""
         self._legs: dict[str, list[Span]] = {}
-        self._placed: Placed | None = None
+        self._placed: Assignment | None = None
         self._placed_ns = 0
 
     def admitted(self) -> None:
         self._child("queue", self._since_ns, self._now_ns())
 
-    def placed(self, placed: Placed) -> None:
+    def placed(self, placed: Assignment) -> None:
         self._told_fetch()
         self._placed, self._placed_ns = placed, time.time_ns()
         situation, chosen = placed.decision.situation, placed.decision.chosen
@@ -180,7 +180,7 @@ class SpannedRequest:
         if spans := self._legs.get(instance):
             self._end_leg(spans.pop(0), is_answered)
 
-    def end(self, ended: Ended) -> None:
+    def end(self, ended: RequestRecord) -> None:
         self._told_fetch()
         for spans in self._legs.values():
             for span in spans:

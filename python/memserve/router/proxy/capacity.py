@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from memserve.core.errors import BadRequest
-from memserve.router.cluster.instance import Snapshot
+from memserve.router.cluster.instance import ClusterSnapshot
 from memserve.router.request import Api
 
 RESERVED_TOKENS = 512
@@ -20,7 +20,7 @@ RESERVED_TOKENS = 512
 _FIELDS = {Api.GENERATE: "input_ids", Api.CHAT: "messages", Api.COMPLETIONS: "prompt"}
 
 
-def read_room(server_info: Mapping[str, object], page_tokens: int | None) -> int | None:
+def read_max_prompt_tokens(server_info: Mapping[str, object], page_tokens: int | None) -> int | None:
     """The longest prompt that a decode with this /server_info takes; None if it does not say."""
     size, reserved = (
         server_info.get("max_total_num_tokens"),
@@ -34,14 +34,14 @@ def read_room(server_info: Mapping[str, object], page_tokens: int | None) -> int
     return max(0, size - reserved) // page_tokens * page_tokens
 
 
-def smallest_room(snapshot: Snapshot) -> int | None:
+def smallest_capacity(snapshot: ClusterSnapshot) -> int | None:
     """What fits every decode; None if nothing is known not to."""
     return min(
         (one.facts.room_tokens for one in snapshot.decodes if one.facts.room_tokens is not None), default=None
     )
 
 
-def largest_room(snapshot: Snapshot) -> int | None:
+def largest_capacity(snapshot: ClusterSnapshot) -> int | None:
     """What fits some decode, if no instance is without a known limit; else None."""
     rooms = [one.facts.room_tokens for one in snapshot.decodes]
     if snapshot.colocated or not rooms or None in rooms:
@@ -49,7 +49,7 @@ def largest_room(snapshot: Snapshot) -> int | None:
     return max(room for room in rooms if room is not None)
 
 
-def fitting(snapshot: Snapshot, num_tokens: int) -> Snapshot:
+def instances_that_fit(snapshot: ClusterSnapshot, num_tokens: int) -> ClusterSnapshot:
     """Without the decodes that have no room for a prompt of `num_tokens`."""
     decodes = tuple(
         one
@@ -59,9 +59,9 @@ def fitting(snapshot: Snapshot, num_tokens: int) -> Snapshot:
     return snapshot if len(decodes) == len(snapshot.decodes) else replace(snapshot, decodes=decodes)
 
 
-def check_fits(snapshot: Snapshot, num_tokens: int, api: Api) -> None:
+def check_fits(snapshot: ClusterSnapshot, num_tokens: int, api: Api) -> None:
     """Raises BadRequest if nobody in `snapshot` could ever take a prompt of `num_tokens`."""
-    room = largest_room(snapshot)
+    room = largest_capacity(snapshot)
     if room is not None and num_tokens > room:
         raise BadRequest(
             f"the prompt has {num_tokens} tokens; the cache of the largest decode server has room for {room} "

@@ -16,7 +16,7 @@ from weakref import WeakSet
 
 import httptools
 
-from memserve.router.cluster.instance import Snapshot
+from memserve.router.cluster.instance import ClusterSnapshot
 
 CONNECT_TIMEOUT_S = 3.0
 KEEPALIVE_S = 2.0
@@ -25,11 +25,11 @@ MAX_UNREAD_BYTES = 256 << 10
 """What may wait for a slow client until the instance is made to wait as well."""
 
 
-class BrokenAnswer(ConnectionError):
+class MalformedResponse(ConnectionError):
     """What an instance sent is no HTTP, or ended too early."""
 
 
-class FallenSilent(BrokenAnswer):
+class UpstreamSilent(MalformedResponse):
     """Nothing more is expected of an instance, whose connection is still there."""
 
 
@@ -99,7 +99,7 @@ class Connection(asyncio.Protocol):
         """Close it under whoever reads: nothing more is to be expected."""
         if not self.is_closed:
             self._transport.abort()
-            self._fail(FallenSilent(reason))
+            self._fail(UpstreamSilent(reason))
 
     def close(self) -> None:
         """Drop the connection at once."""
@@ -151,7 +151,7 @@ class Connection(asyncio.Protocol):
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self._transport.abort()
-            self._fail(BrokenAnswer(f"its answer is no HTTP: {error}"))
+            self._fail(MalformedResponse(f"its answer is no HTTP: {error}"))
 
     def connection_lost(self, error: Exception | None) -> None:
         self.is_closed = True
@@ -161,7 +161,7 @@ class Connection(asyncio.Protocol):
             self._is_complete = True
             self._wake()
         else:
-            self._fail(BrokenAnswer("the connection broke"))
+            self._fail(MalformedResponse("the connection broke"))
 
     # ---- the parser's callbacks
 
@@ -191,7 +191,7 @@ class Connection(asyncio.Protocol):
             self._wake()
 
 
-class Connections:
+class ConnectionPool:
     """The connections to all instances. Event loop thread only."""
 
     def __init__(self, tls: ssl.SSLContext) -> None:
@@ -232,7 +232,7 @@ class Connections:
         for connection in list(self._open.pop(url, ())):
             connection.give_up(reason)
 
-    def keep(self, up: Snapshot) -> None:
+    def keep(self, up: ClusterSnapshot) -> None:
         """Close those that have been idle for long, and forget instances that are not up."""
         urls = {instance.url for instance in up.all()}
         old_s = self._loop.time() - KEEPALIVE_S

@@ -15,29 +15,36 @@ from typing import TypeVar
 
 from memserve.core.errors import BadRequest
 from memserve.core.ids import InstanceId
-from memserve.router.cluster.instance import Snapshot
-from memserve.router.cluster.member import Fate
+from memserve.router.cluster.instance import ClusterSnapshot
+from memserve.router.cluster.member import ProcessStatus
 from memserve.router.cluster.registry import SUSPECT_MISSES
-from memserve.router.errors import Harmful, LegFailed, LegLost, LegTimeout, NoRoute, WorkerFault
+from memserve.router.errors import (
+    NoRoute,
+    PoisonRequest,
+    RequestTimeout,
+    UpstreamDisconnected,
+    UpstreamError,
+    UpstreamFault,
+)
 from memserve.router.observability.metrics import RouterMetrics
-from memserve.router.proxy.capacity import check_fits, fitting, smallest_room
-from memserve.router.proxy.executor import Runner
-from memserve.router.proxy.recovery import Resumer
+from memserve.router.proxy.capacity import check_fits, instances_that_fit, smallest_capacity
+from memserve.router.proxy.executor import RequestExecutor
+from memserve.router.proxy.recovery import StreamRecovery
 from memserve.router.proxy.recovery_policy import Resumption
 from memserve.router.proxy.relay import Sink
-from memserve.router.proxy.retry import Alias, Patience, choices, harmed, wait_s
+from memserve.router.proxy.retry import AttemptId, RetryPolicy, backoff_s, find_poison, retry_candidates
 from memserve.router.proxy.stream_splicer import Diverged
-from memserve.router.request import Call
+from memserve.router.request import GenerationRequest
 from memserve.router.state import RouterState
 from memserve.router.tokenization.prompts import Prompt
 from memserve.router.tokenization.token_records import KnownTokens
-from memserve.scheduling.assignment import Placed
+from memserve.scheduling.assignment import Assignment
 from memserve.scheduling.decision import Decision
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-OnPlaced = Callable[[Placed, int], None]
+OnPlaced = Callable[[Assignment, int], None]
 """Told where a call goes now, and which attempt that is, from 1."""
 
 LOOK_S = 0.05
@@ -46,10 +53,10 @@ DEFAULT_MODEL = "default"
 
 
 @dataclass(frozen=True, slots=True)
-class Job:
+class PreparedRequest:
     """A call that can be placed."""
 
-    call: Call
+    call: GenerationRequest
     prompt: Prompt
     model: str | None
     """The one that is meant, also if the call names none; None if nobody was there to serve any."""
@@ -63,26 +70,26 @@ class Job:
 class _Attempt:
     """What is asked this time, and under which name."""
 
-    call: Call
-    alias: Alias | None = None
+    call: GenerationRequest
+    alias: AttemptId | None = None
     resumption: Resumption | None = None
     """How its events follow those that the client has."""
 
-    def job(self, job: Job) -> Job:
+    def job(self, job: PreparedRequest) -> PreparedRequest:
         """What is to be placed for it."""
         if self.resumption is None or not self.resumption.num_kept:
             return job
         return replace(job, num_tokens=self.resumption.num_tokens)
 
     @classmethod
-    def first(cls, call: Call) -> _Attempt:
+    def first(cls, call: GenerationRequest) -> _Attempt:
         """Under its own name, unless others could have the same: servers abort by prefix."""
         return cls.anew(call) if call.is_apart and call.rid_is_clients else cls(call)
 
     @classmethod
-    def anew(cls, call: Call, resumption: Resumption | None = None) -> _Attempt:
+    def anew(cls, call: GenerationRequest, resumption: Resumption | None = None) -> _Attempt:
         """One more, under a name of its own."""
-        alias = Alias()
+        alias = AttemptId()
         return cls(alias.of(call), alias, resumption)
 
 
@@ -92,9 +99,9 @@ class Dispatcher:
     def __init__(
         self,
         state: RouterState,
-        runner: Runner,
-        resumer: Resumer,
-        patience: Patience,
+        runner: RequestExecutor,
+        resumer: StreamRecovery,
+        patience: RetryPolicy,
         metrics: RouterMetrics,
     ) -> None:
         self._cluster = state.cluster
@@ -102,7 +109,7 @@ class Dispatcher:
         self._breakers = state.breakers
         self._reader = state.reader
         self._tokenizers = state.tokenizers
-        self._room: tuple[Snapshot, int | None] = Snapshot(), None
+        self._room: tuple[ClusterSnapshot, int | None] = ClusterSnapshot(), None
         """What fits every decode of the candidates that were last asked for."""
         self._runner = runner
         self._resumer = resumer
@@ -110,7 +117,7 @@ class Dispatcher:
         self._metrics = metrics
         self._prefixes = state.observed.prefixes
 
-    def candidates(self, model: str | None) -> Snapshot:
+    def candidates(self, model: str | None) -> ClusterSnapshot:
         """The ready instances that serve `model`.
 
         Without a name, those of the first model there is. None for one whose servers are all away;
@@ -128,7 +135,9 @@ class Dispatcher:
             raise BadRequest(message, field="model", status=404)
         return serving
 
-    async def read(self, call: Call, candidates: Snapshot, headers: Mapping[str, str]) -> Job:
+    async def read(
+        self, call: GenerationRequest, candidates: ClusterSnapshot, headers: Mapping[str, str]
+    ) -> PreparedRequest:
         """The call as servers should get it, and what is known of its prompts."""
         facts = [one.facts for one in candidates.all()]
         model = facts[0].model if facts else None
@@ -136,15 +145,15 @@ class Dispatcher:
         sample = self._prefixes.sample(call.body)
         call, prompt = await self._reader.read(call, model, page_tokens, headers)
         if self._room[0] is not candidates:
-            self._room = candidates, smallest_room(candidates)
+            self._room = candidates, smallest_capacity(candidates)
         room = self._room[1]
         num_tokens = None
         if room is not None and call.body_bytes > room:  # no token is less than a byte
             tokens = await self._tokenizers.tokens_of(call, model)
             num_tokens = max(map(len, tokens.prompts)) if isinstance(tokens, KnownTokens) else None
-        return Job(call, prompt, model, sample, num_tokens)
+        return PreparedRequest(call, prompt, model, sample, num_tokens)
 
-    def explain(self, job: Job) -> Decision:
+    def explain(self, job: PreparedRequest) -> Decision:
         """Where a call would go. Raises as placing it would."""
         ready = self._fit(job)
         decision = self._placer.decide(self._breakers.admitted(ready), job.prompt)
@@ -152,28 +161,28 @@ class Dispatcher:
             raise NoRoute(ready.why_unready() or "no server is ready")
         return decision
 
-    async def answer(self, job: Job, on_placed: OnPlaced) -> bytes:
-        """The whole answer. Raises NoRoute, Harmful, LegTimeout, and what `Upstream.leg` raises."""
+    async def answer(self, job: PreparedRequest, on_placed: OnPlaced) -> bytes:
+        """The whole answer. Raises NoRoute, PoisonRequest, RequestTimeout, and what `Upstream.leg` raises."""
 
-        async def run(attempt: _Attempt, placed: Placed) -> bytes:
+        async def run(attempt: _Attempt, placed: Assignment) -> bytes:
             answer = await self._runner.answer(attempt.call, placed)
             return attempt.alias.removed(answer) if attempt.alias else answer
 
-        async def again(_: WorkerFault) -> _Attempt:
+        async def again(_: UpstreamFault) -> _Attempt:
             return _Attempt.anew(job.call)
 
         return await self._tried(job, on_placed, run, again)
 
-    async def stream(self, job: Job, on_placed: OnPlaced, sink: Sink) -> None:
+    async def stream(self, job: PreparedRequest, on_placed: OnPlaced, sink: Sink) -> None:
         """Write the events as they come. Raises as `answer`, and Diverged; maybe after a write."""
         outlet = self._resumer.outlet(job.call, sink, self._ready(job))
 
-        async def run(attempt: _Attempt, placed: Placed) -> None:
+        async def run(attempt: _Attempt, placed: Assignment) -> None:
             resumption = attempt.resumption
             write = outlet.writer(attempt.alias, resumption.continuation if resumption else None)
             try:
                 await self._runner.stream(attempt.call, placed, write)
-            except WorkerFault:
+            except UpstreamFault:
                 rest = self._resumer.rest_of(job.call, outlet)
                 if rest is None:
                     raise
@@ -185,12 +194,12 @@ class Dispatcher:
             if resumption is not None:
                 self._resumer.count("continued" if resumption.num_kept else "repeated")
 
-        async def go_on(fault: WorkerFault) -> _Attempt:
+        async def go_on(fault: UpstreamFault) -> _Attempt:
             if not sink.has_begun:
                 return _Attempt.anew(job.call)
             failed = [fault.instance_id]
 
-            async def ask(call: Call) -> bytes:
+            async def ask(call: GenerationRequest) -> bytes:
                 return await self._asked(call, job, failed)
 
             resumed = await self._resumer.resumed(job.call, job.model, outlet, self._ready(job), ask)
@@ -201,28 +210,30 @@ class Dispatcher:
 
         await self._tried(job, on_placed, run, go_on)
 
-    async def _asked(self, call: Call, job: Job, failed: Sequence[InstanceId]) -> bytes:
+    async def _asked(
+        self, call: GenerationRequest, job: PreparedRequest, failed: Sequence[InstanceId]
+    ) -> bytes:
         """The answer to a question of the router's own about `job`. Raises as one attempt does."""
         placed = self._place_elsewhere(job, failed)
         if placed is None:
             raise NoRoute("no server is ready")
-        return await self._runner.answer(Alias().of(call), placed)
+        return await self._runner.answer(AttemptId().of(call), placed)
 
     # ---- attempts
 
     async def _tried(
         self,
-        job: Job,
+        job: PreparedRequest,
         on_placed: OnPlaced,
-        run: Callable[[_Attempt, Placed], Awaitable[T]],
-        then: Callable[[WorkerFault], Awaitable[_Attempt]],
+        run: Callable[[_Attempt, Assignment], Awaitable[T]],
+        then: Callable[[UpstreamFault], Awaitable[_Attempt]],
     ) -> T:
         """What `run` gives, again elsewhere while it is the instances that fail.
 
-        `then` says what is tried next, or raises what the client is told. Raises LegTimeout.
+        `then` says what is tried next, or raises what the client is told. Raises RequestTimeout.
         """
         placed, attempt = self._place(job), _Attempt.first(job.call)
-        faults: list[WorkerFault] = []
+        faults: list[UpstreamFault] = []
         timeout_s = self._patience.timeout_s
         if job.call.timeout_s is not None:
             timeout_s = min(timeout_s, job.call.timeout_s)
@@ -233,7 +244,7 @@ class Dispatcher:
                     on_placed(placed, len(faults) + 1)
                     try:
                         result = await run(attempt, placed)
-                    except WorkerFault as fault:
+                    except UpstreamFault as fault:
                         faults.append(fault)
                         self._note(fault, placed, len(faults))
                         attempt = await self._next(faults, then)
@@ -243,10 +254,10 @@ class Dispatcher:
                             self._breakers.answered(instance)
                         return result
         except TimeoutError as error:
-            raise LegTimeout(f"no answer within {timeout_s:g} s") from error
+            raise RequestTimeout(f"no answer within {timeout_s:g} s") from error
 
     async def _next(
-        self, faults: list[WorkerFault], then: Callable[[WorkerFault], Awaitable[_Attempt]]
+        self, faults: list[UpstreamFault], then: Callable[[UpstreamFault], Awaitable[_Attempt]]
     ) -> _Attempt:
         """What `then` says is tried after the last of `faults`; those that it meets are added."""
         while True:
@@ -256,39 +267,39 @@ class Dispatcher:
                 raise harm from fault
             try:
                 return await then(fault)
-            except WorkerFault as another:
+            except UpstreamFault as another:
                 if another is fault:
                     raise
                 faults.append(another)
 
-    async def _harmed(self, faults: Sequence[WorkerFault]) -> Harmful | None:
+    async def _harmed(self, faults: Sequence[UpstreamFault]) -> PoisonRequest | None:
         """As `harmed`, of instances that have ended: those that are silent are waited for."""
         clock = asyncio.get_running_loop().time
         until_s = clock() + SUSPECT_MISSES * self._cluster.heartbeat_s
-        lost = [fault for fault in faults if isinstance(fault, LegLost)]
+        lost = [fault for fault in faults if isinstance(fault, UpstreamDisconnected)]
         while True:
             fates = [self._cluster.fate(one.instance_id, one.epoch) for one in lost]
             ended, silent = (
                 [one for one, fate in zip(lost, fates, strict=True) if fate is which]
-                for which in (Fate.ENDED, Fate.UNKNOWN)
+                for which in (ProcessStatus.ENDED, ProcessStatus.UNKNOWN)
             )
-            harm = harmed([*ended, *silent])
-            if harm is None or harmed(ended) is not None or clock() >= until_s:
+            harm = find_poison([*ended, *silent])
+            if harm is None or find_poison(ended) is not None or clock() >= until_s:
                 return harm
             await asyncio.sleep(LOOK_S)
 
-    def _ready(self, job: Job) -> Snapshot:
+    def _ready(self, job: PreparedRequest) -> ClusterSnapshot:
         """Who could serve it now."""
-        ready = Snapshot() if job.model is None else self._cluster.snapshot.serving(job.model)
-        return ready if job.num_tokens is None else fitting(ready, job.num_tokens)
+        ready = ClusterSnapshot() if job.model is None else self._cluster.snapshot.serving(job.model)
+        return ready if job.num_tokens is None else instances_that_fit(ready, job.num_tokens)
 
-    def _fit(self, job: Job) -> Snapshot:
+    def _fit(self, job: PreparedRequest) -> ClusterSnapshot:
         """As `_ready`. Raises BadRequest if nobody there could ever hold its prompt."""
         if job.num_tokens is not None and job.model is not None:
             check_fits(self._cluster.snapshot.serving(job.model), job.num_tokens, job.call.api)
         return self._ready(job)
 
-    def _place(self, job: Job) -> Placed:
+    def _place(self, job: PreparedRequest) -> Assignment:
         """Who takes the call, which then has to be run.
 
         Raises NoRoute if no pair is whole, BadRequest if no decode could ever hold its prompt.
@@ -301,13 +312,15 @@ class Dispatcher:
         self._prefixes.note(job.prompt, job.sample)
         return placed
 
-    async def _place_again(self, job: Job, faults: Sequence[WorkerFault], ends_s: float) -> Placed:
+    async def _place_again(
+        self, job: PreparedRequest, faults: Sequence[UpstreamFault], ends_s: float
+    ) -> Assignment:
         """The same after a while, elsewhere if possible. Raises the last fault if nobody is ready then."""
         fault, failed = faults[-1], [one.instance_id for one in faults]
         num_tries = len(faults)
         while True:
             left_s = ends_s - asyncio.get_running_loop().time()
-            seconds = wait_s(self._patience, num_tries, left_s)
+            seconds = backoff_s(self._patience, num_tries, left_s)
             if seconds is None:
                 raise fault
             await asyncio.sleep(seconds)
@@ -321,23 +334,23 @@ class Dispatcher:
                 )
                 return placed
 
-    def _place_elsewhere(self, job: Job, failed: Sequence[InstanceId]) -> Placed | None:
+    def _place_elsewhere(self, job: PreparedRequest, failed: Sequence[InstanceId]) -> Assignment | None:
         """Who takes the call, rather not one of those that `failed`; None if nobody is ready."""
-        for snapshot in choices(self._ready(job), failed):
+        for snapshot in retry_candidates(self._ready(job), failed):
             placed = self._placer.place(self._breakers.admitted(snapshot), job.prompt)
             if placed is not None:
                 self._sent(placed)
                 return placed
         return None
 
-    def _sent(self, placed: Placed) -> None:
+    def _sent(self, placed: Assignment) -> None:
         for instance in placed.instances:
             self._breakers.sent(instance)
 
-    def _note(self, fault: WorkerFault, placed: Placed, num_attempts: int) -> None:
+    def _note(self, fault: UpstreamFault, placed: Assignment, num_attempts: int) -> None:
         """Count it against who it was. A lost connection was counted when it was noticed, once for all."""
         fault.num_attempts = num_attempts
-        if isinstance(fault, LegFailed):
+        if isinstance(fault, UpstreamError):
             for instance in placed.instances:
                 if instance.instance_id == fault.instance_id:
                     self._breakers.failed(instance)

@@ -20,26 +20,26 @@ from memserve.router.proxy.n_sampling import SampleJoiner, as_batch, as_singles,
 from memserve.router.proxy.pd_pair import OnPrefilled, PairRunner, parsed
 from memserve.router.proxy.relay import Write, relay
 from memserve.router.proxy.upstream import Upstream
-from memserve.router.request import Api, Call, encode_json
+from memserve.router.request import Api, GenerationRequest, encode_json
 from memserve.router.sse import data_of
-from memserve.scheduling.assignment import Placed, profits_from
-from memserve.scheduling.selector import Placer
+from memserve.scheduling.assignment import Assignment, benefits_from
+from memserve.scheduling.selector import InstanceSelector
 
 T = TypeVar("T")
 
 decode_json = msgspec.json.Decoder().decode
 
 
-class Runner:
+class RequestExecutor:
     """Runs placed calls. Event loop thread only."""
 
-    def __init__(self, upstream: Upstream, placer: Placer, fetcher: Fetcher) -> None:
+    def __init__(self, upstream: Upstream, placer: InstanceSelector, fetcher: Fetcher) -> None:
         self._upstream = upstream
         self._pairs = PairRunner(upstream)
         self._placer = placer
         self._fetcher = fetcher
 
-    async def answer(self, call: Call, placed: Placed) -> bytes:
+    async def answer(self, call: GenerationRequest, placed: Assignment) -> bytes:
         """The whole answer. Raises what `Upstream.leg` raises."""
         is_answered = False
         try:
@@ -50,7 +50,7 @@ class Runner:
         finally:
             self._placer.ended(placed, is_answered=is_answered)
 
-    async def stream(self, call: Call, placed: Placed, write: Write) -> None:
+    async def stream(self, call: GenerationRequest, placed: Assignment, write: Write) -> None:
         """Write the answer as it comes. Raises what `Upstream.leg` and `write` raise."""
         is_answered = False
         try:
@@ -60,9 +60,9 @@ class Runner:
         finally:
             self._placer.ended(placed, is_answered=is_answered)
 
-    async def _begun(self, call: Call, placed: Placed) -> OnPrefilled:
+    async def _begun(self, call: GenerationRequest, placed: Assignment) -> OnPrefilled:
         """Its history is fetched; what to tell of its prefill."""
-        waited_s = await self._fetcher.wait(partial(profits_from, placed))
+        waited_s = await self._fetcher.wait(partial(benefits_from, placed))
         if waited_s is not None:
             self._placer.waited(waited_s)
         if placed.plan is not None:
@@ -74,7 +74,9 @@ class Runner:
 
         return on_prefilled
 
-    async def _stream(self, call: Call, route: Route, on_prefilled: OnPrefilled, write: Write) -> None:
+    async def _stream(
+        self, call: GenerationRequest, route: Route, on_prefilled: OnPrefilled, write: Write
+    ) -> None:
         if not isinstance(route, Pair):
             await self._relay(call, route.worker, on_prefilled, write)
         elif call.num_samples == 1:
@@ -84,7 +86,7 @@ class Runner:
         else:
             await self._stream_samples(call, route, on_prefilled, write)
 
-    async def _answer(self, call: Call, placed: Placed, on_prefilled: OnPrefilled) -> bytes:
+    async def _answer(self, call: GenerationRequest, placed: Assignment, on_prefilled: OnPrefilled) -> bytes:
         route = placed.route
         if not isinstance(route, Pair):
             whole = await self._upstream.fetch(route.worker, call, _own_body(call))
@@ -100,17 +102,21 @@ class Runner:
         answers = await _all(self._pairs.answer(single, route, on_prefilled) for single in as_singles(call))
         return join_answers(call, answers)
 
-    async def _relay(self, call: Call, worker: Instance, on_prefilled: OnPrefilled, write: Write) -> None:
+    async def _relay(
+        self, call: GenerationRequest, worker: Instance, on_prefilled: OnPrefilled, write: Write
+    ) -> None:
         def on_first(chunk: bytes) -> None:
             on_prefilled(_parsed(data_of(chunk)))
 
         async with self._upstream.leg(worker, call, _own_body(call)) as leg:
             await relay(leg, write, on_first)
 
-    async def _stream_samples(self, call: Call, pair: Pair, on_prefilled: OnPrefilled, write: Write) -> None:
+    async def _stream_samples(
+        self, call: GenerationRequest, pair: Pair, on_prefilled: OnPrefilled, write: Write
+    ) -> None:
         joiner = SampleJoiner(call)
 
-        async def run(sample: int, single: Call) -> None:
+        async def run(sample: int, single: GenerationRequest) -> None:
             async def write_sample(chunk: bytes) -> None:
                 if joined := joiner.feed(sample, chunk):
                     await write(joined)
@@ -121,7 +127,7 @@ class Runner:
         await write(joiner.end())
 
 
-def _own_body(call: Call) -> bytes:
+def _own_body(call: GenerationRequest) -> bytes:
     """The body for a server that does everything itself."""
     return encode_json({**call.body, "rid": rid_field(call)})
 
@@ -134,7 +140,7 @@ def _parsed(answer: bytes) -> Any:
         return None
 
 
-def _num_cached(call: Call, answer: Any) -> int | None:
+def _num_cached(call: GenerationRequest, answer: Any) -> int | None:
     """Prompt tokens that were cached, all prompts together, by a parsed answer or the first event of one."""
     try:
         cached = cached_tokens_in(call, answer)

@@ -12,7 +12,7 @@ from typing import Any
 import msgspec
 
 from memserve.router.cluster.instance import Pair
-from memserve.router.request import Api, Call, JsonObject, encode_json
+from memserve.router.request import Api, GenerationRequest, JsonObject, encode_json
 from memserve.router.sse import data_of, with_data
 
 decode_json = msgspec.json.Decoder().decode
@@ -20,7 +20,7 @@ decode_json = msgspec.json.Decoder().decode
 _LOGPROB_LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
-def leg_bodies(call: Call, pair: Pair, draw_room: Callable[[], int]) -> tuple[bytes, bytes]:
+def leg_bodies(call: GenerationRequest, pair: Pair, draw_room: Callable[[], int]) -> tuple[bytes, bytes]:
     """The bodies for prefill and for decode.
 
     `draw_room` gives a fresh rendezvous number: one for each prompt. Prefill answers whole even if
@@ -42,12 +42,12 @@ def leg_bodies(call: Call, pair: Pair, draw_room: Callable[[], int]) -> tuple[by
     return encode_json(prefill), decode
 
 
-def rid_field(call: Call) -> object:
+def rid_field(call: GenerationRequest) -> object:
     """`rid` as SGLang wants it: a list for a batch."""
     return call.rid if call.num_prompts is None else list(call.rids)
 
 
-def merge_answers(call: Call, prefill: Any, decode: bytes) -> bytes:
+def merge_answers(call: GenerationRequest, prefill: Any, decode: bytes) -> bytes:
     """Decode's whole answer, with what prefill's, parsed, knows of the prompt."""
     theirs, ours = prefill, decode_json(decode)
     if call.api is Api.GENERATE:
@@ -67,7 +67,7 @@ def merge_answers(call: Call, prefill: Any, decode: bytes) -> bytes:
     return encode_json(ours)
 
 
-def cached_tokens_in(call: Call, answer: Any) -> int | list[int] | None:
+def cached_tokens_in(call: GenerationRequest, answer: Any) -> int | list[int] | None:
     """How many prompt tokens were cached by a parsed answer, for each prompt of a native batch.
 
     None if it does not say: OpenAI's endpoints do only with --enable-cache-report.
@@ -82,7 +82,7 @@ def cached_tokens_in(call: Call, answer: Any) -> int | list[int] | None:
     return total
 
 
-def cache_report(call: Call, answer: Any) -> JsonObject:
+def cache_report(call: GenerationRequest, answer: Any) -> JsonObject:
     """What to tell of prefill's reuse; of one prompt also by tier: `device` is HBM, `host` DRAM."""
     report: JsonObject = {"prefill_cached_tokens": cached_tokens_in(call, answer)}
     if isinstance(answer, dict) and (tiers := answer.get("meta_info", {}).get("cached_tokens_details")):
@@ -93,7 +93,7 @@ def cache_report(call: Call, answer: Any) -> JsonObject:
 class LogprobMerger:
     """Puts prefill's logprobs of the prompt into the events of decode's stream."""
 
-    def __init__(self, call: Call, prefill: Any) -> None:
+    def __init__(self, call: GenerationRequest, prefill: Any) -> None:
         """`prefill`: its answer, parsed."""
         self._api = call.api
         self._prefill = prefill

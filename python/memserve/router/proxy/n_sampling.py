@@ -12,7 +12,7 @@ import msgspec
 from msgspec import structs
 
 from memserve.core.errors import BadRequest
-from memserve.router.request import Call, JsonObject, encode_json
+from memserve.router.request import GenerationRequest, JsonObject, encode_json
 from memserve.router.sse import DONE, EventSplitter, data_of, with_data
 
 decode_json = msgspec.json.Decoder().decode
@@ -32,7 +32,7 @@ _PER_PROMPT = (
 )
 
 
-def as_batch(call: Call) -> Call:
+def as_batch(call: GenerationRequest) -> GenerationRequest:
     """A /generate call with n samples as a batch of n × its prompts, a prompt's samples side by side.
 
     Source: SGLang, TokenizerManager._handle_batch_request, which orders `n > 1` the same way.
@@ -60,7 +60,7 @@ def as_batch(call: Call) -> Call:
     return structs.replace(call, body=body, rids=rids, num_prompts=count, num_samples=1)
 
 
-def as_singles(call: Call) -> list[Call]:
+def as_singles(call: GenerationRequest) -> list[GenerationRequest]:
     """An OpenAI call with n samples as n calls for one each.
 
     A seed counts up from the one given: sample 0 is what a call without n would get.
@@ -68,7 +68,7 @@ def as_singles(call: Call) -> list[Call]:
     return [_single(call, sample) for sample in range(call.num_samples)]
 
 
-def _single(call: Call, sample: int) -> Call:
+def _single(call: GenerationRequest, sample: int) -> GenerationRequest:
     rid = f"{call.rid}_{sample}"
     body: JsonObject = {**call.body, "n": 1}
     if isinstance(seed := body.get("seed"), int):
@@ -77,7 +77,7 @@ def _single(call: Call, sample: int) -> Call:
     return structs.replace(call, body=body, rid=rid, rids=rids, num_samples=1)
 
 
-def join_answers(call: Call, answers: Sequence[bytes]) -> bytes:
+def join_answers(call: GenerationRequest, answers: Sequence[bytes]) -> bytes:
     """The n whole answers as one: choices numbered as SGLang does, usage summed, the prompt counted once."""
     parsed = [decode_json(answer) for answer in answers]
     choices = [
@@ -93,7 +93,7 @@ def join_answers(call: Call, answers: Sequence[bytes]) -> bytes:
 class SampleJoiner:
     """Joins n event streams into one, event by event, in the order they come."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: GenerationRequest) -> None:
         self._call = call
         self._splitters = [EventSplitter() for _ in range(call.num_samples)]
         self._usages: list[object] = [None] * call.num_samples

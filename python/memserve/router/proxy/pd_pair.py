@@ -17,11 +17,11 @@ from typing import Any, TypeVar
 import msgspec
 
 from memserve.router.cluster.instance import Instance, Pair
-from memserve.router.errors import LegFailed, LegLost
+from memserve.router.errors import UpstreamDisconnected, UpstreamError
 from memserve.router.proxy.merge import LogprobMerger, cache_report, leg_bodies, merge_answers
 from memserve.router.proxy.relay import Write, relay
 from memserve.router.proxy.upstream import Upstream
-from memserve.router.request import Call, encode_json
+from memserve.router.request import GenerationRequest, encode_json
 from memserve.router.sse import DONE, EventSplitter
 
 T = TypeVar("T")
@@ -31,7 +31,7 @@ OnPrefilled = Callable[[Any], None]
 decode_json = msgspec.json.Decoder().decode
 
 # What reading an answer of another shape raises.
-_NONSENSE = (msgspec.DecodeError, ValueError, LookupError, TypeError, AttributeError)
+_PARSE_ERRORS = (msgspec.DecodeError, ValueError, LookupError, TypeError, AttributeError)
 
 PREFILL_END_S = 1.0
 """After decode's last byte prefill has nothing left to do but to say so."""
@@ -43,17 +43,19 @@ class PairRunner:
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
 
-    async def answer(self, call: Call, pair: Pair, on_prefilled: OnPrefilled) -> bytes:
+    async def answer(self, call: GenerationRequest, pair: Pair, on_prefilled: OnPrefilled) -> bytes:
         """The whole answer. Raises what `Upstream.leg` raises, for either leg."""
         for_prefill, for_decode = leg_bodies(call, pair, _draw_room)
         async with self._prefilling(call, pair.prefill, for_prefill, on_prefilled) as prefill:
             answer = await unless_fails(prefill, self._upstream.fetch(pair.decode, call, for_decode))
             try:
                 return merge_answers(call, await prefill, answer)
-            except _NONSENSE as error:
-                raise nonsense(pair.decode, error) from error
+            except _PARSE_ERRORS as error:
+                raise malformed(pair.decode, error) from error
 
-    async def stream(self, call: Call, pair: Pair, on_prefilled: OnPrefilled, write: Write) -> None:
+    async def stream(
+        self, call: GenerationRequest, pair: Pair, on_prefilled: OnPrefilled, write: Write
+    ) -> None:
         """Write decode's events as they come, byte for byte unless prefill has to add to them.
 
         Raises what `Upstream.leg` raises; before the first `write` if the request was refused or not begun.
@@ -65,7 +67,7 @@ class PairRunner:
 
     @asynccontextmanager
     async def _prefilling(
-        self, call: Call, instance: Instance, body: bytes, on_prefilled: OnPrefilled
+        self, call: GenerationRequest, instance: Instance, body: bytes, on_prefilled: OnPrefilled
     ) -> AsyncIterator[asyncio.Task[Any]]:
         """Prefill's leg as a task, which gives its answer parsed; taken back if the block is left before."""
 
@@ -84,7 +86,7 @@ class PairRunner:
                 task.exception()  # it was raised above, or no longer matters
 
     async def _relay(
-        self, call: Call, decode: Instance, body: bytes, prefill: asyncio.Task[Any], write: Write
+        self, call: GenerationRequest, decode: Instance, body: bytes, prefill: asyncio.Task[Any], write: Write
     ) -> None:
         async with self._upstream.leg(decode, call, body) as leg:
             if call.wants_input_logprobs or call.wants_report:
@@ -95,7 +97,7 @@ class PairRunner:
 class _Rewriter:
     """A stream to which prefill has something to add."""
 
-    def __init__(self, call: Call, prefill: asyncio.Task[Any], write: Write) -> None:
+    def __init__(self, call: GenerationRequest, prefill: asyncio.Task[Any], write: Write) -> None:
         self._call = call
         self._prefill = prefill
         self._write = write
@@ -134,9 +136,13 @@ async def unless_fails(prefill: asyncio.Task[Any], decode: Coroutine[Any, Any, T
         if not task.done():
             prefill.result()
         return await task
-    except LegFailed:
+    except UpstreamError:
         for leg in (task, prefill):
-            if leg.done() and not leg.cancelled() and isinstance(lost := leg.exception(), LegLost):
+            if (
+                leg.done()
+                and not leg.cancelled()
+                and isinstance(lost := leg.exception(), UpstreamDisconnected)
+            ):
                 raise lost from None
         raise
     finally:
@@ -148,17 +154,17 @@ async def unless_fails(prefill: asyncio.Task[Any], decode: Coroutine[Any, Any, T
 
 
 def parsed(instance: Instance, answer: bytes) -> Any:
-    """Raises LegFailed for what is no JSON."""
+    """Raises UpstreamError for what is no JSON."""
     try:
         return decode_json(answer)
-    except _NONSENSE as error:
-        raise nonsense(instance, error) from error
+    except _PARSE_ERRORS as error:
+        raise malformed(instance, error) from error
 
 
-def nonsense(instance: Instance, error: Exception) -> LegFailed:
+def malformed(instance: Instance, error: Exception) -> UpstreamError:
     """What an instance has done that answers 200 with something else than an answer."""
     message = f"its answer is none of SGLang's: {error!r}"
-    return LegFailed(instance.instance_id, instance.role, 502, message)
+    return UpstreamError(instance.instance_id, instance.role, 502, message)
 
 
 def _draw_room() -> int:

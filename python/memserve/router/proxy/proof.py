@@ -13,7 +13,7 @@ from typing import Any
 import msgspec
 from msgspec import structs
 
-from memserve.router.request import Api, Call, JsonObject
+from memserve.router.request import Api, GenerationRequest, JsonObject
 
 LEAST_TOKENS = 16
 """Fewer are generated again before they are proven."""
@@ -25,7 +25,7 @@ _KEPT = ("extra_key", "cache_salt", "priority")
 decode_json = msgspec.json.Decoder().decode
 
 
-def question(call: Call, prompt: Sequence[int], ids: Sequence[int]) -> Call:
+def question(call: GenerationRequest, prompt: Sequence[int], ids: Sequence[int]) -> GenerationRequest:
     """What a server is asked to prove that it would answer `call` with `ids`."""
     body: JsonObject = {name: call.body[name] for name in _KEPT if call.body.get(name) is not None}
     body |= {

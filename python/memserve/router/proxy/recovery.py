@@ -10,10 +10,10 @@ import logging
 from collections.abc import Awaitable, Callable, Sequence
 
 from memserve.core.errors import MemServeError
-from memserve.router.cluster.instance import Snapshot
-from memserve.router.errors import LegLost
+from memserve.router.cluster.instance import ClusterSnapshot
+from memserve.router.errors import UpstreamDisconnected
 from memserve.router.observability.metrics import RouterMetrics
-from memserve.router.proxy.capacity import largest_room
+from memserve.router.proxy.capacity import largest_capacity
 from memserve.router.proxy.proof import LEAST_TOKENS, TIMEOUT_S, num_proven, question
 from memserve.router.proxy.recovery_policy import (
     SAMPLES,
@@ -24,19 +24,19 @@ from memserve.router.proxy.recovery_policy import (
     resumption,
     why_not,
 )
-from memserve.router.proxy.relay import Outlet, Sink
-from memserve.router.proxy.stream_state import Transcript, Unreadable
-from memserve.router.request import Call
+from memserve.router.proxy.relay import ResumableStream, Sink
+from memserve.router.proxy.stream_state import StreamState, Unreadable
+from memserve.router.request import GenerationRequest
 from memserve.router.tokenization.token_records import KnownTokens
 from memserve.router.tokenization.tokenizers import Tokenizers
 
 logger = logging.getLogger(__name__)
 
-Ask = Callable[[Call], Awaitable[bytes]]
+Ask = Callable[[GenerationRequest], Awaitable[bytes]]
 NEVER = "--resume never"
 
 
-class Resumer:
+class StreamRecovery:
     """See the module."""
 
     def __init__(self, tokenizers: Tokenizers, metrics: RouterMetrics, *, is_on: bool) -> None:
@@ -44,11 +44,11 @@ class Resumer:
         self._metrics = metrics
         self._is_on = is_on
 
-    def outlet(self, call: Call, sink: Sink, ready: Snapshot) -> Outlet:
+    def outlet(self, call: GenerationRequest, sink: Sink, ready: ClusterSnapshot) -> ResumableStream:
         """Where a stream of `call` goes, remembered if it could be continued; `ready` could serve it."""
-        return Outlet(sink, Transcript(call) if self._why_not(call, ready) is None else None)
+        return ResumableStream(sink, StreamState(call) if self._why_not(call, ready) is None else None)
 
-    def rest_of(self, call: Call, outlet: Outlet) -> bytes | None:
+    def rest_of(self, call: GenerationRequest, outlet: ResumableStream) -> bytes | None:
         """What a client that has the whole answer still has to be told; None if it has not."""
         try:
             return None if outlet.transcript is None else closing(call, outlet.transcript.seen())
@@ -56,11 +56,16 @@ class Resumer:
             return None
 
     async def resumed(
-        self, call: Call, model: str | None, outlet: Outlet, ready: Snapshot, ask: Ask
+        self,
+        call: GenerationRequest,
+        model: str | None,
+        outlet: ResumableStream,
+        ready: ClusterSnapshot,
+        ask: Ask,
     ) -> Resumption | str:
         """How the stream goes on, or why it cannot; counted. `ask` gives the answer of one of `ready`.
 
-        Raises LegLost if that one was lost with the question.
+        Raises UpstreamDisconnected if that one was lost with the question.
         """
         if outlet.transcript is None:
             reason = self._why_not(call, ready) or "its events are not SGLang's"
@@ -78,7 +83,7 @@ class Resumer:
         """A stream that broke has ended so."""
         self._metrics.resumed.labels(outcome).inc()
 
-    def _why_not(self, call: Call, ready: Snapshot) -> str | None:
+    def _why_not(self, call: GenerationRequest, ready: ClusterSnapshot) -> str | None:
         if not self._is_on:
             return NEVER
         reason = why_not(call, is_deterministic=False)
@@ -87,7 +92,12 @@ class Resumer:
         return reason
 
     async def _resumption(
-        self, call: Call, model: str | None, transcript: Transcript, ready: Snapshot, ask: Ask
+        self,
+        call: GenerationRequest,
+        model: str | None,
+        transcript: StreamState,
+        ready: ClusterSnapshot,
+        ask: Ask,
     ) -> Resumption:
         seen = transcript.seen()
         known = await self._tokenizers.tokens_of(call, model)
@@ -99,10 +109,10 @@ class Resumer:
             return self._tokenizers.text_after(model, prompt, ids, skips_special=skips_special)
 
         proven = await self._proven(call, model, openai_text(call, seen), prompt, ask)
-        return resumption(call, seen, Tokens(prompt, text_of, largest_room(ready), proven))
+        return resumption(call, seen, Tokens(prompt, text_of, largest_capacity(ready), proven))
 
     async def _proven(
-        self, call: Call, model: str | None, text: str | None, prompt: Sequence[int], ask: Ask
+        self, call: GenerationRequest, model: str | None, text: str | None, prompt: Sequence[int], ask: Ask
     ) -> Sequence[int]:
         """The tokens at the begin of a greedy answer of which only the `text` is known."""
         if text is None or why_not(call, is_deterministic=False) is not None:
@@ -113,7 +123,7 @@ class Resumer:
         try:
             async with asyncio.timeout(TIMEOUT_S):
                 answer = await ask(question(call, prompt, ids))
-        except LegLost as lost:
+        except UpstreamDisconnected as lost:
             if lost.was_sent:  # whoever counts what this request does to servers has to know
                 raise
             return ()
@@ -123,11 +133,11 @@ class Resumer:
         return ids[: num_proven(ids, answer)]
 
 
-def _are_deterministic(ready: Snapshot) -> bool:
+def _are_deterministic(ready: ClusterSnapshot) -> bool:
     return all(one.facts.is_deterministic for one in ready.all())
 
 
-def _skips_special(call: Call) -> bool:
+def _skips_special(call: GenerationRequest) -> bool:
     params = call.body.get("sampling_params")
     holder = params if isinstance(params, dict) else call.body
     return holder.get("skip_special_tokens") is not False

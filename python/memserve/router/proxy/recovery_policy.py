@@ -26,9 +26,9 @@ from typing import Any
 
 from msgspec import structs
 
-from memserve.router.proxy.stream_splicer import Continuation, Kept, NativeContinuation, OpenAiContinuation
-from memserve.router.proxy.stream_state import TEXT, Path, Seen, Unreadable
-from memserve.router.request import Api, Call, JsonObject
+from memserve.router.proxy.stream_splicer import AcceptedPrefix, NativeSplicer, OpenAiSplicer, StreamSplicer
+from memserve.router.proxy.stream_state import TEXT, Path, Received, Unreadable
+from memserve.router.request import Api, GenerationRequest, JsonObject
 from memserve.router.sse import DONE
 
 TextOf = Callable[[Sequence[int]], str]
@@ -76,16 +76,16 @@ _NEVER = (
 class Resumption:
     """How a broken stream goes on."""
 
-    call: Call
+    call: GenerationRequest
     """What another server is asked."""
-    continuation: Continuation
+    continuation: StreamSplicer
     num_kept: int
     """Generated tokens that have become a part of the prompt; 0: it does all of it again."""
     num_tokens: int | None = None
     """Of that prompt, with them."""
 
 
-def why_not(call: Call, *, is_deterministic: bool) -> str | None:
+def why_not(call: GenerationRequest, *, is_deterministic: bool) -> str | None:
     """Why a stream of `call` could not be continued; None if it could.
 
     `is_deterministic`: all servers sample by seed and position.
@@ -101,7 +101,7 @@ def why_not(call: Call, *, is_deterministic: bool) -> str | None:
     return None
 
 
-def closing(call: Call, seen: Seen) -> bytes | None:
+def closing(call: GenerationRequest, seen: Received) -> bytes | None:
     """What is left to say to a client that has the whole answer; None if it has not."""
     if seen.is_done:
         return b""
@@ -126,7 +126,7 @@ class Tokens:
     """Those at the begin of an OpenAI answer."""
 
 
-def openai_text(call: Call, seen: Seen) -> str | None:
+def openai_text(call: GenerationRequest, seen: Received) -> str | None:
     """What was streamed of an OpenAI answer, if it helps to know its tokens; else None."""
     if call.api is Api.GENERATE or call.num_prompts is not None or call.num_samples != 1:
         return None
@@ -139,7 +139,7 @@ def openai_text(call: Call, seen: Seen) -> str | None:
     return parts[_field(call)] if list(parts) == [_field(call)] else None
 
 
-def resumption(call: Call, seen: Seen, tokens: Tokens) -> Resumption:
+def resumption(call: GenerationRequest, seen: Received, tokens: Tokens) -> Resumption:
     """How a stream of `call`, of which `why_not` knows nothing bad, goes on after `seen`.
 
     `seen` is left as it is. Raises Unreadable.
@@ -150,31 +150,31 @@ def resumption(call: Call, seen: Seen, tokens: Tokens) -> Resumption:
     kept = _kept(call, seen, tokens)
     count = len(kept.ids)
     if call.api is Api.GENERATE:
-        continuation: Continuation = NativeContinuation(seen, kept)
+        continuation: StreamSplicer = NativeSplicer(seen, kept)
     else:
-        continuation = OpenAiContinuation(seen, kept, _field(call), _stops(call.body))
+        continuation = OpenAiSplicer(seen, kept, _field(call), _stops(call.body))
     if count:
         call = _continued(call, [*tokens.prompt, *kept.ids], count)
     return Resumption(call, continuation, count, len(tokens.prompt) + count)
 
 
-def _kept(call: Call, seen: Seen, tokens: Tokens) -> Kept:
+def _kept(call: GenerationRequest, seen: Received, tokens: Tokens) -> AcceptedPrefix:
     """What can stand in the prompt of what was streamed."""
     if not tokens.prompt:
-        return Kept()
+        return AcceptedPrefix()
     ids: Sequence[int] = tokens.proven
     text, params = openai_text(call, seen), call.body
     if call.api is Api.GENERATE and _is_plain(call, seen):
         choice = seen.choices[0]
         ids, text, params = choice.ids, choice.parts.get(TEXT, ""), call.body["sampling_params"]  # type: ignore[assignment]
     if text is None:
-        return Kept()
+        return AcceptedPrefix()
     if tokens.room is not None:
         ids = ids[: max(0, tokens.room - len(tokens.prompt))]
     return keep(ids, text, _stops(params), tokens.text_of)
 
 
-def keep(ids: Sequence[int], text: str, stops: Sequence[str], text_of: TextOf) -> Kept:
+def keep(ids: Sequence[int], text: str, stops: Sequence[str], text_of: TextOf) -> AcceptedPrefix:
     """The longest part of what was generated that can stand in the prompt.
 
     Its text has to be known, to be whole, and to leave out the length of the longest stop string less one:
@@ -184,11 +184,11 @@ def keep(ids: Sequence[int], text: str, stops: Sequence[str], text_of: TextOf) -
     for count in range(len(ids), max(0, len(ids) - MAX_STEPS_BACK), -1):
         kept = text_of(ids[:count])
         if kept and len(kept) <= longest and not kept.endswith(_HALF) and text.startswith(kept):
-            return Kept(tuple(ids[:count]), kept)
-    return Kept()
+            return AcceptedPrefix(tuple(ids[:count]), kept)
+    return AcceptedPrefix()
 
 
-def _continued(call: Call, prompt: list[int], count: int) -> Call:
+def _continued(call: GenerationRequest, prompt: list[int], count: int) -> GenerationRequest:
     """`call` from `prompt`, the last `count` of whose tokens were generated."""
     body = {name: value for name, value in call.body.items() if name != "text"}
     if call.api is Api.GENERATE:
@@ -206,7 +206,7 @@ def _left(params: JsonObject, names: Sequence[str], count: int) -> JsonObject:
     return {name: max(0, value - count) for name, value in values.items() if isinstance(value, int)}
 
 
-def _is_plain(call: Call, seen: Seen) -> bool:
+def _is_plain(call: GenerationRequest, seen: Received) -> bool:
     """Whether a /generate call has one prompt and does not look back."""
     params = call.body.get("sampling_params")
     if not isinstance(params, dict) or call.num_prompts is not None or call.num_samples != 1:
@@ -228,12 +228,12 @@ def _looks_back(fields: JsonObject, plain: frozenset[str]) -> bool:
     return any(value and name not in plain and _NEUTRAL.get(name) != value for name, value in fields.items())
 
 
-def _field(call: Call) -> Path:
+def _field(call: GenerationRequest) -> Path:
     """Where the text of an OpenAI answer stands."""
     return ("text",) if call.api is Api.COMPLETIONS else ("content",)
 
 
-def _params(call: Call) -> list[JsonObject]:
+def _params(call: GenerationRequest) -> list[JsonObject]:
     """The sampling parameters of each prompt."""
     if call.api is not Api.GENERATE:
         return [call.body]

@@ -1,7 +1,7 @@
 """What an instance streams, handed on as it comes; what it says went wrong in there, raised.
 
-instance ── relay ──> Outlet ──> the client: whole events only, so that a stream can end, or be
-                        └─> Transcript       continued, wherever an instance leaves off
+instance ── relay ──> ResumableStream ──> the client: whole events only, so that a stream can end, or be
+                        └─> StreamState       continued, wherever an instance leaves off
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ from typing import Any, Protocol
 import msgspec
 
 from memserve.router.cluster.instance import Instance
-from memserve.router.errors import LegFailed, message_of
-from memserve.router.proxy.retry import Alias
-from memserve.router.proxy.stream_splicer import Continuation
-from memserve.router.proxy.stream_state import Transcript
+from memserve.router.errors import UpstreamError, message_of
+from memserve.router.proxy.retry import AttemptId
+from memserve.router.proxy.stream_splicer import StreamSplicer
+from memserve.router.proxy.stream_state import StreamState
 from memserve.router.proxy.upstream import Leg
 from memserve.router.sse import DONE, EventSplitter, data_of
 
@@ -43,7 +43,7 @@ class Sink(Protocol):
 
 
 async def relay(leg: Leg, write: Write, on_first: Callable[[bytes], None] | None = None) -> None:
-    """Write what comes. Raises what `Leg` and `write` raise, and LegFailed for an error (5xx) in between,
+    """Write what comes. Raises what `Leg` and `write` raise, and UpstreamError for an error (5xx) in between,
     for what is no event stream, and for one that ends before its end."""
     chunk = await leg.first()
     if not chunk or not (chunk.startswith(_FIELDS) or _DATA.startswith(chunk)):
@@ -72,7 +72,7 @@ async def _write_until_fault(instance: Instance, chunk: bytes, write: Write) -> 
         await write(rest)
 
 
-def _fault_in(instance: Instance, event: bytes) -> LegFailed | None:
+def _fault_in(instance: Instance, event: bytes) -> UpstreamError | None:
     """The error of its own that an instance tells of in `event`.
 
     OpenAI's endpoints of SGLang write an error object then, /generate an answer that ends in an abort.
@@ -91,21 +91,21 @@ def _fault_in(instance: Instance, event: bytes) -> LegFailed | None:
     return _failed(instance, status, message_of(status, msgspec.json.encode({"error": error})))
 
 
-def _failed(instance: Instance, status: int, message: str) -> LegFailed:
-    return LegFailed(instance.instance_id, instance.role, status, message)
+def _failed(instance: Instance, status: int, message: str) -> UpstreamError:
+    return UpstreamError(instance.instance_id, instance.role, status, message)
 
 
-class Outlet:
+class ResumableStream:
     """The client's end of one stream, whoever feeds it."""
 
-    def __init__(self, sink: Sink, transcript: Transcript | None) -> None:
+    def __init__(self, sink: Sink, transcript: StreamState | None) -> None:
         """`transcript`: told of what the client gets."""
         self._sink = sink
         self._transcript = transcript
         self._rest = b""
 
     @property
-    def transcript(self) -> Transcript | None:
+    def transcript(self) -> StreamState | None:
         """None also if the stream turned out to be none that can be remembered."""
         return self._transcript
 
@@ -124,7 +124,7 @@ class Outlet:
         if rest:
             await self._sink.write(rest)
 
-    def writer(self, alias: Alias | None, continuation: Continuation | None) -> Write:
+    def writer(self, alias: AttemptId | None, continuation: StreamSplicer | None) -> Write:
         """Where the next attempt writes to; what the last one left in part is dropped."""
         self._rest = b""
         if alias is None:

@@ -1,6 +1,6 @@
 """Whether a request that an instance failed is done again: when, where, and under which name.
 
-    fault ── wait_s ──> a wait ──> the first of `choices` that is whole ──> the call under an `Alias`
+    fault ── wait_s ──> a wait ──> the first of `choices` that is whole ──> the call under an `AttemptId`
                └ None: the fault is what the client is told
 Pure but for the names; randomness and time are given.
 """
@@ -15,9 +15,9 @@ from dataclasses import dataclass, field
 from msgspec import structs
 
 from memserve.core.ids import InstanceId
-from memserve.router.cluster.instance import Snapshot
-from memserve.router.errors import Harmful, LegLost, WorkerFault
-from memserve.router.request import Call
+from memserve.router.cluster.instance import ClusterSnapshot
+from memserve.router.errors import PoisonRequest, UpstreamDisconnected, UpstreamFault
+from memserve.router.request import GenerationRequest
 from memserve.router.sse import EventSplitter
 
 MAX_LOST = 2
@@ -25,7 +25,7 @@ MAX_LOST = 2
 
 
 @dataclass(frozen=True, slots=True)
-class Patience:
+class RetryPolicy:
     """How long, and how often, a request is tried."""
 
     timeout_s: float = 1800.0
@@ -37,7 +37,7 @@ class Patience:
     """Jitter: numbers from 0 to 1."""
 
 
-def wait_s(patience: Patience, num_tries: int, left_s: float) -> float | None:
+def backoff_s(patience: RetryPolicy, num_tries: int, left_s: float) -> float | None:
     """How long to wait after try number `num_tries`, from 1, until the next; None: there is none.
 
     Between half of the backoff, which doubles with every try, and all of it. Never past the client's
@@ -46,11 +46,11 @@ def wait_s(patience: Patience, num_tries: int, left_s: float) -> float | None:
     if num_tries > patience.max_retries:
         return None
     backoff_s = min(patience.initial_backoff_s * 2.0 ** min(num_tries - 1, 60), patience.max_backoff_s)
-    wait_s = backoff_s * (1 + patience.draw()) / 2
-    return wait_s if wait_s < left_s else None
+    backoff_s = backoff_s * (1 + patience.draw()) / 2
+    return backoff_s if backoff_s < left_s else None
 
 
-def harmed(faults: Sequence[WorkerFault]) -> Harmful | None:
+def find_poison(faults: Sequence[UpstreamFault]) -> PoisonRequest | None:
     """Why a request that has met `faults` must reach no other instance; None if it may.
 
     An instance that was lost before the request had reached it was not lost for it; leave out the faults
@@ -58,25 +58,25 @@ def harmed(faults: Sequence[WorkerFault]) -> Harmful | None:
     """
     lost: dict[str, dict[InstanceId, None]] = {}
     for fault in faults:
-        if isinstance(fault, LegLost) and fault.was_sent:
+        if isinstance(fault, UpstreamDisconnected) and fault.was_sent:
             lost.setdefault(fault.role, {})[fault.instance_id] = None
     for role, instances in lost.items():
         if len(instances) >= MAX_LOST:
-            return Harmful(role, tuple(instances))
+            return PoisonRequest(role, tuple(instances))
     return None
 
 
-def choices(snapshot: Snapshot, failed: Sequence[InstanceId]) -> Iterator[Snapshot]:
+def retry_candidates(snapshot: ClusterSnapshot, failed: Sequence[InstanceId]) -> Iterator[ClusterSnapshot]:
     """Whom to choose from, best first: none of those that failed; not the last of them; anyone.
 
     Whoever is in `snapshot` after it failed may have been started anew.
     """
     for avoided in (failed, failed[-1:], ()):
-        yield Snapshot.of(one for one in snapshot.all() if one.instance_id not in avoided)
+        yield ClusterSnapshot.of(one for one in snapshot.all() if one.instance_id not in avoided)
 
 
 @dataclass(frozen=True, slots=True)
-class Alias:
+class AttemptId:
     """The name of a call at the servers, for one more attempt; the client keeps reading its own.
 
     SGLang refuses a name that it still knows, aborts by prefix, and 2 s after a stream has broken
@@ -85,7 +85,7 @@ class Alias:
 
     mark: str = field(default_factory=lambda: f"{secrets.token_hex(8)}-")
 
-    def of(self, call: Call) -> Call:
+    def of(self, call: GenerationRequest) -> GenerationRequest:
         """`call` as the servers get it."""
         rids = tuple(self.mark + rid for rid in call.rids)
         return structs.replace(call, rid=self.mark + call.rid, rids=rids, rid_is_clients=False)

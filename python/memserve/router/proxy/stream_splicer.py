@@ -22,7 +22,7 @@ from memserve.router.proxy.stream_state import (
     Choice,
     Parts,
     Path,
-    Seen,
+    Received,
     Unreadable,
     growing,
     note_native,
@@ -41,28 +41,28 @@ class Diverged(Retryable):
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class AcceptedPrefix:
     """What of the answer was made a part of the prompt."""
 
     ids: tuple[int, ...] = ()
     text: str = ""
 
 
-class Continuation(Protocol):
+class StreamSplicer(Protocol):
     """Rewrites one stream, event by event."""
 
     def rewrite(self, event: bytes) -> bytes:
         """What the client gets for `event`: b"" if it has that. Raises Diverged."""
 
 
-class NativeContinuation:
+class NativeSplicer:
     """Of /generate."""
 
-    def __init__(self, seen: Seen, kept: Kept) -> None:
+    def __init__(self, seen: Received, kept: AcceptedPrefix) -> None:
         """`seen` becomes this object's."""
         self._seen = seen
         self._kept = kept
-        self._new = Seen()
+        self._new = Received()
 
     def rewrite(self, event: bytes) -> bytes:
         return _rewritten(event, self._continue)
@@ -107,10 +107,10 @@ class NativeContinuation:
         return {**meta, **told}
 
 
-class OpenAiContinuation:
+class OpenAiSplicer:
     """Of OpenAI's endpoints."""
 
-    def __init__(self, seen: Seen, kept: Kept, field: Path, stops: Sequence[str]) -> None:
+    def __init__(self, seen: Received, kept: AcceptedPrefix, field: Path, stops: Sequence[str]) -> None:
         """`seen` becomes this object's; `field` is where the text of `kept` would stand."""
         self._seen = seen
         self._num_kept = len(kept.ids)

@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 
 import msgspec
 
-from memserve.router.request import Api, Call, JsonObject
+from memserve.router.request import Api, GenerationRequest, JsonObject
 from memserve.router.sse import data_of
 
 FOLD_BYTES = 128 << 10
@@ -60,7 +60,7 @@ class Choice:
 
 
 @dataclass(slots=True)
-class Seen:
+class Received:
     """A stream, as far as a client has got it."""
 
     choices: dict[int, Choice] = field(default_factory=dict)
@@ -73,15 +73,15 @@ class Seen:
     is_done: bool = False
 
 
-class Transcript:
+class StreamState:
     """Of one stream. `note` is all it costs while nothing goes wrong."""
 
-    def __init__(self, call: Call) -> None:
+    def __init__(self, call: GenerationRequest) -> None:
         self._is_native = call.api is Api.GENERATE
         self._is_single = call.num_prompts is None and call.num_samples == 1
         self._chunks: list[bytes] = []
         self._size = 0
-        self._seen = Seen()
+        self._seen = Received()
         self._lost: str | None = None
 
     def note(self, chunk: bytes) -> None:
@@ -97,7 +97,7 @@ class Transcript:
         elif self._is_native and self._seen.is_incremental is None and len(self._chunks) >= _LAST_CHUNKS:
             self._fold()  # which of the two it is can be told from two events
 
-    def seen(self) -> Seen:
+    def seen(self) -> Received:
         """All of it. Raises Unreadable."""
         self._fold()
         if self._lost is not None:
@@ -115,7 +115,7 @@ class Transcript:
         except Unreadable as error:
             self._lost = str(error)
         if self._lost is not None:
-            self._seen = Seen()
+            self._seen = Received()
 
     def _read(self, events: bytes) -> None:
         seen = self._seen
@@ -131,7 +131,7 @@ class Transcript:
             raise Unreadable("it was longer than is remembered")
 
 
-def note_native(seen: Seen, event: JsonObject) -> None:
+def note_native(seen: Received, event: JsonObject) -> None:
     """Add an event of /generate to what was seen. Raises Unreadable, and what odd JSON raises."""
     index: Any = event.get("index", 0)
     choice = seen.choices.setdefault(index, Choice())
@@ -153,7 +153,7 @@ def note_native(seen: Seen, event: JsonObject) -> None:
     choice.is_finished = meta.get("finish_reason") is not None
 
 
-def _note_openai(seen: Seen, event: JsonObject) -> None:
+def _note_openai(seen: Received, event: JsonObject) -> None:
     if not seen.head:
         seen.head = {name: event[name] for name in ("id", "created") if name in event}
     if not event.get("choices") and event.get("usage"):

@@ -17,15 +17,15 @@ import msgspec
 
 from memserve.core.errors import InstanceLost
 from memserve.router.cluster.instance import Instance
-from memserve.router.errors import LegFailed, LegLost, LegRefused, message_of, refusal
+from memserve.router.errors import UpstreamDisconnected, UpstreamError, UpstreamRejected, message_of, refusal
 from memserve.router.proxy.connection_pool import (
     KEEPALIVE_S,
-    BrokenAnswer,
     Connection,
-    Connections,
-    FallenSilent,
+    ConnectionPool,
+    MalformedResponse,
+    UpstreamSilent,
 )
-from memserve.router.request import Api, Call
+from memserve.router.request import Api, GenerationRequest
 from memserve.router.sse import data_of
 
 logger = logging.getLogger(__name__)
@@ -39,7 +39,7 @@ _ERROR = b'data: {"error"'
 
 
 def open_session(tls: ssl.SSLContext, api_key: str | None = None) -> aiohttp.ClientSession:
-    """Connections for what is not generation: probes, aborts, pages. `tls` verifies, `api_key` admits."""
+    """ConnectionPool for what is not generation: probes, aborts, pages. `tls` verifies, `api_key` admits."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=60, ssl=tls)
     headers = {"Accept-Encoding": "identity"}
     if api_key is not None:
@@ -63,7 +63,7 @@ class Leg:
         return await self._connection.read()
 
     async def first(self) -> bytes:
-        """What came first. Raises LegRefused, LegFailed: SGLang refuses streams inside a 200."""
+        """What came first. Raises UpstreamRejected, UpstreamError: SGLang refuses streams inside a 200."""
         chunk = await self.next()
         if chunk.startswith(_ERROR):
             raise _refused(self.instance, chunk)
@@ -75,7 +75,7 @@ class Upstream:
 
     def __init__(
         self,
-        connections: Connections,
+        connections: ConnectionPool,
         session: aiohttp.ClientSession,
         *,
         on_lost: Callable[[Instance, str], None],
@@ -88,11 +88,12 @@ class Upstream:
         self._closing = asyncio.Event()
 
     @asynccontextmanager
-    async def leg(self, instance: Instance, call: Call, body: bytes) -> AsyncIterator[Leg]:
+    async def leg(self, instance: Instance, call: GenerationRequest, body: bytes) -> AsyncIterator[Leg]:
         """Send `body`, this instance's share of `call`, and wait until it begins to answer 200.
 
         Leaving with an exception, cancellation included, closes the connection and aborts the call there.
-        Raises LegLost, LegFailed (5xx) or LegRefused (4xx), from inside the block too. Sets no limit of time.
+        Raises UpstreamDisconnected, UpstreamError (5xx) or UpstreamRejected (4xx), also inside the block.
+        Sets no time limit.
         """
         connection: Connection | None = None
         answered = False
@@ -109,7 +110,7 @@ class Upstream:
         finally:
             self._leave(instance, call, connection, answered)
 
-    async def fetch(self, instance: Instance, call: Call, body: bytes) -> bytes:
+    async def fetch(self, instance: Instance, call: GenerationRequest, body: bytes) -> bytes:
         """The whole answer of an instance. Raises and takes back as `leg` does."""
         connection: Connection | None = None
         answered = False
@@ -125,12 +126,14 @@ class Upstream:
         finally:
             self._leave(instance, call, connection, answered)
 
-    async def _sent(self, instance: Instance, call: Call, body: bytes) -> Connection:
+    async def _sent(self, instance: Instance, call: GenerationRequest, body: bytes) -> Connection:
         connection = self._connections.free(instance.url) or await self._connections.connect(instance.url)
         connection.send(_request(instance, call, body))
         return connection
 
-    def _leave(self, instance: Instance, call: Call, connection: Connection | None, answered: bool) -> None:
+    def _leave(
+        self, instance: Instance, call: GenerationRequest, connection: Connection | None, answered: bool
+    ) -> None:
         if connection is not None:
             connection.release() if answered else connection.close()
             if call.trace is not None:
@@ -145,21 +148,21 @@ class Upstream:
         if self._aborting:
             await asyncio.wait(self._aborting, timeout=ABORT_TIMEOUT_S)
 
-    def _lost(self, instance: Instance, error: OSError, *, was_sent: bool) -> LegLost:
+    def _lost(self, instance: Instance, error: OSError, *, was_sent: bool) -> UpstreamDisconnected:
         reason = describe(error) if was_sent else f"cannot connect ({error.strerror or describe(error)})"
         if error.errno not in _OWN_FAULTS:
             self._on_lost(instance, reason)
         # A process that was stopped, or cut off, was not ended by what it was asked.
-        may_be_cause = was_sent and not isinstance(error, FallenSilent)
+        may_be_cause = was_sent and not isinstance(error, UpstreamSilent)
         name, epoch = instance.instance_id, instance.epoch
-        return LegLost(name, epoch, instance.role, reason, was_sent=may_be_cause)
+        return UpstreamDisconnected(name, epoch, instance.role, reason, was_sent=may_be_cause)
 
-    def _abort(self, instance: Instance, call: Call) -> None:
+    def _abort(self, instance: Instance, call: GenerationRequest) -> None:
         task = asyncio.create_task(self._send_aborts(instance, call))
         self._aborting.add(task)
         task.add_done_callback(self._aborting.discard)
 
-    async def _send_aborts(self, instance: Instance, call: Call) -> None:
+    async def _send_aborts(self, instance: Instance, call: GenerationRequest) -> None:
         # A client may use its own rid again at once: a second abort could hit its next request.
         try:
             await self._send_abort(instance, call)
@@ -170,7 +173,7 @@ class Upstream:
         except (aiohttp.ClientError, OSError) as error:
             logger.debug("abort not sent rid=%s instance=%s: %s", call.rid, instance.instance_id, error)
 
-    async def _send_abort(self, instance: Instance, call: Call) -> None:
+    async def _send_abort(self, instance: Instance, call: GenerationRequest) -> None:
         timeout = aiohttp.ClientTimeout(total=ABORT_TIMEOUT_S)
         url = instance.url + "/abort_request"
         for rid in call.rids:
@@ -187,7 +190,7 @@ def _head(url: str, api: Api) -> str:
     )
 
 
-def _request(instance: Instance, call: Call, body: bytes) -> bytes:
+def _request(instance: Instance, call: GenerationRequest, body: bytes) -> bytes:
     head = _head(instance.url, call.api)
     if call.authorization is not None:
         head += f"Authorization: {call.authorization}\r\n"
@@ -197,19 +200,19 @@ def _request(instance: Instance, call: Call, body: bytes) -> bytes:
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 
 
-def _error(instance: Instance, status: int, text: bytes) -> LegRefused | LegFailed:
+def _error(instance: Instance, status: int, text: bytes) -> UpstreamRejected | UpstreamError:
     """What an answer means that is not 200."""
     if 400 <= status < 500:
         return refusal(status, text)
-    return LegFailed(instance.instance_id, instance.role, status, message_of(status, text))
+    return UpstreamError(instance.instance_id, instance.role, status, message_of(status, text))
 
 
-def _refused(instance: Instance, event: bytes) -> LegRefused | LegFailed:
+def _refused(instance: Instance, event: bytes) -> UpstreamRejected | UpstreamError:
     """The status that is meant is in the event."""
     body = data_of(event)
     code = msgspec.json.decode(body)["error"].get("code")
     if isinstance(code, int) and 500 <= code < 600:
-        return LegFailed(instance.instance_id, instance.role, code, message_of(code, body))
+        return UpstreamError(instance.instance_id, instance.role, code, message_of(code, body))
     return refusal(code if isinstance(code, int) and 400 <= code < 500 else 400, body)
 
 
@@ -219,7 +222,7 @@ def describe(error: BaseException) -> str:
         return error.reason
     if isinstance(error, aiohttp.ClientConnectorError):
         return f"cannot connect ({error.os_error.strerror or error.os_error})"
-    if isinstance(error, BrokenAnswer):
+    if isinstance(error, MalformedResponse):
         return str(error)
     if isinstance(error, TimeoutError):
         return "no answer in time"

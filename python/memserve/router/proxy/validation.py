@@ -1,4 +1,4 @@
-"""What is refused before anything is sent: bytes in, a `Call` out, or BadRequest with the field at fault.
+"""Checks a request before it is sent: bytes in, `GenerationRequest` out, else BadRequest naming the field.
 
 Pure. Checks what would otherwise reach only one half of a pair, crash a server, or hang there; what
 every server refuses alike (odd sampling values, texts too long) is checked where it is cheap.
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import msgspec
 
 from memserve.core.errors import BadRequest
-from memserve.router.request import Api, Call, JsonObject
+from memserve.router.request import Api, GenerationRequest, JsonObject
 from memserve.router.sglang_api import SAMPLING_FIELDS
 
 MAX_SAMPLES = 128
@@ -53,7 +53,7 @@ def read_body(raw: bytes) -> JsonObject:
     return body
 
 
-def read_call(api: Api, body: JsonObject, limits: Limits, new_rid: str) -> Call:
+def read_call(api: Api, body: JsonObject, limits: Limits, new_rid: str) -> GenerationRequest:
     """The call in `body`, which is checked and kept as it is. `new_rid` is used if it names none."""
     _check_type(body, "stream", "true or false", lambda value: isinstance(value, bool))
     _check_type(body, "model", "a string", lambda value: isinstance(value, str))
@@ -65,7 +65,7 @@ def read_call(api: Api, body: JsonObject, limits: Limits, new_rid: str) -> Call:
         num_samples = _samples(body, "n")
     rid, rids, is_clients = _read_rid(body, prompts, new_rid)
     model = body.get("model")
-    return Call(
+    return GenerationRequest(
         api=api,
         body=body,
         rid=rid,

@@ -2,7 +2,7 @@
 
 Follows the request models of SGLang's OpenAI endpoint and what `OpenAIServingChat` does to their dumps.
 Where a value would need more of pydantic than its type, or comes from a feature that is not followed
-here, it raises CannotKnow. Pure; knows no template text and no tokenizer.
+here, it raises NotTokenizable. Pure; knows no template text and no tokenizer.
 Source: SGLang 0.5.23, entrypoints/openai/protocol.py and serving_chat.py (_process_messages,
 _apply_jinja_template), parser/jinja_template_utils.py (process_content_for_template_format).
 """
@@ -17,7 +17,7 @@ from enum import Enum
 import msgspec
 
 from memserve.router.request import JsonObject
-from memserve.router.tokenization.token_records import CannotKnow
+from memserve.router.tokenization.token_records import NotTokenizable
 
 MALFORMED = "a chat that is not well formed"
 MULTIMODAL = "multimodal content"
@@ -83,17 +83,17 @@ _decode = msgspec.json.Decoder().decode
 
 
 def read_chat(body: JsonObject, content_format: ContentFormat) -> Chat:
-    """The chat in `body`, whose messages are objects with roles. Raises CannotKnow."""
+    """The chat in `body`, whose messages are objects with roles. Raises NotTokenizable."""
     for name, reason in _NOT_FOLLOWED.items():
         if body.get(name) is not None:
-            raise CannotKnow(reason)
+            raise NotTokenizable(reason)
     given = body.get("messages")
     if not isinstance(given, list):
-        raise CannotKnow(MALFORMED)
+        raise NotTokenizable(MALFORMED)
     messages = [_message(one, content_format) for one in given]
     messages, answer_start = _take_last_answer(messages, body.get("continue_final_message"))
     if not messages:
-        raise CannotKnow(MALFORMED)
+        raise NotTokenizable(MALFORMED)
     return Chat(messages, _tools(body), _variables(body.get("chat_template_kwargs")), answer_start)
 
 
@@ -108,7 +108,7 @@ def without_wrappers(tools: list[JsonObject] | None) -> list[JsonObject] | None:
 def _take_last_answer(messages: list[JsonObject], continues: object) -> tuple[list[JsonObject], str | None]:
     """Without `continue_final_message` a last answer becomes the user's: an oddity of SGLang."""
     if continues not in (None, True, False):
-        raise CannotKnow(MALFORMED)
+        raise NotTokenizable(MALFORMED)
     last = messages[-1]
     content = last["content"]
     if last["role"] != "assistant" or not isinstance(content, str):
@@ -120,13 +120,13 @@ def _take_last_answer(messages: list[JsonObject], continues: object) -> tuple[li
 
 def _message(given: object, content_format: ContentFormat) -> JsonObject:
     if not isinstance(given, dict) or not isinstance(given.get("role"), str):
-        raise CannotKnow(MALFORMED)
+        raise NotTokenizable(MALFORMED)
     role = given["role"]
     content = given.get("content")
     parts = _text_parts(content) if isinstance(content, list) else None
     if role == "user":
         if parts is None and not isinstance(content, str):
-            raise CannotKnow(MALFORMED)
+            raise NotTokenizable(MALFORMED)
         message: JsonObject = {"role": role, "content": content}
     else:
         message = _message_of_others(role.lower(), given)
@@ -143,16 +143,16 @@ def _message(given: object, content_format: ContentFormat) -> JsonObject:
 
 def _message_of_others(role: str, given: JsonObject) -> JsonObject:
     if role not in _OTHER_ROLES:
-        raise CannotKnow(MALFORMED)
+        raise NotTokenizable(MALFORMED)
     content = given.get("content")
     if content is not None and not isinstance(content, str | list):
-        raise CannotKnow(MALFORMED)
+        raise NotTokenizable(MALFORMED)
     if given.get("tools"):
-        raise CannotKnow("tools of a message")
+        raise NotTokenizable("tools of a message")
     if given.get("tools") is not None or given.get("prefix") is not None:
-        raise CannotKnow(MALFORMED)
+        raise NotTokenizable(MALFORMED)
     if given.get("phase") not in (None, *_PHASES):
-        raise CannotKnow(MALFORMED)
+        raise NotTokenizable(MALFORMED)
     for name in _TEXT_FIELDS:
         _check(given.get(name), str)
     message: JsonObject = {"role": role, "content": "" if content is None else content}
@@ -161,7 +161,7 @@ def _message_of_others(role: str, given: JsonObject) -> JsonObject:
             message[name] = given[name]
     if (calls := given.get("tool_calls")) is not None:
         if not isinstance(calls, list):
-            raise CannotKnow(MALFORMED)
+            raise NotTokenizable(MALFORMED)
         message["tool_calls"] = [_tool_call(call, parses=role == "assistant") for call in calls]
     return message
 
@@ -170,20 +170,20 @@ def _text_parts(content: list[object]) -> list[str]:
     texts = []
     for part in content:
         if not isinstance(part, dict):
-            raise CannotKnow(MALFORMED)
+            raise NotTokenizable(MALFORMED)
         if part.get("type") != "text":
-            raise CannotKnow(MULTIMODAL)
+            raise NotTokenizable(MULTIMODAL)
         if not isinstance(part.get("text"), str):
-            raise CannotKnow(MALFORMED)
+            raise NotTokenizable(MALFORMED)
         texts.append(part["text"])
     return texts
 
 
 def _tool_call(given: object, *, parses: bool) -> JsonObject:
     if not isinstance(given, dict) or not isinstance(given.get("function"), dict):
-        raise CannotKnow(MALFORMED)
+        raise NotTokenizable(MALFORMED)
     if given.get("type", "function") != "function":
-        raise CannotKnow(MALFORMED)
+        raise NotTokenizable(MALFORMED)
     _check(given.get("id"), str)
     _check(given.get("index"), int)
     function = given["function"]
@@ -192,7 +192,7 @@ def _tool_call(given: object, *, parses: bool) -> JsonObject:
     if isinstance(arguments, str) and parses:
         arguments = _arguments(arguments)
     elif arguments is not None and not isinstance(arguments, str | dict):
-        raise CannotKnow(MALFORMED)
+        raise NotTokenizable(MALFORMED)
     return {
         "id": given.get("id"),
         "index": given.get("index"),
@@ -203,13 +203,13 @@ def _tool_call(given: object, *, parses: bool) -> JsonObject:
 
 def _arguments(text: str) -> JsonObject:
     if _LONG_NUMBER.search(text):
-        raise CannotKnow("numbers that JSON readers disagree on")
+        raise NotTokenizable("numbers that JSON readers disagree on")
     try:
         arguments = _decode(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
-        raise CannotKnow(MALFORMED) from error
+        raise NotTokenizable(MALFORMED) from error
     if not isinstance(arguments, dict):
-        raise CannotKnow(MALFORMED)
+        raise NotTokenizable(MALFORMED)
     return arguments
 
 
@@ -218,7 +218,7 @@ def _tools(body: JsonObject) -> list[JsonObject] | None:
     if given is None:
         return None
     if not isinstance(given, list):
-        raise CannotKnow(MALFORMED)
+        raise NotTokenizable(MALFORMED)
     tools = [_tool(one) for one in given]
     if choice == "none":
         return None
@@ -226,7 +226,7 @@ def _tools(body: JsonObject) -> list[JsonObject] | None:
         return tools or None
     function = choice.get("function") if isinstance(choice, dict) else None
     if not isinstance(function, dict):
-        raise CannotKnow(MALFORMED)
+        raise NotTokenizable(MALFORMED)
     return [tool for tool in tools if _name_of(tool) == function.get("name")] or None
 
 
@@ -238,12 +238,12 @@ def _name_of(tool: JsonObject) -> object:
 def _tool(given: object) -> JsonObject:
     """The tool with the fields that SGLang's model adds, in its order."""
     if not isinstance(given, dict) or not isinstance(given.get("function"), dict):
-        raise CannotKnow(MALFORMED)
+        raise NotTokenizable(MALFORMED)
     function = given["function"]
     if given.get("defer_loading") is not None or function.get("defer_loading") is not None:
-        raise CannotKnow("tools that are loaded later")
+        raise NotTokenizable("tools that are loaded later")
     if not isinstance(given.get("type", "function"), str) or not isinstance(function.get("name"), str):
-        raise CannotKnow(MALFORMED)
+        raise NotTokenizable(MALFORMED)
     _check(function.get("description"), str)
     _check(function.get("strict"), bool)
     _check_schema(function.get("parameters"))
@@ -264,7 +264,7 @@ def _check_schema(schema: object) -> None:
         names = [named] if isinstance(named, str) else named if isinstance(named, list) else []
         known = [name for name in names if isinstance(name, str) and name in _SCHEMA_TYPES]
         if len(set(known)) != len(names):
-            raise CannotKnow("a tool's schema with types of its own")
+            raise NotTokenizable("a tool's schema with types of its own")
         for one in schema.values():
             _check_schema(one)
 
@@ -273,14 +273,14 @@ def _variables(given: object) -> JsonObject:
     if given is None:
         return {}
     if not isinstance(given, dict):
-        raise CannotKnow(MALFORMED)
+        raise NotTokenizable(MALFORMED)
     if "reasoning_effort" in given:
-        raise CannotKnow(REASONING)
+        raise NotTokenizable(REASONING)
     if _RESERVED_VARIABLES & given.keys():
-        raise CannotKnow("template variables that are not the template's")
+        raise NotTokenizable("template variables that are not the template's")
     return given
 
 
 def _check(value: object, kind: type) -> None:
     if value is not None and type(value) is not kind:
-        raise CannotKnow(MALFORMED)
+        raise NotTokenizable(MALFORMED)

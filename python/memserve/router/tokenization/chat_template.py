@@ -19,7 +19,7 @@ import jinja2.sandbox
 
 from memserve.router.request import JsonObject
 from memserve.router.tokenization.chat_messages import Chat, ContentFormat, without_wrappers
-from memserve.router.tokenization.token_records import CannotKnow
+from memserve.router.tokenization.token_records import NotTokenizable
 
 _MEDIA_WORDS = ("image", "audio", "video", "vision")
 _MESSAGE_NAMES = ("message", "msg", "m")
@@ -59,7 +59,7 @@ class ChatTemplate:
         self.content_format = _content_format(source, environment)
 
     def render(self, chat: Chat) -> Rendered:
-        """The prompt of `chat`. Raises CannotKnow if the template refuses it."""
+        """The prompt of `chat`. Raises NotTokenizable if the template refuses it."""
         try:
             return self._render(chat, chat.tools)
         except _REFUSALS:
@@ -67,7 +67,7 @@ class ChatTemplate:
         try:
             return self._render(chat, without_wrappers(chat.tools))
         except _REFUSALS as error:
-            raise CannotKnow("a chat that the template refuses") from error
+            raise NotTokenizable("a chat that the template refuses") from error
 
     def _render(self, chat: Chat, tools: list[JsonObject] | None) -> Rendered:
         clock = _Clock()

@@ -17,8 +17,8 @@ from zlib import crc32
 import msgspec
 
 from memserve.core.block_keys import BlockKey, Namespace
-from memserve.router.request import Api, Call, JsonObject
-from memserve.router.tokenization.text_key_cache import TextMemory
+from memserve.router.request import Api, GenerationRequest, JsonObject
+from memserve.router.tokenization.text_key_cache import TextKeyCache
 from memserve.router.tokenization.text_keys import BYTES_PER_TOKEN, text_chain, text_of
 from memserve.router.tokenization.token_records import KnownTokens, Tokens, UnknownTokens, keys_of
 from memserve.router.tokenization.tokenizers import Tokenizers
@@ -55,11 +55,11 @@ class PromptReader:
     def __init__(self, tokenizers: Tokenizers, routing_keys: RoutingKeys = "auto") -> None:
         self._tokenizers = tokenizers
         self._routing_keys = routing_keys
-        self.memory = TextMemory()
+        self.memory = TextKeyCache()
 
     async def read(
-        self, call: Call, model: str | None, page_tokens: int | None, headers: Mapping[str, str]
-    ) -> tuple[Call, Prompt]:
+        self, call: GenerationRequest, model: str | None, page_tokens: int | None, headers: Mapping[str, str]
+    ) -> tuple[GenerationRequest, Prompt]:
         """What is known of `call`, which `model` will serve, and the call as the servers should get it."""
         session, output_tokens = session_of(call.body, headers), output_tokens_of(call)
         tokens: Tokens | None = None
@@ -82,7 +82,7 @@ class PromptReader:
         prompt = Prompt(num_tokens, tuple(cuts), False, session, output_tokens)
         return self._tokenizers.forwardable(call, model, tokens), prompt
 
-    def _chains_of(self, call: Call) -> tuple[tuple[Sequence[BlockKey], ...], bool]:
+    def _chains_of(self, call: GenerationRequest) -> tuple[tuple[Sequence[BlockKey], ...], bool]:
         """The keys of a call's texts, and whether they are the texts' own, as its prompts' are not known."""
         texts = None if self._routing_keys == "tokens" else text_of(call)
         if texts is None:
@@ -95,7 +95,7 @@ class PromptReader:
         return ((keys,), False) if keys else (chains, True)
 
 
-def _namespace(call: Call, number: int) -> Namespace | None:
+def _namespace(call: GenerationRequest, number: int) -> Namespace | None:
     return namespace_of(call.body, number if call.num_prompts is not None else None)
 
 
@@ -124,7 +124,7 @@ def session_of(body: JsonObject, headers: Mapping[str, str]) -> int | None:
     return crc32(name.encode()) if isinstance(name, str) and name else None
 
 
-def output_tokens_of(call: Call) -> int:
+def output_tokens_of(call: GenerationRequest) -> int:
     """How many tokens the answer will have, as far as the request says."""
     if call.api is Api.GENERATE:
         params = call.body.get("sampling_params")

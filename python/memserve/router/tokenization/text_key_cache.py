@@ -24,7 +24,7 @@ MAX_CHUNKS = 1 << 18
 MAX_ASKED = 4096
 
 
-class _Asked(msgspec.Struct, frozen=True):
+class _RequestedText(msgspec.Struct, frozen=True):
     chain: Sequence[BlockKey]
     num_bytes: int
 
@@ -40,12 +40,12 @@ class _Known(msgspec.Struct):
     """Another prompt has confirmed it."""
 
 
-class TextMemory:
+class TextKeyCache:
     """See the module."""
 
     def __init__(self, max_chunks: int = MAX_CHUNKS) -> None:
         self._max_chunks = max_chunks
-        self._asked: OrderedDict[str, _Asked] = OrderedDict()
+        self._asked: OrderedDict[str, _RequestedText] = OrderedDict()
         self._known: OrderedDict[BlockKey, _Known] = OrderedDict()
 
     def __len__(self) -> int:
@@ -55,7 +55,7 @@ class TextMemory:
     def asked(self, rid: str, chain: Sequence[BlockKey], num_bytes: int) -> None:
         """A prompt of this text goes out under that name."""
         if chain:
-            self._asked[rid] = _Asked(chain, num_bytes)
+            self._asked[rid] = _RequestedText(chain, num_bytes)
             if len(self._asked) > MAX_ASKED:
                 self._asked.popitem(last=False)
 

@@ -15,7 +15,7 @@ from hashlib import sha256
 from xxhash import xxh3_128_digest
 
 from memserve.core.block_keys import BlockKey, Namespace
-from memserve.router.request import Api, Call, encode_json
+from memserve.router.request import Api, GenerationRequest, encode_json
 
 BYTES_PER_TOKEN = 4
 """Of English text, about."""
@@ -28,7 +28,7 @@ _SEEDS = frozenset(
 """What else in a body changes the prompt from its beginning on."""
 
 
-def text_of(call: Call) -> tuple[bytes, ...] | None:
+def text_of(call: GenerationRequest) -> tuple[bytes, ...] | None:
     """What stands for each prompt of a call; None if it came as ids, or has more to it than text."""
     body = call.body
     if call.api is Api.CHAT:
@@ -43,7 +43,7 @@ def text_of(call: Call) -> tuple[bytes, ...] | None:
     return None
 
 
-def text_chain(text: bytes, call: Call, namespace: Namespace | None) -> list[BlockKey]:
+def text_chain(text: bytes, call: GenerationRequest, namespace: Namespace | None) -> list[BlockKey]:
     """The key of each whole chunk of one prompt."""
     size = BLOCK_TOKENS * BYTES_PER_TOKEN
     body = call.body

@@ -7,7 +7,7 @@ around every message, so a message that was seen before need not be tokenized ag
     <|im_start|> user\\nHello <|im_end|> \\n <|im_start|> assistant\\n
     ^ cut        ^ piece      ^ cut      ^p ^ cut        ^ piece          piece: a key of the cache
 
-Where a tokenizer has a part that looks across a cut (see `_Cuts.of`), texts are tokenized whole.
+Where a tokenizer has a part that looks across a cut (see `_SplitTokens.of`), texts are tokenized whole.
 Source: tokenizers, AddedVocabulary::extract_and_normalize; SGLang, parallel_prompt_encode.py.
 """
 
@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from tokenizers import Tokenizer as Backend
 
 from memserve.router.request import JsonObject
-from memserve.router.tokenization.token_records import CannotKnow
+from memserve.router.tokenization.token_records import NotTokenizable
 
 DEFAULT_CACHE_TOKENS = 1 << 20
 
@@ -68,8 +68,8 @@ class Encoder:
         backend.no_truncation()
         self._backend = backend
         description = json.loads(backend.to_str())
-        self._cuts = _Cuts.of(backend, description)
-        self._frame = _Frame.of(backend, description)
+        self._cuts = _SplitTokens.of(backend, description)
+        self._frame = _AffixTokens.of(backend, description)
         self._cache = _PieceCache(cache_tokens)
 
     @property
@@ -85,7 +85,7 @@ class Encoder:
     def encode(self, text: str, *, framed: bool) -> Encoded:
         """The ids of `text`; `framed` with the tokens that the tokenizer puts around every text.
 
-        Raises CannotKnow for a text that is no Unicode.
+        Raises NotTokenizable for a text that is no Unicode.
         """
         if framed and self._frame is None:
             return Encoded(self._whole(text, framed=True))
@@ -129,19 +129,19 @@ class Encoder:
             # `encode` would hold the interpreter lock all the while, and compute offsets.
             [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=framed)
         except (TypeError, UnicodeEncodeError) as error:  # a lone surrogate
-            raise CannotKnow("text that is no Unicode") from error
+            raise NotTokenizable("text that is no Unicode") from error
         return array("I", encoding.ids)
 
 
 @dataclass(frozen=True, slots=True)
-class _Cuts:
+class _SplitTokens:
     """The added tokens at which a text falls into parts that know nothing of each other."""
 
     pattern: re.Pattern[str]
     ids: Mapping[str, int]
 
     @classmethod
-    def of(cls, backend: Backend, description: JsonObject) -> _Cuts | None:
+    def of(cls, backend: Backend, description: JsonObject) -> _SplitTokens | None:
         """None if some part of the tokenizer looks across the ends of its tokens."""
         added = backend.get_added_tokens_decoder()
         # A token that takes the spaces beside it, or wants a word's end there, looks over the cut.
@@ -159,14 +159,14 @@ class _Cuts:
 
 
 @dataclass(frozen=True, slots=True)
-class _Frame:
+class _AffixTokens:
     """The ids that the tokenizer puts before and after every text."""
 
     before: array[int]
     after: array[int]
 
     @classmethod
-    def of(cls, backend: Backend, description: JsonObject) -> _Frame | None:
+    def of(cls, backend: Backend, description: JsonObject) -> _AffixTokens | None:
         """None if it does more to a text than that."""
         if not _is_framing(description.get("post_processor")):
             return None

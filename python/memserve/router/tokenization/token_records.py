@@ -32,7 +32,7 @@ class UnknownTokens:
 Tokens: TypeAlias = KnownTokens | UnknownTokens
 
 
-class CannotKnow(Exception):
+class NotTokenizable(Exception):
     """Ends the reading of a request whose tokens only the server can tell; never leaves `Tokenizer`."""
 
     def __init__(self, reason: str) -> None:

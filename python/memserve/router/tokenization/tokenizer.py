@@ -25,15 +25,15 @@ from typing import TypeVar
 import jinja2
 from msgspec import structs
 
-from memserve.router.request import Api, Call, JsonObject
+from memserve.router.request import Api, GenerationRequest, JsonObject
 from memserve.router.tokenization.chat_messages import MALFORMED, MULTIMODAL, read_chat
 from memserve.router.tokenization.chat_template import ChatTemplate
 from memserve.router.tokenization.token_encoder import DEFAULT_CACHE_TOKENS, Encoder
 from memserve.router.tokenization.token_files import TokenizerFiles, read_tokenizer_files
 from memserve.router.tokenization.token_probes import CHATS, Agreement, Agreements, probe_texts, renders_chats
 from memserve.router.tokenization.token_records import (
-    CannotKnow,
     KnownTokens,
+    NotTokenizable,
     TokenizerStats,
     Tokens,
     UnknownTokens,
@@ -99,14 +99,14 @@ class Tokenizer:
         """
         return cls(read_tokenizer_files(path), cache_tokens=cache_tokens)
 
-    async def tokens_of(self, call: Call) -> Tokens:
+    async def tokens_of(self, call: GenerationRequest) -> Tokens:
         """The tokens of each prompt of `call`, which was checked (`read_call`)."""
         try:
             if (given := given_tokens(call, self.agreements.serves)) is not None:
                 return given
             self._check_confirmed(call)
             reading = await self._on_thread(self._read, call)
-        except CannotKnow as cannot:
+        except NotTokenizable as cannot:
             self.stats.unknown[cannot.reason] += 1
             return UnknownTokens(cannot.reason)
         self.stats.calls += 1
@@ -115,7 +115,7 @@ class Tokenizer:
         self.stats.seconds += reading.seconds
         return reading.known
 
-    def forwardable(self, call: Call, tokens: Tokens) -> Call:
+    def forwardable(self, call: GenerationRequest, tokens: Tokens) -> GenerationRequest:
         """`call` with `tokens` for its text, so that no server tokenizes again; else `call` itself.
 
         The answer is the same in every part. So the text stays where SGLang answers with it (`echo`),
@@ -147,7 +147,7 @@ class Tokenizer:
         """What the tokenizer makes of `text` where it stands within another; none if it is no Unicode."""
         try:
             return await self._on_thread(lambda it: self._encoder.encode(it, framed=False).ids, text)
-        except CannotKnow:
+        except NotTokenizable:
             return ()
 
     async def verify(self, server: str, server_info: JsonObject, ask: Ask) -> Agreement:
@@ -184,7 +184,7 @@ class Tokenizer:
         for body in CHATS:
             try:
                 reading = await self._on_thread(self._read_chat, body)
-            except CannotKnow:
+            except NotTokenizable:
                 continue  # not every template takes tools, or a system message
             answer = await ask(body)
             if not isinstance(answer, dict) or answer.get("tokens") != list(reading.known.prompts[0]):
@@ -192,30 +192,30 @@ class Tokenizer:
             equal += 1
         return equal
 
-    def _check_confirmed(self, call: Call) -> None:
+    def _check_confirmed(self, call: GenerationRequest) -> None:
         if call.api is Api.CHAT and self._template is None:
-            raise CannotKnow(self._no_chats)
+            raise NotTokenizable(self._no_chats)
         if not (self.agreements.chats if call.api is Api.CHAT else self.agreements.texts):
-            raise CannotKnow(UNCONFIRMED)
+            raise NotTokenizable(UNCONFIRMED)
 
     async def _on_thread(self, work: Callable[[T], R], argument: T) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, argument)
 
     # From here on: any thread.
 
-    def _read(self, call: Call) -> _Reading:
+    def _read(self, call: GenerationRequest) -> _Reading:
         start = time.perf_counter()
         try:
             reading = self._read_chat(call.body) if call.api is Api.CHAT else self._read_texts(call)
         except RecursionError as error:
-            raise CannotKnow(MALFORMED) from error
+            raise NotTokenizable(MALFORMED) from error
         reading.seconds = time.perf_counter() - start
         return reading
 
     def _text_ids(self, texts: list[str]) -> list[list[int]]:
         return [list(self._encoder.encode(text, framed=True).ids) for text in texts]
 
-    def _read_texts(self, call: Call) -> _Reading:
+    def _read_texts(self, call: GenerationRequest) -> _Reading:
         value = call.body["text" if call.api is Api.GENERATE else "prompt"]
         texts = value if isinstance(value, list) else [value]
         encoded = [self._encoder.encode(text, framed=True) for text in texts if isinstance(text, str)]
@@ -227,7 +227,7 @@ class Tokenizer:
 
     def _read_chat(self, body: JsonObject) -> _Reading:
         if self._template is None:
-            raise CannotKnow(self._no_chats)
+            raise NotTokenizable(self._no_chats)
         chat = read_chat(body, self._template.content_format)
         rendered = self._template.render(chat)
         # The template writes BOS and the like itself.
@@ -243,24 +243,24 @@ class Tokenizer:
         return ids[1:] if ids and ids[0] == self._bos_id else ids
 
 
-def given_tokens(call: Call, serves: Callable[[str], bool]) -> KnownTokens | None:
+def given_tokens(call: GenerationRequest, serves: Callable[[str], bool]) -> KnownTokens | None:
     """What needs no tokenizer: the ids of a call that came as ids; None if it came as text.
 
-    `serves` tells whether that is the whole name of a model. Raises CannotKnow for a call that is more
+    `serves` tells whether that is the whole name of a model. Raises NotTokenizable for a call that is more
     than its tokens.
     """
     for name in _NOT_FOLLOWED.keys() & call.body.keys():
         if call.body[name]:
-            raise CannotKnow(_NOT_FOLLOWED[name])
+            raise NotTokenizable(_NOT_FOLLOWED[name])
     if call.api is Api.COMPLETIONS and call.body.get("suffix"):
-        raise CannotKnow("a suffix")
+        raise NotTokenizable("a suffix")
     if call.api is not Api.GENERATE and ":" in (call.model or "") and not serves(call.model or ""):
-        raise CannotKnow("a LoRA adapter")  # SGLang reads MODEL:ADAPTER
+        raise NotTokenizable("a LoRA adapter")  # SGLang reads MODEL:ADAPTER
     ids = _given_ids(call)
     return None if ids is None else KnownTokens(ids)
 
 
-def _given_ids(call: Call) -> tuple[Sequence[int], ...] | None:
+def _given_ids(call: GenerationRequest) -> tuple[Sequence[int], ...] | None:
     """The ids that the client sent, one list per prompt; None if it sent text."""
     given = call.body.get("prompt" if call.api is Api.COMPLETIONS else "input_ids")
     if not isinstance(given, list) or not given or isinstance(given[0], str):

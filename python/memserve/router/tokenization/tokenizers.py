@@ -15,8 +15,8 @@ from pathlib import Path
 
 from memserve.core.errors import ConfigError, InstanceLost
 from memserve.core.ids import InstanceId
-from memserve.router.request import Call, JsonObject
-from memserve.router.tokenization.token_records import CannotKnow, TokenizerStats, Tokens, UnknownTokens
+from memserve.router.request import GenerationRequest, JsonObject
+from memserve.router.tokenization.token_records import NotTokenizable, TokenizerStats, Tokens, UnknownTokens
 from memserve.router.tokenization.tokenizer import Ask, Tokenizer, given_tokens
 
 logger = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ NOT_WANTED = f"--tokenizer-path {OFF}"
 NO_MODEL = "a model that no instance has told of"
 
 
-class Unfit(InstanceLost):
+class TokenizerMismatch(InstanceLost):
     """The instance serves, but not what the others of its model do."""
 
 
@@ -46,7 +46,7 @@ class Tokenizers:
     ) -> None:
         """Have an instance confirm the tokenizer of its model.
 
-        Raises Unfit if it reads texts otherwise than the others that serve it, and what `ask` raises.
+        Raises TokenizerMismatch if it disagrees with the other instances of the model, and what `ask` raises.
         """
         self.forget(instance)
         tokenizer = await self._loaded(
@@ -58,21 +58,23 @@ class Tokenizers:
         others = tokenizer.agreements.confirming
         if not agreement.texts and others:
             tokenizer.forget(instance)
-            raise Unfit(instance, f"its tokenizer is not that of {min(others)}, which serves {model} too")
+            raise TokenizerMismatch(
+                instance, f"its tokenizer is not that of {min(others)}, which serves {model} too"
+            )
 
     def forget(self, instance: InstanceId) -> None:
         """The instance is not there any more. Idempotent."""
         for tokenizer in self._tokenizers().values():
             tokenizer.forget(instance)
 
-    async def tokens_of(self, call: Call, model: str | None) -> Tokens:
+    async def tokens_of(self, call: GenerationRequest, model: str | None) -> Tokens:
         """The tokens of each prompt of a checked call that `model` will serve."""
         tokenizer = self._by_model.get(model or "", NO_MODEL)
         if isinstance(tokenizer, Tokenizer):
             return await tokenizer.tokens_of(call)
         try:
             return given_tokens(call, lambda name: name == model) or UnknownTokens(tokenizer)
-        except CannotKnow as cannot:
+        except NotTokenizable as cannot:
             return UnknownTokens(cannot.reason)
 
     def text_after(
@@ -89,7 +91,7 @@ class Tokenizers:
         tokenizer = self._by_model.get(model or "")
         return await tokenizer.ids_of(text) if isinstance(tokenizer, Tokenizer) else ()
 
-    def forwardable(self, call: Call, model: str | None, tokens: Tokens) -> Call:
+    def forwardable(self, call: GenerationRequest, model: str | None, tokens: Tokens) -> GenerationRequest:
         """As `Tokenizer.forwardable`."""
         tokenizer = self._by_model.get(model or "")
         return tokenizer.forwardable(call, tokens) if isinstance(tokenizer, Tokenizer) else call

@@ -7,8 +7,14 @@ from pathlib import Path
 import msgspec
 
 from memserve.core.errors import ConfigError
-from memserve.scheduling.cost_model.model import CPU_COSTS, GPU_COSTS, CostModel, DecodeCost, PrefillCost
-from memserve.scheduling.cost_model.model import Path as PathCost
+from memserve.scheduling.cost_model.model import (
+    CPU_COSTS,
+    GPU_COSTS,
+    CostModel,
+    DecodeCost,
+    PathCost,
+    PrefillCost,
+)
 
 COSTS = {"gpu": GPU_COSTS, "cpu": CPU_COSTS}
 

@@ -4,7 +4,7 @@
 
 The products with the weights grow with the tokens that are computed, x(1 - y); attention of each of
 them over all that precede it with x^2(1 - y^2). Observed prefills refine the three coefficients by
-recursive least squares; `Refined` is a value, `observe` a pure function of it.
+recursive least squares; `RlsState` is a value, `observe` a pure function of it.
 Source: MemServe, cost model of exec(x, y) and transfer() = bytes / bandwidth; the fit is ours.
 """
 
@@ -57,7 +57,7 @@ class DecodeCost:
 
 
 @dataclass(frozen=True, slots=True)
-class Path:
+class PathCost:
     """A way that bytes take."""
 
     latency_s: float
@@ -75,11 +75,11 @@ class CostModel:
     prefill: PrefillCost
     decode: DecodeCost
     kv_bytes_per_token: int
-    dram: Path
+    dram: PathCost
     """Of an instance's own DRAM to its HBM."""
-    remote: Path
+    remote: PathCost
     """Of another instance's memory, where `pairs` does not say."""
-    pairs: Mapping[tuple[InstanceId, InstanceId, Tier], Path] = field(
+    pairs: Mapping[tuple[InstanceId, InstanceId, Tier], PathCost] = field(
         default_factory=lambda: MappingProxyType({})
     )
     """By source, target and the source's tier, where a pair was measured."""
@@ -116,8 +116,8 @@ GPU_COSTS = CostModel(
     PrefillCost(fixed_s=8e-3, token_s=3.6e-5, token_pair_s=8.7e-10),
     DecodeCost(fixed_s=8e-3, sequence_s=3e-5, context_token_s=5e-8),
     kv_bytes_per_token=131072,
-    dram=Path(2e-4, 25e9),
-    remote=Path(2e-3, 12e9),
+    dram=PathCost(2e-4, 25e9),
+    remote=PathCost(2e-3, 12e9),
 )
 """An 8B model with grouped-query attention on one H100-class GPU, reckoned from its FLOPs and bytes
 at 45% of the peak, PCIe 5 and a 100 Gb/s network. A place to begin: not measured."""
@@ -126,8 +126,8 @@ CPU_COSTS = CostModel(
     PrefillCost(fixed_s=2e-2, token_s=2e-4, token_pair_s=2e-9),
     DecodeCost(fixed_s=1.5e-2, sequence_s=1e-3, context_token_s=2e-7),
     kv_bytes_per_token=4096,
-    dram=Path(1e-4, 5e9),
-    remote=Path(1e-3, 2e9),
+    dram=PathCost(1e-4, 5e9),
+    remote=PathCost(1e-3, 2e9),
 )
 """A model of a few million parameters on two CPU cores, as in the tests. A place to begin: not measured."""
 
@@ -135,8 +135,8 @@ TOKEN_COSTS = CostModel(
     PrefillCost(fixed_s=0.0, token_s=1.0, token_pair_s=0.0),
     DecodeCost(fixed_s=0.0, sequence_s=1.0, context_token_s=0.0),
     kv_bytes_per_token=1,
-    dram=Path(0.0, float("inf")),
-    remote=Path(0.0, float("inf")),
+    dram=PathCost(0.0, float("inf")),
+    remote=PathCost(0.0, float("inf")),
 )
 """Where no time is modelled: a computed token is the unit of everything."""
 
@@ -182,7 +182,7 @@ class Observation:
 
 
 @dataclass(frozen=True, slots=True)
-class Refined:
+class RlsState:
     """Coefficients with what is known of their certainty. A value: `observe` makes the next one."""
 
     cost: PrefillCost
@@ -194,7 +194,7 @@ class Refined:
     """Moving mean of |predicted - observed| / observed, each predicted before it was learnt from."""
 
     @classmethod
-    def of(cls, cost: PrefillCost, certainty: float = 0.0) -> Refined:
+    def of(cls, cost: PrefillCost, certainty: float = 0.0) -> RlsState:
         """Begin at `cost`; at certainty 0 the first observations overrule it, at 1 hardly any does."""
         if not 0 <= certainty <= 1:
             raise ValueError(f"a certainty is between 0 and 1, not {certainty}")
@@ -207,14 +207,14 @@ class Refined:
         return cls(cost, estimate, ((variance, 0.0, 0.0), (0.0, variance, 0.0), (0.0, 0.0, variance)))
 
 
-def observe(refined: Refined, seen: Observation) -> Refined:
+def rls_update(refined: RlsState, seen: Observation) -> RlsState:
     """The coefficients after one more prefill. Raises ValueError for an observation that cannot be."""
     if not 0 <= seen.num_cached < seen.num_tokens or not seen.seconds > 0:
         raise ValueError(f"not a prefill: {seen}")
-    return observe_work(refined, Work.of(seen.num_tokens, seen.num_cached), seen.seconds)
+    return rls_update_work(refined, Work.of(seen.num_tokens, seen.num_cached), seen.seconds)
 
 
-def observe_work(refined: Refined, work: Work, seconds: float) -> Refined:
+def rls_update_work(refined: RlsState, work: Work, seconds: float) -> RlsState:
     """The coefficients after `work` took so long, which has to be more than nothing.
 
     Least squares of *relative* errors, so that long prompts do not drown short ones; an observation
@@ -227,7 +227,7 @@ def observe_work(refined: Refined, work: Work, seconds: float) -> Refined:
     memory = min(ERROR_MEMORY, 1 - 1 / num_observed)
     estimate, covariance = _least_squares_step(refined, work, seconds, max(predicted, seconds))
     cost = PrefillCost(*(max(0.0, value * scale) for value, scale in zip(estimate, _SCALE, strict=True)))
-    return Refined(cost, estimate, covariance, num_observed, memory * refined.error + (1 - memory) * error)
+    return RlsState(cost, estimate, covariance, num_observed, memory * refined.error + (1 - memory) * error)
 
 
 def with_prefill(costs: CostModel, cost: PrefillCost) -> CostModel:
@@ -236,7 +236,7 @@ def with_prefill(costs: CostModel, cost: PrefillCost) -> CostModel:
 
 
 def _least_squares_step(
-    refined: Refined, work: Work, seconds: float, weigh_by: float
+    refined: RlsState, work: Work, seconds: float, weigh_by: float
 ) -> tuple[Vector, Matrix]:
     """One step of recursive least squares with forgetting, features and target over `weigh_by`."""
     features = (

@@ -10,11 +10,11 @@ from dataclasses import dataclass, replace
 from memserve.scheduling.cost_model.model import (
     CostModel,
     Observation,
-    Path,
-    Refined,
+    PathCost,
+    RlsState,
     Work,
-    observe,
-    observe_work,
+    rls_update,
+    rls_update_work,
     with_prefill,
 )
 
@@ -67,12 +67,12 @@ class FetchError:
     """Moving mean of |predicted - observed| / observed."""
 
 
-class LearntCosts:
+class OnlineCostModel:
     """`model` is what is believed now. Event loop thread only."""
 
     def __init__(self, start: CostModel, *, certainty: float = 0.0) -> None:
         """At certainty 0 the first observations overrule `start`, at 1 hardly any does."""
-        self._refined = Refined.of(start.prefill, certainty)
+        self._refined = RlsState.of(start.prefill, certainty)
         self._model = start
         self._byte_s = _Estimate.of(1 / start.dram.bytes_per_s, BYTE_UNSURE_S)
         self._latency_s = _Estimate.of(start.dram.latency_s, LATENCY_UNSURE_S)
@@ -83,7 +83,7 @@ class LearntCosts:
         return self._model
 
     @property
-    def prefills(self) -> Refined:
+    def prefills(self) -> RlsState:
         """What is believed of prefills, and how well it did."""
         return self._refined
 
@@ -95,12 +95,12 @@ class LearntCosts:
 
     def prefilled(self, seen: Observation) -> None:
         """A prefill that had an instance to itself took so long. Raises as `observe`."""
-        self._refined = observe(self._refined, seen)
+        self._refined = rls_update(self._refined, seen)
         self._model = with_prefill(self._model, self._refined.cost)
 
     def worked(self, work: Work, seconds: float) -> None:
         """An instance that always had something to do took so long, above 0, for all of that."""
-        self._refined = observe_work(self._refined, work, seconds)
+        self._refined = rls_update_work(self._refined, work, seconds)
         self._model = with_prefill(self._model, self._refined.cost)
 
     def loaded(self, num_tokens: int, seconds: float, total_s: float) -> None:
@@ -115,7 +115,7 @@ class LearntCosts:
         else:
             self._latency_s = self._latency_s.after(seconds - num_bytes / path.bytes_per_s, 1, noise_s)
         byte_s = max(self._byte_s.value, 1 / MOST_BYTES_PER_S)
-        dram = Path(max(self._latency_s.value, LEAST_LATENCY_S), 1 / byte_s)
+        dram = PathCost(max(self._latency_s.value, LEAST_LATENCY_S), 1 / byte_s)
         self._model = replace(self._model, dram=dram)
 
     def fetched(self, num_tokens: int, seconds: float) -> None:
@@ -130,7 +130,7 @@ class LearntCosts:
         self._model = replace(self._model, remote=_after(path, num_bytes, seconds))
 
 
-def _after(path: Path, num_bytes: int, seconds: float) -> Path:
+def _after(path: PathCost, num_bytes: int, seconds: float) -> PathCost:
     """The path after one more transfer over it."""
     if num_bytes >= MANY_BYTES:
         moving_s = max(seconds - path.latency_s, seconds / 2)

@@ -6,9 +6,9 @@ Knows no instances and no queue: both were noted when the request was placed.
 from __future__ import annotations
 
 from memserve.router.observability.metrics import RouterMetrics
-from memserve.scheduling.assignment import Placed
+from memserve.scheduling.assignment import Assignment
 from memserve.scheduling.cost_model.model import CostModel, Observation, Work
-from memserve.scheduling.cost_model.online import LearntCosts
+from memserve.scheduling.cost_model.online import OnlineCostModel
 from memserve.scheduling.decision import prefill_score
 
 MAX_CANDIDATES = 64
@@ -17,7 +17,7 @@ ERROR_WEIGHT = 0.02
 """What the newest prediction error weighs in the mean."""
 
 
-def work_of(placed: Placed, cached_tokens: int | None) -> Work | None:
+def work_of(placed: Assignment, cached_tokens: int | None) -> Work | None:
     """What its prefill computed; None if it does not say what it had of the prompt."""
     prompt = placed.prompt
     if prompt.unknown is not None or len(prompt.chains) != 1 or cached_tokens is None:
@@ -27,7 +27,9 @@ def work_of(placed: Placed, cached_tokens: int | None) -> Work | None:
     return Work.of(prompt.num_tokens, cached_tokens)
 
 
-def learn(placed: Placed, seconds: float, cached_tokens: int | None, costs: LearntCosts) -> None:
+def update_costs(
+    placed: Assignment, seconds: float, cached_tokens: int | None, costs: OnlineCostModel
+) -> None:
     """From a prefill that had its instance to itself all the time, if it says what it had of the prompt."""
     if cached_tokens is None or work_of(placed, cached_tokens) is None or seconds <= 0:
         return
@@ -41,7 +43,7 @@ def learn(placed: Placed, seconds: float, cached_tokens: int | None, costs: Lear
         costs.prefilled(Observation(prompt.num_tokens, cached_tokens, seconds))
 
 
-class Hindsight:
+class PredictionError:
     """Event loop thread only."""
 
     def __init__(self, metrics: RouterMetrics) -> None:
@@ -49,7 +51,7 @@ class Hindsight:
         self._error = 0.0
         self._num_reckoned = 0
 
-    def reckon(self, placed: Placed, seconds: float, costs: CostModel) -> None:
+    def reckon(self, placed: Assignment, seconds: float, costs: CostModel) -> None:
         """The prefill took so long, from its dispatch; others would have taken what `costs`, as believed
         now, says of the queues of then."""
         if seconds <= 0:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from memserve.core.block_keys import BlockKey
 
 
-class Mirror:
+class ApproximateCache:
     """One worker's blocks, least recently used first."""
 
     __slots__ = ("_capacity_blocks", "_ttl_s", "_used")

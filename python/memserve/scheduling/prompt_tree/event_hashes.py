@@ -34,7 +34,7 @@ class _Named(NamedTuple):
     """What the name is of, and the names of the blocks after it: the key, unless there is a salt."""
 
 
-class ShortKeys:
+class EventHashKeys:
     """Keys by their 64-bit names: those that were of use lately."""
 
     def __init__(self, max_keys: int) -> None:

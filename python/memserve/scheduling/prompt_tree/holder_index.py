@@ -16,20 +16,20 @@ from itertools import groupby
 
 from memserve.core.block_keys import KEY_BYTES, BlockKey
 from memserve.scheduling.prompt_tree.block_table import TOP, BlockTable
-from memserve.scheduling.prompt_tree.interned_sets import EMPTY, HolderSets, members_of
+from memserve.scheduling.prompt_tree.interned_sets import EMPTY, InternedSets, members_of
 
 SWEEP_SLOTS = 256
 """How many blocks are looked at in passing, for each change, after a holder has gone."""
 
 
-class Holdings:
+class HolderIndex:
     """Blocks and their holders."""
 
     def __init__(self, max_sets: int | None) -> None:
         """`max_sets`: distinct sets of holders that `forget_until` leaves; None: it will not be called."""
         self._max_sets = max_sets
         self._table = BlockTable(with_order=max_sets is not None)
-        self._sets = HolderSets()
+        self._sets = InternedSets()
         self.held: Counter[int] = Counter()
         """How many blocks each holder has."""
         self._unswept = 0

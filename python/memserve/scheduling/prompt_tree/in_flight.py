@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from memserve.core.block_keys import BlockKey
 from memserve.core.ids import InstanceId
-from memserve.scheduling.prompt_tree.records import Depth
+from memserve.scheduling.prompt_tree.records import Overlap
 
 
 class _Dispatched(NamedTuple):
@@ -20,7 +20,7 @@ class _Dispatched(NamedTuple):
     """The whole prompt, not only what is expected of it."""
 
 
-class ExpectedBlocks:
+class InFlightBlocks:
     """Tails of dispatched prompts, by instance. Forgotten when reported, when late, or with the instance."""
 
     def __init__(self, max_blocks: int | None) -> None:
@@ -85,7 +85,7 @@ class ExpectedBlocks:
             if not mine:
                 del self._expected[instance]
 
-    def lengthen(self, depths: dict[InstanceId, Depth], keys: Sequence[BlockKey], now_s: float) -> None:
+    def lengthen(self, depths: dict[InstanceId, Overlap], keys: Sequence[BlockKey], now_s: float) -> None:
         """Add to what each instance holds of `keys` what is expected of it right after that."""
         num_keys = len(keys)
         for instance, mine in self._expected.items():
@@ -94,4 +94,4 @@ class ExpectedBlocks:
             while end < num_keys and (one := mine.get(keys[end])) is not None and one.until_s > now_s:
                 end += 1
             if end > start:
-                depths[instance] = Depth(held.near if held else 0, end)
+                depths[instance] = Overlap(held.near if held else 0, end)

@@ -14,7 +14,7 @@ EMPTY = 0
 """The id of the set of nobody."""
 
 
-class HolderSets:
+class InternedSets:
     """Interned sets, counted by use. A set that nothing uses any more gives its id back."""
 
     __slots__ = ("_free", "_ids", "_uses", "masks", "sizes", "stale")

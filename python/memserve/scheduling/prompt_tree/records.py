@@ -10,7 +10,7 @@ import msgspec
 from memserve.core.ids import InstanceId
 
 
-class Depth(msgspec.Struct, frozen=True, gc=False):
+class Overlap(msgspec.Struct, frozen=True, gc=False):
     """Of one holder, for one chain of keys. A Struct, as it is made in C, hundreds of them per request."""
 
     near: int
@@ -30,11 +30,11 @@ def server_of(name: InstanceId) -> InstanceId:
     return InstanceId(server) if server and rank.isdecimal() else name
 
 
-def by_server(depths: Mapping[InstanceId, Depth]) -> Mapping[InstanceId, Depth]:
+def by_server(depths: Mapping[InstanceId, Overlap]) -> Mapping[InstanceId, Overlap]:
     """What caches hold, by the servers they are of; of several data-parallel ranks the most."""
     if not any("/dp" in name for name in depths):
         return depths
-    found: dict[InstanceId, Depth] = {}
+    found: dict[InstanceId, Overlap] = {}
     for name, depth in depths.items():
         server = server_of(name)
         known = found.get(server)
@@ -44,7 +44,7 @@ def by_server(depths: Mapping[InstanceId, Depth]) -> Mapping[InstanceId, Depth]:
 
 
 @dataclass(frozen=True, slots=True)
-class Held:
+class TierCounts:
     """How many blocks an instance holds, as far as is known, by tier."""
 
     hbm: int
@@ -52,7 +52,7 @@ class Held:
 
 
 @dataclass(frozen=True, slots=True)
-class Truth:
+class AuditResult:
     """The tree's word on one instance against the instance's own, in (block, tier) pairs."""
 
     held: int
@@ -129,5 +129,5 @@ class TreeStats:
     """(block, instance, tier) triples."""
     holder_sets: int
     expected: int
-    instances: dict[InstanceId, Held]
+    instances: dict[InstanceId, TierCounts]
     counters: TreeCounters

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from memserve.core.block_addr import Tier
 from memserve.core.ids import Epoch, InstanceId
-from memserve.scheduling.prompt_tree.approximate import Mirror
+from memserve.scheduling.prompt_tree.approximate import ApproximateCache
 from memserve.scheduling.prompt_tree.interned_sets import members_of
 
 TIERS = 2
@@ -27,7 +27,7 @@ Group = tuple[dict[InstanceId, None], list[InstanceId]]
 
 
 @dataclass(slots=True)
-class Member:
+class Holder:
     """An instance. Its holders are numbers[Tier.HBM] and numbers[Tier.DRAM]."""
 
     instance: InstanceId
@@ -35,7 +35,7 @@ class Member:
     numbers: tuple[int, ...]
     sequence: int = 0
     """The last event that is in the tree."""
-    mirror: Mirror | None = None
+    mirror: ApproximateCache | None = None
     """Of a worker that sends none."""
 
     @property
@@ -44,36 +44,36 @@ class Member:
         return sum(1 << number for number in self.numbers)
 
 
-class Roster:
+class HolderRegistry:
     """Members by name and by holder."""
 
     def __init__(self) -> None:
-        self._members: dict[InstanceId, Member] = {}
-        self._places: list[Member | None] = []
+        self._members: dict[InstanceId, Holder] = {}
+        self._places: list[Holder | None] = []
         self._groups: dict[int, Group] = {}
         self._num_grouped = 0
 
-    def __iter__(self) -> Iterator[Member]:
+    def __iter__(self) -> Iterator[Holder]:
         return iter(self._members.values())
 
-    def get(self, instance: InstanceId) -> Member | None:
+    def get(self, instance: InstanceId) -> Holder | None:
         return self._members.get(instance)
 
-    def enter(self, instance: InstanceId, epoch: Epoch | None) -> Member:
+    def enter(self, instance: InstanceId, epoch: Epoch | None) -> Holder:
         """A new member, in a place of its own. It is not here yet."""
         place = self._places.index(None) if None in self._places else len(self._places)
-        member = Member(instance, epoch, tuple(range(place * TIERS, (place + 1) * TIERS)))
+        member = Holder(instance, epoch, tuple(range(place * TIERS, (place + 1) * TIERS)))
         self._places[place : place + 1] = [member]
         self._members[instance] = member
         return member
 
-    def leave(self, member: Member) -> None:
+    def leave(self, member: Holder) -> None:
         """It is here; nobody holds anything by its numbers any more."""
         del self._members[member.instance]
         self._places[member.numbers[0] // TIERS] = None
         self._forget_groups()
 
-    def of(self, holders: int) -> list[Member]:
+    def of(self, holders: int) -> list[Holder]:
         """Whose the bits of a set are, once for each bit."""
         members = [self._places[number // TIERS] for number in members_of(holders)]
         return [member for member in members if member is not None]

@@ -1,9 +1,9 @@
 """The one prompt tree of the cluster: which instance has how much of a prompt, by tier.
 
-    events, snapshots ──> ClusterTree.apply, reset     exact: instances that report
+    events, snapshots ──> GlobalPromptTree.apply, reset     exact: instances that report
     dispatched        ──> expect                       until they have reported
     answered          ──> mirror, learn                approximate: workers that report nothing
-                          depths(keys) ──> {instance: Depth}
+                          depths(keys) ──> {instance: Overlap}
 
 Within `max_blocks` it forgets the tails used longest ago. A wrong entry costs a miss, never a wrong
 answer. Knows no sockets and no policy. Files: `holdings` (prefixes by holder), `block_table` (columns),
@@ -22,13 +22,21 @@ from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey
 from memserve.core.cache_events import CacheEvent, Snapshot, Stored
 from memserve.core.ids import Epoch, InstanceId
-from memserve.scheduling.prompt_tree.approximate import Mirror
-from memserve.scheduling.prompt_tree.holder_index import SWEEP_SLOTS, Holdings
-from memserve.scheduling.prompt_tree.in_flight import ExpectedBlocks
-from memserve.scheduling.prompt_tree.records import Depth, Held, TreeCounters, TreeStats, Truth
-from memserve.scheduling.prompt_tree.registry import TIERS, Member, Roster
+from memserve.scheduling.prompt_tree.approximate import ApproximateCache
+from memserve.scheduling.prompt_tree.holder_index import SWEEP_SLOTS, HolderIndex
+from memserve.scheduling.prompt_tree.in_flight import InFlightBlocks
+from memserve.scheduling.prompt_tree.records import AuditResult, Overlap, TierCounts, TreeCounters, TreeStats
+from memserve.scheduling.prompt_tree.registry import TIERS, Holder, HolderRegistry
 
-__all__ = ["BYTES_PER_BLOCK", "ClusterTree", "Depth", "Held", "TreeCounters", "TreeStats", "Truth"]
+__all__ = [
+    "BYTES_PER_BLOCK",
+    "AuditResult",
+    "GlobalPromptTree",
+    "Overlap",
+    "TierCounts",
+    "TreeCounters",
+    "TreeStats",
+]
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +51,7 @@ BLOCKS_PER_SET = 16
 MIN_SETS = 1024
 
 
-class ClusterTree:
+class GlobalPromptTree:
     """Loop thread only. No call raises for what an instance sent."""
 
     def __init__(self, *, max_blocks: int | None = None, clock: Callable[[], float] = time.monotonic) -> None:
@@ -53,9 +61,11 @@ class ClusterTree:
             raise ValueError(f"a tree has at least one block, not {max_blocks}")
         self._max_blocks = max_blocks
         self._clock = clock
-        self._holdings = Holdings(None if max_blocks is None else max(MIN_SETS, max_blocks // BLOCKS_PER_SET))
-        self._expected = ExpectedBlocks(None if max_blocks is None else max(1, max_blocks // 4))
-        self._roster = Roster()
+        self._holdings = HolderIndex(
+            None if max_blocks is None else max(MIN_SETS, max_blocks // BLOCKS_PER_SET)
+        )
+        self._expected = InFlightBlocks(None if max_blocks is None else max(1, max_blocks // 4))
+        self._roster = HolderRegistry()
         self._learned = 0
         self._learned_due_s = float("inf")
         self._counters = TreeCounters()
@@ -67,11 +77,11 @@ class ClusterTree:
             self._enter(instance, epoch)
 
     def mirror(self, instance: InstanceId, *, capacity_blocks: int | None, ttl_s: float) -> None:
-        """It never reports: what it is sent is believed to be there, as `Mirror` tells. Forgets what was.
+        """It never reports: see `ApproximateCache` for what it is believed to hold. Forgets what was.
 
         Raises ValueError, changing nothing, if the capacity or the TTL is none.
         """
-        mirror = Mirror(capacity_blocks, ttl_s)
+        mirror = ApproximateCache(capacity_blocks, ttl_s)
         self._enter(instance, None).mirror = mirror
 
     def leave(self, instance: InstanceId) -> None:
@@ -164,7 +174,7 @@ class ClusterTree:
         self._expected.reported(instance, keys)
         self._keep_budget()
 
-    def depths(self, keys: Sequence[BlockKey]) -> dict[InstanceId, Depth]:
+    def depths(self, keys: Sequence[BlockKey]) -> dict[InstanceId, Overlap]:
         """How much of a prompt each instance has; only those that have, or expect, its first block.
 
         Counts as a use, for the order of forgetting. O(instances that have some + changes x log keys).
@@ -172,14 +182,14 @@ class ClusterTree:
         now_s = self._clock()
         if self._learned_due_s <= now_s:
             self._expire_learned(now_s)
-        result: dict[InstanceId, Depth] = {}
-        get, group, nothing = result.get, self._roster.group, Depth(0, 0)
+        result: dict[InstanceId, Overlap] = {}
+        get, group, nothing = result.get, self._roster.group, Overlap(0, 0)
         for holders, depth in self._holdings.ends(keys):  # fewest blocks first: the last word is the most
             in_hbm, in_dram = group(holders)
             if in_hbm:
-                result.update(dict.fromkeys(in_hbm, Depth(depth, depth)))
+                result.update(dict.fromkeys(in_hbm, Overlap(depth, depth)))
             for instance in in_dram:
-                result[instance] = Depth(get(instance, nothing).near, depth)
+                result[instance] = Overlap(get(instance, nothing).near, depth)
         self._expected.lengthen(result, keys, now_s)
         return result
 
@@ -190,10 +200,10 @@ class ClusterTree:
             return 0
         return self._holdings.depth(1 << member.numbers[tier], keys)
 
-    def holders(self, key: BlockKey) -> dict[InstanceId, Held]:
+    def holders(self, key: BlockKey) -> dict[InstanceId, TierCounts]:
         """Who has one block, by tier: 1 or 0. Not a use. O(instances)."""
         found = {
-            member.instance: Held(
+            member.instance: TierCounts(
                 *(self._holdings.num_held(1 << number, (key,)) for number in member.numbers)
             )
             for member in self._roster
@@ -209,21 +219,22 @@ class ClusterTree:
             holder_sets=self._holdings.num_sets,
             expected=len(self._expected),
             instances={
-                member.instance: Held(*(held[number] for number in member.numbers)) for member in self._roster
+                member.instance: TierCounts(*(held[number] for number in member.numbers))
+                for member in self._roster
             },
             counters=replace(self._counters),
         )
 
-    def compare(self, instance: InstanceId, snapshot: Snapshot) -> Truth:
+    def compare(self, instance: InstanceId, snapshot: Snapshot) -> AuditResult:
         """The tree's word on an instance against a snapshot of it, or a part of one. Pure."""
         member = self._roster.get(instance)
         chains = [chain for chain in snapshot.chains if chain.tier < TIERS]
         reported = sum(len(chain.keys) for chain in chains)
         if member is None:
-            return Truth(0, reported, 0, snapshot.sequence)
+            return AuditResult(0, reported, 0, snapshot.sequence)
         held = sum(self._holdings.held[number] for number in member.numbers)
         both = sum(self._holdings.num_held(1 << member.numbers[one.tier], one.keys) for one in chains)
-        return Truth(held, reported, both, snapshot.sequence - member.sequence)
+        return AuditResult(held, reported, both, snapshot.sequence - member.sequence)
 
     def digest(self, instance: InstanceId) -> dict[Tier, tuple[int, int]]:
         """By tier, how many blocks it holds, and the first 8 bytes of their keys xored. O(all blocks)."""
@@ -235,18 +246,18 @@ class ClusterTree:
         """Give back memory of what is late or nobody's. For a timer; events do it in passing, too."""
         self._tidy(num_blocks)
 
-    def _enter(self, instance: InstanceId, epoch: Epoch | None) -> Member:
+    def _enter(self, instance: InstanceId, epoch: Epoch | None) -> Holder:
         self.leave(instance)
         return self._roster.enter(instance, epoch)
 
-    def _of(self, instance: InstanceId, epoch: Epoch) -> Member | None:
+    def _of(self, instance: InstanceId, epoch: Epoch) -> Holder | None:
         member = self._roster.get(instance)
         if member is None or member.epoch != epoch:
             self._counters.unknown += 1
             return None
         return member
 
-    def _change(self, member: Member, event: CacheEvent) -> None:
+    def _change(self, member: Holder, event: CacheEvent) -> None:
         """Apply one event, or a chain of a snapshot."""
         if event.tier >= TIERS:
             return

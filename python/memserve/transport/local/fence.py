@@ -38,7 +38,7 @@ _MAX_FENCED = _HEADER_WORDS - _FENCED
 _POLL_S = 0.0005
 
 
-class Gate:
+class EpochFence:
     """The owner's end. Its methods are called by one thread at a time."""
 
     def __init__(self, epoch: Epoch) -> None:
@@ -85,7 +85,7 @@ class Gate:
             self.fd = -1
 
 
-class Visitor:
+class RemoteFence:
     """One process's way through another's gate. Any thread may visit."""
 
     def __init__(self, name: str, pid: int, fd: int, epoch: Epoch) -> None:

@@ -25,7 +25,7 @@ from memserve.core.errors import ConfigError, InstanceLost, StaleEpoch, Transfer
 from memserve.core.ids import Epoch
 from memserve.transport.base import Peer, Transport
 from memserve.transport.copies import Copies, Vectors, merge_pairs
-from memserve.transport.local.fence import Gate, Visitor
+from memserve.transport.local.fence import EpochFence, RemoteFence
 from memserve.transport.local.syscalls import IOV_MAX, Move, ProcessMemory, allow_neighbours
 from memserve.transport.regions import Region
 
@@ -47,9 +47,9 @@ class LocalTransport(Transport):
         if allow_neighbours():
             logger.info("local transport: processes of this user may now trace this one pid=%d", os.getpid())
         self._lock = threading.Lock()
-        self._gate = Gate(epoch)
+        self._gate = EpochFence(epoch)
         self._address = f"{host_identity()}/{os.getpid()}/{self._gate.fd}"
-        self._visitors: dict[Peer, Visitor] = {}
+        self._visitors: dict[Peer, RemoteFence] = {}
         self._closed = False
 
     @property
@@ -132,7 +132,7 @@ class LocalTransport(Transport):
         own.take(moved)
         theirs.take(moved)
 
-    def _visitor(self, peer: Peer) -> Visitor:
+    def _visitor(self, peer: Peer) -> RemoteFence:
         visitor = self._visitors.get(peer)
         if visitor is not None:
             return visitor
@@ -143,11 +143,11 @@ class LocalTransport(Transport):
                 self._visitors[peer] = self._admitted(peer)
             return self._visitors[peer]
 
-    def _admitted(self, peer: Peer) -> Visitor:
+    def _admitted(self, peer: Peer) -> RemoteFence:
         """A visitor that has proven that it can read that process's memory, and that it is the peer's."""
         if not same_host(self._address, peer.address):
             raise TransferFailed(peer.name, "it is on another host")
-        visitor = Visitor(peer.name, _pid(peer), int(peer.address.rsplit("/", 1)[1]), peer.epoch)
+        visitor = RemoteFence(peer.name, _pid(peer), int(peer.address.rsplit("/", 1)[1]), peer.epoch)
         word = np.zeros(1, np.int64)
         try:
             eight = np.array([8], np.int64)

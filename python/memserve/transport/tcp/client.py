@@ -34,7 +34,7 @@ from memserve.transport.copies import Copies, Memory
 from memserve.transport.local.syscalls import SocketVectors
 from memserve.transport.regions import Region
 from memserve.transport.tcp import protocol
-from memserve.transport.tcp.protocol import Operation
+from memserve.transport.tcp.protocol import TcpOperation
 from memserve.transport.tcp.regions import rows_of
 from memserve.transport.tcp.server import TcpServer
 from memserve.transport.tcp.stream import Stream
@@ -44,7 +44,7 @@ logger = logging.getLogger(__name__)
 _CLOSE_TIMEOUT_S = 1.0
 
 
-class _Link:
+class _TcpConnection:
     """One connection to a peer."""
 
     def __init__(self, stream: Stream, connection_id: int) -> None:
@@ -70,8 +70,8 @@ class TcpTransport(Transport):
         self._address = f"{bracketed(host)}:{self._server.port}"
         self._calls = SocketVectors()
         self._lock = threading.Lock()
-        self._idle: defaultdict[Peer, list[_Link]] = defaultdict(list)
-        self._used: set[_Link] = set()
+        self._idle: defaultdict[Peer, list[_TcpConnection]] = defaultdict(list)
+        self._used: set[_TcpConnection] = set()
         self._doubtful: defaultdict[Peer, set[int]] = defaultdict(set)
         self._closed = False
 
@@ -97,10 +97,10 @@ class TcpTransport(Transport):
             link.stream.close()
 
     def write(self, peer: Peer, copies: Copies, *, timeout_s: float) -> None:
-        self._move(peer, copies, Operation.WRITE, timeout_s)
+        self._move(peer, copies, TcpOperation.WRITE, timeout_s)
 
     def read(self, peer: Peer, copies: Copies, *, timeout_s: float) -> None:
-        self._move(peer, copies, Operation.READ, timeout_s)
+        self._move(peer, copies, TcpOperation.READ, timeout_s)
 
     def settle(self, peer: Peer, *, timeout_s: float) -> None:
         with self._lock:
@@ -116,7 +116,7 @@ class TcpTransport(Transport):
             raise TransferTimeout(peer.name, timeout_s) from error
         rows = np.array([(connection_id, 0, 0) for connection_id in given_up], np.int64)
         try:
-            link.stream.send_bytes(protocol.request(Operation.SETTLE, rows, 0), deadline)
+            link.stream.send_bytes(protocol.request(TcpOperation.SETTLE, rows, 0), deadline)
             protocol.receive_reply(link.stream, deadline)
         except TransferFailed as error:
             self._give(peer, link)
@@ -147,7 +147,7 @@ class TcpTransport(Transport):
         except TransferTimeout:
             logger.warning("tcp transport closed while a peer was still copying")
 
-    def _move(self, peer: Peer, copies: Copies, operation: Operation, timeout_s: float) -> None:
+    def _move(self, peer: Peer, copies: Copies, operation: TcpOperation, timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
         starts = range(0, len(copies), protocol.MAX_ROWS)
         parts = [copies.part(start, start + protocol.MAX_ROWS) for start in starts]
@@ -176,12 +176,12 @@ class TcpTransport(Transport):
         self._give(peer, link)
 
     def _ask(
-        self, stream: Stream, operation: Operation, copies: Copies, memory: Memory, deadline: float
+        self, stream: Stream, operation: TcpOperation, copies: Copies, memory: Memory, deadline: float
     ) -> None:
         """One request and its answer."""
         rows = rows_of(copies.remote_regions, copies.remote_offsets, copies.num_bytes)
         request = protocol.request(operation, rows, memory.nbytes)
-        if operation is Operation.WRITE:
+        if operation is TcpOperation.WRITE:
             stream.send(request, memory, deadline)
             protocol.receive_reply(stream, deadline)
         else:
@@ -189,7 +189,7 @@ class TcpTransport(Transport):
             protocol.receive_reply(stream, deadline)
             stream.receive(memory, deadline)
 
-    def _take(self, peer: Peer, deadline: float) -> _Link:
+    def _take(self, peer: Peer, deadline: float) -> _TcpConnection:
         """A connection that no other thread uses, made if need be."""
         with self._lock:
             if self._closed:
@@ -207,7 +207,7 @@ class TcpTransport(Transport):
         link.stream.abort()
         raise TransferFailed(peer.name, "the tcp transport was closed")
 
-    def _give(self, peer: Peer, link: _Link) -> None:
+    def _give(self, peer: Peer, link: _TcpConnection) -> None:
         """Keep a connection whose last request was answered for the next one."""
         with self._lock:
             self._used.discard(link)
@@ -216,14 +216,14 @@ class TcpTransport(Transport):
                 return
         link.stream.close()
 
-    def _drop(self, peer: Peer, link: _Link) -> None:
+    def _drop(self, peer: Peer, link: _TcpConnection) -> None:
         """End a connection whose last request was not answered, and remember it for `settle`."""
         with self._lock:
             self._used.discard(link)
             self._doubtful[peer].add(link.connection_id)
         link.stream.abort()
 
-    def _connected(self, peer: Peer, deadline: float) -> _Link:
+    def _connected(self, peer: Peer, deadline: float) -> _TcpConnection:
         host, _, port = peer.address.rpartition(":")
         left = max(deadline - time.monotonic(), 0.001)
         try:
@@ -233,7 +233,7 @@ class TcpTransport(Transport):
         except OSError as error:
             raise InstanceLost(peer.name, f"cannot connect: {error.strerror}") from error
         stream = Stream(connection, peer.name, self._calls)
-        hello = protocol.Hello(self._epoch, peer.epoch, secrets.randbits(63))
+        hello = protocol.HandshakeHello(self._epoch, peer.epoch, secrets.randbits(63))
         try:
             protocol.introduce(stream, hello, self._keys, deadline)
         except TransferTimeout as error:
@@ -242,4 +242,4 @@ class TcpTransport(Transport):
         except MemServeError:
             stream.abort()
             raise
-        return _Link(stream, hello.connection_id)
+        return _TcpConnection(stream, hello.connection_id)

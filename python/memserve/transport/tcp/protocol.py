@@ -48,7 +48,7 @@ _PROOF_BYTES = 32
 _MAX_REASON_BYTES = 1024
 
 
-class Operation(IntEnum):
+class TcpOperation(IntEnum):
     """What a request wants. The first words of SETTLE's rows are connection ids."""
 
     WRITE = 1
@@ -56,7 +56,7 @@ class Operation(IntEnum):
     SETTLE = 3
 
 
-_OPERATIONS = frozenset(Operation)
+_OPERATIONS = frozenset(TcpOperation)
 
 
 class Status(IntEnum):
@@ -69,7 +69,7 @@ class Status(IntEnum):
 
 
 @dataclass(frozen=True, slots=True)
-class Hello:
+class HandshakeHello:
     """Who has connected."""
 
     epoch: Epoch
@@ -95,7 +95,7 @@ class Authenticator:
             raise WireMismatch("the other end holds another cluster key, or none")
 
 
-def introduce(stream: Stream, hello: Hello, keys: Authenticator, deadline: float) -> None:
+def introduce(stream: Stream, hello: HandshakeHello, keys: Authenticator, deadline: float) -> None:
     """The initiator's half of the handshake.
 
     Raises WireMismatch for another version or key, StaleEpoch for another process,
@@ -117,7 +117,7 @@ def introduce(stream: Stream, hello: Hello, keys: Authenticator, deadline: float
     receive_reply(stream, deadline)
 
 
-def welcome(stream: Stream, epoch: Epoch, keys: Authenticator, deadline: float) -> Hello:
+def welcome(stream: Stream, epoch: Epoch, keys: Authenticator, deadline: float) -> HandshakeHello:
     """The owner's half, up to the last reply, which is the caller's to send. Raises WireMismatch."""
     received = stream.receive_bytes(_HELLO.size, deadline)
     magic, version, theirs, expected, connection_id, _ = _HELLO.unpack(received)
@@ -126,10 +126,10 @@ def welcome(stream: Stream, epoch: Epoch, keys: Authenticator, deadline: float) 
     sent = _WELCOME.pack(_MAGIC, VERSION, epoch, secrets.token_bytes(32))
     stream.send_bytes(sent + keys.proof(b"owner", received + sent), deadline)
     keys.check(b"initiator", received + sent, stream.receive_bytes(_PROOF_BYTES, deadline))
-    return Hello(Epoch(theirs), Epoch(expected), connection_id)
+    return HandshakeHello(Epoch(theirs), Epoch(expected), connection_id)
 
 
-def request(operation: Operation, rows: Rows, num_bytes: int) -> bytes:
+def request(operation: TcpOperation, rows: Rows, num_bytes: int) -> bytes:
     """A request in bytes, up to what it carries. There may be no rows."""
     if isinstance(rows, tuple):
         return _REQUEST.pack(operation, 1, num_bytes, *rows)
@@ -137,19 +137,19 @@ def request(operation: Operation, rows: Rows, num_bytes: int) -> bytes:
     return _REQUEST.pack(operation, len(rows), num_bytes, *first) + rows[1:].tobytes()
 
 
-def receive_request(stream: Stream, deadline: float) -> tuple[Operation, Rows, int]:
+def receive_request(stream: Stream, deadline: float) -> tuple[TcpOperation, Rows, int]:
     """The next request: operation, rows and bytes that follow. Raises WireMismatch for nonsense."""
     head = stream.receive_bytes(_REQUEST.size, deadline)
     code, num_rows, num_bytes, region_id, offset, length = _REQUEST.unpack(head)
     if code not in _OPERATIONS or num_rows > MAX_ROWS:
         raise WireMismatch(f"malformed request: operation {code}, {num_rows} rows")
     if num_rows == 1:
-        return Operation(code), (region_id, offset, length), num_bytes
+        return TcpOperation(code), (region_id, offset, length), num_bytes
     rows = np.empty((num_rows, 3), np.int64)
     if num_rows:
         rows[0] = region_id, offset, length
         stream.receive(vectors_of(rows[1:]), deadline)
-    return Operation(code), rows, num_bytes
+    return TcpOperation(code), rows, num_bytes
 
 
 def reply(status: Status, reason: str = "") -> bytes:

@@ -28,7 +28,7 @@ from memserve.transport.copies import Memory
 from memserve.transport.local.syscalls import SocketVectors
 from memserve.transport.regions import Int64s, Region
 from memserve.transport.tcp import protocol
-from memserve.transport.tcp.protocol import Operation, Status
+from memserve.transport.tcp.protocol import Status, TcpOperation
 from memserve.transport.tcp.regions import OwnRegions, Rows, first_words
 from memserve.transport.tcp.stream import NO_DEADLINE, Stream
 
@@ -176,7 +176,7 @@ class TcpServer:
         stream.send_bytes(protocol.reply(Status.DONE), deadline)
         return visit
 
-    def _refusal(self, hello: protocol.Hello) -> str:
+    def _refusal(self, hello: protocol.HandshakeHello) -> str:
         if self._closed:
             return "the transport is closed"
         if hello.expected_epoch != self._epoch:
@@ -186,27 +186,27 @@ class TcpServer:
     def _answer(self, visit: _Visit) -> None:
         stream = visit.stream
         operation, rows, num_bytes = protocol.receive_request(stream, NO_DEADLINE)
-        if operation is Operation.SETTLE:
+        if operation is TcpOperation.SETTLE:
             self._settle(visit, frozenset(int(given_up) for given_up in first_words(rows)))
             return
         try:
             memory = self._borrow(visit, rows)
         except OutOfBounds as error:
-            if operation is Operation.WRITE:
+            if operation is TcpOperation.WRITE:
                 stream.discard(num_bytes, NO_DEADLINE)
             stream.send_bytes(protocol.reply(Status.OUT_OF_BOUNDS, str(error)), NO_DEADLINE)
             return
         try:
             if memory.nbytes != num_bytes:
                 raise WireMismatch(f"malformed request: {num_bytes} bytes do not fill its rows")
-            if operation is Operation.WRITE:
+            if operation is TcpOperation.WRITE:
                 stream.receive(memory, NO_DEADLINE)
             else:
                 stream.send(protocol.reply(Status.DONE), memory, NO_DEADLINE)
         finally:
             with self._changed:
                 visit.region_ids = None
-        if operation is Operation.WRITE:
+        if operation is TcpOperation.WRITE:
             stream.send_bytes(protocol.reply(Status.DONE), NO_DEADLINE)
 
     def _borrow(self, visit: _Visit, rows: Rows) -> Memory:

@@ -13,7 +13,7 @@ from memserve.engine.cpu.key_parts import (
     GATHERED_TOKENS,
     MAX_RUNS,
     MIN_RUN_TOKENS,
-    Run,
+    KeyRun,
     find_runs,
     group_pieces,
     plan_decode,
@@ -32,7 +32,7 @@ def slots_in_runs(lengths: Sequence[int], first: int = 0) -> Tensor:
     return torch.cat([NO_SLOTS, *runs[::-1]])
 
 
-def slots_of(run: Run) -> Tensor:
+def slots_of(run: KeyRun) -> Tensor:
     return torch.arange(run.slot, run.slot + run.tokens)
 
 
@@ -43,9 +43,9 @@ def test_runs_are_found_where_slots_are_neighbours():
         torch.arange(901 + LONG, 900 + 2 * LONG),  # goes on where the first request ended, but is too short
         torch.arange(7, 7 + LONG),
     ]
-    first = [Run(0, 500, LONG), Run(LONG + 10, 900, LONG + 1)]
-    assert find_runs(slots) == [first, [], [], [Run(0, 7, LONG)]]
-    assert find_runs(slots[3:]) == [[Run(0, 7, LONG)]]
+    first = [KeyRun(0, 500, LONG), KeyRun(LONG + 10, 900, LONG + 1)]
+    assert find_runs(slots) == [first, [], [], [KeyRun(0, 7, LONG)]]
+    assert find_runs(slots[3:]) == [[KeyRun(0, 7, LONG)]]
     assert find_runs([NO_SLOTS]) == [[]]
     assert find_runs([]) == []
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from memserve.core.errors import InstanceLost, MemServeError
 from memserve.core.ids import Epoch
 from memserve.mempool.remote.config import PeerAddress, PeersConfig
-from memserve.mempool.remote.local_regions import OwnMemory
-from memserve.mempool.remote.peer_table import Known, Remotes
-from memserve.mempool.remote.reader import Doubtful
-from memserve.mempool.remote.records import PeersStats, Tally
+from memserve.mempool.remote.local_regions import LocalRegions
+from memserve.mempool.remote.peer_table import PeerHandle, PeerTable
+from memserve.mempool.remote.reader import QuarantinedReads
+from memserve.mempool.remote.records import Counters, PeersStats
 from memserve.mempool.remote.server import PeerServer
 from memserve.testing.fake_clock import FakeClock
 from memserve.testing.faulty_link import Faults, FaultyLink
@@ -51,13 +51,13 @@ class Node:
         config = PeersConfig(timeout_s=TIMEOUT_S, reservation_s=RESERVATION_S, lease_s=LEASE_S)
         self.address = PeerAddress(name, epoch)
         self.pool = make_pool(num_slots)
-        self.tally = Tally()
-        self.memory = OwnMemory(world.network.opener(name), epoch, TIMEOUT_S)
+        self.tally = Counters()
+        self.memory = LocalRegions(world.network.opener(name), epoch, TIMEOUT_S)
         self.server = PeerServer(config, epoch, self.memory, lambda _: self.pool, self.tally, now=world.clock)
-        self.doubtful = Doubtful(self.memory, TIMEOUT_S)
-        self.remotes = Remotes((epoch, self.memory), world.link, self.doubtful, self.tally, TIMEOUT_S)
+        self.doubtful = QuarantinedReads(self.memory, TIMEOUT_S)
+        self.remotes = PeerTable((epoch, self.memory), world.link, self.doubtful, self.tally, TIMEOUT_S)
 
-    def to(self, peer: PeerAddress) -> Known:
+    def to(self, peer: PeerAddress) -> PeerHandle:
         self.server.add(self.pool)
         return self.remotes.use(peer, self.pool)
 

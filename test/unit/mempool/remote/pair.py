@@ -11,7 +11,7 @@ from memserve.core.ids import new_epoch
 from memserve.core.kv_layout import KVLayout
 from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.config import PeerAddress, PeersConfig
-from memserve.mempool.remote.peer_table import Wiring
+from memserve.mempool.remote.peer_table import PeerFactory
 from memserve.mempool.remote.peers import Peers
 from memserve.testing.faulty_link import Faults, FaultyLink
 from memserve.transport.base import Peer, Transport
@@ -88,8 +88,8 @@ def start(
     config = config or PeersConfig(transport="tcp", timeout_s=TIMEOUT_S)
     held = pool or make_pool(NUM_SLOTS)
     faults, hooks = Faults(), Hooks()
-    real = Wiring.of(config)
-    wiring = Wiring(
+    real = PeerFactory.of(config)
+    wiring = PeerFactory(
         lambda epoch: [hooked(one, hooks) for one in real.open_transports(epoch)],
         lambda address: FaultyLink(real.connect(address), faults),
     )

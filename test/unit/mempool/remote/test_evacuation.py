@@ -13,11 +13,11 @@ from memserve.core.errors import InstanceLost, PeerDeclined
 from memserve.core.ids import Epoch
 from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.config import PeerAddress
-from memserve.mempool.remote.evacuation import LATE, NO_PEER, NO_ROOM, Evacuation
+from memserve.mempool.remote.evacuation import LATE, NO_PEER, NO_ROOM, EvacuationRun
 from memserve.mempool.remote.records import Pushed
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.link import ControlClient
-from memserve.wire.peer_messages import Evacuate, Evacuated, Located, Shelter
+from memserve.wire.peer_messages import Evacuate, Evacuated, EvacuationTarget, Located
 
 from ..harness import LAYOUT, keys_of, make_pool, store
 from .pair import TIMEOUT_S, End, once, running, start
@@ -34,8 +34,8 @@ class FakePeers:
         self.clock = FakeClock()
         self.pushed: list[tuple[str, int]] = []
 
-    def shelters(self) -> list[Shelter]:
-        return [Shelter(name, name, Epoch(1)) for name in self.pools]
+    def shelters(self) -> list[EvacuationTarget]:
+        return [EvacuationTarget(name, name, Epoch(1)) for name in self.pools]
 
     def room(self, peer: PeerAddress, pool: MemPool, keys: Sequence[BlockKey]) -> Located:
         if peer.control in self.lost:
@@ -67,7 +67,7 @@ class FakePeers:
         return Pushed(len(inserted.duplicates), len(inserted.new), 10 * len(inserted.new))
 
     def take_in(self, pool: MemPool, timeout_s: float = 100.0) -> Evacuated:
-        return Evacuation(self, pool, self.shelters(), self.clock).run(timeout_s)
+        return EvacuationRun(self, pool, self.shelters(), self.clock).run(timeout_s)
 
 
 def full(*prompts: Sequence[int], num_slots: int = 16) -> MemPool:
@@ -168,7 +168,7 @@ def ends() -> tuple[End, End]:
 
 
 def evacuate(to: End, timeout_s: float = TIMEOUT_S) -> Evacuate:
-    return Evacuate(LAYOUT.digest, (Shelter("there", to.peer.control, to.peer.epoch),), timeout_s)
+    return Evacuate(LAYOUT.digest, (EvacuationTarget("there", to.peer.control, to.peer.epoch),), timeout_s)
 
 
 def test_a_router_has_a_pool_evacuate(ends: tuple[End, End]) -> None:

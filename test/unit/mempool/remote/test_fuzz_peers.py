@@ -23,13 +23,13 @@ from memserve.wire.peer_messages import (
     Commit,
     Evacuate,
     Evacuated,
+    EvacuationTarget,
     Fetch,
     Fetched,
     Hello,
     Locate,
     ReleaseLease,
     Reserve,
-    Shelter,
 )
 
 from ..harness import make_pool, write
@@ -80,7 +80,7 @@ def test_errands_to_nowhere_end_with_an_answer(peers: Peers, address: str, timeo
     peers.add(pool)
     layout = pool.layout.digest
     fetch = Fetch(layout, CHAIN, None, address, Epoch(5), timeout_s)
-    shelter = Shelter("other", address, Epoch(5))
+    shelter = EvacuationTarget("other", address, Epoch(5))
     for message in (fetch, Evacuate(layout, (shelter,), timeout_s)):
         try:
             answer = peers._answer(decode(encode(message)))

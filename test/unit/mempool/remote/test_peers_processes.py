@@ -11,7 +11,7 @@ import pytest
 from memserve.core.errors import InstanceLost, MemServeError, StaleEpoch, TransferFailed, TransferTimeout
 from memserve.core.ids import Epoch
 from memserve.mempool.remote.config import PeerAddress
-from memserve.testing.transport_process import Process, wait_until
+from memserve.testing.transport_process import ChildProcess, wait_until
 
 from ..harness import keys_of, store
 from .pair import end, once, running
@@ -22,7 +22,7 @@ TIMEOUT_S = 1.0
 LOST = (InstanceLost, TransferFailed, TransferTimeout)
 
 
-class Child(Process):
+class Child(ChildProcess):
     """A second process with a pool, which ends what is overdue after `reservation_s`."""
 
     def __init__(self, transport: str = "tcp", reservation_s: float = 30.0, port: int = 0) -> None:

@@ -7,7 +7,14 @@ import pytest
 from memserve.core.errors import InstanceLost, TransferTimeout
 from memserve.core.ids import Epoch
 from memserve.mempool.remote.server import RETRY_S
-from memserve.mempool.remote.sessions import MAX_GUESTS, MAX_OVER, OVER, Guests, Ledger, Over
+from memserve.mempool.remote.sessions import (
+    MAX_OVER,
+    MAX_SESSIONS,
+    OVER,
+    CompletedExchange,
+    IdempotencyLog,
+    PeerSessions,
+)
 from memserve.testing.faulty_link import Fault
 from memserve.wire.messages import Done, Refused, Unknown
 from memserve.wire.peer_messages import (
@@ -43,28 +50,28 @@ def reserve(transfer_id: int) -> Reserve:
 
 
 def test_the_ledger_knows_the_last_ones_and_that_the_others_are_over() -> None:
-    ledger = Ledger()
-    answer = Over(OVER, Committed(3))
+    ledger = IdempotencyLog()
+    answer = CompletedExchange(OVER, Committed(3))
     for exchange_id in range(1, MAX_OVER + 10):
         ledger.add(exchange_id, answer)
     assert ledger.get(MAX_OVER) == answer
-    assert ledger.get(3) == Over(OVER)
+    assert ledger.get(3) == CompletedExchange(OVER)
     assert ledger.get(MAX_OVER + 10) is None
-    ledger.add(MAX_OVER, Over(OVER))
+    ledger.add(MAX_OVER, CompletedExchange(OVER))
     assert ledger.get(MAX_OVER) == answer, "it ended once"
 
 
 def test_idle_guests_are_forgotten_and_busy_ones_are_not() -> None:
-    guests = Guests()
+    guests = PeerSessions()
     guests.welcome(Epoch(1), Epoch(1))
     busy = guests.get(Epoch(1))
     assert busy is not None
     busy.to_fence.add(Epoch(1))
-    for epoch in range(2, MAX_GUESTS + 10):
+    for epoch in range(2, MAX_SESSIONS + 10):
         assert guests.welcome(Epoch(epoch), Epoch(epoch))
     assert guests.get(Epoch(1)) is busy
     assert guests.get(Epoch(2)) is None
-    assert sum(1 for _ in guests) == MAX_GUESTS
+    assert sum(1 for _ in guests) == MAX_SESSIONS
 
 
 def test_a_stranger_is_asked_to_introduce_itself() -> None:

@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from memserve.router.admission.fair_queue import Admission, Refusal, Share, Waiter
+from memserve.router.admission.fair_queue import FairQueue, Refusal, TenantQueue, Waiter
 from memserve.router.admission.rates import Rates
 from memserve.testing.fake_clock import FakeClock
 
@@ -21,9 +21,9 @@ class Hall:
 
     def __init__(self, max_running: int | None, max_waiting: int = 100, rates: Rates | None = None) -> None:
         self.clock = FakeClock()
-        self.admission = Admission(max_running, max_waiting, self.clock, rates=rates)
-        self.shares: dict[str, Share] = {}
-        self.running: list[tuple[Share, float]] = []
+        self.admission = FairQueue(max_running, max_waiting, self.clock, rates=rates)
+        self.shares: dict[str, TenantQueue] = {}
+        self.running: list[tuple[TenantQueue, float]] = []
         self.waiting: list[Waiter] = []
         self.refused: list[Waiter] = []
 
@@ -135,7 +135,7 @@ def test_slots_are_shared_by_time_and_weight(
         for name in seconds:
             hall.ask(name, rates=rates[name])
     ends: list[tuple[float, int]] = []
-    known: dict[int, tuple[Share, float]] = {}
+    known: dict[int, tuple[TenantQueue, float]] = {}
     had = Counter[str]()
     number = 0
     while hall.clock.now_s < 1000 + 4000:

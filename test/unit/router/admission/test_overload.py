@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import resource
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -19,7 +19,6 @@ from ..harness import Stage, staged
 from ..http.test_server import Wire, request
 from ..test_launch import launched
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
 ANY = {"text": "a", "sampling_params": {"max_new_tokens": 2}}
 MIB = 1 << 20
 NUM_IDLE = 10_000
@@ -64,130 +63,109 @@ def secret(path: Path, text: str) -> Path:
 # ---- too many
 
 
-def test_so_many_run_so_many_wait_and_the_rest_is_told_when_to_come_again(run: Run) -> None:
-    async def test() -> None:
-        worker, gate = held()
-        async with staged(worker, max_concurrent_requests=2, queue_size=1) as stage:
-            asked = [ask(stage) for _ in range(2)]
-            await worker.until(lambda it: len(it.requests) == 2)
-            asked.append(ask(stage))
-            await stage.until(lambda: num_waiting(stage) == 1)
-            status, told, headers = await ask(stage)
-            assert status == 429
-            assert told["error"]["retryable"]
-            assert told["error"]["type"] == "rate_limit_error"
-            assert int(headers["Retry-After"]) >= 1
-            assert len(worker.requests) == 2
-            gate.set()
-            assert [(await one)[0] for one in asked] == [200] * 3
-
-    run(test())
+async def test_so_many_run_so_many_wait_and_the_rest_is_told_when_to_come_again() -> None:
+    worker, gate = held()
+    async with staged(worker, max_concurrent_requests=2, queue_size=1) as stage:
+        asked = [ask(stage) for _ in range(2)]
+        await worker.until(lambda it: len(it.requests) == 2)
+        asked.append(ask(stage))
+        await stage.until(lambda: num_waiting(stage) == 1)
+        status, told, headers = await ask(stage)
+        assert status == 429
+        assert told["error"]["retryable"]
+        assert told["error"]["type"] == "rate_limit_error"
+        assert int(headers["Retry-After"]) >= 1
+        assert len(worker.requests) == 2
+        gate.set()
+        assert [(await one)[0] for one in asked] == [200] * 3
 
 
-def test_who_waits_too_long_is_told_so(run: Run) -> None:
-    async def test() -> None:
-        worker, gate = held()
-        async with staged(worker, max_concurrent_requests=1, queue_timeout_secs=0.05) as stage:
-            first = ask(stage)
-            await worker.until(lambda it: it.requests)
-            status, told, headers = await ask(stage)
-            assert (status, told["error"]["retryable"]) == (503, True)
-            assert int(headers["Retry-After"]) >= 1
-            gate.set()
-            assert (await first)[0] == 200
-
-    run(test())
+async def test_who_waits_too_long_is_told_so() -> None:
+    worker, gate = held()
+    async with staged(worker, max_concurrent_requests=1, queue_timeout_secs=0.05) as stage:
+        first = ask(stage)
+        await worker.until(lambda it: it.requests)
+        status, told, headers = await ask(stage)
+        assert (status, told["error"]["retryable"]) == (503, True)
+        assert int(headers["Retry-After"]) >= 1
+        gate.set()
+        assert (await first)[0] == 200
 
 
-def test_a_client_that_leaves_the_queue_costs_nobody_a_turn(run: Run) -> None:
-    async def test() -> None:
-        worker, gate = held()
-        async with staged(worker, max_concurrent_requests=1) as stage:
-            first = ask(stage)
-            await worker.until(lambda it: it.requests)
-            second = ask(stage)
-            await stage.until(lambda: num_waiting(stage) == 1)
-            third = ask(stage)
-            await stage.until(lambda: num_waiting(stage) == 2)
-            second.cancel()
-            await stage.until(lambda: num_waiting(stage) == 1)
-            gate.set()
-            assert [(await one)[0] for one in (first, third)] == [200, 200]
-            assert len(worker.requests) == 2
-
-    run(test())
+async def test_a_client_that_leaves_the_queue_costs_nobody_a_turn() -> None:
+    worker, gate = held()
+    async with staged(worker, max_concurrent_requests=1) as stage:
+        first = ask(stage)
+        await worker.until(lambda it: it.requests)
+        second = ask(stage)
+        await stage.until(lambda: num_waiting(stage) == 1)
+        third = ask(stage)
+        await stage.until(lambda: num_waiting(stage) == 2)
+        second.cancel()
+        await stage.until(lambda: num_waiting(stage) == 1)
+        gate.set()
+        assert [(await one)[0] for one in (first, third)] == [200, 200]
+        assert len(worker.requests) == 2
 
 
-def test_priorities_order_who_waits(run: Run) -> None:
-    async def test() -> None:
-        worker, gate = held()
-        async with staged(worker, max_concurrent_requests=1) as stage:
-            asked = [ask(stage)]
-            await worker.until(lambda it: it.requests)
-            for number, (text, body, headers) in enumerate(
-                (
-                    ("none", {}, {}),
-                    ("low", {"priority": -1}, {}),
-                    ("field", {"priority": 5}, {}),
-                    ("header", {"priority": 5}, {"x-priority": "7"}),
-                    ("odd", {"priority": 5}, {"x-priority": "high"}),
-                ),
-                start=1,
-            ):
-                asked.append(ask(stage, {**ANY, **body, "text": text}, **headers))
-                await stage.until(lambda number=number: num_waiting(stage) == number)
-            gate.set()
-            assert {(await one)[0] for one in asked} == {200}
-            order = [one.body["text"] for one in worker.requests[1:]]
-            assert order == ["header", "field", "none", "odd", "low"]
-
-    run(test())
+async def test_priorities_order_who_waits() -> None:
+    worker, gate = held()
+    async with staged(worker, max_concurrent_requests=1) as stage:
+        asked = [ask(stage)]
+        await worker.until(lambda it: it.requests)
+        for number, (text, body, headers) in enumerate(
+            (
+                ("none", {}, {}),
+                ("low", {"priority": -1}, {}),
+                ("field", {"priority": 5}, {}),
+                ("header", {"priority": 5}, {"x-priority": "7"}),
+                ("odd", {"priority": 5}, {"x-priority": "high"}),
+            ),
+            start=1,
+        ):
+            asked.append(ask(stage, {**ANY, **body, "text": text}, **headers))
+            await stage.until(lambda number=number: num_waiting(stage) == number)
+        gate.set()
+        assert {(await one)[0] for one in asked} == {200}
+        order = [one.body["text"] for one in worker.requests[1:]]
+        assert order == ["header", "field", "none", "odd", "low"]
 
 
-def test_a_crowd_does_not_hold_up_another_tenant(run: Run, tmp_path: Path) -> None:
-    async def test() -> None:
-        worker, gate = held()
-        keys = secret(tmp_path / "keys", "key-a crowd\nkey-b guest\n")
-        async with staged(worker, max_concurrent_requests=1, api_keys_file=keys) as stage:
-            crowd = [ask(stage, Authorization="Bearer key-a") for _ in range(6)]
-            await stage.until(lambda: num_waiting(stage) == 5)
-            guest = ask(stage, {**ANY, "text": "guest"}, Authorization="Bearer key-b")
-            await stage.until(lambda: num_waiting(stage) == 6)
-            gate.set()
-            assert {(await one)[0] for one in [guest, *crowd]} == {200}
-            assert [one.body["text"] for one in worker.requests].index("guest") == 1
-
-    run(test())
+async def test_a_crowd_does_not_hold_up_another_tenant(tmp_path: Path) -> None:
+    worker, gate = held()
+    keys = secret(tmp_path / "keys", "key-a crowd\nkey-b guest\n")
+    async with staged(worker, max_concurrent_requests=1, api_keys_file=keys) as stage:
+        crowd = [ask(stage, Authorization="Bearer key-a") for _ in range(6)]
+        await stage.until(lambda: num_waiting(stage) == 5)
+        guest = ask(stage, {**ANY, "text": "guest"}, Authorization="Bearer key-b")
+        await stage.until(lambda: num_waiting(stage) == 6)
+        gate.set()
+        assert {(await one)[0] for one in [guest, *crowd]} == {200}
+        assert [one.body["text"] for one in worker.requests].index("guest") == 1
 
 
-def test_rates_of_a_tenant_are_kept_and_changed_while_it_runs(run: Run, tmp_path: Path) -> None:
-    async def test() -> None:
-        keys = secret(tmp_path / "keys", "key-a alice rps=0.01\nkey-b bob tps=0.1\nkey-c carol\n")
-        async with staged(FakeWorker(), api_keys_file=keys) as stage:
-            for name in ("key-a", "key-b"):
-                assert (await ask(stage, Authorization=f"Bearer {name}"))[0] == 200
-                status, told, headers = await ask(stage, Authorization=f"Bearer {name}")
-                assert (status, told["error"]["retryable"]) == (429, True)
-                wait_s = int(headers["Retry-After"])
-                # Of tokens: what was asked for, two, and the prompt's, at one in ten seconds.
-                assert 90 < wait_s <= 100 if name == "key-a" else wait_s > 10
-            for _ in range(5):
-                assert (await ask(stage, Authorization="Bearer key-c"))[0] == 200
-            secret(keys, "key-a alice rps=1000\n")
-            stage.router.door.follow(is_asked=True)
-            assert (await ask(stage, Authorization="Bearer key-a"))[0] == 200
-            assert (await ask(stage, Authorization="Bearer key-c"))[0] == 401
-
-    run(test())
+async def test_rates_of_a_tenant_are_kept_and_changed_while_it_runs(tmp_path: Path) -> None:
+    keys = secret(tmp_path / "keys", "key-a alice rps=0.01\nkey-b bob tps=0.1\nkey-c carol\n")
+    async with staged(FakeWorker(), api_keys_file=keys) as stage:
+        for name in ("key-a", "key-b"):
+            assert (await ask(stage, Authorization=f"Bearer {name}"))[0] == 200
+            status, told, headers = await ask(stage, Authorization=f"Bearer {name}")
+            assert (status, told["error"]["retryable"]) == (429, True)
+            wait_s = int(headers["Retry-After"])
+            # Of tokens: what was asked for, two, and the prompt's, at one in ten seconds.
+            assert 90 < wait_s <= 100 if name == "key-a" else wait_s > 10
+        for _ in range(5):
+            assert (await ask(stage, Authorization="Bearer key-c"))[0] == 200
+        secret(keys, "key-a alice rps=1000\n")
+        stage.router.door.follow(is_asked=True)
+        assert (await ask(stage, Authorization="Bearer key-a"))[0] == 200
+        assert (await ask(stage, Authorization="Bearer key-c"))[0] == 401
 
 
-def test_a_rate_for_all_is_kept(run: Run) -> None:
-    async def test() -> None:
-        settings = {"max_concurrent_requests": 3, "rate_limit_tokens_per_second": 0.01}
-        async with staged(FakeWorker(), **settings) as stage:
-            assert [(await ask(stage))[0] for _ in range(5)] == [200, 200, 200, 429, 429]
-
-    run(test())
+async def test_a_rate_for_all_is_kept() -> None:
+    settings = {"max_concurrent_requests": 3, "rate_limit_tokens_per_second": 0.01}
+    async with staged(FakeWorker(), **settings) as stage:
+        assert [(await ask(stage))[0] for _ in range(5)] == [200, 200, 200, 429, 429]
 
 
 # ---- too large
@@ -228,96 +206,81 @@ HEAD = b"POST /generate HTTP/1.1\r\nHost: h\r\n"
         ),
     ],
 )
-def test_a_body_of_100_mib_is_refused_before_it_has_come(run: Run, head: bytes) -> None:
-    async def test() -> None:
-        worker = FakeWorker()
-        async with staged(worker, max_body_bytes=4 * MIB) as stage, wired(stage) as wire:
-            status, sent = await send_until_told(wire, head, CHUNK, 100)
-            assert status == 413
-            assert sent < 50
-            assert stage.router.door.budget.held == 0
-            assert not worker.requests
-
-    run(test())
+async def test_a_body_of_100_mib_is_refused_before_it_has_come(head: bytes) -> None:
+    worker = FakeWorker()
+    async with staged(worker, max_body_bytes=4 * MIB) as stage, wired(stage) as wire:
+        status, sent = await send_until_told(wire, head, CHUNK, 100)
+        assert status == 413
+        assert sent < 50
+        assert stage.router.door.budget.held == 0
+        assert not worker.requests
 
 
 @pytest.mark.parametrize("length", ["1", "18446744073709551616", "-1", "1e3", "0x10", ""])
-def test_a_content_length_that_lies_harms_nobody(run: Run, length: str) -> None:
-    async def test() -> None:
-        worker = FakeWorker()
-        async with staged(worker) as stage:
+async def test_a_content_length_that_lies_harms_nobody(length: str) -> None:
+    worker = FakeWorker()
+    async with staged(worker) as stage:
+        async with wired(stage) as wire:
+            wire.send(HEAD + f"Content-Length: {length}\r\n\r\n".encode() + json.dumps(ANY).encode())
+            assert 400 <= (await wire.answer())[0] < 500
+        assert (await ask(stage))[0] == 200
+        assert len(worker.requests) == 1
+        await stage.until(lambda: stage.router.door.budget.held == 0)
+
+
+async def test_bodies_that_are_held_are_bounded_all_together() -> None:
+    worker, gate = held()
+    async with staged(worker, max_body_bytes=MIB, max_buffered_mib=20) as stage:
+        large = {**ANY, "text": "x" * (MIB - 1000)}
+        asked = [ask(stage, large), ask(stage, large)]
+        await worker.until(lambda it: len(it.requests) == 2)
+        status, told, headers = await ask(stage, large)
+        assert (status, told["error"]["retryable"]) == (503, True)
+        assert int(headers["Retry-After"]) >= 1
+        async with wired(stage) as wire:
+            wire.send(
+                HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(json.dumps(large).encode(), 65536)
+            )
+            assert (await wire.answer())[0] == 503
+        gate.set()
+        assert [(await one)[0] for one in asked] == [200, 200]
+        await stage.until(lambda: stage.router.door.budget.held == 0)
+        assert (await ask(stage, large))[0] == 200
+
+
+async def test_bodies_that_do_not_end_are_bounded_too() -> None:
+    async with staged(FakeWorker(), max_body_bytes=8 * MIB, max_buffered_mib=4) as stage:
+        for head in (
+            HEAD + b"Content-Length: %d\r\n\r\n" % (8 * MIB),
+            HEAD + b"Transfer-Encoding: chunked\r\n\r\n",
+        ):
             async with wired(stage) as wire:
-                wire.send(HEAD + f"Content-Length: {length}\r\n\r\n".encode() + json.dumps(ANY).encode())
-                assert 400 <= (await wire.answer())[0] < 500
-            assert (await ask(stage))[0] == 200
-            assert len(worker.requests) == 1
+                assert (await send_until_told(wire, head, CHUNK, 7))[0] == 503
             await stage.until(lambda: stage.router.door.budget.held == 0)
 
-    run(test())
 
-
-def test_bodies_that_are_held_are_bounded_all_together(run: Run) -> None:
-    async def test() -> None:
-        worker, gate = held()
-        async with staged(worker, max_body_bytes=MIB, max_buffered_mib=20) as stage:
-            large = {**ANY, "text": "x" * (MIB - 1000)}
-            asked = [ask(stage, large), ask(stage, large)]
-            await worker.until(lambda it: len(it.requests) == 2)
-            status, told, headers = await ask(stage, large)
-            assert (status, told["error"]["retryable"]) == (503, True)
-            assert int(headers["Retry-After"]) >= 1
+async def test_nothing_is_held_of_clients_that_have_left() -> None:
+    worker, gate = held()
+    async with staged(worker) as stage:
+        for data in (
+            b"POST /gen",
+            HEAD + b"Content-Length: 1000\r\n\r\nabc",
+            HEAD + b"Transfer-Encoding: chunked\r\n\r\n100\r\nabc",
+            request(json.dumps(ANY).encode()),
+            request(json.dumps(ANY).encode()) * 3,
+            request(json.dumps(ANY).encode(), extra="Connection: close\r\n"),
+        ):
             async with wired(stage) as wire:
-                wire.send(
-                    HEAD + b"Transfer-Encoding: chunked\r\n\r\n" + chunked(json.dumps(large).encode(), 65536)
-                )
-                assert (await wire.answer())[0] == 503
-            gate.set()
-            assert [(await one)[0] for one in asked] == [200, 200]
-            await stage.until(lambda: stage.router.door.budget.held == 0)
-            assert (await ask(stage, large))[0] == 200
-
-    run(test())
-
-
-def test_bodies_that_do_not_end_are_bounded_too(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker(), max_body_bytes=8 * MIB, max_buffered_mib=4) as stage:
-            for head in (
-                HEAD + b"Content-Length: %d\r\n\r\n" % (8 * MIB),
-                HEAD + b"Transfer-Encoding: chunked\r\n\r\n",
-            ):
-                async with wired(stage) as wire:
-                    assert (await send_until_told(wire, head, CHUNK, 7))[0] == 503
-                await stage.until(lambda: stage.router.door.budget.held == 0)
-
-    run(test())
-
-
-def test_nothing_is_held_of_clients_that_have_left(run: Run) -> None:
-    async def test() -> None:
-        worker, gate = held()
-        async with staged(worker) as stage:
-            for data in (
-                b"POST /gen",
-                HEAD + b"Content-Length: 1000\r\n\r\nabc",
-                HEAD + b"Transfer-Encoding: chunked\r\n\r\n100\r\nabc",
-                request(json.dumps(ANY).encode()),
-                request(json.dumps(ANY).encode()) * 3,
-                request(json.dumps(ANY).encode(), extra="Connection: close\r\n"),
-            ):
-                async with wired(stage) as wire:
-                    wire.send(data)
-                    await wire.writer.drain()
-                    wire.writer.transport.abort()
-            async with wired(stage) as wire:
-                wire.send(request(json.dumps(ANY).encode()))
-                num_before = len(worker.requests)
-                await worker.until(lambda it: len(it.requests) > num_before)
+                wire.send(data)
+                await wire.writer.drain()
                 wire.writer.transport.abort()
-            await stage.until(lambda: stage.router.door.budget.held == 0)
-            gate.set()
-
-    run(test())
+        async with wired(stage) as wire:
+            wire.send(request(json.dumps(ANY).encode()))
+            num_before = len(worker.requests)
+            await worker.until(lambda it: len(it.requests) > num_before)
+            wire.writer.transport.abort()
+        await stage.until(lambda: stage.router.door.budget.held == 0)
+        gate.set()
 
 
 # ---- too slow
@@ -334,80 +297,69 @@ def test_nothing_is_held_of_clients_that_have_left(run: Run) -> None:
         pytest.param(b"POST /abort_request HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\n{", id="page"),
     ],
 )
-def test_a_request_that_does_not_come_is_given_up(run: Run, data: bytes) -> None:
-    async def test() -> None:
-        limits = {"client_header_timeout_secs": 0.05, "client_stall_timeout_secs": 0.05}
-        async with staged(FakeWorker(), **limits) as stage, wired(stage) as wire:
-            wire.send(data)
-            status, told = await wire.answer()
-            assert status == 408
-            assert json.loads(told)["error"]["type"] == "timeout"
-
-    run(test())
+async def test_a_request_that_does_not_come_is_given_up(data: bytes) -> None:
+    limits = {"client_header_timeout_secs": 0.05, "client_stall_timeout_secs": 0.05}
+    async with staged(FakeWorker(), **limits) as stage, wired(stage) as wire:
+        wire.send(data)
+        status, told = await wire.answer()
+        assert status == 408
+        assert json.loads(told)["error"]["type"] == "timeout"
 
 
-def test_a_head_in_drops_is_given_up_too(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker(), client_header_timeout_secs=0.05) as stage, wired(stage) as wire:
-            answer = asyncio.create_task(wire.answer())
-            wire.send(b"POST /generate HTTP/1.1\r\n")
-            while not answer.done():
-                wire.send(b"x: y\r\n")
-                await asyncio.sleep(0.01)
-            assert (await answer)[0] == 408
-
-    run(test())
+async def test_a_head_in_drops_is_given_up_too() -> None:
+    async with staged(FakeWorker(), client_header_timeout_secs=0.05) as stage, wired(stage) as wire:
+        answer = asyncio.create_task(wire.answer())
+        wire.send(b"POST /generate HTTP/1.1\r\n")
+        while not answer.done():
+            wire.send(b"x: y\r\n")
+            await asyncio.sleep(0.01)
+        assert (await answer)[0] == 408
 
 
 @pytest.mark.parametrize("extra", ["", "Connection: close\r\n"], ids=["lean", "aiohttp"])
-def test_a_client_that_reads_nothing_is_left_and_holds_up_nobody(run: Run, extra: str) -> None:
-    async def test() -> None:
-        worker = FakeWorker(script=Script(tokens=("x" * 65536,) * 400))
-        async with staged(worker, client_stall_timeout_secs=0.2) as stage, wired(stage) as wire:
-            body = json.dumps({"prompt": "a", "stream": True, "max_tokens": 400}).encode()
-            wire.writer.transport.pause_reading()  # type: ignore[attr-defined]
-            wire.send(request(body, path="/v1/completions", extra=extra))
-            await worker.until(lambda it: it.requests and it.requests[0].num_sent > 0)
-            worker.script = Script()
-            assert (await ask(stage))[0] == 200
-            await worker.until(lambda it: it.requests[0].dropped)
-            assert worker.requests[0].num_sent < 400
-
-    run(test())
+async def test_a_client_that_reads_nothing_is_left_and_holds_up_nobody(extra: str) -> None:
+    worker = FakeWorker(script=Script(tokens=("x" * 65536,) * 400))
+    async with staged(worker, client_stall_timeout_secs=0.2) as stage, wired(stage) as wire:
+        body = json.dumps({"prompt": "a", "stream": True, "max_tokens": 400}).encode()
+        wire.writer.transport.pause_reading()  # type: ignore[attr-defined]
+        wire.send(request(body, path="/v1/completions", extra=extra))
+        await worker.until(lambda it: it.requests and it.requests[0].num_sent > 0)
+        worker.script = Script()
+        assert (await ask(stage))[0] == 200
+        await worker.until(lambda it: it.requests[0].dropped)
+        assert worker.requests[0].num_sent < 400
 
 
 # ---- too many of nothing
 
 
-def test_connections_are_bounded_whoever_reads_them(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker(), max_connections=3) as stage, AsyncExitStack() as open_ones:
-            wires = [await open_ones.enter_async_context(wired(stage)) for _ in range(3)]
-            wires[0].send(b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n")  # this is aiohttp's now
-            assert (await wires[0].answer())[0] == 200
-            async with wired(stage) as refused:
-                assert (await refused.answer())[0] == 503
-                assert await refused.is_closed()
-            wires[1].send(request(json.dumps(ANY).encode()))
-            assert (await wires[1].answer())[0] == 200
-            wires[2].writer.close()
-            for _ in range(100):
-                async with wired(stage) as again:
-                    again.send(request(json.dumps(ANY).encode()))
-                    status, _ = await again.answer()
-                if status == 200:
-                    return
-            pytest.fail("there was no room again")
-
-    run(test())
+async def test_connections_are_bounded_whoever_reads_them() -> None:
+    async with staged(FakeWorker(), max_connections=3) as stage, AsyncExitStack() as open_ones:
+        wires = [await open_ones.enter_async_context(wired(stage)) for _ in range(3)]
+        wires[0].send(b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n")  # this is aiohttp's now
+        assert (await wires[0].answer())[0] == 200
+        async with wired(stage) as refused:
+            assert (await refused.answer())[0] == 503
+            assert await refused.is_closed()
+        wires[1].send(request(json.dumps(ANY).encode()))
+        assert (await wires[1].answer())[0] == 200
+        wires[2].writer.close()
+        for _ in range(100):
+            async with wired(stage) as again:
+                again.send(request(json.dumps(ANY).encode()))
+                status, _ = await again.answer()
+            if status == 200:
+                return
+        pytest.fail("there was no room again")
 
 
-def test_ten_thousand_idle_connections_keep_nobody_out(run: Run) -> None:
+async def test_ten_thousand_idle_connections_leave_room_for_requests() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < NUM_IDLE + 1000:
         pytest.skip(f"a process may have only {hard} open files here")
 
-    async def test() -> None:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    try:
         with launched() as (process, lines):
             port = int(lines.partition("http=http://127.0.0.1:")[2].split()[0])
             idle: list[asyncio.StreamWriter] = []
@@ -425,9 +377,5 @@ def test_ten_thousand_idle_connections_keep_nobody_out(run: Run) -> None:
             assert process.poll() is None
             for one in [*idle, writer]:
                 one.transport.abort()
-
-    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    try:
-        run(test())
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

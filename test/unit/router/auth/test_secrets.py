@@ -5,9 +5,7 @@ from __future__ import annotations
 import base64
 import logging
 import signal
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -15,15 +13,13 @@ from memserve.core.errors import ConfigError
 from memserve.router.app import running_router
 from memserve.router.auth.keys import Keys
 from memserve.router.config import RouterConfig, named_server
-from memserve.router.request import Api, Call
+from memserve.router.request import Api, GenerationRequest
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
 
 from ..harness import Stage, pair, staged
 from ..test_launch import launched
-
-Run = Callable[[Coroutine[Any, Any, None]], None]
 
 MARK = "s3cret"
 """In every key, right or wrong, of these tests; and in prompts, which logs do not show either."""
@@ -71,79 +67,77 @@ async def everything(stage: Stage, authorization: str | None) -> list[str]:
 
 
 @pytest.mark.parametrize("is_pair", [False, True])
-def test_no_log_line_and_no_answer_has_a_key(
-    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture, is_pair: bool
+async def test_no_log_line_and_no_answer_has_a_key(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, is_pair: bool
 ) -> None:
     caplog.set_level(logging.DEBUG)
 
-    async def test() -> None:
-        keys = secret(tmp_path / "keys", f"{MARK}-a alice rps=1000\n{MARK}-b bob\n")
-        admins = secret(tmp_path / "admins", f"{MARK}-root ops\n")
-        cluster = secret(tmp_path / "cluster", f"{MARK}-cluster-key-of-32-bytes")
-        info = {"api_key": f"{MARK}-own", "nested": [{"admin_api_key": f"{MARK}-own"}]}
-        workers = pair() if is_pair else (FakeWorker(server_info=info),)
-        settings = {
-            "api_keys_file": keys,
-            "admin_api_key_file": admins,
-            "api_key": f"{MARK}-servers",
-            "cluster_key_file": cluster,
-            "retry_initial_backoff_ms": 1,
-            "retry_max_retries": 1,
-        }
-        async with staged(*workers, **settings) as stage:
-            password = base64.b64encode(f"me:{MARK}-a".encode()).decode()
-            asking = [None, f"Bearer {MARK}-a", f"Bearer {MARK}-no", f"Basic {password}", f"{MARK} {MARK}"]
-            answers = []
-            for authorization in [*asking, f"Bearer {MARK}-root"]:
-                answers += await everything(stage, authorization)
-            for script in (
-                Script(status=401, message="no key"),
-                Script(status=500, message="broken"),
-                Script(drop_before=1),
-            ):
-                for worker in workers:
-                    worker.script = script
-                answers += await everything(stage, f"Bearer {MARK}-a")
-            for text in (f"{MARK}-a", f"{MARK}-a alice {MARK}=1", f"{MARK}-a alice rps={MARK}", ""):
-                secret(keys, text)
-                secret(admins, f"{MARK} {MARK} {MARK}")
-                stage.router.door.follow()
+    keys = secret(tmp_path / "keys", f"{MARK}-a alice rps=1000\n{MARK}-b bob\n")
+    admins = secret(tmp_path / "admins", f"{MARK}-root ops\n")
+    cluster = secret(tmp_path / "cluster", f"{MARK}-cluster-key-of-32-bytes")
+    info = {"api_key": f"{MARK}-own", "nested": [{"admin_api_key": f"{MARK}-own"}]}
+    workers = pair() if is_pair else (FakeWorker(server_info=info),)
+    settings = {
+        "api_keys_file": keys,
+        "admin_api_key_file": admins,
+        "api_key": f"{MARK}-servers",
+        "cluster_key_file": cluster,
+        "retry_initial_backoff_ms": 1,
+        "retry_max_retries": 1,
+    }
+    async with staged(*workers, **settings) as stage:
+        password = base64.b64encode(f"me:{MARK}-a".encode()).decode()
+        asking = [None, f"Bearer {MARK}-a", f"Bearer {MARK}-no", f"Basic {password}", f"{MARK} {MARK}"]
+        answers = []
+        for authorization in [*asking, f"Bearer {MARK}-root"]:
+            answers += await everything(stage, authorization)
+        for script in (
+            Script(status=401, message="no key"),
+            Script(status=500, message="broken"),
+            Script(drop_before=1),
+        ):
             for worker in workers:
-                await worker.kill()
+                worker.script = script
             answers += await everything(stage, f"Bearer {MARK}-a")
-            assert f"Bearer {MARK}-servers" in {one.headers.get("Authorization") for one in worker.requests}
-        # An answer may say what was asked for, but no key.
-        assert not [one for one in answers if MARK in one.replace(f"prompt {MARK}", "")]
+        for text in (f"{MARK}-a", f"{MARK}-a alice {MARK}=1", f"{MARK}-a alice rps={MARK}", ""):
+            secret(keys, text)
+            secret(admins, f"{MARK} {MARK} {MARK}")
+            stage.router.door.follow()
+        for worker in workers:
+            await worker.kill()
+        answers += await everything(stage, f"Bearer {MARK}-a")
+        assert f"Bearer {MARK}-servers" in {one.headers.get("Authorization") for one in worker.requests}
+    # An answer may say what was asked for, but no key.
+    assert not [one for one in answers if MARK in one.replace(f"prompt {MARK}", "")]
 
-    run(test())
     said = caplog.text + "".join(str(one.__dict__) for one in caplog.records)
     assert "stay as they were" in said, "the log was not seen"
     assert MARK not in said
 
 
-def test_no_error_at_the_start_has_a_key(run: Run, tmp_path: Path) -> None:
+async def test_no_error_at_the_start_has_a_key(tmp_path: Path) -> None:
     errors: list[ConfigError] = []
 
-    async def test() -> None:
-        for text in (f"{MARK}", f"{MARK} a rps={MARK}", f"{MARK} a {MARK}", f"{MARK} a\n{MARK} b", "\xff"):
-            path = tmp_path / "keys"
-            path.write_bytes(text.encode("latin-1"))
-            path.chmod(0o600)
-            for settings in ({"api_keys_file": path}, {"admin_api_key_file": path}):
-                try:
-                    async with running_router(RouterConfig(port=0, **settings)):  # type: ignore[arg-type]
-                        pass
-                except ConfigError as error:
-                    errors.append(error)
+    for text in (f"{MARK}", f"{MARK} a rps={MARK}", f"{MARK} a {MARK}", f"{MARK} a\n{MARK} b", "\xff"):
+        path = tmp_path / "keys"
+        path.write_bytes(text.encode("latin-1"))
+        path.chmod(0o600)
+        for settings in ({"api_keys_file": path}, {"admin_api_key_file": path}):
+            try:
+                async with running_router(RouterConfig(port=0, **settings)):  # type: ignore[arg-type]
+                    pass
+            except ConfigError as error:
+                errors.append(error)
 
-    run(test())
     assert len(errors) > 5
     assert MARK not in "".join(repr(error) + repr(error.__cause__) for error in errors)
 
 
 def test_what_holds_a_key_does_not_show_it() -> None:
     config = RouterConfig(api_key=MARK)
-    call = Call(Api.GENERATE, {"text": MARK}, "r", False, ("r",), None, 1, None, authorization=MARK)
+    call = GenerationRequest(
+        Api.GENERATE, {"text": MARK}, "r", False, ("r",), None, 1, None, authorization=MARK
+    )
     for one in (config, call, Keys({MARK: True}), vars(Keys({MARK: True}))):
         assert MARK not in repr(one)
 

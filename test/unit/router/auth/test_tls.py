@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import ssl
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import pytest
@@ -22,7 +20,6 @@ from memserve.wire.messages import Role
 
 from ..harness import staged
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
 BODY = {"text": "hello", "sampling_params": {"max_new_tokens": 2}}
 
 
@@ -55,45 +52,39 @@ async def serial(port: int, context: ssl.SSLContext) -> object:
     return shown
 
 
-def test_clients_are_served_over_tls(run: Run, authority: trustme.CA, tmp_path: Path) -> None:
-    async def test() -> None:
-        context = believing(authority)
-        async with staged(FakeWorker(), **written(authority, tmp_path)) as stage:
-            assert stage.router.url.startswith("https://")
-            async with stage.client.post(stage.url("/generate"), json=BODY, ssl=context) as response:
-                assert response.status == 200
-            stream = {**BODY, "stream": True}
-            async with stage.client.post(stage.url("/generate"), json=stream, ssl=context) as response:
-                assert (await response.read()).endswith(b"data: [DONE]\n\n")
-            async with stage.client.get(stage.url("/workers"), ssl=context) as response:
-                assert response.status == 200
-            with pytest.raises(aiohttp.ClientConnectorCertificateError):
-                await stage.client.get(stage.url("/health"))
-            with pytest.raises(aiohttp.ClientError):
-                await stage.client.get(stage.url("/health").replace("https", "http"))
-
-    run(test())
+async def test_clients_are_served_over_tls(authority: trustme.CA, tmp_path: Path) -> None:
+    context = believing(authority)
+    async with staged(FakeWorker(), **written(authority, tmp_path)) as stage:
+        assert stage.router.url.startswith("https://")
+        async with stage.client.post(stage.url("/generate"), json=BODY, ssl=context) as response:
+            assert response.status == 200
+        stream = {**BODY, "stream": True}
+        async with stage.client.post(stage.url("/generate"), json=stream, ssl=context) as response:
+            assert (await response.read()).endswith(b"data: [DONE]\n\n")
+        async with stage.client.get(stage.url("/workers"), ssl=context) as response:
+            assert response.status == 200
+        with pytest.raises(aiohttp.ClientConnectorCertificateError):
+            await stage.client.get(stage.url("/health"))
+        with pytest.raises(aiohttp.ClientError):
+            await stage.client.get(stage.url("/health").replace("https", "http"))
 
 
-def test_a_renewed_certificate_is_shown_without_a_restart(
-    run: Run, authority: trustme.CA, tmp_path: Path, caplog: pytest.LogCaptureFixture
+async def test_a_renewed_certificate_is_shown_without_a_restart(
+    authority: trustme.CA, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    async def test() -> None:
-        context = believing(authority)
-        files = written(authority, tmp_path)
-        async with staged(**files) as stage:
-            port = int(stage.router.url.rsplit(":", 1)[1])
-            first = await serial(port, context)
-            written(authority, tmp_path)
-            stage.router.door.follow(is_asked=True)
-            second = await serial(port, context)
-            assert first != second
-            files["ssl_certfile"].write_text("nonsense")
-            stage.router.door.follow(is_asked=True)
-            assert await serial(port, context) == second
-            assert "the certificate stays as it was" in caplog.text
-
-    run(test())
+    context = believing(authority)
+    files = written(authority, tmp_path)
+    async with staged(**files) as stage:
+        port = int(stage.router.url.rsplit(":", 1)[1])
+        first = await serial(port, context)
+        written(authority, tmp_path)
+        stage.router.door.follow(is_asked=True)
+        second = await serial(port, context)
+        assert first != second
+        files["ssl_certfile"].write_text("nonsense")
+        stage.router.door.follow(is_asked=True)
+        assert await serial(port, context) == second
+        assert "the certificate stays as it was" in caplog.text
 
 
 def test_certificates_that_cannot_be_used_are_named(authority: trustme.CA, tmp_path: Path) -> None:
@@ -114,46 +105,39 @@ def test_certificates_that_cannot_be_used_are_named(authority: trustme.CA, tmp_p
         RouterConfig(ssl_certfile=cert)
 
 
-def test_https_servers_are_verified(run: Run, authority: trustme.CA, tmp_path: Path) -> None:
-    async def test() -> None:
-        context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
-        authority.issue_cert("127.0.0.1").configure_cert(context)
-        believed = tmp_path / "ca.pem"
-        authority.cert_pem.write_to_path(believed)
-        async with FakeWorker(tls=context) as worker:
-            static = (named_server(worker.url, Role.COLOCATED),)
-            async with staged(static=static, ssl_ca_certs=believed) as stage:
-                await stage.until(stage.is_ready)
-                assert (await stage.post("/generate", BODY))[0] == 200
-                assert len(await stage.events("/generate", {**BODY, "stream": True})) > 1
-            num_requests = len(worker.requests)
-            assert num_requests == 2
-            async with staged(static=static) as stage:
-                member = stage.router.cluster.find(worker.url)
-                assert member is not None
-                await stage.until(lambda: "certificate" in member.reason.lower())
-                assert (await stage.post("/generate", BODY))[0] == 503
-            assert len(worker.requests) == num_requests
-
-    run(test())
+async def test_https_servers_are_verified(authority: trustme.CA, tmp_path: Path) -> None:
+    context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
+    authority.issue_cert("127.0.0.1").configure_cert(context)
+    believed = tmp_path / "ca.pem"
+    authority.cert_pem.write_to_path(believed)
+    async with FakeWorker(tls=context) as worker:
+        static = (named_server(worker.url, Role.COLOCATED),)
+        async with staged(static=static, ssl_ca_certs=believed) as stage:
+            await stage.until(stage.is_ready)
+            assert (await stage.post("/generate", BODY))[0] == 200
+            assert len(await stage.events("/generate", {**BODY, "stream": True})) > 1
+        num_requests = len(worker.requests)
+        assert num_requests == 2
+        async with staged(static=static) as stage:
+            member = stage.router.cluster.find(worker.url)
+            assert member is not None
+            await stage.until(lambda: "certificate" in member.reason.lower())
+            assert (await stage.post("/generate", BODY))[0] == 503
+        assert len(worker.requests) == num_requests
 
 
 @pytest.mark.parametrize("is_encrypted", [False, True])
-def test_leaving_the_machine_in_the_clear_is_said_once(
-    run: Run,
+async def test_leaving_the_machine_in_the_clear_is_said_once(
     authority: trustme.CA,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,
     is_encrypted: bool,
 ) -> None:
-    async def test() -> None:
-        key = tmp_path / "cluster.key"
-        key.write_text("0123456789abcdef")
-        key.chmod(0o600)
-        files = written(authority, tmp_path) if is_encrypted else {}
-        config = RouterConfig(host="0.0.0.0", port=0, cluster_key_file=key, **files)
-        async with running_router(config):
-            said = [one for one in caplog.records if "in the clear" in one.getMessage()]
-            assert [one.levelno for one in said] == [logging.WARNING] * (not is_encrypted)
-
-    run(test())
+    key = tmp_path / "cluster.key"
+    key.write_text("0123456789abcdef")
+    key.chmod(0o600)
+    files = written(authority, tmp_path) if is_encrypted else {}
+    config = RouterConfig(host="0.0.0.0", port=0, cluster_key_file=key, **files)
+    async with running_router(config):
+        said = [one for one in caplog.records if "in the clear" in one.getMessage()]
+        assert [one.levelno for one in said] == [logging.WARNING] * (not is_encrypted)

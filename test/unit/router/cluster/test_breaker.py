@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 import pytest
 
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.breaker import Breakers, BreakerState
-from memserve.router.cluster.instance import Facts, Instance, Snapshot
+from memserve.router.cluster.instance import ClusterSnapshot, Instance, ServerInfo
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_clock import FakeClock
 from memserve.testing.fake_worker import FakeWorker
@@ -19,14 +17,12 @@ from memserve.wire.messages import Role
 from ..harness import info_of, staged
 from ..proxy.retry_harness import Ask, metric, state
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
-
 CLOSED, OPEN, HALF_OPEN = BreakerState.CLOSED, BreakerState.OPEN, BreakerState.HALF_OPEN
 THRESHOLD, TIMEOUT_S = 3, 2.0
 
 
 def instance(name: str, role: Role = Role.COLOCATED, epoch: int = 1) -> Instance:
-    return Instance(InstanceId(name), Epoch(epoch), role, f"http://{name}:1", None, Facts("m", "/m"))
+    return Instance(InstanceId(name), Epoch(epoch), role, f"http://{name}:1", None, ServerInfo("m", "/m"))
 
 
 A, B = instance("a"), instance("b")
@@ -66,14 +62,14 @@ def test_only_faults_in_a_row_open_it(breakers: Breakers) -> None:
 
 
 def test_half_open_it_is_given_one_request_at_a_time(breakers: Breakers, clock: FakeClock) -> None:
-    both = Snapshot.of([A, B])
+    both = ClusterSnapshot.of([A, B])
     open_for(breakers, A)
-    assert breakers.admitted(both) == Snapshot.of([B])
+    assert breakers.admitted(both) == ClusterSnapshot.of([B])
     clock.advance(TIMEOUT_S)
     assert state_of(breakers) is HALF_OPEN
     assert breakers.admitted(both) is both
     breakers.sent(A)
-    assert breakers.admitted(both) == Snapshot.of([B]), "until it has answered"
+    assert breakers.admitted(both) == ClusterSnapshot.of([B]), "until it has answered"
     breakers.answered(A)
     assert state_of(breakers) is CLOSED
     assert breakers.admitted(both) is both
@@ -99,18 +95,18 @@ def test_a_request_without_an_outcome_blocks_nothing_for_ever(breakers: Breakers
 
 
 def test_an_open_one_serves_if_nobody_else_can(breakers: Breakers) -> None:
-    pair = Snapshot.of([PREFILL, DECODE])
+    pair = ClusterSnapshot.of([PREFILL, DECODE])
     open_for(breakers, A, B, DECODE)
-    assert breakers.admitted(Snapshot.of([A, B])) == Snapshot.of([A, B])
+    assert breakers.admitted(ClusterSnapshot.of([A, B])) == ClusterSnapshot.of([A, B])
     assert breakers.admitted(pair) == pair
-    assert breakers.admitted(Snapshot.of([PREFILL, DECODE, OTHER_DECODE])) == Snapshot.of(
+    assert breakers.admitted(ClusterSnapshot.of([PREFILL, DECODE, OTHER_DECODE])) == ClusterSnapshot.of(
         [PREFILL, OTHER_DECODE]
     )
 
 
 def test_a_pair_that_is_not_whole_gives_way_to_a_colocated_one(breakers: Breakers) -> None:
     open_for(breakers, DECODE)
-    admitted = breakers.admitted(Snapshot.of([PREFILL, DECODE, A]))
+    admitted = breakers.admitted(ClusterSnapshot.of([PREFILL, DECODE, A]))
     assert (admitted.colocated, admitted.decodes) == ((A,), ())
 
 
@@ -125,71 +121,59 @@ def test_a_new_process_begins_anew(breakers: Breakers) -> None:
 # ---- with workers
 
 
-def test_requests_of_a_worker_that_fails_go_elsewhere_and_soon_are_not_sent_there(run: Run) -> None:
-    async def test() -> None:
-        settings = {"policy": "round_robin", "cb_timeout_secs": 600.0, "retry_initial_backoff_ms": 1}
-        async with staged(FakeWorker(), FakeWorker(), **settings) as stage:
-            bad, good = stage.workers[Role.COLOCATED]
-            bad.script = Script(status=500)
-            for _ in range(30):
-                assert (await Ask(stage).task)[0] == 200
-            assert (len(bad.requests), len(good.requests)) == (5, 30)
-            assert state(stage, bad) is BreakerState.OPEN
-            line = f'memserve_router_breakers{{instance="{info_of(bad).instance_id}",state="open"}} 1.0'
-            assert await metric(stage, line)
-            workers = (await stage.get("/workers"))[1]["workers"]
-            assert [one["breaker"] for one in workers] == ["open", "closed"]
-            await good.kill()
-            bad.script = Script()
-            assert (await Ask(stage).task)[0] == 200, "nobody else is there"
-            assert state(stage, bad) is BreakerState.CLOSED
-
-    run(test())
+async def test_requests_of_a_worker_that_fails_go_elsewhere_and_soon_are_not_sent_there() -> None:
+    settings = {"policy": "round_robin", "cb_timeout_secs": 600.0, "retry_initial_backoff_ms": 1}
+    async with staged(FakeWorker(), FakeWorker(), **settings) as stage:
+        bad, good = stage.workers[Role.COLOCATED]
+        bad.script = Script(status=500)
+        for _ in range(30):
+            assert (await Ask(stage).task)[0] == 200
+        assert (len(bad.requests), len(good.requests)) == (5, 30)
+        assert state(stage, bad) is BreakerState.OPEN
+        line = f'memserve_router_breakers{{instance="{info_of(bad).instance_id}",state="open"}} 1.0'
+        assert await metric(stage, line)
+        workers = (await stage.get("/workers"))[1]["workers"]
+        assert [one["breaker"] for one in workers] == ["open", "closed"]
+        await good.kill()
+        bad.script = Script()
+        assert (await Ask(stage).task)[0] == 200, "nobody else is there"
+        assert state(stage, bad) is BreakerState.CLOSED
 
 
-def test_a_worker_that_has_recovered_is_given_requests_again(run: Run) -> None:
-    async def test() -> None:
-        settings = {"policy": "round_robin", "cb_timeout_secs": 0.05, "cb_failure_threshold": 1}
-        async with staged(FakeWorker(), FakeWorker(), **settings) as stage:
-            bad, _ = stage.workers[Role.COLOCATED]
-            bad.script = Script(status=503)
-            while not bad.requests:
-                assert (await Ask(stage).task)[0] == 200
-            bad.script = Script()
-            await stage.until(lambda: state(stage, bad) is BreakerState.HALF_OPEN)
-            while state(stage, bad) is not BreakerState.CLOSED:
-                assert (await Ask(stage).task)[0] == 200
-            assert len(bad.requests) == 2
-
-    run(test())
+async def test_a_worker_that_has_recovered_is_given_requests_again() -> None:
+    settings = {"policy": "round_robin", "cb_timeout_secs": 0.05, "cb_failure_threshold": 1}
+    async with staged(FakeWorker(), FakeWorker(), **settings) as stage:
+        bad, _ = stage.workers[Role.COLOCATED]
+        bad.script = Script(status=503)
+        while not bad.requests:
+            assert (await Ask(stage).task)[0] == 200
+        bad.script = Script()
+        await stage.until(lambda: state(stage, bad) is BreakerState.HALF_OPEN)
+        while state(stage, bad) is not BreakerState.CLOSED:
+            assert (await Ask(stage).task)[0] == 200
+        assert len(bad.requests) == 2
 
 
-def test_a_client_that_errs_says_nothing_of_the_worker(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker(), cb_failure_threshold=1) as stage:
-            stage.colocated.script = Script(status=400, message="too long")
-            for number in range(3):
-                status, answer = await Ask(stage).task
-                assert (status, "too long" in answer) == (400, True)
-                assert len(stage.colocated.requests) == number + 1, "once is enough"
-            stage.colocated.script = Script(gates={0: asyncio.Event()})
-            leaving = Ask(stage)
-            await stage.colocated.until(lambda w: len(w.requests) == 4)
-            leaving.task.cancel()
-            await stage.colocated.until(lambda w: w.requests[3].dropped)
-            assert state(stage, stage.colocated) is BreakerState.CLOSED
-
-    run(test())
+async def test_a_client_that_errs_says_nothing_of_the_worker() -> None:
+    async with staged(FakeWorker(), cb_failure_threshold=1) as stage:
+        stage.colocated.script = Script(status=400, message="too long")
+        for number in range(3):
+            status, answer = await Ask(stage).task
+            assert (status, "too long" in answer) == (400, True)
+            assert len(stage.colocated.requests) == number + 1, "once is enough"
+        stage.colocated.script = Script(gates={0: asyncio.Event()})
+        leaving = Ask(stage)
+        await stage.colocated.until(lambda w: len(w.requests) == 4)
+        leaving.task.cancel()
+        await stage.colocated.until(lambda w: w.requests[3].dropped)
+        assert state(stage, stage.colocated) is BreakerState.CLOSED
 
 
-def test_a_lost_connection_counts_once_however_many_requests_it_had(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker(), cb_failure_threshold=2, retry_max_retries=0) as stage:
-            stage.colocated.script = Script(gates={0: asyncio.Event()})
-            asks = [Ask(stage) for _ in range(5)]
-            await stage.colocated.until(lambda w: len(w.requests) == 5)
-            await stage.colocated.kill()
-            assert {(await ask.task)[0] for ask in asks} == {503}
-            assert state(stage, stage.colocated) is BreakerState.CLOSED
-
-    run(test())
+async def test_a_lost_connection_counts_once_however_many_requests_it_had() -> None:
+    async with staged(FakeWorker(), cb_failure_threshold=2, retry_max_retries=0) as stage:
+        stage.colocated.script = Script(gates={0: asyncio.Event()})
+        asks = [Ask(stage) for _ in range(5)]
+        await stage.colocated.until(lambda w: len(w.requests) == 5)
+        await stage.colocated.kill()
+        assert {(await ask.task)[0] for ask in asks} == {503}
+        assert state(stage, stage.colocated) is BreakerState.CLOSED

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -11,17 +11,15 @@ import pytest
 
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.drain import Evacuation, shelters_for
+from memserve.router.cluster.drain import EvacuationSettings, shelters_for
 from memserve.router.cluster.member import State
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.link import ControlServer
 from memserve.wire.messages import Done, Message, PoolInfo, Role
-from memserve.wire.peer_messages import Evacuate, Evacuated, Shelter
+from memserve.wire.peer_messages import Evacuate, Evacuated, EvacuationTarget
 
 from ..harness import DEADLINE_S, Stage, info_of, staged
-
-Run = Callable[[Coroutine[Any, Any, None]], None]
 
 ANY = {"text": "a", "sampling_params": {"max_new_tokens": 2}}
 
@@ -59,8 +57,8 @@ def test_blocks_go_where_they_are_of_use(own: PoolInfo, names: list[str]) -> Non
 
 
 def test_what_was_sent_at_first_is_not_counted_as_known_later() -> None:
-    first = Evacuation(10, 100, 3, 2, 1.0, "late")
-    assert first.then(Evacuation(1, 10, 13, 0, 0.5)) == Evacuation(11, 110, 3, 0, 1.5)
+    first = EvacuationSettings(10, 100, 3, 2, 1.0, "late")
+    assert first.then(EvacuationSettings(1, 10, 13, 0, 0.5)) == EvacuationSettings(11, 110, 3, 0, 1.5)
 
 
 class FakePool:
@@ -95,97 +93,77 @@ async def drain(stage: Stage, query: str = "") -> tuple[int, Any]:
     return await stage.post(f"/workers/{info_of(stage.colocated).instance_id}/drain{query}", None)
 
 
-def test_a_drain_tells_what_has_become_of_the_blocks(run: Run) -> None:
-    async def test() -> None:
-        async with with_pools(Evacuated(5, 500, 2, 1, "late"), drain_evacuate_secs=3.0) as (stage, fake):
-            status, answer = await drain(stage)
-            assert (status, answer["drained"]) == (200, True)
-            evacuated = answer["evacuated"]
-            assert evacuated.pop("seconds") >= 0
-            assert evacuated == {"blocks": 5, "bytes": 500, "known_elsewhere": 2, "left": 1, "reason": "late"}
-            other = info_of(stage.workers[Role.COLOCATED][1]).instance_id
-            assert fake.asked == [Evacuate(b"\xaa", (Shelter(other, "other:1", Epoch(7)),), 3.0)]
-            # Once is enough, until it has served again.
-            assert (await drain(stage))[1]["evacuated"]["blocks"] == 5
-            assert len(fake.asked) == 1
-
-    run(test())
+async def test_a_drain_tells_what_has_become_of_the_blocks() -> None:
+    async with with_pools(Evacuated(5, 500, 2, 1, "late"), drain_evacuate_secs=3.0) as (stage, fake):
+        status, answer = await drain(stage)
+        assert (status, answer["drained"]) == (200, True)
+        evacuated = answer["evacuated"]
+        assert evacuated.pop("seconds") >= 0
+        assert evacuated == {"blocks": 5, "bytes": 500, "known_elsewhere": 2, "left": 1, "reason": "late"}
+        other = info_of(stage.workers[Role.COLOCATED][1]).instance_id
+        assert fake.asked == [Evacuate(b"\xaa", (EvacuationTarget(other, "other:1", Epoch(7)),), 3.0)]
+        # Once is enough, until it has served again.
+        assert (await drain(stage))[1]["evacuated"]["blocks"] == 5
+        assert len(fake.asked) == 1
 
 
-def test_what_requests_leave_behind_is_evacuated_when_they_have_ended(run: Run) -> None:
-    async def test() -> None:
-        async with with_pools(Evacuated(5, 50, 0, 0), Evacuated(1, 10, 5, 0)) as (stage, fake):
-            gate = asyncio.Event()
-            for worker in stage.workers[Role.COLOCATED]:
-                worker.script = Script(gates={1: gate})
-            begun = [asyncio.create_task(stage.post("/generate", ANY)) for _ in range(2)]
-            await stage.colocated.until(lambda w: w.requests)
-            draining = asyncio.create_task(drain(stage))
-            await stage.until(lambda: len(fake.asked) == 1)
-            assert not draining.done()
-            gate.set()
-            answer = (await draining)[1]
-            assert (answer["drained"], answer["evacuated"]["blocks"]) == (True, 6)
-            assert len(fake.asked) == 2
-            assert [status for status, _ in await asyncio.gather(*begun)] == [200, 200]
-
-    run(test())
+async def test_what_requests_leave_behind_is_evacuated_when_they_have_ended() -> None:
+    async with with_pools(Evacuated(5, 50, 0, 0), Evacuated(1, 10, 5, 0)) as (stage, fake):
+        gate = asyncio.Event()
+        for worker in stage.workers[Role.COLOCATED]:
+            worker.script = Script(gates={1: gate})
+        begun = [asyncio.create_task(stage.post("/generate", ANY)) for _ in range(2)]
+        await stage.colocated.until(lambda w: w.requests)
+        draining = asyncio.create_task(drain(stage))
+        await stage.until(lambda: len(fake.asked) == 1)
+        assert not draining.done()
+        gate.set()
+        answer = (await draining)[1]
+        assert (answer["drained"], answer["evacuated"]["blocks"]) == (True, 6)
+        assert len(fake.asked) == 2
+        assert [status for status, _ in await asyncio.gather(*begun)] == [200, 200]
 
 
-def test_a_pool_that_does_not_evacuate_keeps_nobody_from_leaving(run: Run) -> None:
-    async def test() -> None:
-        async with with_pools(Done()) as (stage, _):
-            answer = (await drain(stage))[1]
-            assert answer["drained"]
-            assert answer["evacuated"]["blocks"] == 0
-            assert answer["evacuated"]["reason"]
-
-    run(test())
+async def test_a_pool_that_does_not_evacuate_keeps_nobody_from_leaving() -> None:
+    async with with_pools(Done()) as (stage, _):
+        answer = (await drain(stage))[1]
+        assert answer["drained"]
+        assert answer["evacuated"]["blocks"] == 0
+        assert answer["evacuated"]["reason"]
 
 
-def test_nobody_waits_who_does_not_want_to_and_a_drain_can_end(run: Run) -> None:
-    async def test() -> None:
-        async with with_pools(Evacuated(5, 50, 0, 0), Evacuated(4, 40, 0, 0)) as (stage, fake):
-            name = info_of(stage.colocated).instance_id
-            status, answer = await drain(stage, "?wait=0")
-            assert (status, answer["drained"], answer["evacuated"]) == (202, False, None)
-            async with asyncio.timeout(DEADLINE_S):
-                while not (await stage.get(f"/workers/{name}"))[1]["drained"]:  # noqa: ASYNC110
-                    await asyncio.sleep(0.005)
-            async with stage.client.delete(stage.url(f"/workers/{name}/drain")) as response:
-                answer = await response.json()
-            assert (answer["state"], answer["evacuated"]) == (State.READY, None)
-            assert (await drain(stage))[1]["evacuated"]["blocks"] == 4
-            assert len(fake.asked) == 2
-
-    run(test())
+async def test_nobody_waits_who_does_not_want_to_and_a_drain_can_end() -> None:
+    async with with_pools(Evacuated(5, 50, 0, 0), Evacuated(4, 40, 0, 0)) as (stage, fake):
+        name = info_of(stage.colocated).instance_id
+        status, answer = await drain(stage, "?wait=0")
+        assert (status, answer["drained"], answer["evacuated"]) == (202, False, None)
+        async with asyncio.timeout(DEADLINE_S):
+            while not (await stage.get(f"/workers/{name}"))[1]["drained"]:  # noqa: ASYNC110
+                await asyncio.sleep(0.005)
+        async with stage.client.delete(stage.url(f"/workers/{name}/drain")) as response:
+            answer = await response.json()
+        assert (answer["state"], answer["evacuated"]) == (State.READY, None)
+        assert (await drain(stage))[1]["evacuated"]["blocks"] == 4
+        assert len(fake.asked) == 2
 
 
-def test_a_memory_instance_is_emptied_layout_by_layout(run: Run) -> None:
-    async def test() -> None:
-        async with with_pools() as (stage, _):
-            fake = FakePool(
-                Evacuated(5, 50, 1, 0), Evacuated(0, 0, 0, 0, "there is no pool of such blocks here")
-            )
-            other = pool("p", epoch=9, layout="bb", address="h:9")
-            memory = pool("m", Role.MEMORY, epoch=8, layout="", address=fake.server.address)
-            for info in (other, memory):
-                stage.router.pools.register(info)
-            status, answer = await stage.post("/workers/m/drain", None)
-            assert (status, answer["drained"], answer["evacuated"]["blocks"]) == (200, True, 5)
-            asked = {message.layout: message for message in fake.asked if isinstance(message, Evacuate)}
-            names = [str(info_of(worker).instance_id) for worker in stage.workers[Role.COLOCATED]]
-            assert [shelter.name for shelter in asked[b"\xaa"].shelters] == names
-            assert asked[b"\xbb"].shelters == (), "its server is not there"
-            fake.server.close()
-
-    run(test())
+async def test_a_memory_instance_is_emptied_layout_by_layout() -> None:
+    async with with_pools() as (stage, _):
+        fake = FakePool(Evacuated(5, 50, 1, 0), Evacuated(0, 0, 0, 0, "there is no pool of such blocks here"))
+        other = pool("p", epoch=9, layout="bb", address="h:9")
+        memory = pool("m", Role.MEMORY, epoch=8, layout="", address=fake.server.address)
+        for info in (other, memory):
+            stage.router.pools.register(info)
+        status, answer = await stage.post("/workers/m/drain", None)
+        assert (status, answer["drained"], answer["evacuated"]["blocks"]) == (200, True, 5)
+        asked = {message.layout: message for message in fake.asked if isinstance(message, Evacuate)}
+        names = [str(info_of(worker).instance_id) for worker in stage.workers[Role.COLOCATED]]
+        assert [shelter.name for shelter in asked[b"\xaa"].shelters] == names
+        assert asked[b"\xbb"].shelters == (), "its server is not there"
+        fake.server.close()
 
 
-def test_nothing_is_evacuated_where_nobody_wants_it(run: Run) -> None:
-    async def test() -> None:
-        async with with_pools(drain_evacuate_secs=0.0) as (stage, fake):
-            assert (await drain(stage))[1]["evacuated"] is None
-            assert not fake.asked
-
-    run(test())
+async def test_nothing_is_evacuated_where_nobody_wants_it() -> None:
+    async with with_pools(drain_evacuate_secs=0.0) as (stage, fake):
+        assert (await drain(stage))[1]["evacuated"] is None
+        assert not fake.asked

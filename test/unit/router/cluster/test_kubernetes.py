@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from memserve.wire.messages import Role
 
 from ..harness import Stage, staged
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
 ANY = {"text": "a", "sampling_params": {"max_new_tokens": 2}}
 
 
@@ -138,168 +137,141 @@ def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("memserve.router.cluster.discovery.kubernetes.FIRST_RETRY_S", 0.01)
 
 
-def test_pods_that_are_there_are_served_by_and_those_that_go_are_not(run: Run) -> None:
-    async def test() -> None:
-        worker, api = FakeWorker(), FakeKubernetes()
-        api.pods = [pod("one"), pod("not ready", ip="127.0.0.2", ready=False)]
-        async with discovering(worker, kubernetes=api) as (stage, _):
-            await stage.until(stage.is_ready)
-            assert urls(stage) == [worker.url]
-            assert (await stage.post("/generate", ANY))[0] == 200
-            assert api.asked[0] == {"labelSelector": "app=sglang,tier=gpu"}
-            await stage.until(lambda: api.num_watched)
-            assert api.asked[1]["resourceVersion"] == "5"
-            api.say("DELETED", pod("one"))
-            await stage.until(lambda: not urls(stage))
-            assert (await stage.post("/generate", ANY))[0] == 503
-
-    run(test())
+async def test_pods_that_are_there_are_served_by_and_those_that_go_are_not() -> None:
+    worker, api = FakeWorker(), FakeKubernetes()
+    api.pods = [pod("one"), pod("not ready", ip="127.0.0.2", ready=False)]
+    async with discovering(worker, kubernetes=api) as (stage, _):
+        await stage.until(stage.is_ready)
+        assert urls(stage) == [worker.url]
+        assert (await stage.post("/generate", ANY))[0] == 200
+        assert api.asked[0] == {"labelSelector": "app=sglang,tier=gpu"}
+        await stage.until(lambda: api.num_watched)
+        assert api.asked[1]["resourceVersion"] == "5"
+        api.say("DELETED", pod("one"))
+        await stage.until(lambda: not urls(stage))
+        assert (await stage.post("/generate", ANY))[0] == 503
 
 
-def test_a_pod_is_added_when_it_is_ready_and_drained_when_it_is_not(run: Run) -> None:
-    async def test() -> None:
-        worker = FakeWorker()
-        async with discovering(worker) as (stage, api):
-            await stage.until(lambda: api.num_watched)
-            api.say("ADDED", pod("one", ready=False))
-            api.say("BOOKMARK", {"kind": "Pod", "metadata": {"resourceVersion": "6"}})
-            api.say("MODIFIED", pod("one"))
-            await stage.until(stage.is_ready)
-            gate = asyncio.Event()
-            worker.script = Script(gates={1: gate})
-            request = asyncio.create_task(stage.post("/generate", ANY))
-            await worker.until(lambda w: w.requests)
-            api.say("MODIFIED", pod("one", deletionTimestamp="2026-01-01T00:00:00Z"))
-            await stage.until(lambda: not stage.is_ready())
-            assert urls(stage) == [worker.url], "it may end what it has"
-            # It changes its mind, as pods do when a readiness check fails once.
-            api.say("MODIFIED", pod("one"))
-            await stage.until(stage.is_ready)
-            api.say("MODIFIED", pod("one", ready=False))
-            await stage.until(lambda: not stage.is_ready())
-            gate.set()
-            assert (await request)[0] == 200
-            await stage.until(lambda: not urls(stage))
-
-    run(test())
+async def test_a_pod_is_added_when_it_is_ready_and_drained_when_it_is_not() -> None:
+    worker = FakeWorker()
+    async with discovering(worker) as (stage, api):
+        await stage.until(lambda: api.num_watched)
+        api.say("ADDED", pod("one", ready=False))
+        api.say("BOOKMARK", {"kind": "Pod", "metadata": {"resourceVersion": "6"}})
+        api.say("MODIFIED", pod("one"))
+        await stage.until(stage.is_ready)
+        gate = asyncio.Event()
+        worker.script = Script(gates={1: gate})
+        request = asyncio.create_task(stage.post("/generate", ANY))
+        await worker.until(lambda w: w.requests)
+        api.say("MODIFIED", pod("one", deletionTimestamp="2026-01-01T00:00:00Z"))
+        await stage.until(lambda: not stage.is_ready())
+        assert urls(stage) == [worker.url], "it may end what it has"
+        # It changes its mind, as pods do when a readiness check fails once.
+        api.say("MODIFIED", pod("one"))
+        await stage.until(stage.is_ready)
+        api.say("MODIFIED", pod("one", ready=False))
+        await stage.until(lambda: not stage.is_ready())
+        gate.set()
+        assert (await request)[0] == 200
+        await stage.until(lambda: not urls(stage))
 
 
-def test_a_pair_is_found_by_two_selectors(run: Run) -> None:
-    async def test() -> None:
-        worker, api = FakeWorker(Role.DECODE), FakeKubernetes()
-        selectors = {Role.PREFILL: ("role=prefill",), Role.DECODE: ("role=decode",)}
-        async with discovering(worker, kubernetes=api, selectors=selectors) as (stage, _):
-            await stage.until(lambda: api.num_watched == 2)
-            assert {params["labelSelector"] for params in api.asked} == {"role=prefill", "role=decode"}
-
-    run(test())
+async def test_a_pair_is_found_by_two_selectors() -> None:
+    worker, api = FakeWorker(Role.DECODE), FakeKubernetes()
+    selectors = {Role.PREFILL: ("role=prefill",), Role.DECODE: ("role=decode",)}
+    async with discovering(worker, kubernetes=api, selectors=selectors) as (stage, _):
+        await stage.until(lambda: api.num_watched == 2)
+        assert {params["labelSelector"] for params in api.asked} == {"role=prefill", "role=decode"}
 
 
-def test_a_watch_that_ends_is_begun_anew_where_it_ended(run: Run) -> None:
-    async def test() -> None:
-        async with discovering(FakeWorker()) as (stage, api):
-            await stage.until(lambda: api.num_watched)
-            api.say("BOOKMARK", {"kind": "Pod", "metadata": {"resourceVersion": "6"}})
-            api.hang_up()
-            await stage.until(lambda: len(api.asked) == 3 and api.num_watched)
-            assert api.asked[2]["resourceVersion"] == "6"
-            assert api.num_listed == 1
-            api.say("ADDED", pod("one"))
-            await stage.until(stage.is_ready)
-
-    run(test())
+async def test_a_watch_that_ends_is_begun_anew_where_it_ended() -> None:
+    async with discovering(FakeWorker()) as (stage, api):
+        await stage.until(lambda: api.num_watched)
+        api.say("BOOKMARK", {"kind": "Pod", "metadata": {"resourceVersion": "6"}})
+        api.hang_up()
+        await stage.until(lambda: len(api.asked) == 3 and api.num_watched)
+        assert api.asked[2]["resourceVersion"] == "6"
+        assert api.num_listed == 1
+        api.say("ADDED", pod("one"))
+        await stage.until(stage.is_ready)
 
 
 @pytest.mark.parametrize("how", ["status", "event"])
-def test_what_has_expired_is_listed_anew(run: Run, how: str) -> None:
-    async def test() -> None:
-        async with discovering(FakeWorker()) as (stage, api):
-            await stage.until(lambda: api.num_watched)
-            api.say("ADDED", pod("gone meanwhile"))
-            await stage.until(stage.is_ready)
-            if how == "status":
-                api.refuses = 2
-                api.hang_up()
-            else:
-                api.say("ERROR", {"kind": "Status", "code": 410, "message": "too old"})
-            await stage.until(lambda: not urls(stage))
-            assert api.num_listed >= 2
-            await stage.until(lambda: api.num_watched)
-            api.say("ADDED", pod("another"))
-            await stage.until(stage.is_ready)
-
-    run(test())
-
-
-def test_malformed_objects_are_left_out_and_nothing_else(run: Run) -> None:
-    async def test() -> None:
-        worker, api = FakeWorker(), FakeKubernetes()
-        api.pods = [17, {"metadata": {}}, {"metadata": {"name": ["a"]}}, pod("v6", ip="::::::")]
-        async with discovering(worker, kubernetes=api) as (stage, _):
-            await stage.until(lambda: api.num_watched)
-            for line in (b"no json\n", b"\n", b"{}\n", b"[]\n", b"\xff\xfe\n", b'{"type": "ADDED"}\n'):
-                api.write(line)
-            api.say("ADDED", {"metadata": {"name": "x"}, "status": {"phase": 3}})
-            api.say("NONSENSE", {"metadata": {"name": "x"}})
-            whole = json.dumps({"type": "ADDED", "object": pod("one")}).encode() + b"\n"
-            api.write(whole[:50])
-            api.write(whole[50:])
-            await stage.until(stage.is_ready)
-            assert worker.url in urls(stage)
-            assert api.num_listed == 1
-
-    run(test())
-
-
-def test_workers_stay_while_the_api_is_away(run: Run) -> None:
-    async def test() -> None:
-        async with discovering(FakeWorker()) as (stage, api):
-            await stage.until(lambda: api.num_watched)
-            api.say("ADDED", pod("one"))
-            await stage.until(stage.is_ready)
-            port = int(api.url.rsplit(":", 1)[1])
-            await api.close()
-            assert (await stage.post("/generate", ANY))[0] == 200
-            again = FakeKubernetes()
-            again.pods = [pod("one")]
-            await again.start(port)
-            await stage.until(lambda: again.num_watched)
-            assert stage.is_ready()
-            await again.close()
-
-    run(test())
-
-
-def test_a_server_that_somebody_else_has_named_is_theirs(run: Run) -> None:
-    async def test() -> None:
-        worker = FakeWorker()
-        async with discovering(worker) as (stage, api):
-            status, _ = await stage.post("/workers", {"url": worker.url})
-            assert status == 201
-            await stage.until(lambda: api.num_watched)
-            for kind in ("ADDED", "DELETED"):
-                api.say(kind, pod("one"))
-            api.say("ADDED", pod("two", ip="127.0.0.2"))
-            await stage.until(lambda: len(urls(stage)) == 2)
-            assert worker.url in urls(stage)
-            await stage.until(stage.is_ready)
-
-    run(test())
-
-
-def test_the_token_is_read_each_time_and_the_namespace_asked_for(run: Run, tmp_path: Path) -> None:
-    async def test() -> None:
-        token = tmp_path / "token"
-        token.write_text("first\n")
-        async with discovering(FakeWorker(), token_file=token, namespace="here") as (stage, api):
-            await stage.until(lambda: api.num_watched)
-            token.write_text("second\n")
+async def test_what_has_expired_is_listed_anew(how: str) -> None:
+    async with discovering(FakeWorker()) as (stage, api):
+        await stage.until(lambda: api.num_watched)
+        api.say("ADDED", pod("gone meanwhile"))
+        await stage.until(stage.is_ready)
+        if how == "status":
+            api.refuses = 2
             api.hang_up()
-            await stage.until(lambda: len(api.asked) == 3)
-            assert api.tokens == ["Bearer first", "Bearer first", "Bearer second"]
-            assert set(api.paths) == {"/api/v1/namespaces/here/pods"}
+        else:
+            api.say("ERROR", {"kind": "Status", "code": 410, "message": "too old"})
+        await stage.until(lambda: not urls(stage))
+        assert api.num_listed >= 2
+        await stage.until(lambda: api.num_watched)
+        api.say("ADDED", pod("another"))
+        await stage.until(stage.is_ready)
 
-    run(test())
+
+async def test_malformed_objects_are_left_out_and_nothing_else() -> None:
+    worker, api = FakeWorker(), FakeKubernetes()
+    api.pods = [17, {"metadata": {}}, {"metadata": {"name": ["a"]}}, pod("v6", ip="::::::")]
+    async with discovering(worker, kubernetes=api) as (stage, _):
+        await stage.until(lambda: api.num_watched)
+        for line in (b"no json\n", b"\n", b"{}\n", b"[]\n", b"\xff\xfe\n", b'{"type": "ADDED"}\n'):
+            api.write(line)
+        api.say("ADDED", {"metadata": {"name": "x"}, "status": {"phase": 3}})
+        api.say("NONSENSE", {"metadata": {"name": "x"}})
+        whole = json.dumps({"type": "ADDED", "object": pod("one")}).encode() + b"\n"
+        api.write(whole[:50])
+        api.write(whole[50:])
+        await stage.until(stage.is_ready)
+        assert worker.url in urls(stage)
+        assert api.num_listed == 1
+
+
+async def test_workers_stay_while_the_api_is_away() -> None:
+    async with discovering(FakeWorker()) as (stage, api):
+        await stage.until(lambda: api.num_watched)
+        api.say("ADDED", pod("one"))
+        await stage.until(stage.is_ready)
+        port = int(api.url.rsplit(":", 1)[1])
+        await api.close()
+        assert (await stage.post("/generate", ANY))[0] == 200
+        again = FakeKubernetes()
+        again.pods = [pod("one")]
+        await again.start(port)
+        await stage.until(lambda: again.num_watched)
+        assert stage.is_ready()
+        await again.close()
+
+
+async def test_a_server_that_somebody_else_has_named_is_theirs() -> None:
+    worker = FakeWorker()
+    async with discovering(worker) as (stage, api):
+        status, _ = await stage.post("/workers", {"url": worker.url})
+        assert status == 201
+        await stage.until(lambda: api.num_watched)
+        for kind in ("ADDED", "DELETED"):
+            api.say(kind, pod("one"))
+        api.say("ADDED", pod("two", ip="127.0.0.2"))
+        await stage.until(lambda: len(urls(stage)) == 2)
+        assert worker.url in urls(stage)
+        await stage.until(stage.is_ready)
+
+
+async def test_the_token_is_read_each_time_and_the_namespace_asked_for(tmp_path: Path) -> None:
+    token = tmp_path / "token"
+    token.write_text("first\n")
+    async with discovering(FakeWorker(), token_file=token, namespace="here") as (stage, api):
+        await stage.until(lambda: api.num_watched)
+        token.write_text("second\n")
+        api.hang_up()
+        await stage.until(lambda: len(api.asked) == 3)
+        assert api.tokens == ["Bearer first", "Bearer first", "Bearer second"]
+        assert set(api.paths) == {"/api/v1/namespaces/here/pods"}
 
 
 @pytest.mark.parametrize(

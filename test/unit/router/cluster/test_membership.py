@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import time
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 import pytest
 from aiohttp import web
@@ -32,48 +30,40 @@ from memserve.wire.messages import (
 
 from ..harness import info_of, pair, staged
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
-
 
 async def ask(client: ControlClient, message: Message) -> Message:
     return await asyncio.to_thread(client.request, message, timeout_s=5.0)
 
 
-def test_an_instance_registers_beats_and_leaves(run: Run) -> None:
-    async def test() -> None:
-        async with staged() as stage, FakeWorker(Role.COLOCATED) as worker:
-            client = ControlClient(stage.router.control_address)
-            info = info_of(worker)
-            beat = Heartbeat(info.instance_id, info.epoch)
-            assert await ask(client, beat) == Unknown()
-            assert isinstance(await ask(client, Register(info)), Accepted)
-            await stage.until(stage.is_ready)
-            assert (await stage.post("/generate", {"text": "a"}))[0] == 200
-            assert isinstance(await ask(client, beat), Accepted)
-            await ask(client, Deregister(info.instance_id, info.epoch))
-            assert not stage.is_ready()
-            assert await ask(client, beat) == Unknown()
-            client.close()
-
-    run(test())
+async def test_an_instance_registers_beats_and_leaves() -> None:
+    async with staged() as stage, FakeWorker(Role.COLOCATED) as worker:
+        client = ControlClient(stage.router.control_address)
+        info = info_of(worker)
+        beat = Heartbeat(info.instance_id, info.epoch)
+        assert await ask(client, beat) == Unknown()
+        assert isinstance(await ask(client, Register(info)), Accepted)
+        await stage.until(stage.is_ready)
+        assert (await stage.post("/generate", {"text": "a"}))[0] == 200
+        assert isinstance(await ask(client, beat), Accepted)
+        await ask(client, Deregister(info.instance_id, info.epoch))
+        assert not stage.is_ready()
+        assert await ask(client, beat) == Unknown()
+        client.close()
 
 
-def test_an_instance_with_another_key_is_not_heard(run: Run, tmp_path: Path) -> None:
-    async def test() -> None:
-        path = tmp_path / "cluster.key"
-        path.write_text("0123456789abcdef")
-        path.chmod(0o600)
-        async with staged(cluster_key_file=path) as stage, FakeWorker(Role.COLOCATED) as worker:
-            register = Register(info_of(worker))
-            stranger = ControlClient(stage.router.control_address, key=ClusterKey(b"another key, 16+"))
-            with pytest.raises(InstanceLost):
-                await asyncio.to_thread(stranger.request, register, timeout_s=0.3)
-            member = ControlClient(stage.router.control_address, key=ClusterKey.read(path))
-            assert isinstance(await ask(member, register), Accepted)
-            stranger.close()
-            member.close()
-
-    run(test())
+async def test_an_instance_with_another_key_is_not_heard(tmp_path: Path) -> None:
+    path = tmp_path / "cluster.key"
+    path.write_text("0123456789abcdef")
+    path.chmod(0o600)
+    async with staged(cluster_key_file=path) as stage, FakeWorker(Role.COLOCATED) as worker:
+        register = Register(info_of(worker))
+        stranger = ControlClient(stage.router.control_address, key=ClusterKey(b"another key, 16+"))
+        with pytest.raises(InstanceLost):
+            await asyncio.to_thread(stranger.request, register, timeout_s=0.3)
+        member = ControlClient(stage.router.control_address, key=ClusterKey.read(path))
+        assert isinstance(await ask(member, register), Accepted)
+        stranger.close()
+        member.close()
 
 
 class Freezing(FakeWorker):
@@ -87,33 +77,30 @@ class Freezing(FakeWorker):
         return await super()._model_info(request)
 
 
-def test_requests_at_an_instance_that_falls_silent_are_done_elsewhere(run: Run) -> None:
-    async def test() -> None:
-        one, other = Freezing(), Freezing()
-        async with staged(one, other, heartbeat_secs=0.1) as stage:
+async def test_requests_at_an_instance_that_falls_silent_are_done_elsewhere() -> None:
+    one, other = Freezing(), Freezing()
+    async with staged(one, other, heartbeat_secs=0.1) as stage:
 
-            async def live(*workers: FakeWorker) -> None:
-                while True:
-                    for worker in workers:
-                        info = info_of(worker)
-                        if stage.router.cluster.heartbeat(info.instance_id, info.epoch) is None:
-                            stage.router.cluster.register(info)
-                    await asyncio.sleep(0.01)
+        async def live(*workers: FakeWorker) -> None:
+            while True:
+                for worker in workers:
+                    info = info_of(worker)
+                    if stage.router.cluster.heartbeat(info.instance_id, info.epoch) is None:
+                        stage.router.cluster.register(info)
+                await asyncio.sleep(0.01)
 
-            living = asyncio.create_task(live(one, other))
-            one.script = other.script = Script(gates={0: asyncio.Event()})
-            request = asyncio.create_task(stage.post("/generate", {"text": "a"}))
-            await stage.until(lambda: one.requests or other.requests)
-            silent, well = (one, other) if one.requests else (other, one)
-            silent.is_frozen = True
-            well.script = Script()
-            living.cancel()
-            living = asyncio.create_task(live(well))
-            assert (await request)[0] == 200
-            assert (len(silent.requests), len(well.requests)) == (1, 1)
-            living.cancel()
-
-    run(test())
+        living = asyncio.create_task(live(one, other))
+        one.script = other.script = Script(gates={0: asyncio.Event()})
+        request = asyncio.create_task(stage.post("/generate", {"text": "a"}))
+        await stage.until(lambda: one.requests or other.requests)
+        silent, well = (one, other) if one.requests else (other, one)
+        silent.is_frozen = True
+        well.script = Script()
+        living.cancel()
+        living = asyncio.create_task(live(well))
+        assert (await request)[0] == 200
+        assert (len(silent.requests), len(well.requests)) == (1, 1)
+        living.cancel()
 
 
 def named(worker: FakeWorker) -> InstanceInfo:
@@ -121,118 +108,100 @@ def named(worker: FakeWorker) -> InstanceInfo:
     return InstanceInfo(info.instance_id, STATIC_EPOCH, info.role, info.url, info.bootstrap_port)
 
 
-def test_named_servers_are_found_when_they_come_and_when_they_come_back(run: Run) -> None:
-    async def test() -> None:
-        prefill, decode = pair()
-        for worker in (prefill, decode):
-            await worker.start()
+async def test_named_servers_are_found_when_they_come_and_when_they_come_back() -> None:
+    prefill, decode = pair()
+    for worker in (prefill, decode):
+        await worker.start()
+    await decode.kill()
+    async with staged(static=(named(prefill), named(decode))) as stage:
+        await stage.until(lambda: stage.router.cluster.snapshot.prefills)
+        status, answer = await stage.post("/generate", {"text": "a"})
+        assert (status, answer["error"]["message"]) == (503, "no decode server is ready")
+        await decode.start()
+        await stage.until(stage.is_ready)
+        assert (await stage.post("/generate", {"text": "a"}))[0] == 200
+
         await decode.kill()
-        async with staged(static=(named(prefill), named(decode))) as stage:
-            await stage.until(lambda: stage.router.cluster.snapshot.prefills)
-            status, answer = await stage.post("/generate", {"text": "a"})
-            assert (status, answer["error"]["message"]) == (503, "no decode server is ready")
-            await decode.start()
-            await stage.until(stage.is_ready)
-            assert (await stage.post("/generate", {"text": "a"}))[0] == 200
-
-            await decode.kill()
-            assert (await stage.post("/generate", {"text": "a"}))[0] == 503
-            assert not stage.is_ready()
-            await decode.start()
-            back_s = time.monotonic()
-            await stage.until(stage.is_ready)
-            assert time.monotonic() - back_s < 2.0
-            assert (await stage.post("/generate", {"text": "a"}))[0] == 200
-            await prefill.kill()
-            await decode.kill()
-
-    run(test())
+        assert (await stage.post("/generate", {"text": "a"}))[0] == 503
+        assert not stage.is_ready()
+        await decode.start()
+        back_s = time.monotonic()
+        await stage.until(stage.is_ready)
+        assert time.monotonic() - back_s < 2.0
+        assert (await stage.post("/generate", {"text": "a"}))[0] == 200
+        await prefill.kill()
+        await decode.kill()
 
 
-def test_a_named_server_that_is_not_well_is_not_used(run: Run) -> None:
-    async def test() -> None:
-        worker = FakeWorker(Role.COLOCATED, healthy=False)
-        await worker.start()
-        async with staged(static=(named(worker),)) as stage:
-            await stage.until(lambda: "503" in stage.router.cluster.members()[0].reason)
-            assert "/health answers 503" in json.dumps((await stage.get("/readiness"))[1])
-            worker.healthy = True
-            await stage.until(stage.is_ready)
-        await worker.kill()
-
-    run(test())
+async def test_a_named_server_that_is_not_well_is_not_used() -> None:
+    worker = FakeWorker(Role.COLOCATED, healthy=False)
+    await worker.start()
+    async with staged(static=(named(worker),)) as stage:
+        await stage.until(lambda: "503" in stage.router.cluster.members()[0].reason)
+        assert "/health answers 503" in json.dumps((await stage.get("/readiness"))[1])
+        worker.healthy = True
+        await stage.until(stage.is_ready)
+    await worker.kill()
 
 
-def test_a_named_server_that_gets_ill_is_taken_out(run: Run) -> None:
-    async def test() -> None:
-        worker = FakeWorker(Role.COLOCATED)
-        await worker.start()
-        async with staged(static=(named(worker),), health_check_interval_secs=0.05) as stage:
-            await stage.until(stage.is_ready)
-            worker.healthy = False
-            await stage.until(lambda: not stage.is_ready())
-        await worker.kill()
-
-    run(test())
+async def test_a_named_server_that_gets_ill_is_taken_out() -> None:
+    worker = FakeWorker(Role.COLOCATED)
+    await worker.start()
+    async with staged(static=(named(worker),), health_check_interval_secs=0.05) as stage:
+        await stage.until(stage.is_ready)
+        worker.healthy = False
+        await stage.until(lambda: not stage.is_ready())
+    await worker.kill()
 
 
-def test_a_named_server_that_hangs_is_suspect_and_back_when_it_answers(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+async def test_a_named_server_that_hangs_is_suspect_and_back_when_it_answers(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("memserve.router.cluster.health.SLOW_S", 0.05)
 
-    async def test() -> None:
-        hangs, works = Freezing(), FakeWorker()
-        await hangs.start()
-        await works.start()
-        async with staged(static=(named(hangs), named(works)), health_check_interval_secs=0.05) as stage:
-            snapshot = lambda: stage.router.cluster.snapshot.colocated  # noqa: E731
-            await stage.until(lambda: len(snapshot()) == 2)
-            hangs.is_frozen = True
-            await stage.until(lambda: len(snapshot()) == 1)
-            shown = (await stage.get(f"/workers/{hangs.url}"))[1]
-            assert (shown["state"], "health check" in shown["reason"]) == ("suspect", True)
-            for _ in range(4):
-                assert (await stage.post("/generate", {"text": "a"}))[0] == 200
-            assert not hangs.requests
-            hangs.is_frozen = False
-            await stage.until(lambda: len(snapshot()) == 2)
-            assert (await stage.get(f"/workers/{hangs.url}"))[1]["reason"] is None
-        await hangs.kill()
-        await works.kill()
-
-    run(test())
-
-
-def test_a_server_named_with_the_wrong_role_is_not_used(run: Run) -> None:
-    async def test() -> None:
-        async with FakeWorker(Role.PREFILL) as worker:
-            wrong = InstanceInfo(named(worker).instance_id, STATIC_EPOCH, Role.DECODE, worker.url)
-            async with staged(static=(wrong,)) as stage:
-                await stage.until(lambda: "runs as prefill" in stage.router.cluster.members()[0].reason)
-
-    run(test())
-
-
-def test_a_new_process_takes_the_place_of_a_killed_one(run: Run) -> None:
-    async def test() -> None:
-        async with staged(*pair()) as stage:
-            stage.decode.script = Script(gates={0: asyncio.Event()})
-            request = asyncio.create_task(stage.post("/generate", {"text": "a"}))
-            await stage.decode.until(lambda w: w.requests)
-            await stage.decode.kill()
-            status, answer = await asyncio.wait_for(request, 1.0)
-            assert (status, answer["error"]["retryable"]) == (503, True)
-            await stage.prefill.until(lambda w: w.requests[0].dropped or w.requests[0].finished)
-            stage.decode.script = Script()
-            await stage.decode.start()
-            back_s = time.monotonic()
-            stage.router.cluster.register(info_of(stage.decode, epoch=2))
-            await stage.until(stage.is_ready)
-            assert time.monotonic() - back_s < 1.0
+    hangs, works = Freezing(), FakeWorker()
+    await hangs.start()
+    await works.start()
+    async with staged(static=(named(hangs), named(works)), health_check_interval_secs=0.05) as stage:
+        snapshot = lambda: stage.router.cluster.snapshot.colocated  # noqa: E731
+        await stage.until(lambda: len(snapshot()) == 2)
+        hangs.is_frozen = True
+        await stage.until(lambda: len(snapshot()) == 1)
+        shown = (await stage.get(f"/workers/{hangs.url}"))[1]
+        assert (shown["state"], "health check" in shown["reason"]) == ("suspect", True)
+        for _ in range(4):
             assert (await stage.post("/generate", {"text": "a"}))[0] == 200
+        assert not hangs.requests
+        hangs.is_frozen = False
+        await stage.until(lambda: len(snapshot()) == 2)
+        assert (await stage.get(f"/workers/{hangs.url}"))[1]["reason"] is None
+    await hangs.kill()
+    await works.kill()
 
-    run(test())
+
+async def test_a_server_named_with_the_wrong_role_is_not_used() -> None:
+    async with FakeWorker(Role.PREFILL) as worker:
+        wrong = InstanceInfo(named(worker).instance_id, STATIC_EPOCH, Role.DECODE, worker.url)
+        async with staged(static=(wrong,)) as stage:
+            await stage.until(lambda: "runs as prefill" in stage.router.cluster.members()[0].reason)
+
+
+async def test_a_new_process_takes_the_place_of_a_killed_one() -> None:
+    async with staged(*pair()) as stage:
+        stage.decode.script = Script(gates={0: asyncio.Event()})
+        request = asyncio.create_task(stage.post("/generate", {"text": "a"}))
+        await stage.decode.until(lambda w: w.requests)
+        await stage.decode.kill()
+        status, answer = await asyncio.wait_for(request, 1.0)
+        assert (status, answer["error"]["retryable"]) == (503, True)
+        await stage.prefill.until(lambda w: w.requests[0].dropped or w.requests[0].finished)
+        stage.decode.script = Script()
+        await stage.decode.start()
+        back_s = time.monotonic()
+        stage.router.cluster.register(info_of(stage.decode, epoch=2))
+        await stage.until(stage.is_ready)
+        assert time.monotonic() - back_s < 1.0
+        assert (await stage.post("/generate", {"text": "a"}))[0] == 200
 
 
 PAGES = (

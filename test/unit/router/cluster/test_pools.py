@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.caching import caching_of
 from memserve.router.cluster.control import answer
 from memserve.router.cluster.pools import Pools
-from memserve.router.cluster.registry import HEARTBEAT_MISSES, SUSPECT_MISSES, Cluster
+from memserve.router.cluster.registry import HEARTBEAT_MISSES, SUSPECT_MISSES, InstanceRegistry
 from memserve.router.config import STATIC_EPOCH
 from memserve.testing.fake_clock import FakeClock
 from memserve.testing.fake_worker import FakeWorker
@@ -37,8 +36,6 @@ from memserve.wire.messages import (
 )
 
 from ..harness import Stage, info_of, staged
-
-Run = Callable[[Coroutine[Any, Any, None]], None]
 
 FULL, BOTH = CachingMode.FULL, CachingMode.BOTH
 
@@ -74,8 +71,8 @@ def pools(clock: FakeClock) -> Pools:
 
 
 @pytest.fixture
-def cluster(clock: FakeClock) -> Cluster:
-    return Cluster([], heartbeat_s=1.0, clock=clock)
+def cluster(clock: FakeClock) -> InstanceRegistry:
+    return InstanceRegistry([], heartbeat_s=1.0, clock=clock)
 
 
 def epochs(pools: Pools) -> list[int]:
@@ -144,7 +141,7 @@ def test_a_new_pool_replaces_what_it_takes_the_place_of(pools: Pools, new: PoolI
     assert after.version > before.version
 
 
-def test_pools_that_want_one_place_do_not_take_turns(cluster: Cluster, pools: Pools) -> None:
+def test_pools_that_want_one_place_do_not_take_turns(cluster: InstanceRegistry, pools: Pools) -> None:
     one, two, three = pool("a", 1), pool("a", 2), pool("a", 3)
     for info in (one, two, three):
         assert isinstance(answer(cluster, pools, RegisterPool(info)), Members)
@@ -159,7 +156,7 @@ def test_pools_that_want_one_place_do_not_take_turns(cluster: Cluster, pools: Po
     assert epochs(pools) == [1]
 
 
-def test_a_pool_that_moved_is_not_replaced_by_itself(cluster: Cluster, pools: Pools) -> None:
+def test_a_pool_that_moved_is_not_replaced_by_itself(cluster: InstanceRegistry, pools: Pools) -> None:
     answer(cluster, pools, RegisterPool(pool("a", 1)))
     answer(cluster, pools, RegisterPool(pool("a", 1, address="127.0.0.1:9")))
     assert isinstance(answer(cluster, pools, RegisterPool(pool("a", 1))), Members)
@@ -190,7 +187,7 @@ def test_the_versions_of_two_lives_of_a_router_do_not_meet() -> None:
     assert lives[0] != lives[1]
 
 
-def test_control_messages_are_answered(cluster: Cluster, pools: Pools) -> None:
+def test_control_messages_are_answered(cluster: InstanceRegistry, pools: Pools) -> None:
     one = pool()
     assert answer(cluster, pools, PoolHeartbeat(one.epoch, 0)) == Unknown()
     members = answer(cluster, pools, RegisterPool(one))
@@ -210,7 +207,7 @@ def test_control_messages_are_answered(cluster: Cluster, pools: Pools) -> None:
         (Register(InstanceInfo(InstanceId("m"), Epoch(1), Role.MEMORY, "http://m:1")), "its pool only"),
     ],
 )
-def test_nonsense_is_refused(cluster: Cluster, pools: Pools, message: Message, reason: str) -> None:
+def test_nonsense_is_refused(cluster: InstanceRegistry, pools: Pools, message: Message, reason: str) -> None:
     refused = answer(cluster, pools, message)
     assert isinstance(refused, Refused)
     assert reason in refused.reason
@@ -218,7 +215,9 @@ def test_nonsense_is_refused(cluster: Cluster, pools: Pools, message: Message, r
     assert not cluster.members()
 
 
-def test_a_memory_pool_needs_no_instance_and_takes_no_requests(cluster: Cluster, pools: Pools) -> None:
+def test_a_memory_pool_needs_no_instance_and_takes_no_requests(
+    cluster: InstanceRegistry, pools: Pools
+) -> None:
     assert isinstance(
         answer(cluster, pools, RegisterPool(pool("m", 1, role=Role.MEMORY, layout=""))), Members
     )
@@ -234,7 +233,7 @@ def joins(name: str, caching: CachingMode, epoch: int) -> list[Message]:
 @pytest.mark.parametrize("first", joins("first", FULL, 1), ids=["instance", "pool"])
 @pytest.mark.parametrize("second", joins("second", BOTH, 2), ids=["instance", "pool"])
 def test_the_first_one_decides_how_all_cache(
-    cluster: Cluster, pools: Pools, first: Message, second: Message
+    cluster: InstanceRegistry, pools: Pools, first: Message, second: Message
 ) -> None:
     answer(cluster, pools, first)
     assert caching_of(cluster, pools) is FULL
@@ -249,7 +248,9 @@ def test_the_first_one_decides_how_all_cache(
     assert caching_of(cluster, pools) is BOTH
 
 
-def test_an_instance_that_is_alone_comes_back_with_another_mode(cluster: Cluster, pools: Pools) -> None:
+def test_an_instance_that_is_alone_comes_back_with_another_mode(
+    cluster: InstanceRegistry, pools: Pools
+) -> None:
     answer(cluster, pools, RegisterPool(pool("a", 1)))
     answer(cluster, pools, Register(decode("a", FULL, 2)))
     assert isinstance(answer(cluster, pools, RegisterPool(pool("a", 3, caching=BOTH))), Members)
@@ -259,7 +260,7 @@ def test_an_instance_that_is_alone_comes_back_with_another_mode(cluster: Cluster
 
 def test_servers_named_by_url_have_no_say(clock: FakeClock, pools: Pools) -> None:
     static = InstanceInfo(InstanceId("http://s:1"), STATIC_EPOCH, Role.DECODE, "http://s:1")
-    cluster = Cluster([static], heartbeat_s=1.0, clock=clock)
+    cluster = InstanceRegistry([static], heartbeat_s=1.0, clock=clock)
     assert caching_of(cluster, pools) is None
     assert isinstance(answer(cluster, pools, Register(decode("a", BOTH))), Accepted)
 
@@ -268,67 +269,58 @@ async def ask(client: ControlClient, message: Message) -> Message:
     return await asyncio.to_thread(client.request, message, timeout_s=5.0)
 
 
-def test_pools_meet_over_the_control_plane(run: Run) -> None:
-    async def test() -> None:
-        async with staged() as stage:
-            client = ControlClient(stage.router.control_address)
-            one, two = pool("a", 1, role=Role.PREFILL, bootstrap="h:8998"), pool("b", 2)
-            assert await ask(client, PoolHeartbeat(one.epoch, 0)) == Unknown()
-            first = await ask(client, RegisterPool(one))
-            assert isinstance(first, Members)
-            await ask(client, RegisterPool(two))
-            news = await ask(client, PoolHeartbeat(one.epoch, first.version))
-            assert isinstance(news, Members)
-            assert news.pools == (one, two)
-            assert await ask(client, DeregisterPool(two.epoch)) == Done()
-            news = await ask(client, PoolHeartbeat(one.epoch, news.version))
-            assert isinstance(news, Members)
-            assert news.pools == (one,)
-            client.close()
-
-    run(test())
+async def test_pools_meet_over_the_control_plane() -> None:
+    async with staged() as stage:
+        client = ControlClient(stage.router.control_address)
+        one, two = pool("a", 1, role=Role.PREFILL, bootstrap="h:8998"), pool("b", 2)
+        assert await ask(client, PoolHeartbeat(one.epoch, 0)) == Unknown()
+        first = await ask(client, RegisterPool(one))
+        assert isinstance(first, Members)
+        await ask(client, RegisterPool(two))
+        news = await ask(client, PoolHeartbeat(one.epoch, first.version))
+        assert isinstance(news, Members)
+        assert news.pools == (one, two)
+        assert await ask(client, DeregisterPool(two.epoch)) == Done()
+        news = await ask(client, PoolHeartbeat(one.epoch, news.version))
+        assert isinstance(news, Members)
+        assert news.pools == (one,)
+        client.close()
 
 
 async def pools_of(stage: Stage) -> list[dict[str, Any]]:
     return list((await stage.get("/workers"))[1]["pools"])
 
 
-def test_a_silent_pool_leaves_the_page_of_workers(run: Run) -> None:
-    async def test() -> None:
-        async with staged(heartbeat_secs=0.01) as stage:
-            assert (await stage.get("/workers"))[1]["caching"] is None
-            client = ControlClient(stage.router.control_address)
-            await ask(client, RegisterPool(pool("m", 255, role=Role.MEMORY, layout="")))
-            client.close()
-            await stage.until(lambda: not stage.router.pools.members())
-            assert await pools_of(stage) == []
-
-    run(test())
+async def test_a_silent_pool_leaves_the_page_of_workers() -> None:
+    async with staged(heartbeat_secs=0.01) as stage:
+        assert (await stage.get("/workers"))[1]["caching"] is None
+        client = ControlClient(stage.router.control_address)
+        await ask(client, RegisterPool(pool("m", 255, role=Role.MEMORY, layout="")))
+        client.close()
+        await stage.until(lambda: not stage.router.pools.members())
+        assert await pools_of(stage) == []
 
 
-def test_pools_and_the_caching_mode_are_shown(run: Run) -> None:
-    async def test() -> None:
-        async with staged() as stage, FakeWorker(Role.COLOCATED) as worker:
-            stage.router.cluster.register(info_of(worker))
-            stage.router.pools.register(pool("p", 255, role=Role.PREFILL, bootstrap="h:8998"))
-            tiers = (TierBlocks("dram", 3, 4, 8), TierBlocks("hbm", 2))
-            assert stage.router.pools.heartbeat(Epoch(255), 0, tiers) is not None
-            page = (await stage.get("/workers"))[1]
-            assert page["caching"] == page["workers"][0]["caching"] == "full"
-            (shown,) = page["pools"]
-            assert shown.pop("age_s") >= 0
-            assert shown == {
-                "instance_id": "p",
-                "epoch": "00000000000000ff",
-                "role": "prefill",
-                "caching": "full",
-                "address": "127.0.0.1:1255",
-                "layout": "aa",
-                "bootstrap": "h:8998",
-                "tiers": {
-                    "dram": {"cached_blocks": 3, "free_blocks": 4, "blocks": 8},
-                    "hbm": {"cached_blocks": 2, "free_blocks": None, "blocks": None},
-                },
-            }
-
-    run(test())
+async def test_pools_and_the_caching_mode_are_shown() -> None:
+    async with staged() as stage, FakeWorker(Role.COLOCATED) as worker:
+        stage.router.cluster.register(info_of(worker))
+        stage.router.pools.register(pool("p", 255, role=Role.PREFILL, bootstrap="h:8998"))
+        tiers = (TierBlocks("dram", 3, 4, 8), TierBlocks("hbm", 2))
+        assert stage.router.pools.heartbeat(Epoch(255), 0, tiers) is not None
+        page = (await stage.get("/workers"))[1]
+        assert page["caching"] == page["workers"][0]["caching"] == "full"
+        (shown,) = page["pools"]
+        assert shown.pop("age_s") >= 0
+        assert shown == {
+            "instance_id": "p",
+            "epoch": "00000000000000ff",
+            "role": "prefill",
+            "caching": "full",
+            "address": "127.0.0.1:1255",
+            "layout": "aa",
+            "bootstrap": "h:8998",
+            "tiers": {
+                "dram": {"cached_blocks": 3, "free_blocks": 4, "blocks": 8},
+                "hbm": {"cached_blocks": 2, "free_blocks": None, "blocks": None},
+            },
+        }

@@ -6,14 +6,14 @@ import pytest
 
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.control import answer
-from memserve.router.cluster.instance import Facts
-from memserve.router.cluster.member import Fate, Member, State
+from memserve.router.cluster.instance import ServerInfo
+from memserve.router.cluster.member import Member, ProcessStatus, State
 from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.registry import (
     DOWN_MISSES,
     HEARTBEAT_MISSES,
     SUSPECT_MISSES,
-    Cluster,
+    InstanceRegistry,
 )
 from memserve.router.config import STATIC_EPOCH
 from memserve.testing.fake_clock import FakeClock
@@ -30,7 +30,7 @@ from memserve.wire.messages import (
     Unknown,
 )
 
-FACTS = Facts("model", "/model")
+FACTS = ServerInfo("model", "/model")
 ONE, TWO = Epoch(1), Epoch(2)
 NAME = InstanceId("d")
 
@@ -45,8 +45,8 @@ def clock() -> FakeClock:
 
 
 @pytest.fixture
-def cluster(clock: FakeClock) -> Cluster:
-    return Cluster([], heartbeat_s=1.0, clock=clock)
+def cluster(clock: FakeClock) -> InstanceRegistry:
+    return InstanceRegistry([], heartbeat_s=1.0, clock=clock)
 
 
 @pytest.fixture
@@ -54,11 +54,11 @@ def pools(clock: FakeClock) -> Pools:
     return Pools(heartbeat_s=1.0, clock=clock)
 
 
-def states(cluster: Cluster) -> dict[str, State]:
+def states(cluster: InstanceRegistry) -> dict[str, State]:
     return {member.info.instance_id: member.state for member in cluster.members()}
 
 
-def test_a_registered_instance_takes_requests_once_it_has_joined(cluster: Cluster) -> None:
+def test_a_registered_instance_takes_requests_once_it_has_joined(cluster: InstanceRegistry) -> None:
     cluster.register(decode())
     assert cluster.snapshot.decodes == ()
     assert cluster.stirred.is_set()
@@ -66,7 +66,7 @@ def test_a_registered_instance_takes_requests_once_it_has_joined(cluster: Cluste
     assert [one.instance_id for one in cluster.snapshot.decodes] == [NAME]
 
 
-def test_registering_again_changes_nothing(cluster: Cluster) -> None:
+def test_registering_again_changes_nothing(cluster: InstanceRegistry) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     before = cluster.snapshot
@@ -74,7 +74,7 @@ def test_registering_again_changes_nothing(cluster: Cluster) -> None:
     assert cluster.snapshot is before
 
 
-def test_a_new_epoch_replaces_the_old_one(cluster: Cluster) -> None:
+def test_a_new_epoch_replaces_the_old_one(cluster: InstanceRegistry) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     cluster.register(decode(TWO))
@@ -85,13 +85,15 @@ def test_a_new_epoch_replaces_the_old_one(cluster: Cluster) -> None:
     assert [one.epoch for one in cluster.snapshot.decodes] == [TWO]
 
 
-def test_another_name_at_the_same_url_replaces_the_old_one(cluster: Cluster) -> None:
+def test_another_name_at_the_same_url_replaces_the_old_one(cluster: InstanceRegistry) -> None:
     cluster.register(decode())
     cluster.register(decode(TWO, name="other"))
     assert list(states(cluster)) == ["other"]
 
 
-def test_a_silent_instance_is_suspect_then_down_then_forgotten(cluster: Cluster, clock: FakeClock) -> None:
+def test_a_silent_instance_is_suspect_then_down_then_forgotten(
+    cluster: InstanceRegistry, clock: FakeClock
+) -> None:
     cluster.register(decode())
     cluster.register(decode(url="http://h:2", name="other"))
     for name in (NAME, InstanceId("other")):
@@ -111,7 +113,7 @@ def test_a_silent_instance_is_suspect_then_down_then_forgotten(cluster: Cluster,
     assert not cluster.heartbeat(NAME, ONE)
 
 
-def test_a_suspect_that_is_heard_again_is_ready_at_once(cluster: Cluster, clock: FakeClock) -> None:
+def test_a_suspect_that_is_heard_again_is_ready_at_once(cluster: InstanceRegistry, clock: FakeClock) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     clock.advance(SUSPECT_MISSES + 0.1)
@@ -122,7 +124,9 @@ def test_a_suspect_that_is_heard_again_is_ready_at_once(cluster: Cluster, clock:
     assert (member.state, member.reason) == (State.READY, "")
 
 
-def test_who_is_down_for_its_silence_joins_when_it_is_heard_again(cluster: Cluster, clock: FakeClock) -> None:
+def test_who_is_down_for_its_silence_joins_when_it_is_heard_again(
+    cluster: InstanceRegistry, clock: FakeClock
+) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     clock.advance(DOWN_MISSES + 0.1)
@@ -136,7 +140,9 @@ def test_who_is_down_for_its_silence_joins_when_it_is_heard_again(cluster: Clust
     assert states(cluster) == {NAME: State.READY}
 
 
-def test_who_answers_but_is_not_heard_is_suspect_and_no_worse(cluster: Cluster, clock: FakeClock) -> None:
+def test_who_answers_but_is_not_heard_is_suspect_and_no_worse(
+    cluster: InstanceRegistry, clock: FakeClock
+) -> None:
     """Its requests go one way, its heartbeats another."""
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
@@ -147,7 +153,9 @@ def test_who_answers_but_is_not_heard_is_suspect_and_no_worse(cluster: Cluster, 
     assert states(cluster) == {NAME: State.SUSPECT}
 
 
-def test_silence_of_which_the_router_is_the_cause_is_excused(cluster: Cluster, clock: FakeClock) -> None:
+def test_silence_of_which_the_router_is_the_cause_is_excused(
+    cluster: InstanceRegistry, clock: FakeClock
+) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     clock.advance(20.0)
@@ -157,12 +165,12 @@ def test_silence_of_which_the_router_is_the_cause_is_excused(cluster: Cluster, c
 
 
 def test_a_stuck_instance_gets_requests_only_where_nobody_else_can_have_them(clock: FakeClock) -> None:
-    cluster = Cluster([], heartbeat_s=1.0, clock=clock, stuck_s=15.0)
+    cluster = InstanceRegistry([], heartbeat_s=1.0, clock=clock, stuck_s=15.0)
     stuck, works = Load(1, 0, 10, 100, 15.5), Load(1, 0, 10, 100, 14.5)
     other, third = InstanceId("other"), InstanceId("third")
     for name, model in ((NAME, "model"), (other, "model"), (third, "another")):
         cluster.register(decode(name=name, url=f"http://{name}:1"))
-        cluster.joined(name, ONE, Facts(model, "/model"))
+        cluster.joined(name, ONE, ServerInfo(model, "/model"))
     for name in (NAME, third):
         cluster.heartbeat(name, ONE, stuck)
     cluster.heartbeat(other, ONE, works)
@@ -176,7 +184,7 @@ def test_a_stuck_instance_gets_requests_only_where_nobody_else_can_have_them(clo
     assert set(states(cluster).values()) == {State.READY}
 
 
-def test_a_suspect_that_is_drained_is_draining(cluster: Cluster, clock: FakeClock) -> None:
+def test_a_suspect_that_is_drained_is_draining(cluster: InstanceRegistry, clock: FakeClock) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     cluster.drain(cluster.members()[0])
@@ -188,7 +196,7 @@ def test_a_suspect_that_is_drained_is_draining(cluster: Cluster, clock: FakeCloc
     assert states(cluster) == {NAME: State.SUSPECT}
 
 
-def test_a_router_that_forgot_is_told_who_drains(cluster: Cluster, pools: Pools) -> None:
+def test_a_router_that_forgot_is_told_who_drains(cluster: InstanceRegistry, pools: Pools) -> None:
     told = answer(cluster, pools, Register(decode(), is_draining=True))
     assert told == Accepted(1.0, is_draining=True)
     cluster.joined(NAME, ONE, FACTS)
@@ -203,12 +211,12 @@ def test_a_router_that_forgot_is_told_who_drains(cluster: Cluster, pools: Pools)
     assert answer(cluster, pools, Register(decode(TWO))) == Accepted(1.0)
 
 
-def test_a_heartbeat_of_another_epoch_is_unknown(cluster: Cluster) -> None:
+def test_a_heartbeat_of_another_epoch_is_unknown(cluster: InstanceRegistry) -> None:
     cluster.register(decode())
     assert not cluster.heartbeat(NAME, TWO)
 
 
-def test_a_lost_connection_takes_an_instance_out_until_a_probe_succeeds(cluster: Cluster) -> None:
+def test_a_lost_connection_takes_an_instance_out_until_a_probe_succeeds(cluster: InstanceRegistry) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     cluster.stirred.clear()
@@ -223,28 +231,28 @@ def test_a_lost_connection_takes_an_instance_out_until_a_probe_succeeds(cluster:
 
 
 def test_what_became_of_a_lost_process_is_known_by_what_is_heard_of_it(
-    cluster: Cluster, clock: FakeClock
+    cluster: InstanceRegistry, clock: FakeClock
 ) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     cluster.lost_contact(NAME, ONE, "reset")
-    assert cluster.fate(NAME, ONE) is Fate.UNKNOWN
+    assert cluster.fate(NAME, ONE) is ProcessStatus.UNKNOWN
     cluster.lost_contact(NAME, ONE, "refused", has_ended=True)
-    assert cluster.fate(NAME, ONE) is Fate.ENDED
+    assert cluster.fate(NAME, ONE) is ProcessStatus.ENDED
     clock.advance(0.5)
     cluster.heartbeat(NAME, ONE)
-    assert cluster.fate(NAME, ONE) is Fate.LIVES
+    assert cluster.fate(NAME, ONE) is ProcessStatus.LIVES
     cluster.joined(NAME, ONE, FACTS)
     clock.advance(0.5)
     cluster.lost_contact(NAME, ONE, "reset")
-    assert cluster.fate(NAME, ONE) is Fate.UNKNOWN, "it was heard of before"
+    assert cluster.fate(NAME, ONE) is ProcessStatus.UNKNOWN, "it was heard of before"
     cluster.joined(NAME, ONE, FACTS)
-    assert cluster.fate(NAME, ONE) is Fate.LIVES
+    assert cluster.fate(NAME, ONE) is ProcessStatus.LIVES
     cluster.register(decode(TWO))
-    assert cluster.fate(NAME, ONE) is Fate.ENDED
+    assert cluster.fate(NAME, ONE) is ProcessStatus.ENDED
 
 
-def test_a_loss_seen_on_the_old_process_does_not_touch_the_new_one(cluster: Cluster) -> None:
+def test_a_loss_seen_on_the_old_process_does_not_touch_the_new_one(cluster: InstanceRegistry) -> None:
     cluster.register(decode(TWO))
     cluster.joined(NAME, TWO, FACTS)
     cluster.lost_contact(NAME, ONE, "reset")
@@ -252,21 +260,21 @@ def test_a_loss_seen_on_the_old_process_does_not_touch_the_new_one(cluster: Clus
 
 
 def test_a_named_server_is_never_forgotten(clock: FakeClock) -> None:
-    cluster = Cluster([decode(STATIC_EPOCH)], heartbeat_s=1.0, clock=clock)
+    cluster = InstanceRegistry([decode(STATIC_EPOCH)], heartbeat_s=1.0, clock=clock)
     clock.advance(1000)
     cluster.watch()
     assert states(cluster) == {NAME: State.JOINING}
 
 
 def test_a_named_server_that_registered_is_named_again_when_it_leaves(clock: FakeClock) -> None:
-    cluster = Cluster([decode(STATIC_EPOCH, name="http://h:1")], heartbeat_s=1.0, clock=clock)
+    cluster = InstanceRegistry([decode(STATIC_EPOCH, name="http://h:1")], heartbeat_s=1.0, clock=clock)
     cluster.register(decode())
     assert list(states(cluster)) == [NAME]
     cluster.deregister(NAME, ONE)
     assert list(states(cluster)) == ["http://h:1"]
 
 
-def test_deregister_takes_out_only_the_process_that_says_it(cluster: Cluster) -> None:
+def test_deregister_takes_out_only_the_process_that_says_it(cluster: InstanceRegistry) -> None:
     cluster.register(decode(TWO))
     cluster.deregister(NAME, ONE)
     assert list(states(cluster)) == [NAME]
@@ -275,7 +283,7 @@ def test_deregister_takes_out_only_the_process_that_says_it(cluster: Cluster) ->
     assert states(cluster) == {}
 
 
-def test_control_messages_are_answered(cluster: Cluster, pools: Pools) -> None:
+def test_control_messages_are_answered(cluster: InstanceRegistry, pools: Pools) -> None:
     assert answer(cluster, pools, Heartbeat(NAME, ONE)) == Unknown()
     assert answer(cluster, pools, Register(decode())) == Accepted(1.0)
     assert answer(cluster, pools, Heartbeat(NAME, ONE)) == Accepted(1.0)
@@ -291,12 +299,12 @@ def test_control_messages_are_answered(cluster: Cluster, pools: Pools) -> None:
         Opened(ONE, (), ()),
     ],
 )
-def test_nonsense_is_refused(cluster: Cluster, pools: Pools, message: Register) -> None:
+def test_nonsense_is_refused(cluster: InstanceRegistry, pools: Pools, message: Register) -> None:
     assert isinstance(answer(cluster, pools, message), Refused)
     assert states(cluster) == {}
 
 
-def joined(cluster: Cluster, info: InstanceInfo) -> Member:
+def joined(cluster: InstanceRegistry, info: InstanceInfo) -> Member:
     cluster.register(info)
     cluster.joined(info.instance_id, info.epoch, FACTS)
     member = cluster.find(info.instance_id)
@@ -304,7 +312,7 @@ def joined(cluster: Cluster, info: InstanceInfo) -> Member:
     return member
 
 
-def test_a_draining_instance_gets_nothing_new_and_is_up(cluster: Cluster) -> None:
+def test_a_draining_instance_gets_nothing_new_and_is_up(cluster: InstanceRegistry) -> None:
     member = joined(cluster, decode())
     cluster.drain(member)
     cluster.drain(member)
@@ -316,7 +324,7 @@ def test_a_draining_instance_gets_nothing_new_and_is_up(cluster: Cluster) -> Non
     assert cluster.snapshot == cluster.up
 
 
-def test_heartbeats_probes_and_lost_contact_end_no_drain(cluster: Cluster) -> None:
+def test_heartbeats_probes_and_lost_contact_end_no_drain(cluster: InstanceRegistry) -> None:
     member = joined(cluster, decode())
     cluster.drain(member)
     cluster.register(decode())
@@ -330,7 +338,7 @@ def test_heartbeats_probes_and_lost_contact_end_no_drain(cluster: Cluster) -> No
     assert states(cluster) == {NAME: State.DRAINING}
 
 
-def test_one_that_drains_before_it_has_joined_is_never_ready(cluster: Cluster) -> None:
+def test_one_that_drains_before_it_has_joined_is_never_ready(cluster: InstanceRegistry) -> None:
     cluster.register(decode())
     cluster.drain(cluster.members()[0])
     assert states(cluster) == {NAME: State.JOINING}
@@ -338,7 +346,7 @@ def test_one_that_drains_before_it_has_joined_is_never_ready(cluster: Cluster) -
     assert states(cluster) == {NAME: State.DRAINING}
 
 
-def test_a_new_process_does_not_drain(cluster: Cluster) -> None:
+def test_a_new_process_does_not_drain(cluster: InstanceRegistry) -> None:
     cluster.drain(joined(cluster, decode()))
     joined(cluster, decode(TWO))
     assert states(cluster) == {NAME: State.READY}
@@ -349,7 +357,7 @@ def test_a_new_process_does_not_drain(cluster: Cluster) -> None:
     assert states(cluster) == {NAME: State.READY}
 
 
-def test_servers_are_named_and_forgotten_at_run_time(cluster: Cluster) -> None:
+def test_servers_are_named_and_forgotten_at_run_time(cluster: InstanceRegistry) -> None:
     info = decode(STATIC_EPOCH, name="http://h:1")
     assert cluster.name(info) is info
     assert cluster.name(decode(STATIC_EPOCH, name="http://h:1")) is info
@@ -359,7 +367,7 @@ def test_servers_are_named_and_forgotten_at_run_time(cluster: Cluster) -> None:
     assert states(cluster) == {}
 
 
-def test_a_name_does_not_touch_who_has_registered_there(cluster: Cluster) -> None:
+def test_a_name_does_not_touch_who_has_registered_there(cluster: InstanceRegistry) -> None:
     joined(cluster, decode())
     cluster.name(decode(STATIC_EPOCH, name="http://h:1"))
     assert list(states(cluster)) == [NAME]

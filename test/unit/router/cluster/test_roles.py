@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import msgspec
@@ -16,7 +15,6 @@ from memserve.wire.messages import Accepted, Deregister, Heartbeat, InstanceInfo
 
 from ..harness import DEADLINE_S, Stage, info_of, staged
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
 ANY = {"text": "a", "sampling_params": {"max_new_tokens": 2}}
 ROLES = (Role.PREFILL, Role.DECODE, Role.COLOCATED)
 
@@ -66,125 +64,113 @@ def three() -> tuple[FakeWorker, FakeWorker, FakeWorker]:
     return FakeWorker(Role.PREFILL), FakeWorker(Role.PREFILL), FakeWorker(Role.DECODE)
 
 
-def test_a_prefill_becomes_a_decode_while_the_others_serve(run: Run) -> None:
-    async def test() -> None:
-        workers = three()
+async def test_a_prefill_becomes_a_decode_while_the_others_serve() -> None:
+    workers = three()
+    for worker in workers:
+        await worker.start()
+    async with staged() as stage:
+        infos = [able(worker) for worker in workers]
+        await register(stage, *infos)
+        gate = asyncio.Event()
         for worker in workers:
-            await worker.start()
-        async with staged() as stage:
-            infos = [able(worker) for worker in workers]
-            await register(stage, *infos)
-            gate = asyncio.Event()
-            for worker in workers:
-                worker.script = Script(gates={1: gate})
-            begun = [asyncio.create_task(stage.post("/generate", ANY)) for _ in range(2)]
-            await workers[0].until(lambda w: w.requests)
-            changing = asyncio.create_task(change(stage, infos[0], "decode"))
-            await stage.until(lambda: not stage.router.cluster.snapshot.prefills[1:])
-            assert beat(stage, infos[0]) is None, "it has a request to end"
-            assert (await shown(stage, infos[0]))["role_change"]["stage"] == "draining"
-            assert (await change(stage, infos[0], "decode"))[0] == 409
-            gate.set()
-            assert [status for status, _ in await asyncio.gather(*begun)] == [200, 200]
-            await stage.until(lambda: beat(stage, infos[0]) is Role.DECODE)
-            assert (await shown(stage, infos[0]))["role_change"]["stage"] == "restarting"
-            assert not changing.done()
-            for worker in workers:
-                worker.script = Script()
-            assert (await stage.post("/generate", ANY))[0] == 200
-            new = await begin_anew(stage, workers[0], Role.DECODE)
-            status, said = await changing
-            assert (status, said["stage"], said["role"]) == (200, "done", "decode")
-            assert said["drain"]["drained"]
-            assert beat(stage, new) is None
-            assert len(stage.router.cluster.snapshot.decodes) == 2
-            assert (await stage.post("/generate", ANY))[0] == 200
+            worker.script = Script(gates={1: gate})
+        begun = [asyncio.create_task(stage.post("/generate", ANY)) for _ in range(2)]
+        await workers[0].until(lambda w: w.requests)
+        changing = asyncio.create_task(change(stage, infos[0], "decode"))
+        await stage.until(lambda: not stage.router.cluster.snapshot.prefills[1:])
+        assert beat(stage, infos[0]) is None, "it has a request to end"
+        assert (await shown(stage, infos[0]))["role_change"]["stage"] == "draining"
+        assert (await change(stage, infos[0], "decode"))[0] == 409
+        gate.set()
+        assert [status for status, _ in await asyncio.gather(*begun)] == [200, 200]
+        await stage.until(lambda: beat(stage, infos[0]) is Role.DECODE)
+        assert (await shown(stage, infos[0]))["role_change"]["stage"] == "restarting"
+        assert not changing.done()
         for worker in workers:
-            await worker.kill()
-
-    run(test())
+            worker.script = Script()
+        assert (await stage.post("/generate", ANY))[0] == 200
+        new = await begin_anew(stage, workers[0], Role.DECODE)
+        status, said = await changing
+        assert (status, said["stage"], said["role"]) == (200, "done", "decode")
+        assert said["drain"]["drained"]
+        assert beat(stage, new) is None
+        assert len(stage.router.cluster.snapshot.decodes) == 2
+        assert (await stage.post("/generate", ANY))[0] == 200
+    for worker in workers:
+        await worker.kill()
 
 
-def test_who_cannot_have_another_role_says_why(run: Run) -> None:
-    async def test() -> None:
-        workers = three()
-        for worker in workers:
-            await worker.start()
-        async with staged() as stage:
-            infos = [able(workers[0]), able(workers[1], roles=()), able(workers[2])]
-            await register(stage, *infos)
-            named = FakeWorker()
-            await named.start()
-            await stage.post("/workers", {"url": named.url})
-            url = info_of(named, name=named.url)
-            for info, role, reason in (
-                (infos[1], "decode", "no choice"),
-                (url, "prefill", "--disaggregation-mode"),
-            ):
-                status, said = await change(stage, info, role)
-                assert (status, reason in said["error"]["message"]) == (409, True), said
-            # With the colocated one others can serve; without it nobody could meanwhile.
-            await stage.client.delete(stage.url(f"/workers/{url.instance_id.replace('/', '%2F')}"))
-            await stage.until(lambda: not stage.router.cluster.snapshot.colocated)
-            status, said = await change(stage, infos[2], "prefill")
-            assert (status, "no decode server" in said["error"]["message"]) == (409, True), said
-            assert (await change(stage, infos[2], "decode"))[1]["stage"] == "done"
-            assert (await change(stage, infos[2], "memory"))[0] == 400
-            status, said = await change(stage, infos[2], "prefill", "?wait=0", force=True)
-            assert (status, said["stage"]) == (202, "draining")
-            await named.kill()
-        for worker in workers:
-            await worker.kill()
-
-    run(test())
+async def test_who_cannot_have_another_role_says_why() -> None:
+    workers = three()
+    for worker in workers:
+        await worker.start()
+    async with staged() as stage:
+        infos = [able(workers[0]), able(workers[1], roles=()), able(workers[2])]
+        await register(stage, *infos)
+        named = FakeWorker()
+        await named.start()
+        await stage.post("/workers", {"url": named.url})
+        url = info_of(named, name=named.url)
+        for info, role, reason in (
+            (infos[1], "decode", "no choice"),
+            (url, "prefill", "--disaggregation-mode"),
+        ):
+            status, said = await change(stage, info, role)
+            assert (status, reason in said["error"]["message"]) == (409, True), said
+        # With the colocated one others can serve; without it nobody could meanwhile.
+        await stage.client.delete(stage.url(f"/workers/{url.instance_id.replace('/', '%2F')}"))
+        await stage.until(lambda: not stage.router.cluster.snapshot.colocated)
+        status, said = await change(stage, infos[2], "prefill")
+        assert (status, "no decode server" in said["error"]["message"]) == (409, True), said
+        assert (await change(stage, infos[2], "decode"))[1]["stage"] == "done"
+        assert (await change(stage, infos[2], "memory"))[0] == 400
+        status, said = await change(stage, infos[2], "prefill", "?wait=0", force=True)
+        assert (status, said["stage"]) == (202, "draining")
+        await named.kill()
+    for worker in workers:
+        await worker.kill()
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
-def test_a_change_that_takes_too_long_is_given_up(run: Run, comes_back: bool) -> None:
-    async def test() -> None:
-        workers = three()
-        for worker in workers:
-            await worker.start()
-        async with staged() as stage:
-            infos = [able(worker) for worker in workers]
-            await register(stage, *infos)
-            if comes_back:  # as what it was: somebody has restarted it meanwhile
-                changing = asyncio.create_task(change(stage, infos[0], "decode", timeout_s=DEADLINE_S))
-                await stage.until(lambda: beat(stage, infos[0]) is Role.DECODE)
-                await begin_anew(stage, workers[0], Role.PREFILL)
-                said = (await changing)[1]
-                assert (said["stage"], said["reason"]) == ("failed", "it has come back as prefill")
-            else:
-                said = (await change(stage, infos[0], "decode", timeout_s=0.1))[1]
-                assert (said["stage"], said["reason"]) == ("failed", "it has not come back in time")
-                assert beat(stage, infos[0]) is None
-                assert (await shown(stage, infos[0]))["state"] == "ready"
-        for worker in workers:
-            await worker.kill()
-
-    run(test())
-
-
-def test_requests_that_do_not_end_keep_the_role(run: Run) -> None:
-    async def test() -> None:
-        workers = three()
-        for worker in workers:
-            await worker.start()
-        async with staged() as stage:
-            infos = [able(worker) for worker in workers]
-            await register(stage, *infos)
-            gate = asyncio.Event()
-            for worker in workers:
-                worker.script = Script(gates={0: gate})
-            begun = [asyncio.create_task(stage.post("/generate", ANY)) for _ in range(2)]
-            await workers[0].until(lambda w: w.requests)
+async def test_a_change_that_takes_too_long_is_given_up(comes_back: bool) -> None:
+    workers = three()
+    for worker in workers:
+        await worker.start()
+    async with staged() as stage:
+        infos = [able(worker) for worker in workers]
+        await register(stage, *infos)
+        if comes_back:  # as what it was: somebody has restarted it meanwhile
+            changing = asyncio.create_task(change(stage, infos[0], "decode", timeout_s=DEADLINE_S))
+            await stage.until(lambda: beat(stage, infos[0]) is Role.DECODE)
+            await begin_anew(stage, workers[0], Role.PREFILL)
+            said = (await changing)[1]
+            assert (said["stage"], said["reason"]) == ("failed", "it has come back as prefill")
+        else:
             said = (await change(stage, infos[0], "decode", timeout_s=0.1))[1]
-            assert (said["stage"], said["reason"]) == ("failed", "its requests have not ended in time")
-            assert (await shown(stage, infos[0]))["state"] == "ready"
+            assert (said["stage"], said["reason"]) == ("failed", "it has not come back in time")
             assert beat(stage, infos[0]) is None
-            gate.set()
-            assert [status for status, _ in await asyncio.gather(*begun)] == [200, 200]
-        for worker in workers:
-            await worker.kill()
+            assert (await shown(stage, infos[0]))["state"] == "ready"
+    for worker in workers:
+        await worker.kill()
 
-    run(test())
+
+async def test_requests_that_do_not_end_keep_the_role() -> None:
+    workers = three()
+    for worker in workers:
+        await worker.start()
+    async with staged() as stage:
+        infos = [able(worker) for worker in workers]
+        await register(stage, *infos)
+        gate = asyncio.Event()
+        for worker in workers:
+            worker.script = Script(gates={0: gate})
+        begun = [asyncio.create_task(stage.post("/generate", ANY)) for _ in range(2)]
+        await workers[0].until(lambda w: w.requests)
+        said = (await change(stage, infos[0], "decode", timeout_s=0.1))[1]
+        assert (said["stage"], said["reason"]) == ("failed", "its requests have not ended in time")
+        assert (await shown(stage, infos[0]))["state"] == "ready"
+        assert beat(stage, infos[0]) is None
+        gate.set()
+        assert [status for status, _ in await asyncio.gather(*begun)] == [200, 200]
+    for worker in workers:
+        await worker.kill()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
-from typing import Any
 
 import pytest
 
@@ -14,8 +12,6 @@ from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 
 from ..harness import pair, staged
-
-Run = Callable[[Coroutine[Any, Any, None]], None]
 
 
 def test_a_time_is_a_number_of_seconds() -> None:
@@ -27,66 +23,49 @@ def test_a_time_is_a_number_of_seconds() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_both_legs_end_when_the_clients_time_is_over(run: Run, stream: bool) -> None:
-    async def test() -> None:
-        async with staged(*pair()) as stage:
-            for worker in (stage.prefill, stage.decode):
-                worker.script = Script(gates={0: asyncio.Event()})
-            begun_s = asyncio.get_running_loop().time()
-            body = {"text": "hello", "stream": stream}
-            status, answer = await stage.post("/generate", body, headers={TIMEOUT: "0.2"})
-            took_s = asyncio.get_running_loop().time() - begun_s
-            assert (status, answer["error"]["retryable"]) == (504, True)
-            assert "0.2 s" in answer["error"]["message"]
-            assert 0.2 <= took_s < 2
-            for worker in (stage.prefill, stage.decode):
-                await worker.until(lambda w: w.requests[0].dropped and w.aborts)
-
-    run(test())
+async def test_both_legs_end_when_the_clients_time_is_over(stream: bool) -> None:
+    async with staged(*pair()) as stage:
+        for worker in (stage.prefill, stage.decode):
+            worker.script = Script(gates={0: asyncio.Event()})
+        begun_s = asyncio.get_running_loop().time()
+        body = {"text": "hello", "stream": stream}
+        status, answer = await stage.post("/generate", body, headers={TIMEOUT: "0.2"})
+        took_s = asyncio.get_running_loop().time() - begun_s
+        assert (status, answer["error"]["retryable"]) == (504, True)
+        assert "0.2 s" in answer["error"]["message"]
+        assert 0.2 <= took_s < 2
+        for worker in (stage.prefill, stage.decode):
+            await worker.until(lambda w: w.requests[0].dropped and w.aborts)
 
 
-def test_a_stream_that_takes_too_long_ends_with_the_error(run: Run) -> None:
-    async def test() -> None:
-        async with staged(*pair()) as stage:
-            stage.decode.script = Script(gates={1: asyncio.Event()})
-            events = await stage.events(
-                "/generate", {"text": "hello", "stream": True}, headers={TIMEOUT: "0.2"}
-            )
-            assert b"Hello" in events[0]
-            assert b"0.2 s" in events[-1]
-
-    run(test())
+async def test_a_stream_that_takes_too_long_ends_with_the_error() -> None:
+    async with staged(*pair()) as stage:
+        stage.decode.script = Script(gates={1: asyncio.Event()})
+        events = await stage.events("/generate", {"text": "hello", "stream": True}, headers={TIMEOUT: "0.2"})
+        assert b"Hello" in events[0]
+        assert b"0.2 s" in events[-1]
 
 
-def test_the_routers_own_limit_holds_all_the_same(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker(), request_timeout_secs=0.2) as stage:
-            stage.colocated.script = Script(gates={0: asyncio.Event()})
-            status, answer = await stage.post("/generate", {"text": "x"}, headers={TIMEOUT: "60"})
-            assert (status, "0.2 s" in answer["error"]["message"]) == (504, True)
-
-    run(test())
+async def test_the_routers_own_limit_holds_all_the_same() -> None:
+    async with staged(FakeWorker(), request_timeout_secs=0.2) as stage:
+        stage.colocated.script = Script(gates={0: asyncio.Event()})
+        status, answer = await stage.post("/generate", {"text": "x"}, headers={TIMEOUT: "60"})
+        assert (status, "0.2 s" in answer["error"]["message"]) == (504, True)
 
 
-def test_it_is_for_all_attempts(run: Run) -> None:
+async def test_it_is_for_all_attempts() -> None:
     """An attempt that would come after the client's time is not waited for: the fault is told at once."""
 
-    async def test() -> None:
-        settings = {"retry_initial_backoff_ms": 60_000, "retry_max_backoff_ms": 60_000}
-        async with staged(FakeWorker(), **settings) as stage:
-            stage.colocated.script = Script(status=500, message="out of luck")
-            asked = stage.post("/generate", {"text": "x"}, headers={TIMEOUT: "5"})
-            status, answer = await asyncio.wait_for(asked, 2.0)
-            assert (status, "out of luck" in answer["error"]["message"]) == (502, True)
-
-    run(test())
+    settings = {"retry_initial_backoff_ms": 60_000, "retry_max_backoff_ms": 60_000}
+    async with staged(FakeWorker(), **settings) as stage:
+        stage.colocated.script = Script(status=500, message="out of luck")
+        asked = stage.post("/generate", {"text": "x"}, headers={TIMEOUT: "5"})
+        status, answer = await asyncio.wait_for(asked, 2.0)
+        assert (status, "out of luck" in answer["error"]["message"]) == (502, True)
 
 
-def test_a_wrong_time_is_refused_before_anything_is_sent(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker()) as stage:
-            status, answer = await stage.post("/generate", {"text": "x"}, headers={TIMEOUT: "soon"})
-            assert (status, answer["error"]["param"]) == (400, TIMEOUT)
-            assert not stage.colocated.requests
-
-    run(test())
+async def test_a_wrong_time_is_refused_before_anything_is_sent() -> None:
+    async with staged(FakeWorker()) as stage:
+        status, answer = await stage.post("/generate", {"text": "x"}, headers={TIMEOUT: "soon"})
+        assert (status, answer["error"]["param"]) == (400, TIMEOUT)
+        assert not stage.colocated.requests

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -13,93 +12,76 @@ import pytest
 
 from memserve.router.app import running_router
 from memserve.router.config import RouterConfig
-from memserve.router.kv_events.subscribers import Followers
+from memserve.router.kv_events.subscribers import StockSubscriptions
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
 
 from ..harness import Stage, info_of, pair, staged
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
-
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions", "/v1/completions"])
 @pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b'{"text": 5, "prompt": 5}', b'{"prompt": [-1]}'])
-def test_bad_input_reaches_nobody(run: Run, path: str, raw: bytes) -> None:
-    async def test() -> None:
-        async with staged(*pair()) as stage:
-            async with stage.client.post(stage.url(path), data=raw) as response:
-                answer = await response.json()
-            assert response.status == 400
-            assert answer["error"]["message"]
-            assert answer["error"]["type"] == "invalid_request_error"
-            assert not stage.prefill.requests
-            assert not stage.decode.requests
-
-    run(test())
+async def test_bad_input_reaches_nobody(path: str, raw: bytes) -> None:
+    async with staged(*pair()) as stage:
+        async with stage.client.post(stage.url(path), data=raw) as response:
+            answer = await response.json()
+        assert response.status == 400
+        assert answer["error"]["message"]
+        assert answer["error"]["type"] == "invalid_request_error"
+        assert not stage.prefill.requests
+        assert not stage.decode.requests
 
 
-def test_token_ids_are_held_to_the_models_vocabulary(run: Run, tmp_path: Path) -> None:
-    async def test() -> None:
-        (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 256}))
-        workers = [FakeWorker(role, model_path=str(tmp_path)) for role in (Role.PREFILL, Role.DECODE)]
-        async with staged(*workers) as stage:
-            status, answer = await stage.post("/generate", {"input_ids": [[1, 2], [3, 256]]})
-            assert (status, answer["error"]["param"]) == (400, "input_ids[1][1]")
-            status, answer = await stage.post("/v1/completions", {"prompt": [256]})
-            assert (status, answer["error"]["param"]) == (400, "prompt[0]")
-            status, answer = await stage.post("/generate", {"input_ids": [1] * 1024})
-            assert (status, answer["error"]["param"]) == (400, "input_ids")
-            assert (await stage.get("/readiness"))[1]["token_ids_not_checked"] == []
-            assert not stage.prefill.requests
-            assert (await stage.post("/generate", {"input_ids": [255]}))[0] == 200
-
-    run(test())
+async def test_token_ids_are_held_to_the_models_vocabulary(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 256}))
+    workers = [FakeWorker(role, model_path=str(tmp_path)) for role in (Role.PREFILL, Role.DECODE)]
+    async with staged(*workers) as stage:
+        status, answer = await stage.post("/generate", {"input_ids": [[1, 2], [3, 256]]})
+        assert (status, answer["error"]["param"]) == (400, "input_ids[1][1]")
+        status, answer = await stage.post("/v1/completions", {"prompt": [256]})
+        assert (status, answer["error"]["param"]) == (400, "prompt[0]")
+        status, answer = await stage.post("/generate", {"input_ids": [1] * 1024})
+        assert (status, answer["error"]["param"]) == (400, "input_ids")
+        assert (await stage.get("/readiness"))[1]["token_ids_not_checked"] == []
+        assert not stage.prefill.requests
+        assert (await stage.post("/generate", {"input_ids": [255]}))[0] == 200
 
 
 @pytest.mark.parametrize(("num_special_tokens", "status"), [(0, 400), (1, 200)])
-def test_empty_text_depends_on_the_tokenizer(run: Run, num_special_tokens: int, status: int) -> None:
-    async def test() -> None:
-        workers = [
-            FakeWorker(role, num_special_tokens=num_special_tokens) for role in (Role.PREFILL, Role.DECODE)
-        ]
-        async with staged(*workers) as stage:
-            assert (await stage.post("/generate", {"text": ""}))[0] == status
-            assert len(stage.decode.requests) == (status == 200)
-
-    run(test())
+async def test_empty_text_depends_on_the_tokenizer(num_special_tokens: int, status: int) -> None:
+    workers = [
+        FakeWorker(role, num_special_tokens=num_special_tokens) for role in (Role.PREFILL, Role.DECODE)
+    ]
+    async with staged(*workers) as stage:
+        assert (await stage.post("/generate", {"text": ""}))[0] == status
+        assert len(stage.decode.requests) == (status == 200)
 
 
-def test_an_enormous_body_is_413(run: Run) -> None:
-    async def test() -> None:
-        async with staged(*pair(), max_body_bytes=1000) as stage:
-            status, answer = await stage.post("/generate", {"text": "x" * 2000})
-            assert (status, answer["error"]["type"]) == (413, "request_too_large")
+async def test_an_enormous_body_is_413() -> None:
+    async with staged(*pair(), max_body_bytes=1000) as stage:
+        status, answer = await stage.post("/generate", {"text": "x" * 2000})
+        assert (status, answer["error"]["type"]) == (413, "request_too_large")
 
-            async def endless() -> Any:
-                for _ in range(2000):
-                    yield b"x" * 100
+        async def endless() -> Any:
+            for _ in range(2000):
+                yield b"x" * 100
 
-            async with stage.client.post(stage.url("/generate"), data=endless()) as response:
-                assert response.status == 413
-            assert not stage.decode.requests
-
-    run(test())
+        async with stage.client.post(stage.url("/generate"), data=endless()) as response:
+            assert response.status == 413
+        assert not stage.decode.requests
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-def test_an_unknown_model_is_404(run: Run, path: str) -> None:
-    async def test() -> None:
-        async with staged(*pair()) as stage:
-            status, answer = await stage.post(path, {**CHAT, "prompt": "a", "model": "other"})
-            assert (status, answer["error"]["param"]) == (404, "model")
-            assert "fake-model" in answer["error"]["message"]
-            for model in ("fake-model", "default", None):
-                assert (await stage.post(path, {**CHAT, "prompt": "a", "model": model}))[0] == 200
-
-    run(test())
+async def test_an_unknown_model_is_404(path: str) -> None:
+    async with staged(*pair()) as stage:
+        status, answer = await stage.post(path, {**CHAT, "prompt": "a", "model": "other"})
+        assert (status, answer["error"]["param"]) == (404, "model")
+        assert "fake-model" in answer["error"]["message"]
+        for model in ("fake-model", "default", None):
+            assert (await stage.post(path, {**CHAT, "prompt": "a", "model": model}))[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -110,84 +92,67 @@ def test_an_unknown_model_is_404(run: Run, path: str) -> None:
         (Role.DECODE, "no prefill server is ready"),
     ],
 )
-def test_without_a_pair_it_is_503_with_the_reason(run: Run, role: Role | None, reason: str) -> None:
-    async def test() -> None:
-        async with staged(*([FakeWorker(role)] if role else [])) as stage:
-            status, answer = await stage.post("/generate", {"text": "hello"})
-            assert (status, answer["error"]["message"]) == (503, reason)
-            assert answer["error"]["retryable"] is True
-            status, answer = await stage.get("/readiness")
-            assert (status, answer["ready"], answer["reason"]) == (503, False, reason)
-            for path in ("/health", "/liveness"):
-                async with stage.client.get(stage.url(path)) as response:
-                    assert response.status == 200
-
-    run(test())
-
-
-def test_bad_input_is_400_even_if_nobody_is_there(run: Run) -> None:
-    async def test() -> None:
-        async with staged() as stage:
-            assert (await stage.post("/generate", {"text": 5}))[0] == 400
-            assert (await stage.post("/flush_cache", None))[0] == 503
-            assert (await stage.get("/model_info"))[0] == 503
-            assert (await stage.get("/v1/models"))[1]["data"] == []
-
-    run(test())
-
-
-def test_the_request_id_is_echoed_or_made(run: Run) -> None:
-    async def test() -> None:
-        async with staged(*pair()) as stage:
-            for body, status in (({"text": "a"}, 200), ({"text": "a", "stream": True}, 200), ({}, 400)):
-                for sent in ("mine", None):
-                    headers = {"x-request-id": sent} if sent else {}
-                    async with stage.client.post(
-                        stage.url("/generate"), json=body, headers=headers
-                    ) as response:
-                        assert response.status == status
-                        got = response.headers["x-request-id"]
-                        assert got == sent if sent else len(got) == 32
-
-    run(test())
-
-
-def test_whoever_was_flushed_is_believed_to_have_nothing(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    flushed: list[str] = []
-    monkeypatch.setattr(Followers, "flushed", lambda _, name: flushed.append(name))
-
-    async def test() -> None:
-        async with staged(*pair()) as stage:
-            async with stage.client.post(stage.url("/flush_cache")) as response:
+async def test_without_a_pair_it_is_503_with_the_reason(role: Role | None, reason: str) -> None:
+    async with staged(*([FakeWorker(role)] if role else [])) as stage:
+        status, answer = await stage.post("/generate", {"text": "hello"})
+        assert (status, answer["error"]["message"]) == (503, reason)
+        assert answer["error"]["retryable"] is True
+        status, answer = await stage.get("/readiness")
+        assert (status, answer["ready"], answer["reason"]) == (503, False, reason)
+        for path in ("/health", "/liveness"):
+            async with stage.client.get(stage.url(path)) as response:
                 assert response.status == 200
-            assert len(set(flushed)) == len(flushed) == 2
-
-    run(test())
 
 
-def test_the_pages_speak_for_the_workers(run: Run) -> None:
-    async def test() -> None:
-        async with staged(*pair()) as stage:
-            for path in ("/model_info", "/get_model_info"):
-                assert (await stage.get(path))[1]["model_path"] == "/nowhere/fake-model"
-            for path in ("/server_info", "/get_server_info"):
-                status, info = await stage.get(path)
-                assert (status, info["page_size"], info["disaggregation_mode"]) == (200, 16, "null")
-                assert [one["role"] for one in info["workers"]] == ["decode", "prefill"]
-            _, models = await stage.get("/v1/models")
-            assert [(card["id"], card["max_model_len"]) for card in models["data"]] == [("fake-model", 1024)]
-            assert (await stage.get("/v1/models/fake-model"))[1]["id"] == "fake-model"
-            assert (await stage.get("/v1/models/other"))[0] == 404
-            _, workers = await stage.get("/workers")
-            assert [one["state"] for one in workers["workers"]] == ["ready", "ready"]
-            for method in (stage.client.get, stage.client.post):
-                async with method(stage.url("/flush_cache")) as response:
-                    assert response.status == 200
-            assert (stage.prefill.num_flushes, stage.decode.num_flushes) == (2, 2)
-            await stage.client.post(stage.url("/abort_request"), json={"rid": "x"})
-            assert stage.prefill.aborts == stage.decode.aborts == ["x"]
+async def test_bad_input_is_400_even_if_nobody_is_there() -> None:
+    async with staged() as stage:
+        assert (await stage.post("/generate", {"text": 5}))[0] == 400
+        assert (await stage.post("/flush_cache", None))[0] == 503
+        assert (await stage.get("/model_info"))[0] == 503
+        assert (await stage.get("/v1/models"))[1]["data"] == []
 
-    run(test())
+
+async def test_the_request_id_is_echoed_or_made() -> None:
+    async with staged(*pair()) as stage:
+        for body, status in (({"text": "a"}, 200), ({"text": "a", "stream": True}, 200), ({}, 400)):
+            for sent in ("mine", None):
+                headers = {"x-request-id": sent} if sent else {}
+                async with stage.client.post(stage.url("/generate"), json=body, headers=headers) as response:
+                    assert response.status == status
+                    got = response.headers["x-request-id"]
+                    assert got == sent if sent else len(got) == 32
+
+
+async def test_whoever_was_flushed_is_believed_to_have_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    flushed: list[str] = []
+    monkeypatch.setattr(StockSubscriptions, "flushed", lambda _, name: flushed.append(name))
+
+    async with staged(*pair()) as stage:
+        async with stage.client.post(stage.url("/flush_cache")) as response:
+            assert response.status == 200
+        assert len(set(flushed)) == len(flushed) == 2
+
+
+async def test_the_pages_speak_for_the_workers() -> None:
+    async with staged(*pair()) as stage:
+        for path in ("/model_info", "/get_model_info"):
+            assert (await stage.get(path))[1]["model_path"] == "/nowhere/fake-model"
+        for path in ("/server_info", "/get_server_info"):
+            status, info = await stage.get(path)
+            assert (status, info["page_size"], info["disaggregation_mode"]) == (200, 16, "null")
+            assert [one["role"] for one in info["workers"]] == ["decode", "prefill"]
+        _, models = await stage.get("/v1/models")
+        assert [(card["id"], card["max_model_len"]) for card in models["data"]] == [("fake-model", 1024)]
+        assert (await stage.get("/v1/models/fake-model"))[1]["id"] == "fake-model"
+        assert (await stage.get("/v1/models/other"))[0] == 404
+        _, workers = await stage.get("/workers")
+        assert [one["state"] for one in workers["workers"]] == ["ready", "ready"]
+        for method in (stage.client.get, stage.client.post):
+            async with method(stage.url("/flush_cache")) as response:
+                assert response.status == 200
+        assert (stage.prefill.num_flushes, stage.decode.num_flushes) == (2, 2)
+        await stage.client.post(stage.url("/abort_request"), json={"rid": "x"})
+        assert stage.prefill.aborts == stage.decode.aborts == ["x"]
 
 
 @pytest.mark.parametrize(
@@ -198,55 +163,41 @@ def test_the_pages_speak_for_the_workers(run: Run) -> None:
         ("GET", "/generate", 405),
     ],
 )
-def test_what_is_not_there_says_so_in_json(run: Run, method: str, path: str, status: int) -> None:
-    async def test() -> None:
-        async with staged() as stage, stage.client.request(method, stage.url(path), json={}) as response:
-            assert response.status == status
-            assert (await response.json())["error"]["message"]
-
-    run(test())
+async def test_what_is_not_there_says_so_in_json(method: str, path: str, status: int) -> None:
+    async with staged() as stage, stage.client.request(method, stage.url(path), json={}) as response:
+        assert response.status == status
+        assert (await response.json())["error"]["message"]
 
 
-def test_a_workers_authorization_is_handed_on(run: Run) -> None:
-    async def test() -> None:
-        async with staged(*pair()) as stage:
-            await stage.post("/generate", {"text": "a"}, headers={"Authorization": "Bearer k"})
-            for worker in (stage.prefill, stage.decode):
-                assert worker.requests[0].headers["Authorization"] == "Bearer k"
-
-    run(test())
+async def test_a_workers_authorization_is_handed_on() -> None:
+    async with staged(*pair()) as stage:
+        await stage.post("/generate", {"text": "a"}, headers={"Authorization": "Bearer k"})
+        for worker in (stage.prefill, stage.decode):
+            assert worker.requests[0].headers["Authorization"] == "Bearer k"
 
 
-def test_a_client_of_a_colocated_server_that_leaves_aborts_it(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker(Role.COLOCATED)) as stage:
-            stage.colocated.script = Script(gates={1: asyncio.Event()})
-            async with stage.client.post(
-                stage.url("/generate"), json={"text": "a", "stream": True}
-            ) as response:
-                assert b"Hello" in await response.content.readany()
-                response.close()
-            await stage.colocated.until(lambda w: w.requests[0].dropped and w.aborts)
-
-    run(test())
+async def test_a_client_of_a_colocated_server_that_leaves_aborts_it() -> None:
+    async with staged(FakeWorker(Role.COLOCATED)) as stage:
+        stage.colocated.script = Script(gates={1: asyncio.Event()})
+        async with stage.client.post(stage.url("/generate"), json={"text": "a", "stream": True}) as response:
+            assert b"Hello" in await response.content.readany()
+            response.close()
+        await stage.colocated.until(lambda w: w.requests[0].dropped and w.aborts)
 
 
-def test_a_router_that_stops_tells_those_who_wait(run: Run) -> None:
-    async def test() -> None:
-        async with FakeWorker(Role.COLOCATED) as worker, aiohttp.ClientSession() as client:
-            worker.script = Script(gates={1: asyncio.Event()})
-            config = RouterConfig(port=0, shutdown_grace_period_secs=0.05)
-            async with running_router(config) as router:
-                stage = Stage(router, client)
-                router.cluster.register(info_of(worker))
-                await stage.until(stage.is_ready)
-                stream = asyncio.create_task(stage.events("/generate", {"text": "a", "stream": True}))
-                await worker.until(lambda w: w.requests and w.requests[0].num_sent)
-                whole = asyncio.create_task(stage.post("/generate", {"text": "a"}))
-                await worker.until(lambda w: len(w.requests) == 2)
-            assert b"retryable" in (await stream)[-1]
-            status, answer = await whole
-            assert (status, answer["error"]["retryable"]) == (503, True)
-            await worker.until(lambda w: all(one.dropped for one in w.requests))
-
-    run(test())
+async def test_a_router_that_stops_tells_those_who_wait() -> None:
+    async with FakeWorker(Role.COLOCATED) as worker, aiohttp.ClientSession() as client:
+        worker.script = Script(gates={1: asyncio.Event()})
+        config = RouterConfig(port=0, shutdown_grace_period_secs=0.05)
+        async with running_router(config) as router:
+            stage = Stage(router, client)
+            router.cluster.register(info_of(worker))
+            await stage.until(stage.is_ready)
+            stream = asyncio.create_task(stage.events("/generate", {"text": "a", "stream": True}))
+            await worker.until(lambda w: w.requests and w.requests[0].num_sent)
+            whole = asyncio.create_task(stage.post("/generate", {"text": "a"}))
+            await worker.until(lambda w: len(w.requests) == 2)
+        assert b"retryable" in (await stream)[-1]
+        status, answer = await whole
+        assert (status, answer["error"]["retryable"]) == (503, True)
+        await worker.until(lambda w: all(one.dropped for one in w.requests))

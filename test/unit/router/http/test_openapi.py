@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -15,7 +14,6 @@ from memserve.wire.messages import Role
 
 from ..harness import Stage, pair, staged
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
 IDS = list(range(64))
 
 
@@ -25,7 +23,7 @@ def is_valid(schema: Any, value: Any) -> None:
     Draft202012Validator(whole).validate(value)
 
 
-def test_it_is_about_the_endpoints_that_there_are(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_it_is_about_the_endpoints_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
     apps: list[web.Application] = []
     add_routes = web.Application.add_routes
 
@@ -33,17 +31,14 @@ def test_it_is_about_the_endpoints_that_there_are(run: Run, monkeypatch: pytest.
         apps.append(app)
         return add_routes(app, routes)
 
-    async def test() -> None:
-        monkeypatch.setattr(web.Application, "add_routes", watched)
-        async with staged(*pair()):
-            routed = {
-                (route.method, route.resource.canonical)
-                for route in apps[-1].router.routes()
-                if route.resource is not None and route.method != "HEAD"
-            }
-        assert routed == OPERATIONS.keys()
-
-    run(test())
+    monkeypatch.setattr(web.Application, "add_routes", watched)
+    async with staged(*pair()):
+        routed = {
+            (route.method, route.resource.canonical)
+            for route in apps[-1].router.routes()
+            if route.resource is not None and route.method != "HEAD"
+        }
+    assert routed == OPERATIONS.keys()
 
 
 def test_its_schemas_are_schemas() -> None:
@@ -87,47 +82,41 @@ def matches(template: str, path: str) -> bool:
     )
 
 
-def test_answers_are_what_it_says(run: Run) -> None:
-    async def test() -> None:
-        worker = FakeWorker(Role.COLOCATED, cache_tokens=1 << 16)
-        async with staged(worker) as stage:
-            await stage.until(stage.router.state.followers.stats)
-            for last in range(3):
-                body = {"input_ids": [*IDS, *[last] * 16], "rid": f"r{last}"}
-                await answers(stage, "POST", "/generate", json=body)
-                await answers(stage, "PUT", "/generate", json={**body, "stream": True})
-            await answers(stage, "POST", "/generate", json={"text": ["a", "b"]})
-            await answers(stage, "POST", "/v1/chat/completions", json={"messages": [{"role": "user"}]})
-            await answers(stage, "POST", "/v1/completions", json={"prompt": "x"})
-            await answers(stage, "POST", "/explain", json={"prompt": "x"})
-            await answers(stage, "POST", "/workers", json={"url": "http://127.0.0.1:9"})
-            await answers(stage, "POST", "/add_worker?url=http://127.0.0.1:8")
-            await answers(stage, "POST", "/remove_worker?url=http://127.0.0.1:8&timeout_s=0")
-            name = f"colocated-{worker.port}"
-            for path in OPERATIONS:
-                if path[0] == "GET" and "{" not in path[1]:
-                    await answers(stage, "GET", path[1])
-            for path in ("/requests/r1", f"/workers/{name}", "/v1/models/fake-model", "/ui/app.js"):
+async def test_answers_are_what_it_says() -> None:
+    worker = FakeWorker(Role.COLOCATED, cache_tokens=1 << 16)
+    async with staged(worker) as stage:
+        await stage.until(stage.router.state.followers.stats)
+        for last in range(3):
+            body = {"input_ids": [*IDS, *[last] * 16], "rid": f"r{last}"}
+            await answers(stage, "POST", "/generate", json=body)
+            await answers(stage, "PUT", "/generate", json={**body, "stream": True})
+        await answers(stage, "POST", "/generate", json={"text": ["a", "b"]})
+        await answers(stage, "POST", "/v1/chat/completions", json={"messages": [{"role": "user"}]})
+        await answers(stage, "POST", "/v1/completions", json={"prompt": "x"})
+        await answers(stage, "POST", "/explain", json={"prompt": "x"})
+        await answers(stage, "POST", "/workers", json={"url": "http://127.0.0.1:9"})
+        await answers(stage, "POST", "/add_worker?url=http://127.0.0.1:8")
+        await answers(stage, "POST", "/remove_worker?url=http://127.0.0.1:8&timeout_s=0")
+        name = f"colocated-{worker.port}"
+        for path in OPERATIONS:
+            if path[0] == "GET" and "{" not in path[1]:
+                await answers(stage, "GET", path[1])
+        for path in ("/requests/r1", f"/workers/{name}", "/v1/models/fake-model", "/ui/app.js"):
+            await answers(stage, "GET", path)
+        await answers(stage, "POST", f"/workers/{name}/role?wait=0", json={"role": "prefill"})
+        await answers(stage, "POST", f"/workers/{name}/drain?wait=0")
+        await answers(stage, "DELETE", f"/workers/{name}/drain")
+        await answers(stage, "DELETE", f"/workers/{name}")
+        await answers(stage, "POST", "/abort_request", json={"rid": "x"})
+        await answers(stage, "POST", "/flush_cache")
+        for path in ("/requests/none", "/workers/none", "/v1/models/none", "/ui/none", "/requests?n=0"):
+            await answers(stage, "GET", path)
+        await answers(stage, "POST", "/generate", json={"text": 5})
+
+
+async def test_answers_without_servers_are_what_it_says() -> None:
+    async with staged() as stage:
+        for method, path in OPERATIONS:
+            if method == "GET" and "{" not in path:
                 await answers(stage, "GET", path)
-            await answers(stage, "POST", f"/workers/{name}/role?wait=0", json={"role": "prefill"})
-            await answers(stage, "POST", f"/workers/{name}/drain?wait=0")
-            await answers(stage, "DELETE", f"/workers/{name}/drain")
-            await answers(stage, "DELETE", f"/workers/{name}")
-            await answers(stage, "POST", "/abort_request", json={"rid": "x"})
-            await answers(stage, "POST", "/flush_cache")
-            for path in ("/requests/none", "/workers/none", "/v1/models/none", "/ui/none", "/requests?n=0"):
-                await answers(stage, "GET", path)
-            await answers(stage, "POST", "/generate", json={"text": 5})
-
-    run(test())
-
-
-def test_answers_without_servers_are_what_it_says(run: Run) -> None:
-    async def test() -> None:
-        async with staged() as stage:
-            for method, path in OPERATIONS:
-                if method == "GET" and "{" not in path:
-                    await answers(stage, "GET", path)
-            await answers(stage, "POST", "/generate", json={"text": "x"})
-
-    run(test())
+        await answers(stage, "POST", "/generate", json={"text": "x"})

@@ -3,22 +3,18 @@
 from __future__ import annotations
 
 import base64
-from collections.abc import Callable, Coroutine
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yarl
 
 from memserve.router.config import RouterConfig
-from memserve.router.http.ingress import open_door
-from memserve.router.http.permissions import LEVELS, Guard, Level
+from memserve.router.http.ingress import build_ingress
+from memserve.router.http.permissions import LEVELS, Guard, Permission
 from memserve.router.observability.metrics import RouterMetrics
 from memserve.testing.fake_worker import FakeWorker
 
 from ..harness import Stage, staged
-
-Run = Callable[[Coroutine[Any, Any, None]], None]
 
 OPEN = ["/health", "/liveness", "/readiness", "/metrics"]
 CLIENTS = ["/v1/models", "/v1/models/fake-model", "/model_info", "/get_model_info", "/server_info"]
@@ -58,123 +54,103 @@ async def status(stage: Stage, method: str, path: str, **headers: str) -> int:
         return response.status
 
 
-def test_without_keys_on_loopback_all_is_open(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker()) as stage:
-            for path in OPEN + CLIENTS + ADMINS:
-                assert await status(stage, "GET", path) == 200, path
-            for method, path in CHANGES:
-                assert await status(stage, method, path) not in (401, 403), path
-
-    run(test())
+async def test_without_keys_on_loopback_all_is_open() -> None:
+    async with staged(FakeWorker()) as stage:
+        for path in OPEN + CLIENTS + ADMINS:
+            assert await status(stage, "GET", path) == 200, path
+        for method, path in CHANGES:
+            assert await status(stage, method, path) not in (401, 403), path
 
 
-def test_with_tenants_and_no_admin_what_is_an_admins_is_off(run: Run, keys: dict[str, Path]) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker(), api_keys_file=keys["api_keys_file"]) as stage:
-            for headers in ({}, {"Authorization": "Bearer key-a"}, {"Authorization": "Bearer root-key"}):
-                for path in ADMINS:
-                    assert await status(stage, "GET", path, **headers) == 403, path
-                for method, path in [*CHANGES, ("POST", "/abort_request")]:
-                    assert await status(stage, method, path, **headers) == 403, path
-            assert stage.colocated.num_flushes == 0
-            _, told = await stage.post("/flush_cache", {})
-            assert "--admin-api-key-file" in told["error"]["message"]
-
-    run(test())
-
-
-def test_admins_clients_and_strangers_get_what_is_theirs(run: Run, keys: dict[str, Path]) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker(), **keys) as stage:
-            nobody: dict[str, str] = {}
-            wrong = {"Authorization": "Bearer key-b"}
-            client = {"Authorization": "Bearer key-a"}
-            admin = {"Authorization": "Bearer root-key"}
-            for path in OPEN:
-                assert await status(stage, "GET", path) == 200, path
-            for path in CLIENTS:
-                got = [await status(stage, "GET", path, **who) for who in (nobody, wrong, client, admin)]
-                assert got == [401, 401, 200, 200], path
+async def test_with_tenants_and_no_admin_what_is_an_admins_is_off(keys: dict[str, Path]) -> None:
+    async with staged(FakeWorker(), api_keys_file=keys["api_keys_file"]) as stage:
+        for headers in ({}, {"Authorization": "Bearer key-a"}, {"Authorization": "Bearer root-key"}):
             for path in ADMINS:
-                got = [await status(stage, "GET", path, **who) for who in (nobody, wrong, client, admin)]
-                assert got == [401, 401, 401, 200], path
-            for method, path in CHANGES:
-                for who in (nobody, wrong, client):
-                    assert await status(stage, method, path, **who) == 401, path
-                assert await status(stage, method, path, **admin) not in (401, 403), path
-            for path in GENERATES:
-                for who in (nobody, wrong):
-                    assert await status(stage, "POST", path, **who) == 401, path
-            assert not stage.colocated.requests
-
-    run(test())
+                assert await status(stage, "GET", path, **headers) == 403, path
+            for method, path in [*CHANGES, ("POST", "/abort_request")]:
+                assert await status(stage, method, path, **headers) == 403, path
+        assert stage.colocated.num_flushes == 0
+        _, told = await stage.post("/flush_cache", {})
+        assert "--admin-api-key-file" in told["error"]["message"]
 
 
-def test_one_key_for_all_opens_everything(run: Run) -> None:
-    async def test() -> None:
-        worker = FakeWorker()
-        async with staged(worker, api_key="the-key") as stage:
-            for path in CLIENTS + ADMINS:
-                assert await status(stage, "GET", path) == 401, path
-                assert await status(stage, "GET", path, Authorization="Bearer the-key") == 200, path
-            body = {"text": "a"}
-            assert (await stage.post("/generate", body))[0] == 401
-            password = base64.b64encode(b"me:the-key").decode()
-            for header in ("Bearer the-key", f"Basic {password}"):
-                assert (await stage.post("/generate", body, headers={"Authorization": header}))[0] == 200
-            assert {one.headers["Authorization"] for one in worker.requests} == {"Bearer the-key"}
-
-    run(test())
-
-
-def test_what_pages_tell_of_the_inside_is_for_admins(run: Run, keys: dict[str, Path]) -> None:
-    async def test() -> None:
-        worker = FakeWorker(server_info={"api_key": "s3cret", "launch_command": "--api-key s3cret", "tp": 1})
-        client = {"headers": {"Authorization": "Bearer key-a"}}
-        admin = {"headers": {"Authorization": "Bearer root-key"}}
-        async with staged(worker, **keys) as stage:
-            told = []
-            for path in ("/server_info", "/readiness"):
-                for who in (client, admin):
-                    async with stage.client.get(stage.url(path), **who) as response:  # type: ignore[arg-type]
-                        told.append((await response.text(), await response.json()))
-            assert not any("s3cret" in text for text, _ in told)
-            assert [worker.url in text for text, _ in told] == [False, True, False, False]
-            assert ["workers" in page for _, page in told[:2]] == [False, True]
-            assert ["not_ready" in page for _, page in told[2:]] == [False, True]
-            assert told[0][1]["tp"] == 1
-
-    run(test())
+async def test_admins_clients_and_strangers_get_what_is_theirs(keys: dict[str, Path]) -> None:
+    async with staged(FakeWorker(), **keys) as stage:
+        nobody: dict[str, str] = {}
+        wrong = {"Authorization": "Bearer key-b"}
+        client = {"Authorization": "Bearer key-a"}
+        admin = {"Authorization": "Bearer root-key"}
+        for path in OPEN:
+            assert await status(stage, "GET", path) == 200, path
+        for path in CLIENTS:
+            got = [await status(stage, "GET", path, **who) for who in (nobody, wrong, client, admin)]
+            assert got == [401, 401, 200, 200], path
+        for path in ADMINS:
+            got = [await status(stage, "GET", path, **who) for who in (nobody, wrong, client, admin)]
+            assert got == [401, 401, 401, 200], path
+        for method, path in CHANGES:
+            for who in (nobody, wrong, client):
+                assert await status(stage, method, path, **who) == 401, path
+            assert await status(stage, method, path, **admin) not in (401, 403), path
+        for path in GENERATES:
+            for who in (nobody, wrong):
+                assert await status(stage, "POST", path, **who) == 401, path
+        assert not stage.colocated.requests
 
 
-def test_who_changes_what_is_logged(
-    run: Run, keys: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
+async def test_one_key_for_all_opens_everything() -> None:
+    worker = FakeWorker()
+    async with staged(worker, api_key="the-key") as stage:
+        for path in CLIENTS + ADMINS:
+            assert await status(stage, "GET", path) == 401, path
+            assert await status(stage, "GET", path, Authorization="Bearer the-key") == 200, path
+        body = {"text": "a"}
+        assert (await stage.post("/generate", body))[0] == 401
+        password = base64.b64encode(b"me:the-key").decode()
+        for header in ("Bearer the-key", f"Basic {password}"):
+            assert (await stage.post("/generate", body, headers={"Authorization": header}))[0] == 200
+        assert {one.headers["Authorization"] for one in worker.requests} == {"Bearer the-key"}
+
+
+async def test_what_pages_tell_of_the_inside_is_for_admins(keys: dict[str, Path]) -> None:
+    worker = FakeWorker(server_info={"api_key": "s3cret", "launch_command": "--api-key s3cret", "tp": 1})
+    client = {"headers": {"Authorization": "Bearer key-a"}}
+    admin = {"headers": {"Authorization": "Bearer root-key"}}
+    async with staged(worker, **keys) as stage:
+        told = []
+        for path in ("/server_info", "/readiness"):
+            for who in (client, admin):
+                async with stage.client.get(stage.url(path), **who) as response:  # type: ignore[arg-type]
+                    told.append((await response.text(), await response.json()))
+        assert not any("s3cret" in text for text, _ in told)
+        assert [worker.url in text for text, _ in told] == [False, True, False, False]
+        assert ["workers" in page for _, page in told[:2]] == [False, True]
+        assert ["not_ready" in page for _, page in told[2:]] == [False, True]
+        assert told[0][1]["tp"] == 1
+
+
+async def test_who_changes_what_is_logged(
+    keys: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
     admins = secret(tmp_path / "named", "root-key ops\n")
 
-    async def test() -> None:
-        async with staged(api_keys_file=keys["api_keys_file"], admin_api_key_file=admins) as stage:
-            await status(stage, "POST", "/workers/a%20b/drain", Authorization="Bearer root-key")
-            await status(stage, "POST", "/workers/other/drain")
-            await status(stage, "GET", "/workers", Authorization="Bearer root-key")
+    async with staged(api_keys_file=keys["api_keys_file"], admin_api_key_file=admins) as stage:
+        await status(stage, "POST", "/workers/a%20b/drain", Authorization="Bearer root-key")
+        await status(stage, "POST", "/workers/other/drain")
+        await status(stage, "GET", "/workers", Authorization="Bearer root-key")
 
-    run(test())
     (line,) = (one.getMessage() for one in caplog.records if "change asked for" in one.getMessage())
     assert line.endswith("method=POST path=/workers/a%20b/drain admin=ops from=127.0.0.1")
 
 
-def test_a_browser_is_asked_for_the_key(run: Run, keys: dict[str, Path]) -> None:
-    async def test() -> None:
-        async with staged(**keys) as stage:
-            async with stage.client.get(stage.url("/tree")) as response:
-                assert response.status == 401
-                assert response.headers["WWW-Authenticate"].startswith("Basic")
-            password = base64.b64encode(b"anybody:root-key").decode()
-            assert await status(stage, "GET", "/tree", Authorization=f"Basic {password}") == 200
-
-    run(test())
+async def test_a_browser_is_asked_for_the_key(keys: dict[str, Path]) -> None:
+    async with staged(**keys) as stage:
+        async with stage.client.get(stage.url("/tree")) as response:
+            assert response.status == 401
+            assert response.headers["WWW-Authenticate"].startswith("Basic")
+        password = base64.b64encode(b"anybody:root-key").decode()
+        assert await status(stage, "GET", "/tree", Authorization=f"Basic {password}") == 200
 
 
 @pytest.mark.parametrize(
@@ -195,28 +171,22 @@ def test_a_browser_is_asked_for_the_key(run: Run, keys: dict[str, Path]) -> None
         ("GET", "/v1/models", {"Host": "rebound.example"}, 200),
     ],
 )
-def test_other_sites_pages_see_and_change_nothing(
-    run: Run, method: str, path: str, headers: dict[str, str], wanted: int
+async def test_other_sites_pages_see_and_change_nothing(
+    method: str, path: str, headers: dict[str, str], wanted: int
 ) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker()) as stage:
-            assert await status(stage, method, path, **headers) == wanted
-
-    run(test())
+    async with staged(FakeWorker()) as stage:
+        assert await status(stage, method, path, **headers) == wanted
 
 
-def test_no_way_of_writing_a_path_leads_around_the_guard(run: Run, keys: dict[str, Path]) -> None:
-    async def test() -> None:
-        async with staged(**keys) as stage:
-            for path in ("/nothing", "/v1/nothing", "//workers", "/health/../workers", "/%77orkers/"):
-                assert await status(stage, "GET", path) in (401, 404), path
-
-    run(test())
+async def test_no_way_of_writing_a_path_leads_around_the_guard(keys: dict[str, Path]) -> None:
+    async with staged(**keys) as stage:
+        for path in ("/nothing", "/v1/nothing", "//workers", "/health/../workers", "/%77orkers/"):
+            assert await status(stage, "GET", path) in (401, 404), path
 
 
 def test_a_page_that_nobody_listed_is_an_admins() -> None:
-    guard = Guard(open_door(RouterConfig(), RouterMetrics()))
-    assert guard.level_of("/new") is Level.ADMIN
-    assert guard.level_of("/v1/models/{model}") is Level.CLIENT
-    assert guard.level_of("/abort_request") is Level.CLIENT
-    assert Level.ADMIN not in LEVELS.values()
+    guard = Guard(build_ingress(RouterConfig(), RouterMetrics()))
+    assert guard.level_of("/new") is Permission.ADMIN
+    assert guard.level_of("/v1/models/{model}") is Permission.CLIENT
+    assert guard.level_of("/abort_request") is Permission.CLIENT
+    assert Permission.ADMIN not in LEVELS.values()

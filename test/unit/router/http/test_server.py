@@ -71,71 +71,56 @@ def run(scene: object) -> None:
     asyncio.run(scene)  # type: ignore[arg-type]
 
 
-def test_a_plain_request_is_answered_and_the_connection_kept() -> None:
-    async def scene() -> None:
-        async with wired() as (_, wire):
-            for _ in range(3):
-                wire.send(request(extra="x-request-id: mine\r\n"))
-                status, body = await wire.answer()
-                assert status == 200
-                assert "text" in json.loads(body)
-
-    run(scene())
+async def test_a_plain_request_is_answered_and_the_connection_kept() -> None:
+    async with wired() as (_, wire):
+        for _ in range(3):
+            wire.send(request(extra="x-request-id: mine\r\n"))
+            status, body = await wire.answer()
+            assert status == 200
+            assert "text" in json.loads(body)
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-def test_bytes_may_come_in_any_pieces(size: int) -> None:
-    async def scene() -> None:
-        async with wired() as (_, wire):
-            data = request() + request(STREAM)
-            for start in range(0, len(data), size):
-                wire.send(data[start : start + size])
-                await wire.writer.drain()
-                await asyncio.sleep(0)
+async def test_bytes_may_come_in_any_pieces(size: int) -> None:
+    async with wired() as (_, wire):
+        data = request() + request(STREAM)
+        for start in range(0, len(data), size):
+            wire.send(data[start : start + size])
+            await wire.writer.drain()
+            await asyncio.sleep(0)
+        assert (await wire.answer())[0] == 200
+        status, events = await wire.answer()
+        assert status == 200
+        assert events.endswith(b"data: [DONE]\n\n")
+
+
+async def test_requests_sent_ahead_are_answered_in_turn() -> None:
+    async with wired() as (_, wire):
+        bodies = [json.dumps({"text": "x", "rid": f"r{i}"}).encode() for i in range(5)]
+        wire.send(b"".join(map(request, bodies)))
+        for i in range(5):
+            status, body = await wire.answer()
+            assert (status, json.loads(body)["meta_info"]["id"]) == (200, f"r{i}")
+
+
+async def test_more_sent_ahead_than_is_kept_waits_in_the_socket() -> None:
+    async with wired() as (_, wire):
+        body = json.dumps({"text": "x" * MAX_PIPELINED_BYTES}).encode()
+        count = 6
+        wire.send(request(body) * count)
+        for _ in range(count):
             assert (await wire.answer())[0] == 200
-            status, events = await wire.answer()
-            assert status == 200
-            assert events.endswith(b"data: [DONE]\n\n")
-
-    run(scene())
 
 
-def test_requests_sent_ahead_are_answered_in_turn() -> None:
-    async def scene() -> None:
-        async with wired() as (_, wire):
-            bodies = [json.dumps({"text": "x", "rid": f"r{i}"}).encode() for i in range(5)]
-            wire.send(b"".join(map(request, bodies)))
-            for i in range(5):
-                status, body = await wire.answer()
-                assert (status, json.loads(body)["meta_info"]["id"]) == (200, f"r{i}")
-
-    run(scene())
-
-
-def test_more_sent_ahead_than_is_kept_waits_in_the_socket() -> None:
-    async def scene() -> None:
-        async with wired() as (_, wire):
-            body = json.dumps({"text": "x" * MAX_PIPELINED_BYTES}).encode()
-            count = 6
-            wire.send(request(body) * count)
-            for _ in range(count):
-                assert (await wire.answer())[0] == 200
-
-    run(scene())
-
-
-def test_other_endpoints_and_generation_share_a_connection() -> None:
-    async def scene() -> None:
-        async with wired() as (_, wire):
-            page = b"GET /v1/models HTTP/1.1\r\nHost: h\r\n\r\n"
-            for data in (request(), page, request(), request(STREAM), page):
-                wire.send(data)
-                assert (await wire.answer())[0] == 200
-            wire.send(request() + page + request())
-            for _ in range(3):
-                assert (await wire.answer())[0] == 200
-
-    run(scene())
+async def test_other_endpoints_and_generation_share_a_connection() -> None:
+    async with wired() as (_, wire):
+        page = b"GET /v1/models HTTP/1.1\r\nHost: h\r\n\r\n"
+        for data in (request(), page, request(), request(STREAM), page):
+            wire.send(data)
+            assert (await wire.answer())[0] == 200
+        wire.send(request() + page + request())
+        for _ in range(3):
+            assert (await wire.answer())[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -153,13 +138,10 @@ def test_other_endpoints_and_generation_share_a_connection() -> None:
         pytest.param(request(extra="Connection: keep-alive\r\n"), id="keep-alive"),
     ],
 )
-def test_what_is_not_plain_is_answered_all_the_same(data: bytes) -> None:
-    async def scene() -> None:
-        async with wired() as (_, wire):
-            wire.send(data)
-            assert (await wire.answer())[0] == 200
-
-    run(scene())
+async def test_what_is_not_plain_is_answered_all_the_same(data: bytes) -> None:
+    async with wired() as (_, wire):
+        wire.send(data)
+        assert (await wire.answer())[0] == 200
 
 
 @pytest.mark.parametrize(
@@ -192,52 +174,40 @@ def test_any_bytes_are_a_plain_head_or_not(data: bytes) -> None:
         assert not any("\r" in value or "\n" in value for value in read[1].values())
 
 
-def test_a_body_that_is_too_large_is_refused_before_it_comes() -> None:
-    async def scene() -> None:
-        async with staged(FakeWorker(Role.COLOCATED), max_body_bytes=1000) as stage:
-            port = int(stage.router.url.rsplit(":", 1)[1])
-            wire = Wire(*await asyncio.open_connection("127.0.0.1", port))
-            wire.send(b"POST /generate HTTP/1.1\r\nHost: h\r\nContent-Length: 1001\r\n\r\n")
-            assert (await wire.answer())[0] == 413
-            wire.writer.close()
-
-    run(scene())
+async def test_a_body_that_is_too_large_is_refused_before_it_comes() -> None:
+    async with staged(FakeWorker(Role.COLOCATED), max_body_bytes=1000) as stage:
+        port = int(stage.router.url.rsplit(":", 1)[1])
+        wire = Wire(*await asyncio.open_connection("127.0.0.1", port))
+        wire.send(b"POST /generate HTTP/1.1\r\nHost: h\r\nContent-Length: 1001\r\n\r\n")
+        assert (await wire.answer())[0] == 413
+        wire.writer.close()
 
 
-def test_a_client_that_leaves_takes_its_request_back() -> None:
-    async def scene() -> None:
-        worker = FakeWorker(Role.COLOCATED, Script(gates={0: asyncio.Event()}))
-        async with wired(worker) as (_, wire):
-            wire.send(request())
-            await worker.until(lambda it: it.requests)
-            wire.writer.transport.abort()
-            await worker.until(lambda it: it.requests[0].dropped and it.aborts)
-
-    run(scene())
+async def test_a_client_that_leaves_takes_its_request_back() -> None:
+    worker = FakeWorker(Role.COLOCATED, Script(gates={0: asyncio.Event()}))
+    async with wired(worker) as (_, wire):
+        wire.send(request())
+        await worker.until(lambda it: it.requests)
+        wire.writer.transport.abort()
+        await worker.until(lambda it: it.requests[0].dropped and it.aborts)
 
 
-def test_a_slow_reader_makes_the_worker_wait_and_gets_everything() -> None:
-    async def scene() -> None:
-        worker = FakeWorker(Role.COLOCATED, Script(tokens=("x" * 65536,) * 400))
-        async with wired(worker) as (stage, wire):
-            body = {"prompt": "a", "stream": True, "max_tokens": 400}
-            wire.send(request(json.dumps(body).encode(), path="/v1/completions"))
-            await worker.until(lambda it: it.requests and it.requests[0].num_sent > 0)
-            # Others are served meanwhile, and what nobody reads piles up nowhere.
-            assert (await stage.get("/v1/models"))[0] == 200
-            assert worker.requests[0].num_sent < 400
-            status, events = await wire.answer()
-            assert status == 200
-            assert events.endswith(b"data: [DONE]\n\n")
-
-    run(scene())
+async def test_a_slow_reader_makes_the_worker_wait_and_gets_everything() -> None:
+    worker = FakeWorker(Role.COLOCATED, Script(tokens=("x" * 65536,) * 400))
+    async with wired(worker) as (stage, wire):
+        body = {"prompt": "a", "stream": True, "max_tokens": 400}
+        wire.send(request(json.dumps(body).encode(), path="/v1/completions"))
+        await worker.until(lambda it: it.requests and it.requests[0].num_sent > 0)
+        # Others are served meanwhile, and what nobody reads piles up nowhere.
+        assert (await stage.get("/v1/models"))[0] == 200
+        assert worker.requests[0].num_sent < 400
+        status, events = await wire.answer()
+        assert status == 200
+        assert events.endswith(b"data: [DONE]\n\n")
 
 
-def test_a_stopping_router_closes_idle_connections() -> None:
-    async def scene() -> None:
-        async with wired() as (_, wire):
-            wire.send(request())
-            await wire.answer()
-        assert await wire.is_closed()
-
-    run(scene())
+async def test_a_stopping_router_closes_idle_connections() -> None:
+    async with wired() as (_, wire):
+        wire.send(request())
+        await wire.answer()
+    assert await wire.is_closed()

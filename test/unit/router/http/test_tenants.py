@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +14,6 @@ from memserve.wire.messages import Role
 
 from ..harness import Stage, staged
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
 KEYS = "# keys\n\nkey-a alice\nkey-b bob\nkey-a2 alice\n"
 PROMPT = list(range(100, 612))
 
@@ -41,98 +39,83 @@ async def depths(stage: Stage, key: str, **fields: Any) -> set[int]:
     return {one["blocks"] for one in told["prefill_candidates"]}
 
 
-def test_tenants_share_no_blocks_whatever_they_claim(run: Run, keys_file: Path) -> None:
-    async def test() -> None:
-        worker = FakeWorker(Role.COLOCATED, cache_tokens=1 << 16, context_tokens=4096)
-        async with staged(worker, api_keys_file=keys_file) as stage:
-            await stage.until(stage.router.state.followers.stats)
-            assert (await stage.post("/generate", {"input_ids": PROMPT}))[0] == 401
-            assert (await stage.post("/explain", {"input_ids": PROMPT}))[0] == 401
-            assert not worker.requests
-            body = {"input_ids": PROMPT}
-            assert (await stage.post("/generate", body, headers=auth("key-a")))[0] == 200
-            salt = worker.requests[0].body["cache_salt"]
-            assert "authorization" not in {name.lower() for name in worker.requests[0].headers}
-            assert await depths(stage, "key-a") == await depths(stage, "key-a2") == {32}
-            assert await depths(stage, "key-b") == {0}
-            assert await depths(stage, "key-b", cache_salt=salt) == {0}, "a salt is no key to another's cache"
-            assert await depths(stage, "key-a", cache_salt="mine") == {0}
-            batch = {"input_ids": [PROMPT, PROMPT], "cache_salt": ["x", "y"]}
-            assert (await stage.post("/generate", batch, headers=auth("key-b")))[0] == 200
-            salts = worker.requests[1].body["cache_salt"]
-            assert len({salt, *salts}) == 3
-
-    run(test())
+async def test_tenants_share_no_blocks_whatever_they_claim(keys_file: Path) -> None:
+    worker = FakeWorker(Role.COLOCATED, cache_tokens=1 << 16, context_tokens=4096)
+    async with staged(worker, api_keys_file=keys_file) as stage:
+        await stage.until(stage.router.state.followers.stats)
+        assert (await stage.post("/generate", {"input_ids": PROMPT}))[0] == 401
+        assert (await stage.post("/explain", {"input_ids": PROMPT}))[0] == 401
+        assert not worker.requests
+        body = {"input_ids": PROMPT}
+        assert (await stage.post("/generate", body, headers=auth("key-a")))[0] == 200
+        salt = worker.requests[0].body["cache_salt"]
+        assert "authorization" not in {name.lower() for name in worker.requests[0].headers}
+        assert await depths(stage, "key-a") == await depths(stage, "key-a2") == {32}
+        assert await depths(stage, "key-b") == {0}
+        assert await depths(stage, "key-b", cache_salt=salt) == {0}, "a salt is no key to another's cache"
+        assert await depths(stage, "key-a", cache_salt="mine") == {0}
+        batch = {"input_ids": [PROMPT, PROMPT], "cache_salt": ["x", "y"]}
+        assert (await stage.post("/generate", batch, headers=auth("key-b")))[0] == 200
+        salts = worker.requests[1].body["cache_salt"]
+        assert len({salt, *salts}) == 3
 
 
-def test_chats_and_completions_are_salted_too(run: Run, keys_file: Path) -> None:
-    async def test() -> None:
-        worker = FakeWorker(Role.COLOCATED)
-        async with staged(worker, api_keys_file=keys_file) as stage:
-            chat = {"messages": [{"role": "user", "content": "hello"}]}
-            for path, body in (("/v1/chat/completions", chat), ("/v1/completions", {"prompt": "hello"})):
-                assert (await stage.post(path, body))[0] == 401
-                assert (await stage.post(path, body, headers=auth("key-b")))[0] == 200
-            assert len({request.body["cache_salt"] for request in worker.requests}) == 1
-
-    run(test())
+async def test_chats_and_completions_are_salted_too(keys_file: Path) -> None:
+    worker = FakeWorker(Role.COLOCATED)
+    async with staged(worker, api_keys_file=keys_file) as stage:
+        chat = {"messages": [{"role": "user", "content": "hello"}]}
+        for path, body in (("/v1/chat/completions", chat), ("/v1/completions", {"prompt": "hello"})):
+            assert (await stage.post(path, body))[0] == 401
+            assert (await stage.post(path, body, headers=auth("key-b")))[0] == 200
+        assert len({request.body["cache_salt"] for request in worker.requests}) == 1
 
 
-def test_what_one_tenant_calls_its_requests_reaches_nobody_elses(run: Run, keys_file: Path) -> None:
+async def test_what_one_tenant_calls_its_requests_reaches_nobody_elses(keys_file: Path) -> None:
     """Servers abort by prefix: a name of the client's own could be the beginning of another's."""
 
-    async def test() -> None:
-        gate = asyncio.Event()
-        worker = FakeWorker(Role.COLOCATED, Script(gates={0: gate}))
-        async with staged(worker, api_keys_file=keys_file) as stage:
-            body = {"text": "hello", "rid": "mine"}
-            first = asyncio.create_task(stage.post("/generate", body, headers=auth("key-a")))
-            second = asyncio.create_task(stage.post("/generate", {"text": "hello"}, headers=auth("key-b")))
-            third = asyncio.create_task(stage.post("/generate", body, headers=auth("key-b")))
-            await worker.until(lambda it: len(it.requests) == 3)
-            names = [one.rids[0] for one in worker.requests]
-            assert not any(a.startswith(b) for a in names for b in names if a is not b)
-            third.cancel()
-            await worker.until(lambda it: it.aborts)
-            gate.set()
-            for task in (first, second):
-                assert (await task)[0] == 200
-            (aborted,) = set(worker.aborts)
-            assert aborted in names
-            assert (await first)[1]["meta_info"]["id"] == "mine"
-
-    run(test())
+    gate = asyncio.Event()
+    worker = FakeWorker(Role.COLOCATED, Script(gates={0: gate}))
+    async with staged(worker, api_keys_file=keys_file) as stage:
+        body = {"text": "hello", "rid": "mine"}
+        first = asyncio.create_task(stage.post("/generate", body, headers=auth("key-a")))
+        second = asyncio.create_task(stage.post("/generate", {"text": "hello"}, headers=auth("key-b")))
+        third = asyncio.create_task(stage.post("/generate", body, headers=auth("key-b")))
+        await worker.until(lambda it: len(it.requests) == 3)
+        names = [one.rids[0] for one in worker.requests]
+        assert not any(a.startswith(b) for a in names for b in names if a is not b)
+        third.cancel()
+        await worker.until(lambda it: it.aborts)
+        gate.set()
+        for task in (first, second):
+            assert (await task)[0] == 200
+        (aborted,) = set(worker.aborts)
+        assert aborted in names
+        assert (await first)[1]["meta_info"]["id"] == "mine"
 
 
-def test_a_streams_name_is_the_clients_too(run: Run, keys_file: Path) -> None:
-    async def test() -> None:
-        worker = FakeWorker(Role.COLOCATED)
-        async with staged(worker, api_keys_file=keys_file) as stage:
-            body = {"text": "hello", "rid": "mine", "stream": True}
-            events = await stage.events("/generate", body, headers=auth("key-a"))
-            assert b'"mine"' in events[0]
-            assert worker.requests[0].rids != ["mine"]
-
-    run(test())
+async def test_a_streams_name_is_the_clients_too(keys_file: Path) -> None:
+    worker = FakeWorker(Role.COLOCATED)
+    async with staged(worker, api_keys_file=keys_file) as stage:
+        body = {"text": "hello", "rid": "mine", "stream": True}
+        events = await stage.events("/generate", body, headers=auth("key-a"))
+        assert b'"mine"' in events[0]
+        assert worker.requests[0].rids != ["mine"]
 
 
-def test_admins_explain_what_tenants_ask(run: Run, keys_file: Path, tmp_path: Path) -> None:
-    async def test() -> None:
-        worker = FakeWorker(Role.COLOCATED, cache_tokens=1 << 16, context_tokens=4096)
-        admins = write(tmp_path / "admins", "root-key\n")
-        async with staged(worker, api_keys_file=keys_file, admin_api_key_file=admins) as stage:
-            await stage.until(stage.router.state.followers.stats)
-            assert (await stage.post("/generate", {"input_ids": PROMPT}, headers=auth("key-a")))[0] == 200
-            for key, name, wanted in (
-                ("root-key", "alice", {32}),
-                ("root-key", "bob", {0}),
-                ("key-b", "alice", {0}),
-            ):
-                headers = {**auth(key), "x-memserve-tenant": name}
-                status, told = await stage.post("/explain", {"input_ids": PROMPT}, headers=headers)
-                assert status == 200, told
-                assert {one["blocks"] for one in told["prefill_candidates"]} == wanted
-            assert (await stage.post("/explain", {"input_ids": PROMPT}, headers=auth("root-key")))[0] == 400
-            assert (await stage.post("/generate", {"input_ids": PROMPT}, headers=auth("root-key")))[0] == 401
-
-    run(test())
+async def test_admins_explain_what_tenants_ask(keys_file: Path, tmp_path: Path) -> None:
+    worker = FakeWorker(Role.COLOCATED, cache_tokens=1 << 16, context_tokens=4096)
+    admins = write(tmp_path / "admins", "root-key\n")
+    async with staged(worker, api_keys_file=keys_file, admin_api_key_file=admins) as stage:
+        await stage.until(stage.router.state.followers.stats)
+        assert (await stage.post("/generate", {"input_ids": PROMPT}, headers=auth("key-a")))[0] == 200
+        for key, name, wanted in (
+            ("root-key", "alice", {32}),
+            ("root-key", "bob", {0}),
+            ("key-b", "alice", {0}),
+        ):
+            headers = {**auth(key), "x-memserve-tenant": name}
+            status, told = await stage.post("/explain", {"input_ids": PROMPT}, headers=headers)
+            assert status == 200, told
+            assert {one["blocks"] for one in told["prefill_candidates"]} == wanted
+        assert (await stage.post("/explain", {"input_ids": PROMPT}, headers=auth("root-key")))[0] == 400
+        assert (await stage.post("/generate", {"input_ids": PROMPT}, headers=auth("root-key")))[0] == 401

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from memserve.router.observability.settings import ObserveSettings
+from memserve.router.observability.settings import ObservabilityConfig
 from memserve.router.tokenization.prompts import Prompt
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
@@ -21,7 +21,6 @@ from .test_ui import decision, log
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT)
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
 HOSTILE = "<img src=x onerror=\"document.title='owned'\">'\"><script>document.title='owned'</script>"
 TAB = ("Tab", 9)
 ENTER = ("Enter", 13)
@@ -59,7 +58,7 @@ async def shown(folder: Path, **settings: Any) -> AsyncIterator[tuple[Stage, Pag
     """The page of a router that has a pair, an instance with a name to fear, requests and a prefix."""
     workers = [FakeWorker(role) for role in (Role.PREFILL, Role.DECODE)]
     async with (
-        staged(*workers, observe=ObserveSettings(ui_show_prompts=True), **settings) as stage,
+        staged(*workers, observe=ObservabilityConfig(ui_show_prompts=True), **settings) as stage,
         FakeWorker() as other,
     ):
         stage.router.cluster.register(info_of(other, name=HOSTILE))
@@ -81,174 +80,139 @@ async def text_of(page: Page, selector: str) -> str:
     return str(await page.value(f"document.querySelector({selector!r}).textContent"))
 
 
-def test_it_shows_the_cluster_and_keeps_up_with_it(run: Run, tmp_path: Path) -> None:
-    async def test() -> None:
-        async with shown(tmp_path) as (stage, page):
-            assert await page.value("document.querySelectorAll('#instances tr').length") == 3
-            assert "serving" in await text_of(page, "#health")
-            await page.until("document.querySelectorAll('#prefixes tr').length === 1")
-            log(stage, "later")
-            await page.until("document.querySelectorAll('#requests tr').length === 5")
-            stage.router.cluster.drain(stage.router.cluster.members()[0])
-            await page.until("document.querySelector('#instances').textContent.includes('draining')")
-            assert page.complaints == []
-
-    run(test())
+async def test_it_shows_the_cluster_and_keeps_up_with_it(tmp_path: Path) -> None:
+    async with shown(tmp_path) as (stage, page):
+        assert await page.value("document.querySelectorAll('#instances tr').length") == 3
+        assert "serving" in await text_of(page, "#health")
+        await page.until("document.querySelectorAll('#prefixes tr').length === 1")
+        log(stage, "later")
+        await page.until("document.querySelectorAll('#requests tr').length === 5")
+        stage.router.cluster.drain(stage.router.cluster.members()[0])
+        await page.until("document.querySelector('#instances').textContent.includes('draining')")
+        assert page.complaints == []
 
 
-def test_names_and_prompts_are_text_and_nothing_else(run: Run, tmp_path: Path) -> None:
-    async def test() -> None:
-        async with shown(tmp_path) as (_, page):
-            await page.until("document.querySelectorAll('#prefixes tr').length === 1")
-            for place in ("#instances", "#prefixes"):
-                assert HOSTILE in await text_of(page, place)
-            await page.value("document.querySelector('#requests button').click()")
-            await page.until("document.querySelector('#why-body dl')")
-            assert HOSTILE in await text_of(page, "#why")
-            assert not await page.value(
-                "document.querySelectorAll('main img, main script, dialog img').length"
-            )
-            inline = "Object.assign(document.createElement('script'), { textContent: 'document.title = 5' })"
-            await page.value(f"document.body.append({inline})")
-            assert await page.value("document.title") == "MemServe"
-
-    run(test())
+async def test_names_and_prompts_are_text_and_nothing_else(tmp_path: Path) -> None:
+    async with shown(tmp_path) as (_, page):
+        await page.until("document.querySelectorAll('#prefixes tr').length === 1")
+        for place in ("#instances", "#prefixes"):
+            assert HOSTILE in await text_of(page, place)
+        await page.value("document.querySelector('#requests button').click()")
+        await page.until("document.querySelector('#why-body dl')")
+        assert HOSTILE in await text_of(page, "#why")
+        assert not await page.value("document.querySelectorAll('main img, main script, dialog img').length")
+        inline = "Object.assign(document.createElement('script'), { textContent: 'document.title = 5' })"
+        await page.value(f"document.body.append({inline})")
+        assert await page.value("document.title") == "MemServe"
 
 
-def test_a_keyboard_is_enough(run: Run, tmp_path: Path) -> None:
-    async def test() -> None:
-        async with shown(tmp_path) as (stage, page):
-            reached = []
-            for _ in range(40):
-                await page.press(*TAB)
-                focused = await page.value("document.activeElement.id || document.activeElement.className")
-                reached.append(focused)
-                outline = "getComputedStyle(document.activeElement).outlineStyle"
-                assert await page.value(outline) != "none", focused
-                if focused == "link":
-                    break
-            assert reached[:2] == ["skip", "pause"]
-            assert "faults" in reached
-            name = await page.value("document.activeElement.title")
-            log(stage, "newer")
-            await page.until("document.querySelectorAll('#requests tr').length === 5")
-            assert await page.value("document.activeElement.title") == name  # news do not take it
-            await page.press(*ENTER)
-            await page.until("document.querySelector('#why').open && document.querySelector('#why-body dl')")
-            await page.press(*ESCAPE)
-            await page.until("!document.querySelector('#why').open")
-            assert await page.value("document.activeElement.title") == name
-
-    run(test())
+async def test_a_keyboard_is_enough(tmp_path: Path) -> None:
+    async with shown(tmp_path) as (stage, page):
+        reached = []
+        for _ in range(40):
+            await page.press(*TAB)
+            focused = await page.value("document.activeElement.id || document.activeElement.className")
+            reached.append(focused)
+            outline = "getComputedStyle(document.activeElement).outlineStyle"
+            assert await page.value(outline) != "none", focused
+            if focused == "link":
+                break
+        assert reached[:2] == ["skip", "pause"]
+        assert "faults" in reached
+        name = await page.value("document.activeElement.title")
+        log(stage, "newer")
+        await page.until("document.querySelectorAll('#requests tr').length === 5")
+        assert await page.value("document.activeElement.title") == name  # news do not take it
+        await page.press(*ENTER)
+        await page.until("document.querySelector('#why').open && document.querySelector('#why-body dl')")
+        await page.press(*ESCAPE)
+        await page.until("!document.querySelector('#why').open")
+        assert await page.value("document.activeElement.title") == name
 
 
-def test_long_names_can_be_told_apart(run: Run, tmp_path: Path) -> None:
-    async def test() -> None:
-        async with shown(tmp_path) as (stage, page):
-            for end in ("1", "2"):
-                log(stage, "a" * 31 + end)
-            await page.until("document.querySelectorAll('#requests tr').length === 6")
-            names = "[...document.querySelectorAll('#requests button')].map((one) => one.textContent)"
-            told = await page.value(names)
-            assert len(set(told)) == 6
-            assert max(map(len, told)) <= 16
-
-    run(test())
+async def test_long_names_can_be_told_apart(tmp_path: Path) -> None:
+    async with shown(tmp_path) as (stage, page):
+        for end in ("1", "2"):
+            log(stage, "a" * 31 + end)
+        await page.until("document.querySelectorAll('#requests tr').length === 6")
+        names = "[...document.querySelectorAll('#requests button')].map((one) => one.textContent)"
+        told = await page.value(names)
+        assert len(set(told)) == 6
+        assert max(map(len, told)) <= 16
 
 
-def test_an_explanation_tells_why(run: Run, tmp_path: Path) -> None:
-    async def test() -> None:
-        async with shown(tmp_path) as (stage, page):
-            await page.value("document.querySelector('#requests button[title=x-rid-1]').click()")
-            await page.until("document.querySelector('#why-body tbody tr')")
-            _, told = await stage.get("/requests/rid-1")
-            assert told["decision"]["reason"] in await text_of(page, "#why-body")
-            assert "chosen" in await text_of(page, "#why-body tr.chosen")
-
-    run(test())
+async def test_an_explanation_tells_why(tmp_path: Path) -> None:
+    async with shown(tmp_path) as (stage, page):
+        await page.value("document.querySelector('#requests button[title=x-rid-1]').click()")
+        await page.until("document.querySelector('#why-body tbody tr')")
+        _, told = await stage.get("/requests/rid-1")
+        assert told["decision"]["reason"] in await text_of(page, "#why-body")
+        assert "chosen" in await text_of(page, "#why-body tr.chosen")
 
 
-def test_paused_it_stands_still(run: Run, tmp_path: Path) -> None:
-    async def test() -> None:
-        async with shown(tmp_path) as (stage, page):
-            await page.value("document.querySelector('#pause').click()")
-            assert await page.value("document.querySelector('#pause').getAttribute('aria-pressed')") == "true"
-            asked = "performance.getEntriesByType('resource').length"
-            before = await page.value(asked)
-            log(stage, "unseen")
-            await asyncio.sleep(1.5)  # longer than it waits between two looks
-            assert await page.value(asked) <= before + 1
-            await page.value("document.querySelector('#pause').click()")
-            await page.until("document.querySelector('#requests').textContent.includes('x-unseen')")
-
-    run(test())
+async def test_paused_it_stands_still(tmp_path: Path) -> None:
+    async with shown(tmp_path) as (stage, page):
+        await page.value("document.querySelector('#pause').click()")
+        assert await page.value("document.querySelector('#pause').getAttribute('aria-pressed')") == "true"
+        asked = "performance.getEntriesByType('resource').length"
+        before = await page.value(asked)
+        log(stage, "unseen")
+        await asyncio.sleep(1.5)  # longer than it waits between two looks
+        assert await page.value(asked) <= before + 1
+        await page.value("document.querySelector('#pause').click()")
+        await page.until("document.querySelector('#requests').textContent.includes('x-unseen')")
 
 
-def test_only_failed_requests_can_be_shown(run: Run, tmp_path: Path) -> None:
-    async def test() -> None:
-        async with shown(tmp_path) as (_, page):
-            await page.value("document.querySelector('#faults').click()")
-            await page.until("document.querySelectorAll('#requests tr').length === 1")
-            assert "502" in await text_of(page, "#requests")
-
-    run(test())
+async def test_only_failed_requests_can_be_shown(tmp_path: Path) -> None:
+    async with shown(tmp_path) as (_, page):
+        await page.value("document.querySelector('#faults').click()")
+        await page.until("document.querySelectorAll('#requests tr').length === 1")
+        assert "502" in await text_of(page, "#requests")
 
 
-def test_a_router_that_is_gone_is_told(run: Run, tmp_path: Path) -> None:
-    async def test() -> None:
-        async with browsing(tmp_path) as page:
-            async with staged(FakeWorker(Role.PREFILL), FakeWorker(Role.DECODE)) as stage:
-                await page.open(stage.url("/ui"))
-                await page.until("document.querySelectorAll('#instances tr').length === 2")
-            await page.until("!document.querySelector('#trouble').hidden")
-            assert "does not answer" in await text_of(page, "#trouble")
-
-    run(test())
-
-
-def test_it_asks_for_the_key_as_browsers_do(run: Run, tmp_path: Path) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker(), api_key="open sesame") as stage, browsing(tmp_path) as page:
-            await page.log_in("anybody", "open sesame")
+async def test_a_router_that_is_gone_is_told(tmp_path: Path) -> None:
+    async with browsing(tmp_path) as page:
+        async with staged(FakeWorker(Role.PREFILL), FakeWorker(Role.DECODE)) as stage:
             await page.open(stage.url("/ui"))
-            await page.until("document.querySelectorAll('#instances tr').length === 1")
-            assert "serving" in await text_of(page, "#health")
+            await page.until("document.querySelectorAll('#instances tr').length === 2")
+        await page.until("!document.querySelector('#trouble').hidden")
+        assert "does not answer" in await text_of(page, "#trouble")
 
-    run(test())
+
+async def test_it_asks_for_the_key_as_browsers_do(tmp_path: Path) -> None:
+    async with staged(FakeWorker(), api_key="open sesame") as stage, browsing(tmp_path) as page:
+        await page.log_in("anybody", "open sesame")
+        await page.open(stage.url("/ui"))
+        await page.until("document.querySelectorAll('#instances tr').length === 1")
+        assert "serving" in await text_of(page, "#health")
 
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 1280])
-def test_it_can_be_read_at_any_width_day_and_night(run: Run, tmp_path: Path, width: int, dark: bool) -> None:
-    async def test() -> None:
-        async with shown(tmp_path) as (_, page):
-            await page.look(width, 800, dark=dark)
-            await page.until("document.querySelectorAll('#prefixes tr').length === 1")
-            assert await page.value("document.documentElement.scrollWidth") <= width
-            assert await page.value(CONTRAST) == []
-            await page.value("document.querySelector('#requests button[title=x-rid-1]').click()")
-            await page.until("document.querySelector('#why-body tbody tr')")
-            assert await page.value(CONTRAST) == []
-            assert await page.value("document.querySelector('#why').getBoundingClientRect().right") <= width
-
-    run(test())
+async def test_it_can_be_read_at_any_width_day_and_night(tmp_path: Path, width: int, dark: bool) -> None:
+    async with shown(tmp_path) as (_, page):
+        await page.look(width, 800, dark=dark)
+        await page.until("document.querySelectorAll('#prefixes tr').length === 1")
+        assert await page.value("document.documentElement.scrollWidth") <= width
+        assert await page.value(CONTRAST) == []
+        await page.value("document.querySelector('#requests button[title=x-rid-1]').click()")
+        await page.until("document.querySelector('#why-body tbody tr')")
+        assert await page.value(CONTRAST) == []
+        assert await page.value("document.querySelector('#why').getBoundingClientRect().right") <= width
 
 
-def test_its_parts_have_names(run: Run, tmp_path: Path) -> None:
+async def test_its_parts_have_names(tmp_path: Path) -> None:
     """What a screen reader goes by."""
 
-    async def test() -> None:
-        async with shown(tmp_path) as (_, page):
-            tree = (await page.send("Accessibility.getFullAXTree"))["nodes"]
-            named: dict[str, list[str]] = {}
-            for node in tree:
-                if not node.get("ignored"):
-                    role = node["role"]["value"]
-                    named.setdefault(role, []).append(node.get("name", {}).get("value", ""))
-            assert {"main", "banner", "table", "columnheader", "rowheader", "status"} <= named.keys()
-            for role in ("button", "region", "checkbox", "heading", "columnheader"):
-                assert all(named[role]), (role, named[role])
-            assert await page.value("document.documentElement.lang") == "en"
-            assert await page.value("document.querySelectorAll('h1').length") == 1
-
-    run(test())
+    async with shown(tmp_path) as (_, page):
+        tree = (await page.send("Accessibility.getFullAXTree"))["nodes"]
+        named: dict[str, list[str]] = {}
+        for node in tree:
+            if not node.get("ignored"):
+                role = node["role"]["value"]
+                named.setdefault(role, []).append(node.get("name", {}).get("value", ""))
+        assert {"main", "banner", "table", "columnheader", "rowheader", "status"} <= named.keys()
+        for role in ("button", "region", "checkbox", "heading", "columnheader"):
+            assert all(named[role]), (role, named[role])
+        assert await page.value("document.documentElement.lang") == "en"
+        assert await page.value("document.querySelectorAll('h1').length") == 1

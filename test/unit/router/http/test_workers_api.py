@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from typing import Any
 from urllib.parse import quote
 
@@ -15,7 +14,7 @@ from memserve.core.ids import Epoch
 from memserve.router.cluster.control import answer
 from memserve.router.cluster.member import State
 from memserve.router.config import STATIC_EPOCH
-from memserve.router.request import Call
+from memserve.router.request import GenerationRequest
 from memserve.router.tokenization.token_records import Tokens
 from memserve.router.tokenization.tokenizers import Tokenizers
 from memserve.testing.fake_answers import Script
@@ -32,8 +31,6 @@ from memserve.wire.messages import (
 )
 
 from ..harness import Stage, info_of, pair, staged
-
-Run = Callable[[Coroutine[Any, Any, None]], None]
 
 ANY = {"text": "a", "sampling_params": {"max_new_tokens": 2}}
 
@@ -64,214 +61,184 @@ def named(worker: FakeWorker) -> InstanceInfo:
     return InstanceInfo(info.instance_id, STATIC_EPOCH, info.role, info.url, info.bootstrap_port)
 
 
-def test_a_drained_server_ends_what_it_has_and_gets_nothing_new(run: Run) -> None:
-    async def test() -> None:
-        one, other = FakeWorker(), FakeWorker()
-        async with staged(one, other) as stage:
-            gate = asyncio.Event()
-            one.script = other.script = Script(gates={1: gate})
-            begun = [asyncio.create_task(stage.post("/generate", ANY)) for _ in range(2)]
-            await asyncio.gather(*(worker.until(lambda w: w.requests) for worker in (one, other)))
-            draining = asyncio.create_task(ask(stage, "POST", path_of(one) + "/drain"))
-            await stage.until(lambda: state_of(stage, name_of(one)) is State.DRAINING)
-            other.script = Script()
-            for _ in range(4):
-                assert (await stage.post("/generate", ANY))[0] == 200
-            assert len(one.requests) == 1
-            assert (await ask(stage, "GET", path_of(one)))[1]["running"] == 1
-            assert not draining.done()
-            gate.set()
-            status, answer = await draining
-            assert status == 200
-            assert answer == {
-                "instance_id": name_of(one), "state": "draining", "drained": True, "running": 0,
-                "evacuated": None,
-            }  # fmt: skip
-            assert [status for status, _ in await asyncio.gather(*begun)] == [200, 200]
-
-            status, answer = await ask(stage, "DELETE", path_of(one) + "/drain")
-            assert (status, answer["state"]) == (200, "ready")
-            one.script = Script()
-            while len(one.requests) == 1:
-                assert (await stage.post("/generate", ANY))[0] == 200
-
-    run(test())
-
-
-def test_a_drain_waits_no_longer_than_it_may(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker()) as stage:
-            gate = asyncio.Event()
-            stage.colocated.script = Script(gates={0: gate})
-            request = asyncio.create_task(stage.post("/generate", ANY))
-            await stage.colocated.until(lambda w: w.requests)
-            path = path_of(stage.colocated) + "/drain"
-            for status, timeout in ((200, {"timeout_s": 0.01}), (202, None)):
-                where = path if status == 200 else path + "?wait=0"
-                answered, answer = await ask(stage, "POST", where, timeout)
-                assert (answered, answer["drained"], answer["running"]) == (status, False, 1)
-            await ask(stage, "DELETE", path)
-            waiting = asyncio.create_task(ask(stage, "POST", path))
-            await stage.until(lambda: state_of(stage, name_of(stage.colocated)) is State.DRAINING)
-            await ask(stage, "DELETE", path)
-            answer = (await waiting)[1]
-            assert (answer["state"], answer["drained"], answer["running"]) == ("ready", False, 1)
-            gate.set()
-            assert (await request)[0] == 200
-
-    run(test())
-
-
-def test_a_prefill_is_drained_when_its_requests_are_decoded_elsewhere(run: Run) -> None:
-    async def test() -> None:
-        async with staged(*pair()) as stage:
-            gate = asyncio.Event()
-            stage.decode.script = Script(gates={1: gate})
-            request = asyncio.create_task(stage.post("/generate", ANY))
-            await asyncio.gather(
-                *(worker.until(lambda w: w.requests) for worker in (stage.prefill, stage.decode))
-            )
-            status, answer = await ask(stage, "POST", path_of(stage.prefill) + "/drain")
-            assert (status, answer["drained"]) == (200, True)
-            _, answer = await ask(stage, "POST", path_of(stage.decode) + "/drain", {"timeout_s": 0})
-            assert (answer["drained"], answer["running"]) == (False, 1)
-            gate.set()
-            assert (await request)[0] == 200
-            assert (await ask(stage, "POST", path_of(stage.decode) + "/drain"))[1]["drained"]
-
-    run(test())
-
-
-def test_a_request_that_is_being_read_does_not_go_to_who_drains_meanwhile(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    async def test() -> None:
-        gate, tokens_of, held = asyncio.Event(), Tokenizers.tokens_of, asyncio.Event()
-
-        async def tokens_in_time(self: Tokenizers, call: Call, model: str | None) -> Tokens:
-            held.set()
-            await gate.wait()
-            return await tokens_of(self, call, model)
-
-        monkeypatch.setattr(Tokenizers, "tokens_of", tokens_in_time)
-        async with staged(FakeWorker()) as stage:
-            request = asyncio.create_task(stage.post("/generate", ANY))
-            await held.wait()
-            assert (await ask(stage, "POST", path_of(stage.colocated) + "/drain"))[1]["drained"]
-            gate.set()
-            assert (await request)[0] == 503
-            assert not stage.colocated.requests
-
-    run(test())
-
-
-def test_who_drains_is_told_apart_from_who_is_ready(run: Run) -> None:
-    async def test() -> None:
-        async with staged(*pair()) as stage:
-            await ask(stage, "POST", path_of(stage.prefill) + "/drain")
-            status, page = await stage.get("/readiness")
-            assert (status, page["reason"]) == (503, "no prefill server is ready")
-            assert (page["prefill"], page["decode"], page["draining"], page["not_ready"]) == (0, 1, 1, {})
-            async with stage.client.get(stage.url("/metrics")) as response:
-                line = 'memserve_router_instances{role="prefill",state="draining"} 1.0'
-                assert line in (await response.text()).splitlines()
-            status, answer = await stage.post("/generate", ANY)
-            assert (status, answer["error"]["retryable"]) == (503, True)
-
-    run(test())
-
-
-def test_aborts_reach_who_drains(run: Run) -> None:
-    async def test() -> None:
-        async with staged(*pair()) as stage:
-            await ask(stage, "POST", path_of(stage.decode) + "/drain")
-            async with stage.client.post(stage.url("/abort_request"), json={"rid": "x"}) as response:
-                assert response.status == 200
-            assert stage.prefill.aborts == stage.decode.aborts == ["x"]
-
-    run(test())
-
-
-def test_a_process_that_goes_while_it_drains_is_waited_for_no_more(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker()) as stage:
-            gate = asyncio.Event()
-            stage.colocated.script = Script(gates={0: gate})
-            request = asyncio.create_task(stage.post("/generate", ANY))
-            await stage.colocated.until(lambda w: w.requests)
-            draining = asyncio.create_task(ask(stage, "POST", path_of(stage.colocated) + "/drain"))
-            await stage.until(lambda: state_of(stage, name_of(stage.colocated)) is State.DRAINING)
-            info = info_of(stage.colocated)
-            stage.router.cluster.deregister(info.instance_id, info.epoch)
-            assert (await draining)[1]["state"] == "gone"
-            gate.set()
-            assert (await request)[0] == 200
-
-    run(test())
-
-
-def test_a_named_server_drains_through_probes(run: Run) -> None:
-    async def test() -> None:
-        worker = FakeWorker()
-        await worker.start()
-        async with staged(static=(named(worker),), health_check_interval_secs=0.01) as stage:
-            await stage.until(stage.is_ready)
-            path = f"/workers/{quote(worker.url, safe='')}"
-            assert (await ask(stage, "POST", path + "/drain"))[1]["drained"]
-            await worker.kill()
-            await stage.until(lambda: state_of(stage, worker.url) is State.DOWN)
-            assert (await ask(stage, "GET", path))[1]["draining"]
-            await worker.start()
-            await stage.until(lambda: state_of(stage, worker.url) is State.DRAINING)
-            assert (await stage.post("/generate", ANY))[0] == 503
-            await ask(stage, "DELETE", path + "/drain")
+async def test_a_drained_server_ends_what_it_has_and_gets_nothing_new() -> None:
+    one, other = FakeWorker(), FakeWorker()
+    async with staged(one, other) as stage:
+        gate = asyncio.Event()
+        one.script = other.script = Script(gates={1: gate})
+        begun = [asyncio.create_task(stage.post("/generate", ANY)) for _ in range(2)]
+        await asyncio.gather(*(worker.until(lambda w: w.requests) for worker in (one, other)))
+        draining = asyncio.create_task(ask(stage, "POST", path_of(one) + "/drain"))
+        await stage.until(lambda: state_of(stage, name_of(one)) is State.DRAINING)
+        other.script = Script()
+        for _ in range(4):
             assert (await stage.post("/generate", ANY))[0] == 200
-        await worker.kill()
+        assert len(one.requests) == 1
+        assert (await ask(stage, "GET", path_of(one)))[1]["running"] == 1
+        assert not draining.done()
+        gate.set()
+        status, answer = await draining
+        assert status == 200
+        assert answer == {
+            "instance_id": name_of(one), "state": "draining", "drained": True, "running": 0,
+            "evacuated": None,
+        }  # fmt: skip
+        assert [status for status, _ in await asyncio.gather(*begun)] == [200, 200]
 
-    run(test())
+        status, answer = await ask(stage, "DELETE", path_of(one) + "/drain")
+        assert (status, answer["state"]) == (200, "ready")
+        one.script = Script()
+        while len(one.requests) == 1:
+            assert (await stage.post("/generate", ANY))[0] == 200
+
+
+async def test_a_drain_waits_no_longer_than_it_may() -> None:
+    async with staged(FakeWorker()) as stage:
+        gate = asyncio.Event()
+        stage.colocated.script = Script(gates={0: gate})
+        request = asyncio.create_task(stage.post("/generate", ANY))
+        await stage.colocated.until(lambda w: w.requests)
+        path = path_of(stage.colocated) + "/drain"
+        for status, timeout in ((200, {"timeout_s": 0.01}), (202, None)):
+            where = path if status == 200 else path + "?wait=0"
+            answered, answer = await ask(stage, "POST", where, timeout)
+            assert (answered, answer["drained"], answer["running"]) == (status, False, 1)
+        await ask(stage, "DELETE", path)
+        waiting = asyncio.create_task(ask(stage, "POST", path))
+        await stage.until(lambda: state_of(stage, name_of(stage.colocated)) is State.DRAINING)
+        await ask(stage, "DELETE", path)
+        answer = (await waiting)[1]
+        assert (answer["state"], answer["drained"], answer["running"]) == ("ready", False, 1)
+        gate.set()
+        assert (await request)[0] == 200
+
+
+async def test_a_prefill_is_drained_when_its_requests_are_decoded_elsewhere() -> None:
+    async with staged(*pair()) as stage:
+        gate = asyncio.Event()
+        stage.decode.script = Script(gates={1: gate})
+        request = asyncio.create_task(stage.post("/generate", ANY))
+        await asyncio.gather(
+            *(worker.until(lambda w: w.requests) for worker in (stage.prefill, stage.decode))
+        )
+        status, answer = await ask(stage, "POST", path_of(stage.prefill) + "/drain")
+        assert (status, answer["drained"]) == (200, True)
+        _, answer = await ask(stage, "POST", path_of(stage.decode) + "/drain", {"timeout_s": 0})
+        assert (answer["drained"], answer["running"]) == (False, 1)
+        gate.set()
+        assert (await request)[0] == 200
+        assert (await ask(stage, "POST", path_of(stage.decode) + "/drain"))[1]["drained"]
+
+
+async def test_a_request_that_is_being_read_does_not_go_to_who_drains_meanwhile(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    gate, tokens_of, held = asyncio.Event(), Tokenizers.tokens_of, asyncio.Event()
+
+    async def tokens_in_time(self: Tokenizers, call: GenerationRequest, model: str | None) -> Tokens:
+        held.set()
+        await gate.wait()
+        return await tokens_of(self, call, model)
+
+    monkeypatch.setattr(Tokenizers, "tokens_of", tokens_in_time)
+    async with staged(FakeWorker()) as stage:
+        request = asyncio.create_task(stage.post("/generate", ANY))
+        await held.wait()
+        assert (await ask(stage, "POST", path_of(stage.colocated) + "/drain"))[1]["drained"]
+        gate.set()
+        assert (await request)[0] == 503
+        assert not stage.colocated.requests
+
+
+async def test_who_drains_is_told_apart_from_who_is_ready() -> None:
+    async with staged(*pair()) as stage:
+        await ask(stage, "POST", path_of(stage.prefill) + "/drain")
+        status, page = await stage.get("/readiness")
+        assert (status, page["reason"]) == (503, "no prefill server is ready")
+        assert (page["prefill"], page["decode"], page["draining"], page["not_ready"]) == (0, 1, 1, {})
+        async with stage.client.get(stage.url("/metrics")) as response:
+            line = 'memserve_router_instances{role="prefill",state="draining"} 1.0'
+            assert line in (await response.text()).splitlines()
+        status, answer = await stage.post("/generate", ANY)
+        assert (status, answer["error"]["retryable"]) == (503, True)
+
+
+async def test_aborts_reach_who_drains() -> None:
+    async with staged(*pair()) as stage:
+        await ask(stage, "POST", path_of(stage.decode) + "/drain")
+        async with stage.client.post(stage.url("/abort_request"), json={"rid": "x"}) as response:
+            assert response.status == 200
+        assert stage.prefill.aborts == stage.decode.aborts == ["x"]
+
+
+async def test_a_process_that_goes_while_it_drains_is_waited_for_no_more() -> None:
+    async with staged(FakeWorker()) as stage:
+        gate = asyncio.Event()
+        stage.colocated.script = Script(gates={0: gate})
+        request = asyncio.create_task(stage.post("/generate", ANY))
+        await stage.colocated.until(lambda w: w.requests)
+        draining = asyncio.create_task(ask(stage, "POST", path_of(stage.colocated) + "/drain"))
+        await stage.until(lambda: state_of(stage, name_of(stage.colocated)) is State.DRAINING)
+        info = info_of(stage.colocated)
+        stage.router.cluster.deregister(info.instance_id, info.epoch)
+        assert (await draining)[1]["state"] == "gone"
+        gate.set()
+        assert (await request)[0] == 200
+
+
+async def test_a_named_server_drains_through_probes() -> None:
+    worker = FakeWorker()
+    await worker.start()
+    async with staged(static=(named(worker),), health_check_interval_secs=0.01) as stage:
+        await stage.until(stage.is_ready)
+        path = f"/workers/{quote(worker.url, safe='')}"
+        assert (await ask(stage, "POST", path + "/drain"))[1]["drained"]
+        await worker.kill()
+        await stage.until(lambda: state_of(stage, worker.url) is State.DOWN)
+        assert (await ask(stage, "GET", path))[1]["draining"]
+        await worker.start()
+        await stage.until(lambda: state_of(stage, worker.url) is State.DRAINING)
+        assert (await stage.post("/generate", ANY))[0] == 503
+        await ask(stage, "DELETE", path + "/drain")
+        assert (await stage.post("/generate", ANY))[0] == 200
+    await worker.kill()
 
 
 @pytest.mark.parametrize("quoted", [True, False])
-def test_stock_servers_come_and_go(run: Run, quoted: bool) -> None:
-    async def test() -> None:
-        prefill, decode = pair()
-        async with staged() as stage, prefill, decode:
-            body = {"url": prefill.url + "/", "role": "prefill", "bootstrap_port": 9000}
-            for expected in (201, 200):
-                status, answer = await ask(stage, "POST", "/workers", body)
-                assert (status, answer["instance_id"]) == (expected, prefill.url)
-                assert (answer["role"], answer["bootstrap_port"]) == ("prefill", 9000)
-            assert (await ask(stage, "POST", "/workers", {"url": decode.url, "role": "decode"}))[0] == 201
-            await stage.until(stage.is_ready)
-            assert (await stage.post("/generate", ANY))[0] == 200
+async def test_stock_servers_come_and_go(quoted: bool) -> None:
+    prefill, decode = pair()
+    async with staged() as stage, prefill, decode:
+        body = {"url": prefill.url + "/", "role": "prefill", "bootstrap_port": 9000}
+        for expected in (201, 200):
+            status, answer = await ask(stage, "POST", "/workers", body)
+            assert (status, answer["instance_id"]) == (expected, prefill.url)
+            assert (answer["role"], answer["bootstrap_port"]) == ("prefill", 9000)
+        assert (await ask(stage, "POST", "/workers", {"url": decode.url, "role": "decode"}))[0] == 201
+        await stage.until(stage.is_ready)
+        assert (await stage.post("/generate", ANY))[0] == 200
 
-            path = "/workers/" + (quote(decode.url, safe="") if quoted else decode.url)
-            status, answer = await ask(stage, "GET", path)
-            assert (status, answer["url"], answer["state"]) == (200, decode.url, "ready")
-            status, answer = await ask(stage, "DELETE", path)
-            assert (status, answer["removed"], answer["drained"]) == (200, True, True)
-            assert not stage.is_ready()
-            status, answer = await ask(stage, "GET", path)
-            assert (status, answer["error"]["param"]) == (404, "id")
-
-    run(test())
+        path = "/workers/" + (quote(decode.url, safe="") if quoted else decode.url)
+        status, answer = await ask(stage, "GET", path)
+        assert (status, answer["url"], answer["state"]) == (200, decode.url, "ready")
+        status, answer = await ask(stage, "DELETE", path)
+        assert (status, answer["removed"], answer["drained"]) == (200, True, True)
+        assert not stage.is_ready()
+        status, answer = await ask(stage, "GET", path)
+        assert (status, answer["error"]["param"]) == (404, "id")
 
 
-def test_the_older_names_work(run: Run) -> None:
-    async def test() -> None:
-        async with staged() as stage, FakeWorker() as worker:
-            query = f"?url={quote(worker.url, safe='')}"
-            assert (await ask(stage, "POST", "/add_worker" + query))[0] == 201
-            await stage.until(stage.is_ready)
-            assert await ask(stage, "GET", "/list_workers") == (200, {"urls": [worker.url]})
-            assert (await stage.post("/generate", ANY))[0] == 200
-            assert (await ask(stage, "POST", "/remove_worker" + query))[0] == 200
-            assert await ask(stage, "GET", "/list_workers") == (200, {"urls": []})
-            for path in ("/add_worker", "/remove_worker"):
-                status, answer = await ask(stage, "POST", path)
-                assert (status, answer["error"]["param"]) == (400, "url")
-
-    run(test())
+async def test_the_older_names_work() -> None:
+    async with staged() as stage, FakeWorker() as worker:
+        query = f"?url={quote(worker.url, safe='')}"
+        assert (await ask(stage, "POST", "/add_worker" + query))[0] == 201
+        await stage.until(stage.is_ready)
+        assert await ask(stage, "GET", "/list_workers") == (200, {"urls": [worker.url]})
+        assert (await stage.post("/generate", ANY))[0] == 200
+        assert (await ask(stage, "POST", "/remove_worker" + query))[0] == 200
+        assert await ask(stage, "GET", "/list_workers") == (200, {"urls": []})
+        for path in ("/add_worker", "/remove_worker"):
+            status, answer = await ask(stage, "POST", path)
+            assert (status, answer["error"]["param"]) == (400, "url")
 
 
 @pytest.mark.parametrize(
@@ -288,99 +255,81 @@ def test_the_older_names_work(run: Run) -> None:
         ([], None),
     ],
 )
-def test_a_server_that_cannot_be_is_not_added(run: Run, body: object, field: str | None) -> None:
-    async def test() -> None:
-        async with staged() as stage:
-            status, answer = await ask(stage, "POST", "/workers", body)
-            assert (status, answer["error"]["param"]) == (400, field)
-            assert not stage.router.cluster.members()
-
-    run(test())
+async def test_a_server_that_cannot_be_is_not_added(body: object, field: str | None) -> None:
+    async with staged() as stage:
+        status, answer = await ask(stage, "POST", "/workers", body)
+        assert (status, answer["error"]["param"]) == (400, field)
+        assert not stage.router.cluster.members()
 
 
 @pytest.mark.parametrize("body", [{"timeout_s": -1}, {"timeout_s": "x"}, {"timeout_s": 1e9}])
-def test_a_bad_timeout_drains_nobody(run: Run, body: object) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker()) as stage:
-            status, answer = await ask(stage, "POST", path_of(stage.colocated) + "/drain", body)
-            assert (status, answer["error"]["param"]) == (400, "timeout_s")
-            status, answer = await ask(stage, "DELETE", path_of(stage.colocated) + "?timeout_s=nan")
-            assert (status, answer["error"]["param"]) == (400, "timeout_s")
-            assert stage.is_ready()
-
-    run(test())
+async def test_a_bad_timeout_drains_nobody(body: object) -> None:
+    async with staged(FakeWorker()) as stage:
+        status, answer = await ask(stage, "POST", path_of(stage.colocated) + "/drain", body)
+        assert (status, answer["error"]["param"]) == (400, "timeout_s")
+        status, answer = await ask(stage, "DELETE", path_of(stage.colocated) + "?timeout_s=nan")
+        assert (status, answer["error"]["param"]) == (400, "timeout_s")
+        assert stage.is_ready()
 
 
-def test_a_server_is_not_added_as_another_nor_one_removed_that_registered(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker()) as stage:
-            await ask(stage, "POST", "/workers", {"url": "http://127.0.0.1:1", "role": "prefill"})
-            for role, port, field in (("decode", None, "role"), ("prefill", 1, "bootstrap_port")):
-                body = {"url": "http://127.0.0.1:1", "role": role, "bootstrap_port": port}
-                status, answer = await ask(stage, "POST", "/workers", body)
-                assert (status, answer["error"]["param"]) == (409, field)
-            for path in (path_of(stage.colocated), "/workers/" + stage.colocated.url):
-                status, answer = await ask(stage, "DELETE", path)
-                assert status == 409
-                assert "/drain" in answer["error"]["message"]
-            assert stage.is_ready()
-            for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/drain"), ("DELETE", "/drain")):
-                assert (await ask(stage, method, "/workers/nobody" + path))[0] == 404
-
-    run(test())
+async def test_a_server_is_not_added_as_another_nor_one_removed_that_registered() -> None:
+    async with staged(FakeWorker()) as stage:
+        await ask(stage, "POST", "/workers", {"url": "http://127.0.0.1:1", "role": "prefill"})
+        for role, port, field in (("decode", None, "role"), ("prefill", 1, "bootstrap_port")):
+            body = {"url": "http://127.0.0.1:1", "role": role, "bootstrap_port": port}
+            status, answer = await ask(stage, "POST", "/workers", body)
+            assert (status, answer["error"]["param"]) == (409, field)
+        for path in (path_of(stage.colocated), "/workers/" + stage.colocated.url):
+            status, answer = await ask(stage, "DELETE", path)
+            assert status == 409
+            assert "/drain" in answer["error"]["message"]
+        assert stage.is_ready()
+        for method, path in (("GET", ""), ("DELETE", ""), ("POST", "/drain"), ("DELETE", "/drain")):
+            assert (await ask(stage, method, "/workers/nobody" + path))[0] == 404
 
 
-def test_a_removal_waits_for_what_runs_and_is_not_held_up_for_ever(run: Run) -> None:
-    async def test() -> None:
-        worker = FakeWorker()
-        await worker.start()
-        async with staged(static=(named(worker),)) as stage:
-            await stage.until(stage.is_ready)
-            gate = asyncio.Event()
-            worker.script = Script(gates={1: gate})
-            request = asyncio.create_task(stage.post("/generate", ANY))
-            await worker.until(lambda w: w.requests)
-            status, answer = await ask(stage, "DELETE", f"/workers/{worker.url}?timeout_s=0.01")
-            assert (status, answer["drained"], answer["running"]) == (200, False, 1)
-            assert not stage.router.cluster.members()
-            gate.set()
-            assert (await request)[0] == 200
-        await worker.kill()
-
-    run(test())
+async def test_a_removal_waits_for_what_runs_and_is_not_held_up_for_ever() -> None:
+    worker = FakeWorker()
+    await worker.start()
+    async with staged(static=(named(worker),)) as stage:
+        await stage.until(stage.is_ready)
+        gate = asyncio.Event()
+        worker.script = Script(gates={1: gate})
+        request = asyncio.create_task(stage.post("/generate", ANY))
+        await worker.until(lambda w: w.requests)
+        status, answer = await ask(stage, "DELETE", f"/workers/{worker.url}?timeout_s=0.01")
+        assert (status, answer["drained"], answer["running"]) == (200, False, 1)
+        assert not stage.router.cluster.members()
+        gate.set()
+        assert (await request)[0] == 200
+    await worker.kill()
 
 
-def test_a_server_that_is_put_back_is_not_removed(run: Run) -> None:
-    async def test() -> None:
-        worker = FakeWorker()
-        await worker.start()
-        async with staged(static=(named(worker),)) as stage:
-            await stage.until(stage.is_ready)
-            gate = asyncio.Event()
-            worker.script = Script(gates={1: gate})
-            request = asyncio.create_task(stage.post("/generate", ANY))
-            await worker.until(lambda w: w.requests)
-            removing = asyncio.create_task(ask(stage, "DELETE", f"/workers/{worker.url}"))
-            await stage.until(lambda: state_of(stage, worker.url) is State.DRAINING)
-            await ask(stage, "DELETE", f"/workers/{worker.url}/drain")
-            assert (await removing)[0] == 409
-            assert stage.is_ready()
-            gate.set()
-            assert (await request)[0] == 200
-        await worker.kill()
-
-    run(test())
+async def test_a_server_that_is_put_back_is_not_removed() -> None:
+    worker = FakeWorker()
+    await worker.start()
+    async with staged(static=(named(worker),)) as stage:
+        await stage.until(stage.is_ready)
+        gate = asyncio.Event()
+        worker.script = Script(gates={1: gate})
+        request = asyncio.create_task(stage.post("/generate", ANY))
+        await worker.until(lambda w: w.requests)
+        removing = asyncio.create_task(ask(stage, "DELETE", f"/workers/{worker.url}"))
+        await stage.until(lambda: state_of(stage, worker.url) is State.DRAINING)
+        await ask(stage, "DELETE", f"/workers/{worker.url}/drain")
+        assert (await removing)[0] == 409
+        assert stage.is_ready()
+        gate.set()
+        assert (await request)[0] == 200
+    await worker.kill()
 
 
-def test_web_pages_change_nobody(run: Run) -> None:
-    async def test() -> None:
-        async with staged() as stage:
-            headers = {"Origin": "http://elsewhere"}
-            status, _ = await ask(stage, "POST", "/add_worker?url=http://127.0.0.1:1", headers=headers)
-            assert status == 403
-            assert not stage.router.cluster.members()
-
-    run(test())
+async def test_web_pages_change_nobody() -> None:
+    async with staged() as stage:
+        headers = {"Origin": "http://elsewhere"}
+        status, _ = await ask(stage, "POST", "/add_worker?url=http://127.0.0.1:1", headers=headers)
+        assert status == 403
+        assert not stage.router.cluster.members()
 
 
 async def restarted(stage: Stage, worker: FakeWorker, statuses: list[int]) -> None:
@@ -398,63 +347,57 @@ async def restarted(stage: Stage, worker: FakeWorker, statuses: list[int]) -> No
     assert state_of(stage, name_of(worker)) is State.READY
 
 
-def test_a_rolling_restart_loses_no_request(run: Run) -> None:
-    async def test() -> None:
-        workers = [FakeWorker(role) for role in (Role.PREFILL, Role.DECODE) for _ in range(2)]
-        async with staged(*workers, retry_max_retries=0) as stage:
-            statuses: list[int] = []
-            is_over = asyncio.Event()
+async def test_a_rolling_restart_loses_no_request() -> None:
+    workers = [FakeWorker(role) for role in (Role.PREFILL, Role.DECODE) for _ in range(2)]
+    async with staged(*workers, retry_max_retries=0) as stage:
+        statuses: list[int] = []
+        is_over = asyncio.Event()
 
-            async def keep_asking(number: int) -> None:
-                while not is_over.is_set():
-                    if number % 2:
-                        statuses.append((await stage.post("/generate", ANY))[0])
-                    else:
-                        events = await stage.events("/generate", {**ANY, "stream": True})
-                        assert events[-1] == b"data: [DONE]"
-                        statuses.append(500 if b'"error"' in b"".join(events) else 200)
+        async def keep_asking(number: int) -> None:
+            while not is_over.is_set():
+                if number % 2:
+                    statuses.append((await stage.post("/generate", ANY))[0])
+                else:
+                    events = await stage.events("/generate", {**ANY, "stream": True})
+                    assert events[-1] == b"data: [DONE]"
+                    statuses.append(500 if b'"error"' in b"".join(events) else 200)
 
-            asking = [asyncio.create_task(keep_asking(number)) for number in range(8)]
-            for worker in workers:
-                await restarted(stage, worker, statuses)
-            is_over.set()
-            await asyncio.gather(*asking)
-            assert set(statuses) == {200}
-            assert {one.info.epoch for one in stage.router.cluster.members()} == {Epoch(2)}
-
-    run(test())
+        asking = [asyncio.create_task(keep_asking(number)) for number in range(8)]
+        for worker in workers:
+            await restarted(stage, worker, statuses)
+        is_over.set()
+        await asyncio.gather(*asking)
+        assert set(statuses) == {200}
+        assert {one.info.epoch for one in stage.router.cluster.members()} == {Epoch(2)}
 
 
-def test_what_heartbeats_say_is_shown_and_counted(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker(), stuck_secs=5.0) as stage:
-            worker = stage.colocated
-            info, cluster, pools = info_of(worker), stage.router.cluster, stage.router.pools
-            load = Load(3, 2, 50, 200, 7.5)
-            pool = PoolInfo(info.instance_id, Epoch(5), Role.COLOCATED, CachingMode.FULL, "h:1", "aa")
-            answer(cluster, pools, Heartbeat(info.instance_id, info.epoch, load))
-            answer(cluster, pools, RegisterPool(pool))
-            tiers = (TierBlocks("dram", 30, 4, 34), TierBlocks("hbm", 20))
-            answer(cluster, pools, PoolHeartbeat(Epoch(5), 0, tiers))
-            shown = (await ask(stage, "GET", path_of(worker)))[1]
-            assert shown["load"] == {
-                "num_running": 3, "num_queued": 2, "num_used_tokens": 50, "max_tokens": 200, "step_age_s": 7.5
-            }  # fmt: skip
-            assert (shown["state"], "7.5 s" in shown["reason"]) == ("suspect", True)
-            assert (await stage.post("/generate", ANY))[0] == 200, "nobody else is there"
-            async with stage.client.get(stage.url("/metrics")) as response:
-                text = await response.text()
-            of = f'instance="{name_of(worker)}"'
-            for line in (
-                f'instance_requests{{{of},what="running"}} 3.0',
-                f'instance_requests{{{of},what="queued"}} 2.0',
-                f"instance_kv_usage{{{of}}} 0.25",
-                f"instance_step_age_seconds{{{of}}} 7.5",
-                f'pool_blocks{{{of},state="cached",tier="dram"}} 30.0',
-                f'pool_blocks{{{of},state="free",tier="dram"}} 4.0',
-                f'pool_blocks{{{of},state="cached",tier="hbm"}} 20.0',
-                'instances{role="colocated",state="suspect"} 1.0',
-            ):
-                assert f"memserve_router_{line}" in text, line
-
-    run(test())
+async def test_what_heartbeats_say_is_shown_and_counted() -> None:
+    async with staged(FakeWorker(), stuck_secs=5.0) as stage:
+        worker = stage.colocated
+        info, cluster, pools = info_of(worker), stage.router.cluster, stage.router.pools
+        load = Load(3, 2, 50, 200, 7.5)
+        pool = PoolInfo(info.instance_id, Epoch(5), Role.COLOCATED, CachingMode.FULL, "h:1", "aa")
+        answer(cluster, pools, Heartbeat(info.instance_id, info.epoch, load))
+        answer(cluster, pools, RegisterPool(pool))
+        tiers = (TierBlocks("dram", 30, 4, 34), TierBlocks("hbm", 20))
+        answer(cluster, pools, PoolHeartbeat(Epoch(5), 0, tiers))
+        shown = (await ask(stage, "GET", path_of(worker)))[1]
+        assert shown["load"] == {
+            "num_running": 3, "num_queued": 2, "num_used_tokens": 50, "max_tokens": 200, "step_age_s": 7.5
+        }  # fmt: skip
+        assert (shown["state"], "7.5 s" in shown["reason"]) == ("suspect", True)
+        assert (await stage.post("/generate", ANY))[0] == 200, "nobody else is there"
+        async with stage.client.get(stage.url("/metrics")) as response:
+            text = await response.text()
+        of = f'instance="{name_of(worker)}"'
+        for line in (
+            f'instance_requests{{{of},what="running"}} 3.0',
+            f'instance_requests{{{of},what="queued"}} 2.0',
+            f"instance_kv_usage{{{of}}} 0.25",
+            f"instance_step_age_seconds{{{of}}} 7.5",
+            f'pool_blocks{{{of},state="cached",tier="dram"}} 30.0',
+            f'pool_blocks{{{of},state="free",tier="dram"}} 4.0',
+            f'pool_blocks{{{of},state="cached",tier="hbm"}} 20.0',
+            'instances{role="colocated",state="suspect"} 1.0',
+        ):
+            assert f"memserve_router_{line}" in text, line

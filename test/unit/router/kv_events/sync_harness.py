@@ -9,8 +9,8 @@ from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import Stored
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.kv_events.synchronizer import TreeFeed
-from memserve.scheduling.prompt_tree.tree import Depth
+from memserve.router.kv_events.synchronizer import TreeSynchronizer
+from memserve.scheduling.prompt_tree.tree import Overlap
 from memserve.wire.messages import Message, PoolInfo, Role, SnapshotPart
 
 DECODE = InstanceId("decode")
@@ -32,8 +32,8 @@ def stored(sequence: int, keys: tuple[BlockKey, ...], parent: BlockKey | None = 
     return Stored(sequence, Tier.DRAM, parent, keys)
 
 
-def depth(feed: TreeFeed, keys: tuple[BlockKey, ...], name: InstanceId = DECODE) -> int:
-    return feed.tree.depths(keys).get(name, Depth(0, 0)).total
+def depth(feed: TreeSynchronizer, keys: tuple[BlockKey, ...], name: InstanceId = DECODE) -> int:
+    return feed.tree.depths(keys).get(name, Overlap(0, 0)).total
 
 
 def audit(epoch: Epoch, sequence: int, *chains: Stored) -> list[SnapshotPart]:
@@ -42,7 +42,7 @@ def audit(epoch: Epoch, sequence: int, *chains: Stored) -> list[SnapshotPart]:
     return [SnapshotPart(epoch, sequence, i, i == last, (one,), True) for i, one in enumerate(chains)]
 
 
-def hear(feed: TreeFeed, messages: Iterable[Message]) -> set[str]:
+def hear(feed: TreeSynchronizer, messages: Iterable[Message]) -> set[str]:
     """The names of the answers."""
     answers = [feed.part(one) if isinstance(one, SnapshotPart) else feed.events(one) for one in messages]
     return {type(answer).__name__ for answer in answers}

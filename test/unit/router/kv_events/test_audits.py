@@ -11,8 +11,8 @@ from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey
 from memserve.core.cache_events import CacheEvent, Removed, Snapshot, Stored
 from memserve.router.cluster.pools import Pools
-from memserve.router.kv_events.synchronizer import AUDIT_BYTES_PER_S, TreeFeed
-from memserve.scheduling.prompt_tree.tree import ClusterTree, Truth
+from memserve.router.kv_events.synchronizer import AUDIT_BYTES_PER_S, TreeSynchronizer
+from memserve.scheduling.prompt_tree.tree import AuditResult, GlobalPromptTree
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.messages import AuditWanted, Done, PoolEvents, SnapshotPart, SnapshotWanted, Unknown
 
@@ -32,11 +32,11 @@ def pools(clock: FakeClock) -> Pools:
 
 
 @pytest.fixture
-def feed(pools: Pools, clock: FakeClock) -> TreeFeed:
-    return TreeFeed(ClusterTree(clock=clock), pools, audit_s=AUDIT_S, clock=clock)
+def feed(pools: Pools, clock: FakeClock) -> TreeSynchronizer:
+    return TreeSynchronizer(GlobalPromptTree(clock=clock), pools, audit_s=AUDIT_S, clock=clock)
 
 
-def test_each_pool_is_audited_now_and_then(feed: TreeFeed, clock: FakeClock) -> None:
+def test_each_pool_is_audited_now_and_then(feed: TreeSynchronizer, clock: FakeClock) -> None:
     keys = chain(5)
     assert feed.events(PoolEvents(ONE, (stored(1, keys),))) == Done()
     assert feed.truth() == {}
@@ -47,7 +47,7 @@ def test_each_pool_is_audited_now_and_then(feed: TreeFeed, clock: FakeClock) -> 
         assert feed.events(PoolEvents(ONE, ())) == AuditWanted()
         assert feed.events(PoolEvents(ONE, ())) == Done(), "asked once"
         assert hear(feed, audit(ONE, 1, stored(0, keys[:2]), stored(0, keys[2:], keys[1]))) == {"Done"}
-    assert feed.truth() == {DECODE: Truth(5, 5, 5, 0)}
+    assert feed.truth() == {DECODE: AuditResult(5, 5, 5, 0)}
     counters = feed.counters()
     assert (counters.audits_asked, counters.audits, counters.untrue_audits) == (3, 3, 0)
     assert feed.tree.stats().counters.resets == 0, "what is true is left alone"
@@ -55,7 +55,7 @@ def test_each_pool_is_audited_now_and_then(feed: TreeFeed, clock: FakeClock) -> 
 
 @pytest.mark.parametrize("is_heard", [True, False], ids=["", "and its answer is lost"])
 def test_what_an_audit_finds_wrong_is_put_right(
-    feed: TreeFeed, pools: Pools, clock: FakeClock, caplog: pytest.LogCaptureFixture, is_heard: bool
+    feed: TreeSynchronizer, pools: Pools, clock: FakeClock, caplog: pytest.LogCaptureFixture, is_heard: bool
 ) -> None:
     keys, other = chain(5), chain(3, seed=2)
     feed.events(PoolEvents(ONE, (stored(1, keys),)))
@@ -63,7 +63,7 @@ def test_what_an_audit_finds_wrong_is_put_right(
     assert feed.events(PoolEvents(ONE, ())) == AuditWanted()
     truth = audit(ONE, 1, stored(0, keys[:2]), stored(0, other))
     assert [feed.part(one) for one in truth] == [Done(), SnapshotWanted()]
-    assert feed.truth() == {DECODE: Truth(5, 5, 2, 0)}
+    assert feed.truth() == {DECODE: AuditResult(5, 5, 2, 0)}
     assert "phantoms=3 missing=3 of=5" in caplog.text
     if not is_heard:
         assert feed.part(truth[-1]) == Done()
@@ -78,7 +78,9 @@ def test_what_an_audit_finds_wrong_is_put_right(
 
 
 @pytest.mark.parametrize("sequence", [0, 1, 3, 9])
-def test_an_audit_of_another_moment_is_no_verdict(feed: TreeFeed, clock: FakeClock, sequence: int) -> None:
+def test_an_audit_of_another_moment_is_no_verdict(
+    feed: TreeSynchronizer, clock: FakeClock, sequence: int
+) -> None:
     feed.events(PoolEvents(ONE, (stored(1, chain(5)), stored(2, chain(2, seed=2)))))
     clock.advance(AUDIT_S)
     feed.events(PoolEvents(ONE, ()))
@@ -89,7 +91,7 @@ def test_an_audit_of_another_moment_is_no_verdict(feed: TreeFeed, clock: FakeClo
 
 
 def test_an_audit_disturbs_no_snapshot_and_a_part_it_lacks_ends_only_itself(
-    feed: TreeFeed, clock: FakeClock
+    feed: TreeSynchronizer, clock: FakeClock
 ) -> None:
     keys = chain(6)
     feed.events(PoolEvents(ONE, (stored(1, keys[:1]),)))
@@ -106,7 +108,7 @@ def test_an_audit_disturbs_no_snapshot_and_a_part_it_lacks_ends_only_itself(
     assert feed.events(PoolEvents(ONE, (Removed(6, Tier.DRAM, keys[5:]),))) == Done()
 
 
-def test_audits_nobody_has_asked_for_come_to_nothing(feed: TreeFeed) -> None:
+def test_audits_nobody_has_asked_for_come_to_nothing(feed: TreeSynchronizer) -> None:
     keys = chain(4)
     feed.events(PoolEvents(ONE, (stored(1, keys),)))
     assert hear(feed, audit(ONE, 1, stored(0, chain(2, seed=3))) * 10) == {"Done"}
@@ -117,7 +119,7 @@ def test_audits_nobody_has_asked_for_come_to_nothing(feed: TreeFeed) -> None:
 
 
 def test_large_pools_are_audited_less_often_all_together(
-    feed: TreeFeed, pools: Pools, clock: FakeClock
+    feed: TreeSynchronizer, pools: Pools, clock: FakeClock
 ) -> None:
     blocks = 20 * AUDIT_BYTES_PER_S // 32 // 10
     pools.register(info(TWO, OTHER))
@@ -135,7 +137,7 @@ def test_large_pools_are_audited_less_often_all_together(
 
 
 def test_a_tree_that_forgets_for_want_of_room_is_not_wrong(pools: Pools, clock: FakeClock) -> None:
-    feed = TreeFeed(ClusterTree(max_blocks=8, clock=clock), pools, audit_s=AUDIT_S, clock=clock)
+    feed = TreeSynchronizer(GlobalPromptTree(max_blocks=8, clock=clock), pools, audit_s=AUDIT_S, clock=clock)
     feed.events(PoolEvents(ONE, (stored(1, chain(6)), stored(2, chain(6, seed=2)))))
     clock.advance(AUDIT_S)
     assert feed.events(PoolEvents(ONE, ())) == AuditWanted()
@@ -152,7 +154,7 @@ def test_a_tree_that_forgets_for_want_of_room_is_not_wrong(pools: Pools, clock: 
 def test_parts_that_never_end_take_no_more_memory_than_one_snapshot(
     pools: Pools, clock: FakeClock, is_audit: bool
 ) -> None:
-    feed = TreeFeed(ClusterTree(), pools, audit_s=AUDIT_S, max_snapshot_blocks=100, clock=clock)
+    feed = TreeSynchronizer(GlobalPromptTree(), pools, audit_s=AUDIT_S, max_snapshot_blocks=100, clock=clock)
     feed.events(PoolEvents(ONE, (stored(1, chain(1)),)))
     clock.advance(AUDIT_S)
     assert feed.events(PoolEvents(ONE, ())) == AuditWanted()
@@ -169,7 +171,7 @@ def test_parts_that_never_end_take_no_more_memory_than_one_snapshot(
 
 
 def test_of_an_enormous_snapshot_the_beginning_is_taken_in(pools: Pools, clock: FakeClock) -> None:
-    feed = TreeFeed(ClusterTree(), pools, audit_s=AUDIT_S, max_snapshot_blocks=10, clock=clock)
+    feed = TreeSynchronizer(GlobalPromptTree(), pools, audit_s=AUDIT_S, max_snapshot_blocks=10, clock=clock)
     keys, other = chain(16), chain(4, seed=2)
     feed.part(SnapshotPart(ONE, 9, 0, False, (stored(0, keys[:8]),)))
     feed.part(SnapshotPart(ONE, 9, 1, True, (stored(0, keys[8:], keys[7]), stored(0, other))))
@@ -189,7 +191,9 @@ def test_whatever_one_says_the_others_are_believed_and_the_truth_mends_it(
 ) -> None:
     """Doubled, out of order, cut, contradictory, of strangers and of old lives."""
     pools.register(info(TWO, OTHER))
-    feed = TreeFeed(ClusterTree(clock=clock), pools, audit_s=2.0, max_snapshot_blocks=500, clock=clock)
+    feed = TreeSynchronizer(
+        GlobalPromptTree(clock=clock), pools, audit_s=2.0, max_snapshot_blocks=500, clock=clock
+    )
     noise, honest = random.Random(seed), chain(7, seed=5)
     feed.events(PoolEvents(TWO, (stored(1, honest),)))
     prompts = [chain(9, seed=i) for i in range(4)] + [tuple(BlockKey(bytes([i])) for i in range(5))]
@@ -219,4 +223,4 @@ def test_whatever_one_says_the_others_are_believed_and_the_truth_mends_it(
     pools.register(info(THREE))
     truth = tuple(stored(0, chain(6, seed=8)[:n]) for n in (2, 6))
     assert feed.part(SnapshotPart(THREE, 4, 0, True, truth)) == Done()
-    assert feed.tree.compare(DECODE, Snapshot(4, truth[1:])) == Truth(6, 6, 6, 0)
+    assert feed.tree.compare(DECODE, Snapshot(4, truth[1:])) == AuditResult(6, 6, 6, 0)

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from memserve.router.kv_events.sources import EventPublisher, EventSource, Following, read_following
+from memserve.router.kv_events.sources import EventPublisher, EventSource, EventSourceInfo, read_event_sources
 
 PUBLISHES = {
     "publisher": "zmq",
@@ -46,8 +46,8 @@ def publishes(**changes: Any) -> dict[str, Any]:
 
 
 def test_a_servers_cache_and_its_events_are_read() -> None:
-    assert read_following(SERVER_INFO) == Following(True, 16, 1024, PUBLISHER, 1.9181070390004606)
-    assert read_following(SERVER_INFO).capacity_blocks == 64
+    assert read_event_sources(SERVER_INFO) == EventSourceInfo(True, 16, 1024, PUBLISHER, 1.9181070390004606)
+    assert read_event_sources(SERVER_INFO).capacity_blocks == 64
     assert PUBLISHER.sources("http://worker:30000") == (
         EventSource("tcp://127.0.0.1:52137", "kv", "tcp://127.0.0.1:42161"),
     )
@@ -55,7 +55,7 @@ def test_a_servers_cache_and_its_events_are_read() -> None:
 
 @pytest.mark.parametrize("host", ["*", "0.0.0.0", "::"])
 def test_a_wildcard_is_the_host_of_the_worker(host: str) -> None:
-    events = read_following(
+    events = read_event_sources(
         info(kv_events={**PUBLISHES, "endpoint_host": host, "dp_size": 2}, kv_events_config="{}")
     ).events
     assert events is not None
@@ -68,17 +68,17 @@ def test_a_wildcard_is_the_host_of_the_worker(host: str) -> None:
 
 
 def test_ranks_and_shards_are_all_in_the_capacity() -> None:
-    following = read_following(info(dp_size=2, attn_dp_size=1, dcp_size=4, kv_events=None))
+    following = read_event_sources(info(dp_size=2, attn_dp_size=1, dcp_size=4, kv_events=None))
     assert (following.page_tokens, following.capacity_tokens, following.capacity_blocks) == (64, 2048, 32)
 
 
 def test_a_tiny_cache_has_a_block() -> None:
-    assert read_following(info(max_total_num_tokens=3)).capacity_blocks == 1
+    assert read_event_sources(info(max_total_num_tokens=3)).capacity_blocks == 1
 
 
 @pytest.mark.parametrize("disabled", [True, None, "false", 0])
 def test_a_server_without_a_radix_cache_keeps_nothing(disabled: object) -> None:
-    assert not read_following(info(disable_radix_cache=disabled)).keeps
+    assert not read_event_sources(info(disable_radix_cache=disabled)).keeps
 
 
 @pytest.mark.parametrize(
@@ -106,13 +106,13 @@ def test_a_server_without_a_radix_cache_keeps_nothing(disabled: object) -> None:
     ],
 )
 def test_events_that_cannot_be_had_are_not_followed(server_info: dict[str, Any]) -> None:
-    following = read_following(server_info)
+    following = read_event_sources(server_info)
     assert (following.keeps, following.events) == (True, None)
 
 
 def test_a_replay_that_cannot_be_had_is_not_asked_for() -> None:
     for port in (None, "1", 70000):
-        events = read_following(publishes(replay_endpoint_port_base=port)).events
+        events = read_event_sources(publishes(replay_endpoint_port_base=port)).events
         assert events == EventPublisher("127.0.0.1", 52137, None, "kv", 1)
 
 
@@ -121,4 +121,4 @@ def test_a_replay_that_cannot_be_had_is_not_asked_for() -> None:
     [{}, dict.fromkeys(SERVER_INFO), {key: [1] for key in SERVER_INFO}, dict.fromkeys(SERVER_INFO, -1)],
 )
 def test_who_says_nothing_that_makes_sense_is_not_followed(server_info: dict[str, Any]) -> None:
-    assert read_following(server_info) == Following()
+    assert read_event_sources(server_info) == EventSourceInfo()

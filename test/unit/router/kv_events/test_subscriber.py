@@ -6,7 +6,7 @@ import asyncio
 import random
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from hashlib import sha256
@@ -22,14 +22,12 @@ from memserve.core.block_keys import BlockKey, Namespace, continue_keys, page_ke
 from memserve.core.cache_events import Stored
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.kv_events.sources import EventSource
-from memserve.router.kv_events.subscriber import PIECE_BLOCKS, Patience, StockFollower
+from memserve.router.kv_events.subscriber import PIECE_BLOCKS, KvEventSubscriber, SubscriberTimeouts
 from memserve.router.kv_events.zmq_stream import MAX_MESSAGE_BYTES
-from memserve.scheduling.prompt_tree.event_hashes import ShortKeys
-from memserve.scheduling.prompt_tree.tree import ClusterTree, Depth, Held
+from memserve.scheduling.prompt_tree.event_hashes import EventHashKeys
+from memserve.scheduling.prompt_tree.tree import GlobalPromptTree, Overlap, TierCounts
 
 from .stock_publisher import CLEARED, FakePublisher, packed, removed, stored, until
-
-Run = Callable[[Coroutine[Any, Any, None]], None]
 
 TOKENS = list(range(12))
 KEYS = page_keys(TOKENS, 2)
@@ -39,18 +37,18 @@ STORED = stored(KEYS[:4], TOKENS[:8])
 TAIL = stored(KEYS[4:], TOKENS[8:], KEYS[3])
 OTHERS = stored(OTHER, OTHER_TOKENS)
 ANN = InstanceId("ann")
-SOON = Patience(replay_s=0.2, retry_s=0.0)
+SOON = SubscriberTimeouts(replay_s=0.2, retry_s=0.0)
 
 
 @dataclass
 class Followed:
     publisher: FakePublisher
-    tree: ClusterTree
-    short: ShortKeys
-    follower: StockFollower
+    tree: GlobalPromptTree
+    short: EventHashKeys
+    follower: KvEventSubscriber
 
     def depth(self, keys: list[BlockKey]) -> int:
-        return self.tree.depths(keys).get(ANN, Depth(0, 0)).total
+        return self.tree.depths(keys).get(ANN, Overlap(0, 0)).total
 
     async def has(self, keys: list[BlockKey], num_blocks: int) -> None:
         await until(lambda: self.depth(keys) == num_blocks)
@@ -64,10 +62,10 @@ class Followed:
 
 
 @asynccontextmanager
-async def following(publisher: FakePublisher, patience: Patience = SOON) -> AsyncIterator[Followed]:
+async def following(publisher: FakePublisher, patience: SubscriberTimeouts = SOON) -> AsyncIterator[Followed]:
     """A follower whose publisher knows of it."""
-    tree, short, context = ClusterTree(), ShortKeys(100_000), zmq.Context[zmq.Socket[bytes]]()
-    follower = StockFollower(ANN, publisher.source, lambda: tree, short, context, patience)
+    tree, short, context = GlobalPromptTree(), EventHashKeys(100_000), zmq.Context[zmq.Socket[bytes]]()
+    follower = KvEventSubscriber(ANN, publisher.source, lambda: tree, short, context, patience)
     try:
         await publisher.subscribed()
         yield Followed(publisher, tree, short, follower)
@@ -77,200 +75,164 @@ async def following(publisher: FakePublisher, patience: Patience = SOON) -> Asyn
         await publisher.close()
 
 
-def test_the_tree_has_what_is_published(run: Run) -> None:
-    async def body() -> None:
-        async with following(FakePublisher()) as it:
-            await it.publisher.publish(STORED, OTHERS)
-            await it.publisher.publish(TAIL)
-            await it.has(KEYS, 6)
-            await it.publisher.publish(removed(KEYS[:3:-1]), removed(OTHER[:1]))
-            await it.has(KEYS, 4)
-            assert it.depth(OTHER) == 0, "what comes after a block goes with it"
-            stats = it.follower.stats
-            assert (stats.connected, stats.complete, stats.batches) == (True, True, 3)
-            assert (stats.stored, stats.unverified, it.forgotten) == (10, 0, Counter())
-            await it.publisher.publish(STORED, CLEARED, OTHERS)
-            await it.has(OTHER, 4)
-            assert it.depth(KEYS) == 0
-
-    run(body())
+async def test_the_tree_has_what_is_published() -> None:
+    async with following(FakePublisher()) as it:
+        await it.publisher.publish(STORED, OTHERS)
+        await it.publisher.publish(TAIL)
+        await it.has(KEYS, 6)
+        await it.publisher.publish(removed(KEYS[:3:-1]), removed(OTHER[:1]))
+        await it.has(KEYS, 4)
+        assert it.depth(OTHER) == 0, "what comes after a block goes with it"
+        stats = it.follower.stats
+        assert (stats.connected, stats.complete, stats.batches) == (True, True, 3)
+        assert (stats.stored, stats.unverified, it.forgotten) == (10, 0, Counter())
+        await it.publisher.publish(STORED, CLEARED, OTHERS)
+        await it.has(OTHER, 4)
+        assert it.depth(KEYS) == 0
 
 
-def test_tiers_come_from_the_medium(run: Run) -> None:
-    async def body() -> None:
-        async with following(FakePublisher()) as it:
-            await it.publisher.publish(
-                stored(KEYS, TOKENS, medium="CPU_PINNED"),
-                stored(OTHER, OTHER_TOKENS, medium="DISK"),
-                stored(KEYS[:2], TOKENS[:4], medium=None),
-                removed(KEYS, medium="EXTERNAL"),
-            )
-            await until(lambda: it.tree.stats().instances[ANN] == Held(hbm=2, dram=6))
-            assert it.tree.depths(KEYS) == {ANN: Depth(2, 6)}
-            assert it.depth(OTHER) == 0
-
-    run(body())
+async def test_tiers_come_from_the_medium() -> None:
+    async with following(FakePublisher()) as it:
+        await it.publisher.publish(
+            stored(KEYS, TOKENS, medium="CPU_PINNED"),
+            stored(OTHER, OTHER_TOKENS, medium="DISK"),
+            stored(KEYS[:2], TOKENS[:4], medium=None),
+            removed(KEYS, medium="EXTERNAL"),
+        )
+        await until(lambda: it.tree.stats().instances[ANN] == TierCounts(hbm=2, dram=6))
+        assert it.tree.depths(KEYS) == {ANN: Overlap(2, 6)}
+        assert it.depth(OTHER) == 0
 
 
-def test_a_long_event_is_taken_in_by_pieces(run: Run) -> None:
-    async def body() -> None:
-        tokens = list(range(2 * PIECE_BLOCKS + 2))
-        keys = page_keys(tokens, 1)
-        async with following(FakePublisher()) as it:
-            await it.publisher.publish(stored(keys, tokens))
-            await it.has(keys, len(keys))
-            await it.publisher.publish(removed(keys[:0:-1]))
-            await it.has(keys, 1)
-
-    run(body())
+async def test_a_long_event_is_taken_in_by_pieces() -> None:
+    tokens = list(range(2 * PIECE_BLOCKS + 2))
+    keys = page_keys(tokens, 1)
+    async with following(FakePublisher()) as it:
+        await it.publisher.publish(stored(keys, tokens))
+        await it.has(keys, len(keys))
+        await it.publisher.publish(removed(keys[:0:-1]))
+        await it.has(keys, 1)
 
 
-def test_a_flood_of_messages_leaves_the_loop_to_others(run: Run) -> None:
-    async def body() -> None:
-        async with following(FakePublisher()) as it:
-            for _ in range(100):
-                await it.publisher.publish(*[STORED, removed(KEYS)] * 20)
-            num_turns = 0
-            while it.follower.stats.batches < 100:
-                await asyncio.sleep(0)
-                num_turns += 1
-            assert num_turns > 1000
-            assert it.forgotten == Counter()
-
-    run(body())
+async def test_a_flood_of_messages_leaves_the_loop_to_others() -> None:
+    async with following(FakePublisher()) as it:
+        for _ in range(100):
+            await it.publisher.publish(*[STORED, removed(KEYS)] * 20)
+        num_turns = 0
+        while it.follower.stats.batches < 100:
+            await asyncio.sleep(0)
+            num_turns += 1
+        assert num_turns > 1000
+        assert it.forgotten == Counter()
 
 
-def test_who_comes_late_knows_what_follows_on_known_prompts(run: Run) -> None:
-    async def body() -> None:
-        publisher = FakePublisher()
-        await publisher.publish(STORED, lost=True)
-        async with following(publisher) as it:
-            await it.publisher.publish(TAIL, OTHERS)
-            await it.has(OTHER, 4)
-            stats = it.follower.stats
-            assert (it.depth(KEYS), stats.unverified, stats.complete) == (0, 2, False)
-            it.short.know(KEYS[:4])
-            it.tree.expect(ANN, KEYS[:5], time.monotonic() + 60)
-            await it.publisher.publish(TAIL)
-            await until(lambda: it.tree.depths(KEYS) == {ANN: Depth(6, 6)})
-            await it.publisher.publish(CLEARED)
-            await until(lambda: it.follower.stats.complete)
-
-    run(body())
+async def test_who_comes_late_knows_what_follows_on_known_prompts() -> None:
+    publisher = FakePublisher()
+    await publisher.publish(STORED, lost=True)
+    async with following(publisher) as it:
+        await it.publisher.publish(TAIL, OTHERS)
+        await it.has(OTHER, 4)
+        stats = it.follower.stats
+        assert (it.depth(KEYS), stats.unverified, stats.complete) == (0, 2, False)
+        it.short.know(KEYS[:4])
+        it.tree.expect(ANN, KEYS[:5], time.monotonic() + 60)
+        await it.publisher.publish(TAIL)
+        await until(lambda: it.tree.depths(KEYS) == {ANN: Overlap(6, 6)})
+        await it.publisher.publish(CLEARED)
+        await until(lambda: it.follower.stats.complete)
 
 
-def test_who_comes_late_is_told_the_rest_by_a_replay(run: Run) -> None:
-    async def body() -> None:
-        publisher = FakePublisher(replays=True)
-        await publisher.publish(STORED, lost=True)
-        async with following(publisher) as it:
-            await it.has(KEYS, 4)
-            await publisher.publish(TAIL)
-            await it.has(KEYS, 6)
-            stats = it.follower.stats
-            assert (stats.replayed, stats.batches, stats.complete) == (1, 2, True)
-
-    run(body())
+async def test_who_comes_late_is_told_the_rest_by_a_replay() -> None:
+    publisher = FakePublisher(replays=True)
+    await publisher.publish(STORED, lost=True)
+    async with following(publisher) as it:
+        await it.has(KEYS, 4)
+        await publisher.publish(TAIL)
+        await it.has(KEYS, 6)
+        stats = it.follower.stats
+        assert (stats.replayed, stats.batches, stats.complete) == (1, 2, True)
 
 
-def test_a_gap_that_nobody_fills_makes_it_begin_anew(run: Run) -> None:
-    async def body() -> None:
-        async with following(FakePublisher()) as it:
-            await it.publisher.publish(STORED)
-            await it.has(KEYS, 4)
-            await it.publisher.publish(removed(KEYS), lost=True)
+async def test_a_gap_that_nobody_fills_makes_it_begin_anew() -> None:
+    async with following(FakePublisher()) as it:
+        await it.publisher.publish(STORED)
+        await it.has(KEYS, 4)
+        await it.publisher.publish(removed(KEYS), lost=True)
+        await it.publisher.publish(OTHERS)
+        await it.has(OTHER, 4)
+        assert it.depth(KEYS) == 0
+        assert it.forgotten == Counter(gap=1)
+        await it.publisher.publish(STORED)
+        await it.has(KEYS, 4)
+        assert it.forgotten == Counter(gap=1)
+
+
+async def test_a_gap_is_filled_by_a_replay() -> None:
+    async with following(FakePublisher(replays=True)) as it:
+        await it.publisher.publish(STORED)
+        await it.has(KEYS, 4)
+        await it.publisher.publish(removed(KEYS[3:4]), lost=True)
+        await it.publisher.publish(stored(KEYS[3:], TOKENS[6:], KEYS[2]), lost=True)
+        for _ in range(3):
             await it.publisher.publish(OTHERS)
-            await it.has(OTHER, 4)
-            assert it.depth(KEYS) == 0
-            assert it.forgotten == Counter(gap=1)
-            await it.publisher.publish(STORED)
-            await it.has(KEYS, 4)
-            assert it.forgotten == Counter(gap=1)
-
-    run(body())
-
-
-def test_a_gap_is_filled_by_a_replay(run: Run) -> None:
-    async def body() -> None:
-        async with following(FakePublisher(replays=True)) as it:
-            await it.publisher.publish(STORED)
-            await it.has(KEYS, 4)
-            await it.publisher.publish(removed(KEYS[3:4]), lost=True)
-            await it.publisher.publish(stored(KEYS[3:], TOKENS[6:], KEYS[2]), lost=True)
-            for _ in range(3):
-                await it.publisher.publish(OTHERS)
-            await it.heard(6)
-            await it.publisher.publish(removed(OTHER))
-            await it.heard(7)
-            assert (it.depth(KEYS), it.depth(OTHER)) == (6, 0)
-            assert (it.forgotten, it.follower.stats.replayed >= 3) == (Counter(), True)
-
-    run(body())
+        await it.heard(6)
+        await it.publisher.publish(removed(OTHER))
+        await it.heard(7)
+        assert (it.depth(KEYS), it.depth(OTHER)) == (6, 0)
+        assert (it.forgotten, it.follower.stats.replayed >= 3) == (Counter(), True)
 
 
 @pytest.mark.parametrize(("answers", "kept"), [(True, False), (False, True)])
-def test_a_replay_without_what_is_missing_fills_no_gap(run: Run, answers: bool, kept: bool) -> None:
-    async def body() -> None:
-        async with following(FakePublisher(replays=True, answers=answers)) as it:
-            await until(lambda: it.publisher.num_asked == 1)
+async def test_a_replay_without_what_is_missing_fills_no_gap(answers: bool, kept: bool) -> None:
+    async with following(FakePublisher(replays=True, answers=answers)) as it:
+        await until(lambda: it.publisher.num_asked == 1)
+        await it.publisher.publish(STORED)
+        await it.has(KEYS, 4)
+        await it.publisher.publish(removed(KEYS), lost=True, kept=kept)
+        await it.publisher.publish(OTHERS)
+        await it.has(OTHER, 4)
+        assert (it.depth(KEYS), it.forgotten) == (0, Counter(gap=1))
+
+
+async def test_a_replay_that_cannot_be_reached_is_not_waited_for_long() -> None:
+    publisher, other = FakePublisher(), FakePublisher()
+    other.vanish()
+    publisher.source = replace(publisher.source, replay=other.source.endpoint)
+    async with following(publisher, replace(SOON, replay_s=0.5)) as it:
+        await it.publisher.publish(STORED)
+        await it.has(KEYS, 4)
+        await it.publisher.publish(removed(KEYS), lost=True)
+        await it.publisher.publish(OTHERS)
+        await it.has(OTHER, 4)
+        assert (it.depth(KEYS), it.forgotten) == (0, Counter(gap=1))
+    await other.close()
+
+
+async def test_a_sequence_that_begins_again_is_another_life() -> None:
+    async with following(FakePublisher()) as it:
+        for _ in range(3):
             await it.publisher.publish(STORED)
-            await it.has(KEYS, 4)
-            await it.publisher.publish(removed(KEYS), lost=True, kept=kept)
-            await it.publisher.publish(OTHERS)
-            await it.has(OTHER, 4)
-            assert (it.depth(KEYS), it.forgotten) == (0, Counter(gap=1))
-
-    run(body())
-
-
-def test_a_replay_that_cannot_be_reached_is_not_waited_for_long(run: Run) -> None:
-    async def body() -> None:
-        publisher, other = FakePublisher(), FakePublisher()
-        other.vanish()
-        publisher.source = replace(publisher.source, replay=other.source.endpoint)
-        async with following(publisher, replace(SOON, replay_s=0.5)) as it:
-            await it.publisher.publish(STORED)
-            await it.has(KEYS, 4)
-            await it.publisher.publish(removed(KEYS), lost=True)
-            await it.publisher.publish(OTHERS)
-            await it.has(OTHER, 4)
-            assert (it.depth(KEYS), it.forgotten) == (0, Counter(gap=1))
-        await other.close()
-
-    run(body())
-
-
-def test_a_sequence_that_begins_again_is_another_life(run: Run) -> None:
-    async def body() -> None:
-        async with following(FakePublisher()) as it:
-            for _ in range(3):
-                await it.publisher.publish(STORED)
-            await it.has(KEYS, 4)
-            it.publisher.sequence = 0
-            await it.publisher.publish(OTHERS)
-            await it.has(OTHER, 4)
-            assert (it.depth(KEYS), it.forgotten) == (0, Counter(restart=1))
-            assert it.follower.stats.complete
-
-    run(body())
+        await it.has(KEYS, 4)
+        it.publisher.sequence = 0
+        await it.publisher.publish(OTHERS)
+        await it.has(OTHER, 4)
+        assert (it.depth(KEYS), it.forgotten) == (0, Counter(restart=1))
+        assert it.follower.stats.complete
 
 
 @pytest.mark.parametrize("replays", [False, True])
-def test_a_worker_that_restarts_is_learnt_anew_whatever_its_numbers_are(run: Run, replays: bool) -> None:
-    async def body() -> None:
-        async with following(FakePublisher(replays=replays)) as it:
-            await it.publisher.publish(STORED)
-            await it.has(KEYS, 4)
-            await it.publisher.restart()
-            await it.has(KEYS, 0)
-            assert it.forgotten == Counter(lost=1)
-            await it.publisher.publish(OTHERS, lost=True)
-            await it.publisher.subscribed()
-            await it.publisher.publish(STORED)
-            await it.has(KEYS, 4)
-            await until(lambda: it.depth(OTHER) == (4 if replays else 0))
-
-    run(body())
+async def test_a_worker_that_restarts_is_learnt_anew_whatever_its_numbers_are(replays: bool) -> None:
+    async with following(FakePublisher(replays=replays)) as it:
+        await it.publisher.publish(STORED)
+        await it.has(KEYS, 4)
+        await it.publisher.restart()
+        await it.has(KEYS, 0)
+        assert it.forgotten == Counter(lost=1)
+        await it.publisher.publish(OTHERS, lost=True)
+        await it.publisher.subscribed()
+        await it.publisher.publish(STORED)
+        await it.has(KEYS, 4)
+        await until(lambda: it.depth(OTHER) == (4 if replays else 0))
 
 
 GARBAGE = [
@@ -293,167 +255,134 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize("payload", GARBAGE)
-def test_after_garbage_nothing_is_believed_but_what_follows(run: Run, payload: bytes) -> None:
-    async def body() -> None:
-        async with following(FakePublisher(replays=True)) as it:
-            await it.publisher.publish(STORED)
-            await it.has(KEYS, 4)
-            await it.publisher.raw(payload)
-            await it.publisher.publish(OTHERS)
-            await it.has(OTHER, 4)
-            assert (it.depth(KEYS), it.forgotten) == (0, Counter(malformed=1))
-
-    run(body())
+async def test_after_garbage_nothing_is_believed_but_what_follows(payload: bytes) -> None:
+    async with following(FakePublisher(replays=True)) as it:
+        await it.publisher.publish(STORED)
+        await it.has(KEYS, 4)
+        await it.publisher.raw(payload)
+        await it.publisher.publish(OTHERS)
+        await it.has(OTHER, 4)
+        assert (it.depth(KEYS), it.forgotten) == (0, Counter(malformed=1))
 
 
 @pytest.mark.parametrize(
     "frames", [(), (b"",), (b"\0" * 7, b"x"), (b"\xff" * 8, b"x"), (b"\0" * 8, b"x", b"y")]
 )
-def test_frames_that_sglang_does_not_send_are_garbage(run: Run, frames: tuple[bytes, ...]) -> None:
-    async def body() -> None:
-        async with following(FakePublisher()) as it:
-            await it.publisher.publish(STORED)
-            await it.has(KEYS, 4)
-            await it.publisher.frames(b"kv", *frames)
-            await it.publisher.publish(OTHERS)
-            await it.has(OTHER, 4)
-            assert (it.depth(KEYS), it.forgotten) == (0, Counter(malformed=1))
-
-    run(body())
+async def test_frames_that_sglang_does_not_send_are_garbage(frames: tuple[bytes, ...]) -> None:
+    async with following(FakePublisher()) as it:
+        await it.publisher.publish(STORED)
+        await it.has(KEYS, 4)
+        await it.publisher.frames(b"kv", *frames)
+        await it.publisher.publish(OTHERS)
+        await it.has(OTHER, 4)
+        assert (it.depth(KEYS), it.forgotten) == (0, Counter(malformed=1))
 
 
-def test_messages_of_another_topic_are_not_heard(run: Run) -> None:
-    async def body() -> None:
-        async with following(FakePublisher()) as it:
-            await it.publisher.frames(b"kv2", bytes(8), packed(OTHERS))
-            await it.publisher.publish(STORED)
-            await it.has(KEYS, 4)
-            assert (it.depth(OTHER), it.forgotten) == (0, Counter())
-
-    run(body())
+async def test_messages_of_another_topic_are_not_heard() -> None:
+    async with following(FakePublisher()) as it:
+        await it.publisher.frames(b"kv2", bytes(8), packed(OTHERS))
+        await it.publisher.publish(STORED)
+        await it.has(KEYS, 4)
+        assert (it.depth(OTHER), it.forgotten) == (0, Counter())
 
 
-def test_an_enormous_message_is_not_read_and_ends_the_connection(run: Run) -> None:
-    async def body() -> None:
-        async with following(FakePublisher()) as it:
-            await it.publisher.publish(STORED)
-            await it.has(KEYS, 4)
-            await it.publisher.raw(bytes(MAX_MESSAGE_BYTES + 1))
-            await it.has(KEYS, 0)
-            assert it.forgotten == Counter(lost=1)
-            await it.publisher.subscribed()
-            await it.publisher.publish(OTHERS)
-            await it.has(OTHER, 4)
-
-    run(body())
+async def test_an_enormous_message_is_not_read_and_ends_the_connection() -> None:
+    async with following(FakePublisher()) as it:
+        await it.publisher.publish(STORED)
+        await it.has(KEYS, 4)
+        await it.publisher.raw(bytes(MAX_MESSAGE_BYTES + 1))
+        await it.has(KEYS, 0)
+        assert it.forgotten == Counter(lost=1)
+        await it.publisher.subscribed()
+        await it.publisher.publish(OTHERS)
+        await it.has(OTHER, 4)
 
 
-def test_no_garbled_message_ends_the_following(run: Run) -> None:
-    async def body() -> None:
-        dice = random.Random(7)
-        async with following(FakePublisher()) as it:
-            good = packed(STORED, removed(KEYS[3:]), OTHERS, stored(KEYS, TOKENS, cache_salt="t"), CLEARED)
-            for _ in range(1500):
-                bad = bytearray(good)
-                for _ in range(dice.randint(1, 4)):
-                    bad[dice.randrange(len(bad))] = dice.randrange(256)
-                await it.publisher.raw(bytes(bad[: dice.choice([len(bad), dice.randrange(len(bad))])]))
-            await it.publisher.publish(CLEARED, STORED)
-            await it.heard(1501)
-            assert it.depth(KEYS) == 4
-            assert set(it.forgotten) == {"malformed"}
-
-    run(body())
+async def test_no_garbled_message_ends_the_following() -> None:
+    dice = random.Random(7)
+    async with following(FakePublisher()) as it:
+        good = packed(STORED, removed(KEYS[3:]), OTHERS, stored(KEYS, TOKENS, cache_salt="t"), CLEARED)
+        for _ in range(1500):
+            bad = bytearray(good)
+            for _ in range(dice.randint(1, 4)):
+                bad[dice.randrange(len(bad))] = dice.randrange(256)
+            await it.publisher.raw(bytes(bad[: dice.choice([len(bad), dice.randrange(len(bad))])]))
+        await it.publisher.publish(CLEARED, STORED)
+        await it.heard(1501)
+        assert it.depth(KEYS) == 4
+        assert set(it.forgotten) == {"malformed"}
 
 
-def test_salted_blocks_are_known_by_the_salt_of_the_event(run: Run) -> None:
-    async def body() -> None:
-        salt = "tenant"
-        seed = BlockKey(sha256(b"sglang-cache-salt-v1\0" + salt.encode()).digest())
-        links, keys = continue_keys(seed, TOKENS, 2), page_keys(TOKENS, 2, Namespace(cache_salt=salt))
-        async with following(FakePublisher()) as it:
-            await it.publisher.publish(stored(links[:2], TOKENS[:4], cache_salt=salt))
-            await it.publisher.publish(stored(links[2:], TOKENS[4:], links[1], cache_salt=salt))
-            await it.has(keys, 6)
-            assert it.depth(KEYS) == 0
-            await it.publisher.publish(removed(links[4:]))
-            await it.has(keys, 4)
-
-    run(body())
+async def test_salted_blocks_are_known_by_the_salt_of_the_event() -> None:
+    salt = "tenant"
+    seed = BlockKey(sha256(b"sglang-cache-salt-v1\0" + salt.encode()).digest())
+    links, keys = continue_keys(seed, TOKENS, 2), page_keys(TOKENS, 2, Namespace(cache_salt=salt))
+    async with following(FakePublisher()) as it:
+        await it.publisher.publish(stored(links[:2], TOKENS[:4], cache_salt=salt))
+        await it.publisher.publish(stored(links[2:], TOKENS[4:], links[1], cache_salt=salt))
+        await it.has(keys, 6)
+        assert it.depth(KEYS) == 0
+        await it.publisher.publish(removed(links[4:]))
+        await it.has(keys, 4)
 
 
-def test_names_that_cannot_be_verified_are_left_out_and_counted(run: Run) -> None:
-    async def body() -> None:
-        pairs = list(pairwise(TOKENS))
-        twin = BlockKey(OTHER[1][:8] + bytes(24))
-        async with following(FakePublisher()) as it:
-            it.short.know([twin])
-            await it.publisher.publish(stored(KEYS[:5], pairs[:10]))
-            await it.publisher.publish(stored(KEYS, TOKENS, cache_salt="t"))
-            await it.publisher.publish(OTHERS)
-            await it.heard(3)
-            stats = it.follower.stats
-            assert (it.depth(KEYS), it.depth(OTHER)) == (0, 1), "the twin could be meant"
-            assert (stats.stored, stats.unverified, it.forgotten) == (1, 14, Counter())
-
-    run(body())
+async def test_names_that_cannot_be_verified_are_left_out_and_counted() -> None:
+    pairs = list(pairwise(TOKENS))
+    twin = BlockKey(OTHER[1][:8] + bytes(24))
+    async with following(FakePublisher()) as it:
+        it.short.know([twin])
+        await it.publisher.publish(stored(KEYS[:5], pairs[:10]))
+        await it.publisher.publish(stored(KEYS, TOKENS, cache_salt="t"))
+        await it.publisher.publish(OTHERS)
+        await it.heard(3)
+        stats = it.follower.stats
+        assert (it.depth(KEYS), it.depth(OTHER)) == (0, 1), "the twin could be meant"
+        assert (stats.stored, stats.unverified, it.forgotten) == (1, 14, Counter())
 
 
-def test_it_gives_way_to_who_takes_its_place_in_the_tree(run: Run) -> None:
-    async def body() -> None:
-        async with following(FakePublisher()) as it:
-            await it.publisher.publish(STORED)
-            await it.has(KEYS, 4)
-            it.tree.join(ANN, Epoch(5))
-            it.tree.apply(ANN, Epoch(5), [Stored(1, Tier.HBM, None, tuple(KEYS[:1]))])
-            await it.publisher.publish(OTHERS)
-            await until(lambda: it.follower.stats.displaced)
-            assert (it.depth(KEYS), it.depth(OTHER)) == (1, 0)
-
-    run(body())
+async def test_it_gives_way_to_who_takes_its_place_in_the_tree() -> None:
+    async with following(FakePublisher()) as it:
+        await it.publisher.publish(STORED)
+        await it.has(KEYS, 4)
+        it.tree.join(ANN, Epoch(5))
+        it.tree.apply(ANN, Epoch(5), [Stored(1, Tier.HBM, None, tuple(KEYS[:1]))])
+        await it.publisher.publish(OTHERS)
+        await until(lambda: it.follower.stats.displaced)
+        assert (it.depth(KEYS), it.depth(OTHER)) == (1, 0)
 
 
-def test_it_gives_way_too_when_its_worker_is_lost(run: Run) -> None:
-    async def body() -> None:
-        async with following(FakePublisher()) as it:
-            await until(lambda: it.follower.stats.connected)
-            it.tree.join(ANN, Epoch(5))
-            it.tree.apply(ANN, Epoch(5), [Stored(1, Tier.HBM, None, tuple(KEYS[:1]))])
-            await it.publisher.restart()
-            await until(lambda: it.follower.stats.displaced)
-            assert it.depth(KEYS) == 1
-
-    run(body())
+async def test_it_gives_way_too_when_its_worker_is_lost() -> None:
+    async with following(FakePublisher()) as it:
+        await until(lambda: it.follower.stats.connected)
+        it.tree.join(ANN, Epoch(5))
+        it.tree.apply(ANN, Epoch(5), [Stored(1, Tier.HBM, None, tuple(KEYS[:1]))])
+        await it.publisher.restart()
+        await until(lambda: it.follower.stats.displaced)
+        assert it.depth(KEYS) == 1
 
 
-def test_a_worker_whose_events_cannot_be_reached_is_waited_for(run: Run, caplog: Any) -> None:
-    async def body() -> None:
-        publisher = FakePublisher()
-        publisher.vanish()
-        patience = replace(SOON, connect_s=0.01)
-        tree, short, context = ClusterTree(), ShortKeys(100), zmq.Context[zmq.Socket[bytes]]()
-        follower = StockFollower(ANN, publisher.source, lambda: tree, short, context, patience)
-        await until(lambda: "cannot connect" in caplog.text)
-        assert not follower.stats.connected
-        await publisher.restart()
-        await publisher.subscribed()
-        await until(lambda: follower.stats.connected)
-        await asyncio.wait([follower.stop()])
-        context.destroy(linger=0)
-        await publisher.close()
-
-    run(body())
+async def test_a_worker_whose_events_cannot_be_reached_is_waited_for(caplog: Any) -> None:
+    publisher = FakePublisher()
+    publisher.vanish()
+    patience = replace(SOON, connect_s=0.01)
+    tree, short, context = GlobalPromptTree(), EventHashKeys(100), zmq.Context[zmq.Socket[bytes]]()
+    follower = KvEventSubscriber(ANN, publisher.source, lambda: tree, short, context, patience)
+    await until(lambda: "cannot connect" in caplog.text)
+    assert not follower.stats.connected
+    await publisher.restart()
+    await publisher.subscribed()
+    await until(lambda: follower.stats.connected)
+    await asyncio.wait([follower.stop()])
+    context.destroy(linger=0)
+    await publisher.close()
 
 
 @pytest.mark.parametrize("endpoint", ["tcp://", "nonsense"])
-def test_an_address_that_is_none_is_tried_again(run: Run, endpoint: str) -> None:
-    async def body() -> None:
-        tree, context = ClusterTree(), zmq.Context[zmq.Socket[bytes]]()
-        source = EventSource(endpoint, "", None)
-        follower = StockFollower(ANN, source, lambda: tree, ShortKeys(10), context, SOON)
-        await until(lambda: follower.stats.forgotten["lost"] >= 2)
-        assert not follower.stats.connected
-        await asyncio.wait([follower.stop()])
-        context.destroy(linger=0)
-
-    run(body())
+async def test_an_address_that_is_none_is_tried_again(endpoint: str) -> None:
+    tree, context = GlobalPromptTree(), zmq.Context[zmq.Socket[bytes]]()
+    source = EventSource(endpoint, "", None)
+    follower = KvEventSubscriber(ANN, source, lambda: tree, EventHashKeys(10), context, SOON)
+    await until(lambda: follower.stats.forgotten["lost"] >= 2)
+    assert not follower.stats.connected
+    await asyncio.wait([follower.stop()])
+    context.destroy(linger=0)

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
-from typing import Any
 
 import pytest
 import zmq
@@ -16,30 +15,28 @@ from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import Stored
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.instance import Facts, Instance, Snapshot
+from memserve.router.cluster.instance import ClusterSnapshot, Instance, ServerInfo
 from memserve.router.cluster.pools import Pools
-from memserve.router.kv_events.sources import EventPublisher, Following
-from memserve.router.kv_events.subscriber import Patience
-from memserve.router.kv_events.subscribers import Followers, FollowingStats, Mode
-from memserve.scheduling.prompt_tree.tree import ClusterTree, Depth
+from memserve.router.kv_events.sources import EventPublisher, EventSourceInfo
+from memserve.router.kv_events.subscriber import SubscriberTimeouts
+from memserve.router.kv_events.subscribers import Mode, StockSubscriptions, SubscriptionStats
+from memserve.scheduling.prompt_tree.tree import GlobalPromptTree, Overlap
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.messages import PoolInfo, Role
 
 from .stock_publisher import FakePublisher, stored, until
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
-
 TOKENS = list(range(12))
 KEYS = page_keys(TOKENS, 2)
 STORED = stored(KEYS, TOKENS)
-KEEPS = Following(keeps=True, page_tokens=2, capacity_tokens=8)
+KEEPS = EventSourceInfo(keeps=True, page_tokens=2, capacity_tokens=8)
 
 
 ANN, BOB, POOL_EPOCH = InstanceId("ann"), InstanceId("bob"), Epoch(99)
-SOON = Patience(replay_s=0.2, retry_s=0.0)
+SOON = SubscriberTimeouts(replay_s=0.2, retry_s=0.0)
 
 
-def publishing(*publishers: FakePublisher) -> Following:
+def publishing(*publishers: FakePublisher) -> EventSourceInfo:
     port = int(publishers[0].source.endpoint.rpartition(":")[2])
     return replace(KEEPS, events=EventPublisher(None, port, None, "kv", len(publishers)))
 
@@ -54,22 +51,22 @@ async def neighbours() -> tuple[FakePublisher, FakePublisher]:
             await first.close()
 
 
-def instance(name: InstanceId, following: Following, epoch: int = 1) -> Instance:
-    facts = Facts("m", "/m", following=following)
+def instance(name: InstanceId, following: EventSourceInfo, epoch: int = 1) -> Instance:
+    facts = ServerInfo("m", "/m", following=following)
     return Instance(name, Epoch(epoch), Role.COLOCATED, "http://127.0.0.1:1", None, facts)
 
 
 @dataclass
 class Cast:
-    """Followers with their tree, and the pools."""
+    """StockSubscriptions with their tree, and the pools."""
 
-    followers: Followers
-    tree: ClusterTree
+    followers: StockSubscriptions
+    tree: GlobalPromptTree
     pools: Pools
     clock: FakeClock
 
     def follow(self, *instances: Instance) -> None:
-        self.followers.follow(Snapshot.of(instances), self.pools)
+        self.followers.follow(ClusterSnapshot.of(instances), self.pools)
 
     def register_pool(self, name: str) -> None:
         """As the feed of the tree does: it reports, and has one block."""
@@ -90,8 +87,8 @@ class Cast:
 @asynccontextmanager
 async def cast(*publishers: FakePublisher) -> AsyncIterator[Cast]:
     clock = FakeClock()
-    tree, pools = ClusterTree(clock=clock), Pools(heartbeat_s=1.0, clock=clock)
-    followers = Followers(lambda: tree, lambda one: one.facts.following, patience=SOON)
+    tree, pools = GlobalPromptTree(clock=clock), Pools(heartbeat_s=1.0, clock=clock)
+    followers = StockSubscriptions(lambda: tree, lambda one: one.facts.following, patience=SOON)
     try:
         yield Cast(followers, tree, pools, clock)
     finally:
@@ -100,195 +97,162 @@ async def cast(*publishers: FakePublisher) -> AsyncIterator[Cast]:
             await publisher.close()
 
 
-def test_each_instance_is_followed_by_the_best_that_it_offers(run: Run) -> None:
-    async def body() -> None:
-        publisher = FakePublisher()
-        async with cast(publisher) as it:
-            it.register_pool("pooled/dp1")
-            offers = {
-                "pooled": publishing(publisher),
-                "publishes": publishing(publisher),
-                "keeps": KEEPS,
-                "forgets": replace(publishing(publisher), keeps=False),
-                "silent": Following(),
-            }
-            it.follow(*(instance(InstanceId(name), offer) for name, offer in offers.items()))
-            assert list(it.modes().values()) == [Mode.POOL, Mode.EVENTS, Mode.MIRROR, Mode.NONE, Mode.NONE]
-            assert set(it.tree.stats().instances) == {"pooled/dp1", "publishes", "keeps"}
-            await publisher.subscribed()
-            await publisher.publish(STORED)
-            await until(lambda: it.depths().get(InstanceId("publishes")) == 6)
-            sources = it.followers.stats()[InstanceId("publishes")].sources
-            assert sources[InstanceId("publishes")].stored == 6
-
-    run(body())
+async def test_each_instance_is_followed_by_the_best_that_it_offers() -> None:
+    publisher = FakePublisher()
+    async with cast(publisher) as it:
+        it.register_pool("pooled/dp1")
+        offers = {
+            "pooled": publishing(publisher),
+            "publishes": publishing(publisher),
+            "keeps": KEEPS,
+            "forgets": replace(publishing(publisher), keeps=False),
+            "silent": EventSourceInfo(),
+        }
+        it.follow(*(instance(InstanceId(name), offer) for name, offer in offers.items()))
+        assert list(it.modes().values()) == [Mode.POOL, Mode.EVENTS, Mode.MIRROR, Mode.NONE, Mode.NONE]
+        assert set(it.tree.stats().instances) == {"pooled/dp1", "publishes", "keeps"}
+        await publisher.subscribed()
+        await publisher.publish(STORED)
+        await until(lambda: it.depths().get(InstanceId("publishes")) == 6)
+        sources = it.followers.stats()[InstanceId("publishes")].sources
+        assert sources[InstanceId("publishes")].stored == 6
 
 
-def test_what_a_mirrored_worker_answered_is_believed_within_its_capacity_for_a_while(run: Run) -> None:
-    async def body() -> None:
-        async with cast() as it:
-            it.follow(instance(ANN, KEEPS), instance(BOB, Following()))
-            it.followers.answered(ANN, KEYS)
-            it.followers.answered(BOB, KEYS)
-            it.followers.answered(InstanceId("nobody"), KEYS)
-            assert it.depths() == {ANN: 4}, "as many as it has room for"
-            assert it.followers.stats() == {
-                ANN: FollowingStats(Mode.MIRROR, 6),
-                BOB: FollowingStats(Mode.NONE),
-            }
-            it.clock.advance(601)
-            assert it.depths() == {}
-
-    run(body())
+async def test_what_a_mirrored_worker_answered_is_believed_within_its_capacity_for_a_while() -> None:
+    async with cast() as it:
+        it.follow(instance(ANN, KEEPS), instance(BOB, EventSourceInfo()))
+        it.followers.answered(ANN, KEYS)
+        it.followers.answered(BOB, KEYS)
+        it.followers.answered(InstanceId("nobody"), KEYS)
+        assert it.depths() == {ANN: 4}, "as many as it has room for"
+        assert it.followers.stats() == {
+            ANN: SubscriptionStats(Mode.MIRROR, 6),
+            BOB: SubscriptionStats(Mode.NONE),
+        }
+        it.clock.advance(601)
+        assert it.depths() == {}
 
 
-def test_a_mirrored_worker_that_was_flushed_is_believed_to_have_nothing(run: Run) -> None:
-    async def body() -> None:
-        async with cast() as it:
-            it.follow(instance(ANN, KEEPS), instance(BOB, KEEPS))
-            for name in (ANN, BOB):
-                it.followers.answered(name, KEYS)
-            it.followers.flushed(ANN)
-            it.followers.flushed(InstanceId("nobody"))
-            assert it.depths() == {BOB: 4}
-            it.followers.answered(ANN, KEYS)
-            assert it.depths() == {ANN: 4, BOB: 4}
-
-    run(body())
+async def test_a_mirrored_worker_that_was_flushed_is_believed_to_have_nothing() -> None:
+    async with cast() as it:
+        it.follow(instance(ANN, KEEPS), instance(BOB, KEEPS))
+        for name in (ANN, BOB):
+            it.followers.answered(name, KEYS)
+        it.followers.flushed(ANN)
+        it.followers.flushed(InstanceId("nobody"))
+        assert it.depths() == {BOB: 4}
+        it.followers.answered(ANN, KEYS)
+        assert it.depths() == {ANN: 4, BOB: 4}
 
 
-def test_who_is_not_ready_any_more_is_forgotten(run: Run) -> None:
-    async def body() -> None:
-        publisher = FakePublisher()
-        async with cast(publisher) as it:
-            ann, bob = instance(ANN, publishing(publisher)), instance(BOB, KEEPS)
-            it.follow(ann, bob)
-            await publisher.subscribed()
-            await publisher.publish(STORED)
-            await until(lambda: it.depths().get(ANN) == 6)
-            it.followers.answered(BOB, KEYS)
-            it.follow(bob)
-            assert it.depths() == {BOB: 4}
-            it.follow()
-            assert (it.depths(), it.modes(), it.tree.stats().instances) == ({}, {}, {})
-
-    run(body())
+async def test_who_is_not_ready_any_more_is_forgotten() -> None:
+    publisher = FakePublisher()
+    async with cast(publisher) as it:
+        ann, bob = instance(ANN, publishing(publisher)), instance(BOB, KEEPS)
+        it.follow(ann, bob)
+        await publisher.subscribed()
+        await publisher.publish(STORED)
+        await until(lambda: it.depths().get(ANN) == 6)
+        it.followers.answered(BOB, KEYS)
+        it.follow(bob)
+        assert it.depths() == {BOB: 4}
+        it.follow()
+        assert (it.depths(), it.modes(), it.tree.stats().instances) == ({}, {}, {})
 
 
-def test_a_new_process_is_followed_anew_and_the_same_one_is_not(run: Run) -> None:
-    async def body() -> None:
-        async with cast() as it:
-            it.follow(instance(ANN, KEEPS))
-            it.followers.answered(ANN, KEYS)
-            it.follow(instance(ANN, KEEPS), instance(BOB, KEEPS))
-            assert it.depths() == {ANN: 4}
-            it.follow(instance(ANN, KEEPS, epoch=2), instance(BOB, KEEPS))
-            assert it.depths() == {}
-            it.followers.answered(ANN, KEYS)
-            it.follow(instance(ANN, replace(KEEPS, capacity_tokens=6), epoch=2))
-            assert it.depths() == {}
-            it.followers.answered(ANN, KEYS)
-            it.follow(instance(ANN, replace(KEEPS, capacity_tokens=6, start_s=1.5), epoch=2))
-            assert it.depths() == {}, "it has started again since, and was never seen down"
-
-    run(body())
+async def test_a_new_process_is_followed_anew_and_the_same_one_is_not() -> None:
+    async with cast() as it:
+        it.follow(instance(ANN, KEEPS))
+        it.followers.answered(ANN, KEYS)
+        it.follow(instance(ANN, KEEPS), instance(BOB, KEEPS))
+        assert it.depths() == {ANN: 4}
+        it.follow(instance(ANN, KEEPS, epoch=2), instance(BOB, KEEPS))
+        assert it.depths() == {}
+        it.followers.answered(ANN, KEYS)
+        it.follow(instance(ANN, replace(KEEPS, capacity_tokens=6), epoch=2))
+        assert it.depths() == {}
+        it.followers.answered(ANN, KEYS)
+        it.follow(instance(ANN, replace(KEEPS, capacity_tokens=6, start_s=1.5), epoch=2))
+        assert it.depths() == {}, "it has started again since, and was never seen down"
 
 
 @pytest.mark.parametrize("pool", ["ann", "ann/dp0", "ann/dp12"])
-def test_a_pool_that_registers_reports_in_place_of_the_events(run: Run, pool: str) -> None:
-    async def body() -> None:
-        publisher = FakePublisher()
-        async with cast(publisher) as it:
-            ann = instance(ANN, publishing(publisher))
-            it.follow(ann)
-            await publisher.subscribed()
-            await publisher.publish(STORED)
-            await until(lambda: it.depths() == {ANN: 6})
-            it.register_pool(pool)
-            it.follow(ann)
-            assert (it.modes(), it.depths()) == ({ANN: Mode.POOL}, {pool: 1})
-            it.pools.deregister(POOL_EPOCH)
-            it.tree.leave(InstanceId(pool))
-            it.follow(ann)
-            await publisher.subscribed()
-            await publisher.publish(STORED)
-            await until(lambda: it.depths() == {ANN: 6})
-
-    run(body())
+async def test_a_pool_that_registers_reports_in_place_of_the_events(pool: str) -> None:
+    publisher = FakePublisher()
+    async with cast(publisher) as it:
+        ann = instance(ANN, publishing(publisher))
+        it.follow(ann)
+        await publisher.subscribed()
+        await publisher.publish(STORED)
+        await until(lambda: it.depths() == {ANN: 6})
+        it.register_pool(pool)
+        it.follow(ann)
+        assert (it.modes(), it.depths()) == ({ANN: Mode.POOL}, {pool: 1})
+        it.pools.deregister(POOL_EPOCH)
+        it.tree.leave(InstanceId(pool))
+        it.follow(ann)
+        await publisher.subscribed()
+        await publisher.publish(STORED)
+        await until(lambda: it.depths() == {ANN: 6})
 
 
 @pytest.mark.parametrize("pool", ["annabel", "ann/dp", "ann/dpx", "bann/dp0"])
-def test_a_pool_of_another_name_is_anothers(run: Run, pool: str) -> None:
-    async def body() -> None:
-        async with cast() as it:
-            it.register_pool(pool)
-            it.follow(instance(ANN, KEEPS))
-            assert it.modes() == {ANN: Mode.MIRROR}
-
-    run(body())
+async def test_a_pool_of_another_name_is_anothers(pool: str) -> None:
+    async with cast() as it:
+        it.register_pool(pool)
+        it.follow(instance(ANN, KEEPS))
+        assert it.modes() == {ANN: Mode.MIRROR}
 
 
-def test_who_was_displaced_in_the_tree_comes_back_when_the_place_is_free(run: Run) -> None:
-    async def body() -> None:
-        publisher = FakePublisher()
-        async with cast(publisher) as it:
-            ann = instance(ANN, publishing(publisher))
-            it.follow(ann)
-            await publisher.subscribed()
-            it.tree.leave(ANN)
-            await publisher.publish(STORED)
-            await until(lambda: it.followers.stats()[ANN].sources[ANN].displaced)
-            it.follow(ann)
-            await publisher.subscribed()
-            await publisher.publish(STORED)
-            await until(lambda: it.depths() == {ANN: 6})
-
-    run(body())
+async def test_who_was_displaced_in_the_tree_comes_back_when_the_place_is_free() -> None:
+    publisher = FakePublisher()
+    async with cast(publisher) as it:
+        ann = instance(ANN, publishing(publisher))
+        it.follow(ann)
+        await publisher.subscribed()
+        it.tree.leave(ANN)
+        await publisher.publish(STORED)
+        await until(lambda: it.followers.stats()[ANN].sources[ANN].displaced)
+        it.follow(ann)
+        await publisher.subscribed()
+        await publisher.publish(STORED)
+        await until(lambda: it.depths() == {ANN: 6})
 
 
-def test_each_cache_of_an_instance_is_followed_under_a_name_of_its_own(run: Run) -> None:
-    async def body() -> None:
-        first, second = await neighbours()
-        async with cast(first, second) as it:
-            it.follow(instance(ANN, publishing(first, second)))
-            await first.subscribed()
-            await second.subscribed()
-            await first.publish(STORED)
-            await second.publish(stored(KEYS[:2], TOKENS[:4]))
-            await until(lambda: it.depths() == {"ann/dp0": 6, "ann/dp1": 2})
-            it.follow()
-            assert it.tree.stats().instances == {}
-
-    run(body())
+async def test_each_cache_of_an_instance_is_followed_under_a_name_of_its_own() -> None:
+    first, second = await neighbours()
+    async with cast(first, second) as it:
+        it.follow(instance(ANN, publishing(first, second)))
+        await first.subscribed()
+        await second.subscribed()
+        await first.publish(STORED)
+        await second.publish(stored(KEYS[:2], TOKENS[:4]))
+        await until(lambda: it.depths() == {"ann/dp0": 6, "ann/dp1": 2})
+        it.follow()
+        assert it.tree.stats().instances == {}
 
 
-def test_prompts_that_came_by_name_the_blocks_of_events_without_tokens(run: Run) -> None:
-    async def body() -> None:
-        publisher = FakePublisher()
-        async with cast(publisher) as it:
-            it.followers.know(KEYS)
-            it.follow(instance(ANN, publishing(publisher)))
-            await publisher.subscribed()
-            await publisher.publish(stored(KEYS))
-            await until(lambda: it.followers.stats()[ANN].sources[ANN].unverified == 6)
-            it.followers.know(KEYS)
-            await publisher.publish(stored(KEYS))
-            await until(lambda: it.tree.depths(KEYS) == {ANN: Depth(6, 6)})
-            it.followers.know([BlockKey(KEYS[0][:8] + bytes(24))])
-            assert it.followers.num_ambiguous == 1
-
-    run(body())
+async def test_prompts_that_came_by_name_the_blocks_of_events_without_tokens() -> None:
+    publisher = FakePublisher()
+    async with cast(publisher) as it:
+        it.followers.know(KEYS)
+        it.follow(instance(ANN, publishing(publisher)))
+        await publisher.subscribed()
+        await publisher.publish(stored(KEYS))
+        await until(lambda: it.followers.stats()[ANN].sources[ANN].unverified == 6)
+        it.followers.know(KEYS)
+        await publisher.publish(stored(KEYS))
+        await until(lambda: it.tree.depths(KEYS) == {ANN: Overlap(6, 6)})
+        it.followers.know([BlockKey(KEYS[0][:8] + bytes(24))])
+        assert it.followers.num_ambiguous == 1
 
 
-def test_after_the_end_nobody_is_followed(run: Run) -> None:
-    async def body() -> None:
-        publisher = FakePublisher()
-        async with cast(publisher) as it:
-            it.follow(instance(ANN, publishing(publisher)))
-            await publisher.subscribed()
-            num_tasks = len(asyncio.all_tasks())
-            await it.followers.close()
-            assert len(asyncio.all_tasks()) == num_tasks - 1
-            assert it.modes() == {}
-
-    run(body())
+async def test_after_the_end_nobody_is_followed() -> None:
+    publisher = FakePublisher()
+    async with cast(publisher) as it:
+        it.follow(instance(ANN, publishing(publisher)))
+        await publisher.subscribed()
+        num_tasks = len(asyncio.all_tasks())
+        await it.followers.close()
+        assert len(asyncio.all_tasks()) == num_tasks - 1
+        assert it.modes() == {}

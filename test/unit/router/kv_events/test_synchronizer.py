@@ -9,9 +9,9 @@ from memserve.core.cache_events import Removed
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.pools import Pools
-from memserve.router.kv_events.synchronizer import MAX_LAYOUTS, TreeFeed
+from memserve.router.kv_events.synchronizer import MAX_LAYOUTS, TreeSynchronizer
 from memserve.scheduling.prompt_tree.records import pool_name
-from memserve.scheduling.prompt_tree.tree import ClusterTree
+from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.messages import Done, PoolEvents, PoolInfo, Role, SnapshotPart, SnapshotWanted, Unknown
 
@@ -31,11 +31,11 @@ def pools(clock: FakeClock) -> Pools:
 
 
 @pytest.fixture
-def feed(pools: Pools, clock: FakeClock) -> TreeFeed:
-    return TreeFeed(ClusterTree(clock=clock), pools, audit_s=AUDIT_S, clock=clock)
+def feed(pools: Pools, clock: FakeClock) -> TreeSynchronizer:
+    return TreeSynchronizer(GlobalPromptTree(clock=clock), pools, audit_s=AUDIT_S, clock=clock)
 
 
-def test_events_reach_the_tree(feed: TreeFeed) -> None:
+def test_events_reach_the_tree(feed: TreeSynchronizer) -> None:
     keys = chain(5)
     assert feed.events(PoolEvents(ONE, (stored(1, keys[:3]),))) == Done()
     assert feed.events(PoolEvents(ONE, (stored(2, keys[3:], keys[2]),))) == Done()
@@ -44,7 +44,7 @@ def test_events_reach_the_tree(feed: TreeFeed) -> None:
     assert depth(feed, keys) == 4
 
 
-def test_a_gap_asks_for_a_snapshot_which_mends_it(feed: TreeFeed) -> None:
+def test_a_gap_asks_for_a_snapshot_which_mends_it(feed: TreeSynchronizer) -> None:
     keys = chain(6)
     feed.events(PoolEvents(ONE, (stored(1, keys[:2]),)))
     assert feed.events(PoolEvents(ONE, (stored(3, keys[4:], keys[3]),))) == SnapshotWanted()
@@ -68,13 +68,13 @@ def test_a_gap_asks_for_a_snapshot_which_mends_it(feed: TreeFeed) -> None:
     ids=["no first", "one is missing", "of another snapshot", "after the last"],
 )
 def test_a_snapshot_in_the_wrong_parts_is_asked_for_again(
-    feed: TreeFeed, parts: list[tuple[int, int, bool]]
+    feed: TreeSynchronizer, parts: list[tuple[int, int, bool]]
 ) -> None:
     answers = [feed.part(SnapshotPart(ONE, *part, ())) for part in parts]
     assert answers == [Done()] * (len(parts) - 1) + [SnapshotWanted()]
 
 
-def test_a_first_part_begins_anew(feed: TreeFeed) -> None:
+def test_a_first_part_begins_anew(feed: TreeSynchronizer) -> None:
     keys = chain(3)
     feed.part(SnapshotPart(ONE, 3, 0, False, (stored(0, chain(4, seed=9)),)))
     feed.part(SnapshotPart(ONE, 5, 0, True, (stored(0, keys),)))
@@ -82,14 +82,14 @@ def test_a_first_part_begins_anew(feed: TreeFeed) -> None:
     assert depth(feed, chain(4, seed=9)) == 0
 
 
-def test_a_stranger_is_not_believed(feed: TreeFeed) -> None:
+def test_a_stranger_is_not_believed(feed: TreeSynchronizer) -> None:
     keys = chain(3)
     assert feed.events(PoolEvents(TWO, (stored(1, keys),))) == Unknown()
     assert feed.part(SnapshotPart(TWO, 1, 0, True, (stored(0, keys),))) == Unknown()
     assert feed.tree.depths(keys) == {}
 
 
-def test_what_a_pool_held_goes_with_it(feed: TreeFeed, pools: Pools) -> None:
+def test_what_a_pool_held_goes_with_it(feed: TreeSynchronizer, pools: Pools) -> None:
     keys = chain(3)
     feed.events(PoolEvents(ONE, (stored(1, keys),)))
     pools.deregister(ONE)
@@ -97,7 +97,7 @@ def test_what_a_pool_held_goes_with_it(feed: TreeFeed, pools: Pools) -> None:
     assert feed.events(PoolEvents(ONE, (stored(2, chain(2, seed=2)),))) == Unknown()
 
 
-def test_a_new_life_begins_with_nothing(feed: TreeFeed, pools: Pools) -> None:
+def test_a_new_life_begins_with_nothing(feed: TreeSynchronizer, pools: Pools) -> None:
     keys = chain(3)
     feed.events(PoolEvents(ONE, (stored(1, keys),)))
     pools.register(info(TWO))
@@ -108,7 +108,7 @@ def test_a_new_life_begins_with_nothing(feed: TreeFeed, pools: Pools) -> None:
 
 
 def test_of_two_lives_of_an_instance_the_later_is_heard_whatever_becomes_of_the_other(
-    feed: TreeFeed, pools: Pools
+    feed: TreeSynchronizer, pools: Pools
 ) -> None:
     """Another model under the same name: their pools do not replace each other."""
     keys = chain(3)
@@ -121,21 +121,21 @@ def test_of_two_lives_of_an_instance_the_later_is_heard_whatever_becomes_of_the_
     assert feed.events(PoolEvents(TWO, (stored(2, keys[2:], keys[1]),))) == Done()
 
 
-def test_only_the_first_rank_of_an_instance_is_heard(feed: TreeFeed, pools: Pools) -> None:
+def test_only_the_first_rank_of_an_instance_is_heard(feed: TreeSynchronizer, pools: Pools) -> None:
     feed.events(PoolEvents(ONE, (stored(1, chain(3)),)))
     pools.register(info(TWO, layout="second half", rank=1))
     assert feed.events(PoolEvents(TWO, (stored(1, chain(1)),))) == Unknown()
     assert depth(feed, chain(3)) == 3
 
 
-def test_nothing_new_is_news_from_one_who_has_said_nothing_yet(feed: TreeFeed) -> None:
+def test_nothing_new_is_news_from_one_who_has_said_nothing_yet(feed: TreeSynchronizer) -> None:
     assert feed.events(PoolEvents(ONE, ())) == SnapshotWanted()
     assert feed.part(SnapshotPart(ONE, 7, 0, True, ())) == Done()
     assert feed.events(PoolEvents(ONE, ())) == Done()
     assert feed.events(PoolEvents(ONE, (stored(8, chain(2)),))) == Done()
 
 
-def test_a_part_that_comes_again_is_left_out(feed: TreeFeed) -> None:
+def test_a_part_that_comes_again_is_left_out(feed: TreeSynchronizer) -> None:
     keys = chain(6)
     for part in ((0, False, stored(0, keys[:4])), (1, False, stored(0, keys[4:5], keys[3]))):
         message = SnapshotPart(ONE, 3, *part[:2], part[2:])
@@ -151,7 +151,7 @@ def test_a_part_that_comes_again_is_left_out(feed: TreeFeed) -> None:
 def test_a_memory_instance_tells_of_each_layout_by_itself() -> None:
     clock = FakeClock()
     pools = Pools(heartbeat_s=1, clock=clock)
-    feed = TreeFeed(ClusterTree(clock=clock), pools, clock=clock)
+    feed = TreeSynchronizer(GlobalPromptTree(clock=clock), pools, clock=clock)
     memory, epoch = InstanceId("m"), Epoch(5)
     pools.register(PoolInfo(memory, epoch, Role.MEMORY, CachingMode.FULL, "127.0.0.1:5", ""))
     for layout, length in (("aa", 3), ("bb", 2)):

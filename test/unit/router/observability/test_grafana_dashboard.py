@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Coroutine, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -17,7 +16,6 @@ from memserve.wire.messages import Load, PoolInfo, Role, TierBlocks
 
 from ..harness import Stage, staged
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
 ROOT = Path(__file__).parents[4]
 DASHBOARD = ROOT / "deploy" / "grafana" / "memserve.json"
 DOCS = ROOT / "docs" / "watching.md"
@@ -54,33 +52,30 @@ async def labels_by_name(stage: Stage) -> dict[str, set[str]]:
     return found
 
 
-def test_every_expression_names_what_there_is(run: Run) -> None:
-    async def test() -> None:
-        worker = FakeWorker(Role.COLOCATED, cache_tokens=1 << 16)
-        async with staged(worker) as stage:
-            member = stage.router.cluster.members()[0]
-            member.load = Load(1, 0, 1, 2, 0.0)
-            info = PoolInfo(
-                InstanceId("pool"), Epoch(1), Role.PREFILL, member.info.caching, "127.0.0.1:1", "layout"
-            )
-            stage.router.pools.register(info)
-            stage.router.pools.heartbeat(info.epoch, 0, (TierBlocks("dram", 1, 2, 3),))
-            await stage.until(stage.router.state.followers.stats)
-            await stage.events("/generate", {"input_ids": list(range(64)), "stream": True})
-            known = await labels_by_name(stage)
-        assert len(documented()) > 30
-        assert {PREFIX + name for name in documented()} <= {name.removesuffix("_bucket") for name in known}
-        for title, expression, legend in targets():
-            names = _METRIC.findall(expression)
-            assert names, title
-            assert set(names) <= known.keys(), title
-            said = {label.strip() for group in _BY.findall(expression) for label in group.split(",")}
-            said |= set(_MATCHED.findall(expression)) | set(_SHOWN.findall(legend))
-            has = set().union(*(known[name] for name in names))
-            if has:  # what has happened already tells its labels
-                assert said - {"le", "job"} <= has | {"reason", "outcome"}, title
-
-    run(test())
+async def test_every_expression_names_what_there_is() -> None:
+    worker = FakeWorker(Role.COLOCATED, cache_tokens=1 << 16)
+    async with staged(worker) as stage:
+        member = stage.router.cluster.members()[0]
+        member.load = Load(1, 0, 1, 2, 0.0)
+        info = PoolInfo(
+            InstanceId("pool"), Epoch(1), Role.PREFILL, member.info.caching, "127.0.0.1:1", "layout"
+        )
+        stage.router.pools.register(info)
+        stage.router.pools.heartbeat(info.epoch, 0, (TierBlocks("dram", 1, 2, 3),))
+        await stage.until(stage.router.state.followers.stats)
+        await stage.events("/generate", {"input_ids": list(range(64)), "stream": True})
+        known = await labels_by_name(stage)
+    assert len(documented()) > 30
+    assert {PREFIX + name for name in documented()} <= {name.removesuffix("_bucket") for name in known}
+    for title, expression, legend in targets():
+        names = _METRIC.findall(expression)
+        assert names, title
+        assert set(names) <= known.keys(), title
+        said = {label.strip() for group in _BY.findall(expression) for label in group.split(",")}
+        said |= set(_MATCHED.findall(expression)) | set(_SHOWN.findall(legend))
+        has = set().union(*(known[name] for name in names))
+        if has:  # what has happened already tells its labels
+            assert said - {"le", "job"} <= has | {"reason", "outcome"}, title
 
 
 def test_nothing_that_is_counted_for_people_is_left_out() -> None:

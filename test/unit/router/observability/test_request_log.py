@@ -8,14 +8,14 @@ import pytest
 
 from memserve.router.observability.live_series import NUM_POINTS, LiveSeries
 from memserve.router.observability.metrics import RouterMetrics
-from memserve.router.observability.request_log import Ended, RequestLog
+from memserve.router.observability.request_log import RequestLog, RequestRecord
 
 PATH = "/generate"
 
 
-def ended(rid: str = "rid", status: int = 200, **others: Any) -> Ended:
+def ended(rid: str = "rid", status: int = 200, **others: Any) -> RequestRecord:
     told = {"request_id": f"x-{rid}", "seconds": 2.0, "route": "one", "reason": "-", **others}
-    return Ended(1.0, PATH, rid, status=status, **told)
+    return RequestRecord(1.0, PATH, rid, status=status, **told)
 
 
 def value(metrics: RouterMetrics, name: str, **labels: str) -> float | None:

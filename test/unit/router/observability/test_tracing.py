@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,8 +13,8 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from memserve.core.errors import ConfigError
-from memserve.router.observability.settings import ObserveSettings
-from memserve.router.observability.tracing import PassOn, Tracing
+from memserve.router.observability.settings import ObservabilityConfig
+from memserve.router.observability.tracing import PropagateOnly, Tracing
 from memserve.router.request import Api
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
@@ -22,10 +22,9 @@ from memserve.wire.messages import Role
 
 from ..harness import Stage, pair, staged
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 HEADERS = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "vendor=1"}
-ON = ObserveSettings(enable_trace=True)
+ON = ObservabilityConfig(enable_trace=True)
 
 
 @pytest.fixture
@@ -64,107 +63,89 @@ async def ask(stage: Stage, stream: bool = False, **body: Any) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-def test_a_request_is_one_trace_from_client_to_servers(run: Run, spans: Any, stream: bool) -> None:
-    async def test() -> None:
-        async with staged(*pair(), observe=ON) as stage:
-            await ask(stage, stream)
-            workers = {"prefill": stage.prefill, "decode": stage.decode}
-            seen = {role: header_of(worker) for role, worker in workers.items()}
-            names = {role: f"{role}-{worker.port}" for role, worker in workers.items()}
-        found = spans()
-        assert found.keys() == {"POST /generate", "queue", "place", "prefill", "decode"}
-        request = found.pop("POST /generate")
-        assert parent_of(request) == PARENT
-        for name, span in found.items():
-            assert span.context is not None
-            assert hex_of(span.context.trace_id, 32) == TRACE
-            assert parent_of(span) == id_of(request), name
-            assert request.start_time <= span.start_time + 10**6
-            assert span.end_time <= request.end_time + 10**6
-        for role in ("prefill", "decode"):
-            assert seen[role] == f"00-{TRACE}-{id_of(found[role])}-01"
-            assert found[role].attributes["memserve.instance"] == names[role]
-        assert request.attributes["http.response.status_code"] == 200
-        assert request.attributes["memserve.attempts"] == 1
-        assert found["place"].attributes["memserve.decode"] == names["decode"]
-        assert found["place"].attributes["memserve.prompt_tokens"] == 64
-        assert request.status.is_ok or request.status.is_unset
-
-    run(test())
+async def test_a_request_is_one_trace_from_client_to_servers(spans: Any, stream: bool) -> None:
+    async with staged(*pair(), observe=ON) as stage:
+        await ask(stage, stream)
+        workers = {"prefill": stage.prefill, "decode": stage.decode}
+        seen = {role: header_of(worker) for role, worker in workers.items()}
+        names = {role: f"{role}-{worker.port}" for role, worker in workers.items()}
+    found = spans()
+    assert found.keys() == {"POST /generate", "queue", "place", "prefill", "decode"}
+    request = found.pop("POST /generate")
+    assert parent_of(request) == PARENT
+    for name, span in found.items():
+        assert span.context is not None
+        assert hex_of(span.context.trace_id, 32) == TRACE
+        assert parent_of(span) == id_of(request), name
+        assert request.start_time <= span.start_time + 10**6
+        assert span.end_time <= request.end_time + 10**6
+    for role in ("prefill", "decode"):
+        assert seen[role] == f"00-{TRACE}-{id_of(found[role])}-01"
+        assert found[role].attributes["memserve.instance"] == names[role]
+    assert request.attributes["http.response.status_code"] == 200
+    assert request.attributes["memserve.attempts"] == 1
+    assert found["place"].attributes["memserve.decode"] == names["decode"]
+    assert found["place"].attributes["memserve.prompt_tokens"] == 64
+    assert request.status.is_ok or request.status.is_unset
 
 
-def test_a_failure_is_seen_where_it_was(run: Run, spans: Any) -> None:
-    async def test() -> None:
-        async with staged(*pair(), observe=ON, retry_max_retries=0) as stage:
-            stage.prefill.script = Script(gates={0: asyncio.Event()})
-            stage.decode.script = Script(status=500, message="broken")
-            await ask(stage)
-        found = spans()
-        assert not found["POST /generate"].status.is_ok
-        assert "broken" in found["POST /generate"].status.description
-        assert found["POST /generate"].attributes["http.response.status_code"] == 502
-        assert {found[leg].status.description for leg in ("prefill", "decode")} == {"failed, or given up"}
-
-    run(test())
+async def test_a_failure_is_seen_where_it_was(spans: Any) -> None:
+    async with staged(*pair(), observe=ON, retry_max_retries=0) as stage:
+        stage.prefill.script = Script(gates={0: asyncio.Event()})
+        stage.decode.script = Script(status=500, message="broken")
+        await ask(stage)
+    found = spans()
+    assert not found["POST /generate"].status.is_ok
+    assert "broken" in found["POST /generate"].status.description
+    assert found["POST /generate"].attributes["http.response.status_code"] == 502
+    assert {found[leg].status.description for leg in ("prefill", "decode")} == {"failed, or given up"}
 
 
-def test_every_attempt_is_seen(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    async def test() -> None:
-        exporter = InMemorySpanExporter()
-        provider = TracerProvider()
-        provider.add_span_processor(SimpleSpanProcessor(exporter))
-        monkeypatch.setattr(Tracing, "to", classmethod(lambda cls, _: cls(provider)))
-        workers = [FakeWorker(), FakeWorker()]
-        async with staged(*workers, observe=ON, retry_initial_backoff_ms=1) as stage:
-            workers[0].script = workers[1].script = Script(status=500)
-            await ask(stage)
-        names = [span.name for span in exporter.get_finished_spans()]
-        assert names.count("generate") == names.count("place") == 4
-        assert names.count("POST /generate") == 1
-
-    run(test())
+async def test_every_attempt_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    monkeypatch.setattr(Tracing, "to", classmethod(lambda cls, _: cls(provider)))
+    workers = [FakeWorker(), FakeWorker()]
+    async with staged(*workers, observe=ON, retry_initial_backoff_ms=1) as stage:
+        workers[0].script = workers[1].script = Script(status=500)
+        await ask(stage)
+    names = [span.name for span in exporter.get_finished_spans()]
+    assert names.count("generate") == names.count("place") == 4
+    assert names.count("POST /generate") == 1
 
 
-def test_what_is_refused_is_a_span_too(run: Run, spans: Any) -> None:
-    async def test() -> None:
-        async with staged(*pair(), observe=ON) as stage:
-            await ask(stage, text=5)
-        request = spans()["POST /generate"]
-        assert request.attributes["http.response.status_code"] == 400
-        assert request.attributes["memserve.rid"] == "-"
-
-    run(test())
+async def test_what_is_refused_is_a_span_too(spans: Any) -> None:
+    async with staged(*pair(), observe=ON) as stage:
+        await ask(stage, text=5)
+    request = spans()["POST /generate"]
+    assert request.attributes["http.response.status_code"] == 400
+    assert request.attributes["memserve.rid"] == "-"
 
 
-def test_no_prompt_is_in_a_span(run: Run, spans: Any) -> None:
-    async def test() -> None:
-        async with staged(*pair(), observe=ON) as stage:
-            await stage.post("/generate", {"text": "a secret plan", "sampling_params": {"regex": "secret"}})
-        assert all("secret" not in span.to_json() for span in spans().values())
-
-    run(test())
+async def test_no_prompt_is_in_a_span(spans: Any) -> None:
+    async with staged(*pair(), observe=ON) as stage:
+        await stage.post("/generate", {"text": "a secret plan", "sampling_params": {"regex": "secret"}})
+    assert all("secret" not in span.to_json() for span in spans().values())
 
 
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.COLOCATED])
-def test_without_spans_of_its_own_it_hands_on_what_came(run: Run, role: Role) -> None:
-    async def test() -> None:
-        workers = pair() if role is Role.PREFILL else (FakeWorker(),)
-        async with staged(*workers) as stage:
-            await ask(stage)
-            for worker in workers:
-                assert header_of(worker) == HEADERS["traceparent"]
-                assert header_of(worker, "tracestate") == "vendor=1"
-            await stage.post("/generate", {"text": "untraced"})
-            assert all(header_of(worker) is None for worker in workers)
-
-    run(test())
+async def test_without_spans_of_its_own_it_hands_on_what_came(role: Role) -> None:
+    workers = pair() if role is Role.PREFILL else (FakeWorker(),)
+    async with staged(*workers) as stage:
+        await ask(stage)
+        for worker in workers:
+            assert header_of(worker) == HEADERS["traceparent"]
+            assert header_of(worker, "tracestate") == "vendor=1"
+        await stage.post("/generate", {"text": "untraced"})
+        assert all(header_of(worker) is None for worker in workers)
 
 
 @pytest.mark.parametrize(
     "parent", ["", "x", f"00-{TRACE}-{PARENT}", f"00-{'0' * 32}-{PARENT}-01", f"ff-{TRACE}-{PARENT}-01", "é"]
 )
 def test_what_is_no_trace_goes_no_further(parent: str) -> None:
-    assert PassOn().begin(Api.GENERATE, {"traceparent": parent}) is None
+    assert PropagateOnly().begin(Api.GENERATE, {"traceparent": parent}) is None
 
 
 def test_without_the_packages_it_says_which(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,7 @@ from typing import Any
 
 from tokenizers import Tokenizer
 
-from memserve.router.request import Api, Call
+from memserve.router.request import Api, GenerationRequest
 
 HALF = "�"
 READ_BACK = 5
@@ -46,7 +46,7 @@ class GreedyServer:
         before = prompt[-READ_BACK:]
         return self.text([*before, *ids])[len(self.text(before)) :]
 
-    def stream(self, call: Call, prompt: Sequence[int], groups: Sequence[int]) -> list[bytes]:
+    def stream(self, call: GenerationRequest, prompt: Sequence[int], groups: Sequence[int]) -> list[bytes]:
         """The events of an answer; `groups` tokens in each of them, over and over."""
         native = call.api is Api.GENERATE
         steps = self._steps(call, prompt, groups)
@@ -54,7 +54,7 @@ class GreedyServer:
         return [*(b"data: " + json.dumps(event).encode() + b"\n\n" for event in events), b"data: [DONE]\n\n"]
 
     def _steps(
-        self, call: Call, prompt: Sequence[int], groups: Sequence[int]
+        self, call: GenerationRequest, prompt: Sequence[int], groups: Sequence[int]
     ) -> Iterator[tuple[list[int], str, dict[str, Any] | None]]:
         """What has come so far: ids, text, why it ended."""
         params: Any = call.body.get("sampling_params", call.body)
@@ -91,7 +91,7 @@ class GreedyServer:
             else:
                 yield list(ids), text + printable(new), None
 
-    def _native(self, call: Call, prompt: Sequence[int], steps: Any) -> Iterator[dict[str, Any]]:
+    def _native(self, call: GenerationRequest, prompt: Sequence[int], steps: Any) -> Iterator[dict[str, Any]]:
         told_ids, told = 0, ""
         for ids, text, reason in steps:
             meta = {"id": call.rid, "finish_reason": reason, "prompt_tokens": len(prompt)}
@@ -102,7 +102,7 @@ class GreedyServer:
                 yield {"text": text, "output_ids": ids, "meta_info": meta}
             told_ids, told = len(ids), text
 
-    def _openai(self, call: Call, prompt: Sequence[int], steps: Any) -> Iterator[dict[str, Any]]:
+    def _openai(self, call: GenerationRequest, prompt: Sequence[int], steps: Any) -> Iterator[dict[str, Any]]:
         def event(**said: Any) -> dict[str, Any]:
             choice = {"index": 0, "finish_reason": None, **said}
             return {"id": call.rid, "created": len(prompt), "choices": [choice]}

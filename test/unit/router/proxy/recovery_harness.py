@@ -6,8 +6,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from memserve.router.proxy.recovery_policy import Tokens
-from memserve.router.proxy.stream_state import Transcript
-from memserve.router.request import Api, Call
+from memserve.router.proxy.stream_state import StreamState
+from memserve.router.request import Api, GenerationRequest
 
 from ..tokenization.token_harness import byte_level
 from .greedy_server import GreedyServer
@@ -22,23 +22,23 @@ SERVER = GreedyServer(TOKENIZER, SCRIPT)
 GREEDY = {"temperature": 0, "max_new_tokens": 40}
 
 
-def native(**params: Any) -> Call:
+def native(**params: Any) -> GenerationRequest:
     body = {"input_ids": PROMPT, "stream": True, "sampling_params": {**GREEDY, **params}}
-    return Call(Api.GENERATE, body, "me", False, ("me",), None, 1, None)
+    return GenerationRequest(Api.GENERATE, body, "me", False, ("me",), None, 1, None)
 
 
-def openai(api: Api, **body: Any) -> Call:
+def openai(api: Api, **body: Any) -> GenerationRequest:
     asked = {"messages": []} if api is Api.CHAT else {"prompt": PROMPT}
     whole = {**asked, "stream": True, "temperature": 0, "max_tokens": 40, **body}
-    return Call(api, whole, "me", False, ("me",), None, 1, None)
+    return GenerationRequest(api, whole, "me", False, ("me",), None, 1, None)
 
 
 def tokens_of(server: GreedyServer, proven: Sequence[int] = ()) -> Tokens:
     return Tokens(PROMPT, lambda ids: server.text_after(PROMPT, ids), None, proven)
 
 
-def seen_of(call: Call, events: Sequence[bytes]) -> Any:
-    transcript = Transcript(call)
+def seen_of(call: GenerationRequest, events: Sequence[bytes]) -> Any:
+    transcript = StreamState(call)
     for event in events:
         transcript.note(event)
     return transcript.seen()

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
 from memserve.core.errors import BadRequest
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.instance import Facts, Instance, Snapshot
-from memserve.router.proxy.capacity import check_fits, fitting, largest_room, read_room, smallest_room
+from memserve.router.cluster.instance import ClusterSnapshot, Instance, ServerInfo
+from memserve.router.proxy.capacity import (
+    check_fits,
+    instances_that_fit,
+    largest_capacity,
+    read_max_prompt_tokens,
+    smallest_capacity,
+)
 from memserve.router.request import Api
 from memserve.testing.fake_worker import RESERVED_TOKENS, FakeWorker
 from memserve.wire.messages import Role
@@ -19,13 +24,11 @@ from memserve.wire.messages import Role
 from ..harness import staged
 from .retry_harness import Ask
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
-
 INFO = {"disaggregation_mode": "decode", "max_total_num_tokens": 2050}
 
 
 def decode(name: str, room: int | None, role: Role = Role.DECODE) -> Instance:
-    facts = Facts("m", "/m", room_tokens=room)
+    facts = ServerInfo("m", "/m", room_tokens=room)
     return Instance(InstanceId(name), Epoch(1), role, f"http://{name}:1", None, facts)
 
 
@@ -43,71 +46,65 @@ def decode(name: str, room: int | None, role: Role = Role.DECODE) -> Instance:
     ],
 )
 def test_room_is_what_a_decode_has_beside_its_reserve_in_whole_pages(said: Any, room: int | None) -> None:
-    assert read_room({**INFO, **said}, 16) == room
-    assert read_room({**INFO, **said}, None) is None
+    assert read_max_prompt_tokens({**INFO, **said}, 16) == room
+    assert read_max_prompt_tokens({**INFO, **said}, None) is None
 
 
 def test_only_decodes_with_room_are_chosen_from() -> None:
-    snapshot = Snapshot.of([decode("a", 100), decode("b", 200), decode("c", None)])
-    assert [one.instance_id for one in fitting(snapshot, 150).decodes] == ["b", "c"]
-    assert fitting(snapshot, 100) is snapshot
-    assert smallest_room(snapshot) == 100
-    assert smallest_room(Snapshot.of([decode("c", None)])) is None
+    snapshot = ClusterSnapshot.of([decode("a", 100), decode("b", 200), decode("c", None)])
+    assert [one.instance_id for one in instances_that_fit(snapshot, 150).decodes] == ["b", "c"]
+    assert instances_that_fit(snapshot, 100) is snapshot
+    assert smallest_capacity(snapshot) == 100
+    assert smallest_capacity(ClusterSnapshot.of([decode("c", None)])) is None
     check_fits(snapshot, 9999, Api.GENERATE)
-    assert largest_room(snapshot) is None, "one does not say"
+    assert largest_capacity(snapshot) is None, "one does not say"
 
 
 def test_nobody_is_refused_what_a_colocated_server_could_take() -> None:
-    check_fits(Snapshot.of([decode("a", 100), decode("b", None, Role.COLOCATED)]), 150, Api.CHAT)
-    check_fits(Snapshot(), 150, Api.CHAT)
-    snapshot = Snapshot.of([decode("a", 100), decode("b", 200)])
+    check_fits(ClusterSnapshot.of([decode("a", 100), decode("b", None, Role.COLOCATED)]), 150, Api.CHAT)
+    check_fits(ClusterSnapshot(), 150, Api.CHAT)
+    snapshot = ClusterSnapshot.of([decode("a", 100), decode("b", 200)])
     check_fits(snapshot, 200, Api.CHAT)
     with pytest.raises(BadRequest, match=r"201 tokens.*room for 200"):
         check_fits(snapshot, 201, Api.CHAT)
 
 
-def test_a_long_prompt_goes_where_it_fits(run: Run) -> None:
-    async def test() -> None:
-        small, large = (
-            FakeWorker(Role.DECODE, cache_tokens=tokens, context_tokens=8192) for tokens in (1024, 4096)
-        )
-        async with staged(
-            FakeWorker(Role.PREFILL, context_tokens=8192), small, large, policy="round_robin"
-        ) as stage:
-            room = 1024 - RESERVED_TOKENS
-            for _ in range(4):
-                assert (await stage.post("/generate", {"input_ids": [1] * (room + 1)}))[0] == 200
-                assert (await stage.post("/generate", {"input_ids": [[1] * (room + 1), [1]]}))[0] == 200
-            assert (len(small.requests), len(large.requests)) == (0, 8)
-            for _ in range(4):
-                assert (await stage.post("/generate", {"input_ids": [1] * room}))[0] == 200
-            assert len(small.requests) == 2
+async def test_a_long_prompt_goes_where_it_fits() -> None:
+    small, large = (
+        FakeWorker(Role.DECODE, cache_tokens=tokens, context_tokens=8192) for tokens in (1024, 4096)
+    )
+    async with staged(
+        FakeWorker(Role.PREFILL, context_tokens=8192), small, large, policy="round_robin"
+    ) as stage:
+        room = 1024 - RESERVED_TOKENS
+        for _ in range(4):
+            assert (await stage.post("/generate", {"input_ids": [1] * (room + 1)}))[0] == 200
+            assert (await stage.post("/generate", {"input_ids": [[1] * (room + 1), [1]]}))[0] == 200
+        assert (len(small.requests), len(large.requests)) == (0, 8)
+        for _ in range(4):
+            assert (await stage.post("/generate", {"input_ids": [1] * room}))[0] == 200
+        assert len(small.requests) == 2
 
-            status, answer = await stage.post("/generate", {"input_ids": [1] * 3585})
-            error = answer["error"]
-            assert (status, error["param"], error["retryable"]) == (400, "input_ids", False)
-            assert "3585 tokens" in error["message"]
-            assert "3584" in error["message"]
-            assert len(large.requests) == 10
-
-    run(test())
+        status, answer = await stage.post("/generate", {"input_ids": [1] * 3585})
+        error = answer["error"]
+        assert (status, error["param"], error["retryable"]) == (400, "input_ids", False)
+        assert "3585 tokens" in error["message"]
+        assert "3584" in error["message"]
+        assert len(large.requests) == 10
 
 
-def test_a_decode_that_has_room_may_come_back_meanwhile(run: Run) -> None:
+async def test_a_decode_that_has_room_may_come_back_meanwhile() -> None:
     """What was taken in once is not refused since the only decode for it is away."""
 
-    async def test() -> None:
-        small, large = (
-            FakeWorker(Role.DECODE, cache_tokens=tokens, context_tokens=8192) for tokens in (1024, 4096)
-        )
-        async with staged(FakeWorker(Role.PREFILL, context_tokens=8192), small, large) as stage:
-            hold = asyncio.Event()
-            large.script = type(large.script)(gates={0: hold})
-            ask = Ask(stage, body={"input_ids": [1] * 1000})
-            await large.until(lambda w: w.requests)
-            await large.kill()
-            status, answer = await ask.task
-            assert (status, "was lost" in answer) == (503, True)
-            assert not small.requests
-
-    run(test())
+    small, large = (
+        FakeWorker(Role.DECODE, cache_tokens=tokens, context_tokens=8192) for tokens in (1024, 4096)
+    )
+    async with staged(FakeWorker(Role.PREFILL, context_tokens=8192), small, large) as stage:
+        hold = asyncio.Event()
+        large.script = type(large.script)(gates={0: hold})
+        ask = Ask(stage, body={"input_ids": [1] * 1000})
+        await large.until(lambda w: w.requests)
+        await large.kill()
+        status, answer = await ask.task
+        assert (status, "was lost" in answer) == (503, True)
+        assert not small.requests

@@ -12,18 +12,18 @@ from hypothesis import strategies as st
 
 from memserve.core.errors import MemServeError
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.instance import Facts, Instance
-from memserve.router.proxy.relay import Outlet, relay
-from memserve.router.proxy.retry import Alias
+from memserve.router.cluster.instance import Instance, ServerInfo
+from memserve.router.proxy.relay import ResumableStream, relay
+from memserve.router.proxy.retry import AttemptId
 from memserve.router.proxy.stream_splicer import Diverged
-from memserve.router.proxy.stream_state import Transcript, Unreadable
-from memserve.router.request import Api, Call
+from memserve.router.proxy.stream_state import StreamState, Unreadable
+from memserve.router.request import Api, GenerationRequest
 from memserve.router.sse import DONE, EventSplitter
 from memserve.wire.messages import Role
 
 from ..json_strategies import ANY
 
-ALIAS = Alias("mark-")
+ALIAS = AttemptId("mark-")
 EVENTS = st.one_of(
     st.binary(max_size=30),
     st.sampled_from(
@@ -42,7 +42,7 @@ EVENTS = st.one_of(
     ),
     ANY.map(lambda said: b"data: %s\n\n" % repr(said).encode("utf-8", "replace")),
 )
-CALLS = [Call(api, {"stream": True}, "x", False, ("x",), None, 1, None) for api in Api]
+CALLS = [GenerationRequest(api, {"stream": True}, "x", False, ("x",), None, 1, None) for api in Api]
 
 
 @given(st.lists(st.binary(max_size=12) | st.sampled_from([b"\n", b"\n\n", b"\r\n", DONE])))
@@ -59,7 +59,7 @@ class _Leg:
     """An instance that says `chunks`."""
 
     def __init__(self, chunks: list[bytes]) -> None:
-        facts = Facts("m", "/m")
+        facts = ServerInfo("m", "/m")
         self.instance = Instance(InstanceId("a"), Epoch(1), Role.COLOCATED, "http://a:1", None, facts)
         self._chunks: Iterator[bytes] = iter([one for one in chunks if one])
 
@@ -84,13 +84,13 @@ class _Client:
         self.chunks.append(chunk)
 
 
-def streamed(call: Call, chunks: list[bytes]) -> tuple[bool, bytes]:
+def streamed(call: GenerationRequest, chunks: list[bytes]) -> tuple[bool, bytes]:
     """What a client gets of a stream, and whether that was all of it."""
     client = _Client()
 
     async def run() -> bool:
-        transcript = Transcript(call)
-        outlet = Outlet(client, transcript)
+        transcript = StreamState(call)
+        outlet = ResumableStream(client, transcript)
         leg: Any = _Leg(chunks)
         try:
             await relay(leg, outlet.writer(ALIAS, None))
@@ -107,7 +107,7 @@ def streamed(call: Call, chunks: list[bytes]) -> tuple[bool, bytes]:
 
 @given(st.sampled_from(CALLS), st.lists(EVENTS, max_size=6), st.data())
 def test_a_client_gets_whole_events_of_any_stream_and_an_end_or_a_fault(
-    call: Call, events: list[bytes], data: st.DataObject
+    call: GenerationRequest, events: list[bytes], data: st.DataObject
 ) -> None:
     joined = b"".join(events)
     cuts = sorted(data.draw(st.lists(st.integers(0, len(joined)), max_size=6)))

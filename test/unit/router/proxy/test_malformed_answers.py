@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -13,8 +12,6 @@ from memserve.wire.messages import Role
 
 from ..harness import staged
 from .retry_harness import Ask, texts
-
-Run = Callable[[Coroutine[Any, Any, None]], None]
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 BODIES = [("/generate", {"text": "hello"}), ("/v1/chat/completions", CHAT)]
@@ -48,48 +45,37 @@ def team(role: Role, said: bytes) -> list[FakeWorker]:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("path", "body"), BODIES)
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE, Role.COLOCATED])
-def test_another_instance_answers(
-    run: Run, role: Role, path: str, body: dict[str, Any], stream: bool
-) -> None:
-    async def test() -> None:
-        streams = stream and role is not Role.PREFILL  # which answers whole
-        is_merged = role is Role.DECODE and path == "/generate"
-        nonsense = STREAM if streams else [*NO_JSON, *(OTHERS if is_merged else [])]
-        workers = team(role, b"")
-        async with staged(*workers, policy="round_robin", cb_failure_threshold=1000) as stage:
-            bad = workers[0]
-            assert isinstance(bad, _Nonsense)
-            for said in nonsense:
-                bad.said, before = said, len(bad.requests)
-                while len(bad.requests) == before:
-                    ask = Ask(stage, path, {**body, "stream": stream})
-                    status, answer = await ask.task
-                    assert (status, texts(answer, stream)) == (200, ["Hello, world"]), said
-
-    run(test())
+async def test_another_instance_answers(role: Role, path: str, body: dict[str, Any], stream: bool) -> None:
+    streams = stream and role is not Role.PREFILL  # which answers whole
+    is_merged = role is Role.DECODE and path == "/generate"
+    nonsense = STREAM if streams else [*NO_JSON, *(OTHERS if is_merged else [])]
+    workers = team(role, b"")
+    async with staged(*workers, policy="round_robin", cb_failure_threshold=1000) as stage:
+        bad = workers[0]
+        assert isinstance(bad, _Nonsense)
+        for said in nonsense:
+            bad.said, before = said, len(bad.requests)
+            while len(bad.requests) == before:
+                ask = Ask(stage, path, {**body, "stream": stream})
+                status, answer = await ask.task
+                assert (status, texts(answer, stream)) == (200, ["Hello, world"]), said
 
 
 @pytest.mark.parametrize("role", [Role.DECODE, Role.COLOCATED])
-def test_a_stream_that_ends_early_goes_on_or_says_so(run: Run, role: Role) -> None:
-    async def test() -> None:
-        workers = team(role, b'data: {"text": "Hel", "meta_info": {}}\n\n')
-        async with staged(*workers, policy="round_robin") as stage:
-            while not workers[0].requests:
-                _, answer = await Ask(stage, body={"text": "hello", "stream": True}).task
-            assert "ended before its end" in answer
-            assert '"retryable":true' in answer
-
-    run(test())
+async def test_a_stream_that_ends_early_goes_on_or_says_so(role: Role) -> None:
+    workers = team(role, b'data: {"text": "Hel", "meta_info": {}}\n\n')
+    async with staged(*workers, policy="round_robin") as stage:
+        while not workers[0].requests:
+            _, answer = await Ask(stage, body={"text": "hello", "stream": True}).task
+        assert "ended before its end" in answer
+        assert '"retryable":true' in answer
 
 
-def test_with_nobody_else_it_is_a_bad_gateway(run: Run) -> None:
-    async def test() -> None:
-        bad = _Nonsense()
-        bad.said = b'{"text": '
-        async with staged(bad) as stage:
-            status, answer = await stage.post("/generate", {"text": "hello"})
-            assert status == 502
-            assert "none of SGLang's" in answer["error"]["message"]
-            assert answer["error"]["retryable"] is True
-
-    run(test())
+async def test_with_nobody_else_it_is_a_bad_gateway() -> None:
+    bad = _Nonsense()
+    bad.said = b'{"text": '
+    async with staged(bad) as stage:
+        status, answer = await stage.post("/generate", {"text": "hello"})
+        assert status == 502
+        assert "none of SGLang's" in answer["error"]["message"]
+        assert answer["error"]["retryable"] is True

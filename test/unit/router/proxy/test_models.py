@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 from memserve.testing.fake_worker import FakeWorker
@@ -10,7 +9,6 @@ from memserve.wire.messages import Role
 
 from ..harness import Stage, info_of, staged
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
 IDS = list(range(512))
 
 
@@ -31,72 +29,63 @@ async def followed(stage: Stage, count: int) -> None:
     await stage.until(lambda: len(stage.router.state.followers.stats()) == count)
 
 
-def test_the_model_chooses_the_servers(run: Run) -> None:
-    async def test() -> None:
-        one, other = worker("one"), worker("other")
-        pair = worker("pair", Role.PREFILL), worker("pair", Role.DECODE)
-        workers = (one, other, *pair)
-        async with staged(*workers) as stage:
-            for model, served in (("one", (one,)), ("other", (other,)), ("pair", pair), ("one:lora", (one,))):
-                before = [len(each.requests) for each in workers]
-                status, answer = await ask(stage, model, "/v1/completions")
-                assert status == 200, answer
-                assert [len(each.requests) - num for each, num in zip(workers, before, strict=True)] == [
-                    int(each in served) for each in workers
-                ]
-            listed = (await stage.get("/v1/models"))[1]["data"]
-            assert sorted(card["id"] for card in listed) == ["one", "other", "pair"]
-            assert (await stage.get("/v1/models/other"))[1]["id"] == "other"
-            assert (await stage.get("/v1/models/nothing"))[0] == 404
-            status, answer = await ask(stage, "nothing", "/v1/completions")
-            assert (status, answer["error"]["param"]) == (404, "model")
-            # SGLang's native API has no such field; one router may have several models all the same.
-            assert (await ask(stage, "other"))[0] == 200
-            assert len(other.requests) == 2
-            assert (await ask(stage, "nothing"))[0] == 404
-
-    run(test())
+async def test_the_model_chooses_the_servers() -> None:
+    one, other = worker("one"), worker("other")
+    pair = worker("pair", Role.PREFILL), worker("pair", Role.DECODE)
+    workers = (one, other, *pair)
+    async with staged(*workers) as stage:
+        for model, served in (("one", (one,)), ("other", (other,)), ("pair", pair), ("one:lora", (one,))):
+            before = [len(each.requests) for each in workers]
+            status, answer = await ask(stage, model, "/v1/completions")
+            assert status == 200, answer
+            assert [len(each.requests) - num for each, num in zip(workers, before, strict=True)] == [
+                int(each in served) for each in workers
+            ]
+        listed = (await stage.get("/v1/models"))[1]["data"]
+        assert sorted(card["id"] for card in listed) == ["one", "other", "pair"]
+        assert (await stage.get("/v1/models/other"))[1]["id"] == "other"
+        assert (await stage.get("/v1/models/nothing"))[0] == 404
+        status, answer = await ask(stage, "nothing", "/v1/completions")
+        assert (status, answer["error"]["param"]) == (404, "model")
+        # SGLang's native API has no such field; one router may have several models all the same.
+        assert (await ask(stage, "other"))[0] == 200
+        assert len(other.requests) == 2
+        assert (await ask(stage, "nothing"))[0] == 404
 
 
-def test_what_one_model_holds_is_no_other_models(run: Run) -> None:
+async def test_what_one_model_holds_is_no_other_models() -> None:
     """Their blocks have equal keys where their tokens are equal."""
 
-    async def test() -> None:
-        one, other = worker("one"), worker("other")
-        async with staged(one, other) as stage:
-            await followed(stage, 2)
-            assert (await ask(stage, "one"))[0] == 200
+    one, other = worker("one"), worker("other")
+    async with staged(one, other) as stage:
+        await followed(stage, 2)
+        assert (await ask(stage, "one"))[0] == 200
 
-            async def cached(model: str) -> list[tuple[str, int]]:
-                body = {"input_ids": IDS, "model": model}
-                decision = (await stage.post("/explain", body))[1]
-                return [(each["instance"], each["blocks"]) for each in decision["prefill_candidates"]]
+        async def cached(model: str) -> list[tuple[str, int]]:
+            body = {"input_ids": IDS, "model": model}
+            decision = (await stage.post("/explain", body))[1]
+            return [(each["instance"], each["blocks"]) for each in decision["prefill_candidates"]]
 
-            assert await cached("one") == [(info_of(one).instance_id, 32)]
-            assert await cached("other") == [(info_of(other).instance_id, 0)]
-            await ask(stage, "other")
-            await ask(stage, "other")
-            costs = stage.router.state.placer.costs
-            observed = {model: of_model.prefills.num_observed for model, of_model in costs.items()}
-            assert observed["one"] <= 1
-            assert set(observed) == {"one", "other"}
-
-    run(test())
+        assert await cached("one") == [(info_of(one).instance_id, 32)]
+        assert await cached("other") == [(info_of(other).instance_id, 0)]
+        await ask(stage, "other")
+        await ask(stage, "other")
+        costs = stage.router.state.placer.costs
+        observed = {model: of_model.prefills.num_observed for model, of_model in costs.items()}
+        assert observed["one"] <= 1
+        assert set(observed) == {"one", "other"}
 
 
-def test_a_model_whose_servers_are_away_is_not_unknown(run: Run) -> None:
-    async def test() -> None:
-        one, other = worker("one"), worker("other")
-        async with staged(one, other) as stage:
-            cluster = stage.router.cluster
-            member = cluster.find(str(info_of(other).instance_id))
-            assert member is not None
-            cluster.drain(member)
-            status, answer = await ask(stage, "other")
-            assert (status, answer["error"]["type"]) == (503, "service_unavailable")
-            assert (await ask(stage, "one"))[0] == 200
-            assert (await ask(stage, "nothing"))[0] == 404
-            cluster.undrain(member)
-            assert (await ask(stage, "other"))[0] == 200
-
-    run(test())
+async def test_a_model_whose_servers_are_away_is_not_unknown() -> None:
+    one, other = worker("one"), worker("other")
+    async with staged(one, other) as stage:
+        cluster = stage.router.cluster
+        member = cluster.find(str(info_of(other).instance_id))
+        assert member is not None
+        cluster.drain(member)
+        status, answer = await ask(stage, "other")
+        assert (status, answer["error"]["type"]) == (503, "service_unavailable")
+        assert (await ask(stage, "one"))[0] == 200
+        assert (await ask(stage, "nothing"))[0] == 404
+        cluster.undrain(member)
+        assert (await ask(stage, "other"))[0] == 200

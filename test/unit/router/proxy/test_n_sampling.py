@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
@@ -17,8 +16,6 @@ from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
 
 from ..harness import pair, staged
-
-Run = Callable[[Coroutine[Any, Any, None]], None]
 
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 
@@ -56,79 +53,62 @@ def test_a_seed_counts_up() -> None:
     ]
 
 
-def test_generate_answers_a_list(run: Run) -> None:
-    async def test() -> None:
-        async with staged(*pair()) as stage:
-            body = {"text": ["a", "b"], "sampling_params": {"n": 2}, "rid": ["x", "y"]}
-            status, answers = await stage.post("/generate", body)
-            assert status == 200
-            assert [one["meta_info"]["id"] for one in answers] == ["x_0", "x_1", "x_2", "x_3"]
-            (received,) = stage.decode.requests
-            assert received.body["text"] == ["a", "a", "b", "b"]
-            assert len(set(received.body["bootstrap_room"])) == 4
-            events = await stage.events(
-                "/generate", {"text": "a", "sampling_params": {"n": 2}, "stream": True}
-            )
-            assert {json.loads(event[6:])["index"] for event in events[:-1]} == {0, 1}
-            assert events[-1] == b"data: [DONE]"
-
-    run(test())
+async def test_generate_answers_a_list() -> None:
+    async with staged(*pair()) as stage:
+        body = {"text": ["a", "b"], "sampling_params": {"n": 2}, "rid": ["x", "y"]}
+        status, answers = await stage.post("/generate", body)
+        assert status == 200
+        assert [one["meta_info"]["id"] for one in answers] == ["x_0", "x_1", "x_2", "x_3"]
+        (received,) = stage.decode.requests
+        assert received.body["text"] == ["a", "a", "b", "b"]
+        assert len(set(received.body["bootstrap_room"])) == 4
+        events = await stage.events("/generate", {"text": "a", "sampling_params": {"n": 2}, "stream": True})
+        assert {json.loads(event[6:])["index"] for event in events[:-1]} == {0, 1}
+        assert events[-1] == b"data: [DONE]"
 
 
-def test_openai_choices_are_joined(run: Run) -> None:
-    async def test() -> None:
-        async with staged(*pair()) as stage:
-            status, answer = await stage.post("/v1/chat/completions", {**CHAT, "n": 3})
-            assert status == 200
-            assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
-            usage = answer["usage"]
-            assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (5, 9, 14)
-            _, answer = await stage.post("/v1/completions", {"prompt": ["a", "b"], "n": 2})
-            assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
-            assert answer["usage"]["prompt_tokens"] == 10
-            assert all(len(worker.requests) == 5 for worker in (stage.prefill, stage.decode))
-
-    run(test())
+async def test_openai_choices_are_joined() -> None:
+    async with staged(*pair()) as stage:
+        status, answer = await stage.post("/v1/chat/completions", {**CHAT, "n": 3})
+        assert status == 200
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2]
+        usage = answer["usage"]
+        assert (usage["prompt_tokens"], usage["completion_tokens"], usage["total_tokens"]) == (5, 9, 14)
+        _, answer = await stage.post("/v1/completions", {"prompt": ["a", "b"], "n": 2})
+        assert [choice["index"] for choice in answer["choices"]] == [0, 1, 2, 3]
+        assert answer["usage"]["prompt_tokens"] == 10
+        assert all(len(worker.requests) == 5 for worker in (stage.prefill, stage.decode))
 
 
-def test_openai_streams_are_joined(run: Run) -> None:
-    async def test() -> None:
-        async with staged(*pair()) as stage:
-            body = {"prompt": ["a", "b"], "n": 2, "stream": True, "stream_options": {"include_usage": True}}
-            events = await stage.events("/v1/completions", body)
-            assert events.count(b"data: [DONE]") == 1
-            assert events[-1] == b"data: [DONE]"
-            *chunks, last = (json.loads(event[6:]) for event in events[:-1])
-            texts = dict.fromkeys(range(4), "")
-            for chunk in chunks:
-                for choice in chunk["choices"]:
-                    texts[choice["index"]] += choice["text"]
-            assert set(texts.values()) == {"Hello, world"}
-            assert len({chunk["id"] for chunk in [*chunks, last]}) == 1
-            assert last["choices"] == []
-            assert last["usage"]["completion_tokens"] == 12
-            assert last["usage"]["prompt_tokens"] == 10
-
-    run(test())
+async def test_openai_streams_are_joined() -> None:
+    async with staged(*pair()) as stage:
+        body = {"prompt": ["a", "b"], "n": 2, "stream": True, "stream_options": {"include_usage": True}}
+        events = await stage.events("/v1/completions", body)
+        assert events.count(b"data: [DONE]") == 1
+        assert events[-1] == b"data: [DONE]"
+        *chunks, last = (json.loads(event[6:]) for event in events[:-1])
+        texts = dict.fromkeys(range(4), "")
+        for chunk in chunks:
+            for choice in chunk["choices"]:
+                texts[choice["index"]] += choice["text"]
+        assert set(texts.values()) == {"Hello, world"}
+        assert len({chunk["id"] for chunk in [*chunks, last]}) == 1
+        assert last["choices"] == []
+        assert last["usage"]["completion_tokens"] == 12
+        assert last["usage"]["prompt_tokens"] == 10
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_one_sample_that_fails_ends_all(run: Run, stream: bool) -> None:
-    async def test() -> None:
-        async with staged(*pair()) as stage:
-            stage.decode.script = Script(status=400, message="no")
-            status, answer = await stage.post("/v1/chat/completions", {**CHAT, "n": 2, "stream": stream})
-            assert (status, answer["error"]["message"]) == (400, "no")
-
-    run(test())
+async def test_one_sample_that_fails_ends_all(stream: bool) -> None:
+    async with staged(*pair()) as stage:
+        stage.decode.script = Script(status=400, message="no")
+        status, answer = await stage.post("/v1/chat/completions", {**CHAT, "n": 2, "stream": stream})
+        assert (status, answer["error"]["message"]) == (400, "no")
 
 
-def test_a_colocated_server_does_it_itself(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker(Role.COLOCATED)) as stage:
-            await stage.post("/v1/chat/completions", {**CHAT, "n": 3})
-            (received,) = stage.colocated.requests
-            assert received.body["n"] == 3
-            assert "bootstrap_room" not in received.body
-
-    run(test())
+async def test_a_colocated_server_does_it_itself() -> None:
+    async with staged(FakeWorker(Role.COLOCATED)) as stage:
+        await stage.post("/v1/chat/completions", {**CHAT, "n": 3})
+        (received,) = stage.colocated.requests
+        assert received.body["n"] == 3
+        assert "bootstrap_room" not in received.body

@@ -2,22 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
-from typing import Any
-
 import pytest
 
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.instance import Facts, Instance, Snapshot
+from memserve.router.cluster.instance import ClusterSnapshot, Instance, ServerInfo
 from memserve.router.observability.metrics import RouterMetrics
-from memserve.router.proxy.recovery import Resumer
-from memserve.router.proxy.relay import MAX_EVENT_BYTES, Outlet
-from memserve.router.proxy.stream_state import Transcript
-from memserve.router.request import Api, Call
+from memserve.router.proxy.recovery import StreamRecovery
+from memserve.router.proxy.relay import MAX_EVENT_BYTES, ResumableStream
+from memserve.router.proxy.stream_state import StreamState
+from memserve.router.request import Api, GenerationRequest
 from memserve.router.tokenization.tokenizers import Tokenizers
 from memserve.wire.messages import Role
-
-Run = Callable[[Coroutine[Any, Any, None]], None]
 
 
 class _Kept:
@@ -35,30 +30,29 @@ class _Kept:
 @pytest.mark.parametrize(
     "stream", [b"data: 1\r\n\r\ndata: 2\r\n\r\n", b"data: " + b"x" * 2 * MAX_EVENT_BYTES, b"data: 1"]
 )
-def test_events_of_another_kind_are_handed_on_as_they_come(run: Run, stream: bytes) -> None:
-    async def test() -> None:
-        client = _Kept()
-        call = Call(Api.GENERATE, {}, "me", False, ("me",), None, 1, None)
-        outlet = Outlet(client, Transcript(call))
-        for start in range(0, len(stream), 1 << 16):
-            await outlet.write(stream[start : start + (1 << 16)])
-        assert outlet.transcript is None or len(stream) < 10
-        await outlet.end()
-        assert b"".join(client.chunks) == stream
-
-    run(test())
+async def test_events_of_another_kind_are_handed_on_as_they_come(stream: bytes) -> None:
+    client = _Kept()
+    call = GenerationRequest(Api.GENERATE, {}, "me", False, ("me",), None, 1, None)
+    outlet = ResumableStream(client, StreamState(call))
+    for start in range(0, len(stream), 1 << 16):
+        await outlet.write(stream[start : start + (1 << 16)])
+    assert outlet.transcript is None or len(stream) < 10
+    await outlet.end()
+    assert b"".join(client.chunks) == stream
 
 
 def test_a_stream_of_a_deterministic_server_is_continued_by_another() -> None:
-    def ready(*deterministic: bool) -> Snapshot:
-        return Snapshot.of(
+    def ready(*deterministic: bool) -> ClusterSnapshot:
+        return ClusterSnapshot.of(
             Instance(InstanceId(str(n)), Epoch(1), Role.COLOCATED, "http://a:1", None, facts)
             for n, one in enumerate(deterministic)
-            for facts in [Facts("m", "/m", is_deterministic=one)]
+            for facts in [ServerInfo("m", "/m", is_deterministic=one)]
         )
 
-    call = Call(Api.GENERATE, {"text": "x", "sampling_params": {}}, "me", False, ("me",), None, 1, None)
-    resumer = Resumer(Tokenizers(None), RouterMetrics(), is_on=True)
+    call = GenerationRequest(
+        Api.GENERATE, {"text": "x", "sampling_params": {}}, "me", False, ("me",), None, 1, None
+    )
+    resumer = StreamRecovery(Tokenizers(None), RouterMetrics(), is_on=True)
     assert resumer.outlet(call, _Kept(), ready(True, True)).transcript is not None
     for servers in (ready(), ready(True, False), ready(False)):
         assert resumer.outlet(call, _Kept(), servers).transcript is None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 import pytest
@@ -14,8 +14,6 @@ from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
 
 from ..harness import Stage, pair, staged
-
-Run = Callable[[Coroutine[Any, Any, None]], None]
 
 WITHIN_S = 0.05
 ATTEMPTS = 5
@@ -51,22 +49,19 @@ async def ends_s(happens: Callable[[], Awaitable[Any]], *workers: FakeWorker) ->
 @pytest.mark.parametrize("num_tokens", [0, 1])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("failing", ROLES)
-def test_the_other_leg_ends_with_the_one_that_is_lost(
-    run: Run, failing: Role, stream: bool, num_tokens: int
+async def test_the_other_leg_ends_with_the_one_that_is_lost(
+    failing: Role, stream: bool, num_tokens: int
 ) -> None:
-    async def test() -> None:
-        took_s = []
-        for _ in range(ATTEMPTS):
-            async with staged(*pair(), retry_max_retries=0) as stage:
-                asked = await under_way(stage, stream=stream, num_tokens=num_tokens)
-                bad, good = stage.workers[failing][0], stage.workers[_other(failing)][0]
-                took_s.append(await ends_s(bad.kill, good))
-                await asyncio.gather(asked, return_exceptions=True)
-            if took_s[-1] <= WITHIN_S:
-                return
-        pytest.fail(f"the other leg ended after {min(took_s) * 1000:.0f} ms at best")
-
-    run(test())
+    took_s = []
+    for _ in range(ATTEMPTS):
+        async with staged(*pair(), retry_max_retries=0) as stage:
+            asked = await under_way(stage, stream=stream, num_tokens=num_tokens)
+            bad, good = stage.workers[failing][0], stage.workers[_other(failing)][0]
+            took_s.append(await ends_s(bad.kill, good))
+            await asyncio.gather(asked, return_exceptions=True)
+        if took_s[-1] <= WITHIN_S:
+            return
+    pytest.fail(f"the other leg ended after {min(took_s) * 1000:.0f} ms at best")
 
 
 class _Refusing(FakeWorker):
@@ -82,46 +77,40 @@ class _Refusing(FakeWorker):
 
 @pytest.mark.parametrize("status", [400, 500])
 @pytest.mark.parametrize("failing", ROLES)
-def test_the_other_leg_ends_with_the_one_that_refuses(run: Run, failing: Role, status: int) -> None:
-    async def test() -> None:
-        took_s = []
-        bad, good = _Refusing(failing), FakeWorker(_other(failing))
-        bad.status = status
-        async with staged(bad, good, retry_max_retries=0) as stage:
-            for _ in range(ATTEMPTS):
-                bad.refuses = asyncio.Event()
-                asked = await under_way(stage, stream=False)
+async def test_the_other_leg_ends_with_the_one_that_refuses(failing: Role, status: int) -> None:
+    took_s = []
+    bad, good = _Refusing(failing), FakeWorker(_other(failing))
+    bad.status = status
+    async with staged(bad, good, retry_max_retries=0) as stage:
+        for _ in range(ATTEMPTS):
+            bad.refuses = asyncio.Event()
+            asked = await under_way(stage, stream=False)
 
-                async def refuses() -> None:
-                    bad.refuses.set()
+            async def refuses() -> None:
+                bad.refuses.set()
 
-                took_s.append(await ends_s(refuses, good))
-                assert (await asked)[0] >= 400
-                if took_s[-1] <= WITHIN_S:
-                    return
-        pytest.fail(f"the other leg ended after {min(took_s) * 1000:.0f} ms at best")
-
-    run(test())
+            took_s.append(await ends_s(refuses, good))
+            assert (await asked)[0] >= 400
+            if took_s[-1] <= WITHIN_S:
+                return
+    pytest.fail(f"the other leg ended after {min(took_s) * 1000:.0f} ms at best")
 
 
 @pytest.mark.parametrize("num_tokens", [0, 1])
 @pytest.mark.parametrize("stream", [False, True])
-def test_a_client_that_leaves_frees_both_legs(run: Run, stream: bool, num_tokens: int) -> None:
-    async def test() -> None:
-        took_s = []
-        async with staged(*pair()) as stage:
-            for _ in range(ATTEMPTS):
-                asked = await under_way(stage, stream=stream, num_tokens=num_tokens)
+async def test_a_client_that_leaves_frees_both_legs(stream: bool, num_tokens: int) -> None:
+    took_s = []
+    async with staged(*pair()) as stage:
+        for _ in range(ATTEMPTS):
+            asked = await under_way(stage, stream=stream, num_tokens=num_tokens)
 
-                async def leaves(asked: asyncio.Task[Any] = asked) -> None:
-                    asked.cancel()
+            async def leaves(asked: asyncio.Task[Any] = asked) -> None:
+                asked.cancel()
 
-                took_s.append(await ends_s(leaves, stage.prefill, stage.decode))
-                if took_s[-1] <= WITHIN_S:
-                    return
-        pytest.fail(f"the legs ended after {min(took_s) * 1000:.0f} ms at best")
-
-    run(test())
+            took_s.append(await ends_s(leaves, stage.prefill, stage.decode))
+            if took_s[-1] <= WITHIN_S:
+                return
+    pytest.fail(f"the legs ended after {min(took_s) * 1000:.0f} ms at best")
 
 
 def _other(role: Role) -> Role:

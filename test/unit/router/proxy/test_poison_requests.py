@@ -5,14 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import json
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import pytest
 
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.errors import LegFailed, LegLost, WorkerFault
-from memserve.router.proxy.retry import harmed
+from memserve.router.errors import UpstreamDisconnected, UpstreamError, UpstreamFault
+from memserve.router.proxy.retry import find_poison
 from memserve.router.tokenization.tokenizers import Tokenizers
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
@@ -21,13 +20,11 @@ from memserve.wire.messages import Role
 from ..harness import info_of, staged
 from .retry_harness import Ask, metric
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
-
 GREEDY = {"temperature": 0}
 
 
-def lost(name: str, role: str = "decode", *, was_sent: bool = True) -> WorkerFault:
-    return LegLost(InstanceId(name), Epoch(1), role, "gone", was_sent=was_sent)
+def lost(name: str, role: str = "decode", *, was_sent: bool = True) -> UpstreamFault:
+    return UpstreamDisconnected(InstanceId(name), Epoch(1), role, "gone", was_sent=was_sent)
 
 
 @pytest.mark.parametrize(
@@ -39,64 +36,55 @@ def lost(name: str, role: str = "decode", *, was_sent: bool = True) -> WorkerFau
         ([lost("a"), lost("b", was_sent=False)], False),
         ([lost("a"), lost("b", "prefill")], False),
         ([lost("a"), lost("b", "prefill"), lost("c", "prefill")], True),
-        ([lost("a"), LegFailed(InstanceId("b"), "decode", 500, "")], False),
+        ([lost("a"), UpstreamError(InstanceId("b"), "decode", 500, "")], False),
     ],
 )
-def test_two_of_one_role_are_enough(faults: list[WorkerFault], is_harmful: bool) -> None:
-    assert (harmed(faults) is not None) is is_harmful
+def test_two_of_one_role_are_enough(faults: list[UpstreamFault], is_harmful: bool) -> None:
+    assert (find_poison(faults) is not None) is is_harmful
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE, Role.COLOCATED])
-def test_it_is_given_up_when_two_servers_were_lost_with_it(run: Run, role: Role, stream: bool) -> None:
-    async def test() -> None:
-        others = [FakeWorker(one) for one in (Role.PREFILL, Role.DECODE) if Role.COLOCATED not in (role, one)]
-        workers = [FakeWorker(role, script=Script(drop_before=0), is_mortal=True) for _ in range(4)]
-        others = [one for one in others if one.role is not role]
+async def test_it_is_given_up_when_two_servers_were_lost_with_it(role: Role, stream: bool) -> None:
+    others = [FakeWorker(one) for one in (Role.PREFILL, Role.DECODE) if Role.COLOCATED not in (role, one)]
+    workers = [FakeWorker(role, script=Script(drop_before=0), is_mortal=True) for _ in range(4)]
+    others = [one for one in others if one.role is not role]
+    for other in others:
+        other.script = Script(gates={0: asyncio.Event()})
+    async with staged(*others, *workers, retry_initial_backoff_ms=1) as stage:
+        status, answer = await Ask(stage, body={"text": "poison", "stream": stream}).task
+        error = json.loads(answer)["error"]
+        assert (status, error["retryable"], error["code"]) == (502, False, "request_ended_servers")
+        reached = [one for one in workers if one.requests]
+        assert len(reached) == 2
+        assert all(f"{role}-{one.port}" in error["message"] for one in reached)
+        assert await metric(stage, "memserve_router_harmful_total 1.0")
         for other in others:
-            other.script = Script(gates={0: asyncio.Event()})
-        async with staged(*others, *workers, retry_initial_backoff_ms=1) as stage:
-            status, answer = await Ask(stage, body={"text": "poison", "stream": stream}).task
-            error = json.loads(answer)["error"]
-            assert (status, error["retryable"], error["code"]) == (502, False, "request_ended_servers")
-            reached = [one for one in workers if one.requests]
-            assert len(reached) == 2
-            assert all(f"{role}-{one.port}" in error["message"] for one in reached)
-            assert await metric(stage, "memserve_router_harmful_total 1.0")
-            for other in others:
-                await other.until(lambda w: all(one.dropped for one in w.requests))
-
-    run(test())
+            await other.until(lambda w: all(one.dropped for one in w.requests))
 
 
-def test_a_stream_that_ends_two_servers_is_not_continued_on_a_third(run: Run) -> None:
-    async def test() -> None:
-        workers = [FakeWorker(script=Script(drop_before=1), is_mortal=True) for _ in range(3)]
-        async with staged(*workers, retry_initial_backoff_ms=1) as stage:
-            body = {"text": "poison", "stream": True, "sampling_params": GREEDY}
-            status, answer = await Ask(stage, body=body).task
-            error = json.loads(answer.strip().rpartition("data: ")[2])["error"]
-            assert (status, error["retryable"]) == (200, False)
-            assert sum(len(one.requests) for one in workers) == 2
-
-    run(test())
+async def test_a_stream_that_ends_two_servers_is_not_continued_on_a_third() -> None:
+    workers = [FakeWorker(script=Script(drop_before=1), is_mortal=True) for _ in range(3)]
+    async with staged(*workers, retry_initial_backoff_ms=1) as stage:
+        body = {"text": "poison", "stream": True, "sampling_params": GREEDY}
+        status, answer = await Ask(stage, body=body).task
+        error = json.loads(answer.strip().rpartition("data: ")[2])["error"]
+        assert (status, error["retryable"]) == (200, False)
+        assert sum(len(one.requests) for one in workers) == 2
 
 
-def test_servers_that_cannot_be_reached_are_no_proof(run: Run) -> None:
-    async def test() -> None:
-        workers = [FakeWorker() for _ in range(3)]
-        async with staged(*workers, policy="round_robin", retry_initial_backoff_ms=1) as stage:
-            for worker in workers[:2]:
-                await worker.kill()
-            for _ in range(2):
-                assert (await Ask(stage).task)[0] == 200
-            assert await metric(stage, "memserve_router_harmful_total 0.0")
-
-    run(test())
+async def test_servers_that_cannot_be_reached_are_no_proof() -> None:
+    workers = [FakeWorker() for _ in range(3)]
+    async with staged(*workers, policy="round_robin", retry_initial_backoff_ms=1) as stage:
+        for worker in workers[:2]:
+            await worker.kill()
+        for _ in range(2):
+            assert (await Ask(stage).task)[0] == 200
+        assert await metric(stage, "memserve_router_harmful_total 0.0")
 
 
 @pytest.mark.parametrize("is_heard", [False, True])
-def test_servers_that_live_on_were_not_ended_by_it(run: Run, is_heard: bool) -> None:
+async def test_servers_that_live_on_were_not_ended_by_it(is_heard: bool) -> None:
     """Their connections broke: they are found again by a probe, or say that they live."""
     requests = itertools.count()
 
@@ -108,33 +96,27 @@ def test_servers_that_live_on_were_not_ended_by_it(run: Run, is_heard: bool) -> 
             request.transport.abort()
             raise asyncio.CancelledError
 
-    async def test() -> None:
-        workers = [Cut() for _ in range(3)]
-        async with staged(*workers, retry_initial_backoff_ms=1) as stage:
-            ask = Ask(stage, body={"text": "hello"})
-            if is_heard:
-                await stage.until(lambda: sum(not one.healthy for one in workers) == 2)
-                for worker in workers:
-                    info = info_of(worker)
-                    stage.router.cluster.heartbeat(info.instance_id, info.epoch)
-            assert (await ask.task)[0] == 200
-            assert sum(len(one.requests) for one in workers) == 3
-            assert await metric(stage, "memserve_router_harmful_total 0.0")
-
-    run(test())
-
-
-def test_servers_of_which_nothing_is_heard_may_have_been_ended_by_it(run: Run) -> None:
-    async def test() -> None:
-        workers = [FakeWorker(script=Script(drop_before=0)) for _ in range(3)]
-        async with staged(*workers, retry_initial_backoff_ms=1, heartbeat_secs=0.3) as stage:
+    workers = [Cut() for _ in range(3)]
+    async with staged(*workers, retry_initial_backoff_ms=1) as stage:
+        ask = Ask(stage, body={"text": "hello"})
+        if is_heard:
+            await stage.until(lambda: sum(not one.healthy for one in workers) == 2)
             for worker in workers:
-                worker.healthy = False
-            status, answer = await Ask(stage, body={"text": "poison"}).task
-            assert (status, json.loads(answer)["error"]["code"]) == (502, "request_ended_servers")
-            assert sum(len(one.requests) for one in workers) == 2
+                info = info_of(worker)
+                stage.router.cluster.heartbeat(info.instance_id, info.epoch)
+        assert (await ask.task)[0] == 200
+        assert sum(len(one.requests) for one in workers) == 3
+        assert await metric(stage, "memserve_router_harmful_total 0.0")
 
-    run(test())
+
+async def test_servers_of_which_nothing_is_heard_may_have_been_ended_by_it() -> None:
+    workers = [FakeWorker(script=Script(drop_before=0)) for _ in range(3)]
+    async with staged(*workers, retry_initial_backoff_ms=1, heartbeat_secs=0.3) as stage:
+        for worker in workers:
+            worker.healthy = False
+        status, answer = await Ask(stage, body={"text": "poison"}).task
+        assert (status, json.loads(answer)["error"]["code"]) == (502, "request_ended_servers")
+        assert sum(len(one.requests) for one in workers) == 2
 
 
 class _Dying(FakeWorker):
@@ -147,40 +129,34 @@ class _Dying(FakeWorker):
         return await FakeWorker._answer(self, request, received)
 
 
-def test_what_ends_a_server_by_a_question_about_it_is_counted_too(
-    run: Run, monkeypatch: pytest.MonkeyPatch
+async def test_what_ends_a_server_by_a_question_about_it_is_counted_too(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     async def ids_of(self: Any, model: Any, text: str) -> list[int]:
         return [7] * 20
 
     monkeypatch.setattr(Tokenizers, "ids_of", ids_of)
 
-    async def test() -> None:
-        workers = [_Dying(script=Script(drop_before=1), is_mortal=True) for _ in range(3)]
-        async with staged(*workers, retry_initial_backoff_ms=1) as stage:
-            body = {"prompt": [1, 2], "max_tokens": 9, "stream": True, **GREEDY}
-            _, answer = await Ask(stage, "/v1/completions", body).task
-            error = json.loads(answer.strip().rpartition("data: ")[2])["error"]
-            assert (error["code"], error["retryable"]) == ("request_ended_servers", False)
-            assert sum(len(one.requests) for one in workers) == 2
-
-    run(test())
+    workers = [_Dying(script=Script(drop_before=1), is_mortal=True) for _ in range(3)]
+    async with staged(*workers, retry_initial_backoff_ms=1) as stage:
+        body = {"prompt": [1, 2], "max_tokens": 9, "stream": True, **GREEDY}
+        _, answer = await Ask(stage, "/v1/completions", body).task
+        error = json.loads(answer.strip().rpartition("data: ")[2])["error"]
+        assert (error["code"], error["retryable"]) == ("request_ended_servers", False)
+        assert sum(len(one.requests) for one in workers) == 2
 
 
-def test_servers_that_fall_silent_were_not_ended_by_it(run: Run) -> None:
-    async def test() -> None:
-        gate = asyncio.Event()
-        workers = [FakeWorker(Role.COLOCATED, script=Script(gates={0: gate})) for _ in range(3)]
-        async with staged(*workers, retry_initial_backoff_ms=1) as stage:
-            ask = Ask(stage, body={"text": "hello"})
-            silent: set[str] = set()
-            for _ in range(2):
-                await stage.until(lambda: any(one.requests and one.url not in silent for one in workers))
-                one = next(one for one in workers if one.requests and one.url not in silent)
-                silent.add(one.url)
-                stage.router.cluster.on_silent(one.url, "no heartbeat")
-            await stage.until(lambda: all(one.requests for one in workers))
-            gate.set()
-            assert (await ask.task)[0] == 200
-
-    run(test())
+async def test_servers_that_fall_silent_were_not_ended_by_it() -> None:
+    gate = asyncio.Event()
+    workers = [FakeWorker(Role.COLOCATED, script=Script(gates={0: gate})) for _ in range(3)]
+    async with staged(*workers, retry_initial_backoff_ms=1) as stage:
+        ask = Ask(stage, body={"text": "hello"})
+        silent: set[str] = set()
+        for _ in range(2):
+            await stage.until(lambda: any(one.requests and one.url not in silent for one in workers))
+            one = next(one for one in workers if one.requests and one.url not in silent)
+            silent.add(one.url)
+            stage.router.cluster.on_silent(one.url, "no heartbeat")
+        await stage.until(lambda: all(one.requests for one in workers))
+        gate.set()
+        assert (await ask.task)[0] == 200

@@ -11,7 +11,7 @@ from msgspec import structs
 
 from memserve.router.proxy.proof import num_proven, question
 from memserve.router.proxy.recovery_policy import openai_text, resumption
-from memserve.router.request import Api, Call
+from memserve.router.request import Api, GenerationRequest
 
 from .greedy_server import GreedyServer
 from .recovery_harness import LETTERS, PROMPT, SERVER, TOKENIZER, openai, proven, seen_of, tokens_of
@@ -56,7 +56,7 @@ def test_openai_answers_that_look_back_are_done_again(field: Any) -> None:
     assert openai_text(call, seen) is None
 
 
-def answer_to(asked: Call, likeliest: Sequence[int]) -> bytes:
+def answer_to(asked: GenerationRequest, likeliest: Sequence[int]) -> bytes:
     """As SGLang: for the last token of the prompt before, and each that follows."""
     ids: Any = asked.body["input_ids"]
     start: Any = asked.body["logprob_start_len"]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
 from dataclasses import replace
 from typing import Any
 
@@ -19,8 +18,6 @@ from memserve.wire.messages import Role
 
 from ..harness import Stage, staged
 from .retry_harness import Ask, metric, texts
-
-Run = Callable[[Coroutine[Any, Any, None]], None]
 
 TOKENS = ("One", " two", " three", " four", " five")
 SAID = "".join(TOKENS)
@@ -66,27 +63,24 @@ def held(stage: Stage, role: Role, token: int = 2) -> asyncio.Event:
 
 @pytest.mark.parametrize("role", [Role.COLOCATED, Role.DECODE])
 @pytest.mark.parametrize(("path", "body", "num_answers"), BODIES)
-def test_another_instance_goes_on(
-    run: Run, path: str, body: dict[str, Any], num_answers: int, role: Role
+async def test_another_instance_goes_on(
+    path: str, body: dict[str, Any], num_answers: int, role: Role
 ) -> None:
-    async def test() -> None:
-        async with staged(*team(role)) as stage:
-            undisturbed = await Ask(stage, path, {**body, "stream": True}).task
-            hold = held(stage, role)
-            ask = Ask(stage, path, {**body, "stream": True})
-            await broken(stage, ask, role, hold)
-            status, answer = await ask.task
-            assert status == 200
-            assert texts(answer, True) == texts(undisturbed[1], True)
-            if role is Role.DECODE:  # the fake has no n
-                assert texts(answer, True) == [SAID] * num_answers
-            assert '"error"' not in answer
-            assert len(set(_names(answer))) == len(set(_names(undisturbed[1]))), "it keeps its name"
-            assert ("usage" in answer) == ("usage" in undisturbed[1])
-            assert await metric(stage, 'memserve_router_resumed_total{outcome="repeated"} 1.0')
-            assert await metric(stage, 'memserve_router_retries_total{reason="lost"} 1.0')
-
-    run(test())
+    async with staged(*team(role)) as stage:
+        undisturbed = await Ask(stage, path, {**body, "stream": True}).task
+        hold = held(stage, role)
+        ask = Ask(stage, path, {**body, "stream": True})
+        await broken(stage, ask, role, hold)
+        status, answer = await ask.task
+        assert status == 200
+        assert texts(answer, True) == texts(undisturbed[1], True)
+        if role is Role.DECODE:  # the fake has no n
+            assert texts(answer, True) == [SAID] * num_answers
+        assert '"error"' not in answer
+        assert len(set(_names(answer))) == len(set(_names(undisturbed[1]))), "it keeps its name"
+        assert ("usage" in answer) == ("usage" in undisturbed[1])
+        assert await metric(stage, 'memserve_router_resumed_total{outcome="repeated"} 1.0')
+        assert await metric(stage, 'memserve_router_retries_total{reason="lost"} 1.0')
 
 
 def _names(answer: str) -> list[str]:
@@ -94,34 +88,31 @@ def _names(answer: str) -> list[str]:
     return [item["id"] if "id" in item else item["meta_info"]["id"] for item in items]
 
 
-def test_tokens_that_are_known_are_not_generated_again(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_tokens_that_are_known_are_not_generated_again(monkeypatch: pytest.MonkeyPatch) -> None:
     def text_after(self: Any, model: Any, prompt: Any, ids: Any, *, skips_special: bool) -> str:
         return "".join(TOKENS[one - FIRST_ID] for one in ids)
 
     monkeypatch.setattr(Tokenizers, "text_after", text_after)
 
-    async def test() -> None:
-        async with staged(*team(Role.DECODE)) as stage:
-            hold = held(stage, Role.DECODE)
-            params = {**GREEDY, "max_new_tokens": 5}
-            ask = Ask(stage, body={"input_ids": [1, 2, 3], "sampling_params": params, "stream": True})
-            other = await broken(stage, ask, Role.DECODE, hold)
-            _, answer = await ask.task
-            items = [json.loads(event[6:]) for event in answer.split("\n\n") if event.startswith("data: {")]
-            assert [item["text"] for item in items] == ["".join(TOKENS[: n + 1]) for n in range(5)]
-            assert [item["output_ids"] for item in items] == [
-                list(range(FIRST_ID, FIRST_ID + n + 1)) for n in range(5)
-            ]
-            metas = [item["meta_info"] for item in items]
-            assert [meta["completion_tokens"] for meta in metas] == [1, 2, 3, 4, 5]
-            assert {meta["prompt_tokens"] for meta in metas} == {SCRIPT.prompt_tokens}
-            (request,) = other.requests
-            assert request.body["input_ids"] == [1, 2, 3, FIRST_ID, FIRST_ID + 1]
-            assert request.body["sampling_params"]["max_new_tokens"] == 3
-            assert stage.prefill.requests[-1].body["input_ids"] == request.body["input_ids"]
-            assert await metric(stage, 'memserve_router_resumed_total{outcome="continued"} 1.0')
-
-    run(test())
+    async with staged(*team(Role.DECODE)) as stage:
+        hold = held(stage, Role.DECODE)
+        params = {**GREEDY, "max_new_tokens": 5}
+        ask = Ask(stage, body={"input_ids": [1, 2, 3], "sampling_params": params, "stream": True})
+        other = await broken(stage, ask, Role.DECODE, hold)
+        _, answer = await ask.task
+        items = [json.loads(event[6:]) for event in answer.split("\n\n") if event.startswith("data: {")]
+        assert [item["text"] for item in items] == ["".join(TOKENS[: n + 1]) for n in range(5)]
+        assert [item["output_ids"] for item in items] == [
+            list(range(FIRST_ID, FIRST_ID + n + 1)) for n in range(5)
+        ]
+        metas = [item["meta_info"] for item in items]
+        assert [meta["completion_tokens"] for meta in metas] == [1, 2, 3, 4, 5]
+        assert {meta["prompt_tokens"] for meta in metas} == {SCRIPT.prompt_tokens}
+        (request,) = other.requests
+        assert request.body["input_ids"] == [1, 2, 3, FIRST_ID, FIRST_ID + 1]
+        assert request.body["sampling_params"]["max_new_tokens"] == 3
+        assert stage.prefill.requests[-1].body["input_ids"] == request.body["input_ids"]
+        assert await metric(stage, 'memserve_router_resumed_total{outcome="continued"} 1.0')
 
 
 class _Proving(FakeWorker):
@@ -143,8 +134,8 @@ class _Proving(FakeWorker):
 
 @pytest.mark.parametrize(("doubts", "num_kept"), [(0, 2), (1, 1), (-1, 0)])
 @pytest.mark.parametrize("api", ["/v1/chat/completions", "/v1/completions"])
-def test_tokens_of_a_text_are_proven_before_they_are_kept(
-    run: Run, monkeypatch: pytest.MonkeyPatch, api: str, doubts: int, num_kept: int
+async def test_tokens_of_a_text_are_proven_before_they_are_kept(
+    monkeypatch: pytest.MonkeyPatch, api: str, doubts: int, num_kept: int
 ) -> None:
     def text_after(self: Any, model: Any, prompt: Any, ids: Any, *, skips_special: bool) -> str:
         return "".join(TOKENS[one - FIRST_ID] for one in ids)
@@ -156,65 +147,56 @@ def test_tokens_of_a_text_are_proven_before_they_are_kept(
     monkeypatch.setattr(Tokenizers, "ids_of", ids_of)
     monkeypatch.setattr(resuming, "LEAST_TOKENS", 1)
 
-    async def test() -> None:
-        async with staged(*team(Role.COLOCATED, _Proving)) as stage:
-            hold = held(stage, Role.COLOCATED)
-            asked: dict[str, Any] = {**GREEDY, "max_tokens": 5, "stream": True}
-            if api == "/v1/completions":
-                asked |= {"prompt": [1, 2, 3]}
-            else:
-                asked |= {"messages": CHAT["messages"], "input_ids": [1, 2, 3]}
-            for worker in stage.workers[Role.COLOCATED]:
-                worker.doubts = doubts  # type: ignore[attr-defined]
-            ask = Ask(stage, api, {**asked, "stream_options": {"include_usage": True}})
-            other = await broken(stage, ask, Role.COLOCATED, hold)
-            status, answer = await ask.task
-            assert (status, texts(answer, True)) == (200, [SAID])
-            question, going_on = (one.body for one in other.requests)
-            assert question["input_ids"] == [1, 2, 3, FIRST_ID, FIRST_ID + 1]
-            given = going_on.get("input_ids") or going_on["prompt"]
-            assert given == [1, 2, 3, FIRST_ID, FIRST_ID + 1][: 3 + num_kept]
-            assert going_on["max_tokens"] == 5 - num_kept
-            outcome = "continued" if num_kept else "repeated"
-            assert await metric(stage, f'memserve_router_resumed_total{{outcome="{outcome}"}} 1.0')
-
-    run(test())
+    async with staged(*team(Role.COLOCATED, _Proving)) as stage:
+        hold = held(stage, Role.COLOCATED)
+        asked: dict[str, Any] = {**GREEDY, "max_tokens": 5, "stream": True}
+        if api == "/v1/completions":
+            asked |= {"prompt": [1, 2, 3]}
+        else:
+            asked |= {"messages": CHAT["messages"], "input_ids": [1, 2, 3]}
+        for worker in stage.workers[Role.COLOCATED]:
+            worker.doubts = doubts  # type: ignore[attr-defined]
+        ask = Ask(stage, api, {**asked, "stream_options": {"include_usage": True}})
+        other = await broken(stage, ask, Role.COLOCATED, hold)
+        status, answer = await ask.task
+        assert (status, texts(answer, True)) == (200, [SAID])
+        question, going_on = (one.body for one in other.requests)
+        assert question["input_ids"] == [1, 2, 3, FIRST_ID, FIRST_ID + 1]
+        given = going_on.get("input_ids") or going_on["prompt"]
+        assert given == [1, 2, 3, FIRST_ID, FIRST_ID + 1][: 3 + num_kept]
+        assert going_on["max_tokens"] == 5 - num_kept
+        outcome = "continued" if num_kept else "repeated"
+        assert await metric(stage, f'memserve_router_resumed_total{{outcome="{outcome}"}} 1.0')
 
 
 @pytest.mark.parametrize(
     ("settings", "params", "reason"),
     [({}, {"temperature": 0.7}, "it is sampled"), ({"resume": "never"}, GREEDY, "--resume never")],
 )
-def test_a_stream_that_cannot_go_on_ends_with_the_reason(
-    run: Run, settings: Any, params: Any, reason: str
+async def test_a_stream_that_cannot_go_on_ends_with_the_reason(
+    settings: Any, params: Any, reason: str
 ) -> None:
-    async def test() -> None:
-        async with staged(*team(Role.DECODE), **settings) as stage:
-            hold = held(stage, Role.DECODE)
-            ask = Ask(stage, body={"text": "hello", "sampling_params": params, "stream": True})
-            other = await broken(stage, ask, Role.DECODE, hold)
-            _, answer = await ask.task
-            error = json.loads(answer.strip().rpartition("data: ")[2])["error"]
-            assert error["retryable"] is True
-            assert reason in error["message"]
-            assert "was lost" in error["message"]
-            assert not other.requests
-            assert await metric(stage, 'memserve_router_resumed_total{outcome="refused"} 1.0')
-
-    run(test())
+    async with staged(*team(Role.DECODE), **settings) as stage:
+        hold = held(stage, Role.DECODE)
+        ask = Ask(stage, body={"text": "hello", "sampling_params": params, "stream": True})
+        other = await broken(stage, ask, Role.DECODE, hold)
+        _, answer = await ask.task
+        error = json.loads(answer.strip().rpartition("data: ")[2])["error"]
+        assert error["retryable"] is True
+        assert reason in error["message"]
+        assert "was lost" in error["message"]
+        assert not other.requests
+        assert await metric(stage, 'memserve_router_resumed_total{outcome="refused"} 1.0')
 
 
-def test_a_stream_may_break_more_than_once(run: Run) -> None:
-    async def test() -> None:
-        workers = [_Failing(script=SCRIPT), _Failing(script=SCRIPT), FakeWorker(script=SCRIPT)]
-        async with staged(*workers, policy="round_robin", retry_initial_backoff_ms=1) as stage:
-            for number, worker in enumerate(workers[:2], start=2):
-                worker.fails_before = number
-            while not all(one.requests for one in workers):
-                status, answer = await Ask(stage, body={**NATIVE, "stream": True}).task
-                assert (status, texts(answer, True)) == (200, [SAID])
-
-    run(test())
+async def test_a_stream_may_break_more_than_once() -> None:
+    workers = [_Failing(script=SCRIPT), _Failing(script=SCRIPT), FakeWorker(script=SCRIPT)]
+    async with staged(*workers, policy="round_robin", retry_initial_backoff_ms=1) as stage:
+        for number, worker in enumerate(workers[:2], start=2):
+            worker.fails_before = number
+        while not all(one.requests for one in workers):
+            status, answer = await Ask(stage, body={**NATIVE, "stream": True}).task
+            assert (status, texts(answer, True)) == (200, [SAID])
 
 
 class _Failing(FakeWorker):
@@ -241,23 +223,20 @@ class _Failing(FakeWorker):
 
 @pytest.mark.parametrize("is_greedy", [True, False])
 @pytest.mark.parametrize(("path", "body"), [("/generate", NATIVE), ("/v1/chat/completions", CHAT)])
-def test_an_error_inside_a_stream_is_no_answer(run: Run, path: str, body: Any, is_greedy: bool) -> None:
-    async def test() -> None:
-        workers = [_Failing(script=SCRIPT), FakeWorker(script=SCRIPT)]
-        if not is_greedy:
-            sampled = {**body, "temperature": 1, "sampling_params": {}, "stream": True}
-        async with staged(*workers, policy="round_robin") as stage:
-            while not workers[0].requests:
-                asked = {**body, "stream": True} if is_greedy else sampled
-                _, answer = await Ask(stage, path, asked).task
-            if is_greedy:
-                assert texts(answer, True) == [SAID]
-                assert await metric(stage, 'memserve_router_retries_total{reason="failed"} 1.0')
-            else:
-                error = json.loads(answer.strip().rpartition("data: ")[2])["error"]
-                assert (error["retryable"], "out of luck" in error["message"]) == (True, True)
-
-    run(test())
+async def test_an_error_inside_a_stream_is_no_answer(path: str, body: Any, is_greedy: bool) -> None:
+    workers = [_Failing(script=SCRIPT), FakeWorker(script=SCRIPT)]
+    if not is_greedy:
+        sampled = {**body, "temperature": 1, "sampling_params": {}, "stream": True}
+    async with staged(*workers, policy="round_robin") as stage:
+        while not workers[0].requests:
+            asked = {**body, "stream": True} if is_greedy else sampled
+            _, answer = await Ask(stage, path, asked).task
+        if is_greedy:
+            assert texts(answer, True) == [SAID]
+            assert await metric(stage, 'memserve_router_retries_total{reason="failed"} 1.0')
+        else:
+            error = json.loads(answer.strip().rpartition("data: ")[2])["error"]
+            assert (error["retryable"], "out of luck" in error["message"]) == (True, True)
 
 
 class _Cutting(FakeWorker):
@@ -274,48 +253,39 @@ class _Cutting(FakeWorker):
 
 
 @pytest.mark.parametrize("is_greedy", [True, False])
-def test_a_client_gets_whole_events_only(run: Run, is_greedy: bool) -> None:
-    async def test() -> None:
-        workers = [_Cutting(script=SCRIPT), FakeWorker(script=SCRIPT)]
-        params = GREEDY if is_greedy else {}
-        async with staged(*workers, policy="round_robin") as stage:
-            while not workers[0].requests:
-                _, answer = await Ask(
-                    stage, body={"text": "hello", "stream": True, "sampling_params": params}
-                ).task
-            events = [event for event in answer.split("\n\n") if event]
-            assert all(event == "data: [DONE]" or json.loads(event[6:]) for event in events)
-            assert ('"error"' in answer) is not is_greedy
-
-    run(test())
+async def test_a_client_gets_whole_events_only(is_greedy: bool) -> None:
+    workers = [_Cutting(script=SCRIPT), FakeWorker(script=SCRIPT)]
+    params = GREEDY if is_greedy else {}
+    async with staged(*workers, policy="round_robin") as stage:
+        while not workers[0].requests:
+            _, answer = await Ask(
+                stage, body={"text": "hello", "stream": True, "sampling_params": params}
+            ).task
+        events = [event for event in answer.split("\n\n") if event]
+        assert all(event == "data: [DONE]" or json.loads(event[6:]) for event in events)
+        assert ('"error"' in answer) is not is_greedy
 
 
-def test_an_answer_that_lacks_only_its_end_is_ended(run: Run) -> None:
-    async def test() -> None:
-        async with staged(*team(Role.COLOCATED)) as stage:
-            workers = stage.workers[Role.COLOCATED]
-            for worker in workers:
-                worker.script = replace(SCRIPT, drop_before=len(TOKENS))
-            status, answer = await Ask(stage, body={**NATIVE, "stream": True}).task
-            assert (status, texts(answer, True)) == (200, [SAID])
-            assert sum(len(one.requests) for one in workers) == 1
-
-    run(test())
+async def test_an_answer_that_lacks_only_its_end_is_ended() -> None:
+    async with staged(*team(Role.COLOCATED)) as stage:
+        workers = stage.workers[Role.COLOCATED]
+        for worker in workers:
+            worker.script = replace(SCRIPT, drop_before=len(TOKENS))
+        status, answer = await Ask(stage, body={**NATIVE, "stream": True}).task
+        assert (status, texts(answer, True)) == (200, [SAID])
+        assert sum(len(one.requests) for one in workers) == 1
 
 
-def test_a_stream_that_nobody_is_left_to_continue_ends_with_the_error(run: Run) -> None:
-    async def test() -> None:
-        workers = [FakeWorker(Role.PREFILL, script=SCRIPT), FakeWorker(Role.DECODE, script=SCRIPT)]
-        async with staged(*workers) as stage:
-            held(stage, Role.DECODE)
-            ask = Ask(stage, body={**NATIVE, "stream": True})
-            await stage.decode.until(lambda w: w.requests and w.requests[0].num_sent == 2)
-            await stage.until(ask.begun.is_set)
-            await stage.decode.kill()
-            _, answer = await asyncio.wait_for(ask.task, 2.0)
-            error = json.loads(answer.strip().rpartition("data: ")[2])["error"]
-            assert (error["retryable"], "decode" in error["message"]) == (True, True)
-            assert not stage.router.state.cluster.snapshot.decodes
-            await stage.prefill.until(lambda w: all(one.finished or one.dropped for one in w.requests))
-
-    run(test())
+async def test_a_stream_that_nobody_is_left_to_continue_ends_with_the_error() -> None:
+    workers = [FakeWorker(Role.PREFILL, script=SCRIPT), FakeWorker(Role.DECODE, script=SCRIPT)]
+    async with staged(*workers) as stage:
+        held(stage, Role.DECODE)
+        ask = Ask(stage, body={**NATIVE, "stream": True})
+        await stage.decode.until(lambda w: w.requests and w.requests[0].num_sent == 2)
+        await stage.until(ask.begun.is_set)
+        await stage.decode.kill()
+        _, answer = await asyncio.wait_for(ask.task, 2.0)
+        error = json.loads(answer.strip().rpartition("data: ")[2])["error"]
+        assert (error["retryable"], "decode" in error["message"]) == (True, True)
+        assert not stage.router.state.cluster.snapshot.decodes
+        await stage.prefill.until(lambda w: all(one.finished or one.dropped for one in w.requests))

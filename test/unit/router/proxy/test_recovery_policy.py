@@ -21,9 +21,9 @@ from memserve.router.proxy.recovery_policy import (
     resumption,
     why_not,
 )
-from memserve.router.proxy.stream_splicer import Diverged, Kept
-from memserve.router.proxy.stream_state import Transcript
-from memserve.router.request import Api, Call
+from memserve.router.proxy.stream_splicer import AcceptedPrefix, Diverged
+from memserve.router.proxy.stream_state import StreamState
+from memserve.router.request import Api, GenerationRequest
 
 from .greedy_server import GreedyServer
 from .recovery_harness import (
@@ -41,9 +41,9 @@ from .recovery_harness import (
 )
 
 
-def told(call: Call, events: Sequence[bytes]) -> Any:
+def told(call: GenerationRequest, events: Sequence[bytes]) -> Any:
     """What a client makes of whole events: each choice's text, ids, end; and what it was charged."""
-    transcript = Transcript(call)
+    transcript = StreamState(call)
     for event in events:
         transcript.note(event)
     seen = transcript.seen()
@@ -58,7 +58,7 @@ def told(call: Call, events: Sequence[bytes]) -> Any:
 
 def broken(
     server: GreedyServer,
-    call: Call,
+    call: GenerationRequest,
     cuts: Sequence[tuple[int, Sequence[int]]],
     last: Sequence[int],
     *,
@@ -66,7 +66,7 @@ def broken(
 ) -> tuple[list[bytes], list[int]]:
     """What a client gets if servers leave it after so many events each; and what each next one kept."""
     got, num_kept = list[bytes](), list[int]()
-    transcript, asked, rewrite = Transcript(call), call, None
+    transcript, asked, rewrite = StreamState(call), call, None
     for count, groups in [*cuts, (1 << 30, last)]:
         prompt: Any = asked.body.get("input_ids") or asked.body.get("prompt") or PROMPT
         for event in server.stream(asked, prompt, groups)[:count]:
@@ -195,12 +195,14 @@ def test_half_a_character_is_not_kept() -> None:
     assert [half.endswith("�") for half in halves].count(True) >= 2, "a character of several tokens"
     kept = keep(ids[:-1], " ", [], lambda some: SERVER.text_after(PROMPT, some))
     assert kept.text in ("", " ")
-    assert keep(ids, " 🐍", [], lambda some: SERVER.text_after(PROMPT, some)) == Kept(tuple(ids), " 🐍")
+    assert keep(ids, " 🐍", [], lambda some: SERVER.text_after(PROMPT, some)) == AcceptedPrefix(
+        tuple(ids), " 🐍"
+    )
 
 
 def test_no_tokens_are_kept_whose_text_is_another() -> None:
-    assert keep([1, 2, 3], "abc", [], lambda ids: "x" * len(ids)) == Kept()
-    assert keep([1, 2, 3], "abc", [], lambda ids: "") == Kept(), "nobody knows"
+    assert keep([1, 2, 3], "abc", [], lambda ids: "x" * len(ids)) == AcceptedPrefix()
+    assert keep([1, 2, 3], "abc", [], lambda ids: "") == AcceptedPrefix(), "nobody knows"
 
 
 # ---- who is continued
@@ -227,7 +229,7 @@ def test_greedy_requests_can_be_continued(params: Any, reason: str | None) -> No
 def test_every_prompt_of_a_batch_has_to_be_greedy() -> None:
     params = [{"temperature": 0}, {"temperature": 0}]
     body = {"input_ids": [[1], [2]], "sampling_params": params}
-    call = Call(Api.GENERATE, body, "x", False, ("x", "y"), 2, 1, None)
+    call = GenerationRequest(Api.GENERATE, body, "x", False, ("x", "y"), 2, 1, None)
     assert why_not(call, is_deterministic=False) is None
     params[1]["temperature"] = 1
     assert why_not(call, is_deterministic=False) is SAMPLES
@@ -256,7 +258,7 @@ def test_a_client_that_has_it_all_is_only_told_the_end() -> None:
 
 
 @pytest.mark.parametrize("call", [native(presence_penalty=1), openai(Api.CHAT), openai(Api.COMPLETIONS)])
-def test_a_server_that_answers_differently_is_not_listened_to(call: Call) -> None:
+def test_a_server_that_answers_differently_is_not_listened_to(call: GenerationRequest) -> None:
     other = GreedyServer(TOKENIZER, SCRIPT[::-1])
     seen = seen_of(call, SERVER.stream(call, PROMPT, [1])[:8])
     rewrite = resumption(call, seen, Tokens(PROMPT)).continuation.rewrite
@@ -266,7 +268,7 @@ def test_a_server_that_answers_differently_is_not_listened_to(call: Call) -> Non
 
 
 @pytest.mark.parametrize("call", [native(presence_penalty=1), openai(Api.CHAT), openai(Api.COMPLETIONS)])
-def test_a_server_that_ends_too_soon_is_not_believed(call: Call) -> None:
+def test_a_server_that_ends_too_soon_is_not_believed(call: GenerationRequest) -> None:
     seen = seen_of(call, SERVER.stream(call, PROMPT, [1])[:20])
     short = native(max_new_tokens=3) if call.api is Api.GENERATE else openai(call.api, max_tokens=3)
     rewrite = resumption(call, seen, Tokens(PROMPT)).continuation.rewrite

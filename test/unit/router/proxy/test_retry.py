@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable, Coroutine
 from typing import Any
 
 import aiohttp
@@ -12,17 +11,15 @@ import pytest
 
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.breaker import BreakerState
-from memserve.router.cluster.instance import Facts, Instance, Snapshot
-from memserve.router.proxy.retry import Alias, Patience, choices, wait_s
-from memserve.router.request import Api, Call
+from memserve.router.cluster.instance import ClusterSnapshot, Instance, ServerInfo
+from memserve.router.proxy.retry import AttemptId, RetryPolicy, backoff_s, retry_candidates
+from memserve.router.request import Api, GenerationRequest
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
 
 from ..harness import Stage, staged
 from .retry_harness import Ask, metric, state, texts
-
-Run = Callable[[Coroutine[Any, Any, None]], None]
 
 LONG_MS = 60_000
 CHAT = {"messages": [{"role": "user", "content": "hello"}]}
@@ -40,39 +37,42 @@ BODIES = [
 # ---- the policy
 
 
-def patience(draw: float = 1.0, **settings: Any) -> Patience:
-    return Patience(**{"initial_backoff_s": 0.05, "max_backoff_s": 0.3, **settings}, draw=lambda: draw)
+def patience(draw: float = 1.0, **settings: Any) -> RetryPolicy:
+    return RetryPolicy(**{"initial_backoff_s": 0.05, "max_backoff_s": 0.3, **settings}, draw=lambda: draw)
 
 
 def test_backoffs_double_up_to_a_limit() -> None:
     forever = patience(max_retries=10_000)
-    assert [wait_s(forever, n, 9.0) for n in (1, 2, 3, 4, 9999)] == pytest.approx([0.05, 0.1, 0.2, 0.3, 0.3])
+    assert [backoff_s(forever, n, 9.0) for n in (1, 2, 3, 4, 9999)] == pytest.approx(
+        [0.05, 0.1, 0.2, 0.3, 0.3]
+    )
 
 
 def test_jitter_takes_up_to_half_of_it() -> None:
-    assert wait_s(patience(0.0), 1, 9.0) == pytest.approx(0.025)
-    assert wait_s(patience(0.5), 1, 9.0) == pytest.approx(0.0375)
+    assert backoff_s(patience(0.0), 1, 9.0) == pytest.approx(0.025)
+    assert backoff_s(patience(0.5), 1, 9.0) == pytest.approx(0.0375)
 
 
 def test_it_is_given_up_when_tries_or_time_are_over() -> None:
-    assert wait_s(patience(max_retries=3), 3, 9.0) is not None
-    assert wait_s(patience(max_retries=3), 4, 9.0) is None
-    assert wait_s(patience(max_retries=0), 1, 9.0) is None
-    assert wait_s(patience(), 1, 0.04) is None, "it would be over before"
+    assert backoff_s(patience(max_retries=3), 3, 9.0) is not None
+    assert backoff_s(patience(max_retries=3), 4, 9.0) is None
+    assert backoff_s(patience(max_retries=0), 1, 9.0) is None
+    assert backoff_s(patience(), 1, 0.04) is None, "it would be over before"
 
 
 def test_those_that_failed_are_chosen_last() -> None:
     names = [InstanceId(name) for name in "abc"]
     a, b, c = (
-        Instance(name, Epoch(1), Role.COLOCATED, f"http://{name}:1", None, Facts("m", "/m")) for name in names
+        Instance(name, Epoch(1), Role.COLOCATED, f"http://{name}:1", None, ServerInfo("m", "/m"))
+        for name in names
     )
-    got = [snapshot.colocated for snapshot in choices(Snapshot.of([a, b, c]), names[:2])]
+    got = [snapshot.colocated for snapshot in retry_candidates(ClusterSnapshot.of([a, b, c]), names[:2])]
     assert got == [(c,), (a, c), (a, b, c)]
 
 
 def test_an_alias_has_no_name_that_an_abort_of_the_old_one_could_mean() -> None:
-    call = Call(Api.GENERATE, {}, "x", True, ("x", "y"), 2, 1, None)
-    alias = Alias()
+    call = GenerationRequest(Api.GENERATE, {}, "x", True, ("x", "y"), 2, 1, None)
+    alias = AttemptId()
     named = alias.of(call)
     assert not any(new.startswith(old) for new in (named.rid, *named.rids) for old in call.rids)
     assert not named.rid_is_clients, "an abort of it may be repeated"
@@ -80,20 +80,17 @@ def test_an_alias_has_no_name_that_an_abort_of_the_old_one_could_mean() -> None:
     assert json.loads(alias.removed(answer)) == [{"id": rid, "text": 'say "x"'} for rid in call.rids]
 
 
-def test_an_alias_leaves_streams_however_they_are_cut(run: Run) -> None:
-    async def test() -> None:
-        alias, written = Alias(), list[bytes]()
+async def test_an_alias_leaves_streams_however_they_are_cut() -> None:
+    alias, written = AttemptId(), list[bytes]()
 
-        async def write(chunk: bytes) -> None:
-            written.append(chunk)
+    async def write(chunk: bytes) -> None:
+        written.append(chunk)
 
-        stream = b'data: {"id":"%sme"}\n\ndata: [DONE]\n\n' % alias.mark.encode()
-        write_own = alias.remover(write)
-        for i in range(len(stream)):
-            await write_own(stream[i : i + 1])
-        assert b"".join(written) == b'data: {"id":"me"}\n\ndata: [DONE]\n\n'
-
-    run(test())
+    stream = b'data: {"id":"%sme"}\n\ndata: [DONE]\n\n' % alias.mark.encode()
+    write_own = alias.remover(write)
+    for i in range(len(stream)):
+        await write_own(stream[i : i + 1])
+    assert b"".join(written) == b'data: {"id":"me"}\n\ndata: [DONE]\n\n'
 
 
 # ---- with workers
@@ -113,77 +110,68 @@ async def victim_of(stage: Stage, role: Role) -> FakeWorker:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
 @pytest.mark.parametrize(("path", "body"), BODIES)
-def test_another_pair_serves_what_a_killed_one_had(
-    run: Run, path: str, body: dict[str, Any], role: Role, stream: bool
+async def test_another_pair_serves_what_a_killed_one_had(
+    path: str, body: dict[str, Any], role: Role, stream: bool
 ) -> None:
-    async def test() -> None:
-        async with staged(*team()) as stage:
-            hold = asyncio.Event()
-            for worker in stage.workers[role]:
+    async with staged(*team()) as stage:
+        hold = asyncio.Event()
+        for worker in stage.workers[role]:
+            worker.script = Script(gates={0: hold})
+        if role is Role.PREFILL:  # as a real decode waits for its prefill
+            for worker in stage.workers[Role.DECODE]:
                 worker.script = Script(gates={0: hold})
-            if role is Role.PREFILL:  # as a real decode waits for its prefill
-                for worker in stage.workers[Role.DECODE]:
-                    worker.script = Script(gates={0: hold})
-            ask = Ask(stage, path, {**body, "stream": stream})
-            victim = await victim_of(stage, role)
-            await victim.kill()
-            await stage.until(lambda: any(w.requests for w in stage.workers[role] if w is not victim))
-            hold.set()
-            status, answer = await ask.task
-            assert status == 200, answer
-            assert ask.headers["x-memserve-attempts"] == "2"
-            expected = 1 if body in ({"text": "hello"}, CHAT) else 2
-            assert texts(answer, stream) == ["Hello, world"] * expected
-            assert await metric(stage, 'memserve_router_retries_total{reason="lost"} 1.0')
+        ask = Ask(stage, path, {**body, "stream": stream})
+        victim = await victim_of(stage, role)
+        await victim.kill()
+        await stage.until(lambda: any(w.requests for w in stage.workers[role] if w is not victim))
+        hold.set()
+        status, answer = await ask.task
+        assert status == 200, answer
+        assert ask.headers["x-memserve-attempts"] == "2"
+        expected = 1 if body in ({"text": "hello"}, CHAT) else 2
+        assert texts(answer, stream) == ["Hello, world"] * expected
+        assert await metric(stage, 'memserve_router_retries_total{reason="lost"} 1.0')
 
-            requests = [one for worker in stage.workers[Role.PREFILL] for one in worker.requests]
-            requests += [one for worker in stage.workers[Role.DECODE] for one in worker.requests]
-            names = {json.dumps(one.rids) for one in requests}
-            rooms = {json.dumps(one.body["bootstrap_room"]) for one in requests}
-            assert len(names) == len(rooms) >= 2, "each attempt is new to the servers"
-
-    run(test())
+        requests = [one for worker in stage.workers[Role.PREFILL] for one in worker.requests]
+        requests += [one for worker in stage.workers[Role.DECODE] for one in worker.requests]
+        names = {json.dumps(one.rids) for one in requests}
+        rooms = {json.dumps(one.body["bootstrap_room"]) for one in requests}
+        assert len(names) == len(rooms) >= 2, "each attempt is new to the servers"
 
 
-def test_both_legs_are_taken_back_before_it_is_done_again(run: Run) -> None:
-    async def test() -> None:
-        workers = [FakeWorker(Role.PREFILL), FakeWorker(Role.PREFILL), FakeWorker(Role.DECODE)]
-        async with staged(*workers) as stage:
-            hold = asyncio.Event()
-            for worker in workers:
-                worker.script = Script(gates={0: hold})
-            ask = Ask(stage)
-            victim = await victim_of(stage, Role.PREFILL)
-            await stage.decode.until(lambda w: w.requests)
-            await victim.kill()
-            await stage.decode.until(lambda w: len(w.requests) == 2)
-            first, second = stage.decode.requests
-            assert first.dropped
-            hold.set()
-            assert (await ask.task)[0] == 200
-            await stage.decode.until(lambda w: w.aborts)
-            assert not any(second.rids[0].startswith(rid) for rid in stage.decode.aborts)
-
-    run(test())
+async def test_both_legs_are_taken_back_before_it_is_done_again() -> None:
+    workers = [FakeWorker(Role.PREFILL), FakeWorker(Role.PREFILL), FakeWorker(Role.DECODE)]
+    async with staged(*workers) as stage:
+        hold = asyncio.Event()
+        for worker in workers:
+            worker.script = Script(gates={0: hold})
+        ask = Ask(stage)
+        victim = await victim_of(stage, Role.PREFILL)
+        await stage.decode.until(lambda w: w.requests)
+        await victim.kill()
+        await stage.decode.until(lambda w: len(w.requests) == 2)
+        first, second = stage.decode.requests
+        assert first.dropped
+        hold.set()
+        assert (await ask.task)[0] == 200
+        await stage.decode.until(lambda w: w.aborts)
+        assert not any(second.rids[0].startswith(rid) for rid in stage.decode.aborts)
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_an_answer_bears_the_clients_own_name(run: Run, stream: bool) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker(), FakeWorker(), policy="round_robin") as stage:
-            bad, good = stage.workers[Role.COLOCATED]
-            bad.script = Script(status=500)
-            while not bad.requests:
-                ask = Ask(stage, body={"text": ["a", "b"], "rid": ["x", "y"], "stream": stream})
-                status, answer = await ask.task
-                assert status == 200
-                assert {"x", "y"} == {
-                    word for word in ("x", "y", *good.requests[-1].rids) if f'"{word}"' in answer
-                }
-            assert [one.rids for one in bad.requests] == [["x", "y"]]
-            assert good.requests[-1].rids != ["x", "y"]
-
-    run(test())
+async def test_an_answer_bears_the_clients_own_name(stream: bool) -> None:
+    async with staged(FakeWorker(), FakeWorker(), policy="round_robin") as stage:
+        bad, good = stage.workers[Role.COLOCATED]
+        bad.script = Script(status=500)
+        while not bad.requests:
+            ask = Ask(stage, body={"text": ["a", "b"], "rid": ["x", "y"], "stream": stream})
+            status, answer = await ask.task
+            assert status == 200
+            assert {"x", "y"} == {
+                word for word in ("x", "y", *good.requests[-1].rids) if f'"{word}"' in answer
+            }
+        assert [one.rids for one in bad.requests] == [["x", "y"]]
+        assert good.requests[-1].rids != ["x", "y"]
 
 
 class _FailingInStream(FakeWorker):
@@ -198,122 +186,96 @@ class _FailingInStream(FakeWorker):
 
 
 @pytest.mark.parametrize("role", [Role.COLOCATED, Role.DECODE])
-def test_a_stream_that_fails_inside_a_200_is_done_again(run: Run, role: Role) -> None:
-    async def test() -> None:
-        workers = [_FailingInStream(role), FakeWorker(role)]
-        workers += [FakeWorker(Role.PREFILL)] if role is Role.DECODE else []
-        async with staged(*workers, policy="round_robin") as stage:
-            while not workers[0].requests:
-                status, answer = await Ask(stage, body={"text": "hello", "stream": True}).task
-                assert (status, texts(answer, True)) == (200, ["Hello, world"])
-            assert await metric(stage, 'memserve_router_retries_total{reason="failed"} 1.0')
-
-    run(test())
-
-
-def test_a_stream_that_has_begun_is_not_done_again(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker(), FakeWorker()) as stage:
-            workers = stage.workers[Role.COLOCATED]
-            for worker in workers:
-                worker.script = Script(drop_before=1)
+async def test_a_stream_that_fails_inside_a_200_is_done_again(role: Role) -> None:
+    workers = [_FailingInStream(role), FakeWorker(role)]
+    workers += [FakeWorker(Role.PREFILL)] if role is Role.DECODE else []
+    async with staged(*workers, policy="round_robin") as stage:
+        while not workers[0].requests:
             status, answer = await Ask(stage, body={"text": "hello", "stream": True}).task
-            assert (status, answer.count("data: ")) == (200, 2)
-            assert '"retryable":true' in answer
-            assert sum(len(one.requests) for one in workers) == 1
+            assert (status, texts(answer, True)) == (200, ["Hello, world"])
+        assert await metric(stage, 'memserve_router_retries_total{reason="failed"} 1.0')
 
-    run(test())
+
+async def test_a_stream_that_has_begun_is_not_done_again() -> None:
+    async with staged(FakeWorker(), FakeWorker()) as stage:
+        workers = stage.workers[Role.COLOCATED]
+        for worker in workers:
+            worker.script = Script(drop_before=1)
+        status, answer = await Ask(stage, body={"text": "hello", "stream": True}).task
+        assert (status, answer.count("data: ")) == (200, 2)
+        assert '"retryable":true' in answer
+        assert sum(len(one.requests) for one in workers) == 1
 
 
 @pytest.mark.parametrize("max_retries", [0, 3])
-def test_when_all_fail_the_last_error_tells_of_the_attempts(run: Run, max_retries: int) -> None:
-    async def test() -> None:
-        settings = {"retry_max_retries": max_retries, "retry_initial_backoff_ms": 1}
-        async with staged(FakeWorker(), FakeWorker(), **settings) as stage:
-            workers = stage.workers[Role.COLOCATED]
-            for worker in workers:
-                worker.script = Script(status=500, message="out of luck")
-            ask = Ask(stage)
+async def test_when_all_fail_the_last_error_tells_of_the_attempts(max_retries: int) -> None:
+    settings = {"retry_max_retries": max_retries, "retry_initial_backoff_ms": 1}
+    async with staged(FakeWorker(), FakeWorker(), **settings) as stage:
+        workers = stage.workers[Role.COLOCATED]
+        for worker in workers:
+            worker.script = Script(status=500, message="out of luck")
+        ask = Ask(stage)
+        status, answer = await ask.task
+        error = json.loads(answer)["error"]
+        assert (status, error["retryable"]) == (502, True)
+        assert "out of luck" in error["message"]
+        assert ("attempt 4" in error["message"]) is (max_retries == 3)
+        assert ask.headers.get("x-memserve-attempts") == ("4" if max_retries else None)
+        assert sum(len(one.requests) for one in workers) == max_retries + 1
+
+
+async def test_a_client_may_leave_while_the_next_attempt_is_waited_for() -> None:
+    settings = {"retry_initial_backoff_ms": LONG_MS, "retry_max_backoff_ms": LONG_MS}
+    async with staged(FakeWorker(), cb_failure_threshold=1, **settings) as stage:
+        stage.colocated.script = Script(status=500)
+        ask = Ask(stage)
+        await stage.until(lambda: state(stage, stage.colocated) is BreakerState.OPEN)
+        ask.task.cancel()
+        async with asyncio.timeout(5):
+            while not await metric(stage, 'requests_total{path="/generate",status="499"} 1.0'):
+                pass
+        assert len(stage.colocated.requests) == 1
+
+
+async def test_no_attempt_is_waited_for_that_would_come_too_late() -> None:
+    settings = {"retry_initial_backoff_ms": LONG_MS, "retry_max_backoff_ms": LONG_MS}
+    async with staged(FakeWorker(), request_timeout_secs=5.0, **settings) as stage:
+        stage.colocated.script = Script(status=500, message="out of luck")
+        status, answer = await asyncio.wait_for(Ask(stage).task, 2.0)
+        assert (status, "out of luck" in answer) == (502, True)
+
+
+async def test_the_time_of_a_request_is_for_all_its_attempts() -> None:
+    async with staged(FakeWorker(), FakeWorker(), request_timeout_secs=0.3, policy="round_robin") as stage:
+        bad, slow = stage.workers[Role.COLOCATED]
+        bad.script, slow.script = Script(status=500), Script(gates={0: asyncio.Event()})
+        asks = [Ask(stage), Ask(stage)]
+        for ask in asks:
             status, answer = await ask.task
-            error = json.loads(answer)["error"]
-            assert (status, error["retryable"]) == (502, True)
-            assert "out of luck" in error["message"]
-            assert ("attempt 4" in error["message"]) is (max_retries == 3)
-            assert ask.headers.get("x-memserve-attempts") == ("4" if max_retries else None)
-            assert sum(len(one.requests) for one in workers) == max_retries + 1
-
-    run(test())
+            assert (status, json.loads(answer)["error"]["retryable"]) == (504, True)
+        assert (len(bad.requests), len(slow.requests)) == (1, 2)
+        await slow.until(lambda w: all(one.dropped for one in w.requests))
 
 
-def test_a_client_may_leave_while_the_next_attempt_is_waited_for(run: Run) -> None:
-    async def test() -> None:
-        settings = {"retry_initial_backoff_ms": LONG_MS, "retry_max_backoff_ms": LONG_MS}
-        async with staged(FakeWorker(), cb_failure_threshold=1, **settings) as stage:
-            stage.colocated.script = Script(status=500)
-            ask = Ask(stage)
-            await stage.until(lambda: state(stage, stage.colocated) is BreakerState.OPEN)
-            ask.task.cancel()
-            async with asyncio.timeout(5):
-                while not await metric(stage, 'requests_total{path="/generate",status="499"} 1.0'):
-                    pass
-            assert len(stage.colocated.requests) == 1
-
-    run(test())
+async def test_the_only_worker_may_be_started_anew_meanwhile() -> None:
+    async with staged(FakeWorker(), retry_initial_backoff_ms=500) as stage:
+        worker = stage.colocated
+        worker.script = Script(gates={0: asyncio.Event()})
+        ask = Ask(stage)
+        await worker.until(lambda w: w.requests)
+        await worker.kill()
+        worker.script = Script()
+        await worker.start()
+        status, answer = await asyncio.wait_for(ask.task, 2.0)
+        assert (status, texts(answer, False)) == (200, ["Hello, world"])
 
 
-def test_no_attempt_is_waited_for_that_would_come_too_late(run: Run) -> None:
-    async def test() -> None:
-        settings = {"retry_initial_backoff_ms": LONG_MS, "retry_max_backoff_ms": LONG_MS}
-        async with staged(FakeWorker(), request_timeout_secs=5.0, **settings) as stage:
-            stage.colocated.script = Script(status=500, message="out of luck")
-            status, answer = await asyncio.wait_for(Ask(stage).task, 2.0)
-            assert (status, "out of luck" in answer) == (502, True)
-
-    run(test())
-
-
-def test_the_time_of_a_request_is_for_all_its_attempts(run: Run) -> None:
-    async def test() -> None:
-        async with staged(
-            FakeWorker(), FakeWorker(), request_timeout_secs=0.3, policy="round_robin"
-        ) as stage:
-            bad, slow = stage.workers[Role.COLOCATED]
-            bad.script, slow.script = Script(status=500), Script(gates={0: asyncio.Event()})
-            asks = [Ask(stage), Ask(stage)]
-            for ask in asks:
-                status, answer = await ask.task
-                assert (status, json.loads(answer)["error"]["retryable"]) == (504, True)
-            assert (len(bad.requests), len(slow.requests)) == (1, 2)
-            await slow.until(lambda w: all(one.dropped for one in w.requests))
-
-    run(test())
-
-
-def test_the_only_worker_may_be_started_anew_meanwhile(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker(), retry_initial_backoff_ms=500) as stage:
-            worker = stage.colocated
-            worker.script = Script(gates={0: asyncio.Event()})
-            ask = Ask(stage)
-            await worker.until(lambda w: w.requests)
-            await worker.kill()
-            worker.script = Script()
-            await worker.start()
-            status, answer = await asyncio.wait_for(ask.task, 2.0)
-            assert (status, texts(answer, False)) == (200, ["Hello, world"])
-
-    run(test())
-
-
-def test_nobody_is_kept_waiting_for_a_worker_that_stays_dead(run: Run) -> None:
-    async def test() -> None:
-        async with staged(FakeWorker()) as stage:
-            stage.colocated.script = Script(gates={0: asyncio.Event()})
-            ask = Ask(stage)
-            await stage.colocated.until(lambda w: w.requests)
-            await stage.colocated.kill()
-            status, answer = await asyncio.wait_for(ask.task, 1.0)
-            assert (status, "was lost" in answer) == (503, True)
-            assert "x-memserve-attempts" not in ask.headers
-
-    run(test())
+async def test_nobody_is_kept_waiting_for_a_worker_that_stays_dead() -> None:
+    async with staged(FakeWorker()) as stage:
+        stage.colocated.script = Script(gates={0: asyncio.Event()})
+        ask = Ask(stage)
+        await stage.colocated.until(lambda w: w.requests)
+        await stage.colocated.kill()
+        status, answer = await asyncio.wait_for(ask.task, 1.0)
+        assert (status, "was lost" in answer) == (503, True)
+        assert "x-memserve-attempts" not in ask.headers

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 
-from memserve.router.proxy.stream_state import FOLD_BYTES, MAX_BYTES, Transcript, Unreadable
+from memserve.router.proxy.stream_state import FOLD_BYTES, MAX_BYTES, StreamState, Unreadable
 from memserve.router.request import Api
 
 from .recovery_harness import PROMPT, SERVER, native, openai, seen_of
@@ -19,7 +19,7 @@ def test_a_long_stream_is_remembered_in_little_memory(incremental: bool) -> None
     call = native(max_new_tokens=900)
     events = server.stream(call, PROMPT, [1])
     assert sum(map(len, events)) > FOLD_BYTES
-    transcript = Transcript(call)
+    transcript = StreamState(call)
     for event in events:
         transcript.note(event)
         assert sum(map(len, transcript._chunks)) <= FOLD_BYTES + 4 * max(map(len, events))

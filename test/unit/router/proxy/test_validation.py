@@ -14,18 +14,18 @@ from hypothesis import strategies as st
 
 from memserve.core.errors import BadRequest
 from memserve.router.proxy.validation import Limits, read_body, read_call
-from memserve.router.request import Api, Call
+from memserve.router.request import Api, GenerationRequest
 from memserve.router.sglang_api import SAMPLING_FIELDS
 
 LIMITS = Limits(vocab_size=100, context_tokens=8)
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-def read(api: Api, body: dict[str, Any], limits: Limits = LIMITS) -> Call:
+def read(api: Api, body: dict[str, Any], limits: Limits = LIMITS) -> GenerationRequest:
     return read_call(api, body, limits, new_rid="new")
 
 
-def generate(**body: Any) -> Call:
+def generate(**body: Any) -> GenerationRequest:
     return read(Api.GENERATE, body)
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Coroutine
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,7 @@ import pytest
 from memserve.core.block_keys import Namespace, page_keys
 from memserve.core.ids import InstanceId
 from memserve.router.proxy.validation import Limits, read_call
-from memserve.router.request import Api, Call
+from memserve.router.request import Api, GenerationRequest
 from memserve.router.tokenization.prompts import (
     NO_PAGES,
     OUTPUT_TOKENS,
@@ -20,16 +19,15 @@ from memserve.router.tokenization.prompts import (
     output_tokens_of,
     session_of,
 )
-from memserve.router.tokenization.tokenizers import NOT_WANTED, OFF, Tokenizers, Unfit
+from memserve.router.tokenization.tokenizers import NOT_WANTED, OFF, TokenizerMismatch, Tokenizers
 
 from .token_harness import SglangServer, written_model
 
-Run = Callable[[Coroutine[Any, Any, None]], None]
 PAGE = 4
 A, B = InstanceId("a"), InstanceId("b")
 
 
-def call(body: dict[str, Any], api: Api = Api.GENERATE) -> Call:
+def call(body: dict[str, Any], api: Api = Api.GENERATE) -> GenerationRequest:
     return read_call(api, body, Limits(takes_empty_text=True), "rid")
 
 
@@ -54,78 +52,59 @@ async def admitted(server: SglangServer, model: Path, *names: InstanceId) -> Tok
     return tokenizers
 
 
-def test_a_text_becomes_the_servers_ids_and_their_keys(run: Run, server: SglangServer, model: Path) -> None:
-    async def test() -> None:
-        tokenizers = await admitted(server, model, A)
-        text = "The quick brown fox jumps over the lazy dog"
-        forwarded, prompt = await PromptReader(tokenizers).read(call({"text": text}), "m", PAGE, {})
-        ids = server.text_ids(text)
-        assert forwarded.body == {"input_ids": ids}
-        assert (prompt.num_tokens, prompt.unknown) == (len(ids), None)
-        assert [list(chain) for chain in prompt.chains] == [page_keys(ids, PAGE)]
-        assert tokenizers.reasons() == {}
-        tokenizers.close()
-
-    run(test())
+async def test_a_text_becomes_the_servers_ids_and_their_keys(server: SglangServer, model: Path) -> None:
+    tokenizers = await admitted(server, model, A)
+    text = "The quick brown fox jumps over the lazy dog"
+    forwarded, prompt = await PromptReader(tokenizers).read(call({"text": text}), "m", PAGE, {})
+    ids = server.text_ids(text)
+    assert forwarded.body == {"input_ids": ids}
+    assert (prompt.num_tokens, prompt.unknown) == (len(ids), None)
+    assert [list(chain) for chain in prompt.chains] == [page_keys(ids, PAGE)]
+    assert tokenizers.reasons() == {}
+    tokenizers.close()
 
 
-def test_an_instance_that_reads_otherwise_is_refused_by_name(
-    run: Run, server: SglangServer, model: Path
-) -> None:
-    async def test() -> None:
-        tokenizers = await admitted(server, model, A)
-        with pytest.raises(Unfit, match="tokenizer is not that of a"):
-            await tokenizers.admit(B, "m", str(model), {}, nobody)
-        _, prompt = await PromptReader(tokenizers).read(call({"text": "hello"}), "m", PAGE, {})
-        assert prompt.unknown is None, "the others are not touched by it"
-        tokenizers.close()
-
-    run(test())
+async def test_an_instance_that_reads_otherwise_is_refused_by_name(server: SglangServer, model: Path) -> None:
+    tokenizers = await admitted(server, model, A)
+    with pytest.raises(TokenizerMismatch, match="tokenizer is not that of a"):
+        await tokenizers.admit(B, "m", str(model), {}, nobody)
+    _, prompt = await PromptReader(tokenizers).read(call({"text": "hello"}), "m", PAGE, {})
+    assert prompt.unknown is None, "the others are not touched by it"
+    tokenizers.close()
 
 
-def test_without_anybody_to_confirm_it_nothing_is_guessed(
-    run: Run, server: SglangServer, model: Path
-) -> None:
-    async def test() -> None:
-        tokenizers = Tokenizers(str(model))
-        await tokenizers.admit(A, "m", "/nowhere", {}, nobody)
-        original = call({"text": "hello"})
-        forwarded, prompt = await PromptReader(tokenizers).read(original, "m", PAGE, {})
-        assert forwarded is original
-        assert prompt.unknown
-        assert "m" in tokenizers.reasons()
-        tokenizers.forget(A)
-        await tokenizers.admit(B, "m", "/nowhere", server.info, server.ask)
-        assert (await PromptReader(tokenizers).read(original, "m", PAGE, {}))[1].unknown is None
-        tokenizers.close()
-
-    run(test())
+async def test_without_anybody_to_confirm_it_nothing_is_guessed(server: SglangServer, model: Path) -> None:
+    tokenizers = Tokenizers(str(model))
+    await tokenizers.admit(A, "m", "/nowhere", {}, nobody)
+    original = call({"text": "hello"})
+    forwarded, prompt = await PromptReader(tokenizers).read(original, "m", PAGE, {})
+    assert forwarded is original
+    assert prompt.unknown
+    assert "m" in tokenizers.reasons()
+    tokenizers.forget(A)
+    await tokenizers.admit(B, "m", "/nowhere", server.info, server.ask)
+    assert (await PromptReader(tokenizers).read(original, "m", PAGE, {}))[1].unknown is None
+    tokenizers.close()
 
 
-def test_ids_need_no_tokenizer(run: Run) -> None:
-    async def test() -> None:
-        tokenizers = Tokenizers(OFF)
-        await tokenizers.admit(A, "m", "/nowhere", {}, nobody)
-        assert tokenizers.reasons() == {"m": NOT_WANTED}
-        reader = PromptReader(tokenizers)
-        assert (await reader.read(call({"input_ids": [1] * 9}), "m", PAGE, {}))[1].num_tokens == 9
-        assert (await reader.read(call({"text": "hello"}), "m", PAGE, {}))[1].unknown == NOT_WANTED
-        assert (await reader.read(call({"input_ids": [1] * 9}), "m", None, {}))[1].unknown == NO_PAGES
-        image = call({"input_ids": [1] * 9, "image_data": "x"})
-        assert (await reader.read(image, "m", PAGE, {}))[1].unknown
-
-    run(test())
+async def test_ids_need_no_tokenizer() -> None:
+    tokenizers = Tokenizers(OFF)
+    await tokenizers.admit(A, "m", "/nowhere", {}, nobody)
+    assert tokenizers.reasons() == {"m": NOT_WANTED}
+    reader = PromptReader(tokenizers)
+    assert (await reader.read(call({"input_ids": [1] * 9}), "m", PAGE, {}))[1].num_tokens == 9
+    assert (await reader.read(call({"text": "hello"}), "m", PAGE, {}))[1].unknown == NOT_WANTED
+    assert (await reader.read(call({"input_ids": [1] * 9}), "m", None, {}))[1].unknown == NO_PAGES
+    image = call({"input_ids": [1] * 9, "image_data": "x"})
+    assert (await reader.read(image, "m", PAGE, {}))[1].unknown
 
 
-def test_of_a_batch_each_prompt_has_its_keys_and_salt(run: Run) -> None:
-    async def test() -> None:
-        body = {"input_ids": [[1] * 8, [1] * 8, [1] * 8], "cache_salt": ["x", "", "x"]}
-        _, prompt = await PromptReader(Tokenizers(OFF)).read(call(body), "m", PAGE, {})
-        plain, salted = page_keys([1] * 8, PAGE), page_keys([1] * 8, PAGE, Namespace(None, "x"))
-        assert [list(chain) for chain in prompt.chains] == [salted, plain, salted]
-        assert prompt.num_tokens == 24
-
-    run(test())
+async def test_of_a_batch_each_prompt_has_its_keys_and_salt() -> None:
+    body = {"input_ids": [[1] * 8, [1] * 8, [1] * 8], "cache_salt": ["x", "", "x"]}
+    _, prompt = await PromptReader(Tokenizers(OFF)).read(call(body), "m", PAGE, {})
+    plain, salted = page_keys([1] * 8, PAGE), page_keys([1] * 8, PAGE, Namespace(None, "x"))
+    assert [list(chain) for chain in prompt.chains] == [salted, plain, salted]
+    assert prompt.num_tokens == 24
 
 
 @pytest.mark.parametrize(
@@ -167,34 +146,28 @@ def test_the_answers_length_is_what_the_request_allows(api: Api, body: dict[str,
     assert output_tokens_of(call(body, api)) == expected
 
 
-def test_by_text_nothing_is_tokenized_and_what_servers_tell_is_used(
-    run: Run, server: SglangServer, model: Path
+async def test_by_text_nothing_is_tokenized_and_what_servers_tell_is_used(
+    server: SglangServer, model: Path
 ) -> None:
-    async def test() -> None:
-        reader = PromptReader(await admitted(server, model, A), "text")
-        long = call({"text": "word " * 500})
-        sent, prompt = await reader.read(long, "m", PAGE, {})
-        assert sent is long
-        assert (prompt.by_text, prompt.unknown) == (True, None)
-        keys = page_keys(list(range(400)), PAGE)
-        reader.memory.named("rid", keys)
-        _, again = await reader.read(long, "m", PAGE, {})
-        assert not again.by_text
-        assert again.chains[0] == keys[: len(again.chains[0])]
-        assert len(again.chains[0]) > 0.7 * len(keys)
-        ids = call({"input_ids": [1, 2, 3, 4]})
-        assert (await reader.read(ids, "m", PAGE, {}))[1].chains == (page_keys([1, 2, 3, 4], PAGE),)
-
-    run(test())
+    reader = PromptReader(await admitted(server, model, A), "text")
+    long = call({"text": "word " * 500})
+    sent, prompt = await reader.read(long, "m", PAGE, {})
+    assert sent is long
+    assert (prompt.by_text, prompt.unknown) == (True, None)
+    keys = page_keys(list(range(400)), PAGE)
+    reader.memory.named("rid", keys)
+    _, again = await reader.read(long, "m", PAGE, {})
+    assert not again.by_text
+    assert again.chains[0] == keys[: len(again.chains[0])]
+    assert len(again.chains[0]) > 0.7 * len(keys)
+    ids = call({"input_ids": [1, 2, 3, 4]})
+    assert (await reader.read(ids, "m", PAGE, {}))[1].chains == (page_keys([1, 2, 3, 4], PAGE),)
 
 
-def test_unknown_tokens_are_looked_up_by_text_unless_that_is_not_wanted(run: Run) -> None:
-    async def test() -> None:
-        long = call({"text": "word " * 500})
-        for keys, by_text in (("auto", True), ("tokens", False)):
-            reader = PromptReader(Tokenizers(OFF), keys)  # type: ignore[arg-type]
-            _, prompt = await reader.read(long, "m", PAGE, {})
-            assert (prompt.by_text, bool(prompt.chains)) == (by_text, by_text)
-            assert prompt.unknown is not None
-
-    run(test())
+async def test_unknown_tokens_are_looked_up_by_text_unless_that_is_not_wanted() -> None:
+    long = call({"text": "word " * 500})
+    for keys, by_text in (("auto", True), ("tokens", False)):
+        reader = PromptReader(Tokenizers(OFF), keys)  # type: ignore[arg-type]
+        _, prompt = await reader.read(long, "m", PAGE, {})
+        assert (prompt.by_text, bool(prompt.chains)) == (by_text, by_text)
+        assert prompt.unknown is not None

@@ -10,7 +10,7 @@ from memserve.core.block_keys import BlockKey, page_keys
 from memserve.router.proxy.validation import Limits, read_call
 from memserve.router.request import Api
 from memserve.router.tokenization import text_key_cache as text_memory
-from memserve.router.tokenization.text_key_cache import TextMemory
+from memserve.router.tokenization.text_key_cache import TextKeyCache
 from memserve.router.tokenization.text_keys import BLOCK_TOKENS, BYTES_PER_TOKEN, text_chain
 
 CHUNK = BLOCK_TOKENS * BYTES_PER_TOKEN
@@ -42,7 +42,7 @@ class Router:
     """A memory, and prompts that went by it."""
 
     def __init__(self) -> None:
-        self.memory = TextMemory()
+        self.memory = TextKeyCache()
         self.num_asked = 0
 
     def serve(self, text: Text) -> None:
@@ -98,7 +98,7 @@ def test_before_that_a_part_has_its_share() -> None:
 
 
 def test_only_what_was_asked_for_is_learnt_and_once() -> None:
-    memory, text = TextMemory(), [(1, 4)]
+    memory, text = TextKeyCache(), [(1, 4)]
     memory.named("stranger", pages(text))
     assert memory.keys_of(chain(text)) == ()
     memory.asked("r", chain(text), CHUNK)
@@ -108,7 +108,7 @@ def test_only_what_was_asked_for_is_learnt_and_once() -> None:
 
 
 def test_a_text_shorter_than_a_chunk_is_nobodys() -> None:
-    memory = TextMemory()
+    memory = TextKeyCache()
     memory.asked("r", [], 10)
     memory.named("r", pages([(1, 4)]))
     assert len(memory) == 0
@@ -116,7 +116,7 @@ def test_a_text_shorter_than_a_chunk_is_nobodys() -> None:
 
 def test_memory_is_bounded_and_the_latest_stay(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_memory, "MAX_ASKED", 3)
-    memory = TextMemory(max_chunks=4)
+    memory = TextKeyCache(max_chunks=4)
     for number in range(10):
         memory.asked(f"r{number}", chain([(number, 4), (0, 4)]), 2 * CHUNK)
     for number in range(10):

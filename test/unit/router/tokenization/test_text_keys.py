@@ -10,14 +10,14 @@ from hypothesis import strategies as st
 
 from memserve.core.block_keys import KEY_BYTES, BlockKey, Namespace
 from memserve.router.proxy.validation import Limits, read_call
-from memserve.router.request import Api, Call
+from memserve.router.request import Api, GenerationRequest
 from memserve.router.tokenization.text_keys import BLOCK_TOKENS, BYTES_PER_TOKEN, text_chain, text_of
 
 CHUNK = BLOCK_TOKENS * BYTES_PER_TOKEN
 LONG = "word " * CHUNK
 
 
-def call(body: dict[str, Any], api: Api = Api.GENERATE) -> Call:
+def call(body: dict[str, Any], api: Api = Api.GENERATE) -> GenerationRequest:
     return read_call(api, body, Limits(takes_empty_text=True), "rid")
 
 

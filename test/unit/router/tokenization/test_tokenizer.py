@@ -12,7 +12,7 @@ import pytest
 from memserve.core.block_keys import Namespace, page_keys
 from memserve.core.errors import ConfigError
 from memserve.router.proxy.validation import Limits, read_call
-from memserve.router.request import Api, Call
+from memserve.router.request import Api, GenerationRequest
 from memserve.router.tokenization.token_probes import probe_texts, renders_chats
 from memserve.router.tokenization.token_records import KnownTokens, Tokens, UnknownTokens, keys_of
 from memserve.router.tokenization.tokenizer import UNCONFIRMED, Tokenizer
@@ -123,7 +123,7 @@ def tiny(tokenizers: dict[str, Tokenizer]) -> Tokenizer:
     return tokenizers["tiny"]
 
 
-def call(api: Api, **body: Any) -> Call:
+def call(api: Api, **body: Any) -> GenerationRequest:
     return read_call(api, body, LIMITS, new_rid="new")
 
 

@@ -7,7 +7,7 @@ import pytest
 from memserve.core.ids import InstanceId
 from memserve.scheduling.cost_model.busy_periods import ENOUGH, BusyPeriods
 from memserve.scheduling.cost_model.model import GPU_COSTS, PrefillCost, Work
-from memserve.scheduling.cost_model.online import LearntCosts
+from memserve.scheduling.cost_model.online import OnlineCostModel
 
 A, B = InstanceId("a"), InstanceId("b")
 ONE = Work.of(100, 0)
@@ -73,7 +73,7 @@ def test_who_has_left_is_forgotten() -> None:
 
 def test_costs_that_are_never_seen_alone_are_learnt() -> None:
     truth = PrefillCost(2e-2, 3e-4, 2e-9)
-    costs = LearntCosts(GPU_COSTS)
+    costs = OnlineCostModel(GPU_COSTS)
     for round in range(60):
         work = Work()
         for i in range(ENOUGH):

@@ -15,10 +15,10 @@ from memserve.scheduling.cost_model.model import (
     GPU_COSTS,
     CostModel,
     Observation,
-    Path,
+    PathCost,
     PrefillCost,
-    Refined,
-    observe,
+    RlsState,
+    rls_update,
     with_prefill,
 )
 
@@ -53,7 +53,7 @@ def test_a_transfer_is_latency_and_bytes_over_bandwidth() -> None:
     assert usual == pytest.approx(2e-3 + 512 * 131072 / 12e9)
     assert GPU_COSTS.transfer_s(512, here, here) == 0
     assert GPU_COSTS.transfer_s(0, there, here) == 0
-    measured = {(there, here, Tier.DRAM): Path(0.0, 1e9)}
+    measured = {(there, here, Tier.DRAM): PathCost(0.0, 1e9)}
     costs = CostModel(GPU_COSTS.prefill, GPU_COSTS.decode, 1000, GPU_COSTS.dram, GPU_COSTS.remote, measured)
     assert costs.transfer_s(1000, there, here) == pytest.approx(1e-3)
     assert costs.transfer_s(1000, there, here, Tier.HBM) == costs.remote.seconds(1_000_000)
@@ -61,9 +61,9 @@ def test_a_transfer_is_latency_and_bytes_over_bandwidth() -> None:
 
 @pytest.mark.parametrize("begin", [GPU_COSTS.prefill, CPU_COSTS.prefill])
 def test_observations_lead_to_the_true_coefficients(begin: PrefillCost) -> None:
-    random, refined = Random(1), Refined.of(begin)
+    random, refined = Random(1), RlsState.of(begin)
     for _ in range(300):
-        refined = observe(refined, seen(random, noise=0.05))
+        refined = rls_update(refined, seen(random, noise=0.05))
     assert refined.cost.fixed_s == pytest.approx(TRUE.fixed_s, rel=0.1)
     assert refined.cost.token_s == pytest.approx(TRUE.token_s, rel=0.1)
     assert refined.cost.token_pair_s == pytest.approx(TRUE.token_pair_s, rel=0.1)
@@ -73,26 +73,28 @@ def test_observations_lead_to_the_true_coefficients(begin: PrefillCost) -> None:
 
 def test_a_certain_beginning_is_hardly_moved_and_an_uncertain_one_is() -> None:
     odd = Observation(1000, 0, 1.0)
-    unsure, sure = (observe(Refined.of(GPU_COSTS.prefill, certainty), odd).cost for certainty in (0.0, 1.0))
+    unsure, sure = (
+        rls_update(RlsState.of(GPU_COSTS.prefill, certainty), odd).cost for certainty in (0.0, 1.0)
+    )
     assert with_prefill(GPU_COSTS, unsure).exec_s(1000, 0) == pytest.approx(1.0, rel=0.1)
     assert with_prefill(GPU_COSTS, sure).exec_s(1000, 0) < 0.2
 
 
 def test_a_machine_that_changes_is_followed() -> None:
-    random, refined = Random(2), Refined.of(GPU_COSTS.prefill)
+    random, refined = Random(2), RlsState.of(GPU_COSTS.prefill)
     slower = PrefillCost(TRUE.fixed_s * 2, TRUE.token_s * 2, TRUE.token_pair_s * 2)
     for cost in (TRUE, slower):
         for _ in range(1500):
-            refined = observe(refined, seen(random, 0.05, cost))
+            refined = rls_update(refined, seen(random, 0.05, cost))
     assert refined.cost.token_s == pytest.approx(slower.token_s, rel=0.15)
 
 
 def test_a_hiccup_moves_little() -> None:
-    random, refined = Random(3), Refined.of(TRUE, 0.5)
+    random, refined = Random(3), RlsState.of(TRUE, 0.5)
     for _ in range(200):
-        refined = observe(refined, seen(random, 0.05))
+        refined = rls_update(refined, seen(random, 0.05))
     before = with_prefill(GPU_COSTS, refined.cost).exec_s(5000, 0)
-    refined = observe(refined, Observation(5000, 0, before * 50))
+    refined = rls_update(refined, Observation(5000, 0, before * 50))
     assert with_prefill(GPU_COSTS, refined.cost).exec_s(5000, 0) == pytest.approx(before, rel=0.1)
 
 
@@ -100,9 +102,9 @@ def test_a_hiccup_moves_little() -> None:
 def test_no_observation_makes_work_cost_less_than_nothing(
     observations: list[tuple[int, float, float]],
 ) -> None:
-    refined = Refined.of(GPU_COSTS.prefill)
+    refined = RlsState.of(GPU_COSTS.prefill)
     for tokens, share, seconds in observations:
-        refined = observe(refined, Observation(tokens, int(tokens * share), seconds))
+        refined = rls_update(refined, Observation(tokens, int(tokens * share), seconds))
         assert min(refined.cost.fixed_s, refined.cost.token_s, refined.cost.token_pair_s) >= 0
         assert max(refined.cost.fixed_s, refined.cost.token_s, refined.cost.token_pair_s) < 1e6
 
@@ -110,4 +112,4 @@ def test_no_observation_makes_work_cost_less_than_nothing(
 @pytest.mark.parametrize("wrong", [(0, 0, 1.0), (5, 5, 1.0), (5, -1, 1.0), (5, 0, 0.0)])
 def test_what_cannot_have_been_observed_is_refused(wrong: tuple[int, int, float]) -> None:
     with pytest.raises(ValueError, match="not a prefill"):
-        observe(Refined.of(TRUE), Observation(*wrong))
+        rls_update(RlsState.of(TRUE), Observation(*wrong))

@@ -7,11 +7,11 @@ from random import Random
 import pytest
 
 from memserve.scheduling.cost_model.model import GPU_COSTS, Observation
-from memserve.scheduling.cost_model.online import LearntCosts
+from memserve.scheduling.cost_model.online import OnlineCostModel
 
 
 def test_it_begins_with_what_it_was_told_and_follows_what_it_sees() -> None:
-    costs = LearntCosts(GPU_COSTS)
+    costs = OnlineCostModel(GPU_COSTS)
     assert costs.model == GPU_COSTS
     for num_tokens in (100, 1000, 4000, 200, 2000, 3000):
         costs.prefilled(Observation(num_tokens, 0, 0.01 + num_tokens * 2e-4))
@@ -21,14 +21,14 @@ def test_it_begins_with_what_it_was_told_and_follows_what_it_sees() -> None:
 
 def test_certain_costs_are_not_overruled_at_once() -> None:
     seen = Observation(1000, 0, 10.0)
-    unsure, sure = LearntCosts(GPU_COSTS), LearntCosts(GPU_COSTS, certainty=1.0)
+    unsure, sure = OnlineCostModel(GPU_COSTS), OnlineCostModel(GPU_COSTS, certainty=1.0)
     for costs in (unsure, sure):
         costs.prefilled(seen)
     assert sure.model.exec_s(1000, 0) < 0.1 < unsure.model.exec_s(1000, 0)
 
 
 def test_the_size_of_a_block_is_what_a_pool_says() -> None:
-    costs = LearntCosts(GPU_COSTS)
+    costs = OnlineCostModel(GPU_COSTS)
     costs.has_block_bytes(16 * 4096, 16)
     assert costs.model.kv_bytes_per_token == 4096
     costs.has_block_bytes(0, 16)
@@ -37,7 +37,7 @@ def test_the_size_of_a_block_is_what_a_pool_says() -> None:
 
 @pytest.mark.parametrize(("num_tokens", "seconds"), [(4096, 0.5), (16, 0.02)])
 def test_transfers_teach_bandwidth_or_latency(num_tokens: int, seconds: float) -> None:
-    costs = LearntCosts(GPU_COSTS)
+    costs = OnlineCostModel(GPU_COSTS)
     costs.has_block_bytes(16 * 4096, 16)
     for _ in range(60):
         costs.fetched(num_tokens, seconds)
@@ -47,14 +47,14 @@ def test_transfers_teach_bandwidth_or_latency(num_tokens: int, seconds: float) -
 
 
 def test_nothing_is_learnt_from_nothing() -> None:
-    costs = LearntCosts(GPU_COSTS)
+    costs = OnlineCostModel(GPU_COSTS)
     costs.fetched(0, 1.0)
     costs.fetched(100, 0.0)
     assert costs.model == GPU_COSTS
 
 
 def test_what_loading_adds_to_a_prefill_is_learnt_apart() -> None:
-    costs = LearntCosts(GPU_COSTS)
+    costs = OnlineCostModel(GPU_COSTS)
     costs.has_block_bytes(16 * 4096, 16)
     for _ in range(60):
         costs.loaded(4096, 0.05, total_s=0.2)
@@ -69,7 +69,7 @@ def test_what_loading_adds_to_a_prefill_is_learnt_apart() -> None:
 
 def test_hiccups_of_prefills_are_not_taken_for_what_loading_costs() -> None:
     """Prefills of 400 ms that vary by a fifth, of which the load takes 5 ms."""
-    costs, draw = LearntCosts(GPU_COSTS), Random(0)
+    costs, draw = OnlineCostModel(GPU_COSTS), Random(0)
     costs.has_block_bytes(16 * 4096, 16)
     believed = []
     for _ in range(200):

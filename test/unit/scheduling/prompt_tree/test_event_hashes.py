@@ -9,8 +9,8 @@ import pytest
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, Namespace, continue_keys, event_hash, page_keys
 from memserve.core.ids import Epoch, InstanceId
-from memserve.scheduling.prompt_tree.event_hashes import ShortKeys
-from memserve.scheduling.prompt_tree.tree import ClusterTree, Depth
+from memserve.scheduling.prompt_tree.event_hashes import EventHashKeys
+from memserve.scheduling.prompt_tree.tree import GlobalPromptTree, Overlap
 
 TOKENS = list(range(12))
 KEYS = page_keys(TOKENS, 2)
@@ -26,7 +26,7 @@ def twin(key: BlockKey) -> BlockKey:
 
 
 def test_events_of_known_prompts_reach_the_tree() -> None:
-    short, tree = ShortKeys(100), ClusterTree()
+    short, tree = EventHashKeys(100), GlobalPromptTree()
     tree.join(ANN, EPOCH)
     short.know(KEYS)
     events = [
@@ -35,11 +35,11 @@ def test_events_of_known_prompts_reach_the_tree() -> None:
         short.removed(3, Tier.HBM, [NAMES[5], 12345]),
     ]
     assert tree.apply(ANN, EPOCH, events)
-    assert tree.depths(KEYS) == {ANN: Depth(5, 5)}
+    assert tree.depths(KEYS) == {ANN: Overlap(5, 5)}
 
 
 def test_keys_are_computed_from_the_events_tokens() -> None:
-    short = ShortKeys(100)
+    short = EventHashKeys(100)
     assert short.stored(1, Tier.HBM, None, NAMES[:3], TOKENS[:6]).keys == tuple(KEYS[:3])
     event = short.stored(2, Tier.HBM, NAMES[2], NAMES[3:], TOKENS[6:])
     assert (event.parent, event.keys) == (KEYS[2], tuple(KEYS[3:]))
@@ -61,19 +61,19 @@ def test_keys_are_computed_from_the_events_tokens() -> None:
 def test_what_is_not_certain_is_left_out(
     parent: int | None, names: list[int], tokens: list[int], num_keys: int
 ) -> None:
-    event = ShortKeys(100).stored(5, Tier.DRAM, parent, names, tokens)
+    event = EventHashKeys(100).stored(5, Tier.DRAM, parent, names, tokens)
     assert (event.sequence, event.tier, event.keys) == (5, Tier.DRAM, tuple(KEYS[:num_keys]))
 
 
 def test_salted_prompts_are_known_from_requests() -> None:
-    short = ShortKeys(100)
+    short = EventHashKeys(100)
     short.know(SALTED[:4])
     assert short.stored(1, Tier.HBM, None, SALTED_NAMES, TOKENS).keys == tuple(SALTED[:4])
     assert short.stored(2, Tier.HBM, SALTED_NAMES[3], SALTED_NAMES[4:], TOKENS[8:]).keys == tuple(SALTED[4:])
 
 
 def test_of_two_keys_of_one_name_neither_is_believed() -> None:
-    short = ShortKeys(100)
+    short = EventHashKeys(100)
     short.know(KEYS)
     short.know([twin(KEYS[2])])
     assert short.num_ambiguous == 1
@@ -85,7 +85,7 @@ def test_of_two_keys_of_one_name_neither_is_believed() -> None:
 
 
 def test_what_is_not_used_is_forgotten_first() -> None:
-    short = ShortKeys(8)
+    short = EventHashKeys(8)
     short.know(KEYS[:1])
     for start in range(0, 4000, 2):
         short.know(page_keys([start, 5], 2))
@@ -94,14 +94,14 @@ def test_what_is_not_used_is_forgotten_first() -> None:
     short.know(page_keys(list(range(100, 120)), 2))
     assert short.key_of(NAMES[0]) is None
     with pytest.raises(ValueError, match="at least two"):
-        ShortKeys(1)
+        EventHashKeys(1)
 
 
 def test_salted_keys_are_computed_from_the_events_salt() -> None:
     """SGLang's names are of another chain than its keys: one that begins with the salt alone."""
     seed = BlockKey(sha256(b"sglang-cache-salt-v1\0tenant").digest())
     names = [event_hash(link) for link in continue_keys(seed, TOKENS, 2)]
-    short = ShortKeys(100)
+    short = EventHashKeys(100)
     assert short.stored(1, Tier.HBM, None, names[:4], TOKENS[:8], "tenant").keys == tuple(SALTED[:4])
     event = short.stored(2, Tier.HBM, names[3], names[4:], TOKENS[8:], "tenant")
     assert (event.parent, event.keys) == (SALTED[3], tuple(SALTED[4:]))
@@ -109,4 +109,4 @@ def test_salted_keys_are_computed_from_the_events_salt() -> None:
     assert short.stored(4, Tier.HBM, None, names, TOKENS, "other").keys == tuple(SALTED), (
         "they are known by now"
     )
-    assert ShortKeys(100).stored(4, Tier.HBM, None, names, TOKENS, "other").keys == ()
+    assert EventHashKeys(100).stored(4, Tier.HBM, None, names, TOKENS, "other").keys == ()

@@ -1,4 +1,4 @@
-"""ClusterTree, rule by rule; `test_prompt_tree_model.py` has all of them together."""
+"""GlobalPromptTree, rule by rule; `test_prompt_tree_model.py` has all of them together."""
 
 from __future__ import annotations
 
@@ -14,7 +14,13 @@ from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import CacheEvent, Removed, Snapshot, Stored
 from memserve.core.ids import Epoch, InstanceId
-from memserve.scheduling.prompt_tree.tree import BYTES_PER_BLOCK, MAX_CHAIN_BLOCKS, ClusterTree, Depth, Held
+from memserve.scheduling.prompt_tree.tree import (
+    BYTES_PER_BLOCK,
+    MAX_CHAIN_BLOCKS,
+    GlobalPromptTree,
+    Overlap,
+    TierCounts,
+)
 from memserve.testing.fake_clock import FakeClock
 
 ANN, BOB, CYD = InstanceId("ann"), InstanceId("bob"), InstanceId("cyd")
@@ -36,8 +42,10 @@ def removed(sequence: int, prompt: str, num_blocks: int, tier: Tier = HBM) -> Re
     return Removed(sequence, tier, tuple(reversed(keys(prompt)[-num_blocks:])))
 
 
-def tree_of(*reports: tuple[InstanceId, Sequence[CacheEvent]], max_blocks: int | None = None) -> ClusterTree:
-    tree = ClusterTree(max_blocks=max_blocks)
+def tree_of(
+    *reports: tuple[InstanceId, Sequence[CacheEvent]], max_blocks: int | None = None
+) -> GlobalPromptTree:
+    tree = GlobalPromptTree(max_blocks=max_blocks)
     for instance, events in reports:
         tree.join(instance, EPOCH)
         assert tree.apply(instance, EPOCH, events)
@@ -47,27 +55,30 @@ def tree_of(*reports: tuple[InstanceId, Sequence[CacheEvent]], max_blocks: int |
 @pytest.mark.parametrize(
     ("events", "depth"),
     [
-        ([stored(1, "abc")], Depth(3, 3)),
-        ([stored(1, "abc", DRAM)], Depth(0, 3)),
-        ([stored(1, "ab"), stored(2, "abcd", DRAM)], Depth(2, 4)),
-        ([stored(1, "abcd"), stored(2, "ab", DRAM)], Depth(4, 4)),
-        ([stored(1, "ab"), stored(2, "abcd", HBM, start=2)], Depth(4, 4)),
-        ([stored(1, "abcd"), removed(2, "abcd", 2)], Depth(2, 2)),
-        ([stored(1, "abcd", DRAM), stored(2, "abcd"), removed(3, "abcd", 3)], Depth(1, 4)),
-        ([stored(1, "abcde"), Removed(2, HBM, tuple(keys("abcde")[2:]))], Depth(2, 2)),
-        ([stored(1, "abcde"), Removed(2, HBM, tuple(keys("abc")[2:]))], Depth(2, 2)),
-        ([stored(1, "abc"), stored(2, "abd"), Removed(3, HBM, (keys("abd")[2], keys("ab")[1]))], Depth(1, 1)),
-        ([stored(1, "abxy"), stored(2, "abcd"), removed(3, "abxy", 2)], Depth(4, 4)),
-        ([stored(1, "abxy")], Depth(2, 2)),
+        ([stored(1, "abc")], Overlap(3, 3)),
+        ([stored(1, "abc", DRAM)], Overlap(0, 3)),
+        ([stored(1, "ab"), stored(2, "abcd", DRAM)], Overlap(2, 4)),
+        ([stored(1, "abcd"), stored(2, "ab", DRAM)], Overlap(4, 4)),
+        ([stored(1, "ab"), stored(2, "abcd", HBM, start=2)], Overlap(4, 4)),
+        ([stored(1, "abcd"), removed(2, "abcd", 2)], Overlap(2, 2)),
+        ([stored(1, "abcd", DRAM), stored(2, "abcd"), removed(3, "abcd", 3)], Overlap(1, 4)),
+        ([stored(1, "abcde"), Removed(2, HBM, tuple(keys("abcde")[2:]))], Overlap(2, 2)),
+        ([stored(1, "abcde"), Removed(2, HBM, tuple(keys("abc")[2:]))], Overlap(2, 2)),
+        (
+            [stored(1, "abc"), stored(2, "abd"), Removed(3, HBM, (keys("abd")[2], keys("ab")[1]))],
+            Overlap(1, 1),
+        ),
+        ([stored(1, "abxy"), stored(2, "abcd"), removed(3, "abxy", 2)], Overlap(4, 4)),
+        ([stored(1, "abxy")], Overlap(2, 2)),
         ([stored(1, "abcd", REMOTE)], None),
         ([stored(1, "xbcd")], None),
         ([stored(1, "abcd"), removed(2, "abcd", 4)], None),
     ],
 )
-def test_depth_is_what_is_held_from_the_front(events: list[CacheEvent], depth: Depth | None) -> None:
+def test_depth_is_what_is_held_from_the_front(events: list[CacheEvent], depth: Overlap | None) -> None:
     others = [stored(1, "abcdefgh", DRAM)]
     tree = tree_of((ANN, events), (BOB, others), (CYD, []))
-    assert tree.depths(keys("abcde")) == {BOB: Depth(0, 5)} | ({ANN: depth} if depth else {})
+    assert tree.depths(keys("abcde")) == {BOB: Overlap(0, 5)} | ({ANN: depth} if depth else {})
     assert tree.depths([]) == {}
 
 
@@ -75,8 +86,8 @@ def test_as_many_depths_as_instances_are_told_apart() -> None:
     prompt = "".join(map(chr, range(1000, 1300)))
     names = [InstanceId(f"i{n}") for n in range(300)]
     tree = tree_of(*((name, [stored(1, prompt[: n + 1])]) for n, name in enumerate(names)))
-    assert tree.depths(keys(prompt)) == {name: Depth(n + 1, n + 1) for n, name in enumerate(names)}
-    assert tree.depths(keys(prompt[:150] + "x"))[names[-1]] == Depth(150, 150)
+    assert tree.depths(keys(prompt)) == {name: Overlap(n + 1, n + 1) for n, name in enumerate(names)}
+    assert tree.depths(keys(prompt[:150] + "x"))[names[-1]] == Overlap(150, 150)
 
 
 def test_nothing_after_a_gap_is_applied_and_what_was_missing_repairs_it() -> None:
@@ -86,27 +97,27 @@ def test_nothing_after_a_gap_is_applied_and_what_was_missing_repairs_it() -> Non
     assert not tree.apply(ANN, EPOCH, [stored(3, "xy")])
     assert tree.depths(keys("xy")) == tree.depths(keys("z")) == {}
     assert tree.apply(ANN, EPOCH, [late, stored(3, "xy")])
-    assert tree.depths(keys("abc")) == {ANN: Depth(3, 3)}
-    assert tree.depths(keys("xy")) == {ANN: Depth(2, 2)}
+    assert tree.depths(keys("abc")) == {ANN: Overlap(3, 3)}
+    assert tree.depths(keys("xy")) == {ANN: Overlap(2, 2)}
     assert tree.stats().counters.gaps == 2
 
 
 def test_events_that_come_again_are_left_out() -> None:
     tree = tree_of((ANN, [stored(1, "abc"), removed(2, "abc", 1)]))
     assert tree.apply(ANN, EPOCH, [stored(1, "abc"), removed(2, "abc", 1), stored(1, "abc")])
-    assert tree.depths(keys("abc")) == {ANN: Depth(2, 2)}
+    assert tree.depths(keys("abc")) == {ANN: Overlap(2, 2)}
     assert tree.stats().counters.repeated == 3
 
 
 def test_a_snapshot_is_all_that_is_held_and_events_go_on_from_it() -> None:
     tree = tree_of((ANN, [stored(1, "abc"), stored(2, "xyz")]), (BOB, [stored(1, "xyz")]))
     tree.reset(ANN, EPOCH, Snapshot(9, (stored(0, "abcd", DRAM), stored(0, "ab"))))
-    assert tree.depths(keys("abcd")) == {ANN: Depth(2, 4)}
-    assert tree.depths(keys("xyz")) == {BOB: Depth(3, 3)}
+    assert tree.depths(keys("abcd")) == {ANN: Overlap(2, 4)}
+    assert tree.depths(keys("xyz")) == {BOB: Overlap(3, 3)}
     assert tree.apply(ANN, EPOCH, [stored(9, "q"), stored(10, "xy")])
-    assert tree.depths(keys("xyz")) == {ANN: Depth(2, 2), BOB: Depth(3, 3)}
+    assert tree.depths(keys("xyz")) == {ANN: Overlap(2, 2), BOB: Overlap(3, 3)}
     tree.reset(ANN, EPOCH, Snapshot(9, ()))
-    assert tree.depths(keys("xyz"))[ANN] == Depth(2, 2), "an older snapshot is left out"
+    assert tree.depths(keys("xyz"))[ANN] == Overlap(2, 2), "an older snapshot is left out"
     assert tree.stats().counters.resets == 1
 
 
@@ -116,10 +127,10 @@ def test_only_the_living_epoch_is_heard() -> None:
     assert not tree.apply(BOB, EPOCH, [stored(1, "abc")])
     tree.reset(ANN, Epoch(6), Snapshot(9, ()))
     tree.reset(BOB, EPOCH, Snapshot(9, (stored(0, "ab"),)))
-    assert tree.depths(keys("abc")) == {ANN: Depth(2, 2)}
+    assert tree.depths(keys("abc")) == {ANN: Overlap(2, 2)}
     assert tree.stats().counters.unknown == 4
     tree.join(ANN, EPOCH)
-    assert tree.depths(keys("abc")) == {ANN: Depth(2, 2)}, "joining again changes nothing"
+    assert tree.depths(keys("abc")) == {ANN: Overlap(2, 2)}, "joining again changes nothing"
     tree.join(ANN, Epoch(8))
     assert tree.depths(keys("abc")) == {}
     assert tree.apply(ANN, Epoch(8), [stored(1, "a")])
@@ -131,41 +142,41 @@ def test_who_leaves_is_gone_at_once_and_its_memory_follows() -> None:
     tree = tree_of((ANN, events), (BOB, events[:1]), (CYD, []))
     tree.leave(ANN)
     tree.leave(ANN)
-    assert tree.depths(keys(prompts[0])) == {BOB: Depth(7, 7)}
-    assert tree.depths(keys(prompts[1])) == {BOB: Depth(6, 6)}
-    assert tree.stats().instances == {BOB: Held(7, 0), CYD: Held(0, 0)}
+    assert tree.depths(keys(prompts[0])) == {BOB: Overlap(7, 7)}
+    assert tree.depths(keys(prompts[1])) == {BOB: Overlap(6, 6)}
+    assert tree.stats().instances == {BOB: TierCounts(7, 0), CYD: TierCounts(0, 0)}
     for n in range(100):
         assert tree.apply(CYD, EPOCH, [Removed(n + 1, HBM, ())])
     stats = tree.stats()
     assert (stats.blocks, stats.holdings, stats.holder_sets) == (7, 7, 2)
     tree.join(ANN, Epoch(9))
     assert tree.apply(ANN, Epoch(9), [stored(1, prompts[1])])
-    assert tree.depths(keys(prompts[1]))[ANN] == Depth(7, 7)
+    assert tree.depths(keys(prompts[1]))[ANN] == Overlap(7, 7)
     assert tree.stats().blocks == 8
 
 
 def test_what_was_dispatched_counts_until_it_is_reported_or_late() -> None:
     clock = FakeClock()
-    tree = ClusterTree(clock=clock)
+    tree = GlobalPromptTree(clock=clock)
     for instance in (ANN, BOB):
         tree.join(instance, EPOCH)
     assert tree.apply(ANN, EPOCH, [stored(1, "ab", DRAM)])
     tree.expect(ANN, keys("abcd"), clock() + 5)
     tree.expect(BOB, keys("ab"), clock() + 9)
     tree.expect(CYD, keys("ab"), clock() + 9)
-    assert tree.depths(keys("abcde")) == {ANN: Depth(0, 4), BOB: Depth(0, 2)}
+    assert tree.depths(keys("abcde")) == {ANN: Overlap(0, 4), BOB: Overlap(0, 2)}
     assert tree.apply(ANN, EPOCH, [stored(2, "abc", DRAM, start=2), removed(3, "abc", 1, DRAM)])
-    assert tree.depths(keys("abcd"))[ANN] == Depth(0, 2), "reported, and gone since"
-    assert tree.depths(keys("abxx"))[BOB] == Depth(0, 2)
+    assert tree.depths(keys("abcd"))[ANN] == Overlap(0, 2), "reported, and gone since"
+    assert tree.depths(keys("abxx"))[BOB] == Overlap(0, 2)
     clock.advance(9)
-    assert tree.depths(keys("abcd")) == {ANN: Depth(0, 2)}
+    assert tree.depths(keys("abcd")) == {ANN: Overlap(0, 2)}
     tree.tidy()
     assert tree.stats().expected == 0
 
 
 def test_what_is_expected_again_counts_until_the_later_time() -> None:
     clock = FakeClock()
-    tree = ClusterTree(clock=clock)
+    tree = GlobalPromptTree(clock=clock)
     tree.join(ANN, EPOCH)
     tree.expect(ANN, keys("abc"), clock() + 5)
     tree.expect(ANN, keys("ab"), clock() + 2)
@@ -173,7 +184,7 @@ def test_what_is_expected_again_counts_until_the_later_time() -> None:
     for passed_s, depth in ((2, 3), (3, 1), (3, 1)):
         clock.advance(passed_s)
         tree.tidy()
-        assert tree.depths(keys("abc")) == {ANN: Depth(0, depth)}
+        assert tree.depths(keys("abc")) == {ANN: Overlap(0, depth)}
     tree.leave(ANN)
     tree.join(ANN, EPOCH)
     assert tree.depths(keys("abc")) == {}
@@ -181,23 +192,23 @@ def test_what_is_expected_again_counts_until_the_later_time() -> None:
 
 def test_a_silent_worker_has_what_it_was_sent_within_capacity_and_ttl() -> None:
     clock = FakeClock()
-    tree = ClusterTree(clock=clock)
+    tree = GlobalPromptTree(clock=clock)
     tree.mirror(ANN, capacity_blocks=5, ttl_s=60)
     assert tree.depths(keys("abc")) == {}
     tree.learn(ANN, keys("abc"))
     tree.learn(BOB, keys("abc"))
-    assert tree.depths(keys("abc")) == {ANN: Depth(3, 3)}
+    assert tree.depths(keys("abc")) == {ANN: Overlap(3, 3)}
     clock.advance(30)
     tree.learn(ANN, keys("axy"))
-    assert tree.depths(keys("abc")) == {ANN: Depth(3, 3)}
+    assert tree.depths(keys("abc")) == {ANN: Overlap(3, 3)}
     tree.learn(ANN, keys("axyz"))
-    assert tree.depths(keys("abc")) == {ANN: Depth(2, 2)}, "the tail used longest ago has gone"
-    assert tree.depths(keys("axyz")) == {ANN: Depth(4, 4)}
+    assert tree.depths(keys("abc")) == {ANN: Overlap(2, 2)}, "the tail used longest ago has gone"
+    assert tree.depths(keys("axyz")) == {ANN: Overlap(4, 4)}
     clock.advance(30)
-    assert tree.depths(keys("abc")) == {ANN: Depth(1, 1)}, "a is in what came later"
-    assert tree.depths(keys("axyz")) == {ANN: Depth(4, 4)}
+    assert tree.depths(keys("abc")) == {ANN: Overlap(1, 1)}, "a is in what came later"
+    assert tree.depths(keys("axyz")) == {ANN: Overlap(4, 4)}
     tree.learn(ANN, keys("qrstuvw"))
-    assert tree.depths(keys("qrstuvw")) == {ANN: Depth(5, 5)}
+    assert tree.depths(keys("qrstuvw")) == {ANN: Overlap(5, 5)}
     assert tree.depths(keys("axyz")) == {}
     clock.advance(60)
     assert tree.depths(keys("qrstuvw")) == {}
@@ -218,7 +229,7 @@ def test_the_tails_used_longest_ago_are_forgotten_first() -> None:
     assert tree.depths(keys("pqrs"))[ANN].total == 1
     assert tree.depths(keys("abxy"))[ANN].total == 4
     assert tree.apply(ANN, EPOCH, [stored(6, "0123456789abcdef")])
-    assert tree.depths(keys("0123456789abcdef")) == {ANN: Depth(10, 10)}
+    assert tree.depths(keys("0123456789abcdef")) == {ANN: Overlap(10, 10)}
     assert tree.stats().counters.forgotten == 1 + 3 + 6 + 10
 
 
@@ -324,11 +335,11 @@ def test_what_is_broken_changes_nothing_for_others(event: CacheEvent, max_blocks
     tree = tree_of((ANN, [stored(1, "abc")]), (BOB, [stored(1, "abcd")]), max_blocks=max_blocks)
     tree.apply(ANN, EPOCH, [event])
     depths = tree.depths(keys("abcd"))
-    assert depths[BOB] == Depth(4, 4)
-    assert depths[ANN] == Depth(3, 3)
-    assert tree.depths(keys("xyz")) in ({}, {ANN: Depth(2, 2)})
+    assert depths[BOB] == Overlap(4, 4)
+    assert depths[ANN] == Overlap(3, 3)
+    assert tree.depths(keys("xyz")) in ({}, {ANN: Overlap(2, 2)})
     assert tree.apply(BOB, EPOCH, [stored(2, "abcde", HBM, start=4)])
-    assert tree.depths(keys("abcde"))[BOB] == Depth(5, 5)
+    assert tree.depths(keys("abcde"))[BOB] == Overlap(5, 5)
 
 
 def test_what_is_refused_is_counted() -> None:
@@ -358,7 +369,7 @@ def test_lies_of_one_instance_never_lengthen_anothers_depth() -> None:
             for asked in ("abcd", "abxy", "pqrs"):
                 shared = 2 if asked[0] == "a" and truth.keys() & {"abcd", "abxy"} else 0
                 depths = tree.depths(keys(asked))
-                assert depths.get(BOB, Depth(0, 0)).total <= truth.get(asked, shared)
+                assert depths.get(BOB, Overlap(0, 0)).total <= truth.get(asked, shared)
                 assert all(depth.near == depth.total for depth in depths.values())
 
 
@@ -377,7 +388,7 @@ def test_a_snapshot_tells_how_true_the_tree_is() -> None:
 
 def test_a_tree_of_no_blocks_is_refused() -> None:
     with pytest.raises(ValueError, match="at least one block"):
-        ClusterTree(max_blocks=0)
+        GlobalPromptTree(max_blocks=0)
 
 
 def test_what_was_forgotten_is_known_again_when_a_dispatched_prompt_grows() -> None:
@@ -386,7 +397,7 @@ def test_what_was_forgotten_is_known_again_when_a_dispatched_prompt_grows() -> N
     assert tree.depths(keys("abcdef"))[ANN].total == 4
     tree.expect(ANN, keys("abcdefg"), until_s=float("inf"))
     assert tree.apply(ANN, EPOCH, [stored(3, "abcdefg", HBM, start=6)])
-    assert tree.depths(keys("abcdefg")) == {ANN: Depth(7, 7)}
+    assert tree.depths(keys("abcdefg")) == {ANN: Overlap(7, 7)}
     assert tree.stats().counters.orphans == 0
     assert tree.stats().expected == 0
 

@@ -1,4 +1,4 @@
-"""ClusterTree against a dict of sets, with events lost, doubled, reordered and forged."""
+"""GlobalPromptTree against a dict of sets, with events lost, doubled, reordered and forged."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import CacheEvent, Removed, Snapshot, Stored
 from memserve.core.ids import Epoch, InstanceId
-from memserve.scheduling.prompt_tree.tree import ClusterTree, Depth
+from memserve.scheduling.prompt_tree.tree import GlobalPromptTree, Overlap
 
 Prompt = tuple[int, ...]
 """A block per token; each prefix is a block."""
@@ -92,11 +92,11 @@ class Seen:
     held: dict[Tier, set[Prompt]] = field(default_factory=nothing)
     expected: dict[Prompt, float] = field(default_factory=dict)
 
-    def depth(self, prompt: Prompt, now_s: float) -> Depth:
+    def depth(self, prompt: Prompt, now_s: float) -> Overlap:
         near = leading(prompt, self.held[Tier.HBM])
         start = max(near, leading(prompt, self.held[Tier.DRAM]))
         soon = {one for one, until in self.expected.items() if until > now_s}
-        return Depth(near, leading(prompt, soon | set(prefixes(prompt)[:start])))
+        return Overlap(near, leading(prompt, soon | set(prefixes(prompt)[:start])))
 
 
 class ClusterMachine(RuleBasedStateMachine):
@@ -105,7 +105,7 @@ class ClusterMachine(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.now_s = 100.0
-        self.tree = ClusterTree(max_blocks=self.max_blocks, clock=lambda: self.now_s)
+        self.tree = GlobalPromptTree(max_blocks=self.max_blocks, clock=lambda: self.now_s)
         self.pools: dict[InstanceId, Pool] = {}
         self.seen: dict[InstanceId, Seen] = {}
         self.asked: set[Prompt] = set()
@@ -214,7 +214,7 @@ class ClusterMachine(RuleBasedStateMachine):
     def reported(self, seen: Seen, blocks: set[Prompt]) -> None:
         seen.expected = {one: until for one, until in seen.expected.items() if one not in blocks}
 
-    def model(self, prompt: Prompt) -> dict[InstanceId, Depth]:
+    def model(self, prompt: Prompt) -> dict[InstanceId, Overlap]:
         depths = {name: seen.depth(prompt, self.now_s) for name, seen in self.seen.items()}
         return {name: depth for name, depth in depths.items() if depth.total}
 
@@ -299,7 +299,7 @@ def test_mirrors_are_lists_of_blocks_in_order_of_use(
 ) -> None:
     """Two workers that report nothing, and one that does."""
     now_s, ttl_s = 0.0, 5
-    tree = ClusterTree(clock=lambda: now_s)
+    tree = GlobalPromptTree(clock=lambda: now_s)
     ann, bob, cyd = NAMES
     tree.join(cyd, Epoch(1))
     assert tree.apply(cyd, Epoch(1), [Stored(1, Tier.DRAM, None, tuple(keys_of((0, 1, 0, 1))))])
@@ -318,9 +318,9 @@ def test_mirrors_are_lists_of_blocks_in_order_of_use(
         }
         for asked in [one[1] for one in steps]:
             depths = {name: leading(asked, blocks) for name, blocks in held.items()}
-            expected = {name: Depth(depth, depth) for name, depth in depths.items() if depth}
+            expected = {name: Overlap(depth, depth) for name, depth in depths.items() if depth}
             if depth := leading(asked, prefixes((0, 1, 0, 1))):
-                expected[cyd] = Depth(0, depth)
+                expected[cyd] = Overlap(0, depth)
             assert tree.depths(keys_of(asked)) == expected
         tree.tidy()
         assert tree.stats().blocks == len(held[ann] | held[bob] | set(prefixes((0, 1, 0, 1))))

@@ -26,8 +26,8 @@ from memserve.core.errors import ConfigError
 from memserve.core.hosts import bracketed
 from memserve.router.cluster.discovery.config import DiscoveryConfig
 from memserve.router.cluster.discovery.pods import ListExpired, Pod, read_change, read_list, server_in
-from memserve.router.cluster.drain import Drains
-from memserve.router.cluster.registry import Cluster
+from memserve.router.cluster.drain import DrainManager
+from memserve.router.cluster.registry import InstanceRegistry
 from memserve.wire.messages import InstanceInfo, Role
 
 logger = logging.getLogger(__name__)
@@ -121,7 +121,9 @@ class _Answer:
 class Discovery:
     """Keeps the cluster's named servers to those that Kubernetes runs. Event loop thread only."""
 
-    def __init__(self, config: DiscoveryConfig, cluster: Cluster, drains: Drains, api: PodApi) -> None:
+    def __init__(
+        self, config: DiscoveryConfig, cluster: InstanceRegistry, drains: DrainManager, api: PodApi
+    ) -> None:
         self._config = config
         self._cluster = cluster
         self._drains = drains

@@ -21,20 +21,20 @@ from aiohttp import web
 from memserve import __version__
 from memserve.core.errors import BadRequest
 from memserve.core.ids import InstanceId
-from memserve.router.admission.controller import Gate
+from memserve.router.admission.controller import AdmissionController
 from memserve.router.cluster.member import Member
 from memserve.router.config import RouterConfig
 from memserve.router.errors import failure, failure_of
 from memserve.router.http.handlers.generate import json_response
 from memserve.router.http.handlers.workers import describe_member
 from memserve.router.observability.hot_prefixes import HotPrefix
-from memserve.router.observability.request_log import Ended
+from memserve.router.observability.request_log import RequestRecord
 from memserve.router.request import JsonObject, encode_json
 from memserve.router.state import RouterState
 from memserve.router.tokenization.prompts import Prompt
 from memserve.router.tokenization.text_keys import BLOCK_TOKENS
 from memserve.scheduling.explain import explained
-from memserve.scheduling.prompt_tree.records import Held, server_of
+from memserve.scheduling.prompt_tree.records import TierCounts, server_of
 
 PAGE_FILES = {
     "index.html": "text/html",
@@ -57,10 +57,10 @@ SHOWN_PREFIXES = 12
 SHOWN_REQUESTS = 50
 
 
-class Ui:
+class Dashboard:
     """Serves these pages. Event loop thread only."""
 
-    def __init__(self, state: RouterState, config: RouterConfig, gate: Gate) -> None:
+    def __init__(self, state: RouterState, config: RouterConfig, gate: AdmissionController) -> None:
         self._state = state
         self._gate = gate
         self._config = config
@@ -147,13 +147,13 @@ class Ui:
 
     # ---- parts
 
-    def _instances(self, held: Mapping[InstanceId, Held]) -> list[JsonObject]:
+    def _instances(self, held: Mapping[InstanceId, TierCounts]) -> list[JsonObject]:
         """Everyone known; memory instances too, which hold blocks and serve nobody."""
-        blocks: dict[InstanceId, Held] = {}
+        blocks: dict[InstanceId, TierCounts] = {}
         for name, one in held.items():
             server = server_of(InstanceId(name.partition("#")[0]))
-            known = blocks.get(server, Held(0, 0))
-            blocks[server] = Held(known.hbm + one.hbm, known.dram + one.dram)
+            known = blocks.get(server, TierCounts(0, 0))
+            blocks[server] = TierCounts(known.hbm + one.hbm, known.dram + one.dram)
         pools = self._drams()
         members = [
             self._member(it) | self._blocks(it.info.instance_id, blocks, pools)
@@ -192,7 +192,7 @@ class Ui:
     def _blocks(
         self,
         name: InstanceId,
-        held: Mapping[InstanceId, Held],
+        held: Mapping[InstanceId, TierCounts],
         drams: Mapping[InstanceId, tuple[int, int]],
     ) -> JsonObject:
         """By the prompt tree; of DRAM by its pools' own word, where they tell."""
@@ -204,7 +204,7 @@ class Ui:
         found = self._state.observed.prefixes.hottest(num, now_s)
         return [self._prefix(one, self._state.feed.tree.holders(one.key)) for one in found]
 
-    def _prefix(self, one: HotPrefix, holders: Mapping[InstanceId, Held]) -> JsonObject:
+    def _prefix(self, one: HotPrefix, holders: Mapping[InstanceId, TierCounts]) -> JsonObject:
         sizes = (it.facts.page_size for it in self._state.cluster.up.all() if it.instance_id in holders)
         page_tokens = BLOCK_TOKENS if one.by_text else next(filter(None, sizes), None)
         return {
@@ -225,7 +225,7 @@ class Ui:
         )
 
 
-def _told(one: Ended) -> JsonObject:
+def _told(one: RequestRecord) -> JsonObject:
     """A request without its decision."""
     told: JsonObject = msgspec.structs.asdict(one)
     del told["decision"]

@@ -14,23 +14,23 @@ from aiohttp import web
 
 from memserve.core.errors import MemServeError
 from memserve.router.admission.budget import SERVED_FACTOR
-from memserve.router.admission.controller import Admitted
-from memserve.router.admission.priority import asked_tokens, priority_of
+from memserve.router.admission.controller import AdmissionSlot
+from memserve.router.admission.priority import max_output_tokens, priority_of
 from memserve.router.auth.keys import Tenant
-from memserve.router.cluster.instance import Route, Snapshot
+from memserve.router.cluster.instance import ClusterSnapshot, Route
 from memserve.router.errors import CLIENT_LEFT_STATUS, ClientLeft, ShuttingDown, failure_of
 from memserve.router.http.cors import Cors
 from memserve.router.http.deadlines import in_time, timeout_of
 from memserve.router.http.exchange import Bodies, Exchange, WebExchange
-from memserve.router.http.ingress import Door
+from memserve.router.http.ingress import Ingress
 from memserve.router.http.tenants import salted
-from memserve.router.observability.request_log import Ended, RequestLog
-from memserve.router.observability.settings import ObserveSettings
+from memserve.router.observability.request_log import RequestLog, RequestRecord
+from memserve.router.observability.settings import ObservabilityConfig
 from memserve.router.observability.tracing import RequestTrace, Traces
 from memserve.router.proxy.dispatcher import Dispatcher
 from memserve.router.proxy.validation import Limits, read_body, read_call
-from memserve.router.request import Api, Call, JsonObject, Names, encode_json
-from memserve.scheduling.assignment import Placed
+from memserve.router.request import Api, GenerationRequest, JsonObject, RequestIds, encode_json
+from memserve.scheduling.assignment import Assignment
 from memserve.scheduling.explain import MAX_LISTED, explained
 
 logger = logging.getLogger(__name__)
@@ -58,16 +58,16 @@ class _Log:
     status: int = 200
     reason: str = "-"
     attempts: int = 0
-    placed: Placed | None = None
+    placed: Assignment | None = None
     trace: RequestTrace | None = None
 
-    def ended(self, exchange: Exchange, begun_s: float, now_s: float) -> Ended:
+    def ended(self, exchange: Exchange, begun_s: float, now_s: float) -> RequestRecord:
         """What is kept of the request, which began and ended at these times of the monotonic clock."""
         placed = self.placed
         first_s = exchange.begun_s
         if first_s is None and placed is not None:
             first_s = placed.prefilled_s
-        return Ended(
+        return RequestRecord(
             time.time(),
             self.api,
             self.rid,
@@ -93,8 +93,8 @@ class GenerateHandler:
         self,
         dispatcher: Dispatcher,
         requests: RequestLog,
-        door: Door,
-        settings: ObserveSettings,
+        door: Ingress,
+        settings: ObservabilityConfig,
         traces: Traces,
     ) -> None:
         self._dispatcher = dispatcher
@@ -108,8 +108,8 @@ class GenerateHandler:
         self._id_headers = tuple(map(str.lower, settings.request_id_headers)) or (REQUEST_ID,)
         self._cors = Cors(settings.cors_allowed_origins)
         self._running: set[asyncio.Task[object]] = set()
-        self._names = Names()
-        self._limits: tuple[Snapshot, Limits] | None = None
+        self._names = RequestIds()
+        self._limits: tuple[ClusterSnapshot, Limits] | None = None
         self._stopping = False
 
     def routes(self) -> list[web.RouteDef]:
@@ -238,7 +238,7 @@ class GenerateHandler:
                 self._budget.give(num_bytes)
 
     async def _admitted(
-        self, exchange: Exchange, raw: bytes, log: _Log, tenant: Tenant, admitted: Admitted
+        self, exchange: Exchange, raw: bytes, log: _Log, tenant: Tenant, admitted: AdmissionSlot
     ) -> None:
         call, candidates = self._checked(exchange.headers, tenant, exchange.api, read_body(raw), len(raw))
         log.rid = call.rid
@@ -247,9 +247,9 @@ class GenerateHandler:
             call = msgspec.structs.replace(call, trace=log.trace)
         job = await self._dispatcher.read(call, candidates, exchange.headers)
         if admitted.is_charged:
-            admitted.charge(job.prompt.num_tokens + asked_tokens(call))
+            admitted.charge(job.prompt.num_tokens + max_output_tokens(call))
 
-        def on_placed(placed: Placed, attempt: int) -> None:
+        def on_placed(placed: Assignment, attempt: int) -> None:
             log.route, log.placed, log.attempts = placed.route, placed, attempt
             if log.trace is not None:
                 log.trace.placed(placed)
@@ -267,7 +267,7 @@ class GenerateHandler:
 
     def _checked(
         self, headers: Mapping[str, str], tenant: Tenant, api: Api, body: JsonObject, num_bytes: int
-    ) -> tuple[Call, Snapshot]:
+    ) -> tuple[GenerationRequest, ClusterSnapshot]:
         """The call in a request, and who could serve it."""
         model = body.get("model")  # SGLang's native API knows no models, but a router has several
         candidates = self._dispatcher.candidates(model if isinstance(model, str) else None)
@@ -282,13 +282,13 @@ class GenerateHandler:
         )
         return salted(call, tenant), candidates
 
-    def _limits_of(self, candidates: Snapshot) -> Limits:
+    def _limits_of(self, candidates: ClusterSnapshot) -> Limits:
         if self._limits is None or self._limits[0] is not candidates:
             self._limits = candidates, limits_of(candidates)
         return self._limits[1]
 
 
-def limits_of(snapshot: Snapshot) -> Limits:
+def limits_of(snapshot: ClusterSnapshot) -> Limits:
     """What all of these instances take."""
     facts = [instance.facts for instance in snapshot.all()]
     return Limits(

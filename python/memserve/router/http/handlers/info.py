@@ -33,7 +33,7 @@ FLUSH_WAIT_S = 5
 """How long a worker may wait for requests that were answered just now to wind down before it flushes."""
 
 
-class Pages:
+class InfoHandlers:
     """Serves everything but generation. Event loop thread only."""
 
     def __init__(

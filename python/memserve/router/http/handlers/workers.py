@@ -26,10 +26,10 @@ from aiohttp import web
 from memserve.core.errors import BadRequest, ConfigError
 from memserve.core.ids import InstanceId
 from memserve.router.cluster.caching import caching_of
-from memserve.router.cluster.drain import Drained, Drains
+from memserve.router.cluster.drain import DrainManager, DrainStatus
 from memserve.router.cluster.member import Member
 from memserve.router.cluster.pools import PoolMember
-from memserve.router.cluster.roles import Change, Roles, Stage
+from memserve.router.cluster.roles import Phase, RoleChange, RoleChanges
 from memserve.router.config import DEFAULT_BOOTSTRAP_PORT, named_server
 from memserve.router.errors import failure_of
 from memserve.router.http.handlers.generate import json_response
@@ -67,13 +67,13 @@ class Worker(msgspec.Struct, forbid_unknown_fields=True):
             raise BadRequest(str(error), field="url") from error
 
 
-class Drain(msgspec.Struct, forbid_unknown_fields=True):
+class DrainRequest(msgspec.Struct, forbid_unknown_fields=True):
     """The body of `POST /workers/ID/drain`."""
 
     timeout_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAIT_S)] = 30.0
 
 
-class NewRole(msgspec.Struct, forbid_unknown_fields=True):
+class RoleRequest(msgspec.Struct, forbid_unknown_fields=True):
     """The body of `POST /workers/ID/role`."""
 
     role: Literal["prefill", "decode", "colocated"]
@@ -86,7 +86,7 @@ class NewRole(msgspec.Struct, forbid_unknown_fields=True):
 class WorkersApi:
     """Serves these pages. Event loop thread only."""
 
-    def __init__(self, state: RouterState, drains: Drains, roles: Roles) -> None:
+    def __init__(self, state: RouterState, drains: DrainManager, roles: RoleChanges) -> None:
         self._state = state
         self._cluster = state.cluster
         self._drains = drains
@@ -147,7 +147,7 @@ class WorkersApi:
         """No new requests; 200 when it has none left and what it holds is elsewhere, or the time is over,
         with `?wait=0` 202 at once."""
         body = await request.read()
-        wanted = _decoded(body, Drain) if body else Drain()
+        wanted = _decoded(body, DrainRequest) if body else DrainRequest()
         memory = InstanceId(request.match_info["id"])
         if memory in self._state.pools.memories():
             emptied = await self._drains.empty(memory)
@@ -170,10 +170,12 @@ class WorkersApi:
         """Another role for a server that can have one: 200 when it serves so, or it has failed; 202 at
         once with `?wait=0`; 409 with the reason if it cannot be."""
         member = self._member(request.match_info["id"])
-        wanted = _decoded(await request.read(), NewRole)
+        wanted = _decoded(await request.read(), RoleRequest)
         role = Role(wanted.role)
         if role is member.info.role:
-            return _page({**_id_of(member), **_describe_change(Change(member.info.url, role, Stage.DONE))})
+            return _page(
+                {**_id_of(member), **_describe_change(RoleChange(member.info.url, role, Phase.DONE))}
+            )
         if reason := self._roles.why_not(member, role, is_forced=wanted.force):
             raise BadRequest(f"{member.info.instance_id} cannot become {role}: {reason}", status=409)
         change = self._roles.begin(member, role, wanted.timeout_s)
@@ -267,7 +269,7 @@ def _describe_pool(member: PoolMember, age_s: float) -> JsonObject:
     }
 
 
-def _describe_change(change: Change) -> JsonObject:
+def _describe_change(change: RoleChange) -> JsonObject:
     drained = None if change.drained is None else _describe_drain(change.drained)
     return {"role": change.role, "stage": change.stage, "reason": change.reason or None, "drain": drained}
 
@@ -276,7 +278,7 @@ def _describe_tier(tier: TierBlocks) -> JsonObject:
     return {"cached_blocks": tier.num_cached, "free_blocks": tier.num_free, "blocks": tier.num_total}
 
 
-def _describe_drain(drained: Drained) -> JsonObject:
+def _describe_drain(drained: DrainStatus) -> JsonObject:
     evacuation = drained.evacuation
     return {
         "drained": drained.is_done,
