@@ -1,20 +1,19 @@
-"""Sends cached chains to other pools behind the engine's back: one at a time, late, or not at all.
+"""Background push of cached chains to peer pools. Serial and best effort.
 
-Bounded: what does not fit is dropped and counted, since it costs the receiver a recomputation and
-nothing else. Its thread yields to every other one. Knows no pools and no sockets.
+A full queue drops the push and counts it: the receiver has to recompute the blocks, no more.
+The sending thread has a lower priority than the engine's. Knows no pools and no sockets.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from queue import Empty, Full, Queue
 
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import MemServeError
+from memserve.core.executor import BoundedExecutor
 from memserve.wire.messages import PoolInfo
 
 logger = logging.getLogger(__name__)
@@ -26,7 +25,7 @@ CAPACITY = 256
 
 @dataclass(frozen=True, slots=True)
 class PushTask:
-    """A chain that `to` may lack. keys[0] comes after `parent`, or begins a prompt."""
+    """A chain that `to` may lack. keys[0] follows `parent`, or begins a prompt."""
 
     to: PoolInfo
     keys: Sequence[BlockKey]
@@ -35,89 +34,55 @@ class PushTask:
 
 @dataclass(frozen=True, slots=True)
 class PushStats:
-    """Errands and their outcome; `waiting` is of this moment."""
+    """Push tasks by outcome since the start; `waiting` is the current number."""
 
     sent: int = 0
     blocks: int = 0
-    """That the receivers lacked, and now have."""
+    """Blocks that the receivers lacked and now have."""
     dropped: int = 0
-    """Not even tried: too many were waiting."""
+    """Tasks that were not tried: the queue was full."""
     failed: int = 0
     waiting: int = 0
+    """Tasks in the queue, the running one included."""
 
 
 class PushQueue:
-    """Errands, run in order on one thread. `offer` may be called by any thread."""
+    """Runs push tasks in order on one thread. Any thread may call any method."""
 
-    def __init__(self, run: Callable[[PushTask], int], capacity: int = CAPACITY) -> None:
-        """`run` sends one and returns how many blocks that were; a MemServeError is a failure."""
-        self._send = run
-        self._errands: Queue[PushTask] = Queue(capacity)
-        self._closing = threading.Event()
+    def __init__(self, push: Callable[[PushTask], int], capacity: int = CAPACITY) -> None:
+        """`push` sends one chain and returns the number of blocks sent; a MemServeError is a failure."""
+        self._push = push
+        self._executor = BoundedExecutor("mempool-push", capacity=capacity, niceness=NICENESS)
         self._lock = threading.Lock()
         self._stats = PushStats()
-        self._unfinished = 0
-        self._idle = threading.Condition(self._lock)
-        self._thread = threading.Thread(target=self._run, name="mempool-outbox", daemon=True)
-        self._thread.start()
 
-    def offer(self, errand: PushTask) -> bool:
-        """Queue it; False, and counted, if there is no room."""
-        with self._lock:
-            try:
-                self._errands.put_nowait(errand)
-            except Full:
-                self._stats = replace(self._stats, dropped=self._stats.dropped + 1)
-                return False
-            self._unfinished += 1
-            return True
+    def offer(self, task: PushTask) -> bool:
+        """Queue the task; False if the queue is full, which is counted."""
+        return self._executor.execute(lambda: self._run(task))
 
     def stats(self) -> PushStats:
+        """All counts of one moment."""
+        queued = self._executor.stats()
         with self._lock:
-            return replace(self._stats, waiting=self._unfinished)
+            return replace(self._stats, dropped=queued.refused, waiting=queued.waiting + queued.running)
 
     def forget(self) -> None:
-        """Drop what waits, and return when nothing is being sent."""
-        with self._idle:
-            while True:
-                try:
-                    self._errands.get_nowait()
-                except Empty:
-                    break
-                self._unfinished -= 1
-            self._idle.wait_for(lambda: not self._unfinished)
+        """Drop the waiting tasks and return when no task is running."""
+        self._executor.drop_waiting()
+        self._executor.drain()
 
     def close(self) -> None:
-        """Send nothing more. Idempotent."""
-        self._closing.set()
-        self._thread.join()
+        """End after the running task; drop the others. Idempotent."""
+        self._executor.close()
 
-    def _run(self) -> None:
+    def _run(self, task: PushTask) -> None:
         try:
-            os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)
-            while not self._closing.is_set():
-                try:
-                    errand = self._errands.get(timeout=0.1)
-                except Empty:
-                    continue
-                self._done(self._blocks_sent(errand))
-        except Exception:
-            logger.exception("the outbox of the memory pool failed; this process cannot go on")
-            os._exit(1)
-
-    def _blocks_sent(self, errand: PushTask) -> int | None:
-        try:
-            return self._send(errand)
+            num_blocks = self._push(task)
         except MemServeError as error:
-            logger.warning("blocks not sent to=%s num=%d: %s", errand.to.instance_id, len(errand.keys), error)
-            return None
-
-    def _done(self, num_blocks: int | None) -> None:
-        with self._idle:
-            stats = self._stats
-            if num_blocks is None:
-                self._stats = replace(stats, failed=stats.failed + 1)
-            else:
-                self._stats = replace(stats, sent=stats.sent + 1, blocks=stats.blocks + num_blocks)
-            self._unfinished -= 1
-            self._idle.notify_all()
+            logger.warning("blocks not sent to=%s num=%d: %s", task.to.instance_id, len(task.keys), error)
+            with self._lock:
+                self._stats = replace(self._stats, failed=self._stats.failed + 1)
+            return
+        with self._lock:
+            sent, blocks = self._stats.sent + 1, self._stats.blocks + num_blocks
+            self._stats = replace(self._stats, sent=sent, blocks=blocks)

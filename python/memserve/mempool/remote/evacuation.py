@@ -12,11 +12,10 @@ Knows no transports: locating and pushing are calls it was given.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -24,6 +23,7 @@ from xxhash import xxh3_64_intdigest
 
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import MemServeError, PeerDeclined
+from memserve.core.executor import BoundedExecutor
 from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.config import PeerAddress
 from memserve.mempool.remote.records import Pushed
@@ -222,36 +222,25 @@ class Evacuations:
         self._exchange = exchange
         self._closing = threading.Event()
         self._now = lambda: float("inf") if self._closing.is_set() else now()
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="peer-evacuation", initializer=_be_nice)
-        self._places = threading.BoundedSemaphore(MAX_WAITING)
+        self._executor = BoundedExecutor("peer-evacuation", capacity=MAX_WAITING, niceness=NICENESS)
 
     def answer(self, message: Evacuate, pool: MemPool | None) -> Message | Future[Message]:
         """What has become of the blocks. Returns at once."""
         if pool is None:
             return Evacuated(0, 0, 0, 0, "there is no pool of such blocks here")
-        if not self._places.acquire(blocking=False):
-            return Evacuated(
-                0, 0, 0, pool.stats().cached, f"{MAX_WAITING} evacuations are running or waiting"
-            )
-        evacuation = EvacuationRun(self._exchange, pool, message.shelters, self._now)
-        try:
-            future: Future[Message] = self._thread.submit(evacuation.run, message.timeout_s)
-        except RuntimeError:
-            self._places.release()
-            return Evacuated(0, 0, 0, pool.stats().cached, "this end is closed")
-        future.add_done_callback(lambda _: self._places.release())
+        run = EvacuationRun(self._exchange, pool, message.shelters, self._now)
+        future: Future[Message] | None = self._executor.submit(lambda: run.run(message.timeout_s))
+        if future is None:
+            reason = f"{MAX_WAITING} evacuations are running or waiting"
+            return Evacuated(0, 0, 0, pool.stats().cached, reason)
         return future
 
     def close(self) -> None:
-        """End the one that runs at its next look at the clock, drop those that wait."""
+        """End the running evacuation at its next look at the clock, drop the others."""
         self._closing.set()
-        self._thread.shutdown(wait=True, cancel_futures=True)
+        self._executor.close()
 
 
 def _preference(root: BlockKey, name: str) -> int:
     """Rendezvous hashing: the blocks of all ranks, and all that begins alike, come together."""
     return xxh3_64_intdigest(root + name.encode())
-
-
-def _be_nice() -> None:
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), NICENESS)

@@ -6,13 +6,13 @@ Knows no transports: fetching is a call it was given.
 from __future__ import annotations
 
 import logging
-import threading
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Protocol
 
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import MemServeError
+from memserve.core.executor import BoundedExecutor
 from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.config import PeerAddress
 from memserve.wire.messages import Message
@@ -44,26 +44,20 @@ class Fetches:
 
     def __init__(self, fetch: FetchCall) -> None:
         self._fetch = fetch
-        self._threads = ThreadPoolExecutor(MAX_RUNNING, thread_name_prefix="peer-fetch")
-        self._places = threading.BoundedSemaphore(MAX_FETCHES)
+        self._executor = BoundedExecutor("peer-fetch", capacity=MAX_FETCHES, workers=MAX_RUNNING)
 
     def answer(self, fetch: Fetch, pool: MemPool | None) -> Message | Future[Message]:
-        """What is here at the end, with the reason if that is not all. Returns at once."""
+        """The number of blocks cached here at the end, with the reason if it is not all. Returns at once."""
         if pool is None:
             return Fetched(0, "there is no pool of such blocks here")
-        if not self._places.acquire(blocking=False):
+        future = self._executor.submit(lambda: self._fetched(pool, fetch))
+        if future is None:
             return Fetched(pool.num_cached(fetch.keys), f"{MAX_FETCHES} fetches are running or waiting")
-        try:
-            future: Future[Message] = self._threads.submit(self._fetched, pool, fetch)
-        except RuntimeError:
-            self._places.release()
-            return Fetched(pool.num_cached(fetch.keys), "this end is closed")
-        future.add_done_callback(lambda _: self._places.release())
         return future
 
     def close(self) -> None:
-        """Wait for those that run, drop those that wait."""
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        """Wait for the running fetches, drop the others."""
+        self._executor.close()
 
     def _fetched(self, pool: MemPool, fetch: Fetch) -> Message:
         holder = PeerAddress(fetch.holder, fetch.holder_epoch)

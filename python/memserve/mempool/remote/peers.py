@@ -17,11 +17,12 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 
 from memserve.core.block_addr import BlockAddr
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import BlockStateError, MemServeError, PeerDeclined, WireMismatch
+from memserve.core.executor import BoundedExecutor
 from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout, TransferMode
 from memserve.mempool.checksums import Checksum
@@ -44,6 +45,7 @@ from memserve.wire.peer_messages import (
     AcquireLease,
     Allocate,
     Commit,
+    Declined,
     Evacuate,
     Fetch,
     Hello,
@@ -54,6 +56,8 @@ from memserve.wire.peer_messages import (
 
 logger = logging.getLogger(__name__)
 
+MAX_HELLOS = 256
+"""Peers that wait at a time for the pool of their blocks to be made."""
 _WITH_DEADLINE = (Reserve, Allocate, AcquireLease, Commit)
 """Messages after which something may have to be ended in time."""
 
@@ -82,7 +86,7 @@ class Peers:
         self._reserved = RemoteReservations()
         self._fetches = Fetches(self.fetch)
         self._evacuations = Evacuations(self, time.monotonic)
-        self._slow = ThreadPoolExecutor(1, thread_name_prefix="peer-pools")
+        self._pool_maker = BoundedExecutor("peer-pools", capacity=MAX_HELLOS)
         self._sweeper = Sweeper(self._sweep)
         self._transfers = Transfers(self._memory)
         self._is_closed = False
@@ -245,7 +249,7 @@ class Peers:
         self._transfers.close()
         self._fetches.close()
         self._evacuations.close()
-        self._slow.shutdown(wait=True, cancel_futures=True)
+        self._pool_maker.close()
         self._sweeper.close()
         self._remotes.close()
         self._memory.close()
@@ -299,7 +303,8 @@ class Peers:
     def _answer(self, message: Message) -> Message | Future[Message]:
         """Control thread."""
         if isinstance(message, Hello) and self._server.pool(message.layout.digest) is None:
-            return self._slow.submit(self._server.answer, message)
+            future = self._pool_maker.submit(lambda: self._server.answer(message))
+            return Declined(f"{MAX_HELLOS} pools are being made") if future is None else future
         if isinstance(message, Fetch):
             return self._fetches.answer(message, self._server.pool(message.layout))
         if isinstance(message, Evacuate):
