@@ -30,10 +30,11 @@ from memserve.core.block_keys import BlockKey
 from memserve.core.cache_events import CacheEvent, Removed, Stored
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.instance import ClusterSnapshot, Instance, ServerInfo
+from memserve.router.cluster.instance import ClusterSnapshot, Instance
 from memserve.router.cluster.pools import Pools
 from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.router.observability.metrics import RouterMetrics
+from memserve.router.server_info import ServerInfo
 from memserve.router.tokenization.prompts import Prompt
 from memserve.scheduling.cost_model.model import GPU_COSTS
 from memserve.scheduling.prompt_tree.tree import BYTES_PER_BLOCK, GlobalPromptTree

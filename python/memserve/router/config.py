@@ -7,19 +7,17 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
-from urllib.parse import urlsplit
 
 from memserve.core.errors import ConfigError
 from memserve.core.flags import add_flags, from_namespace, setting
-from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.discovery.config import DiscoveryConfig, add_discovery_flags, read_discovery
+from memserve.router.cluster.discovery.static import DEFAULT_BOOTSTRAP_PORT, static_server
 from memserve.router.compat import POLICY_SYNONYMS, CompatParser, settle
 from memserve.router.observability.settings import ObservabilityConfig
 from memserve.router.tokenization.prompts import RoutingKeys
 from memserve.wire.messages import InstanceInfo, Role
 
 DEFAULT_PORT = 30000
-DEFAULT_BOOTSTRAP_PORT = 8998
 PolicyName = Literal[
     "prompt_tree",
     "longest_prefix",
@@ -29,8 +27,6 @@ PolicyName = Literal[
     "round_robin",
     "random",
 ]
-STATIC_EPOCH = Epoch(0)
-"""A server that was named by URL never told its epoch."""
 
 EXAMPLES = """\
 examples:
@@ -277,8 +273,8 @@ def parse_args(argv: Sequence[str] | None = None) -> RouterConfig:
     remarks = settle(namespace)
     static = [
         *(_prefill(values) for values in namespace.prefill),
-        *(named_server(url, Role.DECODE) for url in namespace.decode),
-        *(named_server(url, Role.COLOCATED) for url in namespace.worker_urls),
+        *(static_server(url, Role.DECODE) for url in namespace.decode),
+        *(static_server(url, Role.COLOCATED) for url in namespace.worker_urls),
     ]
     return from_namespace(
         RouterConfig,
@@ -296,19 +292,4 @@ def _prefill(values: list[str]) -> InstanceInfo:
     port = values[1] if len(values) == 2 and values[1].lower() != "none" else str(DEFAULT_BOOTSTRAP_PORT)
     if not port.isdigit() or not 0 < int(port) < 65536:
         raise ConfigError(f"--prefill {values[0]} {port}: the bootstrap port is not a port")
-    return named_server(values[0], Role.PREFILL, int(port))
-
-
-def named_server(url: str, role: Role, bootstrap_port: int | None = None) -> InstanceInfo:
-    """A server that does not register. Raises ConfigError for what is no server's URL."""
-    url = url.rstrip("/")
-    if "@" in url:
-        raise ConfigError("a server's URL has no user and no password: write http://HOST:PORT, and --api-key")
-    try:
-        parts = urlsplit(url)
-        usable = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    except ValueError:
-        usable = False
-    if not usable:
-        raise ConfigError(f"{url} is not a server's URL; write http://HOST:PORT")
-    return InstanceInfo(InstanceId(url), STATIC_EPOCH, role, url, bootstrap_port)
+    return static_server(values[0], Role.PREFILL, int(port))

@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from math import ceil
 
+import aiohttp
 import msgspec
 
-from memserve.core.errors import BadRequest, MemServeError, Retryable
+from memserve.core.errors import BadRequest, InstanceLost, MemServeError, Retryable
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.request import JsonObject, encode_json
 
@@ -103,6 +104,14 @@ class UpstreamRejected(MemServeError):
         super().__init__(str(error.get("message", "")))
         self.status = status
         self.error = error
+
+
+class MalformedResponse(ConnectionError):
+    """An instance's answer is not HTTP, or ends too early."""
+
+
+class TokenizerMismatch(InstanceLost):
+    """The instance serves, but not with the tokenizer or page size of the model's other instances."""
 
 
 class ClientLeft(MemServeError):
@@ -201,3 +210,18 @@ def _error_object(status: int, body: bytes) -> JsonObject:
     own: JsonObject = error if isinstance(error, dict) and "message" in error else {"message": str(error)}
     fallback = failure(status, "", retryable=status == 429).error
     return {**fallback, **{key: own[key] for key in ("message", "type", "param", "code") if key in own}}
+
+
+def describe(error: BaseException) -> str:
+    """`error` in a few words, for a log line or an answer."""
+    if isinstance(error, InstanceLost):
+        return error.reason
+    if isinstance(error, aiohttp.ClientConnectorError):
+        return f"cannot connect ({error.os_error.strerror or error.os_error})"
+    if isinstance(error, MalformedResponse):
+        return str(error)
+    if isinstance(error, TimeoutError):
+        return "no answer in time"
+    if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError | OSError):
+        return "the connection broke"
+    return str(error) or type(error).__name__

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from memserve.core.block_addr import Tier
-from memserve.core.ids import InstanceId
+from memserve.core.ids import InstanceId, pool_name
 from memserve.router.cluster.pools import Pools
 from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.router.observability.metrics import RouterMetrics
 from memserve.router.proxy.fetcher import MAX_FETCH_S, FetchPlan, links_between
 from memserve.router.tokenization.prompts import Prompt
 from memserve.scheduling.decision import Decision
-from memserve.scheduling.prompt_tree.records import pool_name
 from memserve.wire.messages import Role
 
 

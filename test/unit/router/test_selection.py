@@ -13,11 +13,12 @@ from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import Stored
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.instance import ClusterSnapshot, Instance, Pair, ServerInfo, Single
+from memserve.router.cluster.instance import ClusterSnapshot, Instance, Pair, Single
 from memserve.router.cluster.pools import Pools
 from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.router.observability.metrics import RouterMetrics
 from memserve.router.proxy.fetcher import FetchOutcome
+from memserve.router.server_info import ServerInfo
 from memserve.router.tokenization.prompts import Prompt
 from memserve.scheduling.assignment import Assignment, benefits_from
 from memserve.scheduling.cost_model.model import CPU_COSTS, GPU_COSTS, CostModel

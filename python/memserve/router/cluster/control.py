@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from typing import Protocol
 
 from memserve.core.errors import Retryable
 from memserve.router.cluster.caching import why_refused
+from memserve.router.cluster.discovery.static import STATIC_EPOCH
 from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.registry import InstanceRegistry
-from memserve.router.config import STATIC_EPOCH
-from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.wire.messages import (
     Accepted,
     Deregister,
@@ -34,6 +34,16 @@ from memserve.wire.messages import (
 LOOP_TIMEOUT_S = 5.0
 
 
+class CacheReports(Protocol):
+    """Takes what pools report of the blocks they hold. Loop thread only."""
+
+    def events(self, message: PoolEvents) -> Message:
+        """Apply a pool's changes; the answer may request a snapshot or an audit."""
+
+    def part(self, message: SnapshotPart) -> Message:
+        """Take one part of a snapshot or an audit."""
+
+
 class ControlHandler:
     """Answers control messages. Called on the control thread; acts on the loop's."""
 
@@ -41,7 +51,7 @@ class ControlHandler:
         self,
         cluster: InstanceRegistry,
         pools: Pools,
-        feed: TreeSynchronizer,
+        feed: CacheReports,
         loop: asyncio.AbstractEventLoop,
         on_named: Callable[[NamedPrompt], None] = lambda _: None,
     ) -> None:

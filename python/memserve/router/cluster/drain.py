@@ -16,11 +16,10 @@ from dataclasses import dataclass
 
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import MemServeError
-from memserve.core.ids import Epoch, InstanceId
+from memserve.core.ids import Epoch, InstanceId, server_of
 from memserve.router.cluster.member import Member
 from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.registry import InstanceRegistry
-from memserve.scheduling.prompt_tree.records import server_of
 from memserve.wire.async_link import AsyncControlClient
 from memserve.wire.messages import PoolInfo, Role
 from memserve.wire.peer_messages import Evacuate, Evacuated, EvacuationTarget

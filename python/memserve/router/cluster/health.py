@@ -5,24 +5,22 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from dataclasses import replace
-from pathlib import Path
+from typing import Protocol
 
 import aiohttp
 
 from memserve.core.errors import InstanceLost
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.instance import ClusterSnapshot, ServerInfo
+from memserve.router.cluster.instance import ClusterSnapshot
 from memserve.router.cluster.member import Member, State, SuspectReason
 from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.registry import InstanceRegistry
-from memserve.router.kv_events.sources import read_event_sources
-from memserve.router.proxy.capacity import read_max_prompt_tokens
-from memserve.router.proxy.upstream import describe
+from memserve.router.errors import TokenizerMismatch, describe
 from memserve.router.request import JsonObject
-from memserve.router.tokenization.tokenizers import TokenizerMismatch, Tokenizers
-from memserve.wire.messages import InstanceInfo, Role
+from memserve.router.server_info import ServerInfo, read_server_info
+from memserve.wire.messages import InstanceInfo
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +38,25 @@ FACTS_TIMEOUT_S = 10.0
 
 _PROBE_ERRORS = (aiohttp.ClientError, OSError, ValueError, InstanceLost)
 
-_MODES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "null": Role.COLOCATED}
+
+class TokenizerCheck(Protocol):
+    """Confirms that an instance tokenizes as the router and the model's other instances do."""
+
+    async def admit(
+        self,
+        instance: InstanceId,
+        model: str,
+        model_path: str,
+        server_info: JsonObject,
+        ask: Callable[[JsonObject], Awaitable[object]],
+    ) -> None:
+        """Check one instance; `ask` calls its /v1/tokenize.
+
+        Raises TokenizerMismatch, and the errors of `ask`.
+        """
+
+    def forget(self, instance: InstanceId) -> None:
+        """Drop the result for an instance that has left. Idempotent."""
 
 
 class HealthProber:
@@ -50,7 +66,7 @@ class HealthProber:
         self,
         cluster: InstanceRegistry,
         pools: Pools,
-        tokenizers: Tokenizers,
+        tokenizers: TokenizerCheck,
         session: aiohttp.ClientSession,
         *,
         interval_s: float,
@@ -146,7 +162,7 @@ class HealthProber:
             self._get(url, "/v1/models", FACTS_TIMEOUT_S),
             self._takes_empty_text(url),
         )
-        facts = read_facts(url, info.role, model_info, server_info, models)
+        facts = read_server_info(url, info.role, model_info, server_info, models)
         if reason := incompatibility(info.instance_id, facts, self._cluster.up):
             raise TokenizerMismatch(url, reason)
         said = json.loads(server_info)
@@ -177,32 +193,6 @@ class HealthProber:
             return body
 
 
-def read_facts(url: str, role: Role, model_info: bytes, server_info: bytes, models: bytes) -> ServerInfo:
-    """What SGLang's three info pages say. Raises InstanceLost for a server with another role,
-    ValueError for pages that are no SGLang's."""
-    model, server, cards = json.loads(model_info), json.loads(server_info), json.loads(models)
-    if not (isinstance(model, dict) and isinstance(server, dict) and isinstance(cards, dict)):
-        raise ValueError(f"{url} does not describe itself as SGLang does")
-    mode = server.get("disaggregation_mode")
-    if mode in _MODES and _MODES[mode] is not role:
-        raise InstanceLost(url, f"named as {role}, but it runs as {_MODES[mode]}")
-    path = str(model.get("model_path", ""))
-    following = read_event_sources(server)
-    card: dict[str, object] = next(iter(cards.get("data") or []), {})
-    return ServerInfo(
-        model=str(model.get("served_model_name") or card.get("id") or path),
-        model_path=path,
-        context_tokens=None if server.get("allow_auto_truncate") else _number(card.get("max_model_len")),
-        vocab_size=read_vocab_size(path),
-        page_size=following.page_tokens,
-        model_info=model_info,
-        following=following,
-        room_tokens=read_max_prompt_tokens(server, following.page_tokens),
-        is_deterministic=server.get("enable_deterministic_inference") is True,
-        is_on_cpu=server.get("device") == "cpu",
-    )
-
-
 def incompatibility(instance: InstanceId, facts: ServerInfo, ready: ClusterSnapshot) -> str | None:
     """Why an instance cannot serve its model beside those that do; None if it can."""
     for other in ready.serving(facts.model).all():
@@ -213,17 +203,3 @@ def incompatibility(instance: InstanceId, facts: ServerInfo, ready: ClusterSnaps
                 f"{facts.model} too, is {other.facts.page_size}: blocks of one are none of the other"
             )
     return None
-
-
-def read_vocab_size(model_path: str) -> int | None:
-    """The size of the embedding of a model directory on this machine; None if it cannot be known."""
-    try:
-        config = json.loads((Path(model_path) / "config.json").read_bytes())
-    except (OSError, ValueError):
-        return None
-    text = config.get("text_config")
-    return _number(config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None))
-
-
-def _number(value: object) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) else None

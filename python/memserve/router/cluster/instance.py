@@ -7,36 +7,8 @@ from dataclasses import dataclass, field
 from urllib.parse import urlsplit
 
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.kv_events.sources import EventSourceInfo
+from memserve.router.server_info import ServerInfo
 from memserve.wire.messages import Role
-
-
-@dataclass(frozen=True, slots=True)
-class ServerInfo:
-    """What an instance says of the model it serves; None where it does not say."""
-
-    model: str
-    model_path: str
-    context_tokens: int | None = None
-    """None also where longer prompts are cut to fit."""
-    vocab_size: int | None = None
-    page_size: int | None = None
-    takes_empty_text: bool = False
-    """Its tokenizer makes at least one token of "": a prompt of none ends an SGLang server."""
-    model_info: bytes = field(default=b"{}", repr=False)
-    """Its own /model_info, as JSON."""
-    following: EventSourceInfo = field(default_factory=EventSourceInfo)
-    """How its cache can be followed, if it has no memory pool."""
-    room_tokens: int | None = None
-    """The longest prompt that a decode can ever take."""
-    is_deterministic: bool = False
-    """It draws each token from the request's seed and the token's position."""
-    is_on_cpu: bool = False
-    """It computes without a GPU."""
-
-    def serves(self, model: str) -> bool:
-        """Whether a request for `model` is for this one; also for `model:adapter`, as SGLang names LoRA."""
-        return f"{model}:".startswith(f"{self.model}:")
 
 
 @dataclass(frozen=True, slots=True)

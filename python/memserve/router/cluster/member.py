@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
-from memserve.router.cluster.instance import ServerInfo
+from memserve.router.server_info import ServerInfo
 from memserve.wire.messages import InstanceInfo, Load, Role
 
 

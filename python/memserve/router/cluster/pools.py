@@ -13,9 +13,8 @@ import secrets
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from memserve.core.ids import Epoch, InstanceId
+from memserve.core.ids import Epoch, InstanceId, server_of
 from memserve.router.cluster.registry import HEARTBEAT_MISSES, SUSPECT_MISSES
-from memserve.scheduling.prompt_tree.records import server_of
 from memserve.wire.messages import Members, PoolInfo, Role, TierBlocks
 
 logger = logging.getLogger(__name__)

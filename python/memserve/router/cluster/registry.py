@@ -19,8 +19,9 @@ import logging
 from collections.abc import Callable, Container, Iterable, Sequence
 
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.instance import ClusterSnapshot, Instance, ServerInfo
+from memserve.router.cluster.instance import ClusterSnapshot, Instance
 from memserve.router.cluster.member import Member, ProcessStatus, State, SuspectReason
+from memserve.router.server_info import ServerInfo
 from memserve.wire.messages import InstanceInfo, Load
 
 logger = logging.getLogger(__name__)

@@ -26,8 +26,8 @@ import zmq
 from memserve.core.block_addr import Tier
 from memserve.core.cache_events import CacheEvent, Snapshot
 from memserve.core.ids import InstanceId, new_epoch
-from memserve.router.kv_events.sources import EventSource
 from memserve.router.kv_events.zmq_stream import MalformedFrames, StreamLost, ZmqEventStream
+from memserve.router.server_info import EventSource
 from memserve.scheduling.prompt_tree.event_hashes import EventHashKeys
 from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
 

@@ -22,13 +22,12 @@ from enum import StrEnum
 import zmq
 
 from memserve.core.block_keys import BlockKey
-from memserve.core.ids import Epoch, InstanceId
+from memserve.core.ids import Epoch, InstanceId, server_of
 from memserve.router.cluster.instance import ClusterSnapshot, Instance
 from memserve.router.cluster.pools import Pools
-from memserve.router.kv_events.sources import EventSourceInfo
 from memserve.router.kv_events.subscriber import KvEventSubscriber, SourceStats, SubscriberTimeouts
+from memserve.router.server_info import EventSourceInfo
 from memserve.scheduling.prompt_tree.event_hashes import EventHashKeys
-from memserve.scheduling.prompt_tree.records import server_of
 from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from types import MappingProxyType
 
 from memserve.core.block_keys import KEY_BYTES
 from memserve.core.cache_events import Snapshot, Stored
-from memserve.core.ids import Epoch, InstanceId
+from memserve.core.ids import Epoch, InstanceId, pool_name
 from memserve.router.cluster.pools import Pools
-from memserve.scheduling.prompt_tree.records import FeedCounters, pool_name
+from memserve.scheduling.prompt_tree.records import FeedCounters
 from memserve.scheduling.prompt_tree.tree import AuditResult, GlobalPromptTree
 from memserve.wire.messages import (
     AuditWanted,

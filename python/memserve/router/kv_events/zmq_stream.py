@@ -19,7 +19,7 @@ from types import TracebackType
 import zmq
 from zmq.utils.monitor import parse_monitor_message
 
-from memserve.router.kv_events.sources import EventSource
+from memserve.router.server_info import EventSource
 
 MAX_MESSAGE_BYTES = 8 << 20
 """ZMQ ends the connection to who sends more: a step's events are thousands of tokens, not millions."""

@@ -7,31 +7,13 @@ Source: SGLang 0.5.23, disaggregation/decode.py (pop_preallocated, _required_adm
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from memserve.core.errors import BadRequest
 from memserve.router.cluster.instance import ClusterSnapshot
 from memserve.router.request import Api
 
-RESERVED_TOKENS = 512
-"""SGLang's default of --num-reserved-decode-tokens."""
-
 _FIELDS = {Api.GENERATE: "input_ids", Api.CHAT: "messages", Api.COMPLETIONS: "prompt"}
-
-
-def read_max_prompt_tokens(server_info: Mapping[str, object], page_tokens: int | None) -> int | None:
-    """The longest prompt that a decode with this /server_info takes; None if it does not say."""
-    size, reserved = (
-        server_info.get("max_total_num_tokens"),
-        server_info.get("num_reserved_decode_tokens", RESERVED_TOKENS),
-    )
-    if server_info.get("disaggregation_mode") != "decode" or not isinstance(size, int) or page_tokens is None:
-        return None
-    threshold = server_info.get("disaggregation_decode_host_receive_threshold", 1)
-    if server_info.get("enable_hisparse") or threshold != 1 or not isinstance(reserved, int):
-        return None  # what does not fit the device may be in host memory
-    return max(0, size - reserved) // page_tokens * page_tokens
 
 
 def smallest_capacity(snapshot: ClusterSnapshot) -> int | None:

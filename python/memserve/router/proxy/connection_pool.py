@@ -17,16 +17,13 @@ from weakref import WeakSet
 import httptools
 
 from memserve.router.cluster.instance import ClusterSnapshot
+from memserve.router.errors import MalformedResponse
 
 CONNECT_TIMEOUT_S = 3.0
 KEEPALIVE_S = 2.0
 """Less than the 5 s after which SGLang closes an idle connection, so that none closes under a request."""
 MAX_UNREAD_BYTES = 256 << 10
 """What may wait for a slow client until the instance is made to wait as well."""
-
-
-class MalformedResponse(ConnectionError):
-    """What an instance sent is no HTTP, or ended too early."""
 
 
 class UpstreamSilent(MalformedResponse):

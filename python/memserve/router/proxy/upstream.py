@@ -15,14 +15,19 @@ from urllib.parse import urlsplit
 import aiohttp
 import msgspec
 
-from memserve.core.errors import InstanceLost
 from memserve.router.cluster.instance import Instance
-from memserve.router.errors import UpstreamDisconnected, UpstreamError, UpstreamRejected, message_of, refusal
+from memserve.router.errors import (
+    UpstreamDisconnected,
+    UpstreamError,
+    UpstreamRejected,
+    describe,
+    message_of,
+    refusal,
+)
 from memserve.router.proxy.connection_pool import (
     KEEPALIVE_S,
     Connection,
     ConnectionPool,
-    MalformedResponse,
     UpstreamSilent,
 )
 from memserve.router.request import Api, GenerationRequest
@@ -214,18 +219,3 @@ def _refused(instance: Instance, event: bytes) -> UpstreamRejected | UpstreamErr
     if isinstance(code, int) and 500 <= code < 600:
         return UpstreamError(instance.instance_id, instance.role, code, message_of(code, body))
     return refusal(code if isinstance(code, int) and 400 <= code < 500 else 400, body)
-
-
-def describe(error: BaseException) -> str:
-    """`error` in a few words, for a log line or an answer."""
-    if isinstance(error, InstanceLost):
-        return error.reason
-    if isinstance(error, aiohttp.ClientConnectorError):
-        return f"cannot connect ({error.os_error.strerror or error.os_error})"
-    if isinstance(error, MalformedResponse):
-        return str(error)
-    if isinstance(error, TimeoutError):
-        return "no answer in time"
-    if isinstance(error, aiohttp.ServerDisconnectedError | aiohttp.ClientPayloadError | OSError):
-        return "the connection broke"
-    return str(error) or type(error).__name__

@@ -13,8 +13,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
-from memserve.core.errors import ConfigError, InstanceLost
+from memserve.core.errors import ConfigError
 from memserve.core.ids import InstanceId
+from memserve.router.errors import TokenizerMismatch
 from memserve.router.request import GenerationRequest, JsonObject
 from memserve.router.tokenization.token_records import NotTokenizable, TokenizerStats, Tokens, UnknownTokens
 from memserve.router.tokenization.tokenizer import Ask, Tokenizer, given_tokens
@@ -25,10 +26,6 @@ OFF = "none"
 """The path that means: do not tokenize."""
 NOT_WANTED = f"--tokenizer-path {OFF}"
 NO_MODEL = "a model that no instance has told of"
-
-
-class TokenizerMismatch(InstanceLost):
-    """The instance serves, but not what the others of its model do."""
 
 
 class Tokenizers:

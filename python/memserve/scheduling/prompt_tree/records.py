@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import msgspec
 
-from memserve.core.ids import InstanceId
+from memserve.core.ids import InstanceId, server_of
 
 
 class Overlap(msgspec.Struct, frozen=True, gc=False):
@@ -17,17 +17,6 @@ class Overlap(msgspec.Struct, frozen=True, gc=False):
     """Blocks from the front that are in HBM."""
     total: int
     """Blocks from the front that are in some tier of it, or soon will be. Not less than `near`."""
-
-
-def pool_name(memory: InstanceId, layout: str) -> InstanceId:
-    """What the pool of a memory instance for blocks of a layout is called in the tree."""
-    return InstanceId(f"{memory}#{layout[:16]}")
-
-
-def server_of(name: InstanceId) -> InstanceId:
-    """The server whose cache this is: data-parallel ranks add theirs to its name, as NAME/dpN."""
-    server, _, rank = name.rpartition("/dp")
-    return InstanceId(server) if server and rank.isdecimal() else name
 
 
 def by_server(depths: Mapping[InstanceId, Overlap]) -> Mapping[InstanceId, Overlap]:

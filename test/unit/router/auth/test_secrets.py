@@ -12,7 +12,8 @@ import pytest
 from memserve.core.errors import ConfigError
 from memserve.router.app import running_router
 from memserve.router.auth.keys import Keys
-from memserve.router.config import RouterConfig, named_server
+from memserve.router.cluster.discovery.static import static_server
+from memserve.router.config import RouterConfig
 from memserve.router.request import Api, GenerationRequest
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
@@ -157,7 +158,7 @@ def test_a_launch_lines_keys_are_not_said(tmp_path: Path) -> None:
         _, rest = process.communicate(timeout=20)
         assert MARK not in lines + rest
     with pytest.raises(ConfigError) as caught:
-        named_server(f"http://me:{MARK}@127.0.0.1:1", Role.COLOCATED)
+        static_server(f"http://me:{MARK}@127.0.0.1:1", Role.COLOCATED)
     assert MARK not in str(caught.value)
 
 

@@ -14,7 +14,8 @@ import trustme
 from memserve.core.errors import ConfigError
 from memserve.router.app import running_router
 from memserve.router.auth.tls import Certificate, client_context
-from memserve.router.config import RouterConfig, named_server
+from memserve.router.cluster.discovery.static import static_server
+from memserve.router.config import RouterConfig
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
 
@@ -111,7 +112,7 @@ async def test_https_servers_are_verified(authority: trustme.CA, tmp_path: Path)
     believed = tmp_path / "ca.pem"
     authority.cert_pem.write_to_path(believed)
     async with FakeWorker(tls=context) as worker:
-        static = (named_server(worker.url, Role.COLOCATED),)
+        static = (static_server(worker.url, Role.COLOCATED),)
         async with staged(static=static, ssl_ca_certs=believed) as stage:
             await stage.until(stage.is_ready)
             assert (await stage.post("/generate", BODY))[0] == 200

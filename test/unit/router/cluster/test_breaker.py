@@ -8,7 +8,8 @@ import pytest
 
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.breaker import Breakers, BreakerState
-from memserve.router.cluster.instance import ClusterSnapshot, Instance, ServerInfo
+from memserve.router.cluster.instance import ClusterSnapshot, Instance
+from memserve.router.server_info import ServerInfo
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_clock import FakeClock
 from memserve.testing.fake_worker import FakeWorker

@@ -12,8 +12,8 @@ from aiohttp import web
 
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import InstanceLost
-from memserve.router.cluster.health import read_facts, read_vocab_size
-from memserve.router.config import STATIC_EPOCH
+from memserve.router.cluster.discovery.static import STATIC_EPOCH
+from memserve.router.server_info import read_server_info, read_vocab_size
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.link import ControlClient
@@ -212,12 +212,12 @@ PAGES = (
 
 
 def test_facts_are_what_sglangs_pages_say() -> None:
-    facts = read_facts("http://h:1", Role.COLOCATED, *PAGES)
+    facts = read_server_info("http://h:1", Role.COLOCATED, *PAGES)
     assert (facts.model, facts.model_path, facts.context_tokens, facts.page_size) == ("m", "/m", 99, 16)
     assert facts.vocab_size is None
     assert not facts.is_on_cpu
     on_cpu = (PAGES[0], PAGES[1].replace(b"{", b'{"device": "cpu", '), PAGES[2])
-    assert read_facts("http://h:1", Role.COLOCATED, *on_cpu).is_on_cpu
+    assert read_server_info("http://h:1", Role.COLOCATED, *on_cpu).is_on_cpu
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
@@ -226,7 +226,7 @@ def test_pages_that_are_no_sglangs_are_refused(number: int) -> None:
     for wrong in (b"[]", b"<html>"):
         pages[number] = wrong
         with pytest.raises(ValueError):  # noqa: PT011 (msgspec's, json's or ours: all say it is malformed)
-            read_facts("http://h:1", Role.COLOCATED, *pages)
+            read_server_info("http://h:1", Role.COLOCATED, *pages)
 
 
 @pytest.mark.parametrize(

@@ -11,9 +11,9 @@ from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.caching import caching_of
 from memserve.router.cluster.control import answer
+from memserve.router.cluster.discovery.static import STATIC_EPOCH
 from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.registry import HEARTBEAT_MISSES, SUSPECT_MISSES, InstanceRegistry
-from memserve.router.config import STATIC_EPOCH
 from memserve.testing.fake_clock import FakeClock
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.link import ControlClient

@@ -6,7 +6,7 @@ import pytest
 
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.control import answer
-from memserve.router.cluster.instance import ServerInfo
+from memserve.router.cluster.discovery.static import STATIC_EPOCH
 from memserve.router.cluster.member import Member, ProcessStatus, State
 from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.registry import (
@@ -15,7 +15,7 @@ from memserve.router.cluster.registry import (
     SUSPECT_MISSES,
     InstanceRegistry,
 )
-from memserve.router.config import STATIC_EPOCH
+from memserve.router.server_info import ServerInfo
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.messages import (
     Accepted,

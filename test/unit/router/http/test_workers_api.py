@@ -12,8 +12,8 @@ import yarl
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch
 from memserve.router.cluster.control import answer
+from memserve.router.cluster.discovery.static import STATIC_EPOCH
 from memserve.router.cluster.member import State
-from memserve.router.config import STATIC_EPOCH
 from memserve.router.request import GenerationRequest
 from memserve.router.tokenization.token_records import Tokens
 from memserve.router.tokenization.tokenizers import Tokenizers

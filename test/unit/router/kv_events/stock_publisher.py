@@ -11,7 +11,7 @@ import zmq
 import zmq.asyncio
 
 from memserve.core.block_keys import BlockKey, event_hash
-from memserve.router.kv_events.sources import EventSource
+from memserve.router.server_info import EventSource
 
 DEADLINE_S = 10.0
 END = b"\xff" * 8

@@ -21,9 +21,9 @@ from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, Namespace, continue_keys, page_keys
 from memserve.core.cache_events import Stored
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.kv_events.sources import EventSource
 from memserve.router.kv_events.subscriber import PIECE_BLOCKS, KvEventSubscriber, SubscriberTimeouts
 from memserve.router.kv_events.zmq_stream import MAX_MESSAGE_BYTES
+from memserve.router.server_info import EventSource
 from memserve.scheduling.prompt_tree.event_hashes import EventHashKeys
 from memserve.scheduling.prompt_tree.tree import GlobalPromptTree, Overlap, TierCounts
 

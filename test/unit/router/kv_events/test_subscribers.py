@@ -15,11 +15,11 @@ from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import Stored
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.instance import ClusterSnapshot, Instance, ServerInfo
+from memserve.router.cluster.instance import ClusterSnapshot, Instance
 from memserve.router.cluster.pools import Pools
-from memserve.router.kv_events.sources import EventPublisher, EventSourceInfo
 from memserve.router.kv_events.subscriber import SubscriberTimeouts
 from memserve.router.kv_events.subscribers import Mode, StockSubscriptions, SubscriptionStats
+from memserve.router.server_info import EventPublisher, EventSourceInfo, ServerInfo
 from memserve.scheduling.prompt_tree.tree import GlobalPromptTree, Overlap
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.messages import PoolInfo, Role

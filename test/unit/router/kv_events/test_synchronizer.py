@@ -7,10 +7,9 @@ import pytest
 from memserve.core.block_addr import Tier
 from memserve.core.cache_events import Removed
 from memserve.core.caching import CachingMode
-from memserve.core.ids import Epoch, InstanceId
+from memserve.core.ids import Epoch, InstanceId, pool_name
 from memserve.router.cluster.pools import Pools
 from memserve.router.kv_events.synchronizer import MAX_LAYOUTS, TreeSynchronizer
-from memserve.scheduling.prompt_tree.records import pool_name
 from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.messages import Done, PoolEvents, PoolInfo, Role, SnapshotPart, SnapshotWanted, Unknown

@@ -9,15 +9,15 @@ import pytest
 
 from memserve.core.errors import BadRequest
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.instance import ClusterSnapshot, Instance, ServerInfo
+from memserve.router.cluster.instance import ClusterSnapshot, Instance
 from memserve.router.proxy.capacity import (
     check_fits,
     instances_that_fit,
     largest_capacity,
-    read_max_prompt_tokens,
     smallest_capacity,
 )
 from memserve.router.request import Api
+from memserve.router.server_info import ServerInfo, read_max_prompt_tokens
 from memserve.testing.fake_worker import RESERVED_TOKENS, FakeWorker
 from memserve.wire.messages import Role
 

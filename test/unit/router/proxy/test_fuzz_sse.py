@@ -12,12 +12,13 @@ from hypothesis import strategies as st
 
 from memserve.core.errors import MemServeError
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.instance import Instance, ServerInfo
+from memserve.router.cluster.instance import Instance
 from memserve.router.proxy.relay import ResumableStream, relay
 from memserve.router.proxy.retry import AttemptId
 from memserve.router.proxy.stream_splicer import Diverged
 from memserve.router.proxy.stream_state import StreamState, Unreadable
 from memserve.router.request import Api, GenerationRequest
+from memserve.router.server_info import ServerInfo
 from memserve.router.sse import DONE, EventSplitter
 from memserve.wire.messages import Role
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 import pytest
 
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.instance import ClusterSnapshot, Instance, ServerInfo
+from memserve.router.cluster.instance import ClusterSnapshot, Instance
 from memserve.router.observability.metrics import RouterMetrics
 from memserve.router.proxy.recovery import StreamRecovery
 from memserve.router.proxy.relay import MAX_EVENT_BYTES, ResumableStream
 from memserve.router.proxy.stream_state import StreamState
 from memserve.router.request import Api, GenerationRequest
+from memserve.router.server_info import ServerInfo
 from memserve.router.tokenization.tokenizers import Tokenizers
 from memserve.wire.messages import Role
 

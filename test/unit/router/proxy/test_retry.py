@@ -11,9 +11,10 @@ import pytest
 
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.breaker import BreakerState
-from memserve.router.cluster.instance import ClusterSnapshot, Instance, ServerInfo
+from memserve.router.cluster.instance import ClusterSnapshot, Instance
 from memserve.router.proxy.retry import AttemptId, RetryPolicy, backoff_s, retry_candidates
 from memserve.router.request import Api, GenerationRequest
+from memserve.router.server_info import ServerInfo
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role

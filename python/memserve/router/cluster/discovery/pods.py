@@ -12,7 +12,7 @@ import msgspec
 from memserve.core.errors import ConfigError, MemServeError
 from memserve.core.hosts import bracketed
 from memserve.router.cluster.discovery.config import DiscoveryConfig
-from memserve.router.config import DEFAULT_BOOTSTRAP_PORT, named_server
+from memserve.router.cluster.discovery.static import DEFAULT_BOOTSTRAP_PORT, static_server
 from memserve.wire.messages import InstanceInfo, Role
 
 logger = logging.getLogger(__name__)
@@ -151,7 +151,7 @@ def server_in(pod: Pod, role: Role, config: DiscoveryConfig) -> InstanceInfo | N
             return None
         bootstrap_port = int(said)
     try:
-        return named_server(f"http://{bracketed(pod.status.pod_ip)}:{config.port}", role, bootstrap_port)
+        return static_server(f"http://{bracketed(pod.status.pod_ip)}:{config.port}", role, bootstrap_port)
     except ConfigError as error:
         logger.warning("pod left out name=%s: %s", pod.metadata.name, error)
         return None

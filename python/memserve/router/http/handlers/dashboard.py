@@ -20,7 +20,7 @@ from aiohttp import web
 
 from memserve import __version__
 from memserve.core.errors import BadRequest
-from memserve.core.ids import InstanceId
+from memserve.core.ids import InstanceId, server_of
 from memserve.router.admission.controller import AdmissionController
 from memserve.router.cluster.member import Member
 from memserve.router.config import RouterConfig
@@ -34,7 +34,7 @@ from memserve.router.state import RouterState
 from memserve.router.tokenization.prompts import Prompt
 from memserve.router.tokenization.text_keys import BLOCK_TOKENS
 from memserve.scheduling.explain import explained
-from memserve.scheduling.prompt_tree.records import TierCounts, server_of
+from memserve.scheduling.prompt_tree.records import TierCounts
 
 PAGE_FILES = {
     "index.html": "text/html",

@@ -16,11 +16,10 @@ from memserve import __version__
 from memserve.router.auth.access import Access
 from memserve.router.cluster.instance import Instance
 from memserve.router.cluster.member import State
-from memserve.router.errors import failure, message_of
+from memserve.router.errors import describe, failure, message_of
 from memserve.router.http.handlers.generate import json_response
 from memserve.router.http.handlers.workers import describe_member
 from memserve.router.observability.metrics import CONTENT_TYPE, RouterMetrics
-from memserve.router.proxy.upstream import describe
 from memserve.router.request import JsonObject, encode_json
 from memserve.router.state import RouterState
 

@@ -26,11 +26,11 @@ from aiohttp import web
 from memserve.core.errors import BadRequest, ConfigError
 from memserve.core.ids import InstanceId
 from memserve.router.cluster.caching import caching_of
+from memserve.router.cluster.discovery.static import DEFAULT_BOOTSTRAP_PORT, static_server
 from memserve.router.cluster.drain import DrainManager, DrainStatus
 from memserve.router.cluster.member import Member
 from memserve.router.cluster.pools import PoolMember
 from memserve.router.cluster.roles import Phase, RoleChange, RoleChanges
-from memserve.router.config import DEFAULT_BOOTSTRAP_PORT, named_server
 from memserve.router.errors import failure_of
 from memserve.router.http.handlers.generate import json_response
 from memserve.router.request import JsonObject, encode_json
@@ -62,7 +62,7 @@ class Worker(msgspec.Struct, forbid_unknown_fields=True):
         elif port is not None:
             raise BadRequest("only a prefill server has a bootstrap port", field="bootstrap_port")
         try:
-            return named_server(self.url, role, port)
+            return static_server(self.url, role, port)
         except ConfigError as error:
             raise BadRequest(str(error), field="url") from error
 

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from memserve.router.kv_events.sources import EventPublisher, EventSource, EventSourceInfo, read_event_sources
+from memserve.router.server_info import EventPublisher, EventSource, EventSourceInfo, read_event_sources
 
 PUBLISHES = {
     "publisher": "zmq",

@@ -1,24 +1,30 @@
-"""What a server says of its cache in /server_info: how it can be followed from outside. Pure.
+"""What a server says of itself in /server_info, /model_info and /v1/models, read into one record. Pure.
 
-Knows SGLang's field names and nothing of sockets, trees or instances.
-Source: SGLang 0.5.23, runtime_context.py (describe_kv_events_publisher), disaggregation/kv_events.py.
+Source: SGLang 0.5.23, disaggregation/decode.py (pop_preallocated, _required_admission_tokens): a decode
+admits a request when the prompt, in whole pages, and a reserve for the answer are free.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from math import isfinite
+from pathlib import Path
 from typing import TypeGuard
 from urllib.parse import urlsplit
 
+from memserve.core.errors import InstanceLost
 from memserve.core.hosts import bracketed
+from memserve.wire.messages import Role
 
+RESERVED_TOKENS = 512
+"""SGLang's default of --num-reserved-decode-tokens."""
 MAX_DP_SIZE = 1024
 """More caches than this no server has."""
 MAX_NUMBER = 1 << 40
 
+_MODES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "null": Role.COLOCATED}
 _WILDCARDS = frozenset({"*", "0.0.0.0", "::", ""})
 
 
@@ -80,6 +86,86 @@ class EventSourceInfo:
         return max(1, self.capacity_tokens // self.page_tokens)
 
 
+@dataclass(frozen=True, slots=True)
+class ServerInfo:
+    """What an instance says of the model it serves; None where it does not say."""
+
+    model: str
+    model_path: str
+    context_tokens: int | None = None
+    """None also where longer prompts are cut to fit."""
+    vocab_size: int | None = None
+    page_size: int | None = None
+    takes_empty_text: bool = False
+    """Its tokenizer makes at least one token of "": a prompt of none ends an SGLang server."""
+    model_info: bytes = field(default=b"{}", repr=False)
+    """Its own /model_info, as JSON."""
+    following: EventSourceInfo = field(default_factory=EventSourceInfo)
+    """How its cache can be followed, if it has no memory pool."""
+    room_tokens: int | None = None
+    """The longest prompt that a decode can ever take."""
+    is_deterministic: bool = False
+    """It draws each token from the request's seed and the token's position."""
+    is_on_cpu: bool = False
+    """It computes without a GPU."""
+
+    def serves(self, model: str) -> bool:
+        """Whether a request for `model` is for this one; also for `model:adapter`, as SGLang names LoRA."""
+        return f"{model}:".startswith(f"{self.model}:")
+
+
+def read_server_info(
+    url: str, role: Role, model_info: bytes, server_info: bytes, models: bytes
+) -> ServerInfo:
+    """What SGLang's three info pages say. Raises InstanceLost for a server with another role,
+    ValueError for pages that are no SGLang's."""
+    model, server, cards = json.loads(model_info), json.loads(server_info), json.loads(models)
+    if not (isinstance(model, dict) and isinstance(server, dict) and isinstance(cards, dict)):
+        raise ValueError(f"{url} does not describe itself as SGLang does")
+    mode = server.get("disaggregation_mode")
+    if mode in _MODES and _MODES[mode] is not role:
+        raise InstanceLost(url, f"named as {role}, but it runs as {_MODES[mode]}")
+    path = str(model.get("model_path", ""))
+    following = read_event_sources(server)
+    card: dict[str, object] = next(iter(cards.get("data") or []), {})
+    return ServerInfo(
+        model=str(model.get("served_model_name") or card.get("id") or path),
+        model_path=path,
+        context_tokens=None if server.get("allow_auto_truncate") else _integer(card.get("max_model_len")),
+        vocab_size=read_vocab_size(path),
+        page_size=following.page_tokens,
+        model_info=model_info,
+        following=following,
+        room_tokens=read_max_prompt_tokens(server, following.page_tokens),
+        is_deterministic=server.get("enable_deterministic_inference") is True,
+        is_on_cpu=server.get("device") == "cpu",
+    )
+
+
+def read_vocab_size(model_path: str) -> int | None:
+    """The size of the embedding of a model directory on this machine; None if it cannot be known."""
+    try:
+        config = json.loads((Path(model_path) / "config.json").read_bytes())
+    except (OSError, ValueError):
+        return None
+    text = config.get("text_config")
+    return _integer(config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None))
+
+
+def read_max_prompt_tokens(server_info: Mapping[str, object], page_tokens: int | None) -> int | None:
+    """The longest prompt that a decode with this /server_info takes; None if it does not say."""
+    size, reserved = (
+        server_info.get("max_total_num_tokens"),
+        server_info.get("num_reserved_decode_tokens", RESERVED_TOKENS),
+    )
+    if server_info.get("disaggregation_mode") != "decode" or not isinstance(size, int) or page_tokens is None:
+        return None
+    threshold = server_info.get("disaggregation_decode_host_receive_threshold", 1)
+    if server_info.get("enable_hisparse") or threshold != 1 or not isinstance(reserved, int):
+        return None  # what does not fit the device may be in host memory
+    return max(0, size - reserved) // page_tokens * page_tokens
+
+
 def read_event_sources(server_info: Mapping[str, object]) -> EventSourceInfo:
     """What /server_info, parsed, says; what is not as SGLang writes it counts as not said. Never raises."""
     page = _number(server_info.get("page_size"))
@@ -137,3 +223,7 @@ def _number(value: object) -> int | None:
     if isinstance(value, int) and not isinstance(value, bool) and 0 < value < MAX_NUMBER:
         return value
     return None
+
+
+def _integer(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) else None
