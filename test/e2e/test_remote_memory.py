@@ -1,7 +1,7 @@
 """History that prefill has no room for comes from its peers: decode's DRAM, or a memory instance.
 
-Prefill's HBM and DRAM hold one conversation each, and several take turns. The router leaves it to prefill
-to ask its peers: it would compute what is as quickly computed.
+Prefill's HBM and DRAM hold one conversation each, and several take turns. The router has prefill fetch what
+is fetched faster than it is computed.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def scarce(tiny_model: Path, new_cluster: NewCluster) -> Iterator[Pair]:
     """A pair whose prefill has room for one conversation in HBM and one in DRAM; decode has plenty."""
     one = gib_of(HBM_TOKENS, tiny_model)
     small = ("--max-total-tokens", str(HBM_TOKENS), "--dram-gib", one)
-    with new_cluster("scarce", router_flags=("--fetch", "never")) as cluster:
+    with new_cluster("scarce") as cluster:
         pair = Pair(cluster, tiny_model, (), small)
         pair.launch(Role.PREFILL)
         pair.launch(Role.DECODE)
@@ -92,8 +92,8 @@ def test_history_that_prefill_lost_comes_from_decode(scarce: Pair, pair: Pair) -
     computed, least, outputs = converse(scarce, "a")
     assert computed == least, "what decode holds need not be computed"
     prefill = report(scarce, "prefill")
-    assert prefill["fetch"]["blocks"] > 0
-    assert prefill["fetch"]["failed"] == 0
+    assert prefill["peers"]["blocks_fetched"] > 0
+    assert prefill["peers"]["failures"] == 0
     assert prefill["pool"]["private"] == prefill["pool"]["reserved"] == prefill["pool"]["leases"] == 0
     assert report(scarce, "decode")["pool"]["leases"] == 0
     assert converse(pair, "a")[2] == outputs, "wherever it comes from, it is the same"

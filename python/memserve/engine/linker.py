@@ -3,7 +3,6 @@
     scheduler ── lookup ──> pool.num_cached                 microseconds, local knowledge only
               ── load ────> lease and verify ──> loader: DRAM → HBM, layer by layer, under the forward
               ── offload ─> packer: HBM → DRAM, checksum, publish ──> node: to other pools, later
-    arrival   ── fetch ───> node: other pools → DRAM, while the request waits (`fetching.py`)
 
 SGLang and the pool name pages by the same keys, hex there and bytes here. Serves full attention,
 latent or not. The public methods are the scheduler thread's. Knows no peers.
@@ -28,7 +27,6 @@ from memserve.core.block_keys import BlockKey, Namespace, key_from_hex, keys_fro
 from memserve.core.errors import OutOfBlocks
 from memserve.core.ids import new_epoch
 from memserve.engine import sglang_internals as seams
-from memserve.engine.fetching import Fetching
 from memserve.engine.hbm_events import HbmPublisher
 from memserve.engine.kv_blocks import KVBlocks, layout_of
 from memserve.engine.settings import EngineSettings
@@ -114,7 +112,6 @@ class MemPoolLinker(UnifiedCacheLinker):
         epoch = new_epoch()
         self._pool = MemPool(layout, arena, epoch)
         self.node = PoolAgent(settings, self._pool, epoch)
-        self.fetching = Fetching(self.node)
         self._blocks = KVBlocks(device_pool, layout, arena)
         self.pools = {PoolName.KV: device_pool}
         self.forward_stream = forward_stream
@@ -210,7 +207,6 @@ class MemPoolLinker(UnifiedCacheLinker):
         self._queued = []
         self._packer.drain()
         self._loader.drain()
-        self.fetching.drain()
         self.node.forget()
         self._done.clear()
         self._pool.clear()

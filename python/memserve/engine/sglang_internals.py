@@ -26,7 +26,6 @@ OFFLOAD_NODE = f"{LINKER_MODULE}.UnifiedCacheLinkerWrapper._offload_node"
 SHARED_ENGINE = f"{_MOONCAKE}:get_mooncake_transfer_engine"
 CHECKPOINT = "sglang.srt.mem_cache.unified_radix_cache.UnifiedRadixCache.checkpoint_into_tree"
 ARRIVAL = f"{SCHEDULER_MODULE}.Scheduler._prefetch_kvcache"
-NEW_PREFILL_BATCH = f"{SCHEDULER_MODULE}.Scheduler.get_new_batch_prefill"
 DECODE_QUEUE = "sglang.srt.disaggregation.decode.SchedulerDisaggregationDecodeMixin.process_decode_queue"
 _INTERNAL_STATE = "sglang.srt.managers.scheduler_components.internal_state"
 UPDATE_HANDLERS = f"{_INTERNAL_STATE}.SchedulerInternalStateController._update_handlers"
@@ -205,14 +204,8 @@ SEAMS = (
     Seam(
         "arrival",
         ARRIVAL.replace(".Scheduler.", ":Scheduler."),
-        "fetching blocks from other pools while a request waits",
+        "telling the router the keys of a prompt that it knows by its text",
         parameters=("req",),
-    ),
-    Seam(
-        "new prefill batch",
-        NEW_PREFILL_BATCH.replace(".Scheduler.", ":Scheduler."),
-        "keeping requests out of a batch that still wait for blocks",
-        parameters=("running_batch",),
     ),
     Seam(
         "decode queue",
@@ -222,8 +215,8 @@ SEAMS = (
     Seam(
         "cache events",
         "sglang.srt.mem_cache.unified_radix_cache:UnifiedRadixCache",
-        "same, and agreeing among ranks",
-        members=("check_hicache_events", "_all_reduce_attn_groups"),
+        "same",
+        members=("check_hicache_events",),
     ),
     Seam(
         "update handlers",

@@ -1,7 +1,7 @@
 """What pools say of themselves, for Prometheus. Pure.
 
 A report is what `/mempool` shows of one pool: a section per component (`pool`, `peers`, `outbox`,
-`fetch`, `linker`, `hbm`, `events`), each a flat map from a counter's name to its number, or None. What
+`linker`, `hbm`, `events`), each a flat map from a counter's name to its number, or None. What
 is no number is left out. Knows the names and meanings of counters, not where they come from.
 Source: Prometheus, "Exposition formats", text format 0.0.4.
 """
@@ -78,13 +78,6 @@ _OUTBOX = {
     "failed": Metric("failed_total", "Chains that could not be sent."),
     "waiting": Metric("waiting", "Chains that are yet to be sent.", "gauge"),
 }
-_FETCH = {
-    "asked": Metric("asked_total", "Requests for which other pools were asked."),
-    "found": Metric("found_total", "Requests for which another pool had blocks."),
-    "blocks": Metric("blocks_total", "Blocks that requests found in other pools."),
-    "failed": Metric("failed_total", "Requests whose blocks could not be read."),
-    "seconds": Metric("seconds_total", "Time that requests waited for other pools."),
-}
 _LINKER = {
     "offloads_begun": Metric("offloads_begun_total", "Copies from HBM to DRAM that were begun."),
     "offloads": Metric("offloads_total", "Copies from HBM to DRAM that have ended, one way or the other."),
@@ -106,7 +99,6 @@ SECTIONS: Mapping[str, Mapping[str, Metric]] = {
     "pool": _POOL,
     "peers": _PEERS,
     "outbox": _OUTBOX,
-    "fetch": _FETCH,
     "linker": _LINKER,
     "hbm": _HBM,
     "events": _EVENTS,

@@ -1,7 +1,6 @@
 """One rank's memory pool as a member of the cluster: which peers it fills, and which fill it.
 
-    prefill   what it stores goes to a memory instance; what it lacks it asks of decode and memory,
-              unless the router tells it what to fetch
+    prefill   what it stores goes to a memory instance
     decode    when a request ends, its pages go home to the prefill it came from
 
 Without a router it is a pool and nothing more. Knows no SGLang and no HBM.
@@ -13,9 +12,9 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -44,11 +43,6 @@ from memserve.wire.messages import PoolInfo, Role
 
 logger = logging.getLogger(__name__)
 
-LOCATE_TIMEOUT_S = 0.25
-"""How long a peer may take to say what it holds."""
-FETCH_TIMEOUT_S = 2.0
-"""How long a request may wait for blocks of a peer before it is computed without them."""
-NUM_FETCHERS = 4
 DRAM_PER_HBM = 2
 """Bytes of DRAM for each byte of KV in HBM, where nobody said how many."""
 MAX_GROWTH = 4
@@ -77,20 +71,6 @@ class PoolSettings(msgspec.Struct, frozen=True):
     cluster_key_file: str | None
 
 
-@dataclass(slots=True)
-class FetchStats:
-    """What was asked of peers for requests that were waiting."""
-
-    asked: int = 0
-    found: int = 0
-    blocks: int = 0
-    failed: int = 0
-    seconds: float = 0.0
-
-    def __add__(self, other: FetchStats) -> FetchStats:
-        return FetchStats(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
-
-
 def dram_slots(dram_bytes: int | None, layout: KVLayout, hbm_bytes: int) -> int:
     """Blocks of one rank's DRAM tier, whose HBM holds `hbm_bytes` of KV. At least one."""
     if dram_bytes is None:
@@ -109,11 +89,8 @@ class PoolAgent:
         self._peers: Peers | None = None
         self._members: Membership | None = None
         self._publisher: Publisher | None = None
-        self._counting = threading.Lock()
-        self._fetching = FetchStats()
         self._namer = ThreadPoolExecutor(1, thread_name_prefix="mempool-names")
         self.prompt_names = PromptKeyLog(self._namer)
-        self._fetchers = ThreadPoolExecutor(NUM_FETCHERS, thread_name_prefix="mempool-fetch")
         self._resizer = ThreadPoolExecutor(1, thread_name_prefix="mempool-resize")
         self._closing = threading.Event()
         self._outbox = PushQueue(self._send)
@@ -130,21 +107,6 @@ class PoolAgent:
     def forget(self) -> None:
         """Send nothing of what has been stored so far; the pool is being cleared."""
         self._outbox.forget()
-
-    # ---- what comes in
-
-    @property
-    def fetches(self) -> bool:
-        """Whether this server ever asks others; the same for all of its ranks, whoever they know of."""
-        return self._members is not None and self._settings.role is not Role.DECODE
-
-    def fetch(self, keys: Callable[[], Sequence[BlockKey]], num_reachable: int) -> Future[None]:
-        """Get what a peer holds of a prompt beyond the first `num_reachable` blocks.
-
-        `keys` gives those of the prompt, from its root, and is called only if there is anybody to ask.
-        Ends within FETCH_TIMEOUT_S or so, whatever happens; a failure is a miss.
-        """
-        return self._fetchers.submit(self._fetch, keys, num_reachable)
 
     # ---- how large it is
 
@@ -167,7 +129,6 @@ class PoolAgent:
             "pool": asdict(self.pool.stats()),
             "peers": asdict(self._peers.stats()) if self._peers is not None else None,
             "outbox": asdict(self._outbox.stats()),
-            "fetch": asdict(self._fetched()),
             "events": {"numbered": sequence},
             "digest": {tier.name.lower(): digest(nodes) for tier, nodes in cached},
         }
@@ -180,7 +141,7 @@ class PoolAgent:
             self._members.close()
         self._outbox.close()
         self._closing.set()
-        for executor in (self._fetchers, self._resizer, self._namer):
+        for executor in (self._resizer, self._namer):
             executor.shutdown(wait=True, cancel_futures=True)
         if self._peers is not None:
             self._peers.close()
@@ -246,16 +207,6 @@ class PoolAgent:
             memories = (min(memories, key=lambda pool: _preference(root[0], pool)),)
         return list(memories)
 
-    def _sources(self) -> tuple[PoolInfo, ...]:
-        """Who may hold pages that this pool lacks; those who answer soonest first. Nobody, if a router
-        knows better."""
-        if self._members is None or not self.fetches or self._members.directs_fetches:
-            return ()
-        roles = [Role.MEMORY]
-        if self._settings.role is Role.PREFILL and self._settings.caching.returns:
-            roles.append(Role.DECODE)
-        return self._members.others(self.pool.layout.digest.hex(), *roles)
-
     def _send(self, errand: PushTask) -> int:
         assert self._peers is not None
         there = self._there_now(errand.to)
@@ -279,44 +230,6 @@ class PoolAgent:
             raise InstanceLost(str(pool.instance_id), "it has gone")
         return there
 
-    def _fetch(self, keys_of: Callable[[], Sequence[BlockKey]], num_reachable: int) -> None:
-        sources = self._sources()
-        if not sources:
-            return
-        begun, keys = time.monotonic(), keys_of()
-        deadline = begun + FETCH_TIMEOUT_S
-        here = self.pool.num_cached(keys)
-        missing, parent = keys[here:], keys[here - 1] if here else None
-        best, most = None, num_reachable - here
-        for source in sources:
-            found = self._located(source, missing) if time.monotonic() < deadline else 0
-            if found > most:
-                best, most = source, found
-        outcome = FetchStats(asked=1)
-        if best is not None:
-            outcome = self._fetch_from(best, missing[:most], parent, deadline)
-        outcome.seconds = time.monotonic() - begun
-        with self._counting:
-            self._fetching += outcome
-
-    def _fetch_from(
-        self, source: PoolInfo, keys: Sequence[BlockKey], parent: BlockKey | None, deadline: float
-    ) -> FetchStats:
-        assert self._peers is not None
-        address, left_s = PeerAddress(source.address, source.epoch), deadline - time.monotonic()
-        try:
-            blocks = self._peers.fetch(
-                address, self.pool, keys, parent=parent, timeout_s=max(left_s, LOCATE_TIMEOUT_S)
-            )
-        except MemServeError as error:
-            logger.warning("blocks not fetched from=%s num=%d: %s", source.instance_id, len(keys), error)
-            return FetchStats(asked=1, found=1, failed=1)
-        return FetchStats(asked=1, found=1, blocks=blocks)
-
-    def _fetched(self) -> FetchStats:
-        with self._counting:
-            return self._fetching
-
     def _resize(self, num_slots: int) -> None:
         before = self.pool.arena.num_slots
         deadline = time.monotonic() + RESIZE_TIMEOUT_S
@@ -330,15 +243,6 @@ class PoolAgent:
             logger.warning("memory pool not resized to blocks=%d: %s", num_slots, error)
         after = self.pool.arena.num_slots
         logger.info("memory pool resized blocks=%d before=%d wanted=%d", after, before, num_slots)
-
-    def _located(self, source: PoolInfo, keys: Sequence[BlockKey]) -> int:
-        assert self._peers is not None
-        address = PeerAddress(source.address, source.epoch)
-        try:
-            return self._peers.locate(address, self.pool.layout, keys, timeout_s=LOCATE_TIMEOUT_S)
-        except MemServeError as error:
-            logger.debug("not located at=%s: %s", source.instance_id, error)
-            return 0
 
 
 def _preference(root: BlockKey, pool: PoolInfo) -> int:

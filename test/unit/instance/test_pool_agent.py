@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import closing
 
 import msgspec
 import pytest
@@ -17,7 +18,9 @@ from memserve.instance.push_queue import PushTask
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
 from memserve.testing.cluster import Cluster, wait_for
+from memserve.wire.link import ControlClient
 from memserve.wire.messages import Role
+from memserve.wire.peer_messages import Fetch, Fetched
 
 LAYOUT = KVLayout.of_heads("model", 2, 4, 2, 8, ("float32", 4))
 NUM_BLOCKS = 32
@@ -27,16 +30,8 @@ Join = Callable[..., PoolAgent]
 
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A router alone, which leaves it to the nodes to ask each other for blocks."""
-    flags = ("--heartbeat-secs", "0.1", "--fetch", "never")
-    with Cluster(tmp_path_factory.mktemp("nodes"), router_flags=flags) as cluster:
-        yield cluster
-
-
-@pytest.fixture(scope="module")
-def directing(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
-    """A router alone, which tells the nodes what to fetch."""
-    with Cluster(tmp_path_factory.mktemp("told"), router_flags=("--heartbeat-secs", "0.1")) as cluster:
+    """A router without servers."""
+    with Cluster(tmp_path_factory.mktemp("nodes"), router_flags=("--heartbeat-secs", "0.1")) as cluster:
         yield cluster
 
 
@@ -50,14 +45,13 @@ def join(cluster: Cluster) -> Iterator[Join]:
         *,
         num_blocks: int = NUM_BLOCKS,
         caching: CachingMode = CachingMode.FULL,
-        router: Cluster = cluster,
     ) -> PoolAgent:
         settings = PoolSettings(
             instance_id=InstanceId(f"{role}-{len(nodes)}"),
             role=role,
             caching=caching,
             dram_bytes=None,
-            router=router.control,
+            router=cluster.control,
             host="127.0.0.1",
             bootstrap=BOOTSTRAP if role is Role.PREFILL else "",
             transfer="tcp",
@@ -100,6 +94,18 @@ def read(node: PoolAgent, keys: Sequence[BlockKey]) -> list[bytes]:
     with node.pool.acquire(node.pool.match(keys)) as lease:
         assert node.pool.verify(lease) == len(lease)
         return [bytes(node.pool.block(addr)) for addr in lease.addrs]
+
+
+def fetch(node: PoolAgent, keys: Sequence[BlockKey]) -> Fetched:
+    """Have the node fetch a prompt from the one other node, as a router does; its answer."""
+    assert node._peers is not None
+    assert node._members is not None
+    (source,) = node._members.pools()
+    message = Fetch(LAYOUT.digest, tuple(keys), None, source.address, source.epoch, timeout_s=10)
+    with closing(ControlClient(node._peers.address)) as router:
+        answer = router.request(message, timeout_s=10)
+    assert isinstance(answer, Fetched)
+    return answer
 
 
 def wait_sent(node: PoolAgent) -> None:
@@ -168,59 +174,25 @@ def test_no_other_mode_sends_anything_home(join: Join) -> None:
     decode.stored(keys, None, BOOTSTRAP)
     wait_sent(decode)
     assert prefill.pool.stats().cached == 0
-    prefill.fetch(lambda: keys, num_reachable=0).result(timeout=10)
-    assert prefill.pool.stats().cached == 0
-
-
-def test_a_prefill_asks_nobody_if_the_router_tells_it_what_to_fetch(join: Join, directing: Cluster) -> None:
-    prefill, decode = join(Role.PREFILL, router=directing), join(Role.DECODE, router=directing)
-    keys = chain(6)
-    store(decode, keys)
-    prefill.fetch(lambda: keys, num_reachable=0).result(timeout=10)
-    assert prefill.pool.stats().cached == 0
-    assert prefill.stats()["fetch"]["asked"] == 0
 
 
 def test_a_prompt_is_fetched_from_decode_as_far_as_it_goes(join: Join) -> None:
     prefill, decode = join(Role.PREFILL), join(Role.DECODE)
-    assert prefill.fetches
-    assert not decode.fetches
     keys = chain(8)
     data = store(decode, keys[:6])
     head = store(prefill, keys[:2])
-    prefill.fetch(lambda: keys, num_reachable=2).result(timeout=10)
+    assert fetch(prefill, keys) == Fetched(6, "the holder has no more of it")
     assert read(prefill, keys) == head + data[2:]
-    assert prefill.stats()["fetch"] | {"seconds": 0} == {
-        "asked": 1,
-        "found": 1,
-        "blocks": 4,
-        "failed": 0,
-        "seconds": 0,
-    }
-
-
-def test_what_this_server_can_reach_is_not_fetched(join: Join) -> None:
-    prefill, decode = join(Role.PREFILL), join(Role.DECODE)
-    keys = chain(6)
-    store(decode, keys)
-    prefill.fetch(lambda: keys, num_reachable=6).result(timeout=10)
-    assert prefill.pool.stats().cached == 0, "the radix cache has them"
+    stats = prefill.stats()["peers"]
+    assert (stats["fetches"], stats["blocks_fetched"], stats["failures"]) == (1, 4, 0)
 
 
 def test_a_fetch_without_room_is_a_miss(join: Join) -> None:
     prefill, decode = join(Role.PREFILL, num_blocks=2), join(Role.DECODE)
     keys = chain(6)
     store(decode, keys)
-    prefill.fetch(lambda: keys, num_reachable=0).result(timeout=10)
+    assert fetch(prefill, keys).num_blocks <= 2
     assert prefill.pool.stats().cached <= 2
-
-
-def test_a_decode_that_is_gone_is_asked_no_more(join: Join) -> None:
-    prefill, decode = join(Role.PREFILL), join(Role.DECODE)
-    decode.close()
-    wait_for(lambda: prefill.stats()["members"]["known"] == 0, what="decode to be gone", timeout_s=10)
-    prefill.fetch(lambda: chain(3), num_reachable=0).result(timeout=10)
-    assert prefill.stats()["fetch"]["asked"] == 0
 
 
 def test_a_tier_is_resized_while_it_serves(join: Join) -> None:
@@ -237,7 +209,7 @@ def test_a_tier_is_resized_while_it_serves(join: Join) -> None:
     kept = prefill.pool.stats().cached
     assert 0 < kept <= 8
     assert read(prefill, keys) == data[:kept]
-    prefill.fetch(lambda: keys[:8], num_reachable=0).result(timeout=10)
+    assert fetch(prefill, keys[:8]).num_blocks == 8
     assert read(prefill, keys[:8]) == data[:8], "decode finds the memory that is left"
 
 

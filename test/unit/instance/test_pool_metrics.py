@@ -10,7 +10,6 @@ import pytest
 from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout
 from memserve.instance.metrics import SECTIONS, exposition
-from memserve.instance.pool_agent import FetchStats
 from memserve.instance.push_queue import PushStats
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
@@ -46,7 +45,6 @@ def test_each_family_is_declared_once_and_in_one_piece() -> None:
         "pool": pool_report(),
         "peers": asdict(PeersStats()),
         "outbox": asdict(PushStats()),
-        "fetch": asdict(FetchStats()),
         "linker": {"loads": 3, "load_s": 0.5},
     }
     text = lines(report, report)
@@ -85,7 +83,7 @@ def test_nothing_to_say_is_no_text() -> None:
 
 @pytest.mark.parametrize(
     ("section", "record"),
-    [("pool", PoolStats), ("peers", PeersStats), ("outbox", PushStats), ("fetch", FetchStats)],
+    [("pool", PoolStats), ("peers", PeersStats), ("outbox", PushStats)],
 )
 def test_every_number_is_described(section: str, record: type[Any]) -> None:
     assert set(SECTIONS[section]) == {field.name for field in fields(record)}

@@ -11,8 +11,6 @@ from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
-import torch
-
 from memserve.engine import sglang_internals as seams
 from memserve.engine.hbm_events import ExtraKeys, HbmPublisher, is_ours, register_publisher
 from memserve.engine.linker import MemPoolLinker
@@ -28,8 +26,7 @@ def place() -> None:
 
     HookRegistry.register(seams.OFFLOAD_NODE, name_offload_parent, HookType.BEFORE)
     HookRegistry.register(seams.CHECKPOINT, name_ended_request, HookType.AROUND)
-    HookRegistry.register(seams.ARRIVAL, begin_arrival, HookType.BEFORE)
-    HookRegistry.register(seams.NEW_PREFILL_BATCH, defer_while_fetching, HookType.AROUND)
+    HookRegistry.register(seams.ARRIVAL, record_prompt_keys, HookType.BEFORE)
     HookRegistry.register(seams.DECODE_QUEUE, release_offloaded, HookType.BEFORE)
     HookRegistry.register(seams.UPDATE_HANDLERS, offer_resize, HookType.AFTER)
     HookRegistry.register(seams.EXTRA_KEY_NAMES, name_extra_keys, HookType.AFTER)
@@ -64,33 +61,11 @@ def name_ended_request(original: Callable[..., Any], cache: Any, req: Any, **kwa
         linker.ended_request_of = None
 
 
-def begin_arrival(scheduler: Any, req: Any, *_: Any, **__: Any) -> None:
-    """Name a prompt to the router, if it asks for that, and begin to fetch what other pools hold of it,
-    unless this server can reach it itself."""
+def record_prompt_keys(scheduler: Any, req: Any, *_: Any, **__: Any) -> None:
+    """Tell the router the keys of a request's prompt, if the router asks for them."""
     linker = linker_of(scheduler.tree_cache)
-    if linker is None:
-        return
-    if linker.node.names_prompts:
+    if linker is not None and linker.node.names_prompts:
         linker.name_prompt(req)
-    if linker.node.fetches:
-        req.init_next_round_input(scheduler.tree_cache, cow_mamba=False)
-        linker.fetching.begin(req, req.prefix_len + req.host_hit_length)
-
-
-def defer_while_fetching(original: Callable[..., Any], scheduler: Any, running_batch: Any) -> Any:
-    """Build a batch from those requests that wait for no blocks."""
-    linker = linker_of(scheduler.tree_cache)
-    held = [] if linker is None else linker.fetching.hold(scheduler.waiting_queue, _all_reduce_min(scheduler))
-    if linker is None or not held:
-        return original(scheduler, running_batch)
-    names = {req.rid for req in held}
-    scheduler.waiting_queue = [req for req in scheduler.waiting_queue if req.rid not in names]
-    if not scheduler.waiting_queue and running_batch.is_empty():
-        linker.fetching.wait()
-    try:
-        return original(scheduler, running_batch)
-    finally:
-        scheduler.waiting_queue = [*held, *scheduler.waiting_queue]
 
 
 def release_offloaded(scheduler: Any) -> None:
@@ -136,10 +111,3 @@ def publish_hbm_events(_: Any, scheduler: Any, *__: Any) -> None:
 def _check_gib(name: str, gib: Any) -> None:
     if not isinstance(gib, int | float) or not gib > 0:
         raise pkgutil.resolve_name(seams.UPDATE_REJECTED)(f"{name} is a number above 0, not {gib!r}")
-
-
-def _all_reduce_min(scheduler: Any) -> Callable[[torch.Tensor], None]:
-    def reduce(tensor: torch.Tensor) -> None:
-        scheduler.tree_cache._all_reduce_attn_groups(tensor, torch.distributed.ReduceOp.MIN)
-
-    return reduce
