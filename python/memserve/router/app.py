@@ -38,6 +38,7 @@ from memserve.router.proxy.connection_pool import ConnectionPool
 from memserve.router.proxy.dispatcher import Dispatcher
 from memserve.router.proxy.executor import RequestExecutor
 from memserve.router.proxy.fetcher import Fetcher
+from memserve.router.proxy.prepare import RequestPreparer
 from memserve.router.proxy.recovery import StreamRecovery
 from memserve.router.proxy.retry import RetryPolicy
 from memserve.router.proxy.upstream import Upstream, open_session
@@ -97,7 +98,8 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         resumer = StreamRecovery(state.tokenizers, metrics, is_on=config.resume == "auto")
         dispatcher = Dispatcher(state, runner, resumer, _patience(config), metrics)
         requests, traces = state.observed.requests, _traces(stack, config)
-        generate = GenerateHandler(dispatcher, requests, door, config.observe, traces)
+        preparer = RequestPreparer(cluster, state.reader, state.observed.prefixes.sample)
+        generate = GenerateHandler(preparer, dispatcher, requests, door, config.observe, traces)
         drains = DrainManager(
             cluster, pools, state.placer.num_running, key=key, evacuate_s=config.drain_evacuate_secs
         )

@@ -1,19 +1,18 @@
-"""From a checked call to an answer: read, placed, and tried until an instance has given all of it.
+"""From a prepared request to an answer: placed, and tried until an instance has given all of it.
 
-read ──> Prompt      answer, stream:  place ── attempt ──> the answer
-                                        ^         │ an instance failed: the same again, or what
-                                        └─ a while┘ goes on with what the client has seen
+answer, stream:  place ── attempt ──> the answer
+                   ^         │ an instance failed: the same again, or what
+                   └─ a while┘ goes on with what the client has seen
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
 from typing import TypeVar
 
-from memserve.core.errors import BadRequest
 from memserve.core.ids import InstanceId
 from memserve.router.cluster.instance import ClusterSnapshot
 from memserve.router.cluster.member import ProcessStatus
@@ -27,8 +26,8 @@ from memserve.router.errors import (
     UpstreamFault,
 )
 from memserve.router.observability.metrics import RouterMetrics
-from memserve.router.proxy.capacity import check_fits, instances_that_fit, smallest_capacity
 from memserve.router.proxy.executor import RequestExecutor
+from memserve.router.proxy.prepare import PreparedRequest
 from memserve.router.proxy.recovery import StreamRecovery
 from memserve.router.proxy.recovery_policy import Resumption
 from memserve.router.proxy.relay import Sink
@@ -36,8 +35,6 @@ from memserve.router.proxy.retry import AttemptId, RetryPolicy, backoff_s, find_
 from memserve.router.proxy.stream_splicer import Diverged
 from memserve.router.request import GenerationRequest
 from memserve.router.state import RouterState
-from memserve.router.tokenization.prompts import Prompt
-from memserve.router.tokenization.token_records import KnownTokens
 from memserve.scheduling.assignment import Assignment
 from memserve.scheduling.decision import Decision
 
@@ -48,22 +45,6 @@ OnPlaced = Callable[[Assignment, int], None]
 """Told where a call goes now, and which attempt that is, from 1."""
 
 LOOK_S = 0.05
-DEFAULT_MODEL = "default"
-"""What SGLang calls the model that a request does not name."""
-
-
-@dataclass(frozen=True, slots=True)
-class PreparedRequest:
-    """A call that can be placed."""
-
-    call: GenerationRequest
-    prompt: Prompt
-    model: str | None
-    """The one that is meant, also if the call names none; None if nobody was there to serve any."""
-    sample: str | None = None
-    """How its text begins, if that is to be shown."""
-    num_tokens: int | None = None
-    """Of its longest prompt, if that is so long that a decode might not hold it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +60,7 @@ class _Attempt:
         """What is to be placed for it."""
         if self.resumption is None or not self.resumption.num_kept:
             return job
-        return replace(job, num_tokens=self.resumption.num_tokens)
+        return job.resumed(self.resumption.num_tokens)
 
     @classmethod
     def first(cls, call: GenerationRequest) -> _Attempt:
@@ -107,55 +88,15 @@ class Dispatcher:
         self._cluster = state.cluster
         self._placer = state.placer
         self._breakers = state.breakers
-        self._reader = state.reader
-        self._tokenizers = state.tokenizers
-        self._room: tuple[ClusterSnapshot, int | None] = ClusterSnapshot(), None
-        """What fits every decode of the candidates that were last asked for."""
         self._runner = runner
         self._resumer = resumer
         self._patience = patience
         self._metrics = metrics
         self._prefixes = state.observed.prefixes
 
-    def candidates(self, model: str | None) -> ClusterSnapshot:
-        """The ready instances that serve `model`.
-
-        Without a name, those of the first model there is. None for one whose servers are all away;
-        raises BadRequest (404) for one that nobody here serves.
-        """
-        snapshot = self._cluster.snapshot
-        models = snapshot.models()
-        if not models:
-            return snapshot
-        if model in (None, DEFAULT_MODEL):
-            return snapshot.serving(models[0])
-        serving = snapshot.serving(model or "")
-        if not serving.all() and not self._cluster.knows(model or ""):
-            message = f"The model '{model}' does not exist; served here: {', '.join(models)}"
-            raise BadRequest(message, field="model", status=404)
-        return serving
-
-    async def read(
-        self, call: GenerationRequest, candidates: ClusterSnapshot, headers: Mapping[str, str]
-    ) -> PreparedRequest:
-        """The call as servers should get it, and what is known of its prompts."""
-        facts = [one.facts for one in candidates.all()]
-        model = facts[0].model if facts else None
-        page_tokens = next((one.page_size for one in facts if one.page_size), None)
-        sample = self._prefixes.sample(call.body)
-        call, prompt = await self._reader.read(call, model, page_tokens, headers)
-        if self._room[0] is not candidates:
-            self._room = candidates, smallest_capacity(candidates)
-        room = self._room[1]
-        num_tokens = None
-        if room is not None and call.body_bytes > room:  # no token is less than a byte
-            tokens = await self._tokenizers.tokens_of(call, model)
-            num_tokens = max(map(len, tokens.prompts)) if isinstance(tokens, KnownTokens) else None
-        return PreparedRequest(call, prompt, model, sample, num_tokens)
-
     def explain(self, job: PreparedRequest) -> Decision:
         """Where a call would go. Raises as placing it would."""
-        ready = self._fit(job)
+        ready = self._ready(job)
         decision = self._placer.decide(self._breakers.admitted(ready), job.prompt)
         if decision is None:
             raise NoRoute(ready.why_unready() or "no server is ready")
@@ -290,21 +231,14 @@ class Dispatcher:
 
     def _ready(self, job: PreparedRequest) -> ClusterSnapshot:
         """Who could serve it now."""
-        ready = ClusterSnapshot() if job.model is None else self._cluster.snapshot.serving(job.model)
-        return ready if job.num_tokens is None else instances_that_fit(ready, job.num_tokens)
-
-    def _fit(self, job: PreparedRequest) -> ClusterSnapshot:
-        """As `_ready`. Raises BadRequest if nobody there could ever hold its prompt."""
-        if job.num_tokens is not None and job.model is not None:
-            check_fits(self._cluster.snapshot.serving(job.model), job.num_tokens, job.call.api)
-        return self._ready(job)
+        return job.eligible(self._cluster.snapshot)
 
     def _place(self, job: PreparedRequest) -> Assignment:
         """Who takes the call, which then has to be run.
 
-        Raises NoRoute if no pair is whole, BadRequest if no decode could ever hold its prompt.
+        Raises NoRoute if no pair is whole.
         """
-        ready = self._fit(job)
+        ready = self._ready(job)
         placed = self._placer.place(self._breakers.admitted(ready), job.prompt)
         if placed is None:
             raise NoRoute(ready.why_unready() or "no server is ready")

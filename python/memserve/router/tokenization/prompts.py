@@ -59,19 +59,23 @@ class PromptReader:
 
     async def read(
         self, call: GenerationRequest, model: str | None, page_tokens: int | None, headers: Mapping[str, str]
-    ) -> tuple[GenerationRequest, Prompt]:
-        """What is known of `call`, which `model` will serve, and the call as the servers should get it."""
+    ) -> tuple[GenerationRequest, Prompt, int | None]:
+        """The call as the servers should get it, what is known of its prompts, and the longest one's tokens.
+
+        `model` will serve it. None: that prompt's length is not known.
+        """
         session, output_tokens = session_of(call.body, headers), output_tokens_of(call)
         tokens: Tokens | None = None
         if self._routing_keys != "text" or text_of(call) is None:
             tokens = await self._tokenizers.tokens_of(call, model)
+        longest = _longest(tokens)
         if isinstance(tokens, KnownTokens) and page_tokens is None:
             tokens = UnknownTokens(NO_PAGES)
         if not isinstance(tokens, KnownTokens):
             num_tokens = max(1, call.body_bytes // BYTES_PER_TOKEN)
             chains, by_text = self._chains_of(call)
             reason = None if tokens is None else tokens.reason
-            return call, Prompt(num_tokens, chains, by_text, session, output_tokens, reason)
+            return call, Prompt(num_tokens, chains, by_text, session, output_tokens, reason), longest
         assert page_tokens is not None
         cuts = []
         for number, ids in enumerate(tokens.prompts):
@@ -80,7 +84,13 @@ class PromptReader:
             cuts.append(await asyncio.to_thread(keys_of, *cut) if long else keys_of(*cut))
         num_tokens = max(1, sum(map(len, tokens.prompts)))
         prompt = Prompt(num_tokens, tuple(cuts), False, session, output_tokens)
-        return self._tokenizers.forwardable(call, model, tokens), prompt
+        return self._tokenizers.forwardable(call, model, tokens), prompt, longest
+
+    async def longest_prompt(self, call: GenerationRequest, model: str | None) -> int | None:
+        """The tokens of the longest prompt of a call that `read` did not tokenize; None: not known."""
+        if self._routing_keys != "text":
+            return None
+        return _longest(await self._tokenizers.tokens_of(call, model))
 
     def _chains_of(self, call: GenerationRequest) -> tuple[tuple[Sequence[BlockKey], ...], bool]:
         """The keys of a call's texts, and whether they are the texts' own, as its prompts' are not known."""
@@ -93,6 +103,10 @@ class PromptReader:
         self.memory.asked(call.rid, chains[0], len(texts[0]))
         keys = self.memory.keys_of(chains[0])
         return ((keys,), False) if keys else (chains, True)
+
+
+def _longest(tokens: Tokens | None) -> int | None:
+    return max(map(len, tokens.prompts)) if isinstance(tokens, KnownTokens) else None
 
 
 def _namespace(call: GenerationRequest, number: int) -> Namespace | None:

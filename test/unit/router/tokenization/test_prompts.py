@@ -55,7 +55,7 @@ async def admitted(server: SglangServer, model: Path, *names: InstanceId) -> Tok
 async def test_a_text_becomes_the_servers_ids_and_their_keys(server: SglangServer, model: Path) -> None:
     tokenizers = await admitted(server, model, A)
     text = "The quick brown fox jumps over the lazy dog"
-    forwarded, prompt = await PromptReader(tokenizers).read(call({"text": text}), "m", PAGE, {})
+    forwarded, prompt, _ = await PromptReader(tokenizers).read(call({"text": text}), "m", PAGE, {})
     ids = server.text_ids(text)
     assert forwarded.body == {"input_ids": ids}
     assert (prompt.num_tokens, prompt.unknown) == (len(ids), None)
@@ -68,7 +68,7 @@ async def test_an_instance_that_reads_otherwise_is_refused_by_name(server: Sglan
     tokenizers = await admitted(server, model, A)
     with pytest.raises(TokenizerMismatch, match="tokenizer is not that of a"):
         await tokenizers.admit(B, "m", str(model), {}, nobody)
-    _, prompt = await PromptReader(tokenizers).read(call({"text": "hello"}), "m", PAGE, {})
+    _, prompt, _ = await PromptReader(tokenizers).read(call({"text": "hello"}), "m", PAGE, {})
     assert prompt.unknown is None, "the others are not touched by it"
     tokenizers.close()
 
@@ -77,7 +77,7 @@ async def test_without_anybody_to_confirm_it_nothing_is_guessed(server: SglangSe
     tokenizers = Tokenizers(str(model))
     await tokenizers.admit(A, "m", "/nowhere", {}, nobody)
     original = call({"text": "hello"})
-    forwarded, prompt = await PromptReader(tokenizers).read(original, "m", PAGE, {})
+    forwarded, prompt, _ = await PromptReader(tokenizers).read(original, "m", PAGE, {})
     assert forwarded is original
     assert prompt.unknown
     assert "m" in tokenizers.reasons()
@@ -101,7 +101,7 @@ async def test_ids_need_no_tokenizer() -> None:
 
 async def test_of_a_batch_each_prompt_has_its_keys_and_salt() -> None:
     body = {"input_ids": [[1] * 8, [1] * 8, [1] * 8], "cache_salt": ["x", "", "x"]}
-    _, prompt = await PromptReader(Tokenizers(OFF)).read(call(body), "m", PAGE, {})
+    _, prompt, _ = await PromptReader(Tokenizers(OFF)).read(call(body), "m", PAGE, {})
     plain, salted = page_keys([1] * 8, PAGE), page_keys([1] * 8, PAGE, Namespace(None, "x"))
     assert [list(chain) for chain in prompt.chains] == [salted, plain, salted]
     assert prompt.num_tokens == 24
@@ -151,12 +151,12 @@ async def test_by_text_nothing_is_tokenized_and_what_servers_tell_is_used(
 ) -> None:
     reader = PromptReader(await admitted(server, model, A), "text")
     long = call({"text": "word " * 500})
-    sent, prompt = await reader.read(long, "m", PAGE, {})
+    sent, prompt, _ = await reader.read(long, "m", PAGE, {})
     assert sent is long
     assert (prompt.by_text, prompt.unknown) == (True, None)
     keys = page_keys(list(range(400)), PAGE)
     reader.memory.named("rid", keys)
-    _, again = await reader.read(long, "m", PAGE, {})
+    _, again, _ = await reader.read(long, "m", PAGE, {})
     assert not again.by_text
     assert again.chains[0] == keys[: len(again.chains[0])]
     assert len(again.chains[0]) > 0.7 * len(keys)
@@ -168,6 +168,6 @@ async def test_unknown_tokens_are_looked_up_by_text_unless_that_is_not_wanted() 
     long = call({"text": "word " * 500})
     for keys, by_text in (("auto", True), ("tokens", False)):
         reader = PromptReader(Tokenizers(OFF), keys)  # type: ignore[arg-type]
-        _, prompt = await reader.read(long, "m", PAGE, {})
+        _, prompt, _ = await reader.read(long, "m", PAGE, {})
         assert (prompt.by_text, bool(prompt.chains)) == (by_text, by_text)
         assert prompt.unknown is not None

@@ -9,27 +9,25 @@ from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 
-import msgspec
 from aiohttp import web
 
 from memserve.core.errors import MemServeError
 from memserve.router.admission.budget import SERVED_FACTOR
 from memserve.router.admission.controller import AdmissionSlot
 from memserve.router.admission.priority import max_output_tokens, priority_of
-from memserve.router.auth.keys import Tenant
-from memserve.router.cluster.instance import ClusterSnapshot, Route
+from memserve.router.auth.keys import ANYBODY, Tenant
+from memserve.router.cluster.instance import Route
 from memserve.router.errors import CLIENT_LEFT_STATUS, ClientLeft, ShuttingDown, failure_of
 from memserve.router.http.cors import Cors
 from memserve.router.http.deadlines import in_time, timeout_of
 from memserve.router.http.exchange import Bodies, Exchange, WebExchange
 from memserve.router.http.ingress import Ingress
-from memserve.router.http.tenants import salted
 from memserve.router.observability.request_log import RequestLog, RequestRecord
 from memserve.router.observability.settings import ObservabilityConfig
 from memserve.router.observability.tracing import RequestTrace, Traces
 from memserve.router.proxy.dispatcher import Dispatcher
-from memserve.router.proxy.validation import Limits, read_body, read_call
-from memserve.router.request import Api, GenerationRequest, JsonObject, RequestIds, encode_json
+from memserve.router.proxy.prepare import ClientContext, RequestPreparer
+from memserve.router.request import Api, RequestIds, encode_json
 from memserve.scheduling.assignment import Assignment
 from memserve.scheduling.explain import MAX_LISTED, explained
 
@@ -91,12 +89,14 @@ class GenerateHandler:
 
     def __init__(
         self,
+        preparer: RequestPreparer,
         dispatcher: Dispatcher,
         requests: RequestLog,
         door: Ingress,
         settings: ObservabilityConfig,
         traces: Traces,
     ) -> None:
+        self._preparer = preparer
         self._dispatcher = dispatcher
         self._access = door.access
         self._gate = door.gate
@@ -109,7 +109,6 @@ class GenerateHandler:
         self._cors = Cors(settings.cors_allowed_origins)
         self._running: set[asyncio.Task[object]] = set()
         self._names = RequestIds()
-        self._limits: tuple[ClusterSnapshot, Limits] | None = None
         self._stopping = False
 
     def routes(self) -> list[web.RouteDef]:
@@ -168,12 +167,7 @@ class GenerateHandler:
             )
             raw = await self._bodies.read(request)
             async with self._gate.admitted(tenant, lambda: priority_of(request.headers, raw)):
-                body = read_body(raw)
-                api = (
-                    Api.CHAT if "messages" in body else Api.COMPLETIONS if "prompt" in body else Api.GENERATE
-                )
-                call, candidates = self._checked(request.headers, tenant, api, body, len(raw))
-                job = await self._dispatcher.read(call, candidates, request.headers)
+                job = await self._preparer.prepare(None, raw, self._client(request.headers, tenant))
                 decision = self._dispatcher.explain(job)
         except MemServeError as error:
             failed = failure_of(error)
@@ -240,12 +234,11 @@ class GenerateHandler:
     async def _admitted(
         self, exchange: Exchange, raw: bytes, log: _Log, tenant: Tenant, admitted: AdmissionSlot
     ) -> None:
-        call, candidates = self._checked(exchange.headers, tenant, exchange.api, read_body(raw), len(raw))
-        log.rid = call.rid
         if log.trace is not None:
             log.trace.admitted()
-            call = msgspec.structs.replace(call, trace=log.trace)
-        job = await self._dispatcher.read(call, candidates, exchange.headers)
+        client = self._client(exchange.headers, tenant, log.trace)
+        job = await self._preparer.prepare(exchange.api, raw, client)
+        log.rid = (call := job.call).rid
         if admitted.is_charged:
             admitted.charge(job.prompt.num_tokens + max_output_tokens(call))
 
@@ -265,37 +258,17 @@ class GenerateHandler:
         else:
             exchange.answer(await self._dispatcher.answer(job, on_placed))
 
-    def _checked(
-        self, headers: Mapping[str, str], tenant: Tenant, api: Api, body: JsonObject, num_bytes: int
-    ) -> tuple[GenerationRequest, ClusterSnapshot]:
-        """The call in a request, and who could serve it."""
-        model = body.get("model")  # SGLang's native API knows no models, but a router has several
-        candidates = self._dispatcher.candidates(model if isinstance(model, str) else None)
-        limits = self._limits_of(candidates)
-        call = read_call(api, body, limits, new_rid=self._names.new())
-        call = msgspec.structs.replace(
-            call,
-            body_bytes=num_bytes,
+    def _client(
+        self, headers: Mapping[str, str], tenant: Tenant, trace: RequestTrace | None = None
+    ) -> ClientContext:
+        return ClientContext(
+            headers,
+            tenant=None if tenant is ANYBODY else tenant.name,
             authorization=self._access.for_servers(headers.get("authorization")),
             timeout_s=timeout_of(headers),
             wants_report=headers.get(REPORT, "0") != "0",
+            trace=trace,
         )
-        return salted(call, tenant), candidates
-
-    def _limits_of(self, candidates: ClusterSnapshot) -> Limits:
-        if self._limits is None or self._limits[0] is not candidates:
-            self._limits = candidates, limits_of(candidates)
-        return self._limits[1]
-
-
-def limits_of(snapshot: ClusterSnapshot) -> Limits:
-    """What all of these instances take."""
-    facts = [instance.facts for instance in snapshot.all()]
-    return Limits(
-        vocab_size=min((one.vocab_size for one in facts if one.vocab_size), default=None),
-        context_tokens=min((one.context_tokens for one in facts if one.context_tokens), default=None),
-        takes_empty_text=all(one.takes_empty_text for one in facts),
-    )
 
 
 def json_response(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
