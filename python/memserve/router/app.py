@@ -24,11 +24,14 @@ from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.registry import InstanceRegistry
 from memserve.router.cluster.roles import RoleChanges
 from memserve.router.config import RouterConfig
+from memserve.router.http.endpoints import routes
 from memserve.router.http.handlers.dashboard import Dashboard
 from memserve.router.http.handlers.generate import GenerateHandler
 from memserve.router.http.handlers.info import InfoHandlers
 from memserve.router.http.handlers.workers import WorkersApi
 from memserve.router.http.ingress import Ingress, build_ingress
+from memserve.router.http.middleware import Cors
+from memserve.router.http.openapi import document
 from memserve.router.http.routes import serve_http, serve_metrics, web_app
 from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.router.observability.metrics import DURATIONS, RouterMetrics
@@ -42,6 +45,7 @@ from memserve.router.proxy.prepare import RequestPreparer
 from memserve.router.proxy.recovery import StreamRecovery
 from memserve.router.proxy.retry import RetryPolicy
 from memserve.router.proxy.upstream import Upstream, open_session
+from memserve.router.request import encode_json
 from memserve.router.state import RouterState, new_state
 from memserve.wire.link import ControlServer
 
@@ -99,16 +103,25 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         dispatcher = Dispatcher(state, runner, resumer, _patience(config), metrics)
         requests, traces = state.observed.requests, _traces(stack, config)
         preparer = RequestPreparer(cluster, state.reader, state.observed.prefixes.sample)
-        generate = GenerateHandler(preparer, dispatcher, requests, door, config.observe, traces)
+        cors = Cors(config.observe.cors_allowed_origins)
+        generate = GenerateHandler(
+            preparer,
+            dispatcher,
+            requests,
+            door,
+            config.observe.request_id_headers,
+            cors.reply if cors else None,
+            traces,
+        )
         drains = DrainManager(
             cluster, pools, state.placer.num_running, key=key, evacuate_s=config.drain_evacuate_secs
         )
         stack.callback(drains.close)
         roles = RoleChanges(cluster, drains)
         stack.callback(roles.close)
-        pages = InfoHandlers(state, metrics, session, door.access)
-        parts = (generate, WorkersApi(state, drains, roles), pages, Dashboard(state, config, door.gate))
-        app = web_app(config, door, [route for part in parts for route in part.routes()])
+        pages = InfoHandlers(state, metrics, session, door.access, encode_json(document()))
+        dashboard = Dashboard(state, config, door.gate)
+        app = web_app(cors, door, routes(generate, WorkersApi(state, drains, roles), pages, dashboard))
         port = await serve_http(stack, config, generate, app, door)
         await serve_metrics(stack, config, pages)
         control = _listening(stack, config, state, port, key)

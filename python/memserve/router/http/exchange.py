@@ -53,6 +53,11 @@ class Exchange(Protocol):
         """The stream is complete."""
 
 
+def json_response(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
+    """A whole answer whose body is encoded JSON."""
+    return web.Response(body=body, status=status, headers=headers, content_type=JSON)
+
+
 class Bodies:
     """Reads bodies that aiohttp receives, within bounds. Event loop thread only."""
 

@@ -9,8 +9,9 @@ import pytest
 import yarl
 
 from memserve.router.config import RouterConfig
+from memserve.router.http.endpoints import PERMISSIONS, Permission
 from memserve.router.http.ingress import build_ingress
-from memserve.router.http.permissions import LEVELS, Guard, Permission
+from memserve.router.http.middleware import Guard
 from memserve.router.observability.metrics import RouterMetrics
 from memserve.testing.fake_worker import FakeWorker
 
@@ -186,7 +187,7 @@ async def test_no_way_of_writing_a_path_leads_around_the_guard(keys: dict[str, P
 
 def test_a_page_that_nobody_listed_is_an_admins() -> None:
     guard = Guard(build_ingress(RouterConfig(), RouterMetrics()))
-    assert guard.level_of("/new") is Permission.ADMIN
-    assert guard.level_of("/v1/models/{model}") is Permission.CLIENT
-    assert guard.level_of("/abort_request") is Permission.CLIENT
-    assert Permission.ADMIN not in LEVELS.values()
+    assert guard.permission_of("/new") is Permission.ADMIN
+    assert guard.permission_of("/v1/models/{model}") is Permission.CLIENT
+    assert guard.permission_of("/abort_request") is Permission.CLIENT
+    assert Permission.ADMIN not in PERMISSIONS.values()

@@ -24,8 +24,7 @@ from memserve.core.ids import InstanceId, server_of
 from memserve.router.admission.controller import AdmissionController
 from memserve.router.cluster.member import Member
 from memserve.router.config import RouterConfig
-from memserve.router.errors import failure, failure_of
-from memserve.router.http.handlers.generate import json_response
+from memserve.router.http.exchange import json_response
 from memserve.router.http.handlers.workers import describe_member
 from memserve.router.observability.hot_prefixes import HotPrefix
 from memserve.router.observability.request_log import RequestRecord
@@ -68,17 +67,6 @@ class Dashboard:
         folder = files("memserve.router.http.handlers").joinpath("ui")
         self._files = {name: folder.joinpath(name).read_bytes() for name in PAGE_FILES}
 
-    def routes(self) -> list[web.RouteDef]:
-        """Where these pages are."""
-        return [
-            web.get("/ui", self.page),
-            web.get("/ui/state", self.state),
-            web.get("/ui/{file}", self.file),
-            web.get("/tree/hottest", self.hottest),
-            web.get("/requests", self.requests),
-            web.get("/requests/{rid:.+}", self.request),
-        ]
-
     async def page(self, _: web.Request) -> web.Response:
         """The page itself."""
         return self._file("index.html")
@@ -87,7 +75,7 @@ class Dashboard:
         """What the page needs; 404 for anything else."""
         name = request.match_info["file"]
         if name not in PAGE_FILES:
-            return json_response(failure(404, f"/ui has no file {name}").body(), 404)
+            raise BadRequest(f"/ui has no file {name}", status=404)
         return self._file(name)
 
     async def state(self, _: web.Request) -> web.Response:
@@ -115,18 +103,12 @@ class Dashboard:
 
     async def hottest(self, request: web.Request) -> web.Response:
         """The prefixes that most prompts had in common lately, and who holds them; `?n=20`."""
-        try:
-            num = _number(request, "n", 20, MAX_PREFIXES)
-        except BadRequest as error:
-            return _refused(error)
+        num = _number(request, "n", 20, MAX_PREFIXES)
         return _page({"prefixes": self._hottest(num, time.monotonic())})
 
     async def requests(self, request: web.Request) -> web.Response:
         """Requests that ended lately, the last one first; `?n=100`; `?faults=1`: only those with a 5xx."""
-        try:
-            num = _number(request, "n", 100, MAX_REQUESTS)
-        except BadRequest as error:
-            return _refused(error)
+        num = _number(request, "n", 100, MAX_REQUESTS)
         only_faults = request.query.get("faults", "0") != "0"
         found = self._state.observed.requests.newest(num, only_faults=only_faults)
         return _page({"requests": [_told(one) for one in found]})
@@ -137,7 +119,7 @@ class Dashboard:
         one = self._state.observed.requests.find(name)
         if one is None:
             message = f"no recent request has the rid or x-request-id {name}: only the last ones are kept"
-            return _refused(BadRequest(message, field="rid", status=404))
+            raise BadRequest(message, field="rid", status=404)
         decision: JsonObject | None = None
         if one.decision is not None:
             situation = one.decision.situation
@@ -242,11 +224,6 @@ def _number(request: web.Request, name: str, default: int, most: int) -> int:
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= most):
         raise BadRequest(f"{text[:20]} is not a number from 1 to {most}", field=name)
     return int(text)
-
-
-def _refused(error: BadRequest) -> web.Response:
-    failed = failure_of(error)
-    return json_response(failed.body(), failed.status)
 
 
 def _page(page: JsonObject) -> web.Response:

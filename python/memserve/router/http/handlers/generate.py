@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 
@@ -18,12 +18,10 @@ from memserve.router.admission.priority import max_output_tokens, priority_of
 from memserve.router.auth.keys import ANYBODY, Tenant
 from memserve.router.cluster.instance import Route
 from memserve.router.errors import CLIENT_LEFT_STATUS, ClientLeft, ShuttingDown, failure_of
-from memserve.router.http.cors import Cors
 from memserve.router.http.deadlines import in_time, timeout_of
-from memserve.router.http.exchange import Bodies, Exchange, WebExchange
+from memserve.router.http.exchange import Bodies, Exchange, WebExchange, json_response
 from memserve.router.http.ingress import Ingress
 from memserve.router.observability.request_log import RequestLog, RequestRecord
-from memserve.router.observability.settings import ObservabilityConfig
 from memserve.router.observability.tracing import RequestTrace, Traces
 from memserve.router.proxy.dispatcher import Dispatcher
 from memserve.router.proxy.prepare import ClientContext, RequestPreparer
@@ -93,7 +91,8 @@ class GenerateHandler:
         dispatcher: Dispatcher,
         requests: RequestLog,
         door: Ingress,
-        settings: ObservabilityConfig,
+        id_headers: Sequence[str],
+        cors: Callable[[str | None], Mapping[str, str]] | None,
         traces: Traces,
     ) -> None:
         self._preparer = preparer
@@ -105,19 +104,11 @@ class GenerateHandler:
         self._bodies = Bodies(door)
         self._requests = requests
         self._traces = traces
-        self._id_headers = tuple(map(str.lower, settings.request_id_headers)) or (REQUEST_ID,)
-        self._cors = Cors(settings.cors_allowed_origins)
+        self._id_headers = tuple(map(str.lower, id_headers)) or (REQUEST_ID,)
+        self._cors = cors
         self._running: set[asyncio.Task[object]] = set()
         self._names = RequestIds()
         self._stopping = False
-
-    def routes(self) -> list[web.RouteDef]:
-        """Where these endpoints are served; SGLang takes PUT for /generate too."""
-        return [
-            *(web.post(api, self.handle_web) for api in Api),
-            web.put(Api.GENERATE, self.handle_web),
-            web.post("/explain", self.explain),
-        ]
 
     async def handle(self, exchange: Exchange) -> None:
         """Answer one request. The client's leaving cancels this, which aborts both legs."""
@@ -190,8 +181,8 @@ class GenerateHandler:
     async def _handle(self, exchange: Exchange, log: _Log) -> None:
         given = next(filter(None, map(exchange.headers.get, self._id_headers)), None)
         exchange.reply[REQUEST_ID] = given[:MAX_ID_CHARS] if given else self._names.new()
-        if self._cors:
-            exchange.reply |= self._cors.reply(exchange.headers.get("origin"))
+        if self._cors is not None:
+            exchange.reply |= self._cors(exchange.headers.get("origin"))
         try:
             timeout_s = timeout_of(exchange.headers)
             if timeout_s is None:
@@ -269,8 +260,3 @@ class GenerateHandler:
             wants_report=headers.get(REPORT, "0") != "0",
             trace=trace,
         )
-
-
-def json_response(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
-    """A whole answer that is JSON already."""
-    return web.Response(body=body, status=status, headers=headers, content_type="application/json")

@@ -17,8 +17,9 @@ from memserve.router.auth.access import Access
 from memserve.router.cluster.instance import Instance
 from memserve.router.cluster.member import State
 from memserve.router.errors import describe, failure, message_of
-from memserve.router.http.handlers.generate import json_response
+from memserve.router.http.exchange import json_response
 from memserve.router.http.handlers.workers import describe_member
+from memserve.router.http.schemas import Abort, Concatenation
 from memserve.router.observability.metrics import CONTENT_TYPE, RouterMetrics
 from memserve.router.request import JsonObject, encode_json
 from memserve.router.state import RouterState
@@ -36,9 +37,15 @@ class InfoHandlers:
     """Serves everything but generation. Event loop thread only."""
 
     def __init__(
-        self, state: RouterState, metrics: RouterMetrics, session: aiohttp.ClientSession, access: Access
+        self,
+        state: RouterState,
+        metrics: RouterMetrics,
+        session: aiohttp.ClientSession,
+        access: Access,
+        document: bytes,
     ) -> None:
-        """`access`: who sees how things are inside."""
+        """`access` tells admins, who see more; `document` is the answer of /openapi.json."""
+        self._document = document
         self._state = state
         self._access = access
         self._cluster = state.cluster
@@ -46,26 +53,6 @@ class InfoHandlers:
         self._metrics = metrics
         self._session = session
         self._started_s = int(time.time())
-
-    def routes(self) -> list[web.RouteDef]:
-        """Where these pages are."""
-        return [
-            web.get("/health", self.live),
-            web.get("/liveness", self.live),
-            web.get("/readiness", self.ready),
-            web.get("/tree", self.tree),
-            web.get("/metrics", self.metrics),
-            web.get("/v1/models", self.models),
-            web.get("/v1/models/{model:.+}", self.model),
-            web.get("/model_info", self.model_info),
-            web.get("/get_model_info", self.model_info),
-            web.get("/server_info", self.server_info),
-            web.get("/get_server_info", self.server_info),
-            web.get("/flush_cache", self.flush_cache),
-            web.post("/flush_cache", self.flush_cache),
-            web.post("/abort_request", self.abort_request),
-            web.post("/concate_and_append_request", self.concatenate),
-        ]
 
     async def live(self, _: web.Request) -> web.Response:
         """200 as long as the router itself runs."""
@@ -96,6 +83,10 @@ class InfoHandlers:
         if self._access.is_admin(request.headers.get("Authorization")):
             page |= inside
         return json_response(encode_json(page), 200 if reason is None else 503)
+
+    async def openapi(self, _: web.Request) -> web.Response:
+        """The OpenAPI document."""
+        return json_response(self._document)
 
     async def tree(self, request: web.Request) -> web.Response:
         """How many blocks the global prompt tree knows of, whose they are, and how true it has been.
@@ -182,7 +173,7 @@ class InfoHandlers:
         """Hand SGLang's own abort to every instance that is up; those that do not know the rid ignore it."""
         body = await request.read()
         try:
-            msgspec.json.decode(body, type=_Abort)
+            msgspec.json.decode(body, type=Abort)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return json_response(failure(400, f"not an abort: {error}").body(), 400)
         instances = self._cluster.up.all()
@@ -201,7 +192,7 @@ class InfoHandlers:
         SGLang's client waits for ever for what it submits after a failed call.
         """
         try:
-            msgspec.json.decode(await request.read(), type=_Concatenation)
+            msgspec.json.decode(await request.read(), type=Concatenation)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return json_response(failure(400, f"not a concate_and_append request: {error}").body(), 400)
         return json_response(b'{"success": true}')
@@ -249,13 +240,3 @@ def without_secrets(value: object) -> object:
     if isinstance(value, dict):
         return {name: without_secrets(one) for name, one in value.items() if not _SECRET.search(name)}
     return value
-
-
-class _Abort(msgspec.Struct):
-    rid: str | list[str] | None = None
-    abort_all: bool = False
-
-
-class _Concatenation(msgspec.Struct):
-    src_rids: list[str]
-    dst_rid: str

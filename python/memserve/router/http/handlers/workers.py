@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Awaitable, Callable
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -31,14 +30,12 @@ from memserve.router.cluster.drain import DrainManager, DrainStatus
 from memserve.router.cluster.member import Member
 from memserve.router.cluster.pools import PoolMember
 from memserve.router.cluster.roles import Phase, RoleChange, RoleChanges
-from memserve.router.errors import failure_of
-from memserve.router.http.handlers.generate import json_response
+from memserve.router.http.exchange import json_response
 from memserve.router.request import JsonObject, encode_json
 from memserve.router.state import RouterState
 from memserve.wire.messages import InstanceInfo, Role, TierBlocks
 
 T = TypeVar("T")
-Handler = Callable[[web.Request], Awaitable[web.Response]]
 
 REMOVE_S = 10.0
 """How long a server that is removed may finish what it has, unless the request says otherwise."""
@@ -46,7 +43,7 @@ MAX_WAIT_S = 86400
 _FIELD = re.compile(r"(?:field `|at `\$\.)(\w+)")
 
 
-class Worker(msgspec.Struct, forbid_unknown_fields=True):
+class AddWorker(msgspec.Struct, forbid_unknown_fields=True):
     """The body of `POST /workers`."""
 
     url: str
@@ -92,22 +89,6 @@ class WorkersApi:
         self._drains = drains
         self._roles = roles
 
-    def routes(self) -> list[web.RouteDef]:
-        """Where these pages are."""
-        one = "/workers/{id:.+}"
-        return [
-            web.get("/workers", self.show_all),
-            web.post("/workers", _answered(self.add)),
-            web.post(f"{one}/drain", _answered(self.drain)),
-            web.delete(f"{one}/drain", _answered(self.undrain)),
-            web.post(f"{one}/role", _answered(self.change_role)),
-            web.get(one, _answered(self.show)),
-            web.delete(one, _answered(self.remove)),
-            web.get("/list_workers", self.list_urls),
-            web.post("/add_worker", _answered(self.add_url)),
-            web.post("/remove_worker", _answered(self.remove_url)),
-        ]
-
     async def show_all(self, _: web.Request) -> web.Response:
         """Everyone the router knows of, the pools they exchange blocks with, and what they keep."""
         pools = self._state.pools
@@ -129,11 +110,11 @@ class WorkersApi:
 
     async def add(self, request: web.Request) -> web.Response:
         """Name a server: 201, or 200 if it was. It gets requests when a probe has found it well."""
-        return self._add(_decoded(await request.read(), Worker).info())
+        return self._add(_decoded(await request.read(), AddWorker).info())
 
     async def add_url(self, request: web.Request) -> web.Response:
         """The same for a colocated server."""
-        return self._add(Worker(_url_of(request)).info())
+        return self._add(AddWorker(_url_of(request)).info())
 
     async def remove(self, request: web.Request) -> web.Response:
         """Drain a named server for `?timeout_s=`, and forget it; what it has then may end all the same."""
@@ -294,19 +275,6 @@ def _describe_drain(drained: DrainStatus) -> JsonObject:
             "reason": evacuation.reason or None,
         },
     }
-
-
-def _answered(handler: Handler) -> Handler:
-    """`handler`, its refusals in the envelope of all others."""
-
-    async def answered(request: web.Request) -> web.Response:
-        try:
-            return await handler(request)
-        except BadRequest as error:
-            failed = failure_of(error)
-            return json_response(failed.body(), failed.status)
-
-    return answered
 
 
 def _decoded(body: bytes, kind: type[T]) -> T:

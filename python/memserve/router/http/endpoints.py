@@ -1,0 +1,244 @@
+"""The table of endpoints: path, method, permission, schemas, and how each is dispatched.
+
+Routes, permissions and the OpenAPI document follow from it. An endpoint that the router only passes on to
+a server is one `_passed_on` entry. Routes are matched in the order of the table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum, auto
+from typing import Any
+
+from aiohttp import web
+
+from memserve.router.http import schemas
+from memserve.router.http.handlers.dashboard import MAX_PREFIXES, MAX_REQUESTS, PAGE_FILES, Dashboard
+from memserve.router.http.handlers.generate import GenerateHandler
+from memserve.router.http.handlers.info import InfoHandlers
+from memserve.router.http.handlers.workers import (
+    MAX_WAIT_S,
+    AddWorker,
+    DrainRequest,
+    RoleRequest,
+    WorkersApi,
+)
+from memserve.router.http.schemas import INTEGER, Object, Schema, ref
+
+TEXT, EVENTS, HTML, ANY = "text/plain", "text/event-stream", "text/html", "*/*"
+
+
+class Permission(Enum):
+    """The key that a request to an endpoint needs."""
+
+    OPEN = auto()
+    """None: liveness and counters."""
+    CLIENT = auto()
+    """A client's."""
+    SHARED = auto()
+    """A client's, or with several tenants an admin's: the endpoint reaches the requests of all tenants."""
+    ADMIN = auto()
+    """An admin's: the endpoint shows or changes the cluster."""
+
+
+OPEN, CLIENT, SHARED, ADMIN = Permission
+
+
+@dataclass(frozen=True, slots=True)
+class Endpoint:
+    """One method of one path."""
+
+    method: str
+    path: str
+    handler: Callable[[Any, web.Request], Awaitable[web.StreamResponse]]
+    """A method of one of the classes in `handlers`, unbound."""
+    summary: str
+    permission: Permission = ADMIN
+    answer: Any = Object
+    """The JSON answer: a type or a schema."""
+    statuses: Sequence[int] = (200,)
+    """The statuses that have it."""
+    media: str | None = None
+    """The content type of a 200 instead of JSON; for `EVENTS`, beside JSON."""
+    body: Any = None
+    """The JSON body: a type or a schema; None: the endpoint takes no body."""
+    needs_body: bool = True
+    query: Mapping[str, Schema] = field(default_factory=dict)
+    required: Sequence[str] = ()
+    """Names of the query's required parameters."""
+    reads_body: bool = False
+    """The handler reads the body itself, up to --max-body-bytes; other bodies are small, and read before."""
+    changes: bool = False
+    """A GET that changes the cluster."""
+
+    @property
+    def pattern(self) -> str:
+        """The path as aiohttp routes it: parameters may contain slashes."""
+        return self.path.replace("}", ":.+}")
+
+
+def _generating(method: str, path: str, summary: str, body: str, answer: Any = Object) -> Endpoint:
+    """An endpoint of `Api`: the router reads the prompt and selects a pair."""
+    handler = GenerateHandler.handle_web
+    return Endpoint(
+        method, path, handler, summary, CLIENT, answer, media=EVENTS, body=ref(body), reads_body=True
+    )
+
+
+_SWITCH: Schema = {"enum": ["0", "1"]}
+_SECONDS: Schema = {"type": "number", "minimum": 0}
+_WAIT = {"wait": _SWITCH}
+_URL = {"url": {"type": "string", "format": "uri"}}
+_TIMEOUT = {"timeout_s": {**_SECONDS, "maximum": MAX_WAIT_S}}
+_GENERATE = Object | list[Object]
+_ANY_BODY = {"anyOf": [ref("Generate"), ref("Chat"), ref("Completion")]}
+
+
+def _number(most: int) -> dict[str, Schema]:
+    return {"n": {**INTEGER, "minimum": 1, "maximum": most}}
+
+
+_info, _workers, _ui = InfoHandlers, WorkersApi, Dashboard
+
+ENDPOINTS: tuple[Endpoint, ...] = (
+    Endpoint("GET", "/health", _info.live, "Liveness of the router", OPEN, media=TEXT),
+    Endpoint("GET", "/liveness", _info.live, "Liveness of the router", OPEN, media=TEXT),
+    Endpoint(
+        *("GET", "/readiness", _info.ready, "Readiness: can the cluster serve a request?", OPEN),
+        answer=schemas.Readiness,
+        statuses=(200, 503),
+    ),
+    Endpoint("GET", "/metrics", _info.metrics, "All metrics, in Prometheus' format", OPEN, media=TEXT),
+    Endpoint("GET", "/openapi.json", _info.openapi, "This document", OPEN),
+    _generating("POST", "/generate", "Generate, as SGLang", "Generate", _GENERATE),
+    _generating("PUT", "/generate", "Generate, as SGLang", "Generate", _GENERATE),
+    _generating("POST", "/v1/chat/completions", "Answer a chat, as OpenAI", "Chat"),
+    _generating("POST", "/v1/completions", "Complete a prompt, as OpenAI", "Completion"),
+    Endpoint(
+        *("POST", "/explain", GenerateHandler.explain),
+        "The instances that a request would be sent to, and why; the request is not sent",
+        CLIENT,
+        answer=schemas.DecisionReport,
+        body=_ANY_BODY,
+        reads_body=True,
+    ),
+    Endpoint("GET", "/v1/models", _info.models, "The models served here", CLIENT, schemas.ModelList),
+    Endpoint("GET", "/v1/models/{model}", _info.model, "One model", CLIENT, schemas.ModelCard),
+    Endpoint("GET", "/model_info", _info.model_info, "A server's description of its model", CLIENT),
+    Endpoint("GET", "/get_model_info", _info.model_info, "The same as /model_info", CLIENT),
+    Endpoint(
+        *("GET", "/server_info", _info.server_info),
+        "A server's description of itself; admins get all servers' under `workers`",
+        CLIENT,
+    ),
+    Endpoint("GET", "/get_server_info", _info.server_info, "The same as /server_info", CLIENT),
+    *(
+        Endpoint(
+            *(method, "/flush_cache", _info.flush_cache, "Flush the caches of all servers"),
+            query={"timeout": _SECONDS},
+            media=TEXT,
+            changes=True,
+        )
+        for method in ("GET", "POST")
+    ),
+    Endpoint(
+        *("POST", "/abort_request", _info.abort_request, "Abort a request, as SGLang", SHARED),
+        media=TEXT,
+        body=schemas.Abort,
+    ),
+    Endpoint(
+        *("POST", "/concate_and_append_request", _info.concatenate),
+        "Accept the frontend language's hint to join branches",
+        CLIENT,
+        schemas.Success,
+        body=schemas.Concatenation,
+    ),
+    Endpoint(
+        *("GET", "/tree", _info.tree, "The prompt tree: blocks, holders, audit results"),
+        query={"digest": _SWITCH},
+    ),
+    Endpoint(
+        *("GET", "/tree/hottest", _ui.hottest),
+        "The prefixes that most recent prompts share, and their holders",
+        answer=schemas.PrefixList,
+        query=_number(MAX_PREFIXES),
+    ),
+    Endpoint(
+        *("GET", "/requests", _ui.requests, "Requests that ended recently, newest first"),
+        answer=schemas.RecentRequests,
+        query={**_number(MAX_REQUESTS), "faults": _SWITCH},
+    ),
+    Endpoint(
+        *("GET", "/requests/{rid}", _ui.request),
+        "One request by rid or x-request-id, and the decision that placed it",
+        answer=schemas.RequestDetail,
+    ),
+    Endpoint("GET", "/ui", _ui.page, "The dashboard", media=HTML),
+    Endpoint("GET", "/ui/state", _ui.state, "The data of the dashboard", answer=schemas.DashboardState),
+    Endpoint("GET", "/ui/{file}", _ui.file, "A file of the dashboard", media=ANY),
+    Endpoint("GET", "/workers", _workers.show_all, "All instances", answer=schemas.WorkerList),
+    Endpoint(
+        *("POST", "/workers", _workers.add, "Add a server: 201, or 200 if it was added before"),
+        answer=schemas.WorkerStatus,
+        statuses=(200, 201),
+        body=AddWorker,
+    ),
+    Endpoint(
+        *("POST", "/workers/{id}/drain", _workers.drain),
+        "Send an instance no new requests; answered when it has none left, or the time is over",
+        answer=schemas.DrainResult,
+        statuses=(200, 202),
+        body=DrainRequest,
+        needs_body=False,
+        query=_WAIT,
+    ),
+    Endpoint(
+        *("DELETE", "/workers/{id}/drain", _workers.undrain, "Send an instance requests again"),
+        answer=schemas.WorkerStatus,
+    ),
+    Endpoint(
+        *("POST", "/workers/{id}/role", _workers.change_role, "Make a prefill a decode, or back"),
+        answer=schemas.RoleResult,
+        statuses=(200, 202),
+        body=RoleRequest,
+        query=_WAIT,
+    ),
+    Endpoint(
+        *("GET", "/workers/{id}", _workers.show, "One instance, by id or URL"), answer=schemas.WorkerStatus
+    ),
+    Endpoint(
+        *("DELETE", "/workers/{id}", _workers.remove, "Drain and remove a server that was added by URL"),
+        answer=schemas.RemoveResult,
+        query=_TIMEOUT,
+    ),
+    Endpoint("GET", "/list_workers", _workers.list_urls, "The servers' URLs", answer=schemas.UrlList),
+    Endpoint(
+        *("POST", "/add_worker", _workers.add_url, "Add a colocated server"),
+        answer=schemas.WorkerStatus,
+        statuses=(200, 201),
+        query=_URL,
+        required=("url",),
+    ),
+    Endpoint(
+        *("POST", "/remove_worker", _workers.remove_url, "Drain and remove a server that was added by URL"),
+        answer=schemas.RemoveResult,
+        query={**_URL, **_TIMEOUT},
+        required=("url",),
+    ),
+)
+
+PERMISSIONS = {one.path: one.permission for one in ENDPOINTS if one.permission is not ADMIN}
+"""By path; all others are an admin's. `/server_info` and `/readiness` show admins more."""
+READS_BODY = frozenset(one.path for one in ENDPOINTS if one.reads_body)
+CHANGES_BY_GET = frozenset(one.path for one in ENDPOINTS if one.changes)
+FILES: Schema = {"enum": list(PAGE_FILES)}
+
+
+def routes(*parts: object) -> list[web.RouteDef]:
+    """The routes of the table. `parts` has an instance of each class in it, whose handlers are used."""
+    return [web.route(one.method, one.pattern, _bound(one.handler, parts)) for one in ENDPOINTS]
+
+
+def _bound(handler: Any, parts: Sequence[object]) -> Any:
+    return next(handler.__get__(part) for part in parts if handler in vars(type(part)).values())

@@ -1,0 +1,196 @@
+"""What every request to an aiohttp endpoint passes: CORS, one envelope for errors, permission, body.
+
+Knows no endpoint but by the table.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import logging
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from urllib.parse import urlsplit
+
+from aiohttp import web
+from aiohttp.typedefs import Middleware
+
+from memserve.core.errors import BadRequest, MemServeError
+from memserve.core.hosts import is_loopback
+from memserve.router.errors import failure, failure_of
+from memserve.router.http.endpoints import CHANGES_BY_GET, PERMISSIONS, READS_BODY, Permission
+from memserve.router.http.exchange import json_response
+from memserve.router.http.ingress import Ingress
+
+logger = logging.getLogger(__name__)
+
+Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
+
+MAX_AGE_S = 600
+"""How long a browser may cache the answer to a CORS preflight."""
+SMALL_BODY_BYTES = 256 << 10
+"""The largest body of an endpoint whose handler does not read it itself."""
+_CHALLENGE = {"WWW-Authenticate": 'Basic realm="memserve"'}
+"""Makes a browser ask for a key: as the password, with any user name."""
+
+
+class Cors:
+    """Cross-origin resource sharing: web pages of some origins may call client endpoints.
+
+    Source: the Fetch standard.
+    """
+
+    def __init__(self, origins: Sequence[str]) -> None:
+        """`origins`: scheme, host and port of each; "*" is any."""
+        self._any = "*" in origins
+        self._origins = frozenset(origin.rstrip("/") for origin in origins)
+
+    def __bool__(self) -> bool:
+        """True if any origin is allowed."""
+        return bool(self._origins)
+
+    def reply(self, origin: str | None) -> dict[str, str]:
+        """Headers of an answer to a page of this origin; none if the page may not read it."""
+        if origin is None or not (self._any or origin in self._origins):
+            return {}
+        return {
+            "Access-Control-Allow-Origin": "*" if self._any else origin,
+            "Access-Control-Expose-Headers": "x-request-id, retry-after",
+            "Vary": "Origin",
+        }
+
+    def middleware(self) -> Middleware:
+        """The aiohttp middleware: answers preflight requests, and adds headers to answers."""
+
+        @web.middleware
+        async def shared(request: web.Request, handler: Handler) -> web.StreamResponse:
+            reply = self.reply(request.headers.get("Origin"))
+            if not reply or not is_for_clients(request.path):
+                return await handler(request)
+            if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
+                wanted = request.headers.get("Access-Control-Request-Headers", "")
+                allowed = {
+                    "Access-Control-Allow-Methods": "GET, POST, PUT",
+                    "Access-Control-Allow-Headers": wanted,
+                    "Access-Control-Max-Age": str(MAX_AGE_S),
+                }
+                return web.Response(status=204, headers={**reply, **allowed})
+            response = await handler(request)
+            if not response.prepared:
+                response.headers.update(reply)
+            return response
+
+        return shared
+
+
+def is_for_clients(path: str) -> bool:
+    """True if the endpoint at `path`, which is not routed yet, needs no admin's key."""
+    template = "/v1/models/{model}" if path.startswith("/v1/models/") else path
+    return PERMISSIONS.get(template) in (Permission.OPEN, Permission.CLIENT)
+
+
+@web.middleware
+async def error_envelope(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Give aiohttp's own errors (unknown path, wrong method) the envelope of all others."""
+    try:
+        return await handler(request)
+    except web.HTTPException as error:
+        if error.status < 400:
+            raise
+        failed = failure(error.status, f"{request.method} {request.path}: {error.reason}")
+        return json_response(failed.body(), error.status)
+
+
+class Guard:
+    """Checks the permission of each request, reads small bodies, and answers a handler's MemServeErrors."""
+
+    def __init__(self, ingress: Ingress) -> None:
+        self._ingress = ingress
+        self._access = ingress.access
+
+    def permission_of(self, path: str) -> Permission:
+        """The permission that the endpoint routed by `path` needs now."""
+        permission = PERMISSIONS.get(path, Permission.ADMIN)
+        if permission is Permission.SHARED:
+            return Permission.ADMIN if self._access.has_tenants else Permission.CLIENT
+        return permission
+
+    def check(self, request: web.Request, path: str) -> None:
+        """Raises BadRequest (401 or 403) if the request may not use the endpoint routed by `path`."""
+        authorization = request.headers.get("Authorization")
+        permission = self.permission_of(path)
+        if permission is Permission.ADMIN:
+            name = self._access.check_admin(authorization)
+            changes = request.method not in ("GET", "HEAD") or path in CHANGES_BY_GET
+            self._check_origin(request, changes=changes)
+            if changes:
+                logger.info(
+                    "change asked for method=%s path=%s admin=%s from=%s",
+                    *(request.method, request.rel_url.raw_path, name, request.remote),
+                )
+        elif permission is Permission.CLIENT and not self._is_admin(authorization):
+            self._access.tenant_of(authorization)
+
+    def middleware(self) -> Middleware:
+        """The aiohttp middleware."""
+
+        @web.middleware
+        async def guarded(request: web.Request, handler: Handler) -> web.StreamResponse:
+            resource = request.match_info.route.resource
+            if resource is None:  # there is no such endpoint
+                return await handler(request)
+            try:
+                self.check(request, resource.canonical)
+                if not request.can_read_body or resource.canonical in READS_BODY:
+                    return await handler(request)
+                async with self._body_read(request):
+                    return await handler(request)
+            except MemServeError as error:
+                failed = failure_of(error)
+                asks_for_key = failed.status == 401 and request.method == "GET"
+                return json_response(
+                    failed.body(), failed.status, _CHALLENGE if asks_for_key else failed.headers()
+                )
+
+        return guarded
+
+    @asynccontextmanager
+    async def _body_read(self, request: web.Request) -> AsyncIterator[None]:
+        """A block in which the request has its body. Raises BadRequest (408), Overloaded."""
+        num_bytes = SMALL_BODY_BYTES if request.content_length is None else request.content_length
+        num_bytes = min(num_bytes, SMALL_BODY_BYTES)  # aiohttp refuses more
+        if not self._ingress.budget.try_take(num_bytes):
+            raise self._ingress.out_of_memory()
+        try:
+            try:
+                async with asyncio.timeout(self._ingress.limits.stall_s):
+                    await request.read()
+            except TimeoutError as error:
+                raise BadRequest("the body did not arrive in time", status=408) from error
+            yield
+        finally:
+            self._ingress.budget.give(num_bytes)
+
+    def _is_admin(self, authorization: str | None) -> bool:
+        return self._access.knows_admins and self._access.is_admin(authorization)
+
+    def _check_origin(self, request: web.Request, *, changes: bool) -> None:
+        """Web pages of other sites, in a browser that can reach the router, may change and see nothing."""
+        site = request.headers.get("Sec-Fetch-Site", "none")
+        if ("Origin" in request.headers and changes) or site not in ("none", "same-origin"):
+            raise BadRequest("web pages cannot do this", status=403)
+        # To a browser, an attacker's host name that resolves to this address is the same origin.
+        if not self._access.knows_admins and not _is_own_name(request.host):
+            raise BadRequest("without a key, write the router's address and not a name", status=403)
+
+
+def _is_own_name(host: str) -> bool:
+    """True if a Host header is an IP address, or a loopback name of this machine."""
+    try:
+        name = urlsplit(f"//{host}").hostname or ""
+        if is_loopback(name):
+            return True
+        ipaddress.ip_address(name)
+    except ValueError:
+        return False
+    return True
