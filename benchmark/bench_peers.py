@@ -149,7 +149,7 @@ def measure_exchange(
     chains: list[list[BlockKey]] = []
 
     def push() -> None:
-        peers.push(memory, pool, chains[-1])
+        peers.transfer_with_insert(memory, pool, chains[-1])
 
     def fetch() -> None:
         assert peers.fetch(memory, pool, chains[-1], timeout_s=30) == NUM_BLOCKS

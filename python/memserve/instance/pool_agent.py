@@ -212,12 +212,13 @@ class PoolAgent:
         there = self._there_now(errand.to)
         to = PeerAddress(there.address, there.epoch)
         try:
-            return self._peers.push(to, self.pool, errand.keys, parent=errand.parent).num_sent
+            pushed = self._peers.transfer_with_insert(to, self.pool, errand.keys, parent=errand.parent)
+            return pushed.num_sent
         except PeerDeclined as error:
             if not error.parent_unknown:
                 raise
         chain = self.pool.chain_to(errand.keys[-1])
-        return self._peers.push(to, self.pool, chain).num_sent if chain else 0
+        return self._peers.transfer_with_insert(to, self.pool, chain).num_sent if chain else 0
 
     def _there_now(self, pool: PoolInfo) -> PoolInfo:
         """`pool`, or who has come in its place since. Raises InstanceLost if nobody has: to ask who is

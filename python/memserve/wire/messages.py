@@ -17,7 +17,7 @@ from memserve.core.errors import WireMismatch
 from memserve.core.ids import Epoch, InstanceId
 from memserve.wire.peer_messages import Endpoint, FromPool, MemoryRange, ToPool
 
-WIRE_VERSION = 7
+WIRE_VERSION = 8
 
 
 class Role(StrEnum):

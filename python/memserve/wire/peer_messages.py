@@ -66,15 +66,6 @@ class Reserve(msgspec.Struct, frozen=True, tag=True):
     parent: BlockKey | None
 
 
-class Allocate(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: reserve blocks that nobody indexes. Answered `Reserved`, `Declined`."""
-
-    epoch: Epoch
-    transfer_id: int
-    layout: bytes
-    num_blocks: int
-
-
 class Reserved(msgspec.Struct, frozen=True, tag=True):
     """Pool → pool: write here, then commit or cancel."""
 
@@ -99,13 +90,10 @@ class Commit(msgspec.Struct, frozen=True, tag=True):
     transfer_id: int
     checksums: tuple[int, ...]
     """Of each block written, in the order of the reserved addresses."""
-    keys: tuple[BlockKey, ...] = ()
-    """How to index blocks that were reserved by `Allocate`; none: they wait to be claimed."""
-    parent: BlockKey | None = None
 
 
 class Committed(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: so many blocks are in the index that were not; 0 for blocks nobody indexes."""
+    """Pool → pool: so many blocks are in the index that were not."""
 
     num_new: int
 
@@ -214,7 +202,5 @@ class Evacuated(msgspec.Struct, frozen=True, tag=True):
     """Why blocks are left."""
 
 
-ToPool = (
-    Hello | Reserve | Allocate | Commit | Cancel | Locate | AcquireLease | ReleaseLease | Fetch | Evacuate
-)
+ToPool = Hello | Reserve | Commit | Cancel | Locate | AcquireLease | ReleaseLease | Fetch | Evacuate
 FromPool = Welcome | Reserved | Declined | Committed | Located | Leased | Fetched | Evacuated

@@ -147,7 +147,7 @@ def test_blocks_come_back_as_they_went(cluster: Cluster, instance: Instance, tra
     cluster.wait_ready()
     there = instance.memory(name)
     keys, data = instance.store(NUM_BLOCKS)
-    assert instance.peers.push(there, instance.pool, keys).num_sent == NUM_BLOCKS
+    assert instance.peers.transfer_with_insert(there, instance.pool, keys).num_sent == NUM_BLOCKS
     instance.pool.clear()
     assert instance.peers.fetch(there, instance.pool, keys, timeout_s=WAIT_S) == NUM_BLOCKS
     assert instance.read(keys) == data
@@ -174,7 +174,7 @@ def test_a_killed_server_is_declared_gone_and_loses_nothing_here(
 
     def push_for_ever() -> None:
         while True:
-            instance.peers.push(there, instance.pool, keys)
+            instance.peers.transfer_with_insert(there, instance.pool, keys)
             instance.peers.fetch(there, instance.pool, keys, timeout_s=WAIT_S)
 
     with ThreadPoolExecutor(1) as thread:
@@ -196,7 +196,7 @@ def test_models_share_the_memory(cluster: Cluster, instance: Instance) -> None:
     other = Instance(cluster, "b")
     for one in (instance, other):
         keys, _ = one.store(NUM_BLOCKS)
-        one.peers.push(one.memory("shared"), one.pool, keys)
+        one.peers.transfer_with_insert(one.memory("shared"), one.pool, keys)
     pools = report(process)["pools"]
     slots = BUDGET_BYTES // 2 // layout("a").block_bytes
     assert [pool["pool"]["total"] for pool in pools] == [slots, slots]
@@ -287,7 +287,7 @@ def test_what_a_memory_server_holds_goes_to_others_before_it_goes(
         cluster.launch_memory(name, BUDGET_GIB)
     cluster.wait_ready()
     keys, data = instance.store(6)
-    assert instance.peers.push(instance.memory("goes"), instance.pool, keys).num_sent == 6
+    assert instance.peers.transfer_with_insert(instance.memory("goes"), instance.pool, keys).num_sent == 6
     request = urllib.request.Request(f"{cluster.url}/workers/goes/drain", method="POST")
     with urllib.request.urlopen(request, timeout=WAIT_S) as answer:
         said = json.load(answer)

@@ -46,9 +46,9 @@ class EvacuationPeers(Protocol):
 
     def room(self, peer: PeerAddress, pool: MemPool, keys: Sequence[BlockKey]) -> Located: ...
 
-    def push(
+    def transfer_with_insert(
         self,
-        peer: PeerAddress,
+        instance: PeerAddress,
         pool: MemPool,
         keys: Sequence[BlockKey],
         *,
@@ -191,7 +191,7 @@ class EvacuationRun:
         self, shelter: _EvacuationTarget, keys: Sequence[BlockKey], parent: BlockKey | None
     ) -> Pushed | None:
         try:
-            return self._exchange.push(shelter.address, self._pool, keys, parent=parent)
+            return self._exchange.transfer_with_insert(shelter.address, self._pool, keys, parent=parent)
         except PeerDeclined as error:
             if not error.parent_unknown:
                 shelter.room = 0

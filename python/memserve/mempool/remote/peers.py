@@ -1,12 +1,10 @@
 """Peers: how one process's pools exchange blocks with those of others.
 
-    push   this pool's cached chain → what a peer lacks of it       (transfer_with_insert)
-    fetch  a peer's cached chain → what this pool lacks of it
-    transfer, reserve, claim        the paper's verbs on blocks that need not be cached
+    transfer_with_insert   cached chain of this pool → the blocks of it that a peer lacks
+    fetch                  cached chain of a peer → the blocks of it that this pool lacks
 
-    threads: the control server's (answers), the sweeper's (deadlines, fencing), one for transfers,
-    a few for the fetches that a router asks for, one for evacuations, one for making pools; the rest
-    runs on the caller's
+    threads: control server (answers), sweeper (deadlines, fencing), a few for the fetches that a
+    router directs, one for evacuations, one to make pools; the rest runs on the caller's thread
 
 What a peer does wrong, late or not at all costs a miss or an error here: never a block, never a
 byte in the wrong place. Knows no SGLang, no HBM and no membership; source of the verbs: MemServe.
@@ -19,13 +17,11 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
-from memserve.core.block_addr import BlockAddr
 from memserve.core.block_keys import BlockKey
-from memserve.core.errors import BlockStateError, MemServeError, PeerDeclined, WireMismatch
+from memserve.core.errors import MemServeError, PeerDeclined, WireMismatch
 from memserve.core.executor import BoundedExecutor
 from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout, TransferMode
-from memserve.mempool.checksums import Checksum
 from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.config import PeerAddress, PeersConfig
 from memserve.mempool.remote.connection import Result
@@ -35,16 +31,12 @@ from memserve.mempool.remote.local_regions import LocalRegions
 from memserve.mempool.remote.peer_table import PeerFactory, PeerHandle, PeerTable
 from memserve.mempool.remote.reader import QuarantinedReads
 from memserve.mempool.remote.records import Counters, PeersStats, Pushed
-from memserve.mempool.remote.sender import Blocks
 from memserve.mempool.remote.server import PeerServer, PoolOf
 from memserve.mempool.remote.sweeper import Sweeper
-from memserve.mempool.remote.transfers import RemoteReservation, RemoteReservations, Ticket, Transfers
 from memserve.wire.link import ControlServer
 from memserve.wire.messages import Message
 from memserve.wire.peer_messages import (
     AcquireLease,
-    Allocate,
-    Commit,
     Declined,
     Evacuate,
     Fetch,
@@ -58,7 +50,7 @@ logger = logging.getLogger(__name__)
 
 MAX_HELLOS = 256
 """Peers that wait at a time for the pool of their blocks to be made."""
-_WITH_DEADLINE = (Reserve, Allocate, AcquireLease, Commit)
+_WITH_DEADLINE = (Reserve, AcquireLease)
 """Messages after which something may have to be ended in time."""
 
 
@@ -83,19 +75,16 @@ class Peers:
         self._remotes = PeerTable(
             (epoch, self._memory), wiring.connect, self._doubtful, self._tally, config.timeout_s
         )
-        self._reserved = RemoteReservations()
         self._fetches = Fetches(self.fetch)
         self._evacuations = Evacuations(self, time.monotonic)
         self._pool_maker = BoundedExecutor("peer-pools", capacity=MAX_HELLOS)
         self._sweeper = Sweeper(self._sweep)
-        self._transfers = Transfers(self._memory)
         self._is_closed = False
         try:
             self._control = ControlServer(
                 config.host, config.control_port, self._answer, key=config.cluster_key
             )
         except MemServeError:
-            self._transfers.close()
             self._sweeper.close()
             self._memory.close()
             raise
@@ -112,24 +101,28 @@ class Peers:
 
     # ---- cached chains
 
-    def push(
+    def transfer_with_insert(
         self,
-        peer: PeerAddress,
+        instance: PeerAddress,
         pool: MemPool,
         keys: Sequence[BlockKey],
         *,
         parent: BlockKey | None = None,
+        mode: TransferMode = TransferMode.AGGREGATED,
     ) -> Pushed:
-        """Send what the peer lacks of a chain that is cached in `pool`, and have it indexed there.
+        """Copy the blocks of a cached chain that the instance lacks, and have it index them there.
 
-        What is not cached here, or not summing to what it should, ends the chain; what the peer does
-        not take of it, too: see the counts. Raises PeerDeclined if it takes nothing (`parent_unknown`:
-        send the chain from its root), StaleEpoch, LayoutMismatch, InstanceLost, TransferTimeout,
-        TransferFailed; then as much is there as it has said, and nothing is lost or leaked here.
+        keys[0] follows `parent`, or begins a prompt. A block that is not cached here, or fails its
+        checksum, ends the chain, and so does a block that the instance does not take: see the counts.
+        Raises PeerDeclined if the instance takes no block (`parent_unknown`: send the chain from its
+        root), StaleEpoch, LayoutMismatch, InstanceLost, TransferTimeout, TransferFailed; then the
+        instance holds what it has confirmed, and no block is lost or leaked here.
         Source: MemServe, distributed API (transfer_with_insert).
         """
-        pushed = self._counted(lambda: self._use(peer, pool).sender.push(keys, parent))
-        self._tally.add(_as_pushed(pushed))
+        sender = self._use(instance, pool).sender
+        pushed = self._counted(lambda: sender.transfer_with_insert(keys, parent, mode))
+        blocks, num_bytes = pushed.num_sent, pushed.num_bytes
+        self._tally.add(PeersStats(pushes=1, blocks_pushed=blocks, bytes_pushed=num_bytes))
         return pushed
 
     def fetch(
@@ -143,8 +136,11 @@ class Peers:
     ) -> int:
         """Get what `pool` lacks of a chain from the peer; returns how many of `keys` are cached here then.
 
+        The mirror of `transfer_with_insert`: this pool copies the blocks and indexes them.
+
         keys[0] comes after `parent`, or begins a prompt. A block that does not sum to what the peer
-        said is a miss and ends the chain. Raises as `push`, and OutOfBlocks if there is no room here.
+        said is a miss and ends the chain. Raises as `transfer_with_insert`, and OutOfBlocks
+        if there is no room here.
         """
         found = self._counted(lambda: self._use(peer, pool).reader.fetch(keys, parent, timeout_s))
         self._tally.add(PeersStats(fetches=1))
@@ -153,7 +149,7 @@ class Peers:
     def locate(
         self, peer: PeerAddress, layout: KVLayout, keys: Sequence[BlockKey], *, timeout_s: float
     ) -> int:
-        """How many of `keys`, from the front, the peer holds. Asks once; raises as `push`."""
+        """How many of `keys`, from the front, the peer holds. Asks once; raises as `transfer_with_insert`."""
         remote = self._use(peer, self._server.pool_for(layout)).remote
         answer = remote.ask(Locate(layout.digest, tuple(keys)), timeout_s=timeout_s, attempts=1)
         return _as_located(peer, answer).num_blocks
@@ -163,59 +159,6 @@ class Peers:
         remote = self._use(peer, pool).remote
         remote.reach(self._config.timeout_s)
         return _as_located(peer, remote.ask(Locate(pool.layout.digest, tuple(keys))))
-
-    # ---- blocks, cached or not
-
-    def reserve(self, pool: MemPool, peer: PeerAddress, num_blocks: int) -> RemoteReservation:
-        """Blocks of the peer's pool to write to, of the layout of `pool`. Raises as `push`.
-
-        Source: MemServe, memory API (alloc_mem with an instance).
-        """
-        sender = self._use(peer, pool).sender
-        return self._reserved.add(sender, sender.allocate(num_blocks))
-
-    def transfer(
-        self,
-        pool: MemPool,
-        peer: PeerAddress,
-        src: Sequence[BlockAddr],
-        dst: Sequence[BlockAddr] | None,
-        mode: TransferMode,
-    ) -> Ticket:
-        """Copy blocks of `pool` to the peer: to reserved ones, whose reservation goes on, or to new ones.
-
-        src: PRIVATE and sealed, or leased, until the ticket is done. New ones are the peer's to
-        `claim`; the result tells their addresses. Raises BlockStateError if `dst` is not of one
-        reservation, PeerDeclined if too many transfers wait; the ticket raises as `push`.
-        Source: MemServe, distributed API (transfer).
-        """
-        return self._transfer(pool, peer, _blocks(pool, src, mode), dst, (None, None))
-
-    def transfer_with_insert(
-        self,
-        pool: MemPool,
-        peer: PeerAddress,
-        keys: Sequence[BlockKey],
-        src: Sequence[BlockAddr],
-        dst: Sequence[BlockAddr] | None,
-        mode: TransferMode,
-        parent: BlockKey | None = None,
-    ) -> Ticket:
-        """As `transfer`, and the peer indexes the blocks; `dst`, if given, is a whole reservation.
-
-        With dst=None only what the peer lacks is sent. The keys chain, after `parent` or from a root.
-        Source: MemServe, distributed API (transfer_with_insert).
-        """
-        if len(keys) != len(src):
-            raise BlockStateError(f"{len(keys)} keys for {len(src)} blocks")
-        return self._transfer(pool, peer, _blocks(pool, src, mode), dst, (keys, parent))
-
-    def claim(self, pool: MemPool, addrs: Sequence[BlockAddr]) -> None:
-        """Take over blocks that a peer has transferred to `pool`: PRIVATE, sealed, the caller's.
-
-        Raises BlockStateError, changing nothing, if one is no such block, or nobody claimed it in `lease_s`.
-        """
-        self._server.claim(pool, addrs)
 
     # ---- what happens to others and to us
 
@@ -246,7 +189,6 @@ class Peers:
             return
         self._is_closed = True
         self._control.close()
-        self._transfers.close()
         self._fetches.close()
         self._evacuations.close()
         self._pool_maker.close()
@@ -271,35 +213,6 @@ class Peers:
             if self._doubtful.num_blocks():
                 self._sweeper.wake()
 
-    def _transfer(
-        self,
-        pool: MemPool,
-        peer: PeerAddress,
-        blocks: Blocks,
-        dst: Sequence[BlockAddr] | None,
-        chain: tuple[Sequence[BlockKey] | None, BlockKey | None],
-    ) -> Ticket:
-        transfers = self._transfers
-        if dst is None:
-            sender = self._use(peer, pool).sender
-
-            def move() -> Pushed:
-                return transfers.on_demand(sender, blocks, *chain)
-        else:
-            if len(dst) != len(blocks.addrs):
-                raise BlockStateError(f"{len(blocks.addrs)} blocks to {len(dst)} places")
-            reservation = self._reserved.of(dst)
-
-            def move() -> Pushed:
-                return transfers.to_reservation(reservation, dst, blocks, *chain)
-
-        def counted() -> Pushed:
-            pushed = self._counted(move)
-            self._tally.add(_as_pushed(pushed))
-            return pushed
-
-        return self._transfers.submit(str(peer), counted)
-
     def _answer(self, message: Message) -> Message | Future[Message]:
         """Control thread."""
         if isinstance(message, Hello) and self._server.pool(message.layout.digest) is None:
@@ -316,15 +229,6 @@ class Peers:
 
     def _sweep(self) -> float:
         return min(self._server.sweep(), self._doubtful.sweep())
-
-
-def _blocks(pool: MemPool, addrs: Sequence[BlockAddr], mode: TransferMode) -> Blocks:
-    checksum = Checksum(pool.layout)
-    return Blocks(addrs, [checksum.of(pool.block(addr)) for addr in addrs], mode)
-
-
-def _as_pushed(pushed: Pushed) -> PeersStats:
-    return PeersStats(pushes=1, blocks_pushed=pushed.num_sent, bytes_pushed=pushed.num_bytes)
 
 
 def _as_located(peer: PeerAddress, answer: Message) -> Located:

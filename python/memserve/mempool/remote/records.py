@@ -5,8 +5,6 @@ from __future__ import annotations
 import threading
 from dataclasses import dataclass, fields, replace
 
-from memserve.core.block_addr import BlockAddr
-
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
@@ -17,15 +15,12 @@ class Pushed:
     num_sent: int = 0
     """Blocks that were written there and that it has taken."""
     num_bytes: int = 0
-    addrs: tuple[BlockAddr, ...] = ()
-    """Where they are, after a `transfer`: blocks that nobody finds by a key."""
 
     def __add__(self, other: Pushed) -> Pushed:
         return Pushed(
             self.num_known + other.num_known,
             self.num_sent + other.num_sent,
             self.num_bytes + other.num_bytes,
-            self.addrs + other.addrs,
         )
 
 

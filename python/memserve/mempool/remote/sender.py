@@ -1,14 +1,14 @@
-"""Sends blocks to a peer: reserve there, write one-sidedly, commit; and cleans up after what fails.
+"""Sends blocks to a peer: reserve there, write one-sidedly, commit; cancel after a failure.
 
-    Reserve  →                              the peer pins what the blocks come after
+    Reserve  →                              the peer pins the parent of the blocks
              ←  Reserved(known, addrs)
     write ================================> the peer's arena
-    Commit(checksums)  →                    sums, compares, indexes
+    Commit(checksums)  →                    the peer computes checksums, compares, indexes
              ←  Committed(new)
-    a write that failed: settle, then Cancel(settled); if it cannot be settled: Cancel(not settled)
-    a Cancel that is lost is sent again with the next exchange; the peer's deadline does without it
+    failed write: settle, then Cancel(settled); if settling fails: Cancel(not settled)
+    lost Cancel: sent again with the next exchange; the peer's deadline covers the rest
 
-Knows no sockets; any thread.
+Knows no sockets. Any thread.
 """
 
 from __future__ import annotations
@@ -17,16 +17,17 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from memserve.core.block_addr import BlockAddr
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import InstanceLost, MemServeError, PeerDeclined, StaleEpoch, WireMismatch
 from memserve.core.kv_layout import TransferMode
-from memserve.mempool.remote.connection import PeerConnection, RemotePool, Result
+from memserve.mempool.remote.connection import PeerConnection, RemotePool
 from memserve.mempool.remote.read_leases import readable
 from memserve.mempool.remote.records import Pushed
 from memserve.wire.messages import Message
-from memserve.wire.peer_messages import Allocate, Cancel, Commit, Committed, Declined, Reserve, Reserved
+from memserve.wire.peer_messages import Cancel, Commit, Committed, Declined, Reserve, Reserved
 
 logger = logging.getLogger(__name__)
 
@@ -41,20 +42,14 @@ def chunk_blocks(block_bytes: int) -> int:
     return max(1, min(MAX_CHUNK_BLOCKS, MAX_CHUNK_BYTES // block_bytes))
 
 
-@dataclass(frozen=True, slots=True)
-class Blocks:
-    """Blocks of ours to send: their addresses, what they sum to, and how they are cut."""
+class _Chunk(NamedTuple):
+    """Blocks of one reservation: a part of a leased chain."""
 
+    keys: Sequence[BlockKey]
     addrs: Sequence[BlockAddr]
     checksums: Sequence[int]
-    mode: TransferMode = TransferMode.AGGREGATED
-
-    def after(self, count: int) -> Blocks:
-        """All but the first `count`."""
-        return Blocks(self.addrs[count:], self.checksums[count:], self.mode)
-
-    def part(self, start: int, stop: int) -> Blocks:
-        return Blocks(self.addrs[start:stop], self.checksums[start:stop], self.mode)
+    parent: BlockKey | None
+    """The key before the first one; None at the root of a prompt."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,137 +67,104 @@ class Sender:
 
     def __init__(self, remote: RemotePool, next_id: Callable[[], int]) -> None:
         """`next_id` never repeats itself in this process."""
-        self.block_bytes = remote.pool.layout.block_bytes
         self._remote = remote
         self._next_id = next_id
         self._lock = threading.Lock()
         self._left_over: dict[int, tuple[PeerConnection | None, bool]] = {}
 
-    def push(self, keys: Sequence[BlockKey], parent: BlockKey | None) -> Pushed:
-        """See `Peers.push`."""
+    def transfer_with_insert(
+        self, keys: Sequence[BlockKey], parent: BlockKey | None, mode: TransferMode
+    ) -> Pushed:
+        """See `Peers.transfer_with_insert`."""
         pool = self._remote.pool
-        step = chunk_blocks(self.block_bytes)
+        step = chunk_blocks(pool.layout.block_bytes)
         with pool.acquire(readable(pool.match(keys))) as lease:
             done = Pushed()
-            blocks = Blocks(lease.addrs, pool.checksums(lease))
+            checksums = pool.checksums(lease)
             for start in range(0, len(lease), step):
-                chunk = lease.keys[start : start + step]
+                part = slice(start, start + step)
+                before = lease.keys[start - 1] if start else parent
+                chunk = _Chunk(lease.keys[part], lease.addrs[part], checksums[part], before)
                 try:
-                    part = self.insert(
-                        chunk, blocks.part(start, start + step), lease.keys[start - 1] if start else parent
-                    )
+                    sent = self._send(chunk, mode)
                 except PeerDeclined as error:
                     if not start:
                         raise
                     logger.debug("chain cut short peer=%s after=%d: %s", self._remote.name, start, error)
                     break
-                done += part
-                taken = part.num_known + part.num_sent
-                # Not taken: the peer got it elsewhere meanwhile, or it did not sum. Is that our memory?
-                if taken < len(chunk) and pool.verify(lease) < start + len(chunk):
+                done += sent
+                taken = sent.num_known + sent.num_sent
+                # Not taken: the peer got the block elsewhere meanwhile, or the checksum differs.
+                # In the second case check our own memory.
+                if taken < len(chunk.keys) and pool.verify(lease) < start + len(chunk.keys):
                     break
         return done
 
-    def insert(self, keys: Sequence[BlockKey], blocks: Blocks, parent: BlockKey | None) -> Pushed:
-        """Write what the peer lacks of a chain, as one reservation, and have it indexed."""
+    def _send(self, chunk: _Chunk, mode: TransferMode) -> Pushed:
+        """Write the blocks of `chunk` that the peer lacks, as one reservation, and have them indexed."""
 
         def send(reached: PeerConnection) -> Pushed:
-            digest = self._remote.pool.layout.digest
-            transfer_id = self._next_id()
-            reserve = Reserve(self._remote.epoch, transfer_id, digest, tuple(keys), parent)
-            granted = self._granted(reached, reserve, transfer_id)
-            missing = blocks.after(granted.num_known)
+            granted = self.reserve(reached, chunk.keys, chunk.parent)
             if not granted.addrs:
                 return Pushed(num_known=granted.num_known)
-            self.write(granted, granted.addrs, missing)
-            num_new = self._committed(granted, missing.checksums, (), None)
-            num_bytes = len(missing.addrs) * self.block_bytes
-            return Pushed(granted.num_known, num_new, num_bytes)
+            missing = chunk.addrs[granted.num_known :]
+            self.write(granted, missing, mode)
+            num_new = self.commit(granted, chunk.checksums[granted.num_known :])
+            return Pushed(granted.num_known, num_new, len(missing) * self._remote.pool.layout.block_bytes)
 
-        return self._exchange(send)
-
-    def allocate(self, num_blocks: int) -> GrantedWrite:
-        """Reserve blocks that nobody indexes yet."""
-
-        def ask(reached: PeerConnection) -> GrantedWrite:
-            transfer_id = self._next_id()
-            digest = self._remote.pool.layout.digest
-            allocate = Allocate(self._remote.epoch, transfer_id, digest, num_blocks)
-            return self._granted(reached, allocate, transfer_id)
-
-        return self._exchange(ask)
-
-    def write(self, granted: GrantedWrite, addrs: Sequence[int], blocks: Blocks) -> None:
-        """Copy blocks over reserved ones. If it raises, the reservation has been or will be cancelled."""
-        reached = granted.reached
-        try:
-            for extents in self._remote.pool.layout.copy_plan(blocks.mode):
-                copies = self._remote.copies(reached, blocks.addrs, addrs, extents)
-                reached.transport.write(reached.peer, copies, timeout_s=self._remote.timeout_s)
-        except MemServeError as error:
-            logger.warning("blocks not written peer=%s: %s", self._remote.name, error)
-            self._give_up(granted.transfer_id, reached)
-            raise
-
-    def commit(
-        self,
-        granted: GrantedWrite,
-        checksums: Sequence[int],
-        keys: Sequence[BlockKey],
-        parent: BlockKey | None,
-    ) -> int:
-        """End a reservation; returns how many blocks have been indexed. Keys are for allocated blocks."""
-        return self._exchange(lambda _: self._committed(granted, checksums, keys, parent))
-
-    def cancel(self, granted: GrantedWrite) -> None:
-        """End a reservation that will not be committed. Never raises for the peer's failure."""
-        self._give_up(granted.transfer_id, granted.reached)
-
-    def _exchange(self, action: Callable[[PeerConnection], Result]) -> Result:
         self._clear_left_over()
-        return self._remote.exchange(action)
+        return self._remote.exchange(send)
 
-    def _granted(
-        self, reached: PeerConnection, message: Reserve | Allocate, transfer_id: int
+    def reserve(
+        self, reached: PeerConnection, keys: Sequence[BlockKey], parent: BlockKey | None
     ) -> GrantedWrite:
+        """Reserve slots at the peer for the blocks of a chain that it lacks. Raises PeerDeclined."""
+        transfer_id = self._next_id()
+        digest = self._remote.pool.layout.digest
         try:
-            answer = self._remote.ask(message)
+            answer = self._remote.ask(Reserve(self._remote.epoch, transfer_id, digest, tuple(keys), parent))
         except InstanceLost:
             self._leave_over(transfer_id, None, True)
             raise
-        wanted = len(message.keys) if isinstance(message, Reserve) else message.num_blocks
         if isinstance(answer, Declined):
             raise PeerDeclined(self._remote.name, answer.reason, parent_unknown=answer.parent_unknown)
-        if not isinstance(answer, Reserved) or answer.num_known + len(answer.addrs) != wanted:
-            raise _nonsense(self._remote.name, answer)
+        if not isinstance(answer, Reserved) or answer.num_known + len(answer.addrs) != len(keys):
+            raise _unexpected(self._remote.name, answer)
         return GrantedWrite(reached, transfer_id, answer.num_known, answer.addrs)
 
-    def _committed(
-        self,
-        granted: GrantedWrite,
-        checksums: Sequence[int],
-        keys: Sequence[BlockKey],
-        parent: BlockKey | None,
-    ) -> int:
-        commit = Commit(self._remote.epoch, granted.transfer_id, tuple(checksums), tuple(keys), parent)
+    def write(self, granted: GrantedWrite, addrs: Sequence[BlockAddr], mode: TransferMode) -> None:
+        """Copy our blocks to the reserved slots; after an error the reservation is or will be cancelled."""
+        reached = granted.reached
         try:
-            answer = self._remote.ask(commit)
+            for extents in self._remote.pool.layout.copy_plan(mode):
+                copies = self._remote.copies(reached, addrs, granted.addrs, extents)
+                reached.transport.write(reached.peer, copies, timeout_s=self._remote.timeout_s)
+        except MemServeError as error:
+            logger.warning("blocks not written peer=%s: %s", self._remote.name, error)
+            self.cancel(granted)
+            raise
+
+    def commit(self, granted: GrantedWrite, checksums: Sequence[int]) -> int:
+        """End a reservation whose blocks are written; returns the number of blocks that were indexed."""
+        try:
+            answer = self._remote.ask(Commit(self._remote.epoch, granted.transfer_id, tuple(checksums)))
         except InstanceLost:
             self._leave_over(granted.transfer_id, None, True)
             raise
         if isinstance(answer, Declined):
             raise PeerDeclined(self._remote.name, answer.reason)
         if not isinstance(answer, Committed):
-            raise _nonsense(self._remote.name, answer)
+            raise _unexpected(self._remote.name, answer)
         return answer.num_new
 
-    def _give_up(self, transfer_id: int, reached: PeerConnection) -> None:
-        """Make sure that nothing lands late, if that can be had, and tell the peer."""
+    def cancel(self, granted: GrantedWrite) -> None:
+        """Settle the copies of a reservation if possible, and tell the peer. Never raises."""
+        transfer_id, reached = granted.transfer_id, granted.reached
         settled = True
         try:
             reached.transport.settle(reached.peer, timeout_s=self._remote.timeout_s)
         except (InstanceLost, StaleEpoch):
-            self._leave_over(transfer_id, None, True)  # Most likely nobody is there to tell.
+            self._leave_over(transfer_id, None, True)  # Most likely no process is there to be told.
             return
         except MemServeError as error:
             logger.warning("bytes may still land peer=%s: %s", self._remote.name, error)
@@ -235,5 +197,5 @@ class Sender:
                 logger.warning("left to the peer's deadline peer=%s: %s", self._remote.name, error)
 
 
-def _nonsense(name: str, answer: Message) -> WireMismatch:
+def _unexpected(name: str, answer: Message) -> WireMismatch:
     return WireMismatch(f"{name} gave an answer of another kind: {type(answer).__name__}")

@@ -11,7 +11,6 @@ import logging
 import threading
 from collections.abc import Callable, Sequence
 
-from memserve.core.block_addr import BlockAddr
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import (
     BlockStateError,
@@ -32,7 +31,6 @@ from memserve.mempool.remote.write_reservations import PeerReservations
 from memserve.wire.messages import Done, Message, Refused, Unknown
 from memserve.wire.peer_messages import (
     AcquireLease,
-    Allocate,
     Cancel,
     Commit,
     Declined,
@@ -75,7 +73,7 @@ class PeerServer:
         self._lock = threading.Lock()
         self._making = threading.Lock()
         self._guests = PeerSessions()
-        self._receiving = PeerReservations(tally, config.reservation_s, config.lease_s)
+        self._receiving = PeerReservations(tally, config.reservation_s)
         self._lending = ReadLeases(tally, config.lease_s)
         self._pools: dict[bytes, MemPool] = {}
 
@@ -112,8 +110,8 @@ class PeerServer:
                 return self._lending.release(guest, message)
             if isinstance(message, Commit):
                 guest = self._guests.get(message.epoch)
-                return self._receiving.commit(guest, message, self._now()) if guest is not None else Unknown()
-            if isinstance(message, Reserve | Allocate | AcquireLease):
+                return self._receiving.commit(guest, message) if guest is not None else Unknown()
+            if isinstance(message, Reserve | AcquireLease):
                 return self._begun(message)
         raise BlockStateError(f"not a message to a pool: {type(message).__name__}")
 
@@ -123,11 +121,6 @@ class PeerServer:
             guest = self._guests.gone(epoch)
             self._receiving.abandon(guest, self._now())
             self._lending.abandon(guest)
-
-    def claim(self, pool: MemPool, addrs: Sequence[BlockAddr]) -> None:
-        """See `Peers.claim`."""
-        with self._lock:
-            self._receiving.claim(pool, addrs)
 
     def num_quarantined(self) -> int:
         """Blocks that a peer may still write."""
@@ -143,7 +136,6 @@ class PeerServer:
         """End what is overdue; returns the seconds until there may be more to do, or infinity."""
         with self._lock:
             now = self._now()
-            self._receiving.free_unclaimed(now)
             for guest in self._guests:
                 self._receiving.expire(guest, now)
                 self._lending.expire(guest, now)
@@ -161,7 +153,7 @@ class PeerServer:
             self._guests.forget_gone()
             now = self._now()
             deadlines = [deadline for guest in self._guests for deadline in guest.deadlines(now)]
-            return max(0.0, min([*deadlines, self._receiving.next_claim_deadline()], default=now) - now)
+            return max(0.0, min(deadlines, default=float("inf")) - now)
 
     def close(self) -> None:
         """The transports are closed: nobody writes or reads here any more, so everything is free."""
@@ -170,9 +162,8 @@ class PeerServer:
                 self._receiving.abandon(guest, self._now())
                 self._receiving.settle(guest, guest.quarantined())
                 self._lending.abandon(guest)
-            self._receiving.free_unclaimed(float("inf"))
 
-    def _begun(self, message: Reserve | Allocate | AcquireLease) -> Message:
+    def _begun(self, message: Reserve | AcquireLease) -> Message:
         """Holds the lock."""
         pool = self._pools.get(message.layout)
         if isinstance(message, AcquireLease):
@@ -183,9 +174,7 @@ class PeerServer:
         guest = self._guests.writer(message.epoch)
         if guest is None or pool is None:
             return Unknown()
-        if isinstance(message, Reserve):
-            return self._receiving.reserve(guest, pool, message, self._now())
-        return self._receiving.allocate(guest, pool, message, self._now())
+        return self._receiving.reserve(guest, pool, message, self._now())
 
     def _welcome(self, hello: Hello) -> Message:
         memory = self._memory

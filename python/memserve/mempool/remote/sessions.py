@@ -37,7 +37,7 @@ class CompletedExchange(NamedTuple):
     """What repeated messages of a finished exchange are answered."""
 
     begin: Message
-    """To Reserve or Allocate."""
+    """To Reserve or AcquireLease."""
     commit: Message = OVER
 
 
@@ -70,7 +70,7 @@ class IncomingWrite:
     pool: MemPool
     reservation: Reservation
     keys: tuple[BlockKey, ...]
-    """How its blocks will be indexed; none if they were allocated only."""
+    """How its blocks will be indexed."""
     parent: BlockKey | None
     pin: Lease | None
     """Keeps what they come after from being evicted."""

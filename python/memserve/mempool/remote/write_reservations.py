@@ -1,8 +1,8 @@
 """Reservations that peers write to: every message about one, in any order and number, and its end.
 
-    Reserve | Allocate --> OPEN --- Commit ---> summed, compared, indexed (or waiting to be claimed)
-                            | \\--- Cancel, settled ---> free
-                            '-- Cancel, not settled; deadline --> QUARANTINED -- settled --> free
+    Reserve --> OPEN --- Commit ---> checksums computed and compared, blocks indexed
+                 | \\--- Cancel, settled ---> free
+                 '-- Cancel, not settled; deadline --> QUARANTINED -- settled --> free
 
 Knows no sockets, no transports and no clock: the time is an argument. Not thread-safe: its server locks.
 """
@@ -20,7 +20,7 @@ from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.records import Counters, PeersStats
 from memserve.mempool.remote.sessions import OVER, CompletedExchange, IncomingWrite, PeerSession
 from memserve.wire.messages import Done, Message
-from memserve.wire.peer_messages import Allocate, Cancel, Commit, Committed, Declined, Reserve, Reserved
+from memserve.wire.peer_messages import Cancel, Commit, Committed, Declined, Reserve, Reserved
 
 logger = logging.getLogger(__name__)
 
@@ -31,11 +31,9 @@ _RUN_OUT = Declined("the reservation has run out")
 class PeerReservations:
     """The receiver's half of reserve, write, commit."""
 
-    def __init__(self, tally: Counters, reservation_s: float, claim_s: float) -> None:
+    def __init__(self, tally: Counters, reservation_s: float) -> None:
         self._tally = tally
         self._reservation_s = reservation_s
-        self._claim_s = claim_s
-        self._unclaimed: dict[BlockAddr, tuple[MemPool, float]] = {}
 
     # ---- messages
 
@@ -72,23 +70,7 @@ class PeerReservations:
         )
         return answer
 
-    def allocate(self, guest: PeerSession, pool: MemPool, message: Allocate, now: float) -> Message:
-        """Slots for blocks whose keys, if they get any, come with the commit."""
-        seen = _answered(guest, message.transfer_id)
-        if seen is not None:
-            return seen
-        try:
-            reservation = pool.reserve(message.num_blocks)
-        except OutOfBlocks as error:
-            return self._declined(guest, message.transfer_id, Declined(str(error)))
-        answer = Reserved(0, tuple(reservation.addrs))
-        deadline = now + self._reservation_s
-        guest.incoming[message.transfer_id] = IncomingWrite(
-            pool, reservation, (), None, None, answer, deadline
-        )
-        return answer
-
-    def commit(self, guest: PeerSession, message: Commit, now: float) -> Message:
+    def commit(self, guest: PeerSession, message: Commit) -> Message:
         """Take what was written, if it sums to what the sender says. Reads the bytes.
 
         Raises BlockStateError, changing nothing, if the message does not fit the reservation.
@@ -100,29 +82,17 @@ class PeerReservations:
         if incoming.is_quarantined:
             return _RUN_OUT
         num_blocks = len(incoming.reservation.addrs)
-        keys, parent = incoming.keys, incoming.parent
-        if not keys:
-            keys, parent = message.keys, message.parent
-        if len(message.checksums) != num_blocks or len(keys) not in (0, num_blocks):
-            raise BlockStateError(
-                f"{len(message.checksums)} checksums, {len(keys)} keys, {num_blocks} blocks"
-            )
+        if len(message.checksums) != num_blocks:
+            raise BlockStateError(f"{len(message.checksums)} checksums, {num_blocks} blocks")
         addrs = incoming.pool.commit(incoming.reservation)
         sums = incoming.pool.seal(addrs)
         good = num_equal(sums, message.checksums)
         if good < num_blocks:
             self._tally.add(PeersStats(corrupt_in_flight=1))
             logger.error("block corrupt on arrival from=%016x block=%d of=%d", guest.epoch, good, num_blocks)
-        if keys:
-            num_new = indexed(incoming.pool, keys, addrs, good, parent)
-            self._tally.add(PeersStats(blocks_received=num_new))
-            answer: Message = Committed(num_new)
-        elif good == num_blocks:
-            self._unclaimed |= dict.fromkeys(addrs, (incoming.pool, now + self._claim_s))
-            answer = Committed(0)
-        else:
-            incoming.pool.free_mem(addrs)
-            answer = Declined(f"block {good} does not sum to what was said")
+        num_new = indexed(incoming.pool, incoming.keys, addrs, good, incoming.parent)
+        self._tally.add(PeersStats(blocks_received=num_new))
+        answer = Committed(num_new)
         self._end(guest, message.transfer_id, CompletedExchange(OVER, answer))
         return answer
 
@@ -168,25 +138,6 @@ class PeerReservations:
             if incoming is not None and incoming.is_quarantined:
                 incoming.pool.settle(incoming.reservation)
                 self._end(guest, transfer_id, CompletedExchange(OVER))
-
-    # ---- blocks without keys
-
-    def claim(self, pool: MemPool, addrs: Sequence[BlockAddr]) -> None:
-        """See `Peers.claim`."""
-        if any(self._unclaimed.get(addr, (None,))[0] is not pool for addr in addrs):
-            raise BlockStateError("a block that no peer has sent here, or that was claimed or has run out")
-        for addr in addrs:
-            del self._unclaimed[addr]
-
-    def free_unclaimed(self, now: float) -> None:
-        """Free what nobody has claimed in time."""
-        late = [addr for addr, (_, deadline) in self._unclaimed.items() if deadline <= now]
-        for addr in late:
-            self._unclaimed.pop(addr)[0].free_mem([addr])
-
-    def next_claim_deadline(self) -> float:
-        """When `free_unclaimed` has something to do."""
-        return min((deadline for _, deadline in self._unclaimed.values()), default=float("inf"))
 
     def _declined(self, guest: PeerSession, transfer_id: int, answer: Declined) -> Declined:
         guest.transfers.add(transfer_id, CompletedExchange(answer))

@@ -54,10 +54,13 @@ def main() -> None:
         pool.block(pool.match(keys_of(prompt)).addrs[-1])[0] ^= 1
 
     def reserve(control: str, epoch: int, num_blocks: int) -> int:
-        return len(peers.reserve(pool, PeerAddress(control, Epoch(epoch)), num_blocks).addrs)
+        """Reserve blocks and leave it at that."""
+        peer = peers._use(PeerAddress(control, Epoch(epoch)), pool)
+        keys = keys_of([9] * num_blocks)
+        return len(peer.remote.exchange(lambda reached: peer.sender.reserve(reached, keys, None)).addrs)
 
     def push(control: str, epoch: int, prompt: list[int]) -> int:
-        return peers.push(PeerAddress(control, Epoch(epoch)), pool, keys_of(prompt)).num_sent
+        return peers.transfer_with_insert(PeerAddress(control, Epoch(epoch)), pool, keys_of(prompt)).num_sent
 
     def stats() -> dict[str, int]:
         return asdict(pool.stats()) | asdict(peers.stats())

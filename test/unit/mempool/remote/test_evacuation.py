@@ -44,22 +44,22 @@ class FakePeers:
         stats = there.stats()
         return Located(there.num_cached(keys), stats.free, stats.evictable)
 
-    def push(
+    def transfer_with_insert(
         self,
-        peer: PeerAddress,
+        instance: PeerAddress,
         pool: MemPool,
         keys: Sequence[BlockKey],
         *,
         parent: BlockKey | None = None,
     ) -> Pushed:
-        there = self.pools[peer.control]
+        there = self.pools[instance.control]
         if parent is not None and not there.num_cached([parent]):
-            raise PeerDeclined(peer.control, "its parent is not here", parent_unknown=True)
+            raise PeerDeclined(instance.control, "its parent is not here", parent_unknown=True)
         if there.num_cached(keys) == len(keys):
             there.release(there.acquire(there.match(keys)))
             return Pushed(len(keys))
         self.clock.advance(1.0)
-        self.pushed.append((peer.control, len(keys)))
+        self.pushed.append((instance.control, len(keys)))
         addrs = there.alloc_mem(len(keys))
         there.seal(addrs)
         inserted = there.insert(keys, addrs, parent)

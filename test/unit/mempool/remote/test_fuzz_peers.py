@@ -18,7 +18,6 @@ from memserve.mempool.remote.peers import Peers
 from memserve.wire.messages import Message, decode, encode
 from memserve.wire.peer_messages import (
     AcquireLease,
-    Allocate,
     Cancel,
     Commit,
     Evacuate,
@@ -35,7 +34,7 @@ from memserve.wire.peer_messages import (
 from ..harness import make_pool, write
 from .harness import LEASE_S, RESERVATION_S, World
 
-KINDS = (Reserve, Allocate, Commit, Cancel, Locate, AcquireLease, ReleaseLease)
+KINDS = (Reserve, Commit, Cancel, Locate, AcquireLease, ReleaseLease)
 PEER = Epoch(1)
 
 

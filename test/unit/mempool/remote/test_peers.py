@@ -18,6 +18,7 @@ from memserve.core.errors import (
     StaleEpoch,
 )
 from memserve.core.ids import Epoch
+from memserve.core.kv_layout import TransferMode
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.config import PeerAddress, PeersConfig
@@ -52,12 +53,24 @@ def test_push_sends_what_the_peer_lacks(pair: tuple[End, End]) -> None:
     here, there = pair
     store(here.pool, PROMPT)
     store(there.pool, PROMPT[:1])
-    assert here.peers.push(there.peer, here.pool, keys_of(PROMPT)) == Pushed(1, 3, 3 * BLOCK_BYTES)
+    assert here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT)) == Pushed(
+        1, 3, 3 * BLOCK_BYTES
+    )
     assert there.has(PROMPT) == 4
-    assert here.peers.push(there.peer, here.pool, keys_of(PROMPT)) == Pushed(4, 0, 0)
+    assert here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT)) == Pushed(4, 0, 0)
     stats = here.peers.stats()
     assert (stats.pushes, stats.blocks_pushed, stats.bytes_pushed) == (2, 3, 3 * BLOCK_BYTES)
     assert there.peers.stats().blocks_received == 3
+
+
+@pytest.mark.parametrize("mode", TransferMode)
+def test_transfer_with_insert_moves_blocks_in_every_mode(ends: tuple[End, End], mode: TransferMode) -> None:
+    here, there = ends
+    store(here.pool, PROMPT)
+    store(there.pool, PROMPT[:1])
+    pushed = here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT), mode=mode)
+    assert pushed == Pushed(1, 3, 3 * BLOCK_BYTES)
+    assert there.has(PROMPT) == 4
 
 
 def test_fetch_gets_what_this_pool_lacks(pair: tuple[End, End]) -> None:
@@ -76,10 +89,10 @@ def test_a_chain_goes_on_after_its_parent(ends: tuple[End, End]) -> None:
     store(here.pool, PROMPT)
     keys = keys_of(PROMPT)
     with pytest.raises(PeerDeclined) as caught:
-        here.peers.push(there.peer, here.pool, keys[2:], parent=keys[1])
+        here.peers.transfer_with_insert(there.peer, here.pool, keys[2:], parent=keys[1])
     assert caught.value.parent_unknown
-    assert here.peers.push(there.peer, here.pool, keys[:2]).num_sent == 2
-    assert here.peers.push(there.peer, here.pool, keys[2:], parent=keys[1]).num_sent == 2
+    assert here.peers.transfer_with_insert(there.peer, here.pool, keys[:2]).num_sent == 2
+    assert here.peers.transfer_with_insert(there.peer, here.pool, keys[2:], parent=keys[1]).num_sent == 2
     assert there.has(PROMPT) == 4
     here.pool.clear()
     assert here.peers.fetch(there.peer, here.pool, keys[2:], parent=keys[1], timeout_s=TIMEOUT_S) == 0
@@ -91,8 +104,8 @@ def test_a_chain_goes_on_after_its_parent(ends: tuple[End, End]) -> None:
 def test_what_is_not_cached_is_not_sent(ends: tuple[End, End]) -> None:
     here, there = ends
     store(here.pool, PROMPT[:2])
-    assert here.peers.push(there.peer, here.pool, keys_of(PROMPT)).num_sent == 2
-    assert here.peers.push(there.peer, here.pool, keys_of([9])) == Pushed()
+    assert here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT)).num_sent == 2
+    assert here.peers.transfer_with_insert(there.peer, here.pool, keys_of([9])) == Pushed()
     assert there.has(PROMPT) == 2
 
 
@@ -101,7 +114,7 @@ def test_long_chains_go_in_chunks_both_ways() -> None:
     here, there = start(pool=make_pool(200)), start(pool=make_pool(200))
     with running(here, there):
         store(here.pool, prompt)
-        assert here.peers.push(there.peer, here.pool, keys_of(prompt)).num_sent == len(prompt)
+        assert here.peers.transfer_with_insert(there.peer, here.pool, keys_of(prompt)).num_sent == len(prompt)
         assert there.has(prompt) == len(prompt)
         here.pool.clear()
         assert here.peers.fetch(there.peer, here.pool, keys_of(prompt), timeout_s=TIMEOUT_S) == len(prompt)
@@ -119,11 +132,11 @@ def test_a_full_receiver_declines_and_takes_what_fits_of_a_long_chain(ends: tupl
     store(here.pool, PROMPT)
     taken = there.pool.alloc_mem(10)
     with pytest.raises(PeerDeclined, match="4 blocks wanted, 2 free") as caught:
-        here.peers.push(there.peer, here.pool, keys_of(PROMPT))
+        here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT))
     assert not caught.value.parent_unknown
     assert there.peers.stats().declined == 1
     there.pool.free_mem(taken)
-    assert here.peers.push(there.peer, here.pool, keys_of(PROMPT)).num_sent == 4
+    assert here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT)).num_sent == 4
 
 
 def test_a_long_chain_is_cut_where_the_receiver_is_full() -> None:
@@ -131,7 +144,10 @@ def test_a_long_chain_is_cut_where_the_receiver_is_full() -> None:
     here, there = start(pool=make_pool(100)), start(pool=make_pool(MAX_CHUNK_BLOCKS + 2))
     with running(here, there):
         store(here.pool, prompt)
-        assert here.peers.push(there.peer, here.pool, keys_of(prompt)).num_sent == MAX_CHUNK_BLOCKS
+        assert (
+            here.peers.transfer_with_insert(there.peer, here.pool, keys_of(prompt)).num_sent
+            == MAX_CHUNK_BLOCKS
+        )
         assert there.has(prompt) == MAX_CHUNK_BLOCKS
 
 
@@ -152,7 +168,7 @@ def test_a_receiver_does_not_evict_what_the_blocks_come_after(ends: tuple[End, E
     store(here.pool, prompt)
     store(there.pool, prompt[:2])
     store(there.pool, [100 + i for i in range(10)])
-    assert here.peers.push(there.peer, here.pool, keys_of(prompt)).num_sent == 10
+    assert here.peers.transfer_with_insert(there.peer, here.pool, keys_of(prompt)).num_sent == 10
     assert there.has(prompt) == 12
 
 
@@ -182,7 +198,7 @@ def test_an_old_epoch_is_refused(ends: tuple[End, End]) -> None:
     store(here.pool, PROMPT)
     stale = PeerAddress(there.peer.control, Epoch(there.peer.epoch ^ 2))
     with pytest.raises(StaleEpoch):
-        here.peers.push(stale, here.pool, keys_of(PROMPT))
+        here.peers.transfer_with_insert(stale, here.pool, keys_of(PROMPT))
     with pytest.raises(StaleEpoch):
         here.peers.fetch(stale, here.pool, keys_of([9]), timeout_s=TIMEOUT_S)
     assert there.has(PROMPT) == 0
@@ -199,7 +215,7 @@ def test_making_a_pool_does_not_hold_up_the_control_thread() -> None:
     here, there = start(), start(before_pool_of=make)
     with running(here, there), ThreadPoolExecutor(1) as threads:
         store(here.pool, PROMPT)
-        pushed = threads.submit(here.peers.push, there.peer, here.pool, keys_of(PROMPT))
+        pushed = threads.submit(here.peers.transfer_with_insert, there.peer, here.pool, keys_of(PROMPT))
         assert is_making.wait(TIMEOUT_S)
         with closing(ControlClient(there.peer.control)) as client:
             answer = client.request(Locate(LAYOUT.digest, tuple(keys_of(PROMPT))), timeout_s=TIMEOUT_S)
@@ -266,10 +282,12 @@ def test_many_fetches_do_not_hold_up_the_control_thread() -> None:
 def test_a_resized_arena_is_named_anew(ends: tuple[End, End]) -> None:
     here, there = ends
     store(here.pool, PROMPT)
-    assert here.peers.push(there.peer, here.pool, keys_of(PROMPT[:1])).num_sent == 1
+    assert here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT[:1])).num_sent == 1
     there.peers.resized(there.pool)
     here.peers.resized(here.pool)
-    assert here.peers.push(there.peer, here.pool, keys_of(PROMPT)) == Pushed(1, 3, 3 * BLOCK_BYTES)
+    assert here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT)) == Pushed(
+        1, 3, 3 * BLOCK_BYTES
+    )
     store(there.pool, [5, 6])
     there.peers.resized(there.pool)
     assert here.peers.fetch(there.peer, here.pool, keys_of([5, 6]), timeout_s=TIMEOUT_S) == 2
@@ -281,7 +299,7 @@ def test_a_closed_end_declines(ends: tuple[End, End]) -> None:
     here.peers.close()
     here.peers.close()
     with pytest.raises(PeerDeclined, match="closed"):
-        here.peers.push(there.peer, here.pool, keys_of(PROMPT))
+        here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT))
 
 
 @pytest.mark.parametrize("change", [{"timeout_s": 0.0}, {"lease_s": -1.0}, {"host": "0.0.0.0"}])

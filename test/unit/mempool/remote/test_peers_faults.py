@@ -15,7 +15,6 @@ from memserve.core.errors import (
     TransferFailed,
     TransferTimeout,
 )
-from memserve.core.kv_layout import TransferMode
 from memserve.mempool.remote.config import PeersConfig
 from memserve.mempool.remote.records import Pushed
 from memserve.testing.faulty_link import Fault
@@ -27,7 +26,6 @@ from ..harness import LAYOUT, keys_of, store
 from .pair import End, end, once, running, start
 
 PROMPT = [1, 2, 3, 4]
-NUM_SLOTS = 12
 TIMEOUT_S = 1.0
 LOST = (InstanceLost, TransferFailed, TransferTimeout)
 
@@ -39,6 +37,12 @@ def two(**settings: float) -> Iterator[tuple[End, End]]:
         yield ends
 
 
+def reserve_and_forget(here: End, there: End) -> None:
+    """Reserve blocks at a peer and neither write, commit nor cancel."""
+    peer = here.peers._use(there.peer, here.pool)
+    peer.remote.exchange(lambda reached: peer.sender.reserve(reached, keys_of([8, 9]), None))
+
+
 # ---- bytes
 
 
@@ -46,7 +50,7 @@ def test_a_byte_flipped_in_the_senders_arena_is_a_miss_at_both_ends() -> None:
     with two() as (here, there):
         store(here.pool, PROMPT)
         here.pool.block(here.pool.match(keys_of(PROMPT)).addrs[2])[5] ^= 4
-        assert here.peers.push(there.peer, here.pool, keys_of(PROMPT)).num_sent == 2
+        assert here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT)).num_sent == 2
         assert there.has(PROMPT) == 2
         assert there.peers.stats().corrupt_in_flight == 1
         assert here.has(PROMPT) == 2, "and it is not sent again"
@@ -73,9 +77,11 @@ def test_a_byte_flipped_on_its_way_is_a_miss_and_the_next_push_mends_it() -> Non
 
         once(here.hooks, "before_copy", flip)
         once(here.hooks, "after_copy", flip)
-        assert here.peers.push(there.peer, here.pool, keys_of(PROMPT)).num_sent == 1
+        assert here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT)).num_sent == 1
         assert there.peers.stats().corrupt_in_flight == 1
-        assert here.peers.push(there.peer, here.pool, keys_of(PROMPT)) == Pushed(1, 3, 3 * LAYOUT.block_bytes)
+        assert here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT)) == Pushed(
+            1, 3, 3 * LAYOUT.block_bytes
+        )
         assert there.has(PROMPT) == 4
 
 
@@ -90,7 +96,7 @@ def test_one_lost_doubled_or_late_message_changes_nothing_for_a_push(
     with two() as (here, there):
         store(here.pool, PROMPT)
         here.faults.expect(kind, fault)
-        assert here.peers.push(there.peer, here.pool, keys_of(PROMPT)).num_sent == 4
+        assert here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT)).num_sent == 4
         here.faults.land()
         assert there.has(PROMPT) == 4
         assert there.peers.stats().blocks_received == 4
@@ -118,8 +124,8 @@ def test_a_push_that_cannot_be_told_is_cancelled_with_the_next(kind: type[Messag
         store(here.pool, PROMPT)
         here.faults.expect(kind, fault, fault)
         with pytest.raises(InstanceLost):
-            here.peers.push(there.peer, here.pool, keys_of(PROMPT))
-        assert here.peers.push(there.peer, here.pool, keys_of(PROMPT)).num_known in (0, 4)
+            here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT))
+        assert here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT)).num_known in (0, 4)
         here.faults.land()
         assert there.has(PROMPT) == 4
         there.assert_clean()
@@ -135,7 +141,7 @@ def test_a_commit_after_its_reservation_has_run_out_is_declined() -> None:
 
         once(here.hooks, "after_copy", run_out)
         with pytest.raises(PeerDeclined):
-            here.peers.push(there.peer, here.pool, keys_of(PROMPT))
+            here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT))
         there.assert_clean()
         assert there.has(PROMPT) == 0
         assert there.peers.stats().expired_reservations == 1
@@ -151,7 +157,7 @@ def test_a_cancel_that_is_lost_is_left_to_the_receiver() -> None:
 
         once(here.hooks, "before_copy", fail)
         with pytest.raises(TransferFailed):
-            here.peers.push(there.peer, here.pool, keys_of(PROMPT))
+            here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT))
         wait_until(lambda: there.peers.stats().expired_reservations == 1, "the deadline")
         wait_until(lambda: there.peers.stats().quarantined == 0, "the quarantine to end")
         there.assert_clean()
@@ -165,38 +171,17 @@ def test_a_live_sender_that_was_fenced_begins_anew(transport: str) -> None:
     here, there = end(transport, reservation_s=0.5), end(transport, reservation_s=0.5)
     with running(here, there):
         store(here.pool, PROMPT)
-        here.peers.push(there.peer, here.pool, keys_of(PROMPT[:1]))
-        here.peers.reserve(here.pool, there.peer, 2)
+        here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT[:1]))
+        reserve_and_forget(here, there)
         wait_until(lambda: there.peers.stats().fenced == 1, "the sender to be fenced")
         there.assert_clean()
-        pushed = here.peers.push(there.peer, here.pool, keys_of(PROMPT))
+        pushed = here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT))
         assert pushed.num_sent == 3
         assert here.peers.stats().reopened == 1
         store(there.pool, [5, 6])
         assert here.peers.fetch(there.peer, here.pool, keys_of([5, 6]), timeout_s=TIMEOUT_S) == 2
         store(here.pool, [7])
         assert there.peers.fetch(here.peer, there.pool, keys_of([7]), timeout_s=TIMEOUT_S) == 1
-
-
-def test_a_reservation_of_an_earlier_life_is_declined() -> None:
-    here, there, strict = end(), end(), end(reservation_s=0.1)
-    with running(here, there, strict):
-        store(here.pool, PROMPT)
-        here.peers.push(strict.peer, here.pool, keys_of(PROMPT[:1]))
-        reservation = here.peers.reserve(here.pool, there.peer, 1)
-        here.peers.reserve(here.pool, strict.peer, 1)
-        wait_until(lambda: strict.peers.stats().fenced == 1, "one of the two to fence the sender")
-        assert here.peers.locate(strict.peer, LAYOUT, keys_of(PROMPT), timeout_s=TIMEOUT_S) == 1
-        with pytest.raises(PeerDeclined):
-            here.peers.reserve(here.pool, strict.peer, NUM_SLOTS + 1)
-        assert here.peers.stats().reopened == 1
-        with here.pool.acquire(here.pool.match(keys_of(PROMPT[:1]))) as lease:
-            ticket = here.peers.transfer(
-                here.pool, there.peer, lease.addrs, reservation.addrs, TransferMode.AGGREGATED
-            )
-            with pytest.raises(PeerDeclined, match="earlier life"):
-                ticket.result(TIMEOUT_S)
-        there.assert_clean()
 
 
 def test_a_receiver_that_restarts_before_the_commit_is_another_process() -> None:
@@ -212,10 +197,10 @@ def test_a_receiver_that_restarts_before_the_commit_is_another_process() -> None
         store(here.pool, PROMPT)
         once(here.hooks, "after_copy", restart)
         with pytest.raises(StaleEpoch):
-            here.peers.push(there.peer, here.pool, keys_of(PROMPT))
+            here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT))
         with running(*later):
             assert later[0].has(PROMPT) == 0
-            assert here.peers.push(later[0].peer, here.pool, keys_of(PROMPT)).num_sent == 4
+            assert here.peers.transfer_with_insert(later[0].peer, here.pool, keys_of(PROMPT)).num_sent == 4
 
 
 def test_another_cluster_key_is_not_heard() -> None:
@@ -225,8 +210,8 @@ def test_another_cluster_key_is_not_heard() -> None:
     with running(here, there, friend):
         store(here.pool, PROMPT)
         with pytest.raises(InstanceLost):
-            here.peers.push(there.peer, here.pool, keys_of(PROMPT))
-        assert here.peers.push(friend.peer, here.pool, keys_of(PROMPT)).num_sent == 4
+            here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT))
+        assert here.peers.transfer_with_insert(friend.peer, here.pool, keys_of(PROMPT)).num_sent == 4
 
 
 def test_an_abandoned_lease_ends_by_itself_and_a_gone_readers_at_once() -> None:
@@ -236,16 +221,3 @@ def test_an_abandoned_lease_ends_by_itself_and_a_gone_readers_at_once() -> None:
         assert here.peers.fetch(there.peer, here.pool, keys_of(PROMPT), timeout_s=TIMEOUT_S) == 4
         wait_until(lambda: there.peers.stats().expired_leases == 1, "the lease to run out")
         there.assert_clean()
-
-
-def test_what_nobody_claims_is_freed() -> None:
-    with two(lease_s=0.1) as (here, there):
-        store(here.pool, PROMPT)
-        reservation = here.peers.reserve(here.pool, there.peer, 2)
-        with here.pool.acquire(here.pool.match(keys_of(PROMPT[:2]))) as lease:
-            ticket = here.peers.transfer(
-                here.pool, there.peer, lease.addrs, reservation.addrs, TransferMode.BY_REQUEST
-            )
-            ticket.result(TIMEOUT_S)
-        reservation.commit()
-        wait_until(lambda: there.pool.stats().private == 0, "the blocks to be freed")

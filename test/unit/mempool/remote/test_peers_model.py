@@ -17,6 +17,7 @@ from memserve.core.errors import (
     TransferFailed,
     TransferTimeout,
 )
+from memserve.core.kv_layout import TransferMode
 from memserve.mempool.remote.config import PeerAddress
 from memserve.mempool.remote.server import RETRY_S
 from memserve.testing.faulty_link import Fault
@@ -88,7 +89,9 @@ class PeersMachine(RuleBasedStateMachine):
             store(sender.pool, [7, 8])
 
             def attempt(sender: Node = sender, receiver: Node = receiver) -> None:
-                sender.to(receiver.address).sender.push(keys_of([7, 8]), None)
+                sender.to(receiver.address).sender.transfer_with_insert(
+                    keys_of([7, 8]), None, TransferMode.AGGREGATED
+                )
 
             if self.raised(attempt) is not None:
                 assert self.raised(attempt) is None
@@ -148,7 +151,7 @@ class PeersMachine(RuleBasedStateMachine):
         self.world.network.can_settle = can_settle
 
         def attempt() -> None:
-            pushed = sender.to(peer).sender.push(keys, parent)
+            pushed = sender.to(peer).sender.transfer_with_insert(keys, parent, TransferMode.AGGREGATED)
             receiver = self.world.nodes[other]
             assert receiver.address == peer or num_here == 0
             assert pushed.num_known + pushed.num_sent <= num_here
@@ -203,14 +206,15 @@ class PeersMachine(RuleBasedStateMachine):
 
     @rule(pair=pairs, num_blocks=st.integers(1, 3), is_kept=st.booleans(), faults=faults)
     def reserve(self, pair: tuple[str, str], num_blocks: int, is_kept: bool, faults: Misfortunes) -> None:
-        sender = self.world.nodes[pair[0]].to(self.known[pair]).sender
+        peer = self.world.nodes[pair[0]].to(self.known[pair])
+        keys = keys_of([9] * num_blocks)  # which no prompt contains
         for kind, fault in faults:
             self.world.faults.expect(kind, fault)
 
         def attempt() -> None:
-            granted = sender.allocate(num_blocks)
+            granted = peer.remote.exchange(lambda reached: peer.sender.reserve(reached, keys, None))
             if not is_kept:
-                sender.cancel(granted)
+                peer.sender.cancel(granted)
 
         self.raised(attempt)
 

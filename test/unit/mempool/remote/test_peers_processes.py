@@ -64,7 +64,7 @@ def test_two_processes_exchange_blocks(transport: str) -> None:
     here = end(transport)
     with child(transport) as other, running(here):
         store(here.pool, PROMPT)
-        assert here.peers.push(other.peer, here.pool, keys_of(PROMPT)).num_sent == 4
+        assert here.peers.transfer_with_insert(other.peer, here.pool, keys_of(PROMPT)).num_sent == 4
         assert other.has(PROMPT) == 4
         other.ask("put", prompt=[5, 6, 7])
         assert here.peers.fetch(other.peer, here.pool, keys_of([5, 6, 7]), timeout_s=TIMEOUT_S) == 3
@@ -78,7 +78,7 @@ def test_a_peer_killed_in_a_push_costs_an_error(transport: str) -> None:
     with child(transport) as other, running(here):
         store(here.pool, PROMPT)
         once(here.hooks, "before_copy", other.kill)
-        failed(lambda: here.peers.push(other.peer, here.pool, keys_of(PROMPT)))
+        failed(lambda: here.peers.transfer_with_insert(other.peer, here.pool, keys_of(PROMPT)))
         here.assert_clean()
         assert here.peers.stats().failures == 1
 
@@ -114,12 +114,14 @@ def test_a_late_write_never_lands_in_what_was_given_to_somebody_else() -> None:
     with child(reservation_s=1.0) as other, running(here):
         store(here.pool, PROMPT)
         once(here.hooks, "before_copy", other.stop)
-        failed(lambda: here.peers.push(other.peer, here.pool, keys_of(PROMPT)))  # in the child's socket now
+        failed(
+            lambda: here.peers.transfer_with_insert(other.peer, here.pool, keys_of(PROMPT))
+        )  # in the child's socket now
         here.assert_clean()
         other.resume()
         wait_until(lambda: other.stats()["fenced"] == 1 and other.is_clean(), "the quarantine to end")
         assert other.ask("fill", first=100) == NUM_SLOTS, "every slot holds what its new owner wrote"
-        push = lambda: here.peers.push(other.peer, here.pool, keys_of(PROMPT))  # noqa: E731
+        push = lambda: here.peers.transfer_with_insert(other.peer, here.pool, keys_of(PROMPT))  # noqa: E731
         assert push().num_sent == 4, "and we are on speaking terms again"
         assert other.has(PROMPT) == 4
 
@@ -153,12 +155,12 @@ def test_a_child_that_restarts_at_its_port_is_another_process() -> None:
     here = end()
     with child() as other, running(here):
         store(here.pool, PROMPT)
-        assert here.peers.push(other.peer, here.pool, keys_of(PROMPT[:1])).num_sent == 1
+        assert here.peers.transfer_with_insert(other.peer, here.pool, keys_of(PROMPT[:1])).num_sent == 1
         other.kill()
         with child(port=other.port) as again:
             with pytest.raises(StaleEpoch):
-                here.peers.push(other.peer, here.pool, keys_of(PROMPT))
-            assert here.peers.push(again.peer, here.pool, keys_of(PROMPT)).num_sent == 4
+                here.peers.transfer_with_insert(other.peer, here.pool, keys_of(PROMPT))
+            assert here.peers.transfer_with_insert(again.peer, here.pool, keys_of(PROMPT)).num_sent == 4
             assert again.has(PROMPT) == 4
 
 

@@ -6,6 +6,7 @@ import pytest
 
 from memserve.core.errors import InstanceLost, TransferTimeout
 from memserve.core.ids import Epoch
+from memserve.core.kv_layout import TransferMode
 from memserve.mempool.remote.server import RETRY_S
 from memserve.mempool.remote.sessions import (
     MAX_OVER,
@@ -18,7 +19,6 @@ from memserve.mempool.remote.sessions import (
 from memserve.testing.faulty_link import Fault
 from memserve.wire.messages import Done, Refused, Unknown
 from memserve.wire.peer_messages import (
-    Allocate,
     Cancel,
     Commit,
     Committed,
@@ -76,7 +76,7 @@ def test_idle_guests_are_forgotten_and_busy_ones_are_not() -> None:
 
 def test_a_stranger_is_asked_to_introduce_itself() -> None:
     node = World().start("b", 8)
-    for message in (reserve(1), Allocate(WRITER, 1, LAYOUT.digest, 2), Commit(WRITER, 1, ())):
+    for message in (reserve(1), Commit(WRITER, 1, ())):
         assert node.answer(message) == Unknown()
     assert node.answer(Cancel(WRITER, 1, True)) == Done()
 
@@ -151,7 +151,9 @@ def test_fencing_one_life_of_a_writer_does_not_settle_what_the_next_one_writes()
     def push_late(prompt: list[int]) -> None:
         world.network.mishaps.append(Mishap.LATE)
         with pytest.raises(TransferTimeout):
-            sender.to(receiver.address).sender.push(keys_of(prompt), None)
+            sender.to(receiver.address).sender.transfer_with_insert(
+                keys_of(prompt), None, TransferMode.AGGREGATED
+            )
 
     push_late([1])
     world.clock.advance(RESERVATION_S)
@@ -179,7 +181,7 @@ def test_a_commit_that_comes_too_late_is_declined() -> None:
     store(sender.pool, [1, 2, 3])
     world.faults.expect(Commit, Fault.DELAY, Fault.DELAY)
     with pytest.raises(InstanceLost, match="late"):
-        sender.to(receiver.address).sender.push(KEYS, None)
+        sender.to(receiver.address).sender.transfer_with_insert(KEYS, None, TransferMode.AGGREGATED)
     world.clock.advance(RESERVATION_S)
     receiver.sweep()
     world.faults.land()
