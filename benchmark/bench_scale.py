@@ -42,7 +42,7 @@ import scale_router
 from figures import progress, report
 from memserve.core.errors import ConfigError
 from memserve.scheduling.cost_model.file import read_costs
-from memserve.scheduling.policy import PREFILL_POLICIES
+from memserve.scheduling.policies import find_policy
 from memserve.simulation.make_trace import Shape, conversation
 from memserve.simulation.report import Figures, figures, ideal_load
 from memserve.simulation.simulation import SimulationConfig, simulate
@@ -100,10 +100,10 @@ def main() -> None:
         read_costs(args.costs)
         if args.trace is not None:
             read_trace(args.trace)
+        for name in args.policies:
+            find_policy(name)
     except (ConfigError, OSError) as error:
         parser.error(str(error))
-    if unknown := set(args.policies) - set(PREFILL_POLICIES):
-        parser.error(f"there is no policy {unknown.pop()}; there are {', '.join(PREFILL_POLICIES)}")
     per_instance = args.per_instance or (60 if args.quick else 120)
     most = args.most or (2500 if args.quick else 8000)
     jobs = [

@@ -27,7 +27,7 @@ def setting(
 ) -> Any:
     """A dataclass field with its default and the line that `--help` shows for it.
 
-    A secret is not in the record's repr. `synonyms`: what else may be written for a choice.
+    A secret is not in the record's repr. `synonyms`: other spellings of a text.
     """
     metadata = {"help": help, "metavar": metavar, "synonyms": synonyms}
     return dataclasses.field(default=default, repr=not is_secret, metadata=metadata)
@@ -48,9 +48,7 @@ def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, record:
         if kind is bool:
             kwargs["action"] = argparse.BooleanOptionalAction
         elif typing.get_origin(kind) is typing.Literal:
-            synonyms = field.metadata["synonyms"]
             kwargs["choices"] = typing.get_args(kind)
-            kwargs["type"] = lambda text, known=synonyms: known.get(text, text)
         elif typing.get_origin(kind) is tuple:
             kwargs |= {"type": typing.get_args(kind)[0], "nargs": "*"}
             kwargs["metavar"] = field.metadata["metavar"] or "TEXT"
@@ -59,6 +57,8 @@ def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, record:
         else:
             kwargs["type"] = kind
             kwargs["metavar"] = field.metadata["metavar"] or _METAVARS.get(kind, "TEXT")
+        if synonyms := field.metadata["synonyms"]:
+            kwargs["type"] = lambda text, known=synonyms: known.get(text, text)
         parser.add_argument(flag, **kwargs)
 
 

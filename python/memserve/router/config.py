@@ -15,18 +15,10 @@ from memserve.router.cluster.discovery.static import DEFAULT_BOOTSTRAP_PORT, sta
 from memserve.router.compat import POLICY_SYNONYMS, CompatParser, settle
 from memserve.router.observability.settings import ObservabilityConfig
 from memserve.router.tokenization.prompts import RoutingKeys
+from memserve.scheduling.policies import describe_policies, find_policy
 from memserve.wire.messages import InstanceInfo, Role
 
 DEFAULT_PORT = 30000
-PolicyName = Literal[
-    "prompt_tree",
-    "longest_prefix",
-    "session",
-    "least_load",
-    "power_of_two",
-    "round_robin",
-    "random",
-]
 
 EXAMPLES = """\
 examples:
@@ -102,17 +94,20 @@ class RouterConfig:
         "memory that requests may take, all together, their bodies and what is made of them; more are "
         "answered with 503; a quarter of the machine's unless given",
     )
-    policy: PolicyName = setting(
+    policy: str = setting(
         "prompt_tree",
-        "how instances are chosen; prompt_tree: by what each holds of the prompt, its queue, and what "
-        "moving or computing the rest would cost",
+        f"how instances are chosen: {describe_policies()}; MODULE:FUNCTION: a policy of yours",
         synonyms=POLICY_SYNONYMS,
+        metavar="NAME",
     )
-    prefill_policy: PolicyName | None = setting(
-        None, "how prefill and colocated instances are chosen, if otherwise", synonyms=POLICY_SYNONYMS
+    prefill_policy: str | None = setting(
+        None,
+        "the policy for prefill and colocated instances, if another",
+        synonyms=POLICY_SYNONYMS,
+        metavar="NAME",
     )
-    decode_policy: PolicyName | None = setting(
-        None, "the same for decode instances only", synonyms=POLICY_SYNONYMS
+    decode_policy: str | None = setting(
+        None, "the policy for decode instances, if another", synonyms=POLICY_SYNONYMS, metavar="NAME"
     )
     fetch: Literal["auto", "never"] = setting(
         "auto", "whether a prefill fetches history from a better holder before it gets a request"
@@ -218,6 +213,8 @@ class RouterConfig:
             if getattr(self, name) < 1:
                 raise ConfigError(f"--{name.replace('_', '-')} has to be at least 1")
         self._check_access()
+        for policy in filter(None, (self.policy, self.prefill_policy, self.decode_policy)):
+            find_policy(policy)
         urls = [info.url for info in self.static]
         if repeated := {url for url in urls if urls.count(url) > 1}:
             raise ConfigError(f"{repeated.pop()} is named twice")

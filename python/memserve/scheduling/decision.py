@@ -18,35 +18,9 @@ import msgspec
 from memserve.core.ids import InstanceId
 from memserve.scheduling.context import Candidate, RoutingContext
 from memserve.scheduling.cost_model.model import CostModel
-from memserve.scheduling.policy import (
-    DECODE_POLICIES,
-    FOLLOWERS,
-    PREFILL_POLICIES,
-    RECENT_WEIGHT,
-    WORK_WEIGHT,
-    Rank,
-    arrival_s,
-    steps_s,
-)
-
-
-class Score(msgspec.Struct, frozen=True):
-    """What a request would cost at one candidate."""
-
-    candidate: Candidate
-    queue_s: float
-    load_s: float
-    """Bringing the blocks that are only in its DRAM to HBM; for a decode, receiving what it lacks."""
-    exec_s: float
-    """This request's own work: prefill, or its decode steps."""
-    others_s: float
-    """What others will wait for it, and what it wastes."""
-    recent_s: float
-    """The weighted work it got lately."""
-
-    @property
-    def total_s(self) -> float:
-        return self.queue_s + self.load_s + self.exec_s + self.others_s + self.recent_s
+from memserve.scheduling.policies import find_policy
+from memserve.scheduling.policy import Rank
+from memserve.scheduling.request_cost import Score, decode_parts, prefill_parts, scores_of
 
 
 class FetchChoice(msgspec.Struct, frozen=True):
@@ -80,11 +54,13 @@ class Decision(msgspec.Struct, frozen=True):
     @property
     def scores(self) -> tuple[Score, ...]:
         """Every prefill candidate, in the order of the situation, whatever the policy looked at."""
-        return tuple(prefill_score(self.situation, it, self.costs) for it in self.situation.prefills)
+        candidates = self.situation.prefills
+        return scores_of(candidates, prefill_parts(self.situation, candidates, self.costs))
 
     @property
     def decode_scores(self) -> tuple[Score, ...]:
-        return tuple(decode_score(self.situation, it, self.costs) for it in self.situation.decodes)
+        candidates = self.situation.decodes
+        return scores_of(candidates, decode_parts(self.situation, candidates, self.costs))
 
     @property
     def reason(self) -> str:
@@ -99,14 +75,19 @@ def decide(
     decode_policy: str = "prompt_tree",
     can_fetch: bool = True,
 ) -> Decision:
-    """Place a request. Raises KeyError for a policy there is not, ValueError without a prefill."""
+    """Choose a prefill and, where there are decodes, a decode; then a holder worth fetching from (Eq. 2).
+
+    Raises ConfigError for an unknown policy; ValueError if there is no prefill, or a policy does not
+    give one rank for each candidate.
+    """
     if not situation.prefills:
-        raise ValueError("nobody to choose from")
-    rank = PREFILL_POLICIES[prefill_policy]
+        raise ValueError("no prefill to choose from")
+    rank = find_policy(prefill_policy).rank
     prefill = _best(situation, situation.prefills, rank(situation, situation.prefills, costs))
     decode = None
     if situation.decodes:
-        rank = DECODE_POLICIES[decode_policy]
+        policy = find_policy(decode_policy)
+        rank = policy.rank_decodes or policy.rank
         decode = _best(situation, situation.decodes, rank(situation, situation.decodes, costs))
     return Decision(
         prefill.instance_id,
@@ -164,28 +145,6 @@ def fetching_at_most(decision: Decision, holder: InstanceId, num_blocks: int) ->
     return msgspec.structs.replace(decision, situation=situation, fetch=fetch)
 
 
-def prefill_score(situation: RoutingContext, candidate: Candidate, costs: CostModel) -> Score:
-    """Eq. 1 for one prefill, each block at the price of the tier it is in."""
-    near = situation.cached_tokens(candidate.near_blocks)
-    total = situation.cached_tokens(candidate.total_blocks)
-    load_s = costs.load_s(total - near)
-    exec_s = costs.exec_s(situation.prompt_tokens, total)
-    return Score(
-        candidate,
-        candidate.queued_s,
-        load_s,
-        exec_s,
-        (WORK_WEIGHT - 1 + FOLLOWERS * candidate.queued) * (load_s + exec_s),
-        RECENT_WEIGHT * candidate.recent_s,
-    )
-
-
-def decode_score(situation: RoutingContext, candidate: Candidate, costs: CostModel) -> Score:
-    """One decode: receiving what it lacks, then this answer's steps in the batch it would join."""
-    load_s, exec_s = arrival_s(situation, candidate, costs), steps_s(situation, candidate, costs)
-    return Score(candidate, 0.0, load_s, exec_s, others_s=0.0, recent_s=0.0)
-
-
 def explain(decision: Decision) -> str:
     """The decision as a sentence or two."""
     situation = decision.situation
@@ -217,6 +176,8 @@ def explain(decision: Decision) -> str:
 
 def _best(situation: RoutingContext, candidates: Sequence[Candidate], ranks: Sequence[Rank]) -> Candidate:
     """The lowest rank; of equals the one with the least recent work, then the next in turn."""
+    if len(ranks) != len(candidates):
+        raise ValueError(f"a policy gave {len(ranks)} ranks for {len(candidates)} candidates")
     lowest = min(ranks)
     if ranks.count(lowest) == 1:
         return candidates[ranks.index(lowest)]

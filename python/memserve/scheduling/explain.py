@@ -6,7 +6,8 @@ from dataclasses import asdict
 
 from memserve.router.request import JsonObject
 from memserve.router.tokenization.prompts import Prompt
-from memserve.scheduling.decision import Decision, Score
+from memserve.scheduling.decision import Decision
+from memserve.scheduling.request_cost import Score
 
 MAX_LISTED = 8
 """Candidates of each role that a response header, of 8 KB, has room for: the cheapest."""

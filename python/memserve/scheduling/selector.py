@@ -33,6 +33,7 @@ from memserve.scheduling.cost_model.prediction_error import PredictionError, upd
 from memserve.scheduling.decision import Decision, decide, fetching_at_most
 from memserve.scheduling.fetch_planner import FetchPlanner
 from memserve.scheduling.load_tracker import LoadTracker
+from memserve.scheduling.policies import find_policy
 from memserve.scheduling.prompt_tree.records import by_server
 from memserve.scheduling.prompt_tree.tree import Overlap
 
@@ -43,7 +44,6 @@ EXPECT_S = 30.0
 MAX_HOLDERS = 3
 """How many holders are looked at to fetch from, when they have less in DRAM than in HBM."""
 
-_NEED_TOKENS = frozenset({"prompt_tree", "longest_prefix"})
 _NOTHING = Overlap(0, 0)
 
 
@@ -235,9 +235,10 @@ class InstanceSelector:
             return chosen
         if prompt.unknown is None and not prompt.by_text:
             return chosen
-        return "session" if chosen[0] in _NEED_TOKENS else chosen[0], (
-            "session" if chosen[1] in _NEED_TOKENS else chosen[1]
+        prefill_policy, decode_policy = (
+            "session" if "tokens" in find_policy(name).needs else name for name in chosen
         )
+        return prefill_policy, decode_policy
 
     def _can_name(self, instance: InstanceId, prompt: Prompt) -> bool:
         """Whether the blocks of an instance are known by this prompt's kind of keys."""

@@ -12,7 +12,7 @@ from pathlib import Path
 from memserve.core.errors import ConfigError
 from memserve.scheduling.cost_model.file import read_costs
 from memserve.scheduling.cost_model.model import CostModel
-from memserve.scheduling.policy import DECODE_POLICIES, PREFILL_POLICIES
+from memserve.scheduling.policies import describe_policies
 from memserve.simulation.report import Goal, figures, ideal_load
 from memserve.simulation.simulation import SimulationConfig, simulate
 from memserve.simulation.traces import BLOCK_TOKENS, Request, Trace, read_trace
@@ -148,10 +148,14 @@ def _parser() -> argparse.ArgumentParser:
         help="the cost model; FILE is what benchmark/fit_cost_model.py wrote (default: gpu)",
     )
     routing = parser.add_argument_group("routing")
-    names, decode_names = list(PREFILL_POLICIES), list(DECODE_POLICIES)
-    routing.add_argument("--policy", choices=names, default="prompt_tree", help="(default: prompt_tree)")
     routing.add_argument(
-        "--decode-policy", choices=decode_names, default="prompt_tree", help="(default: prompt_tree)"
+        "--policy",
+        default="prompt_tree",
+        metavar="NAME",
+        help=f"{describe_policies()}; or MODULE:FUNCTION (default: prompt_tree)",
+    )
+    routing.add_argument(
+        "--decode-policy", default="prompt_tree", metavar="NAME", help="for decodes (default: prompt_tree)"
     )
     routing.add_argument(
         "--fetch", action=argparse.BooleanOptionalAction, default=True, help="move KV where Eq. 2 says so"

@@ -36,7 +36,7 @@ from memserve.scheduling.cost_model.model import (
 )
 from memserve.scheduling.decision import Decision, FetchChoice, decide
 from memserve.scheduling.load_tracker import LoadTracker
-from memserve.scheduling.policy import PREFILL_POLICIES
+from memserve.scheduling.policies import find_policy
 from memserve.scheduling.prompt_tree.tree import GlobalPromptTree, Overlap
 from memserve.simulation.cache import PromptCache
 from memserve.simulation.engine import SimulatedInstance, SimulatedRequest
@@ -82,8 +82,7 @@ class SimulationConfig:
         if self.instances < 1 or self.decodes < 0:
             raise ConfigError("there is at least one instance, and no negative number of decodes")
         for name in (self.policy, self.decode_policy):
-            if name not in PREFILL_POLICIES:
-                raise ConfigError(f"there is no policy {name}; there are {', '.join(PREFILL_POLICIES)}")
+            find_policy(name)
         if self.capacity_tokens is not None and self.capacity_tokens < 1:
             raise ConfigError("a cache has room for at least one token")
         if min(self.speed, self.cost_error) <= 0 or self.staleness_s < 0 or not 0 <= self.event_loss <= 1:

@@ -5,18 +5,22 @@ from __future__ import annotations
 import heapq
 from collections import Counter
 from dataclasses import replace
+from pathlib import Path
 from random import Random
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memserve.core.errors import ConfigError
 from memserve.core.ids import InstanceId
+from memserve.router.config import parse_args
+from memserve.scheduling import policies
 from memserve.scheduling.context import Candidate, RoutingContext
 from memserve.scheduling.cost_model.model import GPU_COSTS, CostModel, PathCost
 from memserve.scheduling.decision import decide
 from memserve.scheduling.load_tracker import LoadTracker
-from memserve.scheduling.policy import DECODE_POLICIES, PREFILL_POLICIES
+from memserve.scheduling.policies import all_policies, describe_policies, find_policy
 from memserve.scheduling.prompt_tree.tree import Overlap
 
 SLOW_NETWORK = replace(GPU_COSTS, remote=PathCost(2e-3, 1e8))
@@ -173,7 +177,7 @@ def test_a_decision_holds_every_candidate_and_says_why() -> None:
 
 
 def test_nobody_to_choose_from_is_an_error() -> None:
-    with pytest.raises(ValueError, match="nobody"):
+    with pytest.raises(ValueError, match="no prefill to choose from"):
         decide(situation(), GPU_COSTS)
 
 
@@ -195,7 +199,7 @@ CANDIDATES = st.lists(
 )
 
 
-@given(CANDIDATES, st.sampled_from(sorted(PREFILL_POLICIES)), st.integers(0, 99), st.none() | st.integers(0))
+@given(CANDIDATES, st.sampled_from(list(all_policies())), st.integers(0, 99), st.none() | st.integers(0))
 def test_every_policy_chooses_one_of_the_candidates_and_again_the_same(
     candidates: list[Candidate], policy: str, turn: int, session: int | None
 ) -> None:
@@ -220,8 +224,64 @@ def test_prompt_tree_takes_the_lowest_of_the_scores_it_shows(candidates: list[Ca
         assert totals[name] == pytest.approx(min(totals.values()))
 
 
-def test_prefill_and_decode_have_the_same_choice_of_policies() -> None:
-    assert set(PREFILL_POLICIES) == set(DECODE_POLICIES)
+def test_registry_finds_every_policy_module_and_help_describes_each() -> None:
+    folder = Path(policies.__file__).parent
+    assert len(all_policies()) == len(list(folder.glob("[!_]*.py")))
+    for name, policy in all_policies().items():
+        assert policy.name == name
+        assert find_policy(name) is policy
+        assert f"{name}: {policy.help}" in describe_policies()
+
+
+MINE = """
+from memserve.scheduling.policy import Policy
+def last(context, candidates, costs):
+    "The last one."
+    return [-i for i in range(len(candidates))]
+def short(context, candidates, costs): return [0.0]
+def other(context): return []
+RECORD = Policy("mine", "help", last, frozenset({"tokens"}))
+NUMBER = 7
+"""
+
+
+@pytest.fixture
+def my_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "my_policies.py").write_text(MINE)
+    (tmp_path / "broken_policies.py").write_text("1 / 0")
+    monkeypatch.syspath_prepend(tmp_path)
+
+
+@pytest.mark.usefixtures("my_module")
+def test_a_policy_is_loaded_from_a_module_outside_the_package() -> None:
+    names = [candidate(name) for name in "abc"]
+    assert chosen("my_policies:last", *names) == "c"
+    assert chosen("my_policies:RECORD", *names) == "c"
+    assert find_policy("my_policies:last").help == "The last one."
+    assert find_policy("my_policies:RECORD").needs == {"tokens"}
+    with pytest.raises(ValueError, match="1 ranks for 3 candidates"):
+        chosen("my_policies:short", *names)
+
+
+@pytest.mark.usefixtures("my_module")
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("prompt_tre", "unknown policy prompt_tre: choose from least_load, .*, or give MODULE:FUNCTION"),
+        ("no_such_module:f", "cannot import 'no_such_module'"),
+        ("broken_policies:f", "cannot import 'broken_policies': division by zero"),
+        (":f", "cannot import ''"),
+        ("my_policies:", "no function or Policy called ''"),
+        ("my_policies:nothing", "no function or Policy called 'nothing'"),
+        ("my_policies:NUMBER", "no function or Policy called 'NUMBER'"),
+        ("my_policies:other", "has to take .context, candidates, costs."),
+    ],
+)
+def test_a_policy_that_cannot_be_loaded_is_a_config_error(name: str, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        find_policy(name)
+    with pytest.raises(ConfigError, match=message):
+        parse_args(["--decode-policy", name])
 
 
 @pytest.mark.parametrize("shared_blocks", [0, 1])

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import ConfigError
 from memserve.scheduling.cost_model.model import GPU_COSTS
-from memserve.scheduling.policy import PREFILL_POLICIES
+from memserve.scheduling.policies import all_policies
 from memserve.simulation import __main__ as simulate
 from memserve.simulation import make_trace
 from memserve.simulation.cache import PromptCache
@@ -174,7 +174,7 @@ def test_a_cache_is_prefix_closed_and_tells_all_that_changes(chains: list[list[i
 # Simulations.
 
 
-@pytest.mark.parametrize("policy", PREFILL_POLICIES)
+@pytest.mark.parametrize("policy", all_policies())
 @pytest.mark.parametrize("decodes", [0, 2])
 def test_every_request_ends_once_and_in_order(trace: Trace, policy: str, decodes: int) -> None:
     part = Trace(trace.requests[:300], trace.block_tokens)
@@ -202,7 +202,7 @@ def test_the_same_seed_gives_the_same_outcome(trace: Trace, timed: bool) -> None
 
 
 def test_a_cache_without_end_on_one_instance_is_the_ideal(trace: Trace) -> None:
-    for policy in PREFILL_POLICIES:
+    for policy in all_policies():
         result = summed(run(trace, SimulationConfig(1, policy=policy)))
         assert result.block_hit_ratio == result.ideal_hit_ratio
         assert result.work_imbalance == 1

@@ -9,7 +9,7 @@ from memserve.router.observability.metrics import RouterMetrics
 from memserve.scheduling.assignment import Assignment
 from memserve.scheduling.cost_model.model import CostModel, Observation, Work
 from memserve.scheduling.cost_model.online import OnlineCostModel
-from memserve.scheduling.decision import prefill_score
+from memserve.scheduling.request_cost import prefill_parts
 
 MAX_CANDIDATES = 64
 """Of more than this, nobody reckons what the others would have taken."""
@@ -64,7 +64,7 @@ class PredictionError:
         situation = placed.decision.situation
         if len(situation.prefills) > MAX_CANDIDATES:
             return
-        others = (it for it in situation.prefills if it.instance_id != placed.decision.prefill)
-        scores = (prefill_score(situation, it, costs) for it in others)
-        best_s = min((one.queue_s + one.load_s + one.exec_s for one in scores), default=seconds)
+        others = [it for it in situation.prefills if it.instance_id != placed.decision.prefill]
+        parts = prefill_parts(situation, others, costs)
+        best_s = min((queue_s + load_s + exec_s for queue_s, load_s, exec_s, _, _ in parts), default=seconds)
         self._metrics.regret_seconds.observe(max(0.0, seconds - best_s))
