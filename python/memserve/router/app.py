@@ -70,8 +70,8 @@ class Router:
         return self.state.pools
 
     @property
-    def feed(self) -> TreeSynchronizer:
-        return self.state.feed
+    def synchronizer(self) -> TreeSynchronizer:
+        return self.state.synchronizer
 
 
 @asynccontextmanager
@@ -88,21 +88,21 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
     cluster, pools = state.cluster, state.pools
     async with AsyncExitStack() as stack:
         stack.callback(state.tokenizers.close)
-        stack.push_async_callback(state.followers.close)
+        stack.push_async_callback(state.subscriptions.close)
         fetcher = Fetcher(key)
         stack.callback(fetcher.close)
         tls = client_context(config.ssl_ca_certs, config.ssl_client_certfile, config.ssl_client_keyfile)
         session = await stack.enter_async_context(open_session(tls, config.api_key))
         connections = ConnectionPool(tls)
         stack.callback(connections.close)
-        cluster.on_silent = connections.give_up
+        cluster.on_unresponsive = connections.give_up
         upstream = Upstream(connections, session, on_lost=_on_lost(state))
         stack.push_async_callback(upstream.close)
-        runner = RequestExecutor(upstream, state.placer, fetcher)
+        runner = RequestExecutor(upstream, state.selector, fetcher)
         resumer = StreamRecovery(state.tokenizers, metrics, is_on=config.resume == "auto")
         dispatcher = Dispatcher(state, runner, resumer, _patience(config), metrics)
-        requests, traces = state.observed.requests, _traces(stack, config)
-        preparer = RequestPreparer(cluster, state.reader, state.observed.prefixes.sample)
+        requests, traces = state.telemetry.requests, _traces(stack, config)
+        preparer = RequestPreparer(cluster, state.reader, state.telemetry.prefixes.sample)
         cors = Cors(config.observe.cors_allowed_origins)
         generate = GenerateHandler(
             preparer,
@@ -114,7 +114,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
             traces,
         )
         drains = DrainManager(
-            cluster, pools, state.placer.num_running, key=key, evacuate_s=config.drain_evacuate_secs
+            cluster, pools, state.selector.num_running, key=key, evacuate_s=config.drain_evacuate_secs
         )
         stack.callback(drains.close)
         roles = RoleChanges(cluster, drains)
@@ -129,7 +129,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         keepers = [
             door.follow,
             lambda: fetcher.keep(pools),
-            drains.keep,
+            drains.retain,
             lambda: connections.keep(cluster.up),
         ]
         interval_s = config.health_check_interval_secs
@@ -179,7 +179,7 @@ def _listening(
     handler = ControlHandler(
         state.cluster,
         state.pools,
-        state.feed,
+        state.synchronizer,
         asyncio.get_running_loop(),
         lambda named: state.reader.memory.named(named.rid, named.keys),
     )
@@ -217,13 +217,13 @@ def _patience(config: RouterConfig) -> RetryPolicy:
 async def _keep_up(state: RouterState, keepers: Sequence[Callable[[], None]]) -> None:
     """Follow who has come and gone, and give memory back, until cancelled."""
     while True:
-        state.followers.follow(state.cluster.up, state.pools)
-        state.breakers.keep((it.info.instance_id, it.info.epoch) for it in state.cluster.members())
-        state.placer.keep(state.cluster.working())
+        state.subscriptions.follow(state.cluster.up, state.pools)
+        state.breakers.retain((it.info.instance_id, it.info.epoch) for it in state.cluster.members())
+        state.selector.keep(state.cluster.working())
         for keep in keepers:
             keep()
-        state.feed.tree.tidy()
-        state.observed.tick(time.monotonic())
+        state.synchronizer.tree.tidy()
+        state.telemetry.tick(time.monotonic())
         await asyncio.sleep(TIDY_S)
 
 

@@ -100,9 +100,9 @@ class ServerInfo:
     """Its tokenizer makes at least one token of "": a prompt of none ends an SGLang server."""
     model_info: bytes = field(default=b"{}", repr=False)
     """Its own /model_info, as JSON."""
-    following: EventSourceInfo = field(default_factory=EventSourceInfo)
+    event_source_info: EventSourceInfo = field(default_factory=EventSourceInfo)
     """How its cache can be followed, if it has no memory pool."""
-    room_tokens: int | None = None
+    max_prompt_tokens: int | None = None
     """The longest prompt that a decode can ever take."""
     is_deterministic: bool = False
     """It draws each token from the request's seed and the token's position."""
@@ -126,17 +126,17 @@ def read_server_info(
     if mode in _MODES and _MODES[mode] is not role:
         raise InstanceLost(url, f"named as {role}, but it runs as {_MODES[mode]}")
     path = str(model.get("model_path", ""))
-    following = read_event_sources(server)
+    cache = read_event_sources(server)
     card: dict[str, object] = next(iter(cards.get("data") or []), {})
     return ServerInfo(
         model=str(model.get("served_model_name") or card.get("id") or path),
         model_path=path,
         context_tokens=None if server.get("allow_auto_truncate") else _integer(card.get("max_model_len")),
         vocab_size=read_vocab_size(path),
-        page_size=following.page_tokens,
+        page_size=cache.page_tokens,
         model_info=model_info,
-        following=following,
-        room_tokens=read_max_prompt_tokens(server, following.page_tokens),
+        event_source_info=cache,
+        max_prompt_tokens=read_max_prompt_tokens(server, cache.page_tokens),
         is_deterministic=server.get("enable_deterministic_inference") is True,
         is_on_cpu=server.get("device") == "cpu",
     )

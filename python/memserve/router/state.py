@@ -26,13 +26,13 @@ class RouterState:
 
     cluster: InstanceRegistry
     pools: Pools
-    feed: TreeSynchronizer
-    followers: StockSubscriptions
+    synchronizer: TreeSynchronizer
+    subscriptions: StockSubscriptions
     tokenizers: Tokenizers
-    placer: InstanceSelector
+    selector: InstanceSelector
     breakers: Breakers
     reader: PromptReader
-    observed: Telemetry
+    telemetry: Telemetry
 
 
 def new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
@@ -48,14 +48,14 @@ def new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
         heartbeat_s=config.heartbeat_secs,
         clock=clock,
         directs_fetches=directs_fetches,
-        wants_names=config.routing_keys == "text",
+        wants_prompt_keys=config.routing_keys == "text",
     )
     max_blocks = (config.tree_budget_mib << 20) // BYTES_PER_BLOCK
     tree = GlobalPromptTree(max_blocks=max_blocks, clock=clock)
-    feed = TreeSynchronizer(tree, pools, audit_s=config.tree_audit_secs, clock=clock)
-    followers = StockSubscriptions(
-        lambda: feed.tree,
-        lambda one: one.facts.following,
+    synchronizer = TreeSynchronizer(tree, pools, audit_s=config.tree_audit_secs, clock=clock)
+    subscriptions = StockSubscriptions(
+        lambda: synchronizer.tree,
+        lambda one: one.server_info.event_source_info,
         max_named_keys=max(MAX_NAMED_KEYS, max_blocks // 4),
         mirror_ttl_s=config.learnt_ttl_secs,
     )
@@ -66,9 +66,11 @@ def new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
         certainty=0.0 if config.costs in ("auto", *COSTS) else 0.5,
         fetches=directs_fetches,
     )
-    placer = InstanceSelector(settings, feed, pools, followers, metrics, clock)
+    selector = InstanceSelector(settings, synchronizer, pools, subscriptions, metrics, clock)
     breakers = Breakers(threshold=config.cb_failure_threshold, timeout_s=config.cb_timeout_secs, clock=clock)
     tokenizers = Tokenizers(config.tokenizer_path)
     reader = PromptReader(tokenizers, config.routing_keys)
-    observed = Telemetry.new(metrics, clock(), keeps_samples=config.observe.ui_show_prompts)
-    return RouterState(cluster, pools, feed, followers, tokenizers, placer, breakers, reader, observed)
+    telemetry = Telemetry.new(metrics, clock(), keeps_samples=config.observe.ui_show_prompts)
+    return RouterState(
+        cluster, pools, synchronizer, subscriptions, tokenizers, selector, breakers, reader, telemetry
+    )

@@ -49,11 +49,11 @@ class Assignment:
 
 
 def route_of(snapshot: ClusterSnapshot, decision: Decision) -> Route:
-    prefill = snapshot.named(decision.prefill)
+    prefill = snapshot.get(decision.prefill)
     if prefill.role is Role.COLOCATED:
         return Single(prefill)
     assert decision.decode is not None
-    return Pair(prefill, snapshot.named(decision.decode))
+    return Pair(prefill, snapshot.get(decision.decode))
 
 
 def benefits_from(placed: Assignment, plan: FetchPlan) -> bool:

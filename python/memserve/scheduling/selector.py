@@ -261,7 +261,7 @@ class InstanceSelector:
         )
         return RoutingContext(
             prompt.num_tokens,
-            BLOCK_TOKENS if prompt.by_text else prefills[0].facts.page_size or 1,
+            BLOCK_TOKENS if prompt.by_text else prefills[0].server_info.page_size or 1,
             candidates(prefills),
             candidates(decodes),
             holders=tuple(memories),
@@ -321,7 +321,7 @@ class InstanceSelector:
 
     def _costs_of(self, instance: Instance) -> OnlineCostModel:
         """Of the model that the instance serves."""
-        facts = instance.facts
+        facts = instance.server_info
         costs = self._costs.get(facts.model)
         if costs is None:
             usual = CPU_COSTS if facts.is_on_cpu else GPU_COSTS

@@ -64,7 +64,7 @@ class Stage:
                 await asyncio.sleep(0.005)
 
     def is_ready(self) -> bool:
-        return self.router.cluster.snapshot.why_unready() is None
+        return self.router.cluster.snapshot.unavailable_reason() is None
 
 
 def info_of(worker: FakeWorker, epoch: int = 1, name: str | None = None) -> InstanceInfo:

@@ -28,7 +28,7 @@ def ids(seed: int, count: int = 512) -> list[int]:
 
 async def followed(stage: Stage, count: int) -> None:
     """Until the router has begun to note what these workers are sent."""
-    followers = stage.router.state.followers
+    followers = stage.router.state.subscriptions
     await stage.until(lambda: len(followers.stats()) == count)
 
 

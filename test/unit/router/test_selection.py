@@ -234,8 +234,9 @@ def test_a_prefill_alone_teaches_what_prefills_cost() -> None:
 @pytest.mark.parametrize("is_on_cpu", [False, True])
 def test_nobody_takes_a_cpu_for_a_gpu_to_begin_with(is_on_cpu: bool) -> None:
     stage = Stage(start_costs=None)
+    instances = stage.snapshot.all()
     stage.snapshot = ClusterSnapshot.of(
-        replace(one, facts=replace(one.facts, is_on_cpu=is_on_cpu)) for one in stage.snapshot.all()
+        replace(one, server_info=replace(one.server_info, is_on_cpu=is_on_cpu)) for one in instances
     )
     stage.place(prompt())
     begun = CPU_COSTS if is_on_cpu else GPU_COSTS

@@ -58,7 +58,7 @@ class Breakers:
         if not self._faulty or not any(self._is_open(one) for one in snapshot.all()):
             return snapshot
         kept = ClusterSnapshot.of(one for one in snapshot.all() if not self._is_open(one))
-        if kept.why_unready() is None:
+        if kept.unavailable_reason() is None:
             return kept
         return ClusterSnapshot(
             kept.prefills or snapshot.prefills,
@@ -87,7 +87,7 @@ class Breakers:
             )
         breaker.try_s = self._clock() + self._timeout_s
 
-    def keep(self, processes: Iterable[tuple[InstanceId, Epoch]]) -> None:
+    def retain(self, processes: Iterable[tuple[InstanceId, Epoch]]) -> None:
         """Forget all others."""
         for gone in self._faulty.keys() - set(processes):
             del self._faulty[gone]

@@ -17,12 +17,12 @@ def caching_of(
     """
     said = [(info.instance_id, info.caching) for info in pools.infos()]
     for member in cluster.members():
-        if not member.static:
+        if not member.is_static:
             said.append((member.info.instance_id, member.info.caching))
     return next((caching for instance_id, caching in said if instance_id != besides), None)
 
 
-def why_refused(
+def rejection_reason(
     cluster: InstanceRegistry, pools: Pools, instance_id: InstanceId, caching: CachingMode
 ) -> str | None:
     """Why an instance with that value cannot join; None if it can.

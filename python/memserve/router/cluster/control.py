@@ -7,7 +7,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from memserve.core.errors import Retryable
-from memserve.router.cluster.caching import why_refused
+from memserve.router.cluster.caching import rejection_reason
 from memserve.router.cluster.discovery.static import STATIC_EPOCH
 from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.registry import InstanceRegistry
@@ -85,22 +85,22 @@ def answer(cluster: InstanceRegistry, pools: Pools, message: Message) -> Message
     """Apply `message` to `cluster` or `pools`. Loop thread only."""
     match message:
         case Register(info, is_draining):
-            reason = _why_not(info) or why_refused(cluster, pools, info.instance_id, info.caching)
+            reason = _why_not(info) or rejection_reason(cluster, pools, info.instance_id, info.caching)
             if reason is not None:
                 return Refused(reason)
             member = cluster.register(info, is_draining=is_draining)
-            return Accepted(cluster.heartbeat_s, member.is_draining, member.become)
+            return Accepted(cluster.heartbeat_s, member.is_draining, member.new_role)
         case Heartbeat(instance_id, epoch, load):
             known = cluster.heartbeat(instance_id, epoch, load)
             if known is None:
                 return Unknown()
-            return Accepted(cluster.heartbeat_s, known.is_draining, known.become)
+            return Accepted(cluster.heartbeat_s, known.is_draining, known.new_role)
         case Deregister(instance_id, epoch):
             cluster.deregister(instance_id, epoch)
             return Accepted(cluster.heartbeat_s)
         case RegisterPool(pool):
-            reason = _why_no_pool(pool) or pools.why_refused(pool)
-            reason = reason or why_refused(cluster, pools, pool.instance_id, pool.caching)
+            reason = _why_no_pool(pool) or pools.rejection_reason(pool)
+            reason = reason or rejection_reason(cluster, pools, pool.instance_id, pool.caching)
             return pools.register(pool) if reason is None else Refused(reason)
         case PoolHeartbeat(epoch, version, tiers):
             return pools.heartbeat(epoch, version, tiers) or Unknown()

@@ -35,7 +35,7 @@ USES_DRAM = frozenset((Role.PREFILL, Role.COLOCATED, Role.MEMORY))
 
 
 @dataclass(frozen=True, slots=True)
-class EvacuationSettings:
+class EvacuationResult:
     """What has become of what an instance held, its ranks together."""
 
     num_blocks: int = 0
@@ -47,9 +47,9 @@ class EvacuationSettings:
     reason: str = ""
     """Why blocks are left."""
 
-    def then(self, later: EvacuationSettings) -> EvacuationSettings:
+    def then(self, later: EvacuationResult) -> EvacuationResult:
         """This one and the one after it: only what that one says of the whole still holds."""
-        return EvacuationSettings(
+        return EvacuationResult(
             self.num_blocks + later.num_blocks,
             self.num_bytes + later.num_bytes,
             max(0, later.num_known - self.num_blocks),
@@ -64,7 +64,7 @@ class DrainStatus:
     """How far a drain has come."""
 
     num_running: int
-    evacuation: EvacuationSettings | None
+    evacuation: EvacuationResult | None
     """None: not over yet, or there is nothing to evacuate."""
     is_done: bool
 
@@ -89,7 +89,7 @@ class DrainManager:
         self._client = AsyncControlClient(key=key)
         self._evacuate_s = evacuate_s
         self._clock = clock
-        self._leaving: dict[tuple[InstanceId, Epoch], asyncio.Task[EvacuationSettings | None]] = {}
+        self._leaving: dict[tuple[InstanceId, Epoch], asyncio.Task[EvacuationResult | None]] = {}
 
     def begin(self, member: Member) -> None:
         """No new requests for `member`, one of the cluster's; what it holds goes to others. Idempotent."""
@@ -127,7 +127,7 @@ class DrainManager:
         if leaving is not None:
             leaving.cancel()
 
-    def keep(self) -> None:
+    def retain(self) -> None:
         """Forget the drains of processes that are not there any more, and connections to them."""
         there = {_process(member) for member in self._cluster.members()}
         for gone in self._leaving.keys() - there:
@@ -143,7 +143,7 @@ class DrainManager:
     def _goes_on(self, member: Member) -> bool:
         return member.is_draining and self._cluster.find(member.info.instance_id) is member
 
-    async def _leave(self, member: Member) -> EvacuationSettings | None:
+    async def _leave(self, member: Member) -> EvacuationResult | None:
         """None if nobody would have to go anywhere."""
         name = member.info.instance_id
         if not self._evacuate_s or not self._pools.of(name):
@@ -161,18 +161,18 @@ class DrainManager:
         )
         return evacuation
 
-    async def _evacuate(self, name: InstanceId) -> EvacuationSettings:
+    async def _evacuate(self, name: InstanceId) -> EvacuationResult:
         begun_s = self._clock()
         ready = {instance.instance_id for instance in self._cluster.snapshot.all()}
         infos = self._pools.infos()
         layouts = {info.layout for info in infos if info.layout}
         asked = [
-            self._ask(own, layout, shelters_for(own, layout, infos, ready))
+            self._ask(own, layout, evacuation_targets(own, layout, infos, ready))
             for own in self._pools.of(name)
             for layout in ({own.layout} if own.layout else layouts)
         ]
         answers = await asyncio.gather(*asked)
-        return EvacuationSettings(
+        return EvacuationResult(
             sum(answer.num_sent for answer in answers),
             sum(answer.num_bytes for answer in answers),
             sum(answer.num_known for answer in answers),
@@ -181,8 +181,8 @@ class DrainManager:
             next((answer.reason for answer in answers if answer.reason), ""),
         )
 
-    async def _ask(self, own: PoolInfo, layout: str, shelters: tuple[EvacuationTarget, ...]) -> Evacuated:
-        message = Evacuate(bytes.fromhex(layout), shelters, self._evacuate_s)
+    async def _ask(self, own: PoolInfo, layout: str, targets: tuple[EvacuationTarget, ...]) -> Evacuated:
+        message = Evacuate(bytes.fromhex(layout), targets, self._evacuate_s)
         timeout_s = self._evacuate_s + ANSWER_S
         try:
             answer = await self._client.request(own.address, message, timeout_s=timeout_s)
@@ -191,7 +191,7 @@ class DrainManager:
         return answer if isinstance(answer, Evacuated) else Evacuated(0, 0, 0, 0, f"{own.address} does not")
 
 
-def shelters_for(
+def evacuation_targets(
     own: PoolInfo, layout: str, pools: Sequence[PoolInfo], ready: set[InstanceId]
 ) -> tuple[EvacuationTarget, ...]:
     """Those of `pools` that may take in blocks of `layout` that `own` holds, and make use of them. Pure.

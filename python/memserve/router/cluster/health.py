@@ -34,7 +34,7 @@ AWAY_S = 1.0
 """A look that comes so late was not the instances' fault: this process has been stopped, or busy."""
 HEALTH_TIMEOUT_S = 30.0
 """SGLang's /health generates a token, and waits behind a long prefill."""
-FACTS_TIMEOUT_S = 10.0
+INFO_TIMEOUT_S = 10.0
 
 _PROBE_ERRORS = (aiohttp.ClientError, OSError, ValueError, InstanceLost)
 
@@ -90,18 +90,18 @@ class HealthProber:
         looked_s = self._clock()
         try:
             while True:
-                self._cluster.stirred.clear()
+                self._cluster.probe_needed.clear()
                 away_s = self._clock() - looked_s - RETRY_S
                 looked_s = self._clock()
                 if away_s > AWAY_S:
                     logger.warning("this router was away for seconds=%.1f", away_s)
-                    self._cluster.excuse(away_s)
-                    self._pools.excuse(away_s)
+                    self._cluster.shift_deadlines(away_s)
+                    self._pools.shift_deadlines(away_s)
                 self._cluster.watch()
                 self._pools.forget_silent()
                 self._start_due()
                 try:
-                    await asyncio.wait_for(self._cluster.stirred.wait(), RETRY_S)
+                    await asyncio.wait_for(self._cluster.probe_needed.wait(), RETRY_S)
                 except TimeoutError:
                     continue
         finally:
@@ -119,8 +119,9 @@ class HealthProber:
         for member in members.values():
             # A process that takes the place of one whose probe hangs does not wait for that.
             process = (member.info.instance_id, member.info.epoch)
-            if member.static and process in self._running and self._clock() > self._begun_s[process] + SLOW_S:
-                self._cluster.doubt(member, f"its health check takes longer than {SLOW_S:g} s")
+            is_slow = process in self._running and self._clock() > self._begun_s[process] + SLOW_S
+            if member.is_static and is_slow:
+                self._cluster.suspect(member, f"its health check takes longer than {SLOW_S:g} s")
             if process not in self._running and self._is_due(member):
                 task = asyncio.create_task(self._probe(member))
                 self._running[process], self._begun_s[process] = task, self._clock()
@@ -128,8 +129,8 @@ class HealthProber:
 
     def _is_due(self, member: Member) -> bool:
         since_s = self._clock() - self._probed_s.get(member.info.instance_id, float("-inf"))
-        if member.is_up and not member.static:
-            return member.doubt is SuspectReason.SILENT and since_s >= SUSPECT_S
+        if member.is_up and not member.is_static:
+            return member.suspect_reason is SuspectReason.SILENT and since_s >= SUSPECT_S
         is_settled = member.is_up or member.info.instance_id in self._unfit
         return since_s >= (self._interval_s if is_settled else RETRY_S)
 
@@ -137,9 +138,9 @@ class HealthProber:
         info = member.info
         try:
             # An instance registers when it serves; the others have to show it.
-            if member.static or member.state is State.DOWN:
+            if member.is_static or member.state is State.DOWN:
                 await self._get(info.url, "/health", HEALTH_TIMEOUT_S)
-            facts = await self._facts(info, is_new=not member.is_up)
+            server_info = await self._server_info(info, is_new=not member.is_up)
             self._unfit.discard(info.instance_id)
         except TokenizerMismatch as error:
             self._unfit.add(info.instance_id)
@@ -147,40 +148,43 @@ class HealthProber:
         except _PROBE_ERRORS as error:
             refused = isinstance(getattr(error, "os_error", None), ConnectionRefusedError)
             reason = f"{info.url}: {describe(error)}"
-            self._cluster.lost_contact(info.instance_id, info.epoch, reason, has_ended=refused)
+            self._cluster.lost_contact(info.instance_id, info.epoch, reason, has_exited=refused)
         else:
-            self._cluster.joined(info.instance_id, info.epoch, facts)
+            self._cluster.joined(info.instance_id, info.epoch, server_info)
         finally:
             self._probed_s[info.instance_id] = self._clock()
 
-    async def _facts(self, info: InstanceInfo, *, is_new: bool) -> ServerInfo:
+    async def _server_info(self, info: InstanceInfo, *, is_new: bool) -> ServerInfo:
         """What the instance says of itself. Raises TokenizerMismatch if that does not go with the others."""
         url = info.url
-        model_info, server_info, models, takes_empty_text = await asyncio.gather(
-            self._get(url, "/model_info", FACTS_TIMEOUT_S),
-            self._get(url, "/server_info", FACTS_TIMEOUT_S),
-            self._get(url, "/v1/models", FACTS_TIMEOUT_S),
+        model_page, server_page, models_page, takes_empty_text = await asyncio.gather(
+            self._get(url, "/model_info", INFO_TIMEOUT_S),
+            self._get(url, "/server_info", INFO_TIMEOUT_S),
+            self._get(url, "/v1/models", INFO_TIMEOUT_S),
             self._takes_empty_text(url),
         )
-        facts = read_server_info(url, info.role, model_info, server_info, models)
-        if reason := incompatibility(info.instance_id, facts, self._cluster.up):
+        server_info = read_server_info(url, info.role, model_page, server_page, models_page)
+        if reason := incompatibility(info.instance_id, server_info, self._cluster.up):
             raise TokenizerMismatch(url, reason)
-        said = json.loads(server_info)
         if is_new:
             await self._tokenizers.admit(
-                info.instance_id, facts.model, facts.model_path, said, lambda body: self._tokenize(url, body)
+                info.instance_id,
+                server_info.model,
+                server_info.model_path,
+                json.loads(server_page),
+                lambda body: self._tokenize(url, body),
             )
-        return replace(facts, takes_empty_text=takes_empty_text)
+        return replace(server_info, takes_empty_text=takes_empty_text)
 
     async def _tokenize(self, url: str, body: JsonObject) -> object:
         """The answer of a server's own tokenizer; None if it refuses."""
-        timeout = aiohttp.ClientTimeout(total=FACTS_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=INFO_TIMEOUT_S)
         async with self._session.post(url + "/v1/tokenize", json=body, timeout=timeout) as response:
             return await response.json() if response.status == 200 else None
 
     async def _takes_empty_text(self, url: str) -> bool:
         """Whether the tokenizer puts a token, such as BOS, before every text; False if it cannot be asked."""
-        timeout = aiohttp.ClientTimeout(total=FACTS_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=INFO_TIMEOUT_S)
         async with self._session.post(url + "/v1/tokenize", json={"prompt": ""}, timeout=timeout) as response:
             return response.status == 200 and bool((await response.json())["count"])
 
@@ -193,13 +197,13 @@ class HealthProber:
             return body
 
 
-def incompatibility(instance: InstanceId, facts: ServerInfo, ready: ClusterSnapshot) -> str | None:
+def incompatibility(instance: InstanceId, server_info: ServerInfo, ready: ClusterSnapshot) -> str | None:
     """Why an instance cannot serve its model beside those that do; None if it can."""
-    for other in ready.serving(facts.model).all():
-        known = None not in (facts.page_size, other.facts.page_size)
-        if known and other.instance_id != instance and facts.page_size != other.facts.page_size:
+    for other in ready.serving(server_info.model).all():
+        known = None not in (server_info.page_size, other.server_info.page_size)
+        if known and other.instance_id != instance and server_info.page_size != other.server_info.page_size:
             return (
-                f"its page size is {facts.page_size}, that of {other.instance_id}, which serves "
-                f"{facts.model} too, is {other.facts.page_size}: blocks of one are none of the other"
+                f"its page size is {server_info.page_size}, but {other.instance_id}, which also serves "
+                f"{server_info.model}, has {other.server_info.page_size}: they cannot share blocks"
             )
     return None

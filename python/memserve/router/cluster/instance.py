@@ -20,7 +20,7 @@ class Instance:
     role: Role
     url: str
     bootstrap_port: int | None
-    facts: ServerInfo
+    server_info: ServerInfo
 
     @property
     def bootstrap_host(self) -> str:
@@ -60,7 +60,7 @@ class ClusterSnapshot:
     decodes: tuple[Instance, ...] = ()
     colocated: tuple[Instance, ...] = ()
     _serving: dict[str, ClusterSnapshot] = field(default_factory=dict, init=False, repr=False, compare=False)
-    _named: dict[InstanceId, Instance] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _by_id: dict[InstanceId, Instance] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, instances: Iterable[Instance]) -> ClusterSnapshot:
@@ -74,27 +74,27 @@ class ClusterSnapshot:
         """Every instance, those that give answers first."""
         return self.colocated + self.decodes + self.prefills
 
-    def named(self, instance_id: InstanceId) -> Instance:
+    def get(self, instance_id: InstanceId) -> Instance:
         """The instance of that name. Raises KeyError."""
-        if not self._named:
-            self._named.update((it.instance_id, it) for it in self.all())
-        return self._named[instance_id]
+        if not self._by_id:
+            self._by_id.update((it.instance_id, it) for it in self.all())
+        return self._by_id[instance_id]
 
     def models(self) -> tuple[str, ...]:
         """The names served here, each once."""
-        return tuple(dict.fromkeys(instance.facts.model for instance in self.all()))
+        return tuple(dict.fromkeys(instance.server_info.model for instance in self.all()))
 
     def serving(self, model: str) -> ClusterSnapshot:
         """Only the instances that serve `model`; also under `model:adapter`, as SGLang names LoRA."""
         serving = self._serving.get(model)
         if serving is None:
-            chosen = [it for it in self.all() if it.facts.serves(model)]
+            chosen = [it for it in self.all() if it.server_info.serves(model)]
             serving = self if len(chosen) == len(self.all()) else ClusterSnapshot.of(chosen)
-            if any(it.facts.model == model for it in chosen):  # the names of adapters are without end
+            if any(it.server_info.model == model for it in chosen):  # the names of adapters are without end
                 self._serving[model] = serving
         return serving
 
-    def why_unready(self) -> str | None:
+    def unavailable_reason(self) -> str | None:
         """Why no request can be served; None if one can."""
         if self.colocated or (self.prefills and self.decodes):
             return None

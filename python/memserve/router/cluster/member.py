@@ -33,9 +33,9 @@ class State(StrEnum):
 class ProcessStatus(StrEnum):
     """What became of a process that was lost."""
 
-    LIVES = "lives"
+    ALIVE = "alive"
     """It has been heard of since, or answers again."""
-    ENDED = "ended"
+    EXITED = "exited"
     """Nobody listens at its port, or it is known no more."""
     UNKNOWN = "unknown"
 
@@ -45,16 +45,16 @@ class Member:
     """One instance the cluster knows of. Changed by `Cluster` only."""
 
     info: InstanceInfo
-    static: bool
+    is_static: bool
     seen_s: float
     state: State = State.JOINING
-    facts: ServerInfo | None = None
+    server_info: ServerInfo | None = None
     reason: str = "not seen yet"
     """Why it does not answer."""
     is_draining: bool = False
     """It gets nothing new, also when it answers again."""
-    doubt: SuspectReason | None = None
-    become: Role | None = None
+    suspect_reason: SuspectReason | None = None
+    new_role: Role | None = None
     """It is to start anew as this; told with each heartbeat."""
     load: Load | None = None
     """As of its last heartbeat."""
@@ -62,7 +62,7 @@ class Member:
     """When a probe last found it serving."""
     lost_s: float = float("inf")
     """When it went down."""
-    has_ended: bool = False
+    has_exited: bool = False
     """Nobody listens at its port."""
 
     @property
@@ -71,8 +71,8 @@ class Member:
         return self.state in (State.READY, State.SUSPECT, State.DRAINING)
 
     @property
-    def fate(self) -> ProcessStatus:
+    def process_status(self) -> ProcessStatus:
         """What became of it if it was lost."""
         if self.is_up or self.seen_s > self.lost_s:
-            return ProcessStatus.LIVES
-        return ProcessStatus.ENDED if self.has_ended else ProcessStatus.UNKNOWN
+            return ProcessStatus.ALIVE
+        return ProcessStatus.EXITED if self.has_exited else ProcessStatus.UNKNOWN

@@ -40,13 +40,13 @@ class Pools:
         heartbeat_s: float,
         clock: Callable[[], float],
         directs_fetches: bool = False,
-        wants_names: bool = False,
+        wants_prompt_keys: bool = False,
     ) -> None:
-        """`directs_fetches`, `wants_names`: as in `Members`."""
+        """`directs_fetches`, `wants_prompt_keys`: as in `Members`."""
         self.heartbeat_s = heartbeat_s
         self._clock = clock
         self._directs_fetches = directs_fetches
-        self._wants_names = wants_names
+        self._wants_prompt_keys = wants_prompt_keys
         self._members: dict[Epoch, PoolMember] = {}
         self._successors: dict[Epoch, Epoch] = {}
         """Of pools that were replaced, who is in their place."""
@@ -83,7 +83,7 @@ class Pools:
         """For how long it has been a member."""
         return self._clock() - member.since_s
 
-    def why_refused(self, info: PoolInfo) -> str | None:
+    def rejection_reason(self, info: PoolInfo) -> str | None:
         """Why the pool cannot register; None if it can. Two that want one place would replace each other
         for ever, and each time all others would take one of them for dead."""
         successor = self._successors.get(info.epoch)
@@ -124,7 +124,7 @@ class Pools:
         if epoch in self._members:
             self._forget(self._members[epoch].info, "it deregistered")
 
-    def excuse(self, seconds: float) -> None:
+    def shift_deadlines(self, seconds: float) -> None:
         """For so long the router itself could hear nobody."""
         for member in self.members():
             member.seen_s += seconds
@@ -144,7 +144,7 @@ class Pools:
         return self._members_message(self.infos())
 
     def _members_message(self, infos: tuple[PoolInfo, ...] | None) -> Members:
-        return Members(self.heartbeat_s, self._version, infos, self._directs_fetches, self._wants_names)
+        return Members(self.heartbeat_s, self._version, infos, self._directs_fetches, self._wants_prompt_keys)
 
     def _by_server(self) -> Mapping[InstanceId, tuple[PoolInfo, ...]]:
         if self._grouped_at != self._version:

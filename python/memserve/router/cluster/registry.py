@@ -47,9 +47,9 @@ class InstanceRegistry:
         """
         self.heartbeat_s = heartbeat_s
         self._stuck_s = stuck_s
-        self.stirred = asyncio.Event()
+        self.probe_needed = asyncio.Event()
         """Set whenever a member needs a probe."""
-        self.on_silent: Callable[[str, str], None] = lambda url, reason: None
+        self.on_unresponsive: Callable[[str, str], None] = lambda url, reason: None
         """Called with the URL of who is down for its silence, and why: it is waited for in vain."""
         self._clock = clock
         self._static = {info.url: info for info in static}
@@ -86,9 +86,9 @@ class InstanceRegistry:
 
     def knows(self, model: str) -> bool:
         """Whether anybody serves `model`, now or before it drained or lost contact."""
-        return any(one.facts is not None and one.facts.serves(model) for one in self.members())
+        return any(one.server_info is not None and one.server_info.serves(model) for one in self.members())
 
-    def name(self, info: InstanceInfo) -> InstanceInfo:
+    def add_static(self, info: InstanceInfo) -> InstanceInfo:
         """Know `info`, a server that does not register, from now on; what was named at its URL before,
         and stays, if there is such a server."""
         known = self._static.setdefault(info.url, info)
@@ -97,15 +97,15 @@ class InstanceRegistry:
             self._add(info, static=True)
         return known
 
-    def named(self) -> frozenset[str]:
+    def static_urls(self) -> frozenset[str]:
         """The URLs of the servers that were named; one may have registered since."""
         return frozenset(self._static)
 
-    def unname(self, url: str) -> None:
+    def remove_static(self, url: str) -> None:
         """Forget the server that was named at `url`; not one that has registered there. Idempotent."""
         self._static.pop(url, None)
         member = self.find(url)
-        if member is not None and member.static:
+        if member is not None and member.is_static:
             self._forget(member.info.instance_id, "it is named no more")
 
     def drain(self, member: Member) -> None:
@@ -130,7 +130,7 @@ class InstanceRegistry:
             self._heard(known)
             if known.state is State.DOWN:
                 known.state = State.JOINING
-                self.stirred.set()
+                self.probe_needed.set()
             return known
         for other in self.members():
             if other.info.url == info.url or other.info.instance_id == info.instance_id:
@@ -144,9 +144,9 @@ class InstanceRegistry:
         if member is None:
             return None
         member.load = load
-        if member.state is State.DOWN and member.doubt is SuspectReason.SILENT:
+        if member.state is State.DOWN and member.suspect_reason is SuspectReason.SILENT:
             member.state = State.JOINING
-            self.stirred.set()
+            self.probe_needed.set()
         self._heard(member)
         return member
 
@@ -155,29 +155,33 @@ class InstanceRegistry:
         if self._find(instance_id, epoch) is not None:
             self._forget(instance_id, "it deregistered")
 
-    def joined(self, instance_id: InstanceId, epoch: Epoch, facts: ServerInfo) -> None:
+    def joined(self, instance_id: InstanceId, epoch: Epoch, server_info: ServerInfo) -> None:
         """A probe found the instance serving. Ignored if it is another process by now."""
         member = self._find(instance_id, epoch)
         if member is None:
             return
-        if member.static and member.doubt is not None:
-            self._doubt(member, None)
+        if member.is_static and member.suspect_reason is not None:
+            self._set_suspect(member, None)
         state = _up_state(member)
         if member.state is not state:
             logger.info(
-                "instance %s instance=%s role=%s model=%s", state, instance_id, member.info.role, facts.model
+                "instance %s instance=%s role=%s model=%s",
+                state,
+                instance_id,
+                member.info.role,
+                server_info.model,
             )
-        member.state, member.facts, member.answered_s = state, facts, self._clock()
-        member.reason = "" if member.doubt is None else self._why(member)
+        member.state, member.server_info, member.answered_s = state, server_info, self._clock()
+        member.reason = "" if member.suspect_reason is None else self._why(member)
         self._refresh()
 
-    def doubt(self, member: Member, reason: str) -> None:
+    def suspect(self, member: Member, reason: str) -> None:
         """A named server that is up may not be any more: suspect until it has `joined` again. Idempotent."""
-        if member.is_up and member.doubt is None:
-            self._doubt(member, SuspectReason.SILENT, reason)
+        if member.is_up and member.suspect_reason is None:
+            self._set_suspect(member, SuspectReason.SILENT, reason)
 
     def lost_contact(
-        self, instance_id: InstanceId, epoch: Epoch, reason: str, *, has_ended: bool = False
+        self, instance_id: InstanceId, epoch: Epoch, reason: str, *, has_exited: bool = False
     ) -> None:
         """The instance did not answer: no requests until a probe succeeds. Idempotent."""
         member = self._find(instance_id, epoch)
@@ -186,16 +190,16 @@ class InstanceRegistry:
         if member.is_up:
             logger.warning("instance down instance=%s reason=%s", instance_id, reason)
             member.lost_s = self._clock()
-        member.state, member.reason, member.has_ended = State.DOWN, reason, has_ended
-        self.stirred.set()
+        member.state, member.reason, member.has_exited = State.DOWN, reason, has_exited
+        self.probe_needed.set()
         self._refresh()
 
-    def fate(self, instance_id: InstanceId, epoch: Epoch) -> ProcessStatus:
+    def process_status(self, instance_id: InstanceId, epoch: Epoch) -> ProcessStatus:
         """What became of an instance that was lost."""
         member = self._find(instance_id, epoch)
-        return ProcessStatus.ENDED if member is None else member.fate
+        return ProcessStatus.EXITED if member is None else member.process_status
 
-    def excuse(self, seconds: float) -> None:
+    def shift_deadlines(self, seconds: float) -> None:
         """For so long the router itself could hear nobody."""
         for member in self.members():
             member.seen_s += seconds
@@ -204,14 +208,14 @@ class InstanceRegistry:
         """Suspect, take down and in the end forget the registered instances whose heartbeats have stopped."""
         now_s = self._clock()
         for member in self.members():
-            if member.static:
+            if member.is_static:
                 continue
             info, silent_s = member.info, now_s - max(member.seen_s, member.answered_s)
             self._consider(member)
             if member.is_up and silent_s > DOWN_MISSES * self.heartbeat_s:
                 reason = self._why(member)
                 self.lost_contact(info.instance_id, info.epoch, reason)
-                self.on_silent(info.url, reason)
+                self.on_unresponsive(info.url, reason)
             if silent_s > HEARTBEAT_MISSES * self.heartbeat_s:
                 self._forget(info.instance_id, f"{HEARTBEAT_MISSES} heartbeats missed")
 
@@ -231,21 +235,21 @@ class InstanceRegistry:
 
     def _consider(self, member: Member) -> None:
         """Whether `member`, which has registered, is suspect, or no longer."""
-        doubt = None
+        why = None
         if self._clock() - member.seen_s > SUSPECT_MISSES * self.heartbeat_s:
-            doubt = SuspectReason.SILENT
+            why = SuspectReason.SILENT
         elif member.load is not None and member.load.step_age_s > self._stuck_s:
-            doubt = SuspectReason.STUCK
-        if doubt is not member.doubt:
-            self._doubt(member, doubt)
+            why = SuspectReason.STUCK
+        if why is not member.suspect_reason:
+            self._set_suspect(member, why)
 
-    def _doubt(self, member: Member, doubt: SuspectReason | None, reason: str = "") -> None:
-        member.doubt = doubt
+    def _set_suspect(self, member: Member, why: SuspectReason | None, reason: str = "") -> None:
+        member.suspect_reason = why
         if not member.is_up:
             return
-        member.reason = "" if doubt is None else reason or self._why(member)
+        member.reason = "" if why is None else reason or self._why(member)
         name = member.info.instance_id
-        if doubt is None:
+        if why is None:
             logger.info("instance is well again instance=%s", name)
         else:
             logger.warning("instance is suspect instance=%s reason=%s", name, member.reason)
@@ -254,14 +258,14 @@ class InstanceRegistry:
 
     def _why(self, member: Member) -> str:
         """The reason of its doubt."""
-        if member.doubt is SuspectReason.STUCK and member.load is not None:
+        if member.suspect_reason is SuspectReason.STUCK and member.load is not None:
             return f"its scheduler has made no step for {member.load.step_age_s:.1f} s"
         return f"no heartbeat for {self._clock() - member.seen_s:.1f} s"
 
     def _add(self, info: InstanceInfo, *, static: bool, is_draining: bool = False) -> Member:
         member = Member(info, static, self._clock(), is_draining=is_draining)
         self._members[info.instance_id] = member
-        self.stirred.set()
+        self.probe_needed.set()
         self._refresh()
         return member
 
@@ -275,13 +279,13 @@ class InstanceRegistry:
     def _refresh(self) -> None:
         up = {
             info.instance_id: Instance(
-                info.instance_id, info.epoch, info.role, info.url, info.bootstrap_port, member.facts
+                info.instance_id, info.epoch, info.role, info.url, info.bootstrap_port, member.server_info
             )
             for member in self._members.values()
-            if (info := member.info) and member.is_up and member.facts is not None
+            if (info := member.info) and member.is_up and member.server_info is not None
         }
         ready = [one for name, one in up.items() if not self._members[name].is_draining]
-        suspect = {name for name in up if self._members[name].doubt is not None}
+        suspect = {name for name in up if self._members[name].suspect_reason is not None}
         self._up, self._snapshot = (
             ClusterSnapshot.of(up.values()),
             ClusterSnapshot.of(_trusted(ready, suspect)),
@@ -291,11 +295,11 @@ class InstanceRegistry:
 def _up_state(member: Member) -> State:
     if member.is_draining:
         return State.DRAINING
-    return State.READY if member.doubt is None else State.SUSPECT
+    return State.READY if member.suspect_reason is None else State.SUSPECT
 
 
 def _trusted(instances: Sequence[Instance], suspect: Container[InstanceId]) -> list[Instance]:
     """Those that are not suspect, and those beside whom nobody else serves their model in their role."""
     sound = [one for one in instances if one.instance_id not in suspect]
-    served = {(one.role, one.facts.model) for one in sound}
-    return [one for one in instances if one in sound or (one.role, one.facts.model) not in served]
+    served = {(one.role, one.server_info.model) for one in sound}
+    return [one for one in instances if one in sound or (one.role, one.server_info.model) not in served]

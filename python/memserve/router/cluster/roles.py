@@ -41,14 +41,14 @@ class RoleChange:
 
     url: str
     role: Role
-    stage: Phase = Phase.DRAINING
+    phase: Phase = Phase.DRAINING
     drained: DrainStatus | None = None
     reason: str = ""
     """Why it failed."""
 
     @property
     def is_over(self) -> bool:
-        return self.stage in (Phase.DONE, Phase.FAILED)
+        return self.phase in (Phase.DONE, Phase.FAILED)
 
 
 class RoleChanges:
@@ -63,10 +63,10 @@ class RoleChanges:
         self._changes: dict[str, RoleChange] = {}
         self._running: dict[str, asyncio.Task[None]] = {}
 
-    def why_not(self, member: Member, role: Role, *, is_forced: bool) -> str | None:
+    def rejection_reason(self, member: Member, role: Role, *, is_forced: bool) -> str | None:
         """Why `member` cannot become a `role` now; None if it can."""
         info = member.info
-        if member.static:
+        if member.is_static:
             return (
                 "a server that was named by URL has no other role than the one it was started in "
                 "(SGLang's --disaggregation-mode): start it anew, and name it anew"
@@ -115,21 +115,21 @@ class RoleChanges:
             self._fail(change, "its requests have not ended in time")
             self._drains.end(member)
             return
-        change.stage = Phase.RESTARTING
-        member.become = change.role
+        change.phase = Phase.RESTARTING
+        member.new_role = change.role
         until_s = self._clock() + timeout_s
         while (
             (now := self._cluster.find(change.url)) is None or now is member or now.state is not State.READY
         ):
             if self._clock() >= until_s:
                 self._fail(change, "it has not come back in time")
-                member.become = None
+                member.new_role = None
                 if now is member:
                     self._drains.end(member)
                 return
             await asyncio.sleep(LOOK_S)
         if now.info.role is change.role:
-            change.stage = Phase.DONE
+            change.phase = Phase.DONE
             logger.info(
                 "instance has changed its role instance=%s role=%s", now.info.instance_id, change.role
             )
@@ -138,12 +138,12 @@ class RoleChanges:
 
     def _fail(self, change: RoleChange, reason: str) -> None:
         logger.warning("instance keeps its role url=%s wanted=%s: %s", change.url, change.role, reason)
-        change.stage, change.reason = Phase.FAILED, reason
+        change.phase, change.reason = Phase.FAILED, reason
 
     def _why_needed(self, member: Member) -> str | None:
         """Why nobody could serve its model while it is away; None if others can, or nobody can as it is."""
-        if member.facts is None:
+        if member.server_info is None:
             return None
-        ready = self._cluster.snapshot.serving(member.facts.model)
+        ready = self._cluster.snapshot.serving(member.server_info.model)
         others = ClusterSnapshot.of(one for one in ready.all() if one.instance_id != member.info.instance_id)
-        return None if ready.why_unready() else others.why_unready()
+        return None if ready.unavailable_reason() else others.unavailable_reason()

@@ -37,7 +37,7 @@ class StateCollector(Collector):
         }
         yield _gauge("breakers", "The state of each instance's breaker.", ("instance", "state"), breakers)
         yield from self._loads()
-        followed = self._state.followers.stats().values()
+        followed = self._state.subscriptions.stats().values()
         modes = Counter((how.mode,) for how in followed)
         yield _gauge("followed", "Ready instances, by how the prompt tree follows them.", ("by",), modes)
         sources = {name: one for how in followed for name, one in how.sources.items()}
@@ -86,7 +86,7 @@ class StateCollector(Collector):
         yield _gauge("pool_blocks", help, ("instance", "tier", "state"), blocks)
 
     def _tree(self) -> Iterator[Metric]:
-        stats = self._state.feed.tree.stats()
+        stats = self._state.synchronizer.tree.stats()
         held = {
             (name, tier): blocks
             for name, one in stats.instances.items()
@@ -95,12 +95,12 @@ class StateCollector(Collector):
         yield _gauge("tree_blocks", "Distinct blocks in the prompt tree.", (), {(): stats.blocks})
         yield _gauge("tree_held_blocks", "Blocks that an instance holds.", ("instance", "tier"), held)
         yield _gauge("tree_expected_blocks", "Dispatched, not reported yet.", (), {(): stats.expected})
-        happened = {**asdict(stats.counters), **asdict(self._state.feed.counters())}
+        happened = {**asdict(stats.counters), **asdict(self._state.synchronizer.counters())}
         counts = {(what,): count for what, count in happened.items()}
         yield _counter("tree_events", "What has happened to the prompt tree.", ("what",), counts)
 
     def _truth(self) -> Iterator[Metric]:
-        truths = self._state.feed.truth()
+        truths = self._state.synchronizer.truth()
         for name, help in (
             ("precision", "Of what the tree had of an instance at its last audit, the share that was there."),
             ("recall", "Of what was there, the share that the tree had."),
@@ -122,7 +122,7 @@ class StateCollector(Collector):
 
     def _costs(self) -> Iterator[Metric]:
         errors, observed = {}, {}
-        for model, costs in self._state.placer.costs.items():
+        for model, costs in self._state.selector.costs.items():
             for what, one in (("prefill", costs.prefills), ("fetch", costs.fetches)):
                 errors[model, what] = one.error
                 observed[model, what] = one.num_observed

@@ -18,14 +18,13 @@ _FIELDS = {Api.GENERATE: "input_ids", Api.CHAT: "messages", Api.COMPLETIONS: "pr
 
 def smallest_capacity(snapshot: ClusterSnapshot) -> int | None:
     """What fits every decode; None if nothing is known not to."""
-    return min(
-        (one.facts.room_tokens for one in snapshot.decodes if one.facts.room_tokens is not None), default=None
-    )
+    limits = (one.server_info.max_prompt_tokens for one in snapshot.decodes)
+    return min((limit for limit in limits if limit is not None), default=None)
 
 
 def largest_capacity(snapshot: ClusterSnapshot) -> int | None:
     """What fits some decode, if no instance is without a known limit; else None."""
-    rooms = [one.facts.room_tokens for one in snapshot.decodes]
+    rooms = [one.server_info.max_prompt_tokens for one in snapshot.decodes]
     if snapshot.colocated or not rooms or None in rooms:
         return None
     return max(room for room in rooms if room is not None)
@@ -36,7 +35,7 @@ def instances_that_fit(snapshot: ClusterSnapshot, num_tokens: int) -> ClusterSna
     decodes = tuple(
         one
         for one in snapshot.decodes
-        if one.facts.room_tokens is None or num_tokens <= one.facts.room_tokens
+        if one.server_info.max_prompt_tokens is None or num_tokens <= one.server_info.max_prompt_tokens
     )
     return snapshot if len(decodes) == len(snapshot.decodes) else replace(snapshot, decodes=decodes)
 

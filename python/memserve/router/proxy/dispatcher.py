@@ -86,20 +86,20 @@ class Dispatcher:
         metrics: RouterMetrics,
     ) -> None:
         self._cluster = state.cluster
-        self._placer = state.placer
+        self._placer = state.selector
         self._breakers = state.breakers
         self._runner = runner
         self._resumer = resumer
         self._patience = patience
         self._metrics = metrics
-        self._prefixes = state.observed.prefixes
+        self._prefixes = state.telemetry.prefixes
 
     def explain(self, job: PreparedRequest) -> Decision:
         """Where a call would go. Raises as placing it would."""
         ready = self._ready(job)
         decision = self._placer.decide(self._breakers.admitted(ready), job.prompt)
         if decision is None:
-            raise NoRoute(ready.why_unready() or "no server is ready")
+            raise NoRoute(ready.unavailable_reason() or "no server is ready")
         return decision
 
     async def answer(self, job: PreparedRequest, on_placed: OnPlaced) -> bytes:
@@ -219,10 +219,10 @@ class Dispatcher:
         until_s = clock() + SUSPECT_MISSES * self._cluster.heartbeat_s
         lost = [fault for fault in faults if isinstance(fault, UpstreamDisconnected)]
         while True:
-            fates = [self._cluster.fate(one.instance_id, one.epoch) for one in lost]
+            fates = [self._cluster.process_status(one.instance_id, one.epoch) for one in lost]
             ended, silent = (
                 [one for one, fate in zip(lost, fates, strict=True) if fate is which]
-                for which in (ProcessStatus.ENDED, ProcessStatus.UNKNOWN)
+                for which in (ProcessStatus.EXITED, ProcessStatus.UNKNOWN)
             )
             harm = find_poison([*ended, *silent])
             if harm is None or find_poison(ended) is not None or clock() >= until_s:
@@ -241,7 +241,7 @@ class Dispatcher:
         ready = self._ready(job)
         placed = self._placer.place(self._breakers.admitted(ready), job.prompt)
         if placed is None:
-            raise NoRoute(ready.why_unready() or "no server is ready")
+            raise NoRoute(ready.unavailable_reason() or "no server is ready")
         self._sent(placed)
         self._prefixes.note(job.prompt, job.sample)
         return placed

@@ -80,7 +80,7 @@ class _ModelLimits:
 
     @classmethod
     def of(cls, candidates: ClusterSnapshot) -> _ModelLimits:
-        facts = [instance.facts for instance in candidates.all()]
+        facts = [instance.server_info for instance in candidates.all()]
         limits = Limits(
             vocab_size=min((one.vocab_size for one in facts if one.vocab_size), default=None),
             context_tokens=min((one.context_tokens for one in facts if one.context_tokens), default=None),

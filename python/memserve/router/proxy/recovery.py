@@ -134,7 +134,7 @@ class StreamRecovery:
 
 
 def _are_deterministic(ready: ClusterSnapshot) -> bool:
-    return all(one.facts.is_deterministic for one in ready.all())
+    return all(one.server_info.is_deterministic for one in ready.all())
 
 
 def _skips_special(call: GenerationRequest) -> bool:

@@ -115,7 +115,7 @@ def test_a_new_process_begins_anew(breakers: Breakers) -> None:
     open_for(breakers, A)
     restarted = instance("a", epoch=2)
     assert state_of(breakers, restarted) is CLOSED
-    breakers.keep([(restarted.instance_id, restarted.epoch)])
+    breakers.retain([(restarted.instance_id, restarted.epoch)])
     assert state_of(breakers) is CLOSED, "forgotten"
 
 

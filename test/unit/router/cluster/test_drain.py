@@ -11,7 +11,7 @@ import pytest
 
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.drain import EvacuationSettings, shelters_for
+from memserve.router.cluster.drain import EvacuationResult, evacuation_targets
 from memserve.router.cluster.member import State
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
@@ -53,12 +53,12 @@ READY = {InstanceId(name) for name in ("p0", "p1", "p2", "d0", "c")}
 )
 def test_blocks_go_where_they_are_of_use(own: PoolInfo, names: list[str]) -> None:
     """The same blocks, not decode's DRAM, not the ranks of one server, not who drains or is down."""
-    assert [shelter.name for shelter in shelters_for(own, own.layout, POOLS, READY)] == names
+    assert [shelter.name for shelter in evacuation_targets(own, own.layout, POOLS, READY)] == names
 
 
 def test_what_was_sent_at_first_is_not_counted_as_known_later() -> None:
-    first = EvacuationSettings(10, 100, 3, 2, 1.0, "late")
-    assert first.then(EvacuationSettings(1, 10, 13, 0, 0.5)) == EvacuationSettings(11, 110, 3, 0, 1.5)
+    first = EvacuationResult(10, 100, 3, 2, 1.0, "late")
+    assert first.then(EvacuationResult(1, 10, 13, 0, 0.5)) == EvacuationResult(11, 110, 3, 0, 1.5)
 
 
 class FakePool:

@@ -61,7 +61,7 @@ def states(cluster: InstanceRegistry) -> dict[str, State]:
 def test_a_registered_instance_takes_requests_once_it_has_joined(cluster: InstanceRegistry) -> None:
     cluster.register(decode())
     assert cluster.snapshot.decodes == ()
-    assert cluster.stirred.is_set()
+    assert cluster.probe_needed.is_set()
     cluster.joined(NAME, ONE, FACTS)
     assert [one.instance_id for one in cluster.snapshot.decodes] == [NAME]
 
@@ -132,10 +132,10 @@ def test_who_is_down_for_its_silence_joins_when_it_is_heard_again(
     clock.advance(DOWN_MISSES + 0.1)
     cluster.watch()
     assert states(cluster) == {NAME: State.DOWN}
-    cluster.stirred.clear()
+    cluster.probe_needed.clear()
     assert cluster.heartbeat(NAME, ONE)
     assert states(cluster) == {NAME: State.JOINING}
-    assert cluster.stirred.is_set()
+    assert cluster.probe_needed.is_set()
     cluster.joined(NAME, ONE, FACTS)
     assert states(cluster) == {NAME: State.READY}
 
@@ -159,7 +159,7 @@ def test_silence_of_which_the_router_is_the_cause_is_excused(
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     clock.advance(20.0)
-    cluster.excuse(19.5)
+    cluster.shift_deadlines(19.5)
     cluster.watch()
     assert states(cluster) == {NAME: State.READY}
 
@@ -219,11 +219,11 @@ def test_a_heartbeat_of_another_epoch_is_unknown(cluster: InstanceRegistry) -> N
 def test_a_lost_connection_takes_an_instance_out_until_a_probe_succeeds(cluster: InstanceRegistry) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
-    cluster.stirred.clear()
+    cluster.probe_needed.clear()
     cluster.lost_contact(NAME, ONE, "refused")
     assert states(cluster) == {NAME: State.DOWN}
     assert not cluster.snapshot.decodes
-    assert cluster.stirred.is_set()
+    assert cluster.probe_needed.is_set()
     assert cluster.heartbeat(NAME, ONE)
     assert states(cluster) == {NAME: State.DOWN}
     cluster.joined(NAME, ONE, FACTS)
@@ -236,20 +236,20 @@ def test_what_became_of_a_lost_process_is_known_by_what_is_heard_of_it(
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     cluster.lost_contact(NAME, ONE, "reset")
-    assert cluster.fate(NAME, ONE) is ProcessStatus.UNKNOWN
-    cluster.lost_contact(NAME, ONE, "refused", has_ended=True)
-    assert cluster.fate(NAME, ONE) is ProcessStatus.ENDED
+    assert cluster.process_status(NAME, ONE) is ProcessStatus.UNKNOWN
+    cluster.lost_contact(NAME, ONE, "refused", has_exited=True)
+    assert cluster.process_status(NAME, ONE) is ProcessStatus.EXITED
     clock.advance(0.5)
     cluster.heartbeat(NAME, ONE)
-    assert cluster.fate(NAME, ONE) is ProcessStatus.LIVES
+    assert cluster.process_status(NAME, ONE) is ProcessStatus.ALIVE
     cluster.joined(NAME, ONE, FACTS)
     clock.advance(0.5)
     cluster.lost_contact(NAME, ONE, "reset")
-    assert cluster.fate(NAME, ONE) is ProcessStatus.UNKNOWN, "it was heard of before"
+    assert cluster.process_status(NAME, ONE) is ProcessStatus.UNKNOWN, "it was heard of before"
     cluster.joined(NAME, ONE, FACTS)
-    assert cluster.fate(NAME, ONE) is ProcessStatus.LIVES
+    assert cluster.process_status(NAME, ONE) is ProcessStatus.ALIVE
     cluster.register(decode(TWO))
-    assert cluster.fate(NAME, ONE) is ProcessStatus.ENDED
+    assert cluster.process_status(NAME, ONE) is ProcessStatus.EXITED
 
 
 def test_a_loss_seen_on_the_old_process_does_not_touch_the_new_one(cluster: InstanceRegistry) -> None:
@@ -359,19 +359,19 @@ def test_a_new_process_does_not_drain(cluster: InstanceRegistry) -> None:
 
 def test_servers_are_named_and_forgotten_at_run_time(cluster: InstanceRegistry) -> None:
     info = decode(STATIC_EPOCH, name="http://h:1")
-    assert cluster.name(info) is info
-    assert cluster.name(decode(STATIC_EPOCH, name="http://h:1")) is info
+    assert cluster.add_static(info) is info
+    assert cluster.add_static(decode(STATIC_EPOCH, name="http://h:1")) is info
     assert list(states(cluster)) == ["http://h:1"]
-    cluster.unname("http://h:1")
-    cluster.unname("http://h:1")
+    cluster.remove_static("http://h:1")
+    cluster.remove_static("http://h:1")
     assert states(cluster) == {}
 
 
 def test_a_name_does_not_touch_who_has_registered_there(cluster: InstanceRegistry) -> None:
     joined(cluster, decode())
-    cluster.name(decode(STATIC_EPOCH, name="http://h:1"))
+    cluster.add_static(decode(STATIC_EPOCH, name="http://h:1"))
     assert list(states(cluster)) == [NAME]
-    cluster.unname("http://h:1")
+    cluster.remove_static("http://h:1")
     assert list(states(cluster)) == [NAME]
     cluster.deregister(NAME, ONE)
     assert states(cluster) == {}

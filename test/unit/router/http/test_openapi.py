@@ -87,7 +87,7 @@ def matches(template: str, path: str) -> bool:
 async def test_answers_are_what_it_says() -> None:
     worker = FakeWorker(Role.COLOCATED, cache_tokens=1 << 16)
     async with staged(worker) as stage:
-        await stage.until(stage.router.state.followers.stats)
+        await stage.until(stage.router.state.subscriptions.stats)
         for last in range(3):
             body = {"input_ids": [*IDS, *[last] * 16], "rid": f"r{last}"}
             await answers(stage, "POST", "/generate", json=body)

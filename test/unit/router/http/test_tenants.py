@@ -42,7 +42,7 @@ async def depths(stage: Stage, key: str, **fields: Any) -> set[int]:
 async def test_tenants_share_no_blocks_whatever_they_claim(keys_file: Path) -> None:
     worker = FakeWorker(Role.COLOCATED, cache_tokens=1 << 16, context_tokens=4096)
     async with staged(worker, api_keys_file=keys_file) as stage:
-        await stage.until(stage.router.state.followers.stats)
+        await stage.until(stage.router.state.subscriptions.stats)
         assert (await stage.post("/generate", {"input_ids": PROMPT}))[0] == 401
         assert (await stage.post("/explain", {"input_ids": PROMPT}))[0] == 401
         assert not worker.requests
@@ -106,7 +106,7 @@ async def test_admins_explain_what_tenants_ask(keys_file: Path, tmp_path: Path) 
     worker = FakeWorker(Role.COLOCATED, cache_tokens=1 << 16, context_tokens=4096)
     admins = write(tmp_path / "admins", "root-key\n")
     async with staged(worker, api_keys_file=keys_file, admin_api_key_file=admins) as stage:
-        await stage.until(stage.router.state.followers.stats)
+        await stage.until(stage.router.state.subscriptions.stats)
         assert (await stage.post("/generate", {"input_ids": PROMPT}, headers=auth("key-a")))[0] == 200
         for key, name, wanted in (
             ("root-key", "alice", {32}),

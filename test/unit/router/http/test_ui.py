@@ -27,12 +27,12 @@ def log(stage: Stage, rid: str, status: int = 200, decision: Decision | None = N
         time.time(), "/generate", rid, f"x-{rid}", status, 0.5, "a+b", "-",
         decision=decision, prompt_tokens=None if decision is None else 64, **others,
     )  # fmt: skip
-    stage.router.state.observed.requests.add(one)
+    stage.router.state.telemetry.requests.add(one)
 
 
 def decision(stage: Stage, unknown: str | None = None) -> Decision:
     prompt = Prompt(64, (page_keys(TOKENS, 16),) if unknown is None else (), unknown=unknown)
-    made = stage.router.state.placer.decide(stage.router.cluster.snapshot, prompt)
+    made = stage.router.state.selector.decide(stage.router.cluster.snapshot, prompt)
     assert made is not None
     return made
 
@@ -92,10 +92,10 @@ async def test_the_state_tells_what_instances_and_pools_say_of_themselves() -> N
 async def test_hot_prefixes_tell_who_holds_them() -> None:
     worker = FakeWorker(Role.COLOCATED, cache_tokens=1 << 16)
     async with staged(worker) as stage:
-        await stage.until(stage.router.state.followers.stats)
+        await stage.until(stage.router.state.subscriptions.stats)
         for last in range(3):
             await stage.post("/generate", {"input_ids": [*TOKENS, *[last] * 16]})
-        stage.router.state.observed.prefixes.tick(time.monotonic())
+        stage.router.state.telemetry.prefixes.tick(time.monotonic())
         _, page = await stage.get("/tree/hottest?n=1")
         (prefix,) = page["prefixes"]
         assert (prefix["blocks"], prefix["tokens"], prefix["sample"]) == (4, 64, None)
@@ -107,7 +107,7 @@ async def test_hot_prefixes_tell_who_holds_them() -> None:
 async def test_prompts_are_shown_only_if_that_is_wanted(shown: bool) -> None:
     secret = "the secret plan "
     async with staged(*pair(), observe=ObservabilityConfig(ui_show_prompts=shown)) as stage:
-        prefixes = stage.router.state.observed.prefixes
+        prefixes = stage.router.state.telemetry.prefixes
         for _ in range(3):
             prefixes.note(Prompt(64, (page_keys(TOKENS, 16),)), prefixes.sample({"text": secret * 4}))
             await stage.post("/generate", {"text": secret * 4})

@@ -68,7 +68,7 @@ async def shown(folder: Path, **settings: Any) -> AsyncIterator[tuple[Stage, Pag
         log(stage, HOSTILE, 502)
         prompt = Prompt(64, ([bytes([7] * 32)],))  # type: ignore[list-item]
         for _ in range(3):
-            stage.router.state.observed.prefixes.note(prompt, HOSTILE)
+            stage.router.state.telemetry.prefixes.note(prompt, HOSTILE)
         async with browsing(folder) as page:
             await page.look(1280, 900)
             await page.open(stage.url("/ui"))

@@ -52,7 +52,7 @@ async def neighbours() -> tuple[FakePublisher, FakePublisher]:
 
 
 def instance(name: InstanceId, following: EventSourceInfo, epoch: int = 1) -> Instance:
-    facts = ServerInfo("m", "/m", following=following)
+    facts = ServerInfo("m", "/m", event_source_info=following)
     return Instance(name, Epoch(epoch), Role.COLOCATED, "http://127.0.0.1:1", None, facts)
 
 
@@ -88,7 +88,7 @@ class Cast:
 async def cast(*publishers: FakePublisher) -> AsyncIterator[Cast]:
     clock = FakeClock()
     tree, pools = GlobalPromptTree(clock=clock), Pools(heartbeat_s=1.0, clock=clock)
-    followers = StockSubscriptions(lambda: tree, lambda one: one.facts.following, patience=SOON)
+    followers = StockSubscriptions(lambda: tree, lambda one: one.server_info.event_source_info, patience=SOON)
     try:
         yield Cast(followers, tree, pools, clock)
     finally:

@@ -62,7 +62,7 @@ async def test_every_expression_names_what_there_is() -> None:
         )
         stage.router.pools.register(info)
         stage.router.pools.heartbeat(info.epoch, 0, (TierBlocks("dram", 1, 2, 3),))
-        await stage.until(stage.router.state.followers.stats)
+        await stage.until(stage.router.state.subscriptions.stats)
         await stage.events("/generate", {"input_ids": list(range(64)), "stream": True})
         known = await labels_by_name(stage)
     assert len(documented()) > 30

@@ -28,7 +28,7 @@ INFO = {"disaggregation_mode": "decode", "max_total_num_tokens": 2050}
 
 
 def decode(name: str, room: int | None, role: Role = Role.DECODE) -> Instance:
-    facts = ServerInfo("m", "/m", room_tokens=room)
+    facts = ServerInfo("m", "/m", max_prompt_tokens=room)
     return Instance(InstanceId(name), Epoch(1), role, f"http://{name}:1", None, facts)
 
 

@@ -26,7 +26,7 @@ async def ask(stage: Stage, model: str | None, path: str = "/generate") -> tuple
 
 
 async def followed(stage: Stage, count: int) -> None:
-    await stage.until(lambda: len(stage.router.state.followers.stats()) == count)
+    await stage.until(lambda: len(stage.router.state.subscriptions.stats()) == count)
 
 
 async def test_the_model_chooses_the_servers() -> None:
@@ -70,7 +70,7 @@ async def test_what_one_model_holds_is_no_other_models() -> None:
         assert await cached("other") == [(info_of(other).instance_id, 0)]
         await ask(stage, "other")
         await ask(stage, "other")
-        costs = stage.router.state.placer.costs
+        costs = stage.router.state.selector.costs
         observed = {model: of_model.prefills.num_observed for model, of_model in costs.items()}
         assert observed["one"] <= 1
         assert set(observed) == {"one", "other"}

@@ -156,7 +156,7 @@ async def test_servers_that_fall_silent_were_not_ended_by_it() -> None:
             await stage.until(lambda: any(one.requests and one.url not in silent for one in workers))
             one = next(one for one in workers if one.requests and one.url not in silent)
             silent.add(one.url)
-            stage.router.cluster.on_silent(one.url, "no heartbeat")
+            stage.router.cluster.on_unresponsive(one.url, "no heartbeat")
         await stage.until(lambda: all(one.requests for one in workers))
         gate.set()
         assert (await ask.task)[0] == 200

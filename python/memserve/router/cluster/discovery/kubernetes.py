@@ -186,15 +186,15 @@ class Discovery:
         wanted = {info.url: info for found in self._found.values() for info in found.values()}
         for url, info in list(self._named.items()):
             if wanted.get(url) == info:
-                self._put_back(url)
+                self._undrain(url)
             elif url not in self._removing:
                 logger.info("pod gone url=%s", url)
                 self._removing[url] = asyncio.create_task(self._remove(url))
         for url, info in wanted.items():
-            if url not in self._named and url not in self._cluster.named():
-                self._named[url] = self._cluster.name(info)
+            if url not in self._named and url not in self._cluster.static_urls():
+                self._named[url] = self._cluster.add_static(info)
 
-    def _put_back(self, url: str) -> None:
+    def _undrain(self, url: str) -> None:
         removing, member = self._removing.pop(url, None), self._cluster.find(url)
         if removing is not None:
             removing.cancel()
@@ -203,10 +203,10 @@ class Discovery:
 
     async def _remove(self, url: str) -> None:
         member = self._cluster.find(url)
-        if member is not None and member.static:
+        if member is not None and member.is_static:
             self._drains.begin(member)
             await self._drains.wait(member, REMOVE_S)
-        self._cluster.unname(url)
+        self._cluster.remove_static(url)
         del self._named[url], self._removing[url]
         self._apply()  # Its place may have been taken, in another role.
 

@@ -81,23 +81,23 @@ class Dashboard:
     async def state(self, _: web.Request) -> web.Response:
         """Everything that the page shows, except for explanations."""
         state, config, now_s = self._state, self._config, time.monotonic()
-        stats = state.feed.tree.stats()
+        stats = state.synchronizer.tree.stats()
         page: JsonObject = {
             "now_s": time.time(),
             "version": __version__,
             "uptime_s": round(time.time() - self._started_s, 1),
-            "reason_unready": state.cluster.snapshot.why_unready(),
+            "reason_unready": state.cluster.snapshot.unavailable_reason(),
             "policies": {
                 "prefill": config.prefill_policy or config.policy,
                 "decode": config.decode_policy or config.policy,
             },
-            "shows_prompts": state.observed.prefixes.keeps_samples,
+            "shows_prompts": state.telemetry.prefixes.keeps_samples,
             "waiting": self._gate.num_waiting(),
             "tree_blocks": stats.blocks,
             "instances": self._instances(stats.instances),
             "hottest": self._hottest(SHOWN_PREFIXES, now_s),
-            "requests": [_told(one) for one in state.observed.requests.newest(SHOWN_REQUESTS)],
-            "series": state.observed.series.points(),
+            "requests": [_told(one) for one in state.telemetry.requests.newest(SHOWN_REQUESTS)],
+            "series": state.telemetry.series.points(),
         }
         return _page(page)
 
@@ -110,13 +110,13 @@ class Dashboard:
         """Requests that ended lately, the last one first; `?n=100`; `?faults=1`: only those with a 5xx."""
         num = _number(request, "n", 100, MAX_REQUESTS)
         only_faults = request.query.get("faults", "0") != "0"
-        found = self._state.observed.requests.newest(num, only_faults=only_faults)
+        found = self._state.telemetry.requests.newest(num, only_faults=only_faults)
         return _page({"requests": [_told(one) for one in found]})
 
     async def request(self, request: web.Request) -> web.Response:
         """One of them by its rid or x-request-id, and the decision that placed it; 404 if it is gone."""
         name = request.match_info["rid"]
-        one = self._state.observed.requests.find(name)
+        one = self._state.telemetry.requests.find(name)
         if one is None:
             message = f"no recent request has the rid or x-request-id {name}: only the last ones are kept"
             raise BadRequest(message, field="rid", status=404)
@@ -149,12 +149,15 @@ class Dashboard:
 
     def _member(self, member: Member) -> JsonObject:
         name = member.info.instance_id
-        load = self._state.placer.load(name)
-        tokens, page = (member.load and member.load.max_tokens), (member.facts and member.facts.page_size)
+        load = self._state.selector.load(name)
+        tokens, page = (
+            (member.load and member.load.max_tokens),
+            (member.server_info and member.server_info.page_size),
+        )
         return {
             **describe_member(member),
             "breaker": self._state.breakers.state(name, member.info.epoch),
-            "running": self._state.placer.num_running(name),
+            "running": self._state.selector.num_running(name),
             "queued": load.queued,
             "queued_s": round(load.queued_s, 4),
             "hbm_capacity": tokens // page if tokens and page else None,
@@ -183,11 +186,11 @@ class Dashboard:
         return {"hbm_blocks": one and one.hbm, "dram_blocks": used, "dram_capacity": total}
 
     def _hottest(self, num: int, now_s: float) -> list[JsonObject]:
-        found = self._state.observed.prefixes.hottest(num, now_s)
-        return [self._prefix(one, self._state.feed.tree.holders(one.key)) for one in found]
+        found = self._state.telemetry.prefixes.hottest(num, now_s)
+        return [self._prefix(one, self._state.synchronizer.tree.holders(one.key)) for one in found]
 
     def _prefix(self, one: HotPrefix, holders: Mapping[InstanceId, TierCounts]) -> JsonObject:
-        sizes = (it.facts.page_size for it in self._state.cluster.up.all() if it.instance_id in holders)
+        sizes = (it.server_info.page_size for it in self._state.cluster.up.all() if it.instance_id in holders)
         page_tokens = BLOCK_TOKENS if one.by_text else next(filter(None, sizes), None)
         return {
             "key": one.key.hex()[:16],

@@ -49,7 +49,7 @@ class InfoHandlers:
         self._state = state
         self._access = access
         self._cluster = state.cluster
-        self._feed = state.feed
+        self._feed = state.synchronizer
         self._metrics = metrics
         self._session = session
         self._started_s = int(time.time())
@@ -61,8 +61,8 @@ class InfoHandlers:
     async def ready(self, request: web.Request) -> web.Response:
         """200 if a request can be served now, else 503 with the reason; admins also see whose."""
         snapshot = self._cluster.snapshot
-        reason = snapshot.why_unready()
-        unchecked = [str(one.instance_id) for one in snapshot.all() if one.facts.vocab_size is None]
+        reason = snapshot.unavailable_reason()
+        unchecked = [str(one.instance_id) for one in snapshot.all() if one.server_info.vocab_size is None]
         page: JsonObject = {
             "ready": reason is None,
             "reason": reason,
@@ -127,7 +127,7 @@ class InfoHandlers:
         instances = self._cluster.snapshot.all()
         if not instances:
             return self._unavailable()
-        return json_response(instances[0].facts.model_info)
+        return json_response(instances[0].server_info.model_info)
 
     async def server_info(self, request: web.Request) -> web.Response:
         """What an answering instance says of itself, as a stock server would, but for its keys.
@@ -161,7 +161,7 @@ class InfoHandlers:
         failed = []
         for one, (status, body) in zip(instances, answers, strict=True):
             if status == 200:
-                self._state.followers.flushed(one.instance_id)
+                self._state.subscriptions.flushed(one.instance_id)
             else:
                 failed.append(f"{one.instance_id}: {message_of(status, body)}")
         if failed:
@@ -220,14 +220,14 @@ class InfoHandlers:
     def _cards(self) -> dict[str, JsonObject]:
         """OpenAI's model objects by name."""
         return {
-            one.facts.model: {
-                "id": one.facts.model,
+            one.server_info.model: {
+                "id": one.server_info.model,
                 "object": "model",
                 "created": self._started_s,
                 "owned_by": "sglang",
-                "root": one.facts.model,
+                "root": one.server_info.model,
                 "parent": None,
-                "max_model_len": one.facts.context_tokens,
+                "max_model_len": one.server_info.context_tokens,
             }
             for one in reversed(self._cluster.snapshot.all())
         }

@@ -95,7 +95,7 @@ class WorkersApi:
         page: JsonObject = {
             "caching": caching_of(self._cluster, pools),
             "workers": [self._describe(member) for member in self._cluster.members()],
-            "followed": {name: how.mode for name, how in self._state.followers.stats().items()},
+            "followed": {name: how.mode for name, how in self._state.subscriptions.stats().items()},
             "pools": [_describe_pool(member, pools.age_s(member)) for member in pools.members()],
         }
         return _page(page)
@@ -157,7 +157,7 @@ class WorkersApi:
             return _page(
                 {**_id_of(member), **_describe_change(RoleChange(member.info.url, role, Phase.DONE))}
             )
-        if reason := self._roles.why_not(member, role, is_forced=wanted.force):
+        if reason := self._roles.rejection_reason(member, role, is_forced=wanted.force):
             raise BadRequest(f"{member.info.instance_id} cannot become {role}: {reason}", status=409)
         change = self._roles.begin(member, role, wanted.timeout_s)
         is_awaited = request.query.get("wait", "1") != "0"
@@ -169,8 +169,8 @@ class WorkersApi:
         )
 
     def _add(self, info: InstanceInfo) -> web.Response:
-        is_new = info.url not in self._cluster.named()
-        known = self._cluster.name(info)
+        is_new = info.url not in self._cluster.static_urls()
+        known = self._cluster.add_static(info)
         if known != info:
             raise BadRequest(
                 f"{known.url} is known as {known.role}, bootstrap port {known.bootstrap_port}: "
@@ -183,7 +183,7 @@ class WorkersApi:
     async def _remove(self, request: web.Request, name: str) -> web.Response:
         timeout_s = _seconds(request.query.get("timeout_s", str(REMOVE_S)))
         member = self._member(name)
-        if not member.static:
+        if not member.is_static:
             raise BadRequest(
                 f"{member.info.instance_id} has registered itself, and would again: drain it with "
                 "POST /workers/ID/drain, then stop its process",
@@ -193,7 +193,7 @@ class WorkersApi:
         drained = await self._drains.wait(member, timeout_s)
         if self._is_there(member) and not member.is_draining:
             raise BadRequest(f"{name} was put back meanwhile", status=409)
-        self._cluster.unname(member.info.url)
+        self._cluster.remove_static(member.info.url)
         return _page({**_id_of(member), "removed": True, **_describe_drain(drained)})
 
     def _is_there(self, member: Member) -> bool:
@@ -216,7 +216,7 @@ class WorkersApi:
 
 def describe_member(member: Member) -> JsonObject:
     """What the router knows of an instance."""
-    info, facts = member.info, member.facts
+    info, facts = member.info, member.server_info
     return {
         "instance_id": info.instance_id,
         "role": info.role,
@@ -225,9 +225,9 @@ def describe_member(member: Member) -> JsonObject:
         "state": member.state,
         "draining": member.is_draining,
         "reason": member.reason or None,
-        "registered": not member.static,
+        "registered": not member.is_static,
         "load": None if member.load is None else msgspec.to_builtins(member.load),
-        "caching": None if member.static else info.caching,
+        "caching": None if member.is_static else info.caching,
         "model": facts.model if facts else None,
         "context_tokens": facts.context_tokens if facts else None,
         "vocab_size": facts.vocab_size if facts else None,
@@ -252,7 +252,7 @@ def _describe_pool(member: PoolMember, age_s: float) -> JsonObject:
 
 def _describe_change(change: RoleChange) -> JsonObject:
     drained = None if change.drained is None else _describe_drain(change.drained)
-    return {"role": change.role, "stage": change.stage, "reason": change.reason or None, "drain": drained}
+    return {"role": change.role, "stage": change.phase, "reason": change.reason or None, "drain": drained}
 
 
 def _describe_tier(tier: TierBlocks) -> JsonObject:
