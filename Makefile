@@ -5,13 +5,14 @@ INSTALL = python3 scripts/install.py --venv $(VENV)
 # Unit tests share nothing, so two at a time; a test with servers has the machine to itself.
 UNIT    = $(PYTHON) -m pytest -q -n 2 --dist worksteal test/unit
 
-.PHONY: help install demo test chaos check bench clean
+.PHONY: help install demo test chaos check docs bench clean
 
 help:
 	@echo "make demo     router, prefill and decode serve a conversation (KEEP=1 leaves them up, CACHING=all compares)"
 	@echo "make test     everything, with real servers"
 	@echo "make chaos    servers are killed, cut off and confused under load, and a table of what became of each request"
-	@echo "make check    lint, types, layering and unit tests: about two minutes"
+	@echo "make check    lint, types, layering, documentation and unit tests: about two minutes"
+	@echo "make docs     the documentation as a site in build/site, its reference pages written anew from the code"
 	@echo "make bench    the whole evaluation, with one report (PARTS='steps stock' for some of it; says how long, goes on where it was)"
 	@echo "make install  only $(VENV)"
 
@@ -36,11 +37,18 @@ check:
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	MYPYPATH=benchmark:python $(VENV)/bin/mypy --strict benchmark/*.py benchmark/report/make.py
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
 	$(UNIT)
+
+docs:
+	@$(INSTALL) --dev
+	@$(PYTHON) scripts/make_reference.py
+	@NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --quiet --strict
+	@echo "open build/site/index.html"
 
 bench:
 	@$(INSTALL) --bench --mooncake
 	@$(PYTHON) benchmark/paper.py $(if $(OUT),-o $(OUT)) $(if $(AGAINST),--against $(AGAINST)) $(if $(PARTS),--parts $(PARTS))
 
 clean:
-	rm -rf $(VENV) models logs
+	rm -rf $(VENV) models logs build

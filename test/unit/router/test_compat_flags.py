@@ -163,13 +163,13 @@ def test_the_defaults_are_those_of_the_record() -> None:
     assert parse_args([]) == RouterConfig()
 
 
-@pytest.mark.parametrize("name", ["watching.md", "sglang-router.md"])
+@pytest.mark.parametrize("name", ["observability.md", "from-sglang-router.md"])
 def test_the_docs_name_flags_that_there_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_args(["--help"])
     known = set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out))
     known |= {line.split()[0] for line in LINES}
-    text = (Path(__file__).parents[3] / "docs" / name).read_text()
+    text = (Path(__file__).parents[3] / "docs" / "guides" / name).read_text()
     named = set(re.findall(r"(?<![\w-])--[a-z][a-z0-9-]+(?![*a-z0-9-])", text))
     assert named
     assert named <= known

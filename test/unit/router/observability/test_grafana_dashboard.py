@@ -18,7 +18,7 @@ from ..harness import Stage, staged
 
 ROOT = Path(__file__).parents[4]
 DASHBOARD = ROOT / "deploy" / "grafana" / "memserve.json"
-DOCS = ROOT / "docs" / "watching.md"
+DOCS = ROOT / "docs" / "guides" / "observability.md"
 PREFIX = "memserve_router_"
 _METRIC = re.compile(rf"{PREFIX}\w+")
 _BY = re.compile(r"by \(([\w, ]+)\)")
@@ -28,7 +28,7 @@ _SHOWN = re.compile(r"{{(\w+)}}")
 
 def documented() -> set[str]:
     """The metrics that the table in the docs names."""
-    rows = DOCS.read_text().partition("## Numbers")[2].partition("\n\n*First")[0].splitlines()
+    rows = DOCS.read_text().partition("## Metrics")[2].partition("\n\n*First")[0].splitlines()
     cells = (row.split("|")[2] for row in rows if row.startswith("| ") and "metrics |" not in row)
     return {name for cell in cells for name in re.findall(r"`([a-z]+_\w+|breakers|instances)[`{]", cell)}
 
