@@ -112,8 +112,8 @@ def _help(action: argparse.Action) -> str:
 def router_flags() -> str:
     parser = parser_of(router_config.parse_args)
     intro = (
-        "`python -m memserve.launch_router --help` prints the same list. The flags of sglang-router are accepted, "
-        "too: see [Coming from sglang-router](../guides/from-sglang-router.md)."
+        "`python -m memserve.launch_router --help` prints the same list. The flags of sglang-router are "
+        "accepted, too: see [Coming from sglang-router](../guides/from-sglang-router.md)."
     )
     return flags(parser, "Router flags", intro)
 
@@ -121,8 +121,8 @@ def router_flags() -> str:
 def server_flags() -> str:
     parser = parser_of(launch_server.parse)
     intro = (
-        "`python -m memserve.launch_server --help` prints the same list. Every flag that is not listed goes to "
-        "SGLang untouched; `sglang serve --help` lists those."
+        "`python -m memserve.launch_server --help` prints the same list. Every flag that is not listed goes "
+        "to SGLang untouched; `sglang serve --help` lists those."
     )
     return flags(parser, "Server flags", intro)
 
@@ -232,8 +232,8 @@ def metrics() -> str:
         lines.append(_row(f"`{name}`", family.type, labels, family.documentation))
     lines += ["", "## Servers", ""]
     lines += [
-        "`GET /mempool/metrics` on every server with a memory pool. A server with several pools adds the label "
-        "`rank`. `GET /mempool` has the same numbers as JSON."
+        "`GET /mempool/metrics` on every server with a memory pool. A server with several pools adds the "
+        "label `rank`. `GET /mempool` has the same numbers as JSON."
     ]
     lines += ["", "| metric | type | labels | meaning |", "|---|---|---|---|"]
     lines += list(dict.fromkeys(_pool_rows()))
@@ -266,10 +266,10 @@ def wire_protocol() -> str:
     records = list(_records_in(tagged))
     lines = ["# Wire protocol", "", GENERATED, ""]
     lines += [
-        f"Version {messages.WIRE_VERSION}. Control messages between processes: msgpack over ZMQ, encrypted with "
-        "CURVE when a cluster key is set. One message is the array `[version, body]`; the field `type` of the body "
-        "is the name of the message. A request gets exactly one answer. Two versions do not talk to each other. "
-        "KV bytes do not travel here: a transport moves them."
+        f"Version {messages.WIRE_VERSION}. Control messages between processes: msgpack over ZMQ, encrypted "
+        "with CURVE when a cluster key is set. One message is the array `[version, body]`; the field `type` "
+        "of the body is the name of the message. A request gets exactly one answer. Two versions do not talk "
+        "to each other. KV bytes do not travel here: a transport moves them."
     ]
     for title, types in (("Messages", tagged), ("Records inside messages", records)):
         lines += ["", f"## {title}"]
@@ -342,8 +342,8 @@ def python_api() -> str:
     """Public methods of the pool and of its exchange with other pools."""
     lines = ["# Python API", "", GENERATED, ""]
     lines += [
-        "The verbs of the memory pool, as the servers call them. `MemPool` is one rank's pool; `Peers` exchanges "
-        "blocks with the pools of other processes. Errors stand in `memserve.core.errors`."
+        "The verbs of the memory pool, as the servers call them. `MemPool` is one rank's pool; `Peers` "
+        "exchanges blocks with the pools of other processes. Errors stand in `memserve.core.errors`."
     ]
     for kind in (MemPool, Peers):
         lines += ["", f"## {kind.__name__}", "", f"`{kind.__module__}.{kind.__name__}`", "", _doc(kind)]
@@ -355,9 +355,9 @@ def python_api() -> str:
 
 def _methods(kind: type) -> Iterator[tuple[str, Any]]:
     for name, member in vars(kind).items():
-        member = member.fget if isinstance(member, property) else member
-        if inspect.isfunction(member) and not name.startswith("_"):
-            yield name, member
+        method = member.fget if isinstance(member, property) else member
+        if inspect.isfunction(method) and not name.startswith("_"):
+            yield name, method
 
 
 def _signature(name: str, method: Any) -> str:
