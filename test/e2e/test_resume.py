@@ -85,9 +85,9 @@ def test_streams_outlive_the_decode_that_feeds_them(expendable_pair: Pair) -> No
         assert [reader.told() for reader in readers] == undisturbed
         metrics = requests.get(f"{pair.url}/metrics", timeout=5).text
         counts = dict(re.findall(r'memserve_router_resumed_total{outcome="(\w+)"} (\d+)', metrics))
-        # A penalty counts what was generated; the tokens of a random model's text are not always proven.
-        assert int(counts["continued"]) >= 2
-        assert int(counts["repeated"]) >= 1
+        # A penalty depends on the generated tokens; OpenAI's streams do not tell theirs.
+        assert int(counts["continued"]) == 2
+        assert int(counts["repeated"]) == 3
         assert sum(map(int, counts.values())) == len(ASKED)
     finally:
         # The spare one stays, in the place of the other.

@@ -99,7 +99,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         upstream = Upstream(connections, session, on_lost=_on_lost(state))
         stack.push_async_callback(upstream.close)
         runner = RequestExecutor(upstream, state.selector, fetcher)
-        resumer = StreamRecovery(state.tokenizers, metrics, is_on=config.resume == "auto")
+        resumer = StreamRecovery(state.tokenizers, is_on=config.resume == "auto")
         dispatcher = Dispatcher(state, runner, resumer, _patience(config), metrics)
         requests, traces = state.telemetry.requests, _traces(stack, config)
         preparer = RequestPreparer(cluster, state.reader, state.telemetry.prefixes.sample)

@@ -14,6 +14,7 @@ JsonObject: TypeAlias = dict[str, object]
 """A JSON object whose fields belong to SGLang: the router reads a few and hands on the rest."""
 
 encode_json = msgspec.json.Encoder().encode
+decode_json = msgspec.json.Decoder().decode
 
 
 class Api(StrEnum):

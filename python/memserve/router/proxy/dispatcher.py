@@ -58,7 +58,7 @@ class _Attempt:
 
     def job(self, job: PreparedRequest) -> PreparedRequest:
         """What is to be placed for it."""
-        if self.resumption is None or not self.resumption.num_kept:
+        if self.resumption is None or not self.resumption.num_accepted:
             return job
         return job.resumed(self.resumption.num_tokens)
 
@@ -81,7 +81,7 @@ class Dispatcher:
         self,
         state: RouterState,
         runner: RequestExecutor,
-        resumer: StreamRecovery,
+        recovery: StreamRecovery,
         patience: RetryPolicy,
         metrics: RouterMetrics,
     ) -> None:
@@ -89,7 +89,7 @@ class Dispatcher:
         self._placer = state.selector
         self._breakers = state.breakers
         self._runner = runner
-        self._resumer = resumer
+        self._recovery = recovery
         self._patience = patience
         self._metrics = metrics
         self._prefixes = state.telemetry.prefixes
@@ -116,49 +116,36 @@ class Dispatcher:
 
     async def stream(self, job: PreparedRequest, on_placed: OnPlaced, sink: Sink) -> None:
         """Write the events as they come. Raises as `answer`, and Diverged; maybe after a write."""
-        outlet = self._resumer.outlet(job.call, sink, self._ready(job))
+        stream = self._recovery.open(job.call, sink, self._ready(job))
 
         async def run(attempt: _Attempt, placed: Assignment) -> None:
             resumption = attempt.resumption
-            write = outlet.writer(attempt.alias, resumption.continuation if resumption else None)
+            write = stream.writer(attempt.alias, resumption.splicer if resumption else None)
             try:
                 await self._runner.stream(attempt.call, placed, write)
             except UpstreamFault:
-                rest = self._resumer.rest_of(job.call, outlet)
-                if rest is None:
+                closing = self._recovery.closing_events(job.call, stream)
+                if closing is None:
                     raise
-                await outlet.write(rest)
+                await stream.write(closing)
             except Diverged:
-                self._resumer.count("diverged")
+                self._metrics.resumed.labels("diverged").inc()
                 raise
-            await outlet.end()
+            await stream.end()
             if resumption is not None:
-                self._resumer.count("continued" if resumption.num_kept else "repeated")
+                self._metrics.resumed.labels("continued" if resumption.num_accepted else "repeated").inc()
 
         async def go_on(fault: UpstreamFault) -> _Attempt:
             if not sink.has_begun:
                 return _Attempt.anew(job.call)
-            failed = [fault.instance_id]
-
-            async def ask(call: GenerationRequest) -> bytes:
-                return await self._asked(call, job, failed)
-
-            resumed = await self._resumer.resumed(job.call, job.model, outlet, self._ready(job), ask)
-            if isinstance(resumed, str):
-                fault.why_not_resumed = resumed
+            resumption = await self._recovery.resume(job.call, job.model, stream, self._ready(job))
+            if isinstance(resumption, str):
+                self._metrics.resumed.labels("refused").inc()
+                fault.why_not_resumed = resumption
                 raise fault
-            return _Attempt.anew(resumed.call, resumed)
+            return _Attempt.anew(resumption.call, resumption)
 
         await self._tried(job, on_placed, run, go_on)
-
-    async def _asked(
-        self, call: GenerationRequest, job: PreparedRequest, failed: Sequence[InstanceId]
-    ) -> bytes:
-        """The answer to a question of the router's own about `job`. Raises as one attempt does."""
-        placed = self._place_elsewhere(job, failed)
-        if placed is None:
-            raise NoRoute("no server is ready")
-        return await self._runner.answer(AttemptId().of(call), placed)
 
     # ---- attempts
 

@@ -20,14 +20,12 @@ from memserve.router.proxy.n_sampling import SampleJoiner, as_batch, as_singles,
 from memserve.router.proxy.pd_pair import OnPrefilled, PairRunner, parsed
 from memserve.router.proxy.relay import Write, relay
 from memserve.router.proxy.upstream import Upstream
-from memserve.router.request import Api, GenerationRequest, encode_json
+from memserve.router.request import Api, GenerationRequest, decode_json, encode_json
 from memserve.router.sse import data_of
 from memserve.scheduling.assignment import Assignment, benefits_from
 from memserve.scheduling.selector import InstanceSelector
 
 T = TypeVar("T")
-
-decode_json = msgspec.json.Decoder().decode
 
 
 class RequestExecutor:

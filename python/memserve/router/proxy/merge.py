@@ -9,13 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-import msgspec
-
 from memserve.router.cluster.instance import Pair
-from memserve.router.request import Api, GenerationRequest, JsonObject, encode_json
+from memserve.router.request import Api, GenerationRequest, JsonObject, decode_json, encode_json
 from memserve.router.sse import data_of, with_data
-
-decode_json = msgspec.json.Decoder().decode
 
 _LOGPROB_LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import msgspec
 from msgspec import structs
 
 from memserve.core.errors import BadRequest
-from memserve.router.request import GenerationRequest, JsonObject, encode_json
+from memserve.router.request import GenerationRequest, JsonObject, decode_json, encode_json
 from memserve.router.sse import DONE, EventSplitter, data_of, with_data
-
-decode_json = msgspec.json.Decoder().decode
 
 _PROMPTS = ("text", "input_ids", "input_embeds")
 _MEDIA = ("image_data", "video_data", "audio_data")

@@ -21,14 +21,12 @@ from memserve.router.errors import UpstreamDisconnected, UpstreamError
 from memserve.router.proxy.merge import LogprobMerger, cache_report, leg_bodies, merge_answers
 from memserve.router.proxy.relay import Write, relay
 from memserve.router.proxy.upstream import Upstream
-from memserve.router.request import GenerationRequest, encode_json
+from memserve.router.request import GenerationRequest, decode_json, encode_json
 from memserve.router.sse import DONE, EventSplitter
 
 T = TypeVar("T")
 OnPrefilled = Callable[[Any], None]
 """Told of prefill's answer, parsed, as soon as it is there."""
-
-decode_json = msgspec.json.Decoder().decode
 
 # What reading an answer of another shape raises.
 _PARSE_ERRORS = (msgspec.DecodeError, ValueError, LookupError, TypeError, AttributeError)

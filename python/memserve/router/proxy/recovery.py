@@ -1,143 +1,231 @@
-"""Has broken streams continued: remembers what may be, and finds the tokens to go on from.
+"""Remembers what clients receive of streams, and has broken streams continued. Event loop thread only.
 
-Decides nothing (`resume` does). Event loop thread only.
+instance ── relay ──> ResumableStream ──> the client: whole events only, so that a stream can end, or be
+                        └─> StreamState       continued, wherever an instance leaves off
+
+Decides nothing (`recovery_policy` does).
 """
 
 from __future__ import annotations
 
-import asyncio
-import logging
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Sequence
 
-from memserve.core.errors import MemServeError
+import msgspec
+
 from memserve.router.cluster.instance import ClusterSnapshot
-from memserve.router.errors import UpstreamDisconnected
-from memserve.router.observability.metrics import RouterMetrics
 from memserve.router.proxy.capacity import largest_capacity
-from memserve.router.proxy.proof import LEAST_TOKENS, TIMEOUT_S, num_proven, question
 from memserve.router.proxy.recovery_policy import (
     SAMPLES,
+    PromptTokens,
     Resumption,
-    Tokens,
-    closing,
-    openai_text,
-    resumption,
-    why_not,
+    closing_events,
+    not_resumable,
+    plan_resumption,
 )
-from memserve.router.proxy.relay import ResumableStream, Sink
-from memserve.router.proxy.stream_state import StreamState, Unreadable
-from memserve.router.request import GenerationRequest
+from memserve.router.proxy.relay import Sink, Write
+from memserve.router.proxy.retry import AttemptId
+from memserve.router.proxy.stream_splicer import (
+    Received,
+    StreamSplicer,
+    Unreadable,
+    note_native,
+    note_openai,
+)
+from memserve.router.request import Api, GenerationRequest, decode_json
+from memserve.router.sse import EventSplitter, data_of
 from memserve.router.tokenization.token_records import KnownTokens
 from memserve.router.tokenization.tokenizers import Tokenizers
 
-logger = logging.getLogger(__name__)
-
-Ask = Callable[[GenerationRequest], Awaitable[bytes]]
 NEVER = "--resume never"
+MAX_EVENT_BYTES = 1 << 20
+"""A stream with a longer event is passed on as it comes, and not remembered."""
+FOLD_BYTES = 128 << 10
+"""Unread chunks of a stream, in bytes, at which they are read."""
+MAX_BYTES = 4 << 20
+"""A stream with a longer answer, in bytes, is forgotten."""
+
+_LAST_CHUNKS = 3
+"""Of a stream whose every event is whole: its last event, a comment and the end."""
+_DONE = b"[DONE]"
+
+
+class StreamState:
+    """What a client has received of one stream. Chunks are only kept until there are many, or it breaks."""
+
+    def __init__(self, call: GenerationRequest) -> None:
+        self._is_native = call.api is Api.GENERATE
+        self._is_single = call.num_prompts is None and call.num_samples == 1
+        self._chunks: list[bytes] = []
+        self._size = 0
+        self._received = Received()
+        self._unreadable: str | None = None
+
+    def note(self, chunk: bytes) -> None:
+        """The client gets `chunk`, which ends where an event ends."""
+        self._chunks.append(chunk)
+        self._size += len(chunk)
+        if self._size > FOLD_BYTES:
+            if self._is_single and self._received.is_incremental is False:
+                del self._chunks[:-_LAST_CHUNKS]
+                self._size = 0
+            else:
+                self._fold()
+        elif self._is_native and self._received.is_incremental is None and len(self._chunks) >= _LAST_CHUNKS:
+            self._fold()  # two events tell whether they are whole or incremental
+
+    def received(self) -> Received:
+        """All of it. Raises Unreadable."""
+        self._fold()
+        if self._unreadable is not None:
+            raise Unreadable(self._unreadable)
+        return self._received
+
+    def _fold(self) -> None:
+        chunks, self._chunks, self._size = self._chunks, [], 0
+        if self._unreadable is not None:
+            return
+        try:
+            self._read(b"".join(chunks))
+        except (msgspec.DecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError, IndexError):
+            self._unreadable = "its events are not SGLang's"
+        except Unreadable as error:
+            self._unreadable = str(error)
+        if self._unreadable is not None:
+            self._received = Received()
+
+    def _read(self, events: bytes) -> None:
+        received = self._received
+        note = note_native if self._is_native else note_openai
+        for event in events.split(b"\n\n"):
+            data = data_of(event)
+            if data == _DONE:
+                received.is_done = True
+            elif data.startswith(b"{"):
+                note(received, decode_json(data))
+        size = sum(len(part) for choice in received.choices.values() for part in choice.parts.values())
+        if size > MAX_BYTES:
+            raise Unreadable("it was longer than is remembered")
+
+
+class ResumableStream:
+    """The client's end of one stream, which several servers may feed in turn."""
+
+    def __init__(self, sink: Sink, state: StreamState | None) -> None:
+        """`state` is told of what the client gets."""
+        self._sink = sink
+        self._state = state
+        self._rest = b""
+
+    @property
+    def state(self) -> StreamState | None:
+        """None if the stream is not remembered; its events may show that it cannot be."""
+        return self._state
+
+    async def write(self, chunk: bytes) -> None:
+        """Send the events that `chunk` completes. Raises ClientLeft."""
+        if self._rest or not chunk.endswith(b"\n\n"):
+            chunk = self._cut(chunk)
+        if chunk:
+            if self._state is not None:
+                self._state.note(chunk)
+            await self._sink.write(chunk)
+
+    async def end(self) -> None:
+        """Send an incomplete last event: the stream is over. Raises ClientLeft."""
+        rest, self._rest = self._rest, b""
+        if rest:
+            await self._sink.write(rest)
+
+    def writer(self, attempt_id: AttemptId | None, splicer: StreamSplicer | None) -> Write:
+        """Where the next attempt writes to. An incomplete event of the last attempt is dropped."""
+        self._rest = b""
+        if attempt_id is None:
+            return self.write
+        splitter = EventSplitter()
+
+        async def write(chunk: bytes) -> None:
+            for event in splitter.feed(chunk):
+                own = attempt_id.removed(event)
+                if splicer is not None:
+                    own = splicer.rewrite(own)
+                if own:
+                    await self.write(own)
+
+        return write
+
+    def _cut(self, chunk: bytes) -> bytes:
+        """The whole events; the rest is kept."""
+        chunk = self._rest + chunk
+        # Events that end in another way, or never: pass on the bytes as they come.
+        if b"\r\n\r\n" in chunk or len(chunk) > MAX_EVENT_BYTES:
+            self._state, self._rest = None, b""
+            return chunk
+        end = chunk.rfind(b"\n\n") + 2
+        if end == 1:
+            self._rest = chunk
+            return b""
+        self._rest = chunk[end:]
+        return chunk[:end]
 
 
 class StreamRecovery:
-    """See the module."""
+    """Opens streams, and plans how broken streams go on."""
 
-    def __init__(self, tokenizers: Tokenizers, metrics: RouterMetrics, *, is_on: bool) -> None:
+    def __init__(self, tokenizers: Tokenizers, *, is_on: bool) -> None:
         self._tokenizers = tokenizers
-        self._metrics = metrics
         self._is_on = is_on
 
-    def outlet(self, call: GenerationRequest, sink: Sink, ready: ClusterSnapshot) -> ResumableStream:
-        """Where a stream of `call` goes, remembered if it could be continued; `ready` could serve it."""
-        return ResumableStream(sink, StreamState(call) if self._why_not(call, ready) is None else None)
+    def open(self, call: GenerationRequest, sink: Sink, ready: ClusterSnapshot) -> ResumableStream:
+        """A stream of `call` to `sink`, remembered if it could be continued; `ready` can serve it."""
+        return ResumableStream(sink, StreamState(call) if self._not_resumable(call, ready) is None else None)
 
-    def rest_of(self, call: GenerationRequest, outlet: ResumableStream) -> bytes | None:
-        """What a client that has the whole answer still has to be told; None if it has not."""
+    def closing_events(self, call: GenerationRequest, stream: ResumableStream) -> bytes | None:
+        """The events that a client lacks which has the whole answer; None if it has not."""
         try:
-            return None if outlet.transcript is None else closing(call, outlet.transcript.seen())
+            return None if stream.state is None else closing_events(call, stream.state.received())
         except Unreadable:
             return None
 
-    async def resumed(
-        self,
-        call: GenerationRequest,
-        model: str | None,
-        outlet: ResumableStream,
-        ready: ClusterSnapshot,
-        ask: Ask,
+    async def resume(
+        self, call: GenerationRequest, model: str | None, stream: ResumableStream, ready: ClusterSnapshot
     ) -> Resumption | str:
-        """How the stream goes on, or why it cannot; counted. `ask` gives the answer of one of `ready`.
+        """How the stream goes on, or why it cannot."""
+        if stream.state is None:
+            return self._not_resumable(call, ready) or "its events are not SGLang's"
+        reason = not_resumable(call, is_deterministic=_are_deterministic(ready))
+        if reason is not None:
+            return reason
+        try:
+            received = stream.state.received()
+            return plan_resumption(call, received, await self._prompt_tokens(call, model, ready))
+        except Unreadable as error:
+            return str(error)
 
-        Raises UpstreamDisconnected if that one was lost with the question.
-        """
-        if outlet.transcript is None:
-            reason = self._why_not(call, ready) or "its events are not SGLang's"
-        elif (lacks := why_not(call, is_deterministic=_are_deterministic(ready))) is not None:
-            reason = lacks
-        else:
-            try:
-                return await self._resumption(call, model, outlet.transcript, ready, ask)
-            except Unreadable as error:
-                reason = str(error)
-        self.count("refused")
-        return reason
-
-    def count(self, outcome: str) -> None:
-        """A stream that broke has ended so."""
-        self._metrics.resumed.labels(outcome).inc()
-
-    def _why_not(self, call: GenerationRequest, ready: ClusterSnapshot) -> str | None:
+    def _not_resumable(self, call: GenerationRequest, ready: ClusterSnapshot) -> str | None:
         if not self._is_on:
             return NEVER
-        reason = why_not(call, is_deterministic=False)
+        reason = not_resumable(call, is_deterministic=False)
         if reason is SAMPLES and ready.all() and _are_deterministic(ready):
-            return why_not(call, is_deterministic=True)
+            return not_resumable(call, is_deterministic=True)
         return reason
 
-    async def _resumption(
-        self,
-        call: GenerationRequest,
-        model: str | None,
-        transcript: StreamState,
-        ready: ClusterSnapshot,
-        ask: Ask,
-    ) -> Resumption:
-        seen = transcript.seen()
+    async def _prompt_tokens(
+        self, call: GenerationRequest, model: str | None, ready: ClusterSnapshot
+    ) -> PromptTokens:
+        if call.api is not Api.GENERATE or call.num_prompts is not None:
+            return PromptTokens()
         known = await self._tokenizers.tokens_of(call, model)
-        if not isinstance(known, KnownTokens) or not known.replaceable or call.num_prompts is not None:
-            return resumption(call, seen, Tokens())
-        prompt, skips_special = known.prompts[0], _skips_special(call)
+        if not isinstance(known, KnownTokens) or not known.replaceable:
+            return PromptTokens()
+        params = call.body.get("sampling_params")
+        skips_special = not isinstance(params, dict) or params.get("skip_special_tokens") is not False
+        prompt = known.prompts[0]
 
-        def text_of(ids: Sequence[int]) -> str:
+        def detokenize(ids: Sequence[int]) -> str:
             return self._tokenizers.text_after(model, prompt, ids, skips_special=skips_special)
 
-        proven = await self._proven(call, model, openai_text(call, seen), prompt, ask)
-        return resumption(call, seen, Tokens(prompt, text_of, largest_capacity(ready), proven))
-
-    async def _proven(
-        self, call: GenerationRequest, model: str | None, text: str | None, prompt: Sequence[int], ask: Ask
-    ) -> Sequence[int]:
-        """The tokens at the begin of a greedy answer of which only the `text` is known."""
-        if text is None or why_not(call, is_deterministic=False) is not None:
-            return ()
-        ids = await self._tokenizers.ids_of(model, text)
-        if len(ids) < LEAST_TOKENS:
-            return ()
-        try:
-            async with asyncio.timeout(TIMEOUT_S):
-                answer = await ask(question(call, prompt, ids))
-        except UpstreamDisconnected as lost:
-            if lost.was_sent:  # whoever counts what this request does to servers has to know
-                raise
-            return ()
-        except (TimeoutError, MemServeError) as error:
-            logger.info("tokens not proven rid=%s reason=%s", call.rid, error)
-            return ()
-        return ids[: num_proven(ids, answer)]
+        return PromptTokens(prompt, detokenize, largest_capacity(ready))
 
 
 def _are_deterministic(ready: ClusterSnapshot) -> bool:
     return all(one.server_info.is_deterministic for one in ready.all())
-
-
-def _skips_special(call: GenerationRequest) -> bool:
-    params = call.body.get("sampling_params")
-    holder = params if isinstance(params, dict) else call.body
-    return holder.get("skip_special_tokens") is not False

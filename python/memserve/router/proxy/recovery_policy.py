@@ -1,20 +1,18 @@
-"""Whether a stream that broke is continued by another server, and from where. Pure.
+"""Decides whether a broken stream is continued by another server, and from where. Pure.
 
-    greedy, or the servers are deterministic ── why_not ──> None
-        nothing that looks back, and the ids are known    prompt + the tokens that were streamed
-        anything else                                     the same again; what repeats is left out
+    greedy, or deterministic servers ── not_resumable ──> None
+        /generate, and the next token depends on the tokens alone     prompt + the streamed tokens
+        anything else                                                 the same request; repeats are dropped
 
-/generate tells the ids in its stream; those of an OpenAI stream have to be proven (see `proof`).
+Both give the text of an undisturbed run, as far as servers compute alike; repeated parts have to be equal.
+The second costs decoding the streamed part once more. OpenAI's streams tell no token ids.
 
-Both give the text of an undisturbed run, as far as servers compute alike; what they say twice has to be
-the same. The second costs the decoding of what was streamed, once more.
+The next token depends on more than the tokens where a request has penalties, grammars, or parsers of
+reasoning and tools. Stop strings are kept out of the accepted tokens: so much of the text is generated
+again that no stop string can begin before the cut and end after it.
 
-A request looks back if what comes next depends on what was generated other than as a part of the
-prompt would: penalties, grammars, parsers of reasoning and tools. Stop strings are kept out of the cut:
-so much of the text is generated again that none can begin before it and end after it.
-
-Seeds: SGLang 0.5.23 draws a token from (seed, position) with --enable-deterministic-inference, and with
-it only (sampling_batch_info.py); otherwise a seed is not even looked at.
+Seeds: SGLang 0.5.23 draws a token from (seed, position) with --enable-deterministic-inference only
+(sampling_batch_info.py); otherwise it ignores the seed.
 """
 
 from __future__ import annotations
@@ -26,18 +24,25 @@ from typing import Any
 
 from msgspec import structs
 
-from memserve.router.proxy.stream_splicer import AcceptedPrefix, NativeSplicer, OpenAiSplicer, StreamSplicer
-from memserve.router.proxy.stream_state import TEXT, Path, Received, Unreadable
+from memserve.router.proxy.stream_splicer import (
+    TEXT,
+    AcceptedPrefix,
+    NativeSplicer,
+    OpenAiSplicer,
+    Received,
+    StreamSplicer,
+    Unreadable,
+)
 from memserve.router.request import Api, GenerationRequest, JsonObject
 from memserve.router.sse import DONE
 
-TextOf = Callable[[Sequence[int]], str]
-"""The text that generated tokens add to the prompt, by the model's tokenizer; "" if nobody can tell."""
+Detokenize = Callable[[Sequence[int]], str]
+"""The text that generated tokens add to the prompt, by the model's tokenizer; "" if it is not known."""
 
 SAMPLES = "it is sampled: only greedy requests (temperature 0) can be, or all with deterministic servers"
 
 MAX_STEPS_BACK = 256
-"""How many tokens are generated again, at most, for the sake of a stop string or half a character."""
+"""Tokens that are generated again, at most, for the sake of a stop string or half a character."""
 _GREEDY = 1e-6
 """SGLang takes a lower temperature for 0."""
 _HALF = "�"
@@ -54,17 +59,7 @@ _NEUTRAL = {"repetition_penalty": 1}
 _PLAIN_NATIVE = frozenset(
     {"text", "input_ids", "sampling_params", "stream", "rid", "extra_key", "cache_salt", "priority", "user"}
 )
-_PLAIN_OPENAI = frozenset(
-    {
-        *("model", "messages", "prompt", "input_ids", "stream", "stream_options", "rid", "n", "user"),
-        *("max_tokens", "max_completion_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p"),
-        *("seed", "stop", "stop_token_ids", "ignore_eos", "skip_special_tokens", "no_stop_trim"),
-        *("extra_key", "cache_salt", "priority", "metadata", "store"),
-        *("chat_template_kwargs", "separate_reasoning", "stream_reasoning"),
-    }
-)
-_OPENAI_LENGTHS = ("max_tokens", "max_completion_tokens", "min_tokens")
-_NATIVE_LENGTHS = ("max_new_tokens", "min_new_tokens")
+_LENGTHS = ("max_new_tokens", "min_new_tokens")
 # What has a state at the servers, or answers with more than text.
 _NEVER = (
     *("session_id", "session_params", "return_hidden_states", "return_routed_experts"),
@@ -73,19 +68,30 @@ _NEVER = (
 
 
 @dataclass(frozen=True, slots=True)
+class PromptTokens:
+    """What is known of the tokens of a request with one prompt."""
+
+    ids: Sequence[int] = ()
+    """Of the prompt; none if they are not known."""
+    detokenize: Detokenize = lambda _: ""
+    max_tokens: int | None = None
+    """The longest prompt that the servers take, if there is a limit."""
+
+
+@dataclass(frozen=True, slots=True)
 class Resumption:
     """How a broken stream goes on."""
 
     call: GenerationRequest
-    """What another server is asked."""
-    continuation: StreamSplicer
-    num_kept: int
-    """Generated tokens that have become a part of the prompt; 0: it does all of it again."""
+    """For the next server."""
+    splicer: StreamSplicer
+    num_accepted: int
+    """Generated tokens that became a part of the prompt; 0: the answer is generated from its beginning."""
     num_tokens: int | None = None
-    """Of that prompt, with them."""
+    """Of the prompt, with the accepted tokens."""
 
 
-def why_not(call: GenerationRequest, *, is_deterministic: bool) -> str | None:
+def not_resumable(call: GenerationRequest, *, is_deterministic: bool) -> str | None:
     """Why a stream of `call` could not be continued; None if it could.
 
     `is_deterministic`: all servers sample by seed and position.
@@ -93,7 +99,7 @@ def why_not(call: GenerationRequest, *, is_deterministic: bool) -> str | None:
     for name in _NEVER:
         if call.body.get(name):
             return f"{name} is set"
-    for params in _params(call):
+    for params in _sampling_params(call):
         if (params.get("beam_width") or 1) != 1:
             return "beam_width is set"
         if not is_deterministic and not _is_greedy(params):
@@ -101,124 +107,71 @@ def why_not(call: GenerationRequest, *, is_deterministic: bool) -> str | None:
     return None
 
 
-def closing(call: GenerationRequest, seen: Received) -> bytes | None:
-    """What is left to say to a client that has the whole answer; None if it has not."""
-    if seen.is_done:
+def closing_events(call: GenerationRequest, received: Received) -> bytes | None:
+    """The events that a client lacks which has the whole answer; None if it has not."""
+    if received.is_done:
         return b""
     count = (call.num_prompts or 1) * call.num_samples
-    if len(seen.choices) < count or not all(one.is_finished for one in seen.choices.values()):
+    if len(received.choices) < count or not all(one.is_finished for one in received.choices.values()):
         return None
     options: Any = call.body.get("stream_options") or {}
-    is_told = call.api is Api.GENERATE or seen.has_usage or not options.get("include_usage")
-    return DONE if is_told else None
+    has_usage = call.api is Api.GENERATE or received.has_usage or not options.get("include_usage")
+    return DONE if has_usage else None
 
 
-@dataclass(frozen=True, slots=True)
-class Tokens:
-    """What is known of the tokens of a call with one prompt."""
+def plan_resumption(call: GenerationRequest, received: Received, tokens: PromptTokens) -> Resumption:
+    """How a stream of `call`, which is resumable, goes on after `received`.
 
-    prompt: Sequence[int] = ()
-    """Of the prompt; none if they are not known."""
-    text_of: TextOf = lambda _: ""
-    room: int | None = None
-    """How long the prompt may be at the servers, if there is a limit."""
-    proven: Sequence[int] = ()
-    """Those at the begin of an OpenAI answer."""
-
-
-def openai_text(call: GenerationRequest, seen: Received) -> str | None:
-    """What was streamed of an OpenAI answer, if it helps to know its tokens; else None."""
-    if call.api is Api.GENERATE or call.num_prompts is not None or call.num_samples != 1:
-        return None
-    if _looks_back(call.body, _PLAIN_OPENAI) or list(seen.choices) != [0]:
-        return None
-    # The native default is 16 new tokens, but a chat goes on to the end of the context.
-    if call.api is Api.COMPLETIONS and not isinstance(call.body.get("max_tokens"), int):
-        return None
-    parts = seen.choices[0].parts
-    return parts[_field(call)] if list(parts) == [_field(call)] else None
-
-
-def resumption(call: GenerationRequest, seen: Received, tokens: Tokens) -> Resumption:
-    """How a stream of `call`, of which `why_not` knows nothing bad, goes on after `seen`.
-
-    `seen` is left as it is. Raises Unreadable.
+    `received` is left as it is. Raises Unreadable.
     """
-    if seen.is_incremental and call.body.get("return_logprob"):
+    if received.is_incremental and call.body.get("return_logprob"):
         raise Unreadable("it tells logprobs in parts")
-    seen = copy.deepcopy(seen)
-    kept = _kept(call, seen, tokens)
-    count = len(kept.ids)
-    if call.api is Api.GENERATE:
-        continuation: StreamSplicer = NativeSplicer(seen, kept)
-    else:
-        continuation = OpenAiSplicer(seen, kept, _field(call), _stops(call.body))
+    received = copy.deepcopy(received)
+    if call.api is not Api.GENERATE:
+        return Resumption(call, OpenAiSplicer(received, _stops(call.body)), 0)
+    accepted = _accepted(call, received, tokens)
+    count = len(accepted.ids)
     if count:
-        call = _continued(call, [*tokens.prompt, *kept.ids], count)
-    return Resumption(call, continuation, count, len(tokens.prompt) + count)
+        call = _continued(call, [*tokens.ids, *accepted.ids], count)
+    return Resumption(call, NativeSplicer(received, accepted), count, len(tokens.ids) + count)
 
 
-def _kept(call: GenerationRequest, seen: Received, tokens: Tokens) -> AcceptedPrefix:
-    """What can stand in the prompt of what was streamed."""
-    if not tokens.prompt:
-        return AcceptedPrefix()
-    ids: Sequence[int] = tokens.proven
-    text, params = openai_text(call, seen), call.body
-    if call.api is Api.GENERATE and _is_plain(call, seen):
-        choice = seen.choices[0]
-        ids, text, params = choice.ids, choice.parts.get(TEXT, ""), call.body["sampling_params"]  # type: ignore[assignment]
-    if text is None:
-        return AcceptedPrefix()
-    if tokens.room is not None:
-        ids = ids[: max(0, tokens.room - len(tokens.prompt))]
-    return keep(ids, text, _stops(params), tokens.text_of)
-
-
-def keep(ids: Sequence[int], text: str, stops: Sequence[str], text_of: TextOf) -> AcceptedPrefix:
-    """The longest part of what was generated that can stand in the prompt.
+def accepted_prefix(
+    ids: Sequence[int], text: str, stops: Sequence[str], detokenize: Detokenize
+) -> AcceptedPrefix:
+    """The longest part of the generated tokens that can stand in the prompt.
 
     Its text has to be known, to be whole, and to leave out the length of the longest stop string less one:
-    one that begins in it would have ended what was streamed.
+    a stop string that begins in it would have ended the stream.
     """
     longest = len(text) - max((len(stop) - 1 for stop in stops), default=0)
     for count in range(len(ids), max(0, len(ids) - MAX_STEPS_BACK), -1):
-        kept = text_of(ids[:count])
-        if kept and len(kept) <= longest and not kept.endswith(_HALF) and text.startswith(kept):
-            return AcceptedPrefix(tuple(ids[:count]), kept)
+        part = detokenize(ids[:count])
+        if part and len(part) <= longest and not part.endswith(_HALF) and text.startswith(part):
+            return AcceptedPrefix(tuple(ids[:count]), part)
     return AcceptedPrefix()
 
 
-def _continued(call: GenerationRequest, prompt: list[int], count: int) -> GenerationRequest:
-    """`call` from `prompt`, the last `count` of whose tokens were generated."""
-    body = {name: value for name, value in call.body.items() if name != "text"}
-    if call.api is Api.GENERATE:
-        params: Any = body["sampling_params"]
-        body["sampling_params"] = {**params, **_left(params, _NATIVE_LENGTHS, count)}
-    else:
-        body |= _left(body, _OPENAI_LENGTHS, count)
-    body["prompt" if call.api is Api.COMPLETIONS else "input_ids"] = prompt
-    return structs.replace(call, body=body)
+def _accepted(call: GenerationRequest, received: Received, tokens: PromptTokens) -> AcceptedPrefix:
+    """What can stand in the prompt of a stream of /generate."""
+    params: Any = call.body.get("sampling_params")
+    if not tokens.ids or not _depends_on_tokens_alone(call, params, received):
+        return AcceptedPrefix()
+    choice = received.choices[0]
+    ids: Sequence[int] = choice.ids
+    if tokens.max_tokens is not None:
+        ids = ids[: max(0, tokens.max_tokens - len(tokens.ids))]
+    return accepted_prefix(ids, choice.parts.get(TEXT, ""), _stops(params), tokens.detokenize)
 
 
-def _left(params: JsonObject, names: Sequence[str], count: int) -> JsonObject:
-    """The lengths in `params` that are left after `count` tokens."""
-    values = {name: params.get(name) for name in names}
-    return {name: max(0, value - count) for name, value in values.items() if isinstance(value, int)}
-
-
-def _is_plain(call: GenerationRequest, seen: Received) -> bool:
-    """Whether a /generate call has one prompt and does not look back."""
-    params = call.body.get("sampling_params")
+def _depends_on_tokens_alone(call: GenerationRequest, params: object, received: Received) -> bool:
+    """Whether the generated tokens can stand in the prompt (one prompt only)."""
     if not isinstance(params, dict) or call.num_prompts is not None or call.num_samples != 1:
         return False
-    if (
-        list(seen.choices) != [0]
-        or seen.is_incremental is None
-        or seen.choices[0].meta.get("reasoning_tokens")
-    ):
+    if list(received.choices) != [0] or received.is_incremental is None:
         return False
-    # A server may have a default of its own for what is not given.
-    if not isinstance(params.get("max_new_tokens"), int):
+    # A server may have a default of its own for a length that is not given.
+    if received.choices[0].meta.get("reasoning_tokens") or not isinstance(params.get("max_new_tokens"), int):
         return False
     return not _looks_back(call.body, _PLAIN_NATIVE) and not _looks_back(params, _PLAIN_SAMPLING)
 
@@ -228,13 +181,17 @@ def _looks_back(fields: JsonObject, plain: frozenset[str]) -> bool:
     return any(value and name not in plain and _NEUTRAL.get(name) != value for name, value in fields.items())
 
 
-def _field(call: GenerationRequest) -> Path:
-    """Where the text of an OpenAI answer stands."""
-    return ("text",) if call.api is Api.COMPLETIONS else ("content",)
+def _continued(call: GenerationRequest, prompt: list[int], count: int) -> GenerationRequest:
+    """`call` from `prompt`, the last `count` of whose tokens were generated."""
+    body = {name: value for name, value in call.body.items() if name != "text"}
+    params: Any = body["sampling_params"]
+    lengths = {name: params.get(name) for name in _LENGTHS}
+    left = {name: max(0, value - count) for name, value in lengths.items() if isinstance(value, int)}
+    return structs.replace(call, body={**body, "input_ids": prompt, "sampling_params": {**params, **left}})
 
 
-def _params(call: GenerationRequest) -> list[JsonObject]:
-    """The sampling parameters of each prompt."""
+def _sampling_params(call: GenerationRequest) -> list[JsonObject]:
+    """Of each prompt."""
     if call.api is not Api.GENERATE:
         return [call.body]
     params = call.body.get("sampling_params") or {}

@@ -13,12 +13,10 @@ from dataclasses import dataclass
 import msgspec
 
 from memserve.core.errors import BadRequest
-from memserve.router.request import Api, GenerationRequest, JsonObject
+from memserve.router.request import Api, GenerationRequest, JsonObject, decode_json
 from memserve.router.sglang_api import SAMPLING_FIELDS
 
 MAX_SAMPLES = 128
-
-_decode = msgspec.json.Decoder().decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,7 +41,7 @@ def read_body(raw: bytes) -> JsonObject:
     if not raw.strip():
         raise BadRequest("the body is empty; send a JSON object")
     try:
-        body = _decode(raw)
+        body = decode_json(raw)
     except (msgspec.DecodeError, UnicodeDecodeError) as error:
         raise BadRequest(f"the body is not JSON: {error}") from error
     except RecursionError as error:

@@ -16,7 +16,7 @@ from enum import Enum
 
 import msgspec
 
-from memserve.router.request import JsonObject
+from memserve.router.request import JsonObject, decode_json
 from memserve.router.tokenization.token_records import NotTokenizable
 
 MALFORMED = "a chat that is not well formed"
@@ -78,8 +78,6 @@ _PHASES = ("commentary", "final_answer")
 _TEXT_FIELDS = ("tool_call_id", "name", "reasoning_content")
 _SCHEMA_TYPES = frozenset({"string", "number", "integer", "boolean", "array", "object", "null"})
 _LONG_NUMBER = re.compile(r"\d{19}")
-
-_decode = msgspec.json.Decoder().decode
 
 
 def read_chat(body: JsonObject, content_format: ContentFormat) -> Chat:
@@ -205,7 +203,7 @@ def _arguments(text: str) -> JsonObject:
     if _LONG_NUMBER.search(text):
         raise NotTokenizable("numbers that JSON readers disagree on")
     try:
-        arguments = _decode(text)
+        arguments = decode_json(text)
     except (msgspec.DecodeError, UnicodeError, RecursionError) as error:
         raise NotTokenizable(MALFORMED) from error
     if not isinstance(arguments, dict):

@@ -13,7 +13,7 @@ import msgspec
 from tokenizers import Tokenizer as Backend
 
 from memserve.core.errors import ConfigError
-from memserve.router.request import JsonObject
+from memserve.router.request import JsonObject, decode_json
 
 TOKENIZER = "tokenizer.json"
 
@@ -22,8 +22,6 @@ _MEDIA_FILES = ("preprocessor_config.json", "processor_config.json", "video_prep
 _MEDIA_KEYS = ("vision", "audio", "image", "video")
 # Models whose chats SGLang encodes with code of its own, whatever their template says.
 _OWN_ENCODERS = ("DeepseekV4", "DeepseekV41", "Glm5Next", "GlmMoeDsa", "Inkling", "KimiK3", "MiniMaxM3")
-
-_decode = msgspec.json.Decoder().decode
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,7 +115,7 @@ def _read_json(path: Path) -> JsonObject:
     if not path.is_file():
         return {}
     try:
-        value = _decode(path.read_bytes())
+        value = decode_json(path.read_bytes())
     except (OSError, msgspec.DecodeError) as error:
         raise ConfigError(f"{path} cannot be read: {error}") from error
     if not isinstance(value, dict):

@@ -143,13 +143,6 @@ class Tokenizer:
         known = self._encoder.decode(before, skips_special=skips_special)
         return self._encoder.decode([*before, *ids], skips_special=skips_special)[len(known) :]
 
-    async def ids_of(self, text: str) -> Sequence[int]:
-        """What the tokenizer makes of `text` where it stands within another; none if it is no Unicode."""
-        try:
-            return await self._on_thread(lambda it: self._encoder.encode(it, framed=False).ids, text)
-        except NotTokenizable:
-            return ()
-
     async def verify(self, server: str, server_info: JsonObject, ask: Ask) -> Agreement:
         """Have `server` read some texts and chats, and remember whether it reads them as we do.
 

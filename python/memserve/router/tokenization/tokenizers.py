@@ -83,11 +83,6 @@ class Tokenizers:
             return ""
         return tokenizer.text_after(prompt, ids, skips_special=skips_special)
 
-    async def ids_of(self, model: str | None, text: str) -> Sequence[int]:
-        """As `Tokenizer.ids_of`; none for a model without a tokenizer here."""
-        tokenizer = self._by_model.get(model or "")
-        return await tokenizer.ids_of(text) if isinstance(tokenizer, Tokenizer) else ()
-
     def forwardable(self, call: GenerationRequest, model: str | None, tokens: Tokens) -> GenerationRequest:
         """As `Tokenizer.forwardable`."""
         tokenizer = self._by_model.get(model or "")

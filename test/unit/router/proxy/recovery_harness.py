@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from memserve.router.proxy.recovery_policy import Tokens
-from memserve.router.proxy.stream_state import StreamState
+from memserve.router.proxy.recovery import StreamState
+from memserve.router.proxy.recovery_policy import PromptTokens
 from memserve.router.request import Api, GenerationRequest
 
 from ..tokenization.token_harness import byte_level
@@ -33,19 +33,12 @@ def openai(api: Api, **body: Any) -> GenerationRequest:
     return GenerationRequest(api, whole, "me", False, ("me",), None, 1, None)
 
 
-def tokens_of(server: GreedyServer, proven: Sequence[int] = ()) -> Tokens:
-    return Tokens(PROMPT, lambda ids: server.text_after(PROMPT, ids), None, proven)
+def tokens_of(server: GreedyServer) -> PromptTokens:
+    return PromptTokens(PROMPT, lambda ids: server.text_after(PROMPT, ids))
 
 
 def seen_of(call: GenerationRequest, events: Sequence[bytes]) -> Any:
-    transcript = StreamState(call)
+    state = StreamState(call)
     for event in events:
-        transcript.note(event)
-    return transcript.seen()
-
-
-def proven(server: GreedyServer, text: str | None) -> list[int]:
-    """The tokens of a text, as far as `server` would have generated just those."""
-    ids: list[int] = TOKENIZER.encode(text or "").ids
-    said = [server.script[(len(PROMPT) + n) % len(server.script)] for n in range(len(ids))]
-    return ids[: next((n for n in range(len(ids)) if ids[n] != said[n]), len(ids))]
+        state.note(event)
+    return state.received()

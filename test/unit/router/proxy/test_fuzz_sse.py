@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from memserve.core.errors import MemServeError
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.instance import Instance
-from memserve.router.proxy.relay import ResumableStream, relay
+from memserve.router.proxy.recovery import ResumableStream, StreamState
+from memserve.router.proxy.relay import relay
 from memserve.router.proxy.retry import AttemptId
-from memserve.router.proxy.stream_splicer import Diverged
-from memserve.router.proxy.stream_state import StreamState, Unreadable
+from memserve.router.proxy.stream_splicer import Diverged, Unreadable
 from memserve.router.request import Api, GenerationRequest
 from memserve.router.server_info import ServerInfo
 from memserve.router.sse import DONE, EventSplitter
@@ -90,8 +90,8 @@ def streamed(call: GenerationRequest, chunks: list[bytes]) -> tuple[bool, bytes]
     client = _Client()
 
     async def run() -> bool:
-        transcript = StreamState(call)
-        outlet = ResumableStream(client, transcript)
+        state = StreamState(call)
+        outlet = ResumableStream(client, state)
         leg: Any = _Leg(chunks)
         try:
             await relay(leg, outlet.writer(ALIAS, None))
@@ -100,7 +100,7 @@ def streamed(call: GenerationRequest, chunks: list[bytes]) -> tuple[bool, bytes]
             return False
         finally:
             with suppress(Unreadable):
-                transcript.seen()
+                state.received()
         return True
 
     return asyncio.run(run()), b"".join(client.chunks)

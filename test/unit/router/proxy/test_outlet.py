@@ -6,10 +6,7 @@ import pytest
 
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.instance import ClusterSnapshot, Instance
-from memserve.router.observability.metrics import RouterMetrics
-from memserve.router.proxy.recovery import StreamRecovery
-from memserve.router.proxy.relay import MAX_EVENT_BYTES, ResumableStream
-from memserve.router.proxy.stream_state import StreamState
+from memserve.router.proxy.recovery import MAX_EVENT_BYTES, ResumableStream, StreamRecovery, StreamState
 from memserve.router.request import Api, GenerationRequest
 from memserve.router.server_info import ServerInfo
 from memserve.router.tokenization.tokenizers import Tokenizers
@@ -37,7 +34,7 @@ async def test_events_of_another_kind_are_handed_on_as_they_come(stream: bytes) 
     outlet = ResumableStream(client, StreamState(call))
     for start in range(0, len(stream), 1 << 16):
         await outlet.write(stream[start : start + (1 << 16)])
-    assert outlet.transcript is None or len(stream) < 10
+    assert outlet.state is None or len(stream) < 10
     await outlet.end()
     assert b"".join(client.chunks) == stream
 
@@ -53,7 +50,7 @@ def test_a_stream_of_a_deterministic_server_is_continued_by_another() -> None:
     call = GenerationRequest(
         Api.GENERATE, {"text": "x", "sampling_params": {}}, "me", False, ("me",), None, 1, None
     )
-    resumer = StreamRecovery(Tokenizers(None), RouterMetrics(), is_on=True)
-    assert resumer.outlet(call, _Kept(), ready(True, True)).transcript is not None
+    recovery = StreamRecovery(Tokenizers(None), is_on=True)
+    assert recovery.open(call, _Kept(), ready(True, True)).state is not None
     for servers in (ready(), ready(True, False), ready(False)):
-        assert resumer.outlet(call, _Kept(), servers).transcript is None
+        assert recovery.open(call, _Kept(), servers).state is None

@@ -10,7 +10,6 @@ from typing import Any
 import aiohttp
 import pytest
 
-from memserve.router.proxy import recovery as resuming
 from memserve.router.tokenization.tokenizers import Tokenizers
 from memserve.testing.fake_answers import FIRST_ID, Script
 from memserve.testing.fake_worker import FakeWorker
@@ -113,60 +112,6 @@ async def test_tokens_that_are_known_are_not_generated_again(monkeypatch: pytest
         assert request.body["sampling_params"]["max_new_tokens"] == 3
         assert stage.prefill.requests[-1].body["input_ids"] == request.body["input_ids"]
         assert await metric(stage, 'memserve_router_resumed_total{outcome="continued"} 1.0')
-
-
-class _Proving(FakeWorker):
-    """Tells of each token of a prompt that it is what would have come there, but of the last `doubts`."""
-
-    doubts = 0
-
-    async def _answer(self, request: Any, received: Any) -> Any:
-        if not received.body.get("top_logprobs_num"):
-            return await FakeWorker._answer(self, request, received)
-        if self.doubts < 0:
-            return aiohttp.web.json_response({"error": {"message": "no"}}, status=500)
-        read = received.body["input_ids"][received.body["logprob_start_len"] :]
-        best = [one if n < len(read) - self.doubts else -1 for n, one in enumerate(read)]
-        meta = {"input_token_logprobs": [[-0.1, one, None] for one in read]}
-        meta["input_top_logprobs"] = [[[-0.1, one, None]] for one in best]  # type: ignore[list-item]
-        return aiohttp.web.json_response({"text": "", "output_ids": [], "meta_info": meta})
-
-
-@pytest.mark.parametrize(("doubts", "num_kept"), [(0, 2), (1, 1), (-1, 0)])
-@pytest.mark.parametrize("api", ["/v1/chat/completions", "/v1/completions"])
-async def test_tokens_of_a_text_are_proven_before_they_are_kept(
-    monkeypatch: pytest.MonkeyPatch, api: str, doubts: int, num_kept: int
-) -> None:
-    def text_after(self: Any, model: Any, prompt: Any, ids: Any, *, skips_special: bool) -> str:
-        return "".join(TOKENS[one - FIRST_ID] for one in ids)
-
-    async def ids_of(self: Any, model: Any, text: str) -> list[int]:
-        return [FIRST_ID + n for n in range(len(TOKENS)) if "".join(TOKENS[: n + 1]) in text]
-
-    monkeypatch.setattr(Tokenizers, "text_after", text_after)
-    monkeypatch.setattr(Tokenizers, "ids_of", ids_of)
-    monkeypatch.setattr(resuming, "LEAST_TOKENS", 1)
-
-    async with staged(*team(Role.COLOCATED, _Proving)) as stage:
-        hold = held(stage, Role.COLOCATED)
-        asked: dict[str, Any] = {**GREEDY, "max_tokens": 5, "stream": True}
-        if api == "/v1/completions":
-            asked |= {"prompt": [1, 2, 3]}
-        else:
-            asked |= {"messages": CHAT["messages"], "input_ids": [1, 2, 3]}
-        for worker in stage.workers[Role.COLOCATED]:
-            worker.doubts = doubts  # type: ignore[attr-defined]
-        ask = Ask(stage, api, {**asked, "stream_options": {"include_usage": True}})
-        other = await broken(stage, ask, Role.COLOCATED, hold)
-        status, answer = await ask.task
-        assert (status, texts(answer, True)) == (200, [SAID])
-        question, going_on = (one.body for one in other.requests)
-        assert question["input_ids"] == [1, 2, 3, FIRST_ID, FIRST_ID + 1]
-        given = going_on.get("input_ids") or going_on["prompt"]
-        assert given == [1, 2, 3, FIRST_ID, FIRST_ID + 1][: 3 + num_kept]
-        assert going_on["max_tokens"] == 5 - num_kept
-        outcome = "continued" if num_kept else "repeated"
-        assert await metric(stage, f'memserve_router_resumed_total{{outcome="{outcome}"}} 1.0')
 
 
 @pytest.mark.parametrize(

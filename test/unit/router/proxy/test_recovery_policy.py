@@ -12,17 +12,16 @@ from hypothesis import given
 from hypothesis import strategies as st
 from msgspec import structs
 
+from memserve.router.proxy.recovery import StreamState
 from memserve.router.proxy.recovery_policy import (
     SAMPLES,
-    Tokens,
-    closing,
-    keep,
-    openai_text,
-    resumption,
-    why_not,
+    PromptTokens,
+    accepted_prefix,
+    closing_events,
+    not_resumable,
+    plan_resumption,
 )
 from memserve.router.proxy.stream_splicer import AcceptedPrefix, Diverged
-from memserve.router.proxy.stream_state import StreamState
 from memserve.router.request import Api, GenerationRequest
 
 from .greedy_server import GreedyServer
@@ -35,7 +34,6 @@ from .recovery_harness import (
     TOKENIZER,
     native,
     openai,
-    proven,
     seen_of,
     tokens_of,
 )
@@ -43,10 +41,10 @@ from .recovery_harness import (
 
 def told(call: GenerationRequest, events: Sequence[bytes]) -> Any:
     """What a client makes of whole events: each choice's text, ids, end; and what it was charged."""
-    transcript = StreamState(call)
+    state = StreamState(call)
     for event in events:
-        transcript.note(event)
-    seen = transcript.seen()
+        state.note(event)
+    seen = state.received()
     last: Any = {}
     for event in events:
         if event.startswith(b"data: {"):
@@ -61,31 +59,28 @@ def broken(
     call: GenerationRequest,
     cuts: Sequence[tuple[int, Sequence[int]]],
     last: Sequence[int],
-    *,
-    proves: bool = False,
 ) -> tuple[list[bytes], list[int]]:
     """What a client gets if servers leave it after so many events each; and what each next one kept."""
-    got, num_kept = list[bytes](), list[int]()
-    transcript, asked, rewrite = StreamState(call), call, None
+    got, num_accepted = list[bytes](), list[int]()
+    state, asked, rewrite = StreamState(call), call, None
     for count, groups in [*cuts, (1 << 30, last)]:
         prompt: Any = asked.body.get("input_ids") or asked.body.get("prompt") or PROMPT
         for event in server.stream(asked, prompt, groups)[:count]:
             own = rewrite(event) if rewrite else event
             if own:
                 got.append(own)
-                transcript.note(own)
+                state.note(own)
         if count == 1 << 30:
             break
-        seen = transcript.seen()
-        rest = closing(call, seen)
+        seen = state.received()
+        rest = closing_events(call, seen)
         if rest is not None:
             got.append(rest)
             break
-        ids = proven(server, openai_text(call, seen)) if proves else ()
-        going = resumption(call, seen, tokens_of(server, ids))
-        num_kept.append(going.num_kept)
-        asked, rewrite = going.call, going.continuation.rewrite
-    return [event for event in got if event], num_kept
+        going = plan_resumption(call, seen, tokens_of(server))
+        num_accepted.append(going.num_accepted)
+        asked, rewrite = going.call, going.splicer.rewrite
+    return [event for event in got if event], num_accepted
 
 
 def one_by_one(cuts: list[tuple[int, list[int]]]) -> list[tuple[int, list[int]]]:
@@ -121,7 +116,6 @@ def test_a_native_stream_goes_on_as_if_undisturbed(
     st.integers(1, 60),
     st.sampled_from([Api.CHAT, Api.COMPLETIONS]),
     st.booleans(),
-    st.booleans(),
 )
 def test_an_openai_stream_goes_on_as_if_undisturbed(
     cuts: list[tuple[int, list[int]]],
@@ -130,13 +124,12 @@ def test_an_openai_stream_goes_on_as_if_undisturbed(
     most: int,
     api: Api,
     include_usage: bool,
-    proves: bool,
 ) -> None:
     if stops:
         cuts, last = one_by_one(cuts), [1]
     call = openai(api, stop=stops, max_tokens=most, stream_options={"include_usage": include_usage})
     groups = cuts[0][1]
-    whole, got = SERVER.stream(call, PROMPT, groups), broken(SERVER, call, cuts, last, proves=proves)[0]
+    whole, got = SERVER.stream(call, PROMPT, groups), broken(SERVER, call, cuts, last)[0]
     assert told(call, got) == told(call, whole)
 
 
@@ -144,8 +137,8 @@ def test_what_was_streamed_becomes_a_part_of_the_prompt() -> None:
     call = native(max_new_tokens=30, min_new_tokens=12, ignore_eos=True)
     server = GreedyServer(TOKENIZER, LETTERS)
     seen = seen_of(call, server.stream(call, PROMPT, [1])[:10])
-    going = resumption(call, seen, tokens_of(server))
-    assert going.num_kept == 10
+    going = plan_resumption(call, seen, tokens_of(server))
+    assert going.num_accepted == 10
     params: Any = going.call.body["sampling_params"]
     assert going.call.body["input_ids"] == PROMPT + seen.choices[0].ids
     assert (params["max_new_tokens"], params["min_new_tokens"]) == (20, 2)
@@ -154,7 +147,7 @@ def test_what_was_streamed_becomes_a_part_of_the_prompt() -> None:
 
 
 @pytest.mark.parametrize(
-    ("params", "num_kept"),
+    ("params", "num_accepted"),
     [
         ({}, 12),
         ({"stop": ["12345"]}, 8),
@@ -169,14 +162,14 @@ def test_what_was_streamed_becomes_a_part_of_the_prompt() -> None:
         ({"something_new": True}, 0),
     ],
 )
-def test_requests_that_look_back_are_done_again_from_the_prompt(params: Any, num_kept: int) -> None:
+def test_requests_that_look_back_are_done_again_from_the_prompt(params: Any, num_accepted: int) -> None:
     """The stop string is five characters: those of the last four may be its begin."""
     call = native(**params)
     server = GreedyServer(TOKENIZER, LETTERS)
     seen = seen_of(call, server.stream(call, PROMPT, [1])[:12])
-    going = resumption(call, seen, tokens_of(server))
-    assert going.num_kept == num_kept
-    if not num_kept:
+    going = plan_resumption(call, seen, tokens_of(server))
+    assert going.num_accepted == num_accepted
+    if not num_accepted:
         assert going.call is call
 
 
@@ -185,24 +178,24 @@ def test_requests_that_are_more_than_their_tokens_are_done_again_from_the_prompt
     call = native()
     seen = seen_of(call, SERVER.stream(call, PROMPT, [1])[:12])
     more = structs.replace(call, body={**call.body, field: True})
-    assert resumption(more, seen, tokens_of(SERVER)).call is more
-    assert resumption(call, seen, Tokens()).call is call
+    assert plan_resumption(more, seen, tokens_of(SERVER)).call is more
+    assert plan_resumption(call, seen, PromptTokens()).call is call
 
 
 def test_half_a_character_is_not_kept() -> None:
     ids = TOKENIZER.encode(" 🐍").ids
     halves = [SERVER.text_after(PROMPT, ids[: count + 1]) for count in range(len(ids))]
     assert [half.endswith("�") for half in halves].count(True) >= 2, "a character of several tokens"
-    kept = keep(ids[:-1], " ", [], lambda some: SERVER.text_after(PROMPT, some))
+    kept = accepted_prefix(ids[:-1], " ", [], lambda some: SERVER.text_after(PROMPT, some))
     assert kept.text in ("", " ")
-    assert keep(ids, " 🐍", [], lambda some: SERVER.text_after(PROMPT, some)) == AcceptedPrefix(
+    assert accepted_prefix(ids, " 🐍", [], lambda some: SERVER.text_after(PROMPT, some)) == AcceptedPrefix(
         tuple(ids), " 🐍"
     )
 
 
 def test_no_tokens_are_kept_whose_text_is_another() -> None:
-    assert keep([1, 2, 3], "abc", [], lambda ids: "x" * len(ids)) == AcceptedPrefix()
-    assert keep([1, 2, 3], "abc", [], lambda ids: "") == AcceptedPrefix(), "nobody knows"
+    assert accepted_prefix([1, 2, 3], "abc", [], lambda ids: "x" * len(ids)) == AcceptedPrefix()
+    assert accepted_prefix([1, 2, 3], "abc", [], lambda ids: "") == AcceptedPrefix(), "nobody knows"
 
 
 # ---- who is continued
@@ -221,25 +214,25 @@ def test_no_tokens_are_kept_whose_text_is_another() -> None:
     ],
 )
 def test_greedy_requests_can_be_continued(params: Any, reason: str | None) -> None:
-    assert why_not(native(**params), is_deterministic=False) == reason
+    assert not_resumable(native(**params), is_deterministic=False) == reason
     expected = None if reason is SAMPLES else reason
-    assert why_not(native(**params), is_deterministic=True) == expected
+    assert not_resumable(native(**params), is_deterministic=True) == expected
 
 
 def test_every_prompt_of_a_batch_has_to_be_greedy() -> None:
     params = [{"temperature": 0}, {"temperature": 0}]
     body = {"input_ids": [[1], [2]], "sampling_params": params}
     call = GenerationRequest(Api.GENERATE, body, "x", False, ("x", "y"), 2, 1, None)
-    assert why_not(call, is_deterministic=False) is None
+    assert not_resumable(call, is_deterministic=False) is None
     params[1]["temperature"] = 1
-    assert why_not(call, is_deterministic=False) is SAMPLES
-    assert why_not(openai(Api.CHAT, temperature=None), is_deterministic=False) is SAMPLES
+    assert not_resumable(call, is_deterministic=False) is SAMPLES
+    assert not_resumable(openai(Api.CHAT, temperature=None), is_deterministic=False) is SAMPLES
 
 
 def test_what_a_server_remembers_is_not_continued_by_another() -> None:
     call = native()
     call = structs.replace(call, body={**call.body, "session_params": {"id": "s"}})
-    assert why_not(call, is_deterministic=True) == "session_params is set"
+    assert not_resumable(call, is_deterministic=True) == "session_params is set"
 
 
 # ---- what follows
@@ -248,20 +241,20 @@ def test_what_a_server_remembers_is_not_continued_by_another() -> None:
 def test_a_client_that_has_it_all_is_only_told_the_end() -> None:
     for call in (native(), openai(Api.CHAT), openai(Api.COMPLETIONS)):
         *events, done = SERVER.stream(call, PROMPT, [1])
-        assert closing(call, seen_of(call, events)) == done
-        assert closing(call, seen_of(call, [*events, done])) == b""
-        assert closing(call, seen_of(call, events[:-1])) is None
+        assert closing_events(call, seen_of(call, events)) == done
+        assert closing_events(call, seen_of(call, [*events, done])) == b""
+        assert closing_events(call, seen_of(call, events[:-1])) is None
     call = openai(Api.CHAT, stream_options={"include_usage": True})
     *events, usage, _ = SERVER.stream(call, PROMPT, [1])
-    assert closing(call, seen_of(call, events)) is None, "what it used is not told yet"
-    assert closing(call, seen_of(call, [*events, usage])) is not None
+    assert closing_events(call, seen_of(call, events)) is None, "what it used is not told yet"
+    assert closing_events(call, seen_of(call, [*events, usage])) is not None
 
 
 @pytest.mark.parametrize("call", [native(presence_penalty=1), openai(Api.CHAT), openai(Api.COMPLETIONS)])
 def test_a_server_that_answers_differently_is_not_listened_to(call: GenerationRequest) -> None:
     other = GreedyServer(TOKENIZER, SCRIPT[::-1])
     seen = seen_of(call, SERVER.stream(call, PROMPT, [1])[:8])
-    rewrite = resumption(call, seen, Tokens(PROMPT)).continuation.rewrite
+    rewrite = plan_resumption(call, seen, PromptTokens(PROMPT)).splicer.rewrite
     events = other.stream(call, PROMPT, [1])
     with pytest.raises(Diverged):
         list(map(rewrite, events))
@@ -271,7 +264,7 @@ def test_a_server_that_answers_differently_is_not_listened_to(call: GenerationRe
 def test_a_server_that_ends_too_soon_is_not_believed(call: GenerationRequest) -> None:
     seen = seen_of(call, SERVER.stream(call, PROMPT, [1])[:20])
     short = native(max_new_tokens=3) if call.api is Api.GENERATE else openai(call.api, max_tokens=3)
-    rewrite = resumption(call, seen, Tokens(PROMPT)).continuation.rewrite
+    rewrite = plan_resumption(call, seen, PromptTokens(PROMPT)).splicer.rewrite
     events = SERVER.stream(short, PROMPT, [1])
     with pytest.raises(Diverged):
         list(map(rewrite, events))
@@ -309,7 +302,7 @@ def test_reasoning_and_tool_calls_go_on_where_they_were() -> None:
         chunk({}, finish_reason="tool_calls"),
         b"data: [DONE]\n\n",
     ]
-    rewrite = resumption(call, seen_of(call, first), Tokens()).continuation.rewrite
+    rewrite = plan_resumption(call, seen_of(call, first), PromptTokens()).splicer.rewrite
     rest = [own for event in again if (own := rewrite(event))]
     assert [json.loads(event[6:])["choices"][0]["delta"] for event in rest[:-1]] == [
         tool(0, 'ty"'),
@@ -329,7 +322,7 @@ def test_each_choice_goes_on_by_itself() -> None:
         chunk({}, 1, finish_reason="stop"),
         chunk({}, 0, finish_reason="stop"),
     ]
-    rewrite = resumption(call, seen_of(call, first), Tokens()).continuation.rewrite
+    rewrite = plan_resumption(call, seen_of(call, first), PromptTokens()).splicer.rewrite
     rest = [json.loads(own[6:]) for event in again if (own := rewrite(event))]
     assert rest == [json.loads(event[6:]) for event in (chunk({"content": "b"}, 0), again[-1])]
 
@@ -342,7 +335,7 @@ def test_logprobs_are_told_once() -> None:
         said = {"index": 0, "text": text, "logprobs": logprobs, "finish_reason": None}
         return b"data: " + json.dumps({"id": "x", "choices": [said]}).encode() + b"\n\n"
 
-    rewrite = resumption(call, seen_of(call, [event("ab", -0.1, -0.2)]), Tokens()).continuation.rewrite
+    rewrite = plan_resumption(call, seen_of(call, [event("ab", -0.1, -0.2)]), PromptTokens()).splicer.rewrite
     assert rewrite(event("a", -0.10001)) == b""
     rest = json.loads(rewrite(event("bc", -0.2, -0.3))[6:])["choices"][0]
     assert (rest["text"], rest["logprobs"]) == ("c", {"tokens": ["c"], "token_logprobs": [-0.3]})

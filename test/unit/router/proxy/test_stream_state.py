@@ -7,7 +7,8 @@ from dataclasses import replace
 
 import pytest
 
-from memserve.router.proxy.stream_state import FOLD_BYTES, MAX_BYTES, StreamState, Unreadable
+from memserve.router.proxy.recovery import FOLD_BYTES, MAX_BYTES, StreamState
+from memserve.router.proxy.stream_splicer import Unreadable
 from memserve.router.request import Api
 
 from .recovery_harness import PROMPT, SERVER, native, openai, seen_of
@@ -19,12 +20,12 @@ def test_a_long_stream_is_remembered_in_little_memory(incremental: bool) -> None
     call = native(max_new_tokens=900)
     events = server.stream(call, PROMPT, [1])
     assert sum(map(len, events)) > FOLD_BYTES
-    transcript = StreamState(call)
+    state = StreamState(call)
     for event in events:
-        transcript.note(event)
-        assert sum(map(len, transcript._chunks)) <= FOLD_BYTES + 4 * max(map(len, events))
-    assert transcript.seen().choices[0].ids == seen_of(call, SERVER.stream(call, PROMPT, [1])).choices[0].ids
-    assert transcript.seen().is_done
+        state.note(event)
+        assert sum(map(len, state._chunks)) <= FOLD_BYTES + 4 * max(map(len, events))
+    assert state.received().choices[0].ids == seen_of(call, SERVER.stream(call, PROMPT, [1])).choices[0].ids
+    assert state.received().is_done
 
 
 def test_a_stream_that_is_too_long_is_forgotten() -> None:
