@@ -1,6 +1,6 @@
 """How fast the pool moves its blocks: checksums, between the tiers, when it changes its size. One process.
 
-    micro/moving/checksum, swap_out, swap_in, resize/growing, offload, load_back ...
+    micro/moving/checksum, resize/growing, offload, load_back, swap_out, swap_in ...
 
 GB/s over more bytes than the caches hold; the baseline is a memmove of the same blocks, one by one.
 Run by bench_mempool.py.
@@ -11,17 +11,15 @@ from __future__ import annotations
 import ctypes
 import random
 from collections.abc import Sequence
-from functools import partial
 from types import SimpleNamespace
 
 from figures import measure, measure_together, report
-from memserve.core.block_addr import BlockAddr, Tier
 from memserve.core.block_keys import BlockKey
 from memserve.core.ids import new_epoch
 from memserve.core.kv_layout import KVLayout
 from memserve.mempool.arena import Arena
-from memserve.mempool.checksums import Checksum
 from memserve.mempool.pool import MemPool
+from memserve.mempool.tier_pool import Checksum
 
 PAGE, BLOCKS = 16, 256
 REAL = KVLayout.of_heads("bench", 6, PAGE, 2, 64, ("float32", 4))
@@ -33,7 +31,6 @@ MOVED_BLOCKS = (192 << 20) // REAL.block_bytes
 def run(repeats: int) -> None:
     """All figures."""
     bench_checksum(repeats)
-    bench_swap(repeats)
     bench_resize(repeats)
     bench_kv_blocks(repeats)
 
@@ -55,33 +52,6 @@ def bench_checksum(repeats: int) -> None:
 
     times = measure_together([check, lambda: move(arena, target)], repeats)
     report_rate("checksum", arena.num_bytes, *times)
-
-
-def bench_swap(repeats: int) -> None:
-    """Whole prompts, from one tier to the other and back, checksums included."""
-    hbm, dram = filled_arena(MOVED_BLOCKS), Arena(REAL.block_bytes, MOVED_BLOCKS)
-    pool = MemPool(REAL, dram, new_epoch(), hbm=hbm)
-    rng = random.Random(4)
-    target = bytearray(hbm.num_bytes)
-    swapped_out, swapped_in, moved = [], [], []
-    for _ in range(repeats + 1):
-        pool.clear()
-        chains = [random_chain(rng, BLOCKS) for _ in range(MOVED_BLOCKS // BLOCKS)]
-        for keys in chains:
-            addrs = pool.alloc_mem(BLOCKS, Tier.HBM)
-            pool.seal(addrs)
-            pool.insert(keys, addrs)
-        swapped_out += measure(lambda: pool.swap_out(MOVED_BLOCKS), 1, warmup=0)
-        places = [pool.match(keys).addrs for keys in chains]
-        swapped_in += measure(partial(swap_in, pool, places), 1, warmup=0)
-        moved += measure(lambda: move(hbm, target), 1, warmup=0)
-    report_rate("swap_out", hbm.num_bytes, swapped_out[1:], moved[1:])
-    report_rate("swap_in", hbm.num_bytes, swapped_in[1:], moved[1:])
-
-
-def swap_in(pool: MemPool, places: Sequence[Sequence[BlockAddr]]) -> None:
-    for addrs in places:
-        pool.swap_in(addrs)
 
 
 def bench_resize(repeats: int) -> None:
@@ -133,11 +103,30 @@ def bench_kv_blocks(repeats: int) -> None:
                 some = slice(start, start + BLOCKS)
                 blocks.load_layer(layer, slots[some], pages[some])
 
-    pack, load, moved = measure_together(
-        [lambda: blocks.pack(slots, pages), load_back, lambda: move(arena, target)], repeats
+    pool = MemPool(REAL, Arena(REAL.block_bytes, MOVED_BLOCKS), new_epoch())
+    device = KVBlocks(SimpleNamespace(k_buffer=k_buffer, v_buffer=v_buffer), REAL, pool.arena)
+    keys = random_chain(random.Random(4), MOVED_BLOCKS)
+    chains = [slice(start, start + BLOCKS) for start in range(0, MOVED_BLOCKS, BLOCKS)]
+
+    def swap_out() -> None:
+        pool.clear()
+        for some in chains:
+            pool.swap_out(keys[some], device, pages[some], keys[some.start - 1] if some.start else None)
+
+    def swap_in() -> None:
+        for some in chains:
+            with pool.acquire(pool.match(keys[some])) as lease:
+                assert pool.verify(lease) == len(keys[some])
+                pool.swap_in([lease], device, pages[some], lambda _: None)
+
+    pack, load, out, back, moved = measure_together(
+        [lambda: blocks.pack(slots, pages), load_back, swap_out, swap_in, lambda: move(arena, target)],
+        repeats,
     )
     report_rate("offload", arena.num_bytes, pack, moved, target=0.5)
     report_rate("load_back", arena.num_bytes, load, moved, target=0.5)
+    report_rate("swap_out", arena.num_bytes, out, moved)
+    report_rate("swap_in", arena.num_bytes, back, moved)
 
 
 def filled_arena(num_blocks: int) -> Arena:

@@ -49,7 +49,7 @@ from figures import progress, report
 from memserve.core.caching import CachingMode
 from memserve.core.kv_layout import KVLayout
 from memserve.mempool.arena import Arena
-from memserve.mempool.checksums import Checksum
+from memserve.mempool.tier_pool import Checksum
 from memserve.testing.cluster import Cluster, is_ready, wait_for
 from memserve.testing.pool_reports import wait_acquainted, wait_settled
 from memserve.wire.messages import Role

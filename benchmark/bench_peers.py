@@ -159,13 +159,13 @@ def measure_exchange(
     for turn in range(repeats + 1):
         chains.append(store(pool, next(seeds), NUM_BLOCKS))
         seconds = {"push": timed(push)}
-        pool.delete(chains[-1])
+        pool.clear()
         seconds["fetch"] = timed(fetch)
-        pool.delete(chains[-1])
+        pool.clear()
         seconds["memmove"] = timed(lambda: move(pool))
         chains.append(store(pool, next(seeds), 1))
         seconds["push of one page"] = timed(push)
-        pool.delete(chains[-1])
+        pool.clear()
         for name, each in seconds.items():
             if turn:
                 taken[name].append(each)

@@ -15,6 +15,7 @@ import pkgutil
 import time
 from collections import deque
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,7 +34,7 @@ from memserve.engine.settings import EngineSettings
 from memserve.engine.worker import Worker
 from memserve.instance.pool_agent import MAX_GROWTH, PoolAgent, dram_slots
 from memserve.mempool.arena import Arena
-from memserve.mempool.lease import Lease
+from memserve.mempool.leases import Lease
 from memserve.mempool.pool import MemPool
 
 logger = logging.getLogger(__name__)
@@ -136,7 +137,7 @@ class MemPoolLinker(UnifiedCacheLinker):
 
     def follow_hbm(self, events: HbmPublisher) -> None:
         """Have the pool tell the router what these say, too. Once, before the first of them."""
-        events.join(self._pool.follow(Tier.HBM))
+        events.join(self._pool.add_external_tier(Tier.HBM))
         self._hbm = events
 
     def name_prompt(self, req: Any) -> None:
@@ -225,51 +226,38 @@ class MemPoolLinker(UnifiedCacheLinker):
         """Loader thread. A failure reaches only these requests, through `finish`."""
         begun = time.monotonic()
         self._stats.loads += len(loads)
+        leases = [load.lease for load in loads]
         try:
-            slots = [slot for load in loads for slot in self._pool.slots(load.lease.addrs)]
             pages = self._blocks.pages(torch.cat([load.tokens for load in loads]))
-            for layer in range(self.layer_done_counter.num_layers):
-                self._blocks.load_layer(layer, slots, pages)
-                self.layer_done_counter.complete(index, layer)
+            complete = partial(self.layer_done_counter.complete, index)
+            self._pool.swap_in(leases, self._blocks, pages, complete)
         except (RuntimeError, IndexError) as error:
             logger.error("load from dram failed rids=%s: %s", [load.rid for load in loads], error)
             self._stats.failed_loads += len(loads)
             self.layer_done_counter.fail(index, error)
         else:
-            self._stats.loaded_blocks += len(slots)
+            self._stats.loaded_blocks += sum(map(len, leases))
             self._stats.load_s += time.monotonic() - begun
         finally:
-            for load in loads:
-                self._pool.release(load.lease)
+            for lease in leases:
+                self._pool.release(lease)
 
     def _pack(self, task: _Offload) -> bool:
         """Packer thread. Whether the pages are in DRAM now; a full pool is no failure of anybody's."""
         begun = time.monotonic()
         for event in task.ready:
             event.synchronize()
-        known = self._pool.num_cached(task.keys)
-        if known < len(task.keys):
-            if not self._store(task, known):
-                self._stats.declined_offloads += 1
-                self._stats.offloads += 1
-                return False
-            self._stats.offloaded_blocks += len(task.keys) - known
-            self._stats.offload_s += time.monotonic() - begun
-        self.node.stored(task.keys, task.parent, task.home)
-        self._stats.offloads += 1
-        return True
-
-    def _store(self, task: _Offload, known: int) -> bool:
-        """Copy the pages after the first `known` to DRAM; False if there is no place for them."""
-        keys, parent = task.keys[known:], task.keys[known - 1] if known else task.parent
         try:
-            addrs = self._pool.alloc_mem(len(keys))
+            pages = self._blocks.pages(task.tokens)
+            copied = self._pool.swap_out(task.keys, self._blocks, pages, task.parent)
         except OutOfBlocks as error:
-            logger.warning("not offloaded pages=%d: %s", len(keys), error)
-            return False
-        page = self._pool.layout.page_tokens
-        self._blocks.pack(self._pool.slots(addrs), self._blocks.pages(task.tokens[known * page :]))
-        self._pool.seal(addrs)
-        inserted = self._pool.insert(keys, addrs, parent)
-        self._pool.free_mem([*inserted.duplicates, *inserted.orphans])
-        return not inserted.orphans
+            logger.warning("not offloaded pages=%d: %s", len(task.keys), error)
+            copied = None
+        if copied is None:
+            self._stats.declined_offloads += 1
+        else:
+            self._stats.offloaded_blocks += copied
+            self._stats.offload_s += time.monotonic() - begun if copied else 0
+            self.node.stored(task.keys, task.parent, task.home)
+        self._stats.offloads += 1
+        return copied is not None

@@ -17,5 +17,5 @@ def tier_blocks(pools: Sequence[MemPool]) -> tuple[TierBlocks, ...]:
         sum(one.free for one in stats),
         sum(one.total for one in stats),
     )
-    followed = [item for pool in pools for item in pool.num_followed().items()]
+    followed = [item for pool in pools for item in pool.external_blocks().items()]
     return (dram, *(TierBlocks(tier.name.lower(), num_blocks) for tier, num_blocks in followed))

@@ -68,12 +68,6 @@ class BlockCache:
         self._events.stored(self.tier, added)
         return len(added)
 
-    def delete(self, keys: Sequence[BlockKey]) -> int:
-        """Free the end of a chain, up to a block that is leased or has others after it; returns how many."""
-        removed = self.index.delete(keys)
-        self._uncache(removed, FREE)
-        return len(removed)
-
     def drop(self, top: CachedNode) -> int:
         """Take a block and all after it out of the index, leased or not; returns how many.
 
@@ -83,11 +77,6 @@ class BlockCache:
         self._uncache(free, FREE)  # What is leased has only leased blocks before it: held is last.
         self._uncache(held, QUARANTINED)
         return len(free) + len(held)
-
-    def forget(self, nodes: Sequence[CachedNode]) -> None:
-        """Free unleased blocks; each has no others after it, or only ones named before it."""
-        self.index.remove(nodes)
-        self._uncache(nodes, FREE)
 
     def movable(self, first: int) -> Slots:
         """The slots from `first` on with blocks that nobody leases. A few nanoseconds for each slot."""

@@ -108,16 +108,6 @@ class BlockIndex:
         self.remove(chosen)
         return chosen
 
-    def victims(self, num_blocks: int) -> list[CachedNode]:
-        """Whom `evict` would take out, children before their parents.
-
-        They have handed on their uses: who is not taken out after all is the more likely to go next.
-        """
-        chosen = self._choose(num_blocks)
-        for node in chosen:
-            self._offer(node)
-        return chosen
-
     def remove(self, nodes: Sequence[CachedNode]) -> None:
         """Take out unleased blocks; each has no others after it, or only ones named before it."""
         for node in nodes:
@@ -151,19 +141,6 @@ class BlockIndex:
         self._nodes[after], self._nodes[before] = node, None
         node.payload = after
         self._offer(node)
-
-    def delete(self, keys: Sequence[BlockKey]) -> list[CachedNode]:
-        """Take out the end of a chain, up to the first block that is leased or has others after it."""
-        taken = []
-        for node in reversed(self.tree.match(keys)):
-            if not node.is_leaf or self._pins.is_pinned(node.payload):
-                break
-            self._hand_on(node)
-            self._take_out(node)
-            taken.append(node)
-        if taken and taken[-1].parent is not None:
-            self._offer(taken[-1].parent)
-        return taken
 
     def drop(self, top: CachedNode) -> tuple[list[CachedNode], list[CachedNode]]:
         """Take out a block and all that come after it, leased or not: they are not to be found again.

@@ -1,31 +1,61 @@
-"""Reading a pool: where the blocks of a prompt are, nearest tier first, and holds on them.
+"""Reading a pool: where the blocks of a prompt are, nearest tier first, and leases on them.
 
-    keys    k0  k1  k2  k3  k4
-    HBM     k0  k1                      each tier is prefix-closed, so that the nearest places
-    DRAM    k0  k1  k2  k3              are a run in HBM, then one in DRAM
+    keys        k0  k1  k2  k3  k4
+    near tier   k0  k1                      each tier is prefix-closed, so that the nearest places
+    far tier    k0  k1  k2  k3              are a run in the near tier, then one in the far tier
 
 Knows no allocation. Any thread; the tiers share one lock.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import TracebackType
 
-from memserve.core.block_addr import BlockAddr
+from memserve.core.block_addr import BlockAddr, Tier
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import BlockStateError
 from memserve.mempool.index import CachedNode
-from memserve.mempool.lease import Lease
 from memserve.mempool.records import Match
 from memserve.mempool.tier_pool import TierPool
 
 
-class Leases:
-    """Open leases on the blocks of `tiers`, nearest first. See MemPool for what the verbs promise."""
+class Lease:
+    """Cached blocks that keep their place until `MemPool.release`: a context manager, left once."""
 
-    def __init__(self, tiers: Sequence[TierPool]) -> None:
-        self._tiers = tiers
-        self._lock = tiers[0].lock
+    def __init__(
+        self,
+        keys: Sequence[BlockKey],
+        addrs: Sequence[BlockAddr],
+        nodes: Sequence[CachedNode | None],
+        release: Callable[[Lease], None],
+    ) -> None:
+        self.keys = keys
+        """The leased blocks: the prefix of the match that was still cached."""
+        self.addrs = addrs
+        """addrs[i] holds keys[i]."""
+        self.nodes = nodes
+        """For the pool: the last leased block in each tier, None if there is none."""
+        self._release = release
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def __enter__(self) -> Lease:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._release(self)
+
+
+class Leases:
+    """Open leases on the blocks of `tiers`, nearest first. See MemPool for the contracts."""
+
+    def __init__(self, tiers: Mapping[Tier, TierPool]) -> None:
+        self._tiers = tuple(tiers.values())
+        self._lock = self._tiers[0].lock
         self._open: set[Lease] = set()
 
     def __len__(self) -> int:

@@ -12,14 +12,15 @@ from collections.abc import Sequence
 from typing import cast
 
 import numpy as np
+from xxhash import xxh3_64_intdigest
 
 from memserve.core.block_addr import BlockAddr
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import BlockStateError
+from memserve.core.kv_layout import KVLayout
 from memserve.mempool.allocator import CACHED, FREE, PRIVATE, QUARANTINED, RESERVED, Slots
 from memserve.mempool.arena import Arena
 from memserve.mempool.cache import BlockCache
-from memserve.mempool.checksums import Checksum
 from memserve.mempool.index import CachedNode
 from memserve.mempool.records import Inserted, PoolStats
 
@@ -27,6 +28,22 @@ logger = logging.getLogger(__name__)
 
 _MOVE_BLOCKS = 256
 """Blocks that are moved or evicted between two looks at who uses them."""
+
+
+class Checksum:
+    """The checksum function of one layout, which a block carries from leaving HBM until it is back.
+
+    xxh3 (64 bits) over the block's bytes, seeded with the layout's digest: a block of another model, shape
+    or precision fails it like a flipped bit does. It detects broken memory, stray writes and bugs, not an
+    attacker. Pure; any thread.
+    """
+
+    def __init__(self, layout: KVLayout) -> None:
+        self._seed = int.from_bytes(layout.digest[:8], "little")
+
+    def of(self, block: memoryview | bytes) -> int:
+        """64 bits, unsigned, of a block's bytes."""
+        return xxh3_64_intdigest(block, self._seed)
 
 
 class TierPool:
@@ -37,10 +54,10 @@ class TierPool:
         arena: Arena,
         first: BlockAddr,
         cache: BlockCache,
-        checksum: Checksum | None,
+        checksum: Checksum,
         lock: threading.Lock,
     ) -> None:
-        """`cache` has the arena's slots. Without a `checksum`, blocks here carry none: it reads as 0."""
+        """`cache` has the arena's slots."""
         self.arena = arena
         self.first = first
         self.cache = cache
@@ -111,7 +128,7 @@ class TierPool:
         slots = self.slots(addrs)
         with self.lock:
             self.cache.allocator.require(slots, PRIVATE)
-        sums = [self.checksum_of(self.arena.block(slot)) for slot in slots.tolist()]
+        sums = [self._checksum.of(self.arena.block(slot)) for slot in slots.tolist()]
         with self.lock:
             self.cache.allocator.require(slots, PRIVATE)
             self.sums[slots] = sums
@@ -136,26 +153,7 @@ class TierPool:
             self._sealed[slots[known:]] = False
         return Inserted(addrs[known:], addrs[:known], ())
 
-    def adopt(
-        self, keys: Sequence[BlockKey], slots: Slots, sums: Sequence[int], parent: BlockKey | None
-    ) -> None:
-        """Index the front of PRIVATE `slots` under `keys`, with their checksums; free what is not new.
-
-        Frees all if `parent` is not cached. The caller has the lock.
-        """
-        try:
-            added = self.cache.publish(keys, slots[: len(keys)], parent)
-        except KeyError:
-            added = 0
-        known = len(keys) - added
-        self.sums[slots[known : len(keys)]] = sums[known : len(keys)]
-        unused = np.concatenate((slots[:known], slots[len(keys) :]))
-        self.cache.allocator.move(unused, PRIVATE, FREE)
-
     # ---- checksums
-
-    def checksum_of(self, block: memoryview) -> int:
-        return self._checksum.of(block) if self._checksum is not None else 0
 
     def checksums(self, addrs: Sequence[BlockAddr]) -> list[int]:
         """Of cached blocks that somebody leases."""
@@ -166,15 +164,15 @@ class TierPool:
         good = 0
         slots = self.slots(addrs)
         for slot, expected in zip(slots.tolist(), self.sums[slots].tolist(), strict=True):
-            if self.checksum_of(self.arena.block(slot)) != expected:
-                self.condemn(keys[good], slot)
+            if self._checksum.of(self.arena.block(slot)) != expected:
+                self.mark_corrupt(keys[good], slot)
                 break
             good += 1
         with self.lock:
             self.bytes_verified += good * self.arena.block_bytes
         return good
 
-    def condemn(self, key: BlockKey, slot: int) -> None:
+    def mark_corrupt(self, key: BlockKey, slot: int) -> None:
         """The block at `slot` is corrupt: nobody is to find it, or what comes after it, again."""
         with self.lock:
             node = self.cache.index.at(slot)

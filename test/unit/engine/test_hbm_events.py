@@ -72,7 +72,7 @@ class Engine:
             )
         )
         self.pool = MemPool(LAYOUT, Arena(LAYOUT.block_bytes, 2), Epoch(1))
-        self.hbm = self.pool.follow(Tier.HBM)
+        self.hbm = self.pool.add_external_tier(Tier.HBM)
         self.report = HbmReport(self.hbm)
         self.follower = Follower()
 

@@ -99,9 +99,9 @@ def wait_told(pool: MemPool, listener: Listener) -> None:
 
 
 def test_news_arrives(pool: MemPool, listener: Listener, publisher: Publisher) -> None:
-    keys = store(pool, 5)
+    store(pool, 5)
     wait_told(pool, listener)
-    pool.delete(keys)
+    pool.clear()
     store(pool, 60)
     store(pool, 60)
     wait_told(pool, listener)

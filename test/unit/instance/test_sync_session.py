@@ -46,7 +46,7 @@ class Stage:
         self.faults = Faults()
         self.audit_s = audit_s
         self.epoch = new_epoch()
-        self.pool = MemPool(LAYOUT, arenas[0], self.epoch, hbm=arenas[1])
+        self.pool = MemPool(LAYOUT, arenas[0], self.epoch, others={Tier.HBM: arenas[1]})
         self.busy = True
         self.is_watched = True
         self.worst_s = 0.0
@@ -123,12 +123,12 @@ class Stage:
                 self._watch()
 
     def _churn(self) -> None:
-        """Prompts come, the eldest go, a few are deleted, and now and then all of them."""
+        """Prompts come, the eldest go, the ends of a few are corrupt, and now and then all of them."""
         chosen = self._random.random()
         if chosen < 0.005:
             self.pool.clear()
         elif chosen < 0.1 and self._prompts:
-            self.pool.delete(page_keys(self._random.choice(self._prompts), 1))
+            self._corrupt(self._random.choice(self._prompts))
         else:
             shared = self._random.choice(self._prompts) if self._prompts else []
             prompt = shared[: self._random.randrange(6)] + self._random.choices(range(50), k=6)
@@ -140,6 +140,12 @@ class Stage:
         self.pool.seal(addrs)
         inserted = self.pool.insert(keys, addrs)
         self.pool.free_mem([*inserted.duplicates, *inserted.orphans])
+
+    def _corrupt(self, prompt: list[int]) -> None:
+        with self.pool.acquire(self.pool.match(page_keys(prompt, 1))) as lease:
+            if len(lease):
+                self.pool.block(lease.addrs[-1])[0] ^= 1
+                assert self.pool.verify(lease) == len(lease) - 1
 
     def _watch(self) -> None:
         """What happens now has a number; how long ago is the first that the tree has not heard of?"""

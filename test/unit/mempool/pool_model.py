@@ -12,7 +12,7 @@ from memserve.core.block_addr import BlockAddr, Tier, slot_of
 from memserve.core.block_keys import BlockKey
 from memserve.core.cache_events import Follower
 from memserve.mempool.eviction import ORDERINGS
-from memserve.mempool.lease import Lease
+from memserve.mempool.leases import Lease
 from memserve.mempool.pool import MemPool
 from memserve.mempool.records import Reservation
 

@@ -26,11 +26,11 @@ def test_a_chain_is_one_event_and_a_branch_another() -> None:
 def test_what_came_and_went_in_between_is_not_mentioned() -> None:
     pool = make_pool(8)
     store(pool, [1, 2])
-    pool.delete(keys_of([1, 2]))
+    pool.clear()
     assert pool.take_events() == []
     store(pool, [1, 2])
     pool.take_events()
-    pool.delete(keys_of([1, 2]))
+    pool.clear()
     store(pool, [1, 2])
     assert pool.take_events() == []
 

@@ -25,7 +25,7 @@ NUM_SLOTS = 6
 
 def test_what_it_holds_is_told_with_the_pools_own_and_found_by_nobody() -> None:
     pool = make_pool(4)
-    hbm = pool.follow(Tier.HBM)
+    hbm = pool.add_external_tier(Tier.HBM)
     store(pool, [1])
     assert hbm.stored([A, B]) == 2
     assert pool.take_events() == [Stored(1, Tier.DRAM, None, (A,)), Stored(2, Tier.HBM, None, (A, B))]
@@ -37,9 +37,9 @@ def test_what_it_holds_is_told_with_the_pools_own_and_found_by_nobody() -> None:
 
 def test_clearing_the_pool_leaves_it_alone() -> None:
     pool = make_pool(4)
-    hbm = pool.follow(Tier.HBM)
+    hbm = pool.add_external_tier(Tier.HBM)
     hbm.stored([A])
-    assert pool.clear() == pool.delete([A]) == 0
+    assert pool.clear() == 0
     assert len(hbm) == 1
     assert hbm.clear() == 1
     assert pool.take_events() == []
@@ -47,7 +47,7 @@ def test_clearing_the_pool_leaves_it_alone() -> None:
 
 def test_what_nobody_could_reach_is_not_told() -> None:
     pool = make_pool(4)
-    hbm = pool.follow(Tier.HBM)
+    hbm = pool.add_external_tier(Tier.HBM)
     store(pool, [1, 2])
     pool.take_events()
     assert hbm.stored([C, D], parent=B) == 0, "its parent is in another tier"
@@ -62,7 +62,7 @@ def test_what_nobody_could_reach_is_not_told() -> None:
 @pytest.mark.parametrize("order", [[A, B, C, D], [D, C, B, A], [C, A, D, B], [A]])
 def test_blocks_leave_children_first_in_whatever_order_they_are_named(order: list[BlockKey]) -> None:
     pool = make_pool(4)
-    hbm = pool.follow(Tier.HBM)
+    hbm = pool.add_external_tier(Tier.HBM)
     hbm.stored([A, B, C, D])
     pool.take_events()
     assert hbm.removed(order) == 4
@@ -74,7 +74,7 @@ def test_blocks_leave_children_first_in_whatever_order_they_are_named(order: lis
 
 def test_blocks_that_it_does_not_have_are_ignored() -> None:
     pool = make_pool(4)
-    hbm = pool.follow(Tier.HBM)
+    hbm = pool.add_external_tier(Tier.HBM)
     hbm.stored([A])
     assert hbm.removed([B, C]) == 0
     assert len(hbm) == 1
@@ -82,17 +82,17 @@ def test_blocks_that_it_does_not_have_are_ignored() -> None:
 
 def test_a_tier_is_somebodys_alone() -> None:
     pool = make_pool(4)
-    pool.follow(Tier.HBM)
+    pool.add_external_tier(Tier.HBM)
     for tier in (Tier.HBM, Tier.DRAM):
         with pytest.raises(ConfigError, match=tier.name):
-            pool.follow(tier)
+            pool.add_external_tier(tier)
     with pytest.raises(ConfigError, match="HBM"):
-        make_pool(4, hbm_slots=4).follow(Tier.HBM)
+        make_pool(4, hbm_slots=4).add_external_tier(Tier.HBM)
 
 
 def test_a_digest_is_of_the_set() -> None:
     pool = make_pool(8)
-    hbm = pool.follow(Tier.HBM)
+    hbm = pool.add_external_tier(Tier.HBM)
     store(pool, [1, 2, 3])
     for key, parent in ((A, None), (B, A), (C, B)):
         hbm.stored([key], parent)
@@ -115,7 +115,7 @@ class ForeignMachine(RuleBasedStateMachine):
     @initialize()
     def open(self) -> None:
         self.pool = make_pool(NUM_SLOTS)
-        self.hbm = self.pool.follow(Tier.HBM)
+        self.hbm = self.pool.add_external_tier(Tier.HBM)
         self.held: set[tuple[int, ...]] = set()
         self.follower = Follower()
         self.late = Follower()
@@ -144,10 +144,6 @@ class ForeignMachine(RuleBasedStateMachine):
     @rule(prompt=prompts)
     def store(self, prompt: list[int]) -> None:
         store(self.pool, prompt)
-
-    @rule(prompt=prompts)
-    def delete(self, prompt: list[int]) -> None:
-        self.pool.delete(keys_of(prompt))
 
     @rule()
     def clear(self) -> None:
@@ -204,7 +200,7 @@ TestForeignTier.settings = settings(max_examples=60, stateful_step_count=30, dea
 
 def test_events_carry_both_tiers_in_one_sequence() -> None:
     pool = make_pool(4)
-    hbm = pool.follow(Tier.HBM)
+    hbm = pool.add_external_tier(Tier.HBM)
     follower = Follower()
     hbm.stored([A, B])
     store(pool, [1])

@@ -13,9 +13,9 @@ from memserve.core.block_addr import BlockAddr, Tier, slot_of, tag_of, tier_of
 from memserve.core.errors import BlockStateError, ConfigError, OutOfBlocks
 from memserve.core.ids import Epoch
 from memserve.mempool.arena import Arena
-from memserve.mempool.checksums import Checksum
 from memserve.mempool.eviction import lfu
 from memserve.mempool.pool import MemPool
+from memserve.mempool.tier_pool import Checksum
 
 from .harness import EPOCH, LAYOUT, content, keys_of, make_pool, store, write
 
@@ -150,13 +150,6 @@ def test_a_block_whose_last_follower_was_dropped_can_be_evicted() -> None:
     assert len(pool.alloc_mem(2)) == 2
 
 
-def test_a_block_whose_tail_alone_was_deleted_can_be_evicted() -> None:
-    pool = make_pool(2)
-    store(pool, [1, 2])
-    assert pool.delete(keys_of([1, 2])[1:]) == 1
-    assert len(pool.alloc_mem(2)) == 2
-
-
 def test_a_slot_does_not_inherit_the_rank_of_the_block_it_had() -> None:
     pool = make_pool(2, lfu)
     store(pool, [1])
@@ -164,7 +157,9 @@ def test_a_slot_does_not_inherit_the_rank_of_the_block_it_had() -> None:
         pool.release(pool.acquire(pool.match(keys_of([1]))))
     store(pool, [4])
     pool.free_mem(pool.alloc_mem(1))  # ranks [1] anew, and evicts [4]
-    assert pool.delete(keys_of([1])) == 1
+    with pool.acquire(pool.match(keys_of([1]))) as lease:  # drops [1]
+        pool.block(lease.addrs[0])[0] ^= 1
+        assert pool.verify(lease) == 0
     store(pool, [2])  # in the slot that [1] had
     store(pool, [3])
     pool.release(pool.acquire(pool.match(keys_of([3]))))
@@ -242,6 +237,30 @@ def test_a_committed_reservation_is_written_sealed_and_found() -> None:
         pool.settle(reservation)
 
 
+def test_a_tier_that_the_pool_does_not_own_is_refused() -> None:
+    pool = make_pool(2)
+    for verb in (lambda: pool.alloc_mem(1, Tier.HBM), lambda: pool.stats(Tier.REMOTE)):
+        with pytest.raises(BlockStateError):
+            verb()
+
+
+def test_stats_by_tier_list_the_tiers_of_the_pool_nearest_first() -> None:
+    assert list(make_pool(2).stats_by_tier()) == [Tier.DRAM]
+    pool = make_pool(2, hbm_slots=3)
+    assert list(pool.stats_by_tier()) == [Tier.HBM, Tier.DRAM]
+    assert [stats.total for stats in pool.stats_by_tier().values()] == [3, 2]
+
+
+def test_blocks_of_two_tiers_are_not_freed_as_one() -> None:
+    pool = make_pool(2, hbm_slots=2)
+    far, near = pool.alloc_mem(1), pool.alloc_mem(1, Tier.HBM)
+    for addrs in ([*far, *near], [*near, *far]):
+        with pytest.raises(BlockStateError):
+            pool.free_mem(addrs)
+    pool.free_mem(far)
+    pool.free_mem(near)
+
+
 def test_keys_and_blocks_have_to_agree_in_number() -> None:
     pool = make_pool(2)
     with pytest.raises(BlockStateError, match="2 keys for 1"):
@@ -253,7 +272,7 @@ def test_nothing_is_nothing() -> None:
     pool.free_mem(pool.alloc_mem(0))
     pool.seal([])
     assert not pool.insert([], []).new
-    assert len(pool.match([])) == pool.num_cached([]) == pool.delete([]) == pool.clear() == 0
+    assert len(pool.match([])) == pool.num_cached([]) == pool.clear() == 0
     pool.cancel(pool.reserve(0))
     assert pool.snapshot().chains == ()
 
@@ -261,6 +280,9 @@ def test_nothing_is_nothing() -> None:
 def test_an_arena_of_another_layout_is_refused() -> None:
     with pytest.raises(ConfigError):
         MemPool(LAYOUT, Arena(LAYOUT.block_bytes + 1, 1), EPOCH)
+    other = Arena(LAYOUT.block_bytes + 64, 1)
+    with pytest.raises(ConfigError):
+        MemPool(LAYOUT, Arena(LAYOUT.block_bytes, 1), EPOCH, others={Tier.HBM: other})
 
 
 def test_threads_share_a_pool_too_small_for_them() -> None:
@@ -282,7 +304,7 @@ def test_threads_share_a_pool_too_small_for_them() -> None:
                 except OutOfBlocks:
                     continue
                 if turn % 20 == 7:
-                    pool.delete(keys_of(prompt))
+                    pool.clear()
         except BaseException as error:
             failures.append(error)
 

@@ -9,13 +9,13 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
-from memserve.core.block_addr import BlockAddr, slot_of
+from memserve.core.block_addr import BlockAddr, Tier, slot_of, tier_of
 from memserve.core.cache_events import Follower
 from memserve.core.errors import BlockStateError, OutOfBlocks
-from memserve.mempool.lease import Lease
+from memserve.mempool.leases import Lease
 from memserve.mempool.records import Match
 
-from .harness import content, keys_of
+from .harness import LAYOUT, FakeDevice, content, keys_of
 from .pool_model import MAX_SLOTS, NUM_SLOTS, PoolModel, TierCounts
 
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=6)
@@ -137,21 +137,6 @@ class PoolMachine(PoolModel):
         assert list(match.addrs) == [self.where(tuple(prompt[: i + 1])) for i in range(depth)]
         assert self.pool.num_cached(keys_of(prompt)) == depth == len(match)
 
-    @rule(prompt=prompts)
-    def delete(self, prompt: list[int]) -> None:
-        expected = self.expect_deleting(prompt)
-        assert self.pool.delete(keys_of(prompt)) == expected
-
-    def expect_deleting(self, prompt: list[int]) -> int:
-        pinned, count = self.pinned(), 0
-        for depth in range(self.depth(prompt), 0, -1):
-            one = tuple(prompt[:depth])
-            if one in pinned or any(other[:-1] == one for other in self.cached):
-                break
-            del self.cached[one]
-            count += 1
-        return count
-
     @precondition(lambda self: self.held)
     @rule(rarely=st.integers(0, 9))
     def clear(self, rarely: int) -> None:
@@ -164,6 +149,50 @@ class PoolMachine(PoolModel):
         count = len(self.cached)
         self.drop(set(self.cached))
         return count
+
+    # ---- between HBM and DRAM
+
+    @rule(prompt=prompts, start=st.integers(0, 5))
+    def swap_out(self, prompt: list[int], start: int) -> None:
+        """Swap out a chain, from its root or from a parent."""
+        start = min(start, len(prompt) - 1)
+        keys, device = keys_of(prompt), FakeDevice(self.pool)
+        pages, parent = device.write(keys[start:]), keys[start - 1] if start else None
+        known = max(0, self.depth(prompt) - start)
+        lacking = len(pages) - known
+        evictions = self.expect_taking(lacking) if lacking else 0
+        if evictions is None:
+            with pytest.raises(OutOfBlocks):
+                self.pool.swap_out(keys[start:], device, pages, parent)
+            self.observe_evictions(0)
+            return
+        copied = self.pool.swap_out(keys[start:], device, pages, parent)
+        self.observe_evictions(evictions)
+        assert device.packed == pages[known:], "DRAM has the others"
+        before = tuple(prompt[: start + known])
+        if before and before not in self.cached:
+            assert copied is None
+            return
+        assert copied == lacking
+        tree, first = self.pool._dram.cache.index.tree, self.pool._dram.first
+        for i in range(start + known, len(prompt)):
+            node = tree.get(keys[i])
+            assert node is not None
+            self.cached[tuple(prompt[: i + 1])] = BlockAddr(first + node.payload)
+
+    @precondition(lambda self: any(len(held.lease) for held in self.held))
+    @rule(pick=picks)
+    def swap_in(self, pick: int) -> None:
+        """Load leased blocks of DRAM, even if they are not cached any more."""
+        leases = [held.lease for held in self.held if len(held.lease)]
+        lease = leases[pick % len(leases)]
+        if {tier_of(addr) for addr in lease.addrs} != {Tier.DRAM}:
+            return
+        device, layers = FakeDevice(self.pool), list[int]()
+        expected = [bytes(self.pool.block(addr)) for addr in lease.addrs]
+        self.pool.swap_in([lease], device, range(len(lease)), layers.append)
+        assert layers == list(range(LAYOUT.num_layers))
+        assert list(device.pages.values()) == expected
 
     # ---- leases
 

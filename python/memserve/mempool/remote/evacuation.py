@@ -104,7 +104,7 @@ class EvacuationRun:
         num_saved = -1
         while num_saved < len(self._homes):  # Requests that end meanwhile leave more behind.
             num_saved = len(self._homes)
-            for key in self._pool.ends():
+            for key in self._pool.recent_leaves():
                 if not self._shelters or self._now() >= deadline:
                     break
                 if not self._save(self._pool.chain_to(key), deadline):

@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from memserve.core.block_keys import BlockKey
 from memserve.core.ids import Epoch
-from memserve.mempool.lease import Lease
+from memserve.mempool.leases import Lease
 from memserve.mempool.pool import MemPool
 from memserve.mempool.records import Reservation
 from memserve.wire.messages import Message

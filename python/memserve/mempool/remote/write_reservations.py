@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from memserve.core.block_addr import BlockAddr
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import BlockStateError, OutOfBlocks
-from memserve.mempool.lease import Lease
+from memserve.mempool.leases import Lease
 from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.records import Counters, PeersStats
 from memserve.mempool.remote.sessions import OVER, CompletedExchange, IncomingWrite, PeerSession

@@ -1,4 +1,4 @@
-"""A pool with HBM, too, against plain dicts: the rules of DRAM alone, and swapping."""
+"""A pool with a second tier of its own, nearer than DRAM, against plain dicts: the rules of both."""
 
 from __future__ import annotations
 
@@ -6,24 +6,23 @@ from collections import Counter
 
 import pytest
 from hypothesis import settings
-from hypothesis import strategies as st
 from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from memserve.core.block_addr import BlockAddr, Tier, tier_of
 from memserve.core.block_keys import BlockKey
-from memserve.core.errors import BlockStateError, OutOfBlocks
+from memserve.core.errors import OutOfBlocks
 from memserve.mempool.eviction import ORDERINGS
-from memserve.mempool.lease import Lease
+from memserve.mempool.leases import Lease
 from memserve.mempool.pool import MemPool
 
 from .harness import content, keys_of, make_pool, write
 from .pool_model import MAX_SLOTS, NUM_SLOTS, Prompt, TierCounts
-from .test_pool_model import PoolMachine, few, picks, prompts
+from .test_pool_model import PoolMachine, picks, prompts
 
 HBM_SLOTS = 7
 
 
-class SwapMachine(PoolMachine):
+class TiersMachine(PoolMachine):
     """What is cached in HBM, besides what PoolModel knows of DRAM."""
 
     def make(self, ordering: str) -> MemPool:
@@ -62,7 +61,7 @@ class SwapMachine(PoolMachine):
 
     def observe_near(self, num_gone: int) -> set[Prompt]:
         """Take over what left HBM, which must be what may, and as much as has to."""
-        tree = self.pool._hbm.cache.index.tree if self.pool._hbm else ()
+        tree = self.pool._tiers[Tier.HBM].cache.index.tree
         gone = {prompt for prompt in self.near if keys_of(prompt)[-1] not in tree}
         assert len(gone) == num_gone
         assert not gone & self.near_pinned(), "leased blocks never leave"
@@ -91,81 +90,6 @@ class SwapMachine(PoolMachine):
         self.pool.free_mem(inserted.duplicates)
         for i, addr in enumerate(inserted.new, known):
             self.near[tuple(prompt[: i + 1])] = addr
-
-    @rule(num_blocks=few)
-    def swap_out(self, num_blocks: int) -> None:
-        lacking = set(self.near) - set(self.cached)
-        near, free = set(self.near), self.num_free()
-        try:
-            addrs = self.pool.swap_out(num_blocks)
-        except OutOfBlocks:
-            self.observe_near(0)
-            self.observe_evictions(0)
-            evictable = len(near) - len(self.near_pinned())
-            assert num_blocks > evictable or len(lacking) > free, "there was room"
-            return
-        gone = self.observe_near(num_blocks)
-        arrived = {one[: i + 1] for one in gone for i in range(len(one))} - set(self.cached)
-        self.observe_evictions(max(0, len(arrived) - free))
-        assert not arrived & set(self.cached)
-        tree, first = self.pool._dram.cache.index.tree, self.pool._dram.first
-        for prompt in arrived:
-            node = tree.get(keys_of(prompt)[-1])
-            assert node is not None, "with a tail comes what DRAM lacks of its head"
-            self.cached[prompt] = BlockAddr(first + node.payload)
-        assert Counter(addrs) == Counter(self.cached[prompt] for prompt in gone)
-
-    @rule(prompt=prompts, num_blocks=few)
-    def store_near_and_swap_out(self, prompt: list[int], num_blocks: int) -> None:
-        self.store_near(prompt)
-        self.swap_out(num_blocks)
-
-    @precondition(lambda self: self.cached)
-    @rule(pick=picks, back=st.integers(-1, 3), flip=st.none() | st.integers(0, 5))
-    def swap_in(self, pick: int, back: int, flip: int | None) -> None:
-        """A chain by name, from around where HBM ends; sometimes with a block that has gone bad in DRAM."""
-        swapped = [one for one in self.cached if one[:1] in self.near and one not in self.near]
-        some = sorted(swapped if swapped and back else self.cached)
-        prompt = list(some[pick % len(some)])
-        start = max(0, min(self.near_depth(prompt) - back, len(prompt) - 1))
-        chain = [tuple(prompt[: i + 1]) for i in range(start, len(prompt))]
-        addrs = [self.cached[one] for one in chain]
-        known = max(0, self.near_depth(prompt) - start)
-        if start > self.near_depth(prompt):
-            with pytest.raises(BlockStateError, match="not in HBM"):
-                self.pool.swap_in(addrs)
-            return
-        head = {tuple(prompt[: i + 1]) for i in range(start + known)}
-        evictable = len(set(self.near) - self.near_pinned() - head)
-        missing = max(0, len(chain) - known - self.near_room())
-        if missing > evictable:
-            with pytest.raises(OutOfBlocks):
-                self.pool.swap_in(addrs)
-            self.observe_near(0)
-            return
-        bad = flip if flip is not None and known <= flip < len(chain) else None
-        if bad is not None:
-            self.pool.block(addrs[bad])[3] ^= 4
-        found = self.pool.swap_in(addrs)
-        good = len(chain) if bad is None else bad
-        self.observe_near(missing)
-        assert len(found) == good
-        for one, addr in zip(chain[known:good], found[known:], strict=True):
-            assert tier_of(addr) == Tier.HBM
-            self.near[one] = addr
-        assert found == [self.near[one] for one in chain[:good]]
-        if bad is not None:
-            self.corruptions += 1
-            self.drop({one for one in self.cached if one[: len(chain[bad])] == chain[bad]})
-
-    @precondition(lambda self: self.cached)
-    @rule(pick=picks)
-    def swap_in_what_is_no_chain(self, pick: int) -> None:
-        addr = self.cached[self.pick(pick)]
-        for addrs in ([addr, addr], [BlockAddr(addr ^ 1 << 40)], [*self.private, addr]):
-            if addrs != [addr]:
-                with pytest.raises(BlockStateError):
-                    self.pool.swap_in(addrs)
 
     def hold(self, lease: Lease, prompt: list[int], start: int) -> None:
         first = tuple(prompt[: start + 1])
@@ -198,16 +122,6 @@ class SwapMachine(PoolMachine):
             held.near = []
         return count
 
-    def expect_deleting(self, prompt: list[int]) -> int:
-        pinned, count = self.near_pinned(), super().expect_deleting(prompt)
-        for depth in range(self.near_depth(prompt), 0, -1):
-            one = tuple(prompt[:depth])
-            if one in pinned or any(other[:-1] == one for other in self.near):
-                break
-            del self.near[one]
-            count += 1
-        return count
-
     # ---- after every step
 
     @invariant()
@@ -231,5 +145,5 @@ class SwapMachine(PoolMachine):
         assert len(set(self.near.values())) == len(self.near), "a slot has one owner"
 
 
-TestSwap = SwapMachine.TestCase
-TestSwap.settings = settings(max_examples=120, stateful_step_count=60, deadline=None, derandomize=True)
+TestTiers = TiersMachine.TestCase
+TestTiers.settings = settings(max_examples=120, stateful_step_count=60, deadline=None, derandomize=True)
