@@ -36,7 +36,7 @@ from memserve.router.http.routes import serve_http, serve_metrics, web_app
 from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.router.observability.metrics import DURATIONS, RouterMetrics
 from memserve.router.observability.state_metrics import StateCollector
-from memserve.router.observability.tracing import PropagateOnly, Traces, Tracing
+from memserve.router.observability.tracing import PropagateOnly, Tracing
 from memserve.router.proxy.connection_pool import ConnectionPool
 from memserve.router.proxy.dispatcher import Dispatcher
 from memserve.router.proxy.executor import RequestExecutor
@@ -45,6 +45,7 @@ from memserve.router.proxy.prepare import RequestPreparer
 from memserve.router.proxy.recovery import StreamRecovery
 from memserve.router.proxy.retry import RetryPolicy
 from memserve.router.proxy.upstream import Upstream, open_session
+from memserve.router.records import Traces
 from memserve.router.request import encode_json
 from memserve.router.state import RouterState, new_state
 from memserve.wire.link import ControlServer
@@ -63,7 +64,7 @@ class Router:
     control_address: str
     cluster: InstanceRegistry
     state: RouterState
-    door: Ingress
+    ingress: Ingress
 
     @property
     def pools(self) -> Pools:
@@ -82,7 +83,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
     """
     key = ClusterKey.read(config.cluster_key_file) if config.cluster_key_file else None
     metrics = RouterMetrics(config.observe.prometheus_duration_buckets or DURATIONS)
-    door = build_ingress(config, metrics)
+    ingress = build_ingress(config, metrics)
     state = new_state(config, metrics)
     metrics.watch(StateCollector(state))
     cluster, pools = state.cluster, state.pools
@@ -101,14 +102,14 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         runner = RequestExecutor(upstream, state.selector, fetcher)
         resumer = StreamRecovery(state.tokenizers, is_on=config.resume == "auto")
         dispatcher = Dispatcher(state, runner, resumer, _patience(config), metrics)
-        requests, traces = state.telemetry.requests, _traces(stack, config)
+        traces = _traces(stack, config)
         preparer = RequestPreparer(cluster, state.reader, state.telemetry.prefixes.sample)
         cors = Cors(config.observe.cors_allowed_origins)
         generate = GenerateHandler(
             preparer,
             dispatcher,
-            requests,
-            door,
+            state.telemetry.requests.add,
+            ingress,
             config.observe.request_id_headers,
             cors.reply if cors else None,
             traces,
@@ -119,15 +120,15 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         stack.callback(drains.close)
         roles = RoleChanges(cluster, drains)
         stack.callback(roles.close)
-        pages = InfoHandlers(state, metrics, session, door.access, encode_json(document()))
-        dashboard = Dashboard(state, config, door.gate)
-        app = web_app(cors, door, routes(generate, WorkersApi(state, drains, roles), pages, dashboard))
-        port = await serve_http(stack, config, generate, app, door)
+        pages = InfoHandlers(state, metrics.exposition, session, ingress.access, encode_json(document()))
+        dashboard = Dashboard(state, config, ingress.admission)
+        app = web_app(cors, ingress, routes(generate, WorkersApi(state, drains, roles), pages, dashboard))
+        port = await serve_http(stack, config, generate, app, ingress)
         await serve_metrics(stack, config, pages)
         control = _listening(stack, config, state, port, key)
         stack.push_async_callback(generate.stop, config.shutdown_grace_period_secs)
         keepers = [
-            door.follow,
+            ingress.follow,
             lambda: fetcher.keep(pools),
             drains.retain,
             lambda: connections.keep(cluster.up),
@@ -139,8 +140,8 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         _begin(stack, prober.run(), _keep_up(state, keepers))
         if config.discovery is not None:
             _begin(stack, Discovery(config.discovery, cluster, drains, PodApi(config.discovery)).run())
-        url = f"{'https' if door.tls else 'http'}://{bracketed(config.host)}:{port}"
-        yield Router(url, control.address, cluster, state, door)
+        url = f"{'https' if ingress.tls else 'http'}://{bracketed(config.host)}:{port}"
+        yield Router(url, control.address, cluster, state, ingress)
 
 
 async def serve(config: RouterConfig) -> None:
@@ -150,7 +151,7 @@ async def serve(config: RouterConfig) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     async with running_router(config) as router:
-        loop.add_signal_handler(signal.SIGHUP, lambda: router.door.follow(is_asked=True))
+        loop.add_signal_handler(signal.SIGHUP, lambda: router.ingress.follow(is_asked=True))
         logger.info("router ready http=%s control=%s", router.url, router.control_address)
         hint = (
             "python -m memserve.launch_server --role prefill|decode|colocated --router %s --model-path MODEL"

@@ -1,23 +1,35 @@
-"""Lets requests in: as a block that is entered when it is their turn, within a bounded time.
+"""Admits requests: each runs inside an `AdmissionSlot`, which it gets in bounded time; bounds their memory.
 
-    async with gate.admitted(tenant, priority) as admitted:
+    async with controller.admitted(tenant, priority) as slot:
         ...
-        admitted.charge(tokens)
+        slot.charge(tokens)
 
-Knows no HTTP.
+Knows no HTTP and no metrics library.
 """
 
 from __future__ import annotations
 
 import asyncio
+import os
 from collections.abc import Callable
+from contextlib import suppress
+from pathlib import Path
 from types import TracebackType
+from typing import Protocol
 
 from memserve.router.admission.fair_queue import FairQueue, Refusal, TenantQueue, Waiter
-from memserve.router.auth.keys import Tenant
 from memserve.router.errors import Overloaded
-from memserve.router.observability.metrics import RouterMetrics
+from memserve.router.tenant import Tenant
 
+SERVED_FACTOR = 9
+"""Memory that a request takes while it is served, beside its body, per byte of body.
+
+Measured with lists of token ids, which take the most (9.2 in all, 3.7 with text): the parsed body, its
+blocks, and the bodies for both legs.
+"""
+SHARE = 4
+"""Default byte budget: one part in so many of the machine's memory."""
+_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _MESSAGES = {
     "requests": "too many requests per second",
     "tokens": "too many tokens per second",
@@ -27,39 +39,46 @@ _MESSAGES = {
     "connections": "too many connections",
 }
 _UNAVAILABLE = ("queue_timeout", "memory", "connections")
-"""What is nobody's fault who asks: 503, all else 429."""
+"""Refusal reasons answered 503 (router-side shortage); all others are 429."""
+
+
+class AdmissionMetrics(Protocol):
+    """Receives the counts of a controller."""
+
+    def count_refusal(self, reason: str) -> None:
+        """A request was refused."""
+
+    def count_queued(self, seconds: float) -> None:
+        """A request waited so long for a slot, or gave up."""
+
+    def show(self, name: str, help: str, value: Callable[[], float]) -> None:
+        """Export `value` as a gauge."""
 
 
 class AdmissionController:
     """Event loop thread only."""
 
-    def __init__(self, admission: FairQueue, *, queue_timeout_s: float, metrics: RouterMetrics) -> None:
-        """`queue_timeout_s` is how long a request waits for its turn at most."""
-        self._admission = admission
+    def __init__(self, queue: FairQueue, *, queue_timeout_s: float, metrics: AdmissionMetrics) -> None:
+        """A request waits at most `queue_timeout_s` for a slot."""
+        self.queue = queue
         self._queue_timeout_s = queue_timeout_s
         self._metrics = metrics
-        metrics.show("admitted_requests", "Requests that run.", lambda: admission.num_running)
-        metrics.show("queued_requests", "Requests that wait for their turn.", self.num_waiting)
+        metrics.show("admitted_requests", "Requests that run.", lambda: queue.num_running)
+        metrics.show("queued_requests", "Requests that wait for their turn.", lambda: queue.num_waiting)
 
     def admitted(self, tenant: Tenant, priority: Callable[[], int] = lambda: 0) -> AdmissionSlot:
-        """A block in which a request of `tenant` runs; higher priorities of it come first.
+        """A block in which a request of `tenant` runs; higher priorities of one tenant go first.
 
-        `priority` is asked for only if it has to wait.
-        Entering raises Overloaded. While there is room it costs neither a task nor a future.
+        `priority` is called only if the request has to wait.
+        Entering raises Overloaded. While slots are free it creates neither a task nor a future.
         """
-        return AdmissionSlot(
-            self, self._admission, self._admission.share(tenant.name, tenant.rates), priority
-        )
+        return AdmissionSlot(self, self.queue.tenant(tenant.name, tenant.rates), priority)
 
-    def num_waiting(self) -> int:
-        """How many requests wait for their turn."""
-        return self._admission.num_waiting
-
-    async def wait(self, share: TenantQueue, priority: int) -> float:
-        """When it began. Raises Refusal, with a reason of its own if it took too long."""
-        admission, loop = self._admission, asyncio.get_running_loop()
+    async def wait(self, tenant: TenantQueue, priority: int) -> float:
+        """The begin time of a request that had to wait. Raises Refusal, also after the queue timeout."""
+        queue, loop = self.queue, asyncio.get_running_loop()
         future, came_s = loop.create_future(), loop.time()
-        waiter = admission.wait(share, priority, lambda: None if future.done() else future.set_result(None))
+        waiter = queue.wait(tenant, priority, lambda: None if future.done() else future.set_result(None))
         try:
             async with asyncio.timeout(self._queue_timeout_s):
                 await future
@@ -69,60 +88,88 @@ class AdmissionController:
             self._withdraw(waiter)
             raise
         finally:
-            self._metrics.queue_seconds.observe(loop.time() - came_s)
+            self._metrics.count_queued(loop.time() - came_s)
         if waiter.began_s is not None:
             return waiter.began_s
         if waiter.refusal is None:
-            admission.abandon(waiter)
-            raise Refusal("queue_timeout", admission.retry_after_s())
+            queue.abandon(waiter)
+            raise Refusal("queue_timeout", queue.retry_after_s())
         raise waiter.refusal
 
     def refused(self, reason: str, after_s: float | None = None) -> Overloaded:
-        """What a request is told that is not let in, counted. `after_s`: when it may be, if that is known."""
-        self._metrics.refused.labels(reason).inc()
+        """The error for a refused request, which is counted. `after_s`: when to retry, if known."""
+        self._metrics.count_refusal(reason)
         status = 503 if reason in _UNAVAILABLE else 429
         return Overloaded(
-            _MESSAGES[reason], status, self._admission.retry_after_s() if after_s is None else after_s
+            _MESSAGES[reason], status, self.queue.retry_after_s() if after_s is None else after_s
         )
 
     def _withdraw(self, waiter: Waiter) -> None:
-        """Its client has left, maybe at the moment when it was its turn."""
+        """Its client has left, maybe in the same event loop turn in which it got a slot."""
         if waiter.began_s is not None:
-            self._admission.leave(waiter.share, waiter.began_s)
+            self.queue.leave(waiter.tenant, waiter.began_s)
         elif waiter.refusal is None:
-            self._admission.abandon(waiter)
+            self.queue.abandon(waiter)
 
 
 class AdmissionSlot:
-    """One request's place among those that run. Made by `AdmissionController.admitted`."""
+    """The slot of one request. Made by `AdmissionController.admitted`."""
 
-    __slots__ = ("_admission", "_began_s", "_gate", "_priority", "_share")
+    __slots__ = ("_began_s", "_controller", "_priority", "_tenant")
 
     def __init__(
-        self, gate: AdmissionController, admission: FairQueue, share: TenantQueue, priority: Callable[[], int]
+        self, controller: AdmissionController, tenant: TenantQueue, priority: Callable[[], int]
     ) -> None:
-        self._gate, self._admission, self._share, self._priority = gate, admission, share, priority
+        self._controller, self._tenant, self._priority = controller, tenant, priority
 
     async def __aenter__(self) -> AdmissionSlot:
+        controller, tenant = self._controller, self._tenant
         try:
-            began_s = self._admission.enter(self._share)
+            began_s = controller.queue.enter(tenant)
             if began_s is None:
-                began_s = await self._gate.wait(self._share, self._priority())
+                began_s = await controller.wait(tenant, self._priority())
         except Refusal as refusal:
-            raise self._gate.refused(refusal.reason, refusal.after_s) from None
+            raise controller.refused(refusal.reason, refusal.after_s) from None
         self._began_s = began_s
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._admission.leave(self._share, self._began_s)
+        self._controller.queue.leave(self._tenant, self._began_s)
 
     @property
     def is_charged(self) -> bool:
-        """Whether tokens are counted at all."""
-        return self._share.is_rated
+        """True if tokens are counted."""
+        return self._tenant.is_rated
 
     def charge(self, tokens: int) -> None:
-        """Count tokens against its tenant's rate: once they are known, whether there is room or not."""
-        self._admission.charge(self._share, tokens)
+        """Count tokens against the tenant's rate, once they are known; may exceed it."""
+        self._controller.queue.charge(self._tenant, tokens)
+
+
+class ByteBudget:
+    """A bound on the memory of all requests. Event loop thread only."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self.max_bytes = max_bytes
+        self.held = 0
+
+    def try_take(self, num_bytes: int) -> bool:
+        """Hold `num_bytes` more; False, taking none, if the budget has no room for them."""
+        if self.held + num_bytes > self.max_bytes:
+            return False
+        self.held += num_bytes
+        return True
+
+    def give(self, num_bytes: int) -> None:
+        """Return `num_bytes`."""
+        self.held -= num_bytes
+
+
+def default_bytes(cgroup_limit: Path = _CGROUP_LIMIT) -> int:
+    """A share of the memory of this machine, or of its container's limit."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    with suppress(OSError, ValueError):  # not in a container, or one without a limit: "max"
+        memory = min(memory, int(cgroup_limit.read_text()))
+    return memory // SHARE

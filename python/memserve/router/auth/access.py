@@ -1,9 +1,9 @@
-"""Who may do what: clients ask for tokens, admins see and change the cluster.
+"""Which API key may do what: clients generate, admins see and change the cluster.
 
                            clients need                    admins need
-    nothing configured     nothing                         nothing on loopback; off it, all is off
-    --api-key              that key                        that key, unless there is a file of others
-    --api-keys-file        one of its keys                 nothing will do: all is off
+    nothing configured     nothing                         nothing on loopback; off it, all is refused
+    --api-key              that key                        that key, unless there is an admin key file
+    --api-keys-file        one of its keys                 all is refused
     --admin-api-key-file   (as above)                      one of its keys
 
 Knows no HTTP but the Authorization header.
@@ -15,7 +15,8 @@ import base64
 import binascii
 
 from memserve.core.errors import BadRequest
-from memserve.router.auth.keys import ANYBODY, SOMEBODY, KeyFile, Keys, Tenant
+from memserve.router.auth.keys import UNNAMED_ADMIN, KeyFile, Keys
+from memserve.router.tenant import SOLE_TENANT, Tenant
 
 ADMIN_FLAG = "--admin-api-key-file"
 NEEDS_KEY = "an API key is needed: Authorization: Bearer KEY"
@@ -33,39 +34,42 @@ class Access:
         admins: KeyFile[str] | None = None,
         is_exposed: bool = False,
     ) -> None:
-        """`api_key` is the servers' too; beside `tenants`, theirs alone.
+        """`api_key` is the servers' key too; if there are `tenants`, it is the servers' key only.
 
-        `is_exposed`: other machines can ask.
+        `is_exposed`: other machines can reach the router.
         """
         self._tenants = tenants
-        self._single = Keys({api_key: ANYBODY}) if api_key is not None and tenants is None else None
+        self._single = Keys({api_key: SOLE_TENANT}) if api_key is not None and tenants is None else None
         self._admins = admins
         self._is_exposed = is_exposed
-        self._servers_own = None if api_key is None else f"Bearer {api_key}"
+        self._upstream_key = None if api_key is None else f"Bearer {api_key}"
         self.has_tenants = tenants is not None
-        """Whether clients are kept apart."""
+        """True if clients are told apart by their keys."""
 
-    def tenant_of(self, authorization: str | None) -> Tenant:
-        """Whose request has this Authorization header. Raises BadRequest (401) if nobody's."""
+    def authenticate(self, authorization: str | None) -> Tenant:
+        """The tenant by its Authorization header. Raises BadRequest (401) without a valid key."""
         keys = self._single if self._tenants is None else self._tenants.keys
         if keys is None:
-            return ANYBODY
+            return SOLE_TENANT
         key = key_of(authorization)
         tenant = None if key is None else keys.owner(key)
         if tenant is None:
             raise BadRequest(NEEDS_KEY, status=401)
         return tenant
 
-    def explained_as(self, authorization: str | None, name: str | None) -> Tenant:
-        """Whose request is looked at: admins say so by `name`. Raises BadRequest."""
+    def authenticate_as(self, authorization: str | None, name: str | None) -> Tenant:
+        """The tenant whose request is explained: a client's own, or the tenant `name` for an admin.
+
+        Raises BadRequest: 401 without a valid key, 400 if an admin gives no name.
+        """
         if not (self.has_tenants and self.is_admin(authorization)):
-            return self.tenant_of(authorization)
+            return self.authenticate(authorization)
         if not name:
-            raise BadRequest("an admin says whose request it is: x-memserve-tenant: TENANT")
+            raise BadRequest("an admin has to name the tenant: x-memserve-tenant: TENANT")
         return Tenant(name)
 
     def is_admin(self, authorization: str | None) -> bool:
-        """Whether whoever sent this Authorization header is one."""
+        """True if this Authorization header may use admin endpoints."""
         try:
             self.check_admin(authorization)
         except BadRequest:
@@ -73,9 +77,10 @@ class Access:
         return True
 
     def check_admin(self, authorization: str | None) -> str:
-        """The admin's name, as far as it is known.
+        """The admin's name, or `UNNAMED_ADMIN`.
 
-        Raises BadRequest for who is none: 401; 403 where nobody is, with the flag that would change it.
+        Raises BadRequest: 401 if the key is not an admin key, 403 if no admin keys are configured (the
+        message names the flag).
         """
         if self._admins is not None:
             key = key_of(authorization)
@@ -84,37 +89,37 @@ class Access:
                 raise BadRequest(NEEDS_ADMIN_KEY, status=401)
             return name
         if self._tenants is not None:
-            message = f"off, as there are tenants and no admin: start the router with {ADMIN_FLAG}"
+            message = f"off, as there are tenants and no admin keys: start the router with {ADMIN_FLAG}"
             raise BadRequest(message, status=403)
         if self._single is not None:
-            self.tenant_of(authorization)
+            self.authenticate(authorization)
         elif self._is_exposed:
             message = (
-                f"off, as the router can be reached from other machines: start it with {ADMIN_FLAG}, "
+                f"off, as other machines can reach the router: start it with {ADMIN_FLAG}, "
                 "or with --host 127.0.0.1"
             )
             raise BadRequest(message, status=403)
-        return SOMEBODY
+        return UNNAMED_ADMIN
 
-    def for_servers(self, authorization: str | None) -> str | None:
-        """What servers get for this Authorization header of a request: no key that is for the router."""
-        is_ours = self._tenants is not None or self._single is not None
-        return self._servers_own if is_ours else authorization
+    def upstream_authorization(self, authorization: str | None) -> str | None:
+        """The Authorization header for servers: theirs, or the client's if it is no key of the router."""
+        is_routers = self._tenants is not None or self._single is not None
+        return self._upstream_key if is_routers else authorization
 
     @property
     def knows_admins(self) -> bool:
-        """Whether an admin is known by a key."""
+        """True if admins are identified by a key."""
         return self._admins is not None or self._single is not None
 
     def follow(self, *, is_asked: bool = False) -> None:
-        """Read key files again that have changed; all of them if somebody asks."""
+        """Read changed key files again; all of them if `is_asked`."""
         for file in (self._tenants, self._admins):
             if file is not None:
                 file.follow(is_asked=is_asked)
 
 
 def key_of(authorization: str | None) -> str | None:
-    """The key in an Authorization header, as a bearer or as the password that a browser asks for; or None."""
+    """The key in an Authorization header: a bearer token or a basic password; None if there is none."""
     kind, _, rest = (authorization or "").partition(" ")
     if kind.lower() == "bearer":
         return rest.strip()

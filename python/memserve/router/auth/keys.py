@@ -1,11 +1,11 @@
-"""API keys: whose they are, what they allow, read from a file that may change while the router runs.
+"""API keys with their tenants and limits, read from a file that may change while the router runs.
 
     # KEY TENANT [rps=NUMBER] [tps=NUMBER] [weight=NUMBER]
     8f2c…  alice  rps=20 tps=50000 weight=2
 
-Limits are a tenant's, whichever of its keys they stand behind. Keys are kept as hashes under a secret of
-this process: nobody can choose what a look-up compares, so the time it takes tells nothing, and no dump of
-an object shows a key. Knows no requests.
+Limits belong to the tenant, whichever of its keys they are written behind. Keys are kept as hashes under a
+secret of this process: a client cannot choose the compared bytes, so the duration of a look-up reveals
+nothing, and no dump of an object shows a key. Knows no requests.
 """
 
 from __future__ import annotations
@@ -15,13 +15,12 @@ import logging
 import math
 import secrets
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Generic, TypeVar
 
 from memserve.core.errors import ConfigError
 from memserve.core.secret_file import read_secret_file
-from memserve.router.admission.rates import Rates
+from memserve.router.tenant import Rates, Tenant
 
 logger = logging.getLogger(__name__)
 
@@ -29,31 +28,18 @@ T = TypeVar("T")
 
 FORMAT = "KEY TENANT [rps=NUMBER] [tps=NUMBER] [weight=NUMBER]"
 
-SOMEBODY = "-"
-"""An admin without a name."""
-
-
-@dataclass(frozen=True, slots=True)
-class Tenant:
-    """Whose requests are counted together; they also share cached blocks, and with nobody else."""
-
-    name: str
-    rates: Rates = field(default_factory=Rates)
-
-
-ANYBODY = Tenant("")
-"""Where nobody is told from another."""
+UNNAMED_ADMIN = "-"
 
 
 class Keys(Generic[T]):
-    """What each of some keys stands for."""
+    """Owners by key."""
 
     def __init__(self, owners: Mapping[str, T]) -> None:
         self._secret = secrets.token_bytes(32)
         self._owners = {self._digest(key): owner for key, owner in owners.items()}
 
     def owner(self, key: str) -> T | None:
-        """Whose key it is; None if nobody's."""
+        """The owner of `key`; None if the key is unknown."""
         return self._owners.get(self._digest(key))
 
     def __len__(self) -> int:
@@ -66,21 +52,21 @@ class Keys(Generic[T]):
 
 
 class KeyFile(Generic[T]):
-    """The keys in a file, as it is now. Event loop thread only."""
+    """The keys in a file, kept up to date. Event loop thread only."""
 
     def __init__(self, path: Path, what: str, parse: Callable[[Path, list[str]], dict[str, T]]) -> None:
-        """`what` it has, for people; `parse` makes owners by key of its path and lines.
+        """`what`: the kind of key, for messages. `parse` turns path and lines into owners by key.
 
-        Raises ConfigError if it cannot be read, others may read it, or `parse` raises it.
+        Raises ConfigError if the file cannot be read, other users may read it, or `parse` raises it.
         """
         self._path, self._what, self._parse = path, what, parse
         self._seen = self._stamp()
         self.keys = self._read()
 
     def follow(self, *, is_asked: bool = False) -> None:
-        """Read the file again if it has changed, or if somebody asks for it.
+        """Read the file again if it has changed, or if `is_asked`.
 
-        A file that is wrong now changes nothing, and is said to be so once.
+        If the new file is invalid, the old keys stay and one error is logged.
         """
         stamp = self._stamp()
         if stamp == self._seen and not is_asked:
@@ -89,7 +75,7 @@ class KeyFile(Generic[T]):
         try:
             self.keys = self._read()
         except ConfigError as error:
-            logger.error("the %ss stay as they were: %s", self._what, error)
+            logger.error("the old %ss stay in use: %s", self._what, error)
         else:
             logger.info("%ss read again path=%s keys=%d", self._what, self._path, len(self.keys))
 
@@ -117,15 +103,15 @@ def tenant_keys(path: Path) -> KeyFile[Tenant]:
 
 
 def admin_keys(path: Path) -> KeyFile[str]:
-    """Whose keys they are, by a file of lines KEY [WHOSE]. Raises ConfigError."""
+    """A file of lines KEY [NAME]. Raises ConfigError."""
     return KeyFile(path, "admin API key", parse_admins)
 
 
 def parse_tenants(path: Path, lines: list[str]) -> dict[str, Tenant]:
-    """Tenants by key. Raises ConfigError with the line that says something else, never with what it says."""
+    """Tenants by key. Raises ConfigError with the number of an invalid line, never with its text."""
     names: dict[str, str] = {}
     rates: dict[str, dict[str, float]] = {}
-    for number, words in _said(lines):
+    for number, words in _entries(lines):
         where = f"{path}, line {number}"
         if len(words) < 2 or words[0] in names:
             raise ConfigError(f"{where}: write {FORMAT}, each key once")
@@ -134,7 +120,7 @@ def parse_tenants(path: Path, lines: list[str]) -> dict[str, Tenant]:
         for word in words[2:]:
             name, value = _rate(where, word)
             if own.setdefault(name, value) != value:
-                raise ConfigError(f"{where}: {name} of {words[1]} was another number before")
+                raise ConfigError(f"{where}: {name} of {words[1]} differs from an earlier line")
     tenants = {name: Tenant(name, Rates(**own)) for name, own in rates.items()}
     return {key: tenants[name] for key, name in names.items()}
 
@@ -142,17 +128,17 @@ def parse_tenants(path: Path, lines: list[str]) -> dict[str, Tenant]:
 def parse_admins(path: Path, lines: list[str]) -> dict[str, str]:
     """Names by key. Raises ConfigError."""
     keys: dict[str, str] = {}
-    for number, words in _said(lines):
+    for number, words in _entries(lines):
         if len(words) > 2:
-            raise ConfigError(f"{path}, line {number}: write KEY, and maybe whose it is")
-        keys[words[0]] = words[1] if len(words) == 2 else SOMEBODY
+            raise ConfigError(f"{path}, line {number}: write KEY [NAME]")
+        keys[words[0]] = words[1] if len(words) == 2 else UNNAMED_ADMIN
     return keys
 
 
-def _said(lines: list[str]) -> list[tuple[int, list[str]]]:
-    """Line numbers and words of those that say something; those that begin with # do not."""
-    said = ((number, line.split()) for number, line in enumerate(lines, start=1))
-    return [(number, words) for number, words in said if words and not words[0].startswith("#")]
+def _entries(lines: list[str]) -> list[tuple[int, list[str]]]:
+    """Numbers and words of the lines that are neither empty nor comments (#)."""
+    entries = ((number, line.split()) for number, line in enumerate(lines, start=1))
+    return [(number, words) for number, words in entries if words and not words[0].startswith("#")]
 
 
 def _rate(where: str, word: str) -> tuple[str, float]:

@@ -1,4 +1,4 @@
-"""TLS: the router's certificate for its clients, and whom it believes to be a server. Knows no HTTP."""
+"""TLS: the router's certificate for its clients, and how it verifies servers. Knows no HTTP."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ logger = logging.getLogger(__name__)
 
 
 class Certificate:
-    """What the router shows its clients. A renewed one is read again. Event loop thread only."""
+    """The router's certificate; a renewed one is read again. Event loop thread only."""
 
     def __init__(self, certfile: Path, keyfile: Path) -> None:
         """PEM files: the certificate with its chain, and its key.
 
-        Raises ConfigError if they cannot be read, do not belong together, or others may read the key.
+        Raises ConfigError if they cannot be read, do not match, or other users may read the key.
         """
         self._certfile, self._keyfile = certfile, keyfile
         self.context = ssl.create_default_context(ssl.Purpose.CLIENT_AUTH)
@@ -27,17 +27,17 @@ class Certificate:
         self._load()
 
     def follow(self, *, is_asked: bool = False) -> None:
-        """Use new files for the connections to come; wrong ones change nothing, which is said once."""
+        """Use changed files for new connections. If they are invalid, keep the old ones and log it once."""
         stamp = self._stamp()
         if stamp == self._seen and not is_asked:
             return
         self._seen = stamp
         try:
-            # A context whose loading fails half-way may be left with a key that is not the certificate's.
+            # A context whose loading fails half-way may keep a key that does not match its certificate.
             Certificate(self._certfile, self._keyfile)
             self._load()
         except ConfigError as error:
-            logger.error("the certificate stays as it was: %s", error)
+            logger.error("the old certificate stays in use: %s", error)
         else:
             logger.info("certificate read again path=%s", self._certfile)
 
@@ -63,10 +63,10 @@ class Certificate:
 def client_context(
     ca_certs: Path | None, certfile: Path | None = None, keyfile: Path | None = None
 ) -> ssl.SSLContext:
-    """How https servers are verified: by the system's authorities, or by those in a PEM file alone; and
-    what they are shown, if they ask who the router is.
+    """How https servers are verified: by the system's authorities, or only by those in `ca_certs` (PEM).
 
-    Raises ConfigError for what cannot be read.
+    `certfile` and `keyfile` are the router's own certificate, for servers that require one.
+    Raises ConfigError for files that cannot be read.
     """
     try:
         context = ssl.create_default_context(cafile=ca_certs)

@@ -61,10 +61,10 @@ def json_response(body: bytes, status: int = 200, headers: dict[str, str] | None
 class Bodies:
     """Reads bodies that aiohttp receives, within bounds. Event loop thread only."""
 
-    def __init__(self, door: Ingress) -> None:
-        self.limits = door.limits
-        self._budget = door.budget
-        self._out_of_memory = door.out_of_memory
+    def __init__(self, ingress: Ingress) -> None:
+        self.limits = ingress.limits
+        self._budget = ingress.budget
+        self._out_of_memory = ingress.out_of_memory
 
     async def read(self, request: web.Request) -> bytes:
         """The body of any request, which counts as held until it is given back.

@@ -1,7 +1,4 @@
-"""All that stands between a client and the router: who it is, what it may send, when it is its turn.
-
-Made from the configuration; decides nothing itself.
-"""
+"""Limits, keys and queues between clients and the router's endpoints, built from the configuration."""
 
 from __future__ import annotations
 
@@ -12,16 +9,20 @@ import time
 from dataclasses import dataclass
 
 from memserve.core.hosts import is_loopback
-from memserve.router.admission.budget import SERVED_FACTOR, ByteBudget, default_bytes
-from memserve.router.admission.controller import AdmissionController
+from memserve.router.admission.controller import (
+    SERVED_FACTOR,
+    AdmissionController,
+    AdmissionMetrics,
+    ByteBudget,
+    default_bytes,
+)
 from memserve.router.admission.fair_queue import FairQueue
-from memserve.router.admission.rates import Rates
 from memserve.router.auth.access import Access
 from memserve.router.auth.keys import admin_keys, tenant_keys
 from memserve.router.auth.tls import Certificate
 from memserve.router.config import RouterConfig
 from memserve.router.errors import Overloaded
-from memserve.router.observability.metrics import RouterMetrics
+from memserve.router.tenant import Rates
 
 logger = logging.getLogger(__name__)
 
@@ -32,11 +33,11 @@ class ClientLimits:
 
     max_body_bytes: int
     head_s: float
-    """For a request's head, from its first byte."""
+    """For the head of a request, from its first byte."""
     stall_s: float
-    """For the next part of a body, or to read some more of an answer."""
+    """For the next part of a body, or until the client reads more of an answer."""
     max_connections: int
-    """Of all clients."""
+    """Of all clients together."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,31 +45,31 @@ class Ingress:
     """See the module. Event loop thread only."""
 
     access: Access
-    gate: AdmissionController
+    admission: AdmissionController
     limits: ClientLimits
     budget: ByteBudget
-    """For the memory of all requests that are held."""
+    """The memory of all requests in the router."""
     certificate: Certificate | None
-    """What clients are shown; None: they are served in the clear."""
+    """The certificate for clients; None: plain HTTP."""
 
     @property
     def tls(self) -> ssl.SSLContext | None:
-        """How clients are served."""
+        """The context of the listening socket."""
         return self.certificate.context if self.certificate else None
 
     def out_of_memory(self) -> Overloaded:
-        """What a request is told that the budget has no room for, counted."""
-        return self.gate.refused("memory")
+        """The error for a request that the byte budget has no room for; counts it."""
+        return self.admission.refused("memory")
 
     def follow(self, *, is_asked: bool = False) -> None:
-        """Read files of keys and certificates again that have changed; all of them if somebody asks."""
+        """Read changed key files and certificates again; all of them if `is_asked`."""
         self.access.follow(is_asked=is_asked)
         if self.certificate is not None:
             self.certificate.follow(is_asked=is_asked)
 
 
-def build_ingress(config: RouterConfig, metrics: RouterMetrics) -> Ingress:
-    """Raises ConfigError for a file of keys, or a certificate, that cannot be used."""
+def build_ingress(config: RouterConfig, metrics: AdmissionMetrics) -> Ingress:
+    """Raises ConfigError for a key file or a certificate that cannot be used."""
     certificate = None
     if config.ssl_certfile is not None and config.ssl_keyfile is not None:
         certificate = Certificate(config.ssl_certfile, config.ssl_keyfile)
@@ -78,12 +79,12 @@ def build_ingress(config: RouterConfig, metrics: RouterMetrics) -> Ingress:
         config.client_stall_timeout_secs,
         config.max_connections or max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4),
     )
-    budget = _open_budget(config)
+    budget = _budget(config)
     metrics.show("buffered_bytes", "Memory that requests are taken to need.", lambda: budget.held)
-    return Ingress(_open_access(config), _open_gate(config, metrics), limits, budget, certificate)
+    return Ingress(_access(config), _admission(config, metrics), limits, budget, certificate)
 
 
-def _open_budget(config: RouterConfig) -> ByteBudget:
+def _budget(config: RouterConfig) -> ByteBudget:
     given = config.max_buffered_mib
     budget = ByteBudget(default_bytes() if given is None else given << 20)
     largest = config.max_body_bytes * (1 + SERVED_FACTOR)
@@ -96,12 +97,12 @@ def _open_budget(config: RouterConfig) -> ByteBudget:
     return budget
 
 
-def _open_access(config: RouterConfig) -> Access:
+def _access(config: RouterConfig) -> Access:
     is_exposed = not is_loopback(config.host)
     if is_exposed and config.ssl_certfile is None:
         logger.warning(
-            "HTTP on %s leaves this machine in the clear, API keys and prompts with it: "
-            "start the router with --ssl-certfile and --ssl-keyfile, or behind a proxy that has them",
+            "HTTP on %s is not encrypted, so API keys and prompts can be read on the network: "
+            "start the router with --ssl-certfile and --ssl-keyfile, or behind a TLS proxy",
             config.host,
         )
     return Access(
@@ -112,14 +113,14 @@ def _open_access(config: RouterConfig) -> Access:
     )
 
 
-def _open_gate(config: RouterConfig, metrics: RouterMetrics) -> AdmissionController:
+def _admission(config: RouterConfig, metrics: AdmissionMetrics) -> AdmissionController:
     max_running = None if config.max_concurrent_requests < 1 else config.max_concurrent_requests
     rate = config.rate_limit_tokens_per_second
-    admission = FairQueue(
+    queue = FairQueue(
         max_running,
         config.queue_size,
         time.monotonic,
         rates=Rates() if rate is None else Rates(rps=rate),
         burst=max(rate or 1.0, max_running or 1.0),
     )
-    return AdmissionController(admission, queue_timeout_s=config.queue_timeout_secs, metrics=metrics)
+    return AdmissionController(queue, queue_timeout_s=config.queue_timeout_secs, metrics=metrics)

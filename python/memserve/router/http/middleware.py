@@ -129,7 +129,7 @@ class Guard:
                     *(request.method, request.rel_url.raw_path, name, request.remote),
                 )
         elif permission is Permission.CLIENT and not self._is_admin(authorization):
-            self._access.tenant_of(authorization)
+            self._access.authenticate(authorization)
 
     def middleware(self) -> Middleware:
         """The aiohttp middleware."""

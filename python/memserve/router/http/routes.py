@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 from aiohttp import web
+from aiohttp.http_exceptions import HttpProcessingError
 
 from memserve.core.errors import ConfigError
 from memserve.core.hosts import bracketed
@@ -16,7 +17,6 @@ from memserve.router.http.handlers.info import InfoHandlers
 from memserve.router.http.ingress import Ingress
 from memserve.router.http.middleware import SMALL_BODY_BYTES, Cors, Guard, error_envelope
 from memserve.router.http.server import HttpServer
-from memserve.router.http.web_log import web_logger
 
 logger = logging.getLogger(__name__)
 
@@ -36,16 +36,16 @@ async def serve_http(
     config: RouterConfig,
     generate: GenerateHandler,
     app: web.Application,
-    door: Ingress,
+    ingress: Ingress,
 ) -> int:
     """Start the HTTP server; its port."""
     runner = web.AppRunner(
-        app, access_log=None, logger=web_logger(), handler_cancellation=True, shutdown_timeout=1.0
+        app, access_log=None, logger=_web_logger(), handler_cancellation=True, shutdown_timeout=1.0
     )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     assert runner.server is not None
-    front = HttpServer(generate.handle, runner.server, door)
+    front = HttpServer(generate.handle, runner.server, ingress)
     stack.push_async_callback(front.close)
     return await front.listen(config.host, config.port)
 
@@ -57,7 +57,7 @@ async def serve_metrics(stack: AsyncExitStack, config: RouterConfig, pages: Info
         return
     app = web.Application()
     app.router.add_get("/metrics", pages.metrics)
-    runner = web.AppRunner(app, access_log=None, logger=web_logger(), shutdown_timeout=1.0)
+    runner = web.AppRunner(app, access_log=None, logger=_web_logger(), shutdown_timeout=1.0)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     try:
@@ -65,3 +65,18 @@ async def serve_metrics(stack: AsyncExitStack, config: RouterConfig, pages: Info
     except OSError as error:
         raise ConfigError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
     logger.info("metrics ready http=http://%s:%d/metrics", bracketed(host), runner.addresses[0][1])
+
+
+class _WithoutParseErrors(logging.Filter):
+    """Drops aiohttp's log records of malformed requests: their bytes may hold a key."""
+
+    def filter(self, record: logging.LogRecord) -> bool:
+        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+
+
+def _web_logger() -> logging.Logger:
+    """The logger of aiohttp's servers."""
+    web_log = logging.getLogger("memserve.router.http.web")
+    if not web_log.filters:
+        web_log.addFilter(_WithoutParseErrors())
+    return web_log

@@ -12,6 +12,7 @@ import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from memserve.router.proxy.validation import MAX_SAMPLES
+from memserve.router.records import SeriesPoint
 
 Schema = dict[str, Any]
 Count = Annotated[int, Meta(ge=0)]
@@ -286,15 +287,6 @@ class PrefixReport(Struct):
 
 class PrefixList(Struct):
     prefixes: list[PrefixReport]
-
-
-class SeriesPoint(Struct):
-    seconds: float
-    requests_s: float
-    faults_s: float
-    first_token_p50_s: float | None
-    first_token_p95_s: float | None
-    hit_ratio: float | None
 
 
 class DashboardState(Struct):

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import re
 from collections.abc import Callable, Coroutine, Sized
 from email.utils import formatdate
 from typing import Any, Protocol, cast
@@ -21,7 +22,6 @@ from memserve.router.errors import ClientLeft, Overloaded, failure, failure_of
 from memserve.router.http.exchange import Exchange
 from memserve.router.http.fast_exchange import FastExchange
 from memserve.router.http.ingress import Ingress
-from memserve.router.http.plain_head import plain_head
 from memserve.router.request import Api
 
 logger = logging.getLogger(__name__)
@@ -33,6 +33,15 @@ KEEPALIVE_S = 75.0
 """How long a connection may be idle."""
 LINGER_S = 2.0  # for a client that is refused to notice
 SWEEP_S = 1.0
+
+_NAME = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
+_VALUE = rb"[\t\x20-\x7e\x80-\xff]*"
+_LINE = re.compile(rb"(%b):[ \t]*(%b)\r\n" % (_NAME, _VALUE))
+_HEAD = re.compile(
+    rb"(?:POST|PUT(?= /generate )) (%b) HTTP/1\.1\r\n((?:%b:%b\r\n)+)"
+    % (b"|".join(re.escape(api.encode()) for api in Api), _NAME, _VALUE)
+)
+_NOT_PLAIN = frozenset({"transfer-encoding", "content-encoding", "expect", "upgrade"})
 
 Handler = Callable[[Exchange], Coroutine[Any, Any, None]]
 
@@ -82,14 +91,14 @@ class _Connection(asyncio.Protocol):
         self.front.connections.add(self)
         self.deadline_s = self.front.now_s() + self.front.limits.head_s
         if is_full:
-            self._refuse(self.front.door.gate.refused("connections"))
+            self._refuse(self.front.ingress.admission.refused("connections"))
             self._transport.close()  # more of them would stay for a while
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
             return
         if not self.front.budget.try_take(len(data)):
-            self._refuse(self.front.door.out_of_memory())
+            self._refuse(self.front.ingress.out_of_memory())
             return
         self._held += len(data)
         if self._head is not None:
@@ -173,7 +182,7 @@ class _Connection(asyncio.Protocol):
             return
         if end + 4 + read[2] > len(data):
             try:
-                self.front.door.access.tenant_of(read[1].get("authorization"))
+                self.front.ingress.access.authenticate(read[1].get("authorization"))
             except BadRequest as error:
                 self._refuse(error)
                 return
@@ -258,12 +267,12 @@ class _Connection(asyncio.Protocol):
 class HttpServer:
     """A listening socket and its lean connections. Event loop thread only."""
 
-    def __init__(self, handler: Handler, make_web: MakesWeb, door: Ingress) -> None:
+    def __init__(self, handler: Handler, make_web: MakesWeb, ingress: Ingress) -> None:
         self.handler = handler
         self.make_web = make_web
-        self.door = door
-        self.limits = door.limits
-        self.budget = door.budget
+        self.ingress = ingress
+        self.limits = ingress.limits
+        self.budget = ingress.budget
         self.loop = asyncio.get_running_loop()
         self.now_s = self.loop.time
         self.connections: set[_Connection] = set()
@@ -284,8 +293,8 @@ class HttpServer:
                 host,
                 port,
                 backlog=1024,
-                ssl=self.door.tls,
-                ssl_handshake_timeout=self.limits.head_s if self.door.tls else None,
+                ssl=self.ingress.tls,
+                ssl_handshake_timeout=self.limits.head_s if self.ingress.tls else None,
             )
         except OSError as error:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
@@ -310,3 +319,18 @@ class HttpServer:
             if connection.deadline_s is not None and connection.deadline_s < now_s:
                 connection.expire()
         self._sweeper = self.loop.call_later(SWEEP_S, self._sweep)
+
+
+def plain_head(head: bytes) -> tuple[Api, dict[str, str], int] | None:
+    """Endpoint, headers and body length; None if not plain. `head` ends before the blank line."""
+    match = _HEAD.fullmatch(head)
+    if match is None:
+        return None
+    lines = _LINE.findall(match[2])
+    headers = {str(name, "latin-1").lower(): str(value, "latin-1").rstrip(" \t") for name, value in lines}
+    length = headers.get("content-length", "")
+    if len(headers) != len(lines) or not (length.isdecimal() and length.isascii()) or "host" not in headers:
+        return None
+    if not _NOT_PLAIN.isdisjoint(headers) or headers.get("connection", "keep-alive").lower() != "keep-alive":
+        return None
+    return Api(str(match[1], "latin-1")), headers, int(length)

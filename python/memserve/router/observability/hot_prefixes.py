@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 import msgspec
 
 from memserve.core.block_keys import BlockKey
+from memserve.router.records import HotPrefix
 from memserve.router.request import JsonObject
 from memserve.router.tokenization.prompts import Prompt
 
@@ -32,20 +33,6 @@ MIN_WEIGHT = 1.5
 """What came once is no common prefix."""
 MAX_GROWTH = 2.0**64
 SAMPLE_CHARS = 120
-
-
-class HotPrefix(msgspec.Struct, frozen=True):
-    """One of them. It has at least so many blocks in common: up to half as many more may be."""
-
-    key: BlockKey
-    """Of its last block."""
-    blocks: int
-    weight: float
-    """How many prompts had it lately: those of a half-life ago count half."""
-    by_text: bool
-    """Its keys are of a text, whose tokens were not known."""
-    sample: str | None
-    """How one of its prompts begins, if samples are kept."""
 
 
 class _Seen(msgspec.Struct):

@@ -10,24 +10,10 @@ import msgspec
 from memserve.router.observability.counting import quantile
 from memserve.router.observability.metrics import RouterMetrics
 from memserve.router.observability.request_log import FAULT
+from memserve.router.records import SeriesPoint
 
 NUM_POINTS = 120
 STEP_S = 1.0
-
-
-class Point(msgspec.Struct, frozen=True):
-    """About one second; None where nothing happened that would tell."""
-
-    seconds: float
-    """Its real length."""
-    requests_s: float
-    """Requests that ended, per second."""
-    faults_s: float
-    """Those of them that were answered with a 5xx, or were to be."""
-    first_token_p50_s: float | None
-    first_token_p95_s: float | None
-    hit_ratio: float | None
-    """Of the prompt tokens whose prefill told, the share that it had."""
 
 
 class _Totals(msgspec.Struct, frozen=True):
@@ -43,11 +29,11 @@ class LiveSeries:
 
     def __init__(self, metrics: RouterMetrics, now_s: float) -> None:
         self._metrics = metrics
-        self._points: deque[Point] = deque(maxlen=NUM_POINTS)
+        self._points: deque[SeriesPoint] = deque(maxlen=NUM_POINTS)
         self._at_s = now_s
         self._totals = self._read()
 
-    def points(self) -> list[Point]:
+    def points(self) -> list[SeriesPoint]:
         """The oldest first."""
         return list(self._points)
 
@@ -62,7 +48,7 @@ class LiveSeries:
         told = now.told_tokens - before.told_tokens
         bounds = self._metrics.first_token_seconds.bounds
         self._points.append(
-            Point(
+            SeriesPoint(
                 seconds,
                 (now.requests - before.requests) / seconds,
                 (now.faults - before.faults) / seconds,

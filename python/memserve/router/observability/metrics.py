@@ -7,12 +7,9 @@ from collections.abc import Callable, Iterator
 import prometheus_client
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4 as CONTENT_TYPE
 from prometheus_client.registry import Collector
 
 from memserve.router.observability.counting import Counter, Gauge, Histogram
-
-__all__ = ["CONTENT_TYPE", "RouterMetrics"]
 
 PREFIX = "memserve_router"
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -113,6 +110,14 @@ class RouterMetrics:
         self.queue_seconds = self._histogram(
             "queue_seconds", "What requests waited for their turn, if they had to.", _SECONDS
         )
+
+    def count_refusal(self, reason: str) -> None:
+        """A request was refused admission."""
+        self.refused.labels(reason).inc()
+
+    def count_queued(self, seconds: float) -> None:
+        """A request waited so long for a slot, or gave up."""
+        self.queue_seconds.observe(seconds)
 
     def show(self, name: str, help: str, value: Callable[[], float]) -> None:
         """Show what `value` gives whenever somebody looks."""

@@ -10,47 +10,14 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Iterator
 
-import msgspec
-
-from memserve.router.cluster.instance import Route
 from memserve.router.observability.counting import Buckets
 from memserve.router.observability.metrics import RouterMetrics
-from memserve.scheduling.decision import Decision
+from memserve.router.records import RequestRecord
 
 KEPT = 1024
 FAULTS_KEPT = 128
 FAULT = 500
 """What is answered with this, or more, went wrong on our side."""
-
-
-class RequestRecord(msgspec.Struct, frozen=True, gc=False):
-    """One request, after its end."""
-
-    ended_s: float
-    """Seconds since 1970."""
-    path: str
-    rid: str
-    """What the servers call it."""
-    request_id: str
-    """What the client calls it: its x-request-id, or the one it was given."""
-    status: int
-    seconds: float
-    route: Route | str
-    """Who served it last; "-" if nobody was asked."""
-    reason: str
-    """Why it failed; "-" if it did not."""
-    attempts: int = 0
-    first_token_s: float | None = None
-    """From its beginning to its first token, where that is known."""
-    num_events: int = 0
-    """Of a stream, how often something of it was sent to the client."""
-    prompt_tokens: int | None = None
-    """None if it was never placed."""
-    cached_tokens: int | None = None
-    """Of them, what its prefill says it had."""
-    unknown: str | None = None
-    """Why its tokens were not known."""
-    decision: Decision | None = None
 
 
 class RequestLog:

@@ -15,12 +15,11 @@ from __future__ import annotations
 import re
 import time
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 from memserve import __version__
 from memserve.core.errors import ConfigError
-from memserve.router.observability.request_log import RequestRecord
-from memserve.router.request import Api
+from memserve.router.records import RequestRecord, RequestTrace
 from memserve.scheduling.assignment import Assignment
 
 if TYPE_CHECKING:
@@ -30,32 +29,6 @@ if TYPE_CHECKING:
 SERVICE = "memserve-router"
 PARENT, STATE = "traceparent", "tracestate"
 _PARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}")
-
-
-class RequestTrace(Protocol):
-    """What is traced of one request."""
-
-    def leg(self, instance: str, role: str) -> Mapping[str, str]:
-        """A leg begins: headers for its server."""
-
-    def left(self, instance: str, *, is_answered: bool) -> None:
-        """A leg has ended."""
-
-    def admitted(self) -> None:
-        """It is its turn now."""
-
-    def placed(self, placed: Assignment) -> None:
-        """It is known where it goes now."""
-
-    def end(self, ended: RequestRecord) -> None:
-        """It has ended."""
-
-
-class Traces(Protocol):
-    """Begins traces."""
-
-    def begin(self, api: Api, headers: Mapping[str, str]) -> RequestTrace | None:
-        """The trace of a request that comes now; None if nothing is to be traced of it."""
 
 
 class Propagated:
@@ -81,9 +54,9 @@ class Propagated:
 
 
 class PropagateOnly:
-    """Hands on what clients send. See `Traces`."""
+    """Hands on what clients send. See `records.Traces`."""
 
-    def begin(self, api: Api, headers: Mapping[str, str]) -> RequestTrace | None:
+    def begin(self, path: str, headers: Mapping[str, str]) -> RequestTrace | None:
         parent = headers.get(PARENT)
         if parent is None or not _PARENT.fullmatch(parent):
             return None
@@ -92,7 +65,7 @@ class PropagateOnly:
 
 
 class Tracing:
-    """Spans. See `Traces`."""
+    """Spans. See `records.Traces`."""
 
     def __init__(self, provider: TracerProvider) -> None:
         """`provider`: where they go. Its own to shut down."""
@@ -117,8 +90,8 @@ class Tracing:
         provider.add_span_processor(BatchSpanProcessor(exporter))
         return cls(provider)
 
-    def begin(self, api: Api, headers: Mapping[str, str]) -> RequestTrace:
-        return SpannedRequest(self, api, headers)
+    def begin(self, path: str, headers: Mapping[str, str]) -> RequestTrace:
+        return SpannedRequest(self, path, headers)
 
     def close(self) -> None:
         """Send what waits, and no more."""
@@ -126,19 +99,19 @@ class Tracing:
 
 
 class SpannedRequest:
-    """The spans of one request. See `RequestTrace`."""
+    """The spans of one request. See `records.RequestTrace`."""
 
-    def __init__(self, tracing: Tracing, api: Api, headers: Mapping[str, str]) -> None:
+    def __init__(self, tracing: Tracing, path: str, headers: Mapping[str, str]) -> None:
         from opentelemetry import trace
 
         self._tracing = tracing
         self._trace = trace
         parents = {name: headers[name] for name in (PARENT, STATE) if name in headers}
         self._span = tracing.tracer.start_span(
-            f"POST {api}",
+            f"POST {path}",
             context=tracing.propagator.extract(parents),
             kind=trace.SpanKind.SERVER,
-            attributes={"http.request.method": "POST", "url.path": str(api)},
+            attributes={"http.request.method": "POST", "url.path": path},
         )
         self._context = trace.set_span_in_context(self._span)
         self._since_ns = time.time_ns()

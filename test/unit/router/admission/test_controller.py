@@ -8,13 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from memserve.router.admission.budget import ByteBudget, default_bytes
-from memserve.router.admission.controller import AdmissionController
+from memserve.router.admission.controller import AdmissionController, ByteBudget, default_bytes
 from memserve.router.admission.fair_queue import FairQueue
-from memserve.router.admission.rates import Rates
-from memserve.router.auth.keys import ANYBODY, Tenant
 from memserve.router.errors import Overloaded, failure_of
 from memserve.router.observability.metrics import RouterMetrics
+from memserve.router.tenant import SOLE_TENANT, Rates, Tenant
 
 
 class Door:
@@ -26,7 +24,7 @@ class Door:
         self.gate = AdmissionController(admission, queue_timeout_s=queue_timeout_s, metrics=self.metrics)
         self.begun: list[str] = []
 
-    def ask(self, name: str, until: asyncio.Event, tenant: Tenant = ANYBODY) -> asyncio.Task[None]:
+    def ask(self, name: str, until: asyncio.Event, tenant: Tenant = SOLE_TENANT) -> asyncio.Task[None]:
         async def work() -> None:
             async with self.gate.admitted(tenant):
                 self.begun.append(name)
@@ -101,16 +99,16 @@ async def test_who_leaves_while_it_is_called_in_takes_no_slot_along(num_ticks: i
     await asyncio.wait([one, two])
     await settle()
     assert door.begun[-1] == "three"
-    assert door.gate._admission.num_running == 1
+    assert door.gate.queue.num_running == 1
     never.set()
     await three
-    assert door.gate._admission.num_running == 0
+    assert door.gate.queue.num_running == 0
 
 
 def test_while_there_is_room_nothing_is_waited_for() -> None:
     """No task, no future: entering and leaving never give the loop a turn. There is none here."""
     gate = AdmissionController(FairQueue(2, 2, time.monotonic), queue_timeout_s=1.0, metrics=RouterMetrics())
-    admitted = gate.admitted(ANYBODY)
+    admitted = gate.admitted(SOLE_TENANT)
     with pytest.raises(StopIteration):
         admitted.__aenter__().send(None)
     with pytest.raises(StopIteration):
@@ -121,7 +119,7 @@ async def test_a_failed_request_leaves_its_slot() -> None:
     door = Door(1, 0)
     for _ in range(3):
         with pytest.raises(ZeroDivisionError):
-            async with door.gate.admitted(ANYBODY):
+            async with door.gate.admitted(SOLE_TENANT):
                 raise ZeroDivisionError
 
 

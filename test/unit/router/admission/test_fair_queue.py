@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from memserve.router.admission.fair_queue import FairQueue, Refusal, TenantQueue, Waiter
-from memserve.router.admission.rates import Rates
+from memserve.router.tenant import Rates
 from memserve.testing.fake_clock import FakeClock
 
 
@@ -29,7 +29,7 @@ class Hall:
 
     def ask(self, name: str, priority: int = 0, rates: Rates | None = None) -> str:
         """running or waiting; raises Refusal."""
-        share = self.admission.share(name, rates or Rates())
+        share = self.admission.tenant(name, rates or Rates())
         began_s = self.admission.enter(share)
         if began_s is not None:
             self.running.append((share, began_s))
@@ -39,7 +39,7 @@ class Hall:
         def settled() -> None:
             self.waiting.remove(waiter)
             if waiter.began_s is not None:
-                self.running.append((waiter.share, waiter.began_s))
+                self.running.append((waiter.tenant, waiter.began_s))
             else:
                 self.refused.append(waiter)
 
@@ -165,7 +165,7 @@ def test_priority_orders_within_a_tenant_only() -> None:
         hall.ask(name, priority)
     order = []
     while hall.waiting:
-        before = [(waiter.share.name, -waiter.rank[0], waiter) for waiter in hall.waiting]
+        before = [(waiter.tenant.name, -waiter.rank[0], waiter) for waiter in hall.waiting]
         hall.clock.advance(1)
         hall.end()
         order.append(next((name, priority) for name, priority, one in before if one not in hall.waiting))
@@ -197,10 +197,10 @@ def test_a_full_queue_makes_room_for_whom_it_owes() -> None:
         hall.ask("crowd")
     for _ in range(2):
         hall.ask("guest")
-    assert [waiter.share.name for waiter in hall.refused] == ["crowd", "crowd"]
+    assert [waiter.tenant.name for waiter in hall.refused] == ["crowd", "crowd"]
     with pytest.raises(Refusal):
         hall.ask("guest")
-    assert Counter(waiter.share.name for waiter in hall.waiting) == {"crowd": 2, "guest": 2}
+    assert Counter(waiter.tenant.name for waiter in hall.waiting) == {"crowd": 2, "guest": 2}
     assert all(waiter.rank[1] > 2 for waiter in hall.refused), "the last ones yield"
 
 

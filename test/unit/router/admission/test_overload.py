@@ -51,7 +51,7 @@ def held() -> tuple[FakeWorker, asyncio.Event]:
 
 
 def num_waiting(stage: Stage) -> int:
-    return stage.router.door.gate.num_waiting()
+    return stage.router.ingress.admission.queue.num_waiting
 
 
 def secret(path: Path, text: str) -> Path:
@@ -157,7 +157,7 @@ async def test_rates_of_a_tenant_are_kept_and_changed_while_it_runs(tmp_path: Pa
         for _ in range(5):
             assert (await ask(stage, Authorization="Bearer key-c"))[0] == 200
         secret(keys, "key-a alice rps=1000\n")
-        stage.router.door.follow(is_asked=True)
+        stage.router.ingress.follow(is_asked=True)
         assert (await ask(stage, Authorization="Bearer key-a"))[0] == 200
         assert (await ask(stage, Authorization="Bearer key-c"))[0] == 401
 
@@ -212,7 +212,7 @@ async def test_a_body_of_100_mib_is_refused_before_it_has_come(head: bytes) -> N
         status, sent = await send_until_told(wire, head, CHUNK, 100)
         assert status == 413
         assert sent < 50
-        assert stage.router.door.budget.held == 0
+        assert stage.router.ingress.budget.held == 0
         assert not worker.requests
 
 
@@ -225,7 +225,7 @@ async def test_a_content_length_that_lies_harms_nobody(length: str) -> None:
             assert 400 <= (await wire.answer())[0] < 500
         assert (await ask(stage))[0] == 200
         assert len(worker.requests) == 1
-        await stage.until(lambda: stage.router.door.budget.held == 0)
+        await stage.until(lambda: stage.router.ingress.budget.held == 0)
 
 
 async def test_bodies_that_are_held_are_bounded_all_together() -> None:
@@ -244,7 +244,7 @@ async def test_bodies_that_are_held_are_bounded_all_together() -> None:
             assert (await wire.answer())[0] == 503
         gate.set()
         assert [(await one)[0] for one in asked] == [200, 200]
-        await stage.until(lambda: stage.router.door.budget.held == 0)
+        await stage.until(lambda: stage.router.ingress.budget.held == 0)
         assert (await ask(stage, large))[0] == 200
 
 
@@ -256,7 +256,7 @@ async def test_bodies_that_do_not_end_are_bounded_too() -> None:
         ):
             async with wired(stage) as wire:
                 assert (await send_until_told(wire, head, CHUNK, 7))[0] == 503
-            await stage.until(lambda: stage.router.door.budget.held == 0)
+            await stage.until(lambda: stage.router.ingress.budget.held == 0)
 
 
 async def test_nothing_is_held_of_clients_that_have_left() -> None:
@@ -279,7 +279,7 @@ async def test_nothing_is_held_of_clients_that_have_left() -> None:
             num_before = len(worker.requests)
             await worker.until(lambda it: len(it.requests) > num_before)
             wire.writer.transport.abort()
-        await stage.until(lambda: stage.router.door.budget.held == 0)
+        await stage.until(lambda: stage.router.ingress.budget.held == 0)
         gate.set()
 
 

@@ -9,7 +9,8 @@ import pytest
 
 from memserve.core.errors import BadRequest
 from memserve.router.auth.access import ADMIN_FLAG, Access, key_of
-from memserve.router.auth.keys import ANYBODY, KeyFile, Tenant, admin_keys, tenant_keys
+from memserve.router.auth.keys import KeyFile, admin_keys, tenant_keys
+from memserve.router.tenant import SOLE_TENANT, Tenant
 
 
 def secret(path: Path, text: str) -> Path:
@@ -39,14 +40,14 @@ def refusal(access: Access, authorization: str | None) -> tuple[int, str]:
 
 def test_on_a_laptop_everybody_may_do_everything() -> None:
     access = Access()
-    assert access.tenant_of(None) is ANYBODY
+    assert access.authenticate(None) is SOLE_TENANT
     assert access.is_admin(None)
-    assert access.for_servers("Bearer own") == "Bearer own"
+    assert access.upstream_authorization("Bearer own") == "Bearer own"
 
 
 def test_whoever_other_machines_reach_has_no_admins_but_clients() -> None:
     access = Access(is_exposed=True)
-    assert access.tenant_of(None) is ANYBODY
+    assert access.authenticate(None) is SOLE_TENANT
     status, words = refusal(access, "Bearer anything")
     assert status == 403
     assert ADMIN_FLAG in words
@@ -54,12 +55,12 @@ def test_whoever_other_machines_reach_has_no_admins_but_clients() -> None:
 
 def test_tenants_are_no_admins(tenants: KeyFile[Tenant]) -> None:
     access = Access(tenants=tenants)
-    assert access.tenant_of("Bearer key-a").name == "alice"
+    assert access.authenticate("Bearer key-a").name == "alice"
     for authorization in (None, "Bearer key-a", "Bearer root-key"):
         status, words = refusal(access, authorization)
         assert status == 403
         assert ADMIN_FLAG in words
-    assert access.for_servers("Bearer key-a") is None
+    assert access.upstream_authorization("Bearer key-a") is None
 
 
 def test_admins_are_no_tenants(tenants: KeyFile[Tenant], admins: KeyFile[str]) -> None:
@@ -68,34 +69,34 @@ def test_admins_are_no_tenants(tenants: KeyFile[Tenant], admins: KeyFile[str]) -
     for authorization in (None, "Bearer key-a", "Bearer ops"):
         assert refusal(access, authorization)[0] == 401
     with pytest.raises(BadRequest) as caught:
-        access.tenant_of("Bearer root-key")
+        access.authenticate("Bearer root-key")
     assert caught.value.status == 401
 
 
 def test_one_key_for_all_is_the_servers_too() -> None:
     access = Access(api_key="the-key", is_exposed=True)
-    assert access.tenant_of("Bearer the-key") is ANYBODY
+    assert access.authenticate("Bearer the-key") is SOLE_TENANT
     assert refusal(access, "Bearer the-key")[0] == 200
     assert refusal(access, "Bearer another")[0] == 401
-    assert access.for_servers("Basic whatever") == "Bearer the-key"
+    assert access.upstream_authorization("Basic whatever") == "Bearer the-key"
     with pytest.raises(BadRequest):
-        access.tenant_of(None)
+        access.authenticate(None)
 
 
 def test_beside_tenants_it_is_the_servers_alone(tenants: KeyFile[Tenant]) -> None:
     access = Access(tenants=tenants, api_key="the-key")
-    assert access.for_servers("Bearer key-a") == "Bearer the-key"
+    assert access.upstream_authorization("Bearer key-a") == "Bearer the-key"
     with pytest.raises(BadRequest):
-        access.tenant_of("Bearer the-key")
+        access.authenticate("Bearer the-key")
 
 
 def test_new_keys_hold_without_a_restart(tmp_path: Path, tenants: KeyFile[Tenant]) -> None:
     access = Access(tenants=tenants)
     secret(tmp_path / "tenants", "key-b bob\n")
     access.follow()
-    assert access.tenant_of("Bearer key-b").name == "bob"
+    assert access.authenticate("Bearer key-b").name == "bob"
     with pytest.raises(BadRequest):
-        access.tenant_of("Bearer key-a")
+        access.authenticate("Bearer key-a")
 
 
 @pytest.mark.parametrize(

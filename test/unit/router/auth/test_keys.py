@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 from memserve.core.errors import ConfigError
-from memserve.router.admission.rates import Rates
-from memserve.router.auth.keys import KeyFile, Tenant, admin_keys, tenant_keys
+from memserve.router.auth.keys import KeyFile, admin_keys, tenant_keys
+from memserve.router.tenant import Rates, Tenant
 
 KEYS = "# keys\n\nkey-a alice rps=2 weight=3\nkey-b bob\nkey-a2 alice tps=50\n"
 

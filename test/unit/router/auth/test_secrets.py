@@ -103,7 +103,7 @@ async def test_no_log_line_and_no_answer_has_a_key(
         for text in (f"{MARK}-a", f"{MARK}-a alice {MARK}=1", f"{MARK}-a alice rps={MARK}", ""):
             secret(keys, text)
             secret(admins, f"{MARK} {MARK} {MARK}")
-            stage.router.door.follow()
+            stage.router.ingress.follow()
         for worker in workers:
             await worker.kill()
         answers += await everything(stage, f"Bearer {MARK}-a")
@@ -112,7 +112,7 @@ async def test_no_log_line_and_no_answer_has_a_key(
     assert not [one for one in answers if MARK in one.replace(f"prompt {MARK}", "")]
 
     said = caplog.text + "".join(str(one.__dict__) for one in caplog.records)
-    assert "stay as they were" in said, "the log was not seen"
+    assert "stay in use" in said, "the log was not seen"
     assert MARK not in said
 
 

@@ -79,13 +79,13 @@ async def test_a_renewed_certificate_is_shown_without_a_restart(
         port = int(stage.router.url.rsplit(":", 1)[1])
         first = await serial(port, context)
         written(authority, tmp_path)
-        stage.router.door.follow(is_asked=True)
+        stage.router.ingress.follow(is_asked=True)
         second = await serial(port, context)
         assert first != second
         files["ssl_certfile"].write_text("nonsense")
-        stage.router.door.follow(is_asked=True)
+        stage.router.ingress.follow(is_asked=True)
         assert await serial(port, context) == second
-        assert "the certificate stays as it was" in caplog.text
+        assert "the old certificate stays in use" in caplog.text
 
 
 def test_certificates_that_cannot_be_used_are_named(authority: trustme.CA, tmp_path: Path) -> None:
@@ -140,5 +140,5 @@ async def test_leaving_the_machine_in_the_clear_is_said_once(
     files = written(authority, tmp_path) if is_encrypted else {}
     config = RouterConfig(host="0.0.0.0", port=0, cluster_key_file=key, **files)
     async with running_router(config):
-        said = [one for one in caplog.records if "in the clear" in one.getMessage()]
+        said = [one for one in caplog.records if "is not encrypted" in one.getMessage()]
         assert [one.levelno for one in said] == [logging.WARNING] * (not is_encrypted)

@@ -11,8 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memserve.router.http.plain_head import plain_head
-from memserve.router.http.server import MAX_PIPELINED_BYTES
+from memserve.router.http.server import MAX_PIPELINED_BYTES, plain_head
 from memserve.router.request import Api
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker

@@ -10,8 +10,8 @@ import pytest
 from memserve.core.block_keys import page_keys
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.observability.request_log import RequestRecord
 from memserve.router.observability.settings import ObservabilityConfig
+from memserve.router.records import RequestRecord
 from memserve.router.tokenization.prompts import Prompt
 from memserve.scheduling.decision import Decision
 from memserve.testing.fake_worker import FakeWorker

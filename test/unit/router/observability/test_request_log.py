@@ -8,7 +8,8 @@ import pytest
 
 from memserve.router.observability.live_series import NUM_POINTS, LiveSeries
 from memserve.router.observability.metrics import RouterMetrics
-from memserve.router.observability.request_log import RequestLog, RequestRecord
+from memserve.router.observability.request_log import RequestLog
+from memserve.router.records import RequestRecord
 
 PATH = "/generate"
 

@@ -25,11 +25,10 @@ from memserve.router.admission.controller import AdmissionController
 from memserve.router.cluster.member import Member
 from memserve.router.config import RouterConfig
 from memserve.router.http.exchange import json_response
+from memserve.router.http.handlers.state import StateView
 from memserve.router.http.handlers.workers import describe_member
-from memserve.router.observability.hot_prefixes import HotPrefix
-from memserve.router.observability.request_log import RequestRecord
+from memserve.router.records import HotPrefix, RequestRecord
 from memserve.router.request import JsonObject, encode_json
-from memserve.router.state import RouterState
 from memserve.router.tokenization.prompts import Prompt
 from memserve.router.tokenization.text_keys import BLOCK_TOKENS
 from memserve.scheduling.explain import explained
@@ -59,9 +58,9 @@ SHOWN_REQUESTS = 50
 class Dashboard:
     """Serves these pages. Event loop thread only."""
 
-    def __init__(self, state: RouterState, config: RouterConfig, gate: AdmissionController) -> None:
+    def __init__(self, state: StateView, config: RouterConfig, admission: AdmissionController) -> None:
         self._state = state
-        self._gate = gate
+        self._admission = admission
         self._config = config
         self._started_s = time.time()
         folder = files("memserve.router.http.handlers").joinpath("ui")
@@ -92,7 +91,7 @@ class Dashboard:
                 "decode": config.decode_policy or config.policy,
             },
             "shows_prompts": state.telemetry.prefixes.keeps_samples,
-            "waiting": self._gate.num_waiting(),
+            "waiting": self._admission.queue.num_waiting,
             "tree_blocks": stats.blocks,
             "instances": self._instances(stats.instances),
             "hottest": self._hottest(SHOWN_PREFIXES, now_s),

@@ -12,20 +12,18 @@ from dataclasses import dataclass
 from aiohttp import web
 
 from memserve.core.errors import MemServeError
-from memserve.router.admission.budget import SERVED_FACTOR
-from memserve.router.admission.controller import AdmissionSlot
+from memserve.router.admission.controller import SERVED_FACTOR, AdmissionSlot
 from memserve.router.admission.priority import max_output_tokens, priority_of
-from memserve.router.auth.keys import ANYBODY, Tenant
 from memserve.router.cluster.instance import Route
 from memserve.router.errors import CLIENT_LEFT_STATUS, ClientLeft, ShuttingDown, failure_of
 from memserve.router.http.deadlines import in_time, timeout_of
 from memserve.router.http.exchange import Bodies, Exchange, WebExchange, json_response
 from memserve.router.http.ingress import Ingress
-from memserve.router.observability.request_log import RequestLog, RequestRecord
-from memserve.router.observability.tracing import RequestTrace, Traces
 from memserve.router.proxy.dispatcher import Dispatcher
 from memserve.router.proxy.prepare import ClientContext, RequestPreparer
+from memserve.router.records import RequestRecord, RequestTrace, Traces
 from memserve.router.request import Api, RequestIds, encode_json
+from memserve.router.tenant import SOLE_TENANT, Tenant
 from memserve.scheduling.assignment import Assignment
 from memserve.scheduling.explain import MAX_LISTED, explained
 
@@ -89,20 +87,20 @@ class GenerateHandler:
         self,
         preparer: RequestPreparer,
         dispatcher: Dispatcher,
-        requests: RequestLog,
-        door: Ingress,
+        record: Callable[[RequestRecord], None],
+        ingress: Ingress,
         id_headers: Sequence[str],
         cors: Callable[[str | None], Mapping[str, str]] | None,
         traces: Traces,
     ) -> None:
         self._preparer = preparer
         self._dispatcher = dispatcher
-        self._access = door.access
-        self._gate = door.gate
-        self._budget = door.budget
-        self._out_of_memory = door.out_of_memory
-        self._bodies = Bodies(door)
-        self._requests = requests
+        self._access = ingress.access
+        self._admission = ingress.admission
+        self._budget = ingress.budget
+        self._out_of_memory = ingress.out_of_memory
+        self._bodies = Bodies(ingress)
+        self._record = record
         self._traces = traces
         self._id_headers = tuple(map(str.lower, id_headers)) or (REQUEST_ID,)
         self._cors = cors
@@ -126,7 +124,7 @@ class GenerateHandler:
             self._running.discard(task)
             now_s = time.monotonic()
             ended = log.ended(exchange, start, now_s)
-            self._requests.add(ended)
+            self._record(ended)
             if log.trace is not None:
                 log.trace.end(ended)
             level = logging.DEBUG if log.status == 200 else logging.INFO
@@ -153,11 +151,11 @@ class GenerateHandler:
         """Where a request would go, and why; nothing is sent. The body is that of any generating endpoint."""
         raw = b""
         try:
-            tenant = self._access.explained_as(
+            tenant = self._access.authenticate_as(
                 request.headers.get("authorization"), request.headers.get(TENANT)
             )
             raw = await self._bodies.read(request)
-            async with self._gate.admitted(tenant, lambda: priority_of(request.headers, raw)):
+            async with self._admission.admitted(tenant, lambda: priority_of(request.headers, raw)):
                 job = await self._preparer.prepare(None, raw, self._client(request.headers, tenant))
                 decision = self._dispatcher.explain(job)
         except MemServeError as error:
@@ -211,9 +209,9 @@ class GenerateHandler:
     async def _run(self, exchange: Exchange, log: _Log) -> None:
         if self._stopping:
             raise ShuttingDown("the router is stopping")
-        tenant = self._access.tenant_of(exchange.headers.get("authorization"))
+        tenant = self._access.authenticate(exchange.headers.get("authorization"))
         raw = await exchange.body()
-        async with self._gate.admitted(tenant, lambda: priority_of(exchange.headers, raw)) as admitted:
+        async with self._admission.admitted(tenant, lambda: priority_of(exchange.headers, raw)) as admitted:
             num_bytes = len(raw) * SERVED_FACTOR
             if not self._budget.try_take(num_bytes):
                 raise self._out_of_memory()
@@ -254,8 +252,8 @@ class GenerateHandler:
     ) -> ClientContext:
         return ClientContext(
             headers,
-            tenant=None if tenant is ANYBODY else tenant.name,
-            authorization=self._access.for_servers(headers.get("authorization")),
+            tenant=None if tenant is SOLE_TENANT else tenant.name,
+            authorization=self._access.upstream_authorization(headers.get("authorization")),
             timeout_s=timeout_of(headers),
             wants_report=headers.get(REPORT, "0") != "0",
             trace=trace,

@@ -6,6 +6,7 @@ import asyncio
 import logging
 import re
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 
 import aiohttp
@@ -18,16 +19,17 @@ from memserve.router.cluster.instance import Instance
 from memserve.router.cluster.member import State
 from memserve.router.errors import describe, failure, message_of
 from memserve.router.http.exchange import json_response
+from memserve.router.http.handlers.state import StateView
 from memserve.router.http.handlers.workers import describe_member
 from memserve.router.http.schemas import Abort, Concatenation
-from memserve.router.observability.metrics import CONTENT_TYPE, RouterMetrics
 from memserve.router.request import JsonObject, encode_json
-from memserve.router.state import RouterState
 
 _SECRET = re.compile(r"(api_key|password|secret)$|^launch_command$")
 
 logger = logging.getLogger(__name__)
 
+METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+"""Prometheus' text format."""
 INFO_TIMEOUT_S = 10.0
 FLUSH_WAIT_S = 5
 """How long a worker may wait for requests that were answered just now to wind down before it flushes."""
@@ -38,19 +40,22 @@ class InfoHandlers:
 
     def __init__(
         self,
-        state: RouterState,
-        metrics: RouterMetrics,
+        state: StateView,
+        exposition: Callable[[], bytes],
         session: aiohttp.ClientSession,
         access: Access,
         document: bytes,
     ) -> None:
-        """`access` tells admins, who see more; `document` is the answer of /openapi.json."""
+        """`exposition` gives all metrics as text; `access` tells admins, who see more.
+
+        `document` is the answer of /openapi.json.
+        """
         self._document = document
         self._state = state
         self._access = access
         self._cluster = state.cluster
         self._feed = state.synchronizer
-        self._metrics = metrics
+        self._exposition = exposition
         self._session = session
         self._started_s = int(time.time())
 
@@ -105,7 +110,7 @@ class InfoHandlers:
 
     async def metrics(self, _: web.Request) -> web.Response:
         """Everything that is counted, for Prometheus."""
-        return web.Response(body=self._metrics.exposition(), headers={"Content-Type": CONTENT_TYPE})
+        return web.Response(body=self._exposition(), headers={"Content-Type": METRICS_TYPE})
 
     async def models(self, _: web.Request) -> web.Response:
         """OpenAI's list of models."""

@@ -31,8 +31,8 @@ from memserve.router.cluster.member import Member
 from memserve.router.cluster.pools import PoolMember
 from memserve.router.cluster.roles import Phase, RoleChange, RoleChanges
 from memserve.router.http.exchange import json_response
+from memserve.router.http.handlers.state import StateView
 from memserve.router.request import JsonObject, encode_json
-from memserve.router.state import RouterState
 from memserve.wire.messages import InstanceInfo, Role, TierBlocks
 
 T = TypeVar("T")
@@ -83,7 +83,7 @@ class RoleRequest(msgspec.Struct, forbid_unknown_fields=True):
 class WorkersApi:
     """Serves these pages. Event loop thread only."""
 
-    def __init__(self, state: RouterState, drains: DrainManager, roles: RoleChanges) -> None:
+    def __init__(self, state: StateView, drains: DrainManager, roles: RoleChanges) -> None:
         self._state = state
         self._cluster = state.cluster
         self._drains = drains
