@@ -2,7 +2,7 @@
 
     python -m memserve.launch_server --role prefill --router 127.0.0.1:30001 --model-path DIR
 
-Every flag that is not listed below goes to SGLang untouched (`sglang serve --help` lists them).
+Every flag that is not listed below is passed to SGLang unchanged (`sglang serve --help` lists them).
 """
 
 from __future__ import annotations
@@ -50,42 +50,42 @@ examples:
 
 @dataclass(frozen=True, slots=True)
 class InstanceConfig:
-    """What MemServe itself has to know of an instance; the rest is SGLang's."""
+    """MemServe's own settings of an instance; all others are SGLang's."""
 
     role: Role = setting(
         Role.COLOCATED,
-        "what this server does for a request: prefill, decode or colocated; memory serves none, it "
-        "lends its DRAM to the others",
+        "role of this server: prefill, decode or colocated (both); a memory server serves no requests and "
+        "lends its DRAM to the other servers",
     )
     router: str | None = setting(
-        None, "the router's control address; without it the server runs alone", metavar="HOST:PORT"
+        None, "control address of the router; without it the server runs alone", metavar="HOST:PORT"
     )
     transfer: Literal["auto", "local", "tcp", "mooncake"] = setting(
         "auto",
-        "how KV travels between prefill and decode; auto takes mooncake for GPU memory, for host "
-        "memory local on one host, else mooncake over RDMA, else tcp",
+        "transport of KV between servers; auto selects mooncake for GPU memory; for host memory it selects "
+        "local on one host, else mooncake over RDMA, else tcp",
     )
     mooncake_protocol: Literal["rdma", "tcp"] | None = setting(
-        None, "what mooncake runs over (default: rdma where there is a device for it, else tcp)"
+        None, "protocol of mooncake (default: rdma if the machine has an RDMA device, else tcp)"
     )
     caching: CachingMode = setting(
         CachingMode.FULL,
-        "what the cluster keeps of the KV it computes, the same for every server: none; prefill: prefill "
-        "keeps it; both: decode, too, and is sent only what it lacks; full: what decode generates "
-        "goes home to prefill",
+        "KV that the cluster keeps; the same value for every server. none: none; prefill: prefill keeps its "
+        "KV; both: decode keeps its KV, too, and receives only the pages that it lacks; full: the KV that "
+        "decode generates also returns to prefill",
     )
     dram_gib: float | None = setting(
         None,
-        "GiB of DRAM under the radix cache, all ranks together; 0 for none (default: twice the KV memory "
-        "of the device, at most a quarter of what is free)",
+        "GiB of DRAM for the memory pool, all ranks together; 0 disables the pool (default: twice the KV "
+        "memory of the device, at most a quarter of the free memory)",
         metavar="GIB",
     )
     cluster_key_file: Path | None = setting(
-        None, "file with the cluster's shared secret; needed as soon as traffic leaves this machine"
+        None, "file with the shared secret of the cluster; required if traffic leaves this machine"
     )
     instance_id: str | None = setting(
         None,
-        "this server's name in the cluster, kept over restarts (default: role, host and port)",
+        "name of this server in the cluster, the same after a restart (default: role, host and port)",
         metavar="NAME",
     )
 
@@ -99,7 +99,7 @@ class InstanceConfig:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run until stopped. Returns the exit status: 0 stopped, 2 something the user must change."""
+    """Run until stopped. Returns the exit status: 0 after a stop, 2 if the user has to change something."""
     argv = sys.argv[1:] if argv is None else argv
     environ = dict(os.environ)
     try:
@@ -116,7 +116,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str]) -> tuple[InstanceConfig, list[str]]:
-    """Our settings, and the arguments left for SGLang."""
+    """MemServe's settings, and the remaining arguments, which are SGLang's."""
     parser = argparse.ArgumentParser(
         prog="python -m memserve.launch_server",
         description=__doc__,
@@ -130,8 +130,8 @@ def parse(argv: list[str]) -> tuple[InstanceConfig, list[str]]:
 
 
 def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str], restart: Restart) -> None:
-    """Start SGLang in this process and return when it has stopped, unless the router wants another role
-    of it then."""
+    """Run SGLang in this process until it stops. If the router requested another role, restart as that role
+    instead of returning."""
     from memserve.engine import server, server_flags
     from memserve.engine.load import LoadReader
     from memserve.engine.platform_detect import is_cpu_machine
@@ -171,15 +171,15 @@ def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str]
 
 
 def lend(config: InstanceConfig, key: ClusterKey | None, argv: list[str]) -> None:
-    """Lend this machine's DRAM until stopped: no model, no SGLang."""
+    """Lend this machine's DRAM until stopped, without a model and without SGLang."""
     from memserve.instance import memory_server
     from memserve.transport.mooncake import rdma_devices
 
     host, port = memory_server.read_flags(argv)
     if config.router is None:
-        raise ConfigError("--role memory needs --router: without it nobody finds the memory")
+        raise ConfigError("--role memory needs --router: without it no server finds the memory")
     if config.dram_gib is None:
-        raise ConfigError("--role memory needs --dram-gib: how much it lends")
+        raise ConfigError("--role memory needs --dram-gib: the amount of memory to lend")
     name = config.instance_id or f"{config.role}-{socket.gethostname()}-{port or os.getpid()}"
     memory_server.run(
         memory_server.MemoryConfig(
@@ -197,7 +197,7 @@ def lend(config: InstanceConfig, key: ClusterKey | None, argv: list[str]) -> Non
 
 
 def describe(config: InstanceConfig, server_args: Any, host: str) -> InstanceInfo:
-    """What the router is told of this instance, which others reach at `host`."""
+    """The registration of this instance at the router; other machines reach it at `host`."""
     scheme = "https" if server_args.ssl_certfile else "http"
     url = f"{scheme}://{bracketed(host)}:{server_args.port}"
     name = config.instance_id or f"{config.role}-{socket.gethostname()}-{server_args.port}"
@@ -213,7 +213,7 @@ def describe(config: InstanceConfig, server_args: Any, host: str) -> InstanceInf
 
 
 def pool_settings(config: InstanceConfig, info: InstanceInfo, protocol: MooncakeProtocol) -> PoolSettings:
-    """What the ranks of this server have to know of their memory pools."""
+    """The settings of the memory pools of this server's ranks."""
     from memserve.instance.pool_agent import PoolSettings
 
     host = urlsplit(info.url).hostname or ""

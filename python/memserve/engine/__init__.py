@@ -1,1 +1,1 @@
-"""Everything that touches SGLang; the only package that imports it. Importing this imports nothing."""
+"""The only package that imports SGLang. Importing this module itself imports nothing."""

@@ -1,8 +1,8 @@
-"""How busy this server's schedulers are, as they say in SGLang's own shared memory.
+"""Reads the load of this server's schedulers from SGLang's shared memory.
 
-A scheduler writes there after each prefill, every few steps of decode, and whenever it comes round idle,
-once a second at least (with --sleep-on-idle). So who has written nothing for long is stuck in something.
-Knows SGLang's reader of that memory; asks no process anything.
+A scheduler writes there after each prefill, every few steps of decode, and in each idle iteration, at
+least once a second (with --sleep-on-idle). So a scheduler that has written nothing for long is stuck.
+Knows SGLang's reader of that memory; sends no message to any process.
 """
 
 from __future__ import annotations
@@ -17,21 +17,21 @@ from memserve.wire.messages import Load
 
 
 class LoadReader:
-    """Call it for the load of this moment. One thread."""
+    """A callable that returns the present load. One thread."""
 
     def __init__(
         self,
         read_all: Callable[[], Sequence[Any]] | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`read_all` gives SGLang's snapshot of each data-parallel rank; by default, of this process's."""
+        """`read_all` returns SGLang's snapshot of each data-parallel rank; by default this process's."""
         self._read_all = read_all or _snapshots
         self._clock = clock
         self._written: dict[int, tuple[float, float]] = {}
-        """Of each rank, the last stamp, by SGLang's clock, which may jump, and when it was new, by ours."""
+        """By rank: the last stamp on SGLang's clock, which may jump, and the time of its change on ours."""
 
     def __call__(self) -> Load | None:
-        """None if the schedulers have not said anything yet, or do so elsewhere."""
+        """None if the schedulers have not written yet, or write elsewhere."""
         try:
             snapshots = self._read_all()
         except (AttributeError, OSError, ValueError):

@@ -1,4 +1,4 @@
-"""What this machine is, asked before SGLang is imported: its platform plugin starts here."""
+"""Detects a machine without a GPU before SGLang is imported; entry point of SGLang's platform plugin."""
 
 from __future__ import annotations
 
@@ -7,12 +7,12 @@ CPU_PLATFORM = "memserve.engine.cpu.platform.CpuPlatform"
 
 
 def is_cpu_machine() -> bool:
-    """Whether torch sees no accelerator here, so that servers run on our CPU platform."""
+    """Whether torch finds no GPU, so that servers run on MemServe's CPU platform."""
     import torch
 
     return not torch.cuda.is_available()
 
 
 def activate_cpu_platform() -> str | None:
-    """The platform class for SGLang to load, or None where there is a GPU to use instead."""
+    """The platform class for SGLang to load; None on a machine with a GPU."""
     return CPU_PLATFORM if is_cpu_machine() else None

@@ -1,7 +1,7 @@
-"""Joins MemServe to SGLang inside each of its processes; all hooks on SGLang are placed here.
+"""Joins MemServe to SGLang inside each of SGLang's processes: registers all hooks.
 
-SGLang calls `register` through the `sglang.srt.plugins` entry point, in the launcher and again in
-every process it spawns. What the launcher decided travels to them in one environment variable.
+SGLang calls `register` through the `sglang.srt.plugins` entry point, in the launcher and in every process
+that it spawns. The launcher's settings reach these processes in one environment variable.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from memserve.engine.settings import SETTINGS_VARIABLE, EngineSettings
 
 
 def register() -> None:
-    """Place the hooks. In a server that `memserve.launch_server` did not start, only the CPU's.
+    """Register the hooks. In a server that `memserve.launch_server` did not start, only the CPU's hooks.
 
-    A failure ends the process with its reason: SGLang would log it and serve on without us.
+    A failure ends the process with its reason: SGLang would log it and serve without MemServe.
     """
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
@@ -49,7 +49,7 @@ def register() -> None:
 
 @functools.cache
 def hook_scheduler() -> None:
-    """Place the hooks of the process that runs the model, whose module has been imported. Idempotent."""
+    """Register the hooks of the process that runs the model, after its module was imported. Idempotent."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
     from memserve.engine.hooks import handoff as handoff_hooks
@@ -61,7 +61,7 @@ def hook_scheduler() -> None:
 
 
 def drop_in(settings: EngineSettings) -> type[Any]:
-    """Our transfer engine with the constructor of SGLang's MooncakeTransferEngine."""
+    """MemServe's transfer engine with the constructor of SGLang's MooncakeTransferEngine."""
     from memserve.disagg.transfer_engine import TransferConfig, TransferEngine
 
     key_file = Path(settings.cluster_key_file) if settings.cluster_key_file else None
@@ -82,7 +82,7 @@ def drop_in(settings: EngineSettings) -> type[Any]:
 
 
 def report_state(output: Any, inquirer: Any, *_: Any) -> Any:
-    """Add to this scheduler's part of `/server_info` what its engine has written and its pool holds."""
+    """Add the counters of the transfer engine and the memory pool to this scheduler's `/server_info`."""
     from memserve.disagg.transfer_engine import TransferEngine
     from memserve.engine.hooks.pool import linker_of
 
@@ -98,8 +98,10 @@ def report_state(output: Any, inquirer: Any, *_: Any) -> Any:
 
 
 def ignore_signals_in_children() -> None:
-    """In a child: let Ctrl-C and a service manager's SIGTERM, which reach every process of the server, end it
-    in the launcher's order: SGLang's children, when hit first, would count as crashed."""
+    """In a child: ignore Ctrl-C and SIGTERM, which a terminal or service manager sends to every process.
+
+    The launcher stops its children in order; a child that ended first would count as crashed.
+    """
     if multiprocessing.parent_process() is not None:
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         signal.signal(signal.SIGTERM, signal.SIG_IGN)

@@ -1,6 +1,6 @@
-"""Runs SGLang's own HTTP server in this process: its flags, its life and its end.
+"""Runs SGLang's HTTP server in this process: its arguments, its start and its end.
 
-Knows which SGLang calls make a server, and tells a `Registrar` when it is ready and when it stops.
+Knows the SGLang calls that make a server, and notifies a `Registrar` when it is ready and when it stops.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 import logging
 import os
+import pkgutil
 import signal
 import threading
 import warnings
@@ -17,27 +18,27 @@ from typing import Any, NoReturn
 from memserve.core.caching import CachingMode
 from memserve.core.errors import ConfigError
 from memserve.core.hosts import can_listen, is_loopback, keep_port
-from memserve.engine import http_endpoints as pool_pages
 from memserve.engine import server_flags
 from memserve.engine import sglang_internals as seams
 from memserve.engine.cpu import forking
 from memserve.engine.cpu.amx import avoid_faulty_amx
 from memserve.engine.platform_detect import is_cpu_machine
 from memserve.engine.settings import EngineSettings
+from memserve.instance.metrics import CONTENT_TYPE, exposition
 from memserve.instance.registrar import Registrar
 from memserve.wire.messages import Role
 
 logger = logging.getLogger(__name__)
 
 OWN_ADDRESS = "SGLANG_HOST_IP"
-"""The variable by which SGLang is told its own address."""
+"""The environment variable from which SGLang reads its own address."""
 
 
 def prepare(role: Role, caching: CachingMode, settings: EngineSettings, argv: list[str]) -> Any:
-    """SGLang's server arguments for `role`: our flags for it and this machine, then the user's.
+    """SGLang's server arguments: MemServe's flags for `role` and this machine, then the user's `argv`.
 
-    Sets the environment its processes inherit. Raises ConfigError for another SGLang, a flag it
-    does not take, and a model that is not there.
+    Sets the environment that SGLang's processes inherit. Raises ConfigError for another version of SGLang,
+    for a flag that SGLang does not accept, and for a model that does not exist.
     """
     seams.check_version()
     _check_model(argv)
@@ -76,7 +77,7 @@ def prepare(role: Role, caching: CachingMode, settings: EngineSettings, argv: li
 
 
 def reachable_host(host: str) -> str:
-    """The address under which others reach a server that listens on `host`, wildcards included."""
+    """The address under which other machines reach a server that listens on `host`, also for wildcards."""
     if configured := os.environ.get(OWN_ADDRESS):
         return configured
     if is_loopback(host):
@@ -89,7 +90,7 @@ def reachable_host(host: str) -> str:
 
 
 def run(server_args: Any, registrar: Registrar | None) -> None:
-    """Serve until SIGTERM or Ctrl-C; registers once warm, deregisters before draining."""
+    """Serve until SIGTERM or Ctrl-C. Registers after the warm-up; deregisters before SGLang drains."""
     from sglang.srt.entrypoints.http_server import launch_server
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
     from sglang.srt.utils import kill_process_tree
@@ -99,7 +100,7 @@ def run(server_args: Any, registrar: Registrar | None) -> None:
             registrar.close()
 
     def interrupt_as_sigterm(handle_exit: Any, http_server: Any, signum: int, frame: Any) -> None:
-        """The first Ctrl-C drains as SIGTERM does; the second one ends at once."""
+        """The first Ctrl-C drains as SIGTERM does; the second ends the server at once."""
         if signum == signal.SIGINT and not interrupted.is_set():
             interrupted.set()
             os.kill(os.getpid(), signal.SIGTERM)
@@ -112,7 +113,7 @@ def run(server_args: Any, registrar: Registrar | None) -> None:
     if is_cpu_machine():
         forking.fork_children()
     HookRegistry.apply_hooks()
-    pool_pages.add_pages()
+    add_pool_endpoints()
     try:
         launch_server(server_args, launch_callback=registrar.start if registrar is not None else None)
     except KeyboardInterrupt:
@@ -122,14 +123,40 @@ def run(server_args: Any, registrar: Registrar | None) -> None:
         kill_process_tree(os.getpid(), include_parent=False)
 
 
+def add_pool_endpoints() -> None:
+    """Add the endpoints of the memory pools to SGLang's HTTP server. Call before it starts.
+
+    GET /mempool            JSON, one entry per scheduler that answers (one per data-parallel rank)
+    GET /mempool/metrics    the same numbers in Prometheus' text format
+    """
+    from fastapi import Response
+
+    async def mempool() -> list[dict[str, Any]]:
+        return await _pool_reports()
+
+    async def metrics() -> Response:
+        return Response(exposition(await _pool_reports()), media_type=CONTENT_TYPE)
+
+    app = pkgutil.resolve_name(f"{seams.HTTP_SERVER}:app")
+    app.add_api_route("/mempool", mempool, methods=["GET"])
+    app.add_api_route("/mempool/metrics", metrics, methods=["GET"])
+
+
+async def _pool_reports() -> list[dict[str, Any]]:
+    """The schedulers' reports; empty for a server without a memory pool."""
+    state = pkgutil.resolve_name(f"{seams.HTTP_SERVER}:get_global_state")()
+    reports = await state.tokenizer_manager.get_internal_state()
+    return [report["memserve"]["pool"] for report in reports if "pool" in report.get("memserve", {})]
+
+
 def _quiet_import_warnings() -> None:
-    """SGLang says at import, in each process, which quantizations need a GPU."""
+    """Hide the warnings about quantizations that need a GPU, which each SGLang process prints at import."""
     warnings.simplefilter("ignore", UserWarning)
     os.environ.setdefault("PYTHONWARNINGS", "ignore::UserWarning")
 
 
 def _check_model(argv: list[str]) -> None:
-    """Raises ConfigError, in one line, for a model path that cannot be one."""
+    """Raises ConfigError, in one line, for an invalid model path."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--model-path", "--model")
     parser.add_argument("--config")
@@ -149,14 +176,17 @@ def _check_model(argv: list[str]) -> None:
 
 
 class _OneLineParser(argparse.ArgumentParser):
-    """Says what is wrong without the usage of SGLang's 400 flags."""
+    """Reports an error without the usage text of SGLang's 400 flags."""
 
     def error(self, message: str) -> NoReturn:
         raise ConfigError(f"{message} (`sglang serve --help` lists SGLang's flags)")
 
 
 def _checked(argv: list[str], server_args_class: Any) -> list[str]:
-    """`argv`, known to parse, with `--config FILE` spelled out so that the file beats our flags."""
+    """`argv` with `--config FILE` expanded, so that the file overrides our flags.
+
+    Raises ConfigError for a flag that SGLang does not accept.
+    """
     parser = _OneLineParser()
     server_args_class.add_cli_args(parser)
     if "--config" in argv:

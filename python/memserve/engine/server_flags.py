@@ -1,7 +1,7 @@
-"""The SGLang flags a role and a machine need, put in front of the user's own, which win.
+"""The SGLang flags that a role and a machine need. They precede the user's flags, which win.
 
-Pure: everything comes in as arguments, so each case is a row in a test. Knows SGLang's flags by
-name and nothing else of it.
+Pure: all input comes as arguments, so each case is a row in a test. Of SGLang it knows the names of flags
+only.
 """
 
 from __future__ import annotations
@@ -17,26 +17,27 @@ from memserve.transport.registry import MooncakeProtocol, TransportName
 from memserve.wire.messages import Role
 
 KV_FRACTION_ON_CPU = 0.7
-"""Of the memory free at start, for weights and KV. Not less: SGLang takes for its own weights what other
-servers that start meanwhile use, and would find no room. `KV_TOKENS_ON_CPU` bounds what it is used for."""
+"""Share of the memory that is free at start, for weights and KV. Not less: SGLang attributes to its own
+weights the memory that other starting servers take, and would find no room. `KV_TOKENS_ON_CPU` bounds the
+use."""
 KV_TOKENS_ON_CPU = 65536
-"""At most; SGLang touches every byte of its KV at start, gigabytes of it for a small model."""
+"""Upper bound: SGLang touches every byte of its KV at start, gigabytes for a small model."""
 HBM_PUBLISHER = "memserve"
-"""What SGLang is told to call our publisher of its cache's events."""
+"""The name of our publisher of SGLang's cache events."""
 MAX_RUNNING_REQUESTS_ON_CPU = 32
 PAGE_TOKENS_ON_CPU = 16
 
 
 @dataclass(frozen=True, slots=True)
 class FreePorts:
-    """Ports the system has just offered, used where the user named none."""
+    """Free ports, used if the user names none."""
 
     http: int
     bootstrap: int
 
 
 def role_flags(role: Role, caching: CachingMode, ports: FreePorts) -> list[str]:
-    """Flags that make an SGLang server play `role` and keep what `caching` says, on any device."""
+    """Flags that give an SGLang server the role `role` and the caching mode `caching`, on any device."""
     flags = ["--port", str(ports.http), "--enable-cache-report"]
     keeps = caching.decode_keeps if role is Role.DECODE else caching.prefill_keeps
     if not keeps:
@@ -52,7 +53,7 @@ def role_flags(role: Role, caching: CachingMode, ports: FreePorts) -> list[str]:
 
 
 def cpu_flags(role: Role) -> list[str]:
-    """What SGLang has to be told on a machine without a GPU; on CUDA its own defaults stand."""
+    """Flags for a machine without a GPU; with CUDA, SGLang's own defaults apply."""
     flags = [
         *("--device", "cpu"),
         *("--attention-backend", CPU_ATTENTION),
@@ -73,14 +74,14 @@ def cpu_flags(role: Role) -> list[str]:
 
 
 def needs_pool(role: Role, caching: CachingMode) -> bool:
-    """Whether a DRAM tier is of use: to decode, which never loads from it, only to send KV home."""
+    """Whether the role needs a DRAM tier. Decode never loads from one: it needs it to return KV to prefill."""
     return caching.returns if role is Role.DECODE else caching.prefill_keeps
 
 
 def pool_flags() -> list[str]:
-    """Flags that put a memory pool under the radix cache of every rank, and have it told what is in HBM."""
+    """Flags that put a memory pool under the radix cache of every rank, and report HBM events to it."""
     linker = {"linker_module_path": "memserve.engine.linker", "linker": "MemPoolLinker"}
-    # No endpoint: SGLang would advertise it as one to subscribe to.
+    # No endpoint: SGLang would advertise it to subscribers.
     events = {"publisher": HBM_PUBLISHER, "endpoint": "", "format": "dynamo"}
     return [
         "--enable-unified-cache-external-linker",
@@ -93,9 +94,9 @@ def pool_flags() -> list[str]:
 def resolve_transfer(
     transfer: TransportName, protocol: MooncakeProtocol | None, *, on_cpu: bool, has_rdma: bool
 ) -> tuple[TransportName, MooncakeProtocol]:
-    """What moves KV on this machine, and what mooncake runs over, where the user left it open.
+    """The transport of this machine and the protocol of mooncake, with unset values resolved.
 
-    Host memory has `auto` of its own: the ends of each transfer choose. GPU memory needs mooncake.
+    For host memory `auto` stays: the two ends of each transfer choose. GPU memory needs mooncake.
     Raises ConfigError for a transport that cannot reach the KV.
     """
     if not on_cpu:
@@ -108,11 +109,11 @@ def resolve_transfer(
 
 
 def cpu_threads(role: Role, num_cores: int) -> int:
-    """Compute threads of one server: half the cores for one of a pair, all of them alone."""
+    """Compute threads of one server: all cores for a colocated server, half of them for one of a pair."""
     return num_cores if role is Role.COLOCATED else max(1, num_cores // 2)
 
 
 def cpu_environment(role: Role, num_cores: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """Variables to set for a CPU server that the user has not set."""
+    """Environment variables for a CPU server, without those that the user has set."""
     wanted = {"OMP_NUM_THREADS": str(cpu_threads(role, num_cores))}
     return {name: value for name, value in wanted.items() if name not in environ}

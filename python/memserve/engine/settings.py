@@ -1,4 +1,4 @@
-"""What `launch_server` decided, on its way to the processes that SGLang spawns: one environment variable."""
+"""Passes the settings of `launch_server` to the processes that SGLang spawns, in one environment variable."""
 
 from __future__ import annotations
 
@@ -14,20 +14,20 @@ SETTINGS_VARIABLE = "MEMSERVE_ENGINE"
 
 
 class EngineSettings(msgspec.Struct, frozen=True):
-    """What the processes of one server must agree on."""
+    """The settings that all processes of one server share."""
 
     transfer: TransportName
     mooncake_protocol: MooncakeProtocol
     cluster_key_file: str | None
     pool: PoolSettings | None = None
-    """None: no memory pool under the radix cache."""
+    """None: there is no memory pool under the radix cache."""
 
     def export(self) -> None:
-        """Hand these settings to the processes started from here on."""
+        """Pass these settings to the processes that are started from now on."""
         os.environ[SETTINGS_VARIABLE] = msgspec.json.encode(self).decode()
 
     def of_rank(self, dp_rank: int | None) -> PoolSettings | None:
-        """The pool's, by a name of its own where several data-parallel ranks share a server."""
+        """The pool settings of a data-parallel rank, with an instance id of its own; None without a pool."""
         if self.pool is None or dp_rank is None:
             return self.pool
         name = InstanceId(f"{self.pool.instance_id}/dp{dp_rank}")
@@ -35,5 +35,5 @@ class EngineSettings(msgspec.Struct, frozen=True):
 
     @classmethod
     def inherited(cls) -> EngineSettings:
-        """What this process was handed. Raises KeyError if that is nothing."""
+        """The settings that this process inherited. Raises KeyError if there are none."""
         return msgspec.json.decode(os.environ[SETTINGS_VARIABLE], type=cls)

@@ -1,7 +1,7 @@
-"""Keeps bfloat16 from killing the process on machines that announce AMX and then trap on it.
+"""Keeps bfloat16 from ending the process on machines that announce AMX and then trap on it.
 
-Some hypervisors do. oneDNN believes the announcement, and the first bfloat16 product ends with
-SIGILL; without AMX it takes AVX-512 and works. Knows torch only.
+Some hypervisors announce AMX without support. oneDNN uses it, and the first bfloat16 product ends with
+SIGILL. Without AMX, oneDNN uses AVX-512 and works. Knows torch only.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ BEST_ISA_WITHOUT_AMX = "AVX512_CORE_FP16"
 
 
 def avoid_faulty_amx() -> bool:
-    """Keep oneDNN off AMX where it traps; whether bfloat16 is now safe to compute in.
+    """Disable AMX in oneDNN if it traps. Returns whether bfloat16 products are safe now.
 
-    Tries a bfloat16 product in a forked child (some 10 ms) and sets ONEDNN_MAX_CPU_ISA, which
-    children inherit, if the child dies. oneDNN reads it once: call this before the process's first
-    product, and before it has threads, which a fork does not copy.
+    Computes a bfloat16 product in a forked child (about 10 ms). If the child dies, sets
+    ONEDNN_MAX_CPU_ISA, which child processes inherit. oneDNN reads it once: call this before the first
+    product of the process, and before the process has threads, which a fork does not copy.
     """
     if _bfloat16_survives():
         return True

@@ -1,18 +1,18 @@
-"""SGLang's attention on the CPU, at O(new x total): a cached prefix is read, never recomputed.
+"""Attention backend for SGLang on the CPU, O(new x total): a cached prefix is read, never recomputed.
 
 SGLang's own `torch_native` backend pads the new queries to the whole length, so a prefix hit saves
-nothing of the attention. Here an extend is
+no attention. Here an extend is
 
                  cached prefix (key parts)      new tokens
                +----------------------------+---------------+
     new        |           dense            |  causal       |
     queries    +----------------------------+---------------+
 
-merged by log-sum-exp, and a decode is dense over its key parts. Long runs of neighbouring slots are
-attended where they lie in the pool; what is left is gathered, and in a decode the short rests of
-several requests are padded to one kernel call. Attention that is not plain causal self-attention
-(cross-attention, sliding windows, unequal head sizes, a KV pool of another dtype) is left to
-`torch_native`, from which this backend inherits.
+merged by log-sum-exp, and a decode is dense over its key parts. Long runs of adjacent slots are
+attended in place, in the pool. The remaining slots are gathered; in a decode, the short remainders of
+several requests are padded to one kernel call. `torch_native`, the base class, computes all attention
+that is not plain causal self-attention (cross-attention, sliding windows, unequal head sizes, a KV pool
+of another dtype).
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ if TYPE_CHECKING:
 
 
 def register_cpu_attention() -> None:
-    """Make `--attention-backend memserve_cpu` (CPU_ATTENTION) known to this process's SGLang. Idempotent.
+    """Register `--attention-backend memserve_cpu` (CPU_ATTENTION) in this process's SGLang. Idempotent.
 
-    Every SGLang process needs it: the launcher to accept the flag, the schedulers to build it.
+    Every SGLang process needs it: the launcher accepts the flag, the schedulers build the backend.
     """
     register_attention_backend(CPU_ATTENTION)(MemServeCpuAttnBackend)
     if CPU_ATTENTION not in ATTENTION_BACKEND_CHOICES:
@@ -62,10 +62,10 @@ class ExtendRequest:
 
 
 class MemServeCpuAttnBackend(TorchNativeAttnBackend):
-    """Drop-in for `torch_native`: the same results to rounding, at O(new x total) for an extend.
+    """Drop-in for `torch_native`: equal results up to rounding, O(new x total) for an extend.
 
-    One per model runner; scheduler thread only. A forward pass is planned once, in
-    `init_forward_metadata`, and every layer follows the plan.
+    One instance per model runner; scheduler thread only. `init_forward_metadata` plans a forward pass
+    once, and every layer follows the plan.
     """
 
     def __init__(self, model_runner: ModelRunner) -> None:
@@ -75,7 +75,7 @@ class MemServeCpuAttnBackend(TorchNativeAttnBackend):
         self._gathered = (torch.empty(0), torch.empty(0))
 
     def init_forward_metadata(self, forward_batch: ForwardBatch) -> None:
-        """Plan this pass from the requests' lengths and slots, which must be final by now."""
+        """Plan this pass from the requests' lengths and slots, which must be final."""
         super().init_forward_metadata(forward_batch)
         self._extend, self._decode = [], None
         mode = forward_batch.forward_mode
@@ -163,12 +163,12 @@ class MemServeCpuAttnBackend(TorchNativeAttnBackend):
         ]
 
     def _pool_of(self, layer: RadixAttention) -> tuple[Tensor, Tensor]:
-        """This layer's keys and values, each [slots, kv_heads, dim]."""
+        """The keys and values of this layer, each [slots, kv_heads, dim]."""
         pool = self.token_to_kv_pool
         return pool.get_key_buffer(layer.layer_id), pool.get_value_buffer(layer.layer_id)
 
     def _is_plain(self, layer: RadixAttention, q: Tensor, keys: Tensor) -> bool:
-        """Whether this layer is self-attention as planned, and not a case left to `torch_native`."""
+        """Whether the plan covers this layer: plain self-attention. `torch_native` computes the others."""
         return (
             not layer.is_cross_attention
             and layer.sliding_window_size in (None, -1)
@@ -205,7 +205,7 @@ class MemServeCpuAttnBackend(TorchNativeAttnBackend):
     def _gather(self, keys: Tensor, values: Tensor, slots: Tensor, pieces: int) -> tuple[Tensor, Tensor]:
         """The keys and values at `slots`, each [pieces, heads, width, dim], valid until the next call.
 
-        The memory is kept: taking it from the system anew costs more than the copy, in page faults.
+        The buffers are reused: new memory costs more page faults than the copy takes.
         """
         tokens = len(slots)
         row = keys.shape[1:]

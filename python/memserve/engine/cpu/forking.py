@@ -1,8 +1,8 @@
-"""Starts a CPU server's other processes as forks of the first, which has imported all they need.
+"""Starts the child processes of a CPU server as forks of the first process, which has imported their modules.
 
-SGLang spawns them, and each then imports for ten seconds what its parent has loaded already: two
-thirds of the time and the work of a start, and half a GB per process. Spawning is for CUDA's sake,
-which does not survive a fork; without it, and without a second thread, a fork loses nothing.
+SGLang spawns its children, and each child then imports for ten seconds the modules that its parent has
+loaded: two thirds of the start, and half a GB per process. SGLang spawns because CUDA does not survive a
+fork. Without CUDA, and without a second thread, a fork is safe.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ logger = logging.getLogger(__name__)
 
 
 def fork_children() -> None:
-    """Place the hooks; the scheduler's among them, since a fork has this process's. To be applied."""
+    """Register the hooks, including the scheduler's, because a fork inherits the hooks of this process."""
     import torch
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    # Read by a process when it imports torch, which this one had to before it was set.
+    # torch reads OMP_NUM_THREADS at import, which happened before the variable was set.
     torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     plugin.hook_scheduler()
     HookRegistry.register(seams.START_METHOD, fork_if_single_threaded, HookType.AFTER)
@@ -33,7 +33,7 @@ def fork_children() -> None:
 
 
 def fork_if_single_threaded(*_: Any) -> None:
-    """Called when SGLang has just chosen to spawn, which stands if a fork might copy a held lock."""
+    """Replace SGLang's start method `spawn` by `fork`, unless other threads may hold locks now."""
     if num_threads() == 1:
         multiprocessing.set_start_method("fork", force=True)
     else:
@@ -41,5 +41,5 @@ def fork_if_single_threaded(*_: Any) -> None:
 
 
 def num_threads() -> int:
-    """Of this process, those that Python does not know included."""
+    """Number of threads of this process, including threads that Python does not know."""
     return sum(1 for _ in Path("/proc/self/task").iterdir())

@@ -1,8 +1,8 @@
-"""How the keys of requests are cut into parts to attend: which in place, which gathered, which together.
+"""Plans how the keys of requests are divided into parts: attended in place, gathered, or gathered together.
 
-Pure planning over the slots in which tokens lie, once per forward pass; every layer follows the
-plan. Knows nothing of SGLang, of heads or of bytes. The thresholds were measured on one core of an
-x86-64 server with benchmark/bench_attention.py; they change the cost, never the result.
+Pure planning over the pool slots of the tokens, once per forward pass; every layer follows the plan.
+Knows nothing of SGLang, of heads or of bytes. The thresholds were measured on one core of an x86-64
+server with benchmark/bench_attention.py; they change the cost, never the result.
 """
 
 from __future__ import annotations
@@ -19,40 +19,40 @@ import torch
 from torch import Tensor
 
 MAX_RUNS = 4
-"""Runs of one request that are attended in place: each costs a kernel call and a place in the merge."""
+"""Most runs of one request that are attended in place: each costs a kernel call and a term of the merge."""
 MIN_RUN_TOKENS = 256
-"""Shorter runs are gathered: copying them costs less than a kernel call of their own."""
+"""Shorter runs are gathered: a copy costs less than a kernel call."""
 GATHERED_TOKENS = 1024
-"""Gathered at a time: about what is still in the processor's cache when it is attended."""
+"""Tokens gathered at a time: about as many as the processor's cache holds until they are attended."""
 MIN_PART_TOKENS_PER_QUERY = 4
-"""And a part is never much smaller than this: a merge touches every output once per part."""
+"""Least tokens of a part per query: a merge reads and writes every output once per part."""
 
 
 class KeyRun(NamedTuple):
-    """Neighbouring slots of the pool that hold neighbouring tokens of one request."""
+    """Adjacent slots of the pool that hold adjacent tokens of one request."""
 
     position: int
-    """Of its first token, among the tokens that were asked about."""
+    """Index of its first token among the request's tokens passed to `split_keys`."""
     slot: int
     tokens: int
 
 
 @dataclass(frozen=True, slots=True)
 class KeyParts:
-    """Where the keys of one request lie in the pool, in no order: dense attention needs none."""
+    """The pool slots of one request's keys, in any order: dense attention needs none."""
 
     runs: tuple[KeyRun, ...]
-    """To be attended in place."""
+    """Attended in place."""
     pieces: tuple[Tensor, ...]
     """Slots to gather, [tokens] integers each."""
 
 
 @dataclass(frozen=True, slots=True)
 class Gather:
-    """Pieces of any requests, padded to one width, that one kernel call attends."""
+    """Pieces of one or more requests, padded to one width, that one kernel call attends."""
 
     requests: Tensor
-    """[pieces] int64: the request that each piece belongs to; one may have several."""
+    """[pieces] int64: the request of each piece; a request may have several pieces."""
     slots: Tensor
     """[pieces * width] integers; padding repeats a slot of the piece."""
     mask: Tensor | None
@@ -67,8 +67,8 @@ class DecodePlan:
     """(request, run)."""
     gathers: tuple[Gather, ...]
     columns: Tensor | None
-    """[most parts of a request, requests] int64: each request's parts, by their place in the order,
-    or one past the last for none. None if part i is simply all of request i."""
+    """[most parts of a request, requests] int64: the parts of each request as indices into the order above;
+    an index past the last part means no part. None if part i is all of request i."""
 
 
 def plan_decode(slots: Sequence[Tensor]) -> DecodePlan:
@@ -88,7 +88,7 @@ def plan_decode(slots: Sequence[Tensor]) -> DecodePlan:
 
 
 def group_pieces(pieces: Sequence[tuple[int, Tensor]]) -> Iterator[Gather]:
-    """Put `pieces` (request, slots) of like length together, padding included within GATHERED_TOKENS."""
+    """Group `pieces` (request, slots) of similar length; a group with its padding fits GATHERED_TOKENS."""
     waiting = sorted(pieces, key=lambda piece: len(piece[1]), reverse=True)
     while waiting:
         width = len(waiting[0][1])
@@ -109,7 +109,7 @@ def group_pieces(pieces: Sequence[tuple[int, Tensor]]) -> Iterator[Gather]:
 def split_keys(slots: Sequence[Tensor], num_queries: Sequence[int]) -> list[KeyParts]:
     """Split each request's `slots` ([tokens] integers) into runs to attend in place and pieces to gather.
 
-    num_queries[i] tokens of request i will attend them: the more, the fewer parts are worth while.
+    num_queries[i] tokens of request i will attend them: more queries make fewer, larger parts.
     """
     parts = []
     for own, queries, runs in zip(slots, num_queries, find_runs(slots), strict=True):
@@ -133,7 +133,7 @@ def find_runs(slots: Sequence[Tensor]) -> list[list[KeyRun]]:
     flat = torch.cat(list(slots)).numpy()
     begins = np.ones(len(flat) + 1, dtype=bool)
     np.not_equal(flat[1:], flat[:-1] + 1, out=begins[1:-1])
-    begins[offsets] = True  # a run ends with its request, and the last one with the last request
+    begins[offsets] = True  # a run ends where its request ends, and the last run where the last request ends
     edges = begins.nonzero()[0]
     long = (np.diff(edges) >= MIN_RUN_TOKENS).nonzero()[0]
     for begin, end in zip(edges[long].tolist(), edges[long + 1].tolist(), strict=True):

@@ -1,9 +1,9 @@
-"""Attention over a part of the keys, and how the parts of one attention are put together.
+"""Attention over a part of the keys, and the merge of such parts.
 
 The softmax of a query over all its keys is a weighted mean of its softmaxes over any partition of
-them, with weights e^lse, where lse is the logarithm of a part's sum of exponentials. So keys that
-lie in several places (a cached prefix, the new tokens, another machine) can be attended where they
-are. Knows nothing of requests, pools or SGLang. Source: Dao et al., FlashAttention, arXiv
+the keys, with weights e^lse, where lse is the logarithm of a part's sum of exponentials. So keys in
+several places (a cached prefix, the new tokens, another machine) can be attended in place.
+Knows nothing of requests, pools or SGLang. Source: Dao et al., FlashAttention, arXiv
 2205.14135, section 3.1; Liu et al., Ring Attention, arXiv 2310.01889.
 """
 
@@ -19,13 +19,13 @@ _flash_on_cpu = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.defau
 
 
 class Partial(NamedTuple):
-    """What queries saw in a part of their keys; two fields that only mean something together."""
+    """Attention of queries over a part of their keys. The two fields belong together."""
 
     output: Tensor
-    """[batch, query_heads, queries, value_dim], in the queries' dtype; zero where no key was seen."""
+    """[batch, query_heads, queries, value_dim], in the queries' dtype; zero for a query without keys."""
     lse: Tensor
     """[batch, query_heads, queries], float32 (float64 for float64): log of the sum of the
-    exponentials of the scaled scores; -inf where no key was seen."""
+    exponentials of the scaled scores; -inf for a query without keys."""
 
 
 def attend(
@@ -43,8 +43,8 @@ def attend(
     [batch, kv_heads, keys, value_dim]: one dtype and device, any strides with adjacent elements in
     the last dimension. Each KV head serves query_heads / kv_heads neighbouring query heads.
     `causal`: query i sees keys 0..i, for as many queries as keys. `mask` [batch, 1, 1, keys], float32,
-    is added to the scores: 0, or -inf for keys that nobody sees, of which every row must leave one;
-    what is masked must still be finite. Sums are kept in float32; for inference, without gradients.
+    is added to the scores: 0, or -inf for masked keys. Every row must have an unmasked key, and masked
+    keys must be finite. Sums are in float32; for inference, without gradients.
     Raises ValueError if the heads do not divide, if `causal` and queries and keys differ in number,
     or if `causal` comes with a mask.
     """
@@ -55,15 +55,15 @@ def attend(
     if causal and mask is not None:
         raise ValueError("causal attention takes no mask")
     if mask is not None:
-        mask = mask.to(_wide(query.dtype))  # the kernel would misread another dtype without a word
+        mask = mask.to(_wide(query.dtype))  # the kernel silently misreads another dtype
     if query.shape[2] == 0 or key.shape[2] == 0:
         return nothing_seen(query, value.shape[-1])
     if query.device.type != "cpu" or query.shape[-1] != value.shape[-1]:
         return _attend_by_matmul(query, key, value, scale, causal, mask)
     if causal:
         return Partial(*_flash_on_cpu(query, key, value, 0.0, True, scale=scale))
-    # The query heads of one KV head become more queries of one head, so that its keys are read once:
-    # 1 to 5 x as fast for up to 16 queries, no slower for more; but two rows of bfloat16 lose a fifth.
+    # Fold the query heads of one KV head into more queries of one head, so that its keys are read once:
+    # 1 to 5 times as fast for up to 16 queries, equal for more; two rows of bfloat16 are a fifth slower.
     rows = query.shape[1] // key.shape[1] * query.shape[2]
     pays = rows > 2 or query.dtype is not torch.bfloat16
     folded = query.reshape(query.shape[0], key.shape[1], rows, query.shape[3]) if pays else query
@@ -80,15 +80,15 @@ def nothing_seen(query: Tensor, value_dim: int) -> Partial:
 def merge(parts: Sequence[Partial]) -> Partial:
     """The attention of the same queries over all the keys of disjoint `parts`, in any order.
 
-    Associative and commutative up to rounding; sums are kept in float32. A single part is returned
-    as it is. Raises ValueError if `parts` is empty.
+    Associative and commutative up to rounding; sums are in float32. A single part is returned
+    unchanged. Raises ValueError if `parts` is empty.
     """
     if not parts:
         raise ValueError("merge of no parts: use nothing_seen")
     if len(parts) == 1:
         return parts[0]
     lses = torch.stack([part.lse for part in parts])
-    # A query that saw nothing anywhere has only -inf here: subtract 0 then, not -inf.
+    # A query without keys in any part has only -inf here: subtract 0, not -inf.
     highest = lses.amax(dim=0).clamp_min_(torch.finfo(lses.dtype).min)
     weights = lses.sub_(highest).exp_()
     total = weights.sum(dim=0)
@@ -100,10 +100,10 @@ def merge(parts: Sequence[Partial]) -> Partial:
 
 
 def merge_outputs(outputs: Tensor, lses: Tensor) -> Tensor:
-    """What `merge` puts out for parts that are stacked, in fewer operations, which tells with few queries.
+    """The output of `merge` for stacked parts, in fewer operations, which matters for few queries.
 
-    outputs [parts, ...batch, value_dim] and lses [parts, ...batch] as in `Partial`. Every query must have
-    seen a key in one part: of others the output is NaN.
+    outputs [parts, ...batch, value_dim] and lses [parts, ...batch] as in `Partial`. Every query must
+    have a key in one part; otherwise its output is NaN.
     """
     weights = lses.softmax(dim=0)
     return (outputs * weights.unsqueeze(-1)).sum(dim=0).to(outputs.dtype)
@@ -112,7 +112,7 @@ def merge_outputs(outputs: Tensor, lses: Tensor) -> Tensor:
 def _attend_by_matmul(
     query: Tensor, key: Tensor, value: Tensor, scale: float, causal: bool, mask: Tensor | None
 ) -> Partial:
-    """`attend` in plain operators, for devices and shapes that have no kernel which returns the lse."""
+    """`attend` in plain operators, for devices and shapes without a kernel that returns the lse."""
     batch, heads, num_queries, dim = query.shape
     wide = _wide(query.dtype)
     folded = query.reshape(batch, key.shape[1], -1, dim).to(wide)  # rows: (head of the group, query)

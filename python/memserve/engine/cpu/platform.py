@@ -1,7 +1,7 @@
 """SGLang's hardware platform for machines without a GPU: no sgl-kernel, no flashinfer, no vllm.
 
-Found by SGLang through the `sglang.srt.platforms` entry point. Knows only what a platform must
-answer; how a server is set up for it is in `server_flags`.
+SGLang finds it through the `sglang.srt.platforms` entry point. Knows only the platform interface;
+`server_flags` has the flags of a server on this platform.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from memserve.engine.platform_detect import CPU_ATTENTION
 class CpuPlatform(SRTPlatform):
     """Plain torch on the host's cores and memory.
 
-    `native` dispatch makes every fused operator take its torch implementation, and the default
-    capabilities (no triton, no graphs) make SGLang choose its torch paths elsewhere.
+    `native` dispatch makes every fused operator use its torch implementation; the default capabilities
+    (no triton, no graphs) make SGLang use its torch paths elsewhere.
     """
 
     _enum = PlatformEnum.OOT
@@ -28,7 +28,7 @@ class CpuPlatform(SRTPlatform):
         return torch.device("cpu")
 
     def set_device(self, device: torch.device) -> None:
-        """There is one device."""
+        """Does nothing: there is one device."""
 
     def get_device_name(self, device_id: int = 0) -> str:
         return "cpu"
@@ -37,11 +37,11 @@ class CpuPlatform(SRTPlatform):
         return None
 
     def get_device_total_memory(self, device_id: int = 0) -> int:
-        """Bytes of memory in the machine."""
+        """Bytes of memory of the machine."""
         return int(psutil.virtual_memory().total)
 
     def get_current_memory_usage(self, device: torch.device | None = None) -> float:
-        """Bytes that no new process could get, whoever holds them."""
+        """Bytes that are not available to a new process."""
         memory = psutil.virtual_memory()
         return float(memory.total - memory.available)
 

@@ -1,11 +1,11 @@
-"""Lets a torchvision built for CUDA be imported beside a torch built for the CPU.
+"""Makes a torchvision built for CUDA importable beside a torch built for the CPU.
 
-SGLang imports torchvision unconditionally, in every process. The wheel on PyPI is a CUDA build:
-its compiled part does not load on a CPU torch, and then its Python part fails over two operators
-that were never defined. SGLang's text path calls neither, so declaring them is enough.
+SGLang imports torchvision in every process. The wheel on PyPI is a CUDA build: its compiled part does not
+load on a CPU torch, and its Python part then fails on two operators that were never defined. SGLang's
+text path calls neither, so it is enough to declare them.
 
-`import torch` calls this through the `torch.backends` entry point, in spawned children and in
-frontend programs alike; nothing in site-packages is touched. Knows nothing of SGLang.
+`import torch` calls this module through the `torch.backends` entry point, in spawned children and in
+frontend programs alike; site-packages stay unchanged. Knows nothing of SGLang.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _keep_alive: list[torch.library.Library] = []
 
 
 def define_missing_ops() -> None:
-    """Declare `torchvision::nms` and `qnms` if, and only if, torchvision's own cannot load here."""
+    """Declare `torchvision::nms` and `qnms` if torchvision cannot load its own operators here."""
     if torch.version.cuda is None and _torchvision_is_built_for_cuda() and not _keep_alive:
         library = torch.library.Library("torchvision", "DEF")
         library.define("nms" + _MISSING)
