@@ -74,7 +74,7 @@ def cpu_flags(role: Role) -> list[str]:
 
 
 def needs_pool(role: Role, caching: CachingMode) -> bool:
-    """Whether the role needs a DRAM tier. Decode never loads from one: it needs it to return KV to prefill."""
+    """Whether the role needs a DRAM tier. Decode needs it only to return KV to prefill, never to load."""
     return caching.returns if role is Role.DECODE else caching.prefill_keeps
 
 
