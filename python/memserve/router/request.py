@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import itertools
 import secrets
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from enum import StrEnum
 from typing import Protocol, TypeAlias
 
 import msgspec
+
+from memserve.router.sglang_api import DEFAULT_OUTPUT_TOKENS, OUTPUT_LIMITS
 
 JsonObject: TypeAlias = dict[str, object]
 """A JSON object whose fields belong to SGLang: the router reads a few and hands on the rest."""
@@ -82,6 +84,34 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     def is_stream(self) -> bool:
         """Whether the answer is an event stream."""
         return self.body.get("stream") is True
+
+    @property
+    def sampling(self) -> Sequence[JsonObject]:
+        """The sampling parameters of each prompt; one entry if all prompts share them."""
+        params = (self.body.get("sampling_params") or {}) if self.api is Api.GENERATE else self.body
+        return params if isinstance(params, list) else [params]  # type: ignore[list-item]
+
+    @property
+    def answer_limit(self) -> int | None:
+        """The longest answer in tokens that the request allows to one prompt; None: no limit."""
+        params = next(iter(self.sampling), None)
+        for name in OUTPUT_LIMITS if isinstance(params, dict) else ():
+            limit = params.get(name)  # type: ignore[union-attr]
+            if isinstance(limit, int) and not isinstance(limit, bool) and limit >= 0:
+                return limit
+        return None
+
+    @property
+    def expected_output_tokens(self) -> int:
+        """How many tokens an answer is expected to have, at most."""
+        return min(self.answer_limit or DEFAULT_OUTPUT_TOKENS, DEFAULT_OUTPUT_TOKENS)
+
+    @property
+    def max_output_tokens(self) -> int:
+        """How many tokens all answers together may have."""
+        limit = self.answer_limit
+        each = DEFAULT_OUTPUT_TOKENS if limit is None else limit
+        return (self.num_prompts or 1) * self.num_samples * each
 
     @property
     def wants_input_logprobs(self) -> bool:

@@ -11,8 +11,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
-from memserve.router.proxy.validation import MAX_SAMPLES
 from memserve.router.records import SeriesPoint
+from memserve.router.sglang_api import MAX_SAMPLES
 
 Schema = dict[str, Any]
 Count = Annotated[int, Meta(ge=0)]

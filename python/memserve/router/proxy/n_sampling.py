@@ -12,21 +12,10 @@ from msgspec import structs
 
 from memserve.core.errors import BadRequest
 from memserve.router.request import GenerationRequest, JsonObject, decode_json, encode_json
+from memserve.router.sglang_api import In, fields_of
 from memserve.router.sse import DONE, EventSplitter, data_of, with_data
 
-_PROMPTS = ("text", "input_ids", "input_embeds")
-_MEDIA = ("image_data", "video_data", "audio_data")
-_PER_PROMPT = (
-    *_PROMPTS,
-    *_MEDIA,
-    "lora_path",
-    "extra_key",
-    "cache_salt",
-    "custom_logit_processor",
-    "return_logprob",
-    "logprob_start_len",
-    "top_logprobs_num",
-)
+_PER_PROMPT = [(name, field.is_prompt) for name, field in fields_of(In.NATIVE) if field.is_per_prompt]
 
 
 def as_batch(call: GenerationRequest) -> GenerationRequest:
@@ -35,11 +24,11 @@ def as_batch(call: GenerationRequest) -> GenerationRequest:
     Source: SGLang, TokenizerManager._handle_batch_request, which orders `n > 1` the same way.
     """
     n, body = call.num_samples, dict(call.body)
-    for name in _PER_PROMPT:
+    for name, is_prompt in _PER_PROMPT:
         value = body.get(name)
         if value is None:
             continue
-        if call.num_prompts is None and (name in _PROMPTS or name in _MEDIA):
+        if call.num_prompts is None and is_prompt:
             body[name] = [value] * n
         elif isinstance(value, list) and call.num_prompts is not None:
             if len(value) != call.num_prompts:

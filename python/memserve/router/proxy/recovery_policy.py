@@ -34,6 +34,7 @@ from memserve.router.proxy.stream_splicer import (
     Unreadable,
 )
 from memserve.router.request import Api, GenerationRequest, JsonObject
+from memserve.router.sglang_api import FIELDS, NEVER_RESUMED, RESUMED_FROM_TOKENS, In
 from memserve.router.sse import DONE
 
 Detokenize = Callable[[Sequence[int]], str]
@@ -47,24 +48,7 @@ _GREEDY = 1e-6
 """SGLang takes a lower temperature for 0."""
 _HALF = "�"
 
-# What a request may contain, beside what is false or null, and still not look back.
-_PLAIN_SAMPLING = frozenset(
-    {
-        *("temperature", "top_p", "top_k", "min_p", "max_new_tokens", "min_new_tokens", "stop", "n"),
-        *("stop_token_ids", "ignore_eos", "skip_special_tokens", "spaces_between_special_tokens"),
-        *("no_stop_trim", "sampling_seed", "stream_interval", "logit_bias"),
-    }
-)
-_NEUTRAL = {"repetition_penalty": 1}
-_PLAIN_NATIVE = frozenset(
-    {"text", "input_ids", "sampling_params", "stream", "rid", "extra_key", "cache_salt", "priority", "user"}
-)
 _LENGTHS = ("max_new_tokens", "min_new_tokens")
-# What has a state at the servers, or answers with more than text.
-_NEVER = (
-    *("session_id", "session_params", "return_hidden_states", "return_routed_experts"),
-    *("return_sampling_mask", "return_indexer_topk", "custom_logit_processor", "use_beam_search"),
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,15 +80,13 @@ def not_resumable(call: GenerationRequest, *, is_deterministic: bool) -> str | N
 
     `is_deterministic`: all servers sample by seed and position.
     """
-    for name in _NEVER:
-        if call.body.get(name):
-            return f"{name} is set"
-    for params in _sampling_params(call):
-        if (params.get("beam_width") or 1) != 1:
-            return "beam_width is set"
-        if not is_deterministic and not _is_greedy(params):
-            return SAMPLES
-    return None
+    for fields in (call.body, *call.sampling):
+        for name in NEVER_RESUMED & fields.keys():
+            if _is_set(name, fields[name]):
+                return f"{name} is set"
+    if is_deterministic or all(map(_is_greedy, call.sampling)):
+        return None
+    return SAMPLES
 
 
 def closing_events(call: GenerationRequest, received: Received) -> bytes | None:
@@ -173,12 +155,16 @@ def _depends_on_tokens_alone(call: GenerationRequest, params: object, received: 
     # A server may have a default of its own for a length that is not given.
     if received.choices[0].meta.get("reasoning_tokens") or not isinstance(params.get("max_new_tokens"), int):
         return False
-    return not _looks_back(call.body, _PLAIN_NATIVE) and not _looks_back(params, _PLAIN_SAMPLING)
+    return not any(
+        name not in RESUMED_FROM_TOKENS[where] and _is_set(name, value)
+        for where, fields in ((In.NATIVE, call.body), (In.SAMPLING, params))
+        for name, value in fields.items()
+    )
 
 
-def _looks_back(fields: JsonObject, plain: frozenset[str]) -> bool:
-    """Whether there is anything in `fields` that is not known to be `plain`."""
-    return any(value and name not in plain and _NEUTRAL.get(name) != value for name, value in fields.items())
+def _is_set(name: str, value: object) -> bool:
+    field = FIELDS.get(name)
+    return bool(value) and (field is None or field.neutral != value)
 
 
 def _continued(call: GenerationRequest, prompt: list[int], count: int) -> GenerationRequest:
@@ -188,14 +174,6 @@ def _continued(call: GenerationRequest, prompt: list[int], count: int) -> Genera
     lengths = {name: params.get(name) for name in _LENGTHS}
     left = {name: max(0, value - count) for name, value in lengths.items() if isinstance(value, int)}
     return structs.replace(call, body={**body, "input_ids": prompt, "sampling_params": {**params, **left}})
-
-
-def _sampling_params(call: GenerationRequest) -> list[JsonObject]:
-    """Of each prompt."""
-    if call.api is not Api.GENERATE:
-        return [call.body]
-    params = call.body.get("sampling_params") or {}
-    return list(params) if isinstance(params, list) else [params]  # type: ignore[list-item]
 
 
 def _is_greedy(params: JsonObject) -> bool:

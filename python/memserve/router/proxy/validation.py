@@ -6,7 +6,6 @@ every server refuses alike (odd sampling values, texts too long) is checked wher
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
@@ -14,9 +13,7 @@ import msgspec
 
 from memserve.core.errors import BadRequest
 from memserve.router.request import Api, GenerationRequest, JsonObject, decode_json
-from memserve.router.sglang_api import SAMPLING_FIELDS
-
-MAX_SAMPLES = 128
+from memserve.router.sglang_api import MAX_SAMPLES, NUMBERS, SAMPLING_FIELDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,47 +218,11 @@ def _samples(params: dict[str, object], field: str) -> int:
     return n
 
 
-@dataclass(frozen=True, slots=True)
-class _Range:
-    lowest: float
-    highest: float = math.inf
-    whole: bool = False
-
-    def __contains__(self, value: object) -> bool:
-        kinds = (int,) if self.whole else (int, float)
-        if isinstance(value, bool) or not isinstance(value, kinds):
-            return False
-        return math.isfinite(value) and self.lowest <= value <= self.highest
-
-    def __str__(self) -> str:
-        kind = "a whole number" if self.whole else "a number"
-        upper = "" if self.highest == math.inf else f", at most {self.highest:g}"
-        return f"{kind}, at least {self.lowest:g}{upper}"
-
-
-_RANGES = {
-    "max_new_tokens": _Range(0, whole=True),
-    "min_new_tokens": _Range(0, whole=True),
-    "max_tokens": _Range(1, whole=True),
-    "max_completion_tokens": _Range(1, whole=True),
-    "min_tokens": _Range(0, whole=True),
-    "temperature": _Range(0),
-    "top_p": _Range(0, 1),
-    "min_p": _Range(0, 1),
-    "top_k": _Range(-1, whole=True),
-    "frequency_penalty": _Range(-2, 2),
-    "presence_penalty": _Range(-2, 2),
-    "repetition_penalty": _Range(0, 2),
-    "seed": _Range(-(2**63), 2**63 - 1, whole=True),
-    "sampling_seed": _Range(-(2**63), 2**63 - 1, whole=True),
-}
-
-
 def _check_numbers(values: dict[str, object], prefix: str) -> None:
-    for name in _RANGES.keys() & values.keys():
+    for name in NUMBERS.keys() & values.keys():
         value = values[name]
-        if value is not None and value not in _RANGES[name]:
-            raise BadRequest(f"{prefix}{name} has to be {_RANGES[name]}", field=prefix + name)
+        if value is not None and value not in NUMBERS[name]:
+            raise BadRequest(f"{prefix}{name} has to be {NUMBERS[name]}", field=prefix + name)
 
 
 def _read_rid(body: JsonObject, prompts: _Prompts, new_rid: str) -> tuple[str, tuple[str, ...], bool]:

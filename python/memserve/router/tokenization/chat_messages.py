@@ -17,11 +17,10 @@ from enum import Enum
 import msgspec
 
 from memserve.router.request import JsonObject, decode_json
+from memserve.router.sglang_api import MULTIMODAL, REASONING, UNRENDERED
 from memserve.router.tokenization.token_records import NotTokenizable
 
 MALFORMED = "a chat that is not well formed"
-MULTIMODAL = "multimodal content"
-REASONING = "reasoning settings"
 
 
 class ContentFormat(Enum):
@@ -43,12 +42,6 @@ class Chat:
     """What the assistant has said already: to be tokenized after the rendered text."""
 
 
-# Given by the request, these change what is rendered in ways that depend on the model and on flags.
-_NOT_FOLLOWED = {
-    "reasoning_effort": REASONING,
-    "reasoning": REASONING,
-    "thinking": REASONING,
-}
 # As variables they would be arguments of transformers' own functions, not the template's.
 _RESERVED_VARIABLES = frozenset(
     {
@@ -82,7 +75,7 @@ _LONG_NUMBER = re.compile(r"\d{19}")
 
 def read_chat(body: JsonObject, content_format: ContentFormat) -> Chat:
     """The chat in `body`, whose messages are objects with roles. Raises NotTokenizable."""
-    for name, reason in _NOT_FOLLOWED.items():
+    for name, reason in UNRENDERED.items():
         if body.get(name) is not None:
             raise NotTokenizable(reason)
     given = body.get("messages")

@@ -17,14 +17,13 @@ from zlib import crc32
 import msgspec
 
 from memserve.core.block_keys import BlockKey, Namespace
-from memserve.router.request import Api, GenerationRequest, JsonObject
+from memserve.router.request import GenerationRequest, JsonObject
+from memserve.router.sglang_api import DEFAULT_OUTPUT_TOKENS
 from memserve.router.tokenization.text_key_cache import TextKeyCache
 from memserve.router.tokenization.text_keys import BYTES_PER_TOKEN, text_chain, text_of
 from memserve.router.tokenization.token_records import KnownTokens, Tokens, UnknownTokens, keys_of
 from memserve.router.tokenization.tokenizers import Tokenizers
 
-OUTPUT_TOKENS = 256
-"""How many tokens an answer is expected to have, at most."""
 LONG_PROMPT = 16384
 """The keys of a prompt with more tokens are cut on a thread: 40 ns each."""
 RoutingKeys = Literal["auto", "tokens", "text"]
@@ -44,7 +43,7 @@ class Prompt(msgspec.Struct, frozen=True):
     """The keys are of `BLOCK_TOKENS` of text each: of use where caches are believed in, not reported."""
     session: int | None = None
     """A hash of whatever names the conversation."""
-    output_tokens: int = OUTPUT_TOKENS
+    output_tokens: int = DEFAULT_OUTPUT_TOKENS
     unknown: str | None = None
     """Why the tokens are not known, though they are wanted."""
 
@@ -64,7 +63,7 @@ class PromptReader:
 
         `model` will serve it. None: that prompt's length is not known.
         """
-        session, output_tokens = session_of(call.body, headers), output_tokens_of(call)
+        session, output_tokens = session_of(call.body, headers), call.expected_output_tokens
         tokens: Tokens | None = None
         if self._routing_keys != "text" or text_of(call) is None:
             tokens = await self._tokenizers.tokens_of(call, model)
@@ -136,13 +135,3 @@ def session_of(body: JsonObject, headers: Mapping[str, str]) -> int | None:
     name: object = next((headers[header] for header in SESSION_HEADERS if header in headers), None)
     name = name or body.get("user")
     return crc32(name.encode()) if isinstance(name, str) and name else None
-
-
-def output_tokens_of(call: GenerationRequest) -> int:
-    """How many tokens the answer will have, as far as the request says."""
-    if call.api is Api.GENERATE:
-        params = call.body.get("sampling_params")
-        wanted = params.get("max_new_tokens") if isinstance(params, dict) else None
-    else:
-        wanted = call.body.get("max_completion_tokens") or call.body.get("max_tokens")
-    return min(wanted, OUTPUT_TOKENS) if isinstance(wanted, int) and wanted > 0 else OUTPUT_TOKENS

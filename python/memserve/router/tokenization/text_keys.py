@@ -16,16 +16,12 @@ from xxhash import xxh3_128_digest
 
 from memserve.core.block_keys import BlockKey, Namespace
 from memserve.router.request import Api, GenerationRequest, encode_json
+from memserve.router.sglang_api import TEXT_KEY_SEEDS
 
 BYTES_PER_TOKEN = 4
 """Of English text, about."""
 BLOCK_TOKENS = 128
 """What one key stands for, about. A finer one would cost each request more than it tells."""
-
-_SEEDS = frozenset(
-    {"tools", "tool_choice", "chat_template_kwargs", "reasoning_effort", "lora_path", "suffix"}
-)
-"""What else in a body changes the prompt from its beginning on."""
 
 
 def text_of(call: GenerationRequest) -> tuple[bytes, ...] | None:
@@ -47,7 +43,7 @@ def text_chain(text: bytes, call: GenerationRequest, namespace: Namespace | None
     """The key of each whole chunk of one prompt."""
     size = BLOCK_TOKENS * BYTES_PER_TOKEN
     body = call.body
-    seeds = [(name, body[name]) for name in sorted(_SEEDS & body.keys()) if body[name]]
+    seeds = [(name, body[name]) for name in TEXT_KEY_SEEDS if body.get(name)]
     key = b"" if namespace is None else namespace.seed()
     if seeds:
         key = sha256(key + encode_json(seeds)).digest()

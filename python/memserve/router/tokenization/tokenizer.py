@@ -26,7 +26,8 @@ import jinja2
 from msgspec import structs
 
 from memserve.router.request import Api, GenerationRequest, JsonObject
-from memserve.router.tokenization.chat_messages import MALFORMED, MULTIMODAL, read_chat
+from memserve.router.sglang_api import LORA, UNKNOWN_TOKENS
+from memserve.router.tokenization.chat_messages import MALFORMED, read_chat
 from memserve.router.tokenization.chat_template import ChatTemplate
 from memserve.router.tokenization.token_encoder import DEFAULT_CACHE_TOKENS, Encoder
 from memserve.router.tokenization.token_files import TokenizerFiles, read_tokenizer_files
@@ -52,17 +53,6 @@ _READ_BACK = 5
 """INIT_INCREMENTAL_DETOKENIZATION_OFFSET of SGLang."""
 NO_TEMPLATE = "a model without one chat template"
 UNCONFIRMED = "a tokenizer that the servers have not confirmed"
-
-_NOT_FOLLOWED = {
-    "lora_path": "a LoRA adapter",
-    "image_data": MULTIMODAL,
-    "video_data": MULTIMODAL,
-    "audio_data": MULTIMODAL,
-    "input_embeds": "embeddings in place of tokens",
-    "positional_embed_overrides": "embeddings in place of tokens",
-    "session_id": "a session, whose tokens a server has",
-    "session_params": "a session, whose tokens a server has",
-}
 
 
 @dataclass(slots=True)
@@ -242,13 +232,11 @@ def given_tokens(call: GenerationRequest, serves: Callable[[str], bool]) -> Know
     `serves` tells whether that is the whole name of a model. Raises NotTokenizable for a call that is more
     than its tokens.
     """
-    for name in _NOT_FOLLOWED.keys() & call.body.keys():
+    for name in UNKNOWN_TOKENS.keys() & call.body.keys():
         if call.body[name]:
-            raise NotTokenizable(_NOT_FOLLOWED[name])
-    if call.api is Api.COMPLETIONS and call.body.get("suffix"):
-        raise NotTokenizable("a suffix")
+            raise NotTokenizable(UNKNOWN_TOKENS[name])
     if call.api is not Api.GENERATE and ":" in (call.model or "") and not serves(call.model or ""):
-        raise NotTokenizable("a LoRA adapter")  # SGLang reads MODEL:ADAPTER
+        raise NotTokenizable(LORA)  # SGLang reads MODEL:ADAPTER
     ids = _given_ids(call)
     return None if ids is None else KnownTokens(ids)
 

@@ -11,12 +11,11 @@ from memserve.core.block_keys import Namespace, page_keys
 from memserve.core.ids import InstanceId
 from memserve.router.proxy.validation import Limits, read_call
 from memserve.router.request import Api, GenerationRequest
+from memserve.router.sglang_api import DEFAULT_OUTPUT_TOKENS
 from memserve.router.tokenization.prompts import (
     NO_PAGES,
-    OUTPUT_TOKENS,
     PromptReader,
     namespace_of,
-    output_tokens_of,
     session_of,
 )
 from memserve.router.tokenization.tokenizers import NOT_WANTED, OFF, TokenizerMismatch, Tokenizers
@@ -137,13 +136,13 @@ def test_a_header_names_the_session_or_else_the_user() -> None:
     ("api", "body", "expected"),
     [
         (Api.GENERATE, {"text": "a", "sampling_params": {"max_new_tokens": 7}}, 7),
-        (Api.GENERATE, {"text": "a"}, OUTPUT_TOKENS),
+        (Api.GENERATE, {"text": "a"}, DEFAULT_OUTPUT_TOKENS),
         (Api.COMPLETIONS, {"prompt": "a", "max_tokens": 9}, 9),
-        (Api.COMPLETIONS, {"prompt": "a", "max_tokens": 10**9}, OUTPUT_TOKENS),
+        (Api.COMPLETIONS, {"prompt": "a", "max_tokens": 10**9}, DEFAULT_OUTPUT_TOKENS),
     ],
 )
 def test_the_answers_length_is_what_the_request_allows(api: Api, body: dict[str, Any], expected: int) -> None:
-    assert output_tokens_of(call(body, api)) == expected
+    assert call(body, api).expected_output_tokens == expected
 
 
 async def test_by_text_nothing_is_tokenized_and_what_servers_tell_is_used(

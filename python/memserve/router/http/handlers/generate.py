@@ -13,7 +13,7 @@ from aiohttp import web
 
 from memserve.core.errors import MemServeError
 from memserve.router.admission.controller import SERVED_FACTOR, AdmissionSlot
-from memserve.router.admission.priority import max_output_tokens, priority_of
+from memserve.router.admission.priority import priority_of
 from memserve.router.cluster.instance import Route
 from memserve.router.errors import CLIENT_LEFT_STATUS, ClientLeft, ShuttingDown, failure_of
 from memserve.router.http.deadlines import in_time, timeout_of
@@ -229,7 +229,7 @@ class GenerateHandler:
         job = await self._preparer.prepare(exchange.api, raw, client)
         log.rid = (call := job.call).rid
         if admitted.is_charged:
-            admitted.charge(job.prompt.num_tokens + max_output_tokens(call))
+            admitted.charge(job.prompt.num_tokens + call.max_output_tokens)
 
         def on_placed(placed: Assignment, attempt: int) -> None:
             log.route, log.placed, log.attempts = placed.route, placed, attempt
