@@ -32,6 +32,7 @@ from memserve.router.http.handlers.workers import WorkersApi
 from memserve.router.http.ingress import Ingress, build_ingress
 from memserve.router.http.middleware import Cors
 from memserve.router.http.openapi import document
+from memserve.router.http.request_chain import RequestChain
 from memserve.router.http.routes import serve_http, serve_metrics, web_app
 from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.router.observability.metrics import DURATIONS, RouterMetrics
@@ -105,15 +106,9 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         traces = _traces(stack, config)
         preparer = RequestPreparer(cluster, state.reader, state.telemetry.prefixes.sample)
         cors = Cors(config.observe.cors_allowed_origins)
-        generate = GenerateHandler(
-            preparer,
-            dispatcher,
-            state.telemetry.requests.add,
-            ingress,
-            config.observe.request_id_headers,
-            cors.reply if cors else None,
-            traces,
-        )
+        record, id_headers = state.telemetry.requests.add, config.observe.request_id_headers
+        chain = RequestChain(ingress, record, traces, id_headers, cors.reply if cors else None)
+        generate = GenerateHandler(chain, preparer, dispatcher)
         drains = DrainManager(
             cluster, pools, state.selector.num_running, key=key, evacuate_s=config.drain_evacuate_secs
         )
@@ -126,7 +121,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         port = await serve_http(stack, config, generate, app, ingress)
         await serve_metrics(stack, config, pages)
         control = _listening(stack, config, state, port, key)
-        stack.push_async_callback(generate.stop, config.shutdown_grace_period_secs)
+        stack.push_async_callback(chain.stop, config.shutdown_grace_period_secs)
         keepers = [
             ingress.follow,
             lambda: fetcher.keep(pools),

@@ -16,7 +16,6 @@ from aiohttp import web
 from memserve.core.errors import BadRequest
 from memserve.router.errors import ClientLeft
 from memserve.router.http.ingress import Ingress
-from memserve.router.request import Api
 
 JSON = "application/json"
 EVENT_END = b"\n\n"
@@ -26,7 +25,7 @@ EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"
 class Exchange(Protocol):
     """One request for generation. Answered by one `answer`, or by `write`s and an `end`."""
 
-    api: Api
+    path: str
     headers: Mapping[str, str]
     """Names in lower case, or a mapping that does not care."""
     reply: dict[str, str]
@@ -105,7 +104,7 @@ class WebExchange:
     """See `Exchange`. To be closed."""
 
     def __init__(self, request: web.Request, bodies: Bodies) -> None:
-        self.api = Api(request.path)
+        self.path = request.path
         self.headers: Mapping[str, str] = request.headers
         self.reply: dict[str, str] = {}
         self.response: web.StreamResponse | None = None

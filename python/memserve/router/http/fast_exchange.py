@@ -12,7 +12,6 @@ from typing import Protocol
 
 from memserve.router.errors import ClientLeft
 from memserve.router.http.exchange import EVENT_END, EVENT_STREAM, JSON
-from memserve.router.request import Api
 
 _REASONS = {status.value: status.phrase for status in HTTPStatus}
 
@@ -39,12 +38,12 @@ class FastExchange:
     """See `Exchange`. Made by the connection that it is on."""
 
     __slots__ = (
-        *("_body", "_line", "api", "begun_s", "has_begun", "headers", "is_complete", "num_events"),
-        "reply",
+        *("_body", "_line", "begun_s", "has_begun", "headers", "is_complete", "num_events"),
+        *("path", "reply"),
     )
 
-    def __init__(self, line: ClientConnection, api: Api, headers: Mapping[str, str], body: bytes) -> None:
-        self.api = api
+    def __init__(self, line: ClientConnection, path: str, headers: Mapping[str, str], body: bytes) -> None:
+        self.path = path
         self.headers = headers
         self.reply: dict[str, str] = {}
         self.has_begun = False

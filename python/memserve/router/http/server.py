@@ -220,7 +220,7 @@ class _Connection(asyncio.Protocol):
         try:
             await self.front.handler(exchange)
         except Exception:
-            logger.exception("a request failed inside the router path=%s", exchange.api)
+            logger.exception("a request failed inside the router path=%s", exchange.path)
             if not exchange.has_begun:
                 exchange.answer(failure(500, "the router failed; its log says how").body(), 500)
         finally:

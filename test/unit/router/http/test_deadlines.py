@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from memserve.core.errors import BadRequest
-from memserve.router.http.deadlines import TIMEOUT, timeout_of
+from memserve.router.http.request_chain import TIMEOUT, timeout_of
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 

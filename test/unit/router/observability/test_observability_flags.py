@@ -20,7 +20,7 @@ def sent(**settings: Any) -> Any:
 
 @pytest.mark.parametrize("plain", [True, False])
 async def test_a_request_keeps_its_id(plain: bool, caplog: pytest.LogCaptureFixture) -> None:
-    caplog.set_level(logging.DEBUG, "memserve.router.http.handlers.generate")
+    caplog.set_level(logging.DEBUG, "memserve.router.http.request_chain")
     web = {} if plain else {"upgrade": "nothing"}
     async with sent(request_id_headers=("x-trace", "X-Call")) as stage:
         for headers, expected in (
