@@ -51,7 +51,7 @@ from memserve.core.kv_layout import KVLayout
 from memserve.mempool.arena import Arena
 from memserve.mempool.tier_pool import Checksum
 from memserve.testing.cluster import Cluster, is_ready, wait_for
-from memserve.testing.pool_reports import wait_acquainted, wait_settled
+from memserve.testing.pool_reports import wait_pools_connected, wait_settled
 from memserve.wire.messages import Role
 
 PROMPT_CHARACTERS = 2048
@@ -92,7 +92,7 @@ def main() -> None:
         for cluster in clusters.values():
             cluster.wait_ready()
             wait_for(partial(is_ready, cluster.url), what="a pair")
-            wait_acquainted(cluster.server_urls())
+            wait_pools_connected(cluster.server_urls())
         prefill_s = measure_cost(clusters, rounds)
         measure_checksum(prefill_s)
         del clusters["silent"]

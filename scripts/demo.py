@@ -30,7 +30,7 @@ from tqdm import tqdm
 
 from memserve.core.caching import CachingMode
 from memserve.testing.cluster import Cluster, ClusterFailed, ServerProcess, is_ready, wait_for
-from memserve.testing.pool_reports import pool_reports, sent_home_bytes, wait_acquainted, wait_settled
+from memserve.testing.pool_reports import exchanged_bytes, pool_reports, wait_pools_connected, wait_settled
 from memserve.wire.messages import Role
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -120,7 +120,7 @@ def start(model: Path, log_dir: Path, mode: CachingMode) -> Cluster:
             print(f"  $ {shlex.join(['python', *map(str, process.argv)])}")
         wait_with_bar(cluster)
         wait_for(lambda: is_ready(cluster.url), [cluster.router], what="a pair", timeout_s=30)
-        wait_acquainted(cluster.server_urls())
+        wait_pools_connected(cluster.server_urls())
     except BaseException:
         cluster.close()
         raise
@@ -251,7 +251,7 @@ class Meter:
         return self._last[0] - before[0], self._last[1] - before[1]
 
     def _now(self) -> tuple[int, int]:
-        return self._cluster.moved_bytes(), sent_home_bytes(pool_reports(self._urls))
+        return self._cluster.moved_bytes(), exchanged_bytes(pool_reports(self._urls))
 
 
 COLUMNS = (

@@ -9,7 +9,7 @@ import requests
 
 from memserve.core.caching import CachingMode
 from memserve.testing.cluster import Cluster, ServerProcess, is_ready, wait_for
-from memserve.testing.pool_reports import wait_acquainted, wait_settled
+from memserve.testing.pool_reports import wait_pools_connected, wait_settled
 from memserve.wire.messages import Role
 from systems.base import Setting, System, pin
 
@@ -43,7 +43,7 @@ class MemServe(System):
         wait_for(lambda: is_ready(self._cluster.url), [self._cluster.router], what=f"{self.name}'s router")
         self.url = self._cluster.url
         if self._has_pools:
-            wait_acquainted(self._cluster.server_urls())
+            wait_pools_connected(self._cluster.server_urls())
 
     def flush(self) -> None:
         self.settle()

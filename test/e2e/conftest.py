@@ -1,4 +1,4 @@
-"""Two clusters of real SGLang servers, started at once and shared by every test here.
+"""Two clusters of real SGLang servers, which start in parallel and serve all tests of this folder.
 
 `local`  one pair that hands KV over within the host's memory
 `tcp`    one pair over our tcp transport, under a cluster key, whose prefill has a small radix cache
@@ -17,10 +17,11 @@ import pytest
 import requests
 
 from memserve.engine.platform_detect import is_cpu_machine
-from memserve.testing.cluster import Cluster, ServerProcess, Start, executed, is_ready, wait_for
-from memserve.testing.fork_server import ForkServer
-from memserve.testing.pool_reports import wait_acquainted
+from memserve.testing.cluster import Cluster, ServerProcess, Start, is_ready, start_process, wait_for
+from memserve.testing.pool_reports import wait_pools_connected
 from memserve.wire.messages import Role
+
+from .fork_server import ForkServer
 
 REQUEST_TIMEOUT_S = 60
 SMALL_HBM_TOKENS = 2048
@@ -34,7 +35,7 @@ def num_requests(server_url: str) -> int:
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One prefill and one decode behind a router, and short ways to talk to them."""
+    """One prefill and one decode server behind a router, with short calls for tests."""
 
     cluster: Cluster
     model: Path
@@ -54,7 +55,7 @@ class Pair:
         return requests.post(f"{self.url}{path}", json=body, timeout=REQUEST_TIMEOUT_S, **kwargs)
 
     def generate(self, **body: Any) -> Any:
-        """The answer of /generate, greedy unless said otherwise."""
+        """The answer of /generate, greedy unless `sampling_params` differ."""
         params = {"temperature": 0, "ignore_eos": True, **body.pop("sampling_params", {})}
         response = self.post("/generate", {**body, "sampling_params": params})
         assert response.status_code == 200, response.text
@@ -68,7 +69,7 @@ class Pair:
         return self.cluster.moved_bytes()
 
     def workers(self) -> list[dict[str, Any]]:
-        """What the router says of its servers."""
+        """The router's list of servers."""
         workers: list[dict[str, Any]] = self._members()["workers"]
         return workers
 
@@ -81,20 +82,20 @@ class Pair:
         return members
 
     def server_urls(self) -> list[str]:
-        """Of the SGLang servers that the router knows."""
+        """URLs of the SGLang servers that the router knows."""
         return self.cluster.server_urls()
 
     def num_running(self) -> int:
-        """Requests that any server still holds, queued or running."""
+        """Requests that the servers hold, queued or running."""
         return sum(map(num_requests, self.server_urls()))
 
     def wait_idle(self) -> None:
         wait_for(lambda: self.num_running() == 0, what="the servers to be idle", timeout_s=15)
 
     def wait_pair(self) -> None:
-        """Both servers are there, and their memory pools know each other."""
+        """Wait until both servers are ready and their memory pools know each other."""
         wait_for(lambda: is_ready(self.url), what="a ready pair", timeout_s=15)
-        wait_acquainted(self.server_urls())
+        wait_pools_connected(self.server_urls())
 
 
 NewCluster = Callable[..., AbstractContextManager[Cluster]]
@@ -102,13 +103,13 @@ NewCluster = Callable[..., AbstractContextManager[Cluster]]
 
 @pytest.fixture(scope="session")
 def start() -> Start:
-    """How servers are started that need not begin as a user's do."""
-    return ForkServer().start if is_cpu_machine() else executed
+    """Starts servers quickly; a test of a user's own start uses `start_process` instead."""
+    return ForkServer().start if is_cpu_machine() else start_process
 
 
 @pytest.fixture(scope="session")
 def new_cluster(tmp_path_factory: pytest.TempPathFactory, start: Start) -> Iterator[NewCluster]:
-    """Makes clusters, called with the name of one. Those that are left stop while tests go on."""
+    """Makes a cluster with a given name. A cluster stops in the background after its `with` block."""
     with ExitStack() as stopping:
 
         @contextmanager
@@ -152,13 +153,13 @@ def pairs(
 
 @pytest.fixture(scope="session")
 def pair(pairs: dict[str, Pair]) -> Pair:
-    """The pair whose servers live through the whole run."""
+    """The pair whose servers run through the whole session."""
     return pairs["local"]
 
 
 @pytest.fixture(scope="session")
 def expendable_pair(pairs: dict[str, Pair]) -> Pair:
-    """A pair whose servers a test may kill, if it starts them again."""
+    """The pair whose servers a test may kill, if it starts them again."""
     return pairs["tcp"]
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import pytest
 
 from memserve.core.caching import CachingMode
-from memserve.testing.pool_reports import pool_reports, sent_home_bytes, wait_settled
+from memserve.testing.pool_reports import exchanged_bytes, pool_reports, wait_settled
 from memserve.wire.messages import Role
 
 from .conftest import SMALL_HBM_TOKENS, NewCluster, Pair
@@ -75,14 +75,14 @@ def converse(
     for words in WORDS:
         history += words
         between()
-        moved, home = pair.moved_bytes(), sent_home_bytes(pool_reports(pair.server_urls()))
+        moved, home = pair.moved_bytes(), exchanged_bytes(pool_reports(pair.server_urls()))
         answer: Any = pair.generate(text=history, sampling_params={"max_new_tokens": NEW_TOKENS})
         wait_settled(pair.server_urls())
         meta = answer["meta_info"]
         prompts.append(meta["prompt_tokens"])
         to_decode, record = divmod(pair.moved_bytes() - moved, page)
         assert record < page // 2, "beside the pages goes one small record"
-        to_prefill, rest = divmod(sent_home_bytes(pool_reports(pair.server_urls())) - home, page)
+        to_prefill, rest = divmod(exchanged_bytes(pool_reports(pair.server_urls())) - home, page)
         assert rest == 0
         computed = meta["prompt_tokens"] - meta["prefill_cached_tokens"]
         turns.append(Turn(computed, to_decode, to_prefill))

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import requests
 
-from memserve.testing.cluster import Cluster, executed, is_ready, wait_for
+from memserve.testing.cluster import Cluster, is_ready, start_process, wait_for
 from memserve.testing.pool_reports import pool_reports, wait_settled
 from memserve.wire.messages import Role
 
@@ -108,7 +108,7 @@ def test_a_server_told_to_stop_leaves_the_router_at_once(expendable_pair: Pair) 
 @pytest.fixture(scope="module")
 def alone(tiny_model: Path, new_cluster: NewCluster) -> Iterator[Cluster]:
     """One colocated server, as a user starts it, while the other tests wait for theirs."""
-    with new_cluster("alone", start=executed) as cluster:
+    with new_cluster("alone", start=start_process) as cluster:
         cluster.launch("alone", Role.COLOCATED, tiny_model)
         yield cluster
 

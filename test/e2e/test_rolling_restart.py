@@ -17,7 +17,7 @@ import pytest
 import requests
 
 from memserve.testing.cluster import Cluster, wait_for
-from memserve.testing.pool_reports import wait_acquainted, wait_settled
+from memserve.testing.pool_reports import wait_pools_connected, wait_settled
 from memserve.wire.messages import Role
 
 from .conftest import REQUEST_TIMEOUT_S, NewCluster
@@ -105,7 +105,7 @@ def launch(cluster: Cluster, model: Path, *names: str) -> None:
         role = Role.PREFILL if name.startswith("p") else Role.DECODE
         cluster.launch(name, role, model, "--dram-gib", "0.2")
     wait_for(lambda: ready(cluster) == set(NAMES), list(cluster.servers.values()), what="all servers")
-    wait_acquainted(cluster.server_urls())
+    wait_pools_connected(cluster.server_urls())
 
 
 @pytest.fixture(scope="module")

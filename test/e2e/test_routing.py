@@ -21,7 +21,7 @@ import requests
 
 from memserve.router.tokenization.text_keys import BLOCK_TOKENS, BYTES_PER_TOKEN
 from memserve.testing.cluster import Cluster, ServerProcess, is_ready, wait_for
-from memserve.testing.pool_reports import wait_acquainted, wait_settled
+from memserve.testing.pool_reports import wait_pools_connected, wait_settled
 from memserve.wire.messages import Role
 
 from .conftest import REQUEST_TIMEOUT_S, NewCluster
@@ -95,7 +95,7 @@ def stage(tiny_model: Path, new_cluster: NewCluster) -> Iterator[Stage]:
         memory = cluster.launch_memory("memory", 0.1)
         cluster.wait_ready()
         wait_for(lambda: is_ready(cluster.url), what="a pair", timeout_s=SETTLED_S)
-        wait_acquainted(cluster.server_urls())
+        wait_pools_connected(cluster.server_urls())
         stage = Stage(cluster, memory)
         for length in (40, 400, 1600, 100, 800, 2000, 200, 1200):  # What work costs here.
             stage.generate(stage.tokens(length))

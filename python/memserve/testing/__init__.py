@@ -1,4 +1,4 @@
-"""What tests of a MemServe cluster need, shipped so that users' tests can have it too.
+"""Tools for tests of a MemServe cluster, shipped for users' own tests.
 
 `cluster` starts real processes; `fake_worker` is a scripted SGLang server; `transport_conformance`
 is the suite that every transport passes.

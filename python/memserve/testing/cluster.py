@@ -1,7 +1,7 @@
-"""A whole cluster as real processes on this machine: one router and any SGLang servers behind it.
+"""A cluster of real processes on this machine: one router and any number of servers behind it.
 
-For tests, benchmarks and the demo. Every port comes from the system; every process logs to its own
-file. Knows the two launch commands and nothing of what is inside them.
+For tests, benchmarks and the demo. The system picks every port; every process logs to a file of its own.
+Knows the two launch commands, and nothing of their code.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ POLL_S = 0.05
 
 
 class ClusterFailed(MemServeError):
-    """A process ended, or did not get ready in time; the text has the end of its log."""
+    """A process ended, or was not ready in time. The text contains the end of its log."""
 
 
 class RunningProcess(Protocol):
-    """A process that was started here, as subprocess describes it."""
+    """A process that this module started; the interface of subprocess.Popen."""
 
     @property
     def pid(self) -> int: ...
@@ -43,11 +43,11 @@ class RunningProcess(Protocol):
 
 
 Start = Callable[[Sequence[str], Path, Mapping[str, str]], RunningProcess]
-"""From what comes after `python -m`, the file for the output, and the environment."""
+"""Starts a process from the words after `python -m`, the file for its output, and its environment."""
 
 
-def executed(argv: Sequence[str], log: Path, env: Mapping[str, str]) -> RunningProcess:
-    """In a session of its own, so that it gets only the signals sent here."""
+def start_process(argv: Sequence[str], log: Path, env: Mapping[str, str]) -> RunningProcess:
+    """Start a process in a session of its own, so that it receives only the signals that are sent here."""
     with log.open("wb") as output:
         return subprocess.Popen(
             [sys.executable, "-m", *argv],
@@ -60,7 +60,7 @@ def executed(argv: Sequence[str], log: Path, env: Mapping[str, str]) -> RunningP
 
 
 class ServerProcess:
-    """One process of the cluster, its output in a file."""
+    """One process of the cluster. Its output goes to a file."""
 
     def __init__(
         self,
@@ -68,14 +68,14 @@ class ServerProcess:
         argv: Sequence[str],
         log: Path,
         env: Mapping[str, str] | None = None,
-        start: Start = executed,
+        start: Start = start_process,
     ) -> None:
-        """Starts at once."""
+        """Starts the process."""
         self.name = name
         self.argv = ["-m", *argv]
         self.log = log
         log.parent.mkdir(parents=True, exist_ok=True)
-        log.unlink(missing_ok=True)  # a predecessor that has yet to stop goes on writing to its own
+        log.unlink(missing_ok=True)  # a predecessor that still runs keeps its own file
         self._running = start(argv, log, {**os.environ, "PYTHONUNBUFFERED": "1", **(env or {})})
 
     @property
@@ -84,29 +84,27 @@ class ServerProcess:
 
     @property
     def status(self) -> int | None:
-        """Exit status, or None while it runs; negative if a signal ended it."""
+        """Exit status; None while the process runs; negative if a signal ended it."""
         return self._running.poll()
 
     def output(self) -> str:
-        """Everything it has written so far."""
+        """The output so far."""
         return self.log.read_text(errors="replace")
 
     def send(self, signum: signal.Signals) -> None:
-        """Signal the process itself; one that has ended is left alone."""
+        """Send a signal to the process itself. Does nothing if it has ended."""
         if self.status is None:
             os.kill(self.pid, signum)
 
     def wait(self, timeout_s: float = STOP_TIMEOUT_S) -> int:
-        """Its exit status. Raises ClusterFailed if it has not ended by then."""
+        """The exit status. Raises ClusterFailed if the process does not end in time."""
         try:
             return self._running.wait(timeout_s)
         except subprocess.TimeoutExpired:
-            raise ClusterFailed(
-                f"{self.name} did not end within {timeout_s:g} s{self._last_words()}"
-            ) from None
+            raise ClusterFailed(f"{self.name} did not end within {timeout_s:g} s{self._log_tail()}") from None
 
     def stop(self) -> int:
-        """SIGTERM, then SIGKILL for all of its session if that is not obeyed in time."""
+        """Send SIGTERM; after the timeout, SIGKILL to its whole session. Returns the exit status."""
         self.send(signal.SIGTERM)
         try:
             return self.wait()
@@ -115,28 +113,30 @@ class ServerProcess:
             return self.wait()
 
     def kill(self) -> None:
-        """SIGKILL for the process and all it has started, as a machine that goes down would."""
+        """Send SIGKILL to the process and all of its children, as if the machine failed."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.pid, signal.SIGKILL)
         self._running.wait()
 
     def fail_if_ended(self) -> None:
-        """Raises ClusterFailed if the process is no longer there."""
+        """Raises ClusterFailed if the process has ended."""
         if self.status is not None:
-            raise ClusterFailed(f"{self.name} ended with status {self.status}{self._last_words()}")
+            raise ClusterFailed(f"{self.name} ended with status {self.status}{self._log_tail()}")
 
-    def _last_words(self) -> str:
+    def _log_tail(self) -> str:
         lines = "\n  ".join(self.output().splitlines()[-15:])
         return f"; the end of {self.log}:\n  {lines}"
 
 
 class Cluster:
-    """A router and its servers. A context manager that stops all it has started."""
+    """A router and its servers. A context manager that stops all processes it started."""
 
-    def __init__(self, log_dir: Path, *, router_flags: Sequence[str] = (), start: Start = executed) -> None:
-        """Start the router, on free ports; SGLang servers will be started by `start`.
+    def __init__(
+        self, log_dir: Path, *, router_flags: Sequence[str] = (), start: Start = start_process
+    ) -> None:
+        """Start the router on free ports. `start` starts the SGLang servers.
 
-        Raises ClusterFailed if it cannot start.
+        Raises ClusterFailed if the router does not start.
         """
         self.log_dir = log_dir
         self._start = start
@@ -156,14 +156,14 @@ class Cluster:
     def launch(
         self, name: str, role: Role, model: Path, *flags: str, env: dict[str, str] | None = None
     ) -> ServerProcess:
-        """Start a server under `name`; it registers itself when it is warm (see `wait_ready`)."""
+        """Start a server under `name`. It registers after its warm-up (see `wait_ready`)."""
         argv = ["memserve.launch_server", "--role", role, "--router", self.control, "--instance-id", name]
         argv += ["--model-path", str(model), *flags]
         self.servers[name] = ServerProcess(name, argv, self.log_dir / f"{name}.log", env, self._start)
         return self.servers[name]
 
     def launch_memory(self, name: str, dram_gib: float, *flags: str) -> ServerProcess:
-        """Start a server under `name` that lends DRAM; ready as the others are."""
+        """Start a memory server under `name`. It registers as the other servers do."""
         argv = ["memserve.launch_server", "--role", Role.MEMORY, "--router", self.control]
         argv += ["--instance-id", name, "--dram-gib", str(dram_gib), *flags]
         self.servers[name] = ServerProcess(name, argv, self.log_dir / f"{name}.log")
@@ -172,7 +172,7 @@ class Cluster:
     def wait_ready(
         self, progress: Callable[[ServerProcess], None] | None = None, timeout_s: float = START_TIMEOUT_S
     ) -> None:
-        """Return when all servers have registered. `progress` is called for each that just did."""
+        """Return when all servers have registered. Calls `progress` with each server that registers."""
         waiting = dict(self.servers)
         deadline = time.monotonic() + timeout_s
         while waiting:
@@ -189,7 +189,7 @@ class Cluster:
                     progress(process)
 
     def server_urls(self) -> list[str]:
-        """Of the SGLang servers that the router knows now."""
+        """URLs of the SGLang servers that the router knows now."""
         with urllib.request.urlopen(f"{self.url}/workers", timeout=30) as answer:
             return [worker["url"] for worker in json.load(answer)["workers"]]
 
@@ -201,12 +201,12 @@ class Cluster:
         return sum(state["memserve"].get("transfer", {"num_bytes": 0})["num_bytes"] for state in states)
 
     def begin_close(self) -> None:
-        """Tell everything to stop, which takes a server seconds in which it does nothing; see `close`."""
+        """Send SIGTERM to all processes and return; a server takes idle seconds to stop. See `close`."""
         for process in [*self.servers.values(), self.router]:
             process.send(signal.SIGTERM)
 
     def close(self) -> None:
-        """Stop everything, all at once. Idempotent."""
+        """Stop all processes in parallel. Idempotent."""
         self.begin_close()
         for process in [*self.servers.values(), self.router]:
             process.stop()
@@ -227,18 +227,18 @@ def wait_for(
     what: str,
     timeout_s: float = START_TIMEOUT_S,
 ) -> None:
-    """Return once `condition` holds. Raises ClusterFailed on a needed process's end, or too late."""
+    """Return when `condition` holds. Raises ClusterFailed if a needed process ends, or after the timeout."""
     for _ in _until(timeout_s):
         if condition():
             return
         for process in needed:
             process.fail_if_ended()
     names = ", ".join(str(process.log) for process in needed)
-    raise ClusterFailed(f"waited {timeout_s:.0f} s in vain for {what} (logs: {names})")
+    raise ClusterFailed(f"waited {timeout_s:.0f} s for {what} without success (logs: {names})")
 
 
 def is_ready(url: str) -> bool:
-    """Whether a server or router answers its readiness check with 200."""
+    """Whether a server or a router answers its readiness check with 200."""
     try:
         with urllib.request.urlopen(f"{url}/readiness", timeout=5) as answer:
             return bool(answer.status == 200)
@@ -247,7 +247,7 @@ def is_ready(url: str) -> bool:
 
 
 def _is_registered(process: ServerProcess) -> bool:
-    """A server's pools register long before it does; a memory instance is nothing but its pools."""
+    """Whether the process has logged its registration. A memory server registers pools only."""
     kind = "pool" if Role.MEMORY in process.argv else "instance"
     line = rf" registered router=\S+ {kind}={re.escape(process.name)}$"
     return re.search(line, process.output(), re.MULTILINE) is not None

@@ -1,4 +1,4 @@
-"""What a fake worker says, in SGLang's and OpenAI's shapes. Knows no sockets."""
+"""The answers of a fake worker, in the formats of SGLang and OpenAI. Knows no sockets."""
 
 from __future__ import annotations
 
@@ -15,28 +15,28 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class Script:
-    """How a fake worker answers."""
+    """The behaviour of a fake worker."""
 
     tokens: tuple[str, ...] = ("Hello", ",", " world")
     prompt_tokens: int = 5
     cached_tokens: int = 0
     status: int = 200
-    """Another one is answered at once, with `message`."""
+    """HTTP status; a status other than 200 is answered at once, with `message`."""
     message: str = "scripted failure"
     drop_before: int | None = None
-    """Reset the connection when this token would be next; 0: before any byte."""
+    """Reset the connection before this token; 0: before any byte."""
     continues: bool = False
-    """Like a greedy model: a prompt that ends with the ids of its first tokens is answered with the rest."""
+    """As a greedy model: answer a prompt that ends with ids of the first tokens with the remaining ones."""
     gates: Mapping[int, asyncio.Event] = field(default_factory=dict)
-    """Hold token number k (or, one past the last, the end) back until its event is set."""
+    """By token number (one past the last: the end of the stream): an event that the token waits for."""
 
 
 FIRST_ID = 1000
-"""The id of a script's first token; the others follow."""
+"""The id of a script's first token; the next tokens have the next ids."""
 
 
 def num_parts(body: Json) -> int | None:
-    """How many prompts a body has; None for a single one."""
+    """Number of prompts in a body that has a list of them; None for a single prompt."""
     for name in ("text", "input_ids", "prompt"):
         value = body.get(name)
         if isinstance(value, list) and value and isinstance(value[0], str | list):
@@ -53,9 +53,9 @@ class Answers:
         self._script = script
         self._role = role
         self._parts = num_parts(body)
-        self._start = _num_said(body, len(script.tokens)) if script.continues else 0
+        self._start = _num_repeated(body, len(script.tokens)) if script.continues else 0
         tokens = script.tokens[self._start :]
-        # A prefill server answers with the one token it computed.
+        # A prefill server answers with the one token that it computed.
         self._tokens = tokens[:1] if role is Role.PREFILL else tokens
         self.num_tokens = len(self._tokens)
 
@@ -89,7 +89,7 @@ class Answers:
                 yield _event({"id": self._rid(part), "object": "chunk", "choices": [choice]})
 
     def end(self) -> bytes:
-        """What closes a stream."""
+        """The last events of a stream."""
         options = self._body.get("stream_options") or {}
         usage = b""
         if options.get("include_usage"):
@@ -153,8 +153,8 @@ class Answers:
         return str(rid[part] if isinstance(rid, list) else rid)
 
 
-def _num_said(body: Json, most: int) -> int:
-    """How many of the script's tokens a prompt of ids ends with."""
+def _num_repeated(body: Json, most: int) -> int:
+    """Number of the script's tokens at the end of a prompt of ids."""
     ids = body.get("input_ids") or body.get("prompt")
     if not isinstance(ids, list):
         return 0

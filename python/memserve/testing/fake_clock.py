@@ -1,10 +1,10 @@
-"""A clock that stands still until it is told to move."""
+"""A clock that advances only on request."""
 
 from __future__ import annotations
 
 
 class FakeClock:
-    """Stands in for `time.monotonic`."""
+    """Replaces `time.monotonic`."""
 
     def __init__(self, now_s: float = 1000.0) -> None:
         self.now_s = now_s
@@ -14,5 +14,5 @@ class FakeClock:
         return self.now_s
 
     def advance(self, seconds: float) -> None:
-        """Let `seconds` pass."""
+        """Move the time forward by `seconds`."""
         self.now_s += seconds

@@ -1,7 +1,7 @@
-"""A server that speaks SGLang's HTTP API and computes nothing: scripted tokens, failures on demand.
+"""A server with SGLang's HTTP API that computes nothing: scripted tokens, failures on demand.
 
-Runs on the caller's event loop. What it was asked, and what became of each request, stays to be
-looked at. Times are in the test's hand: a gate holds a token back until its event is set.
+Runs on the caller's event loop. Records each request and its outcome. The test controls the timing: a gate
+delays a token until its event is set.
 """
 
 from __future__ import annotations
@@ -25,27 +25,27 @@ RESERVED_TOKENS = 512
 
 @dataclass(slots=True)
 class Received:
-    """One generation request that a fake worker got."""
+    """One generation request that a fake worker received."""
 
     path: str
     body: Json
     headers: Mapping[str, str]
     num_sent: int = 0
-    """Tokens written so far; of a stream each is an event."""
+    """Tokens written so far; in a stream, each token is an event."""
     finished: bool = False
     dropped: bool = False
-    """Its connection was closed before it was answered."""
+    """The connection was closed before the answer was complete."""
 
     @property
     def rids(self) -> list[str]:
-        """What SGLang would call the request's parts."""
+        """The request ids of the parts, as SGLang names them."""
         rid = self.body.get("rid")
         return rid if isinstance(rid, list) else [str(rid)]
 
 
 @dataclass(slots=True)
 class FakeWorker:
-    """An `async with` block that serves as `role`. Change `script` for the requests to come."""
+    """Serves as `role` inside an `async with` block. A change of `script` applies to later requests."""
 
     role: Role = Role.COLOCATED
     script: Script = field(default_factory=Script)
@@ -54,19 +54,19 @@ class FakeWorker:
     context_tokens: int = 1024
     page_size: int = 16
     cache_tokens: int | None = None
-    """What it says its radix cache has room for; None: it has none."""
+    """Capacity of its radix cache in tokens, as it reports it; None: no cache."""
     port: int = 0
-    """0: the system picks one. Kept over a restart."""
+    """0: the system picks a port, which a restart keeps."""
     bootstrap_port: int = 8998
     healthy: bool = True
     is_mortal: bool = False
-    """What its script drops ends it, as SIGKILL does."""
+    """Ends as on SIGKILL when its script drops a connection."""
     num_special_tokens: int = 0
-    """How many tokens, such as BOS, it puts before every text."""
+    """Number of special tokens, such as BOS, before every text."""
     tls: ssl.SSLContext | None = None
-    """How it is served; None: in the clear."""
+    """TLS context; None: plain HTTP."""
     server_info: Json = field(default_factory=dict)
-    """More of what it says of itself."""
+    """Additional fields of its `/server_info`."""
     requests: list[Received] = field(default_factory=list)
     aborts: list[str] = field(default_factory=list)
     num_flushes: int = 0
@@ -77,7 +77,7 @@ class FakeWorker:
 
     @property
     def url(self) -> str:
-        """Its base URL."""
+        """Base URL."""
         return f"{'https' if self.tls else 'http'}://127.0.0.1:{self.port}"
 
     async def __aenter__(self) -> FakeWorker:
@@ -88,7 +88,7 @@ class FakeWorker:
         await self.kill()
 
     async def start(self) -> None:
-        """Begin to serve, again on the port it had."""
+        """Start to serve; after `kill`, on the same port."""
         app = web.Application(client_max_size=1 << 30)
         app.add_routes(
             [
@@ -110,7 +110,7 @@ class FakeWorker:
         self.port = self._runner.addresses[0][1]
 
     async def kill(self) -> None:
-        """End as after SIGKILL: every connection is reset, the port is free. Idempotent."""
+        """Stop as on SIGKILL: every connection is reset, the port is free. Idempotent."""
         for transport in list(self._transports):
             if isinstance(transport, asyncio.Transport):
                 transport.abort()
@@ -120,7 +120,7 @@ class FakeWorker:
             await runner.cleanup()
 
     async def until(self, condition: Callable[[FakeWorker], object], timeout_s: float = WAIT_S) -> None:
-        """Wait until `condition` holds for this worker. Raises TimeoutError if it does not in time."""
+        """Wait until `condition` holds for this worker. Raises TimeoutError after the timeout."""
         async with asyncio.timeout(timeout_s):
             while not condition(self):
                 self._changed.clear()
@@ -169,7 +169,7 @@ class FakeWorker:
         return response
 
     def _refusal(self, received: Received, script: Script) -> web.Response | None:
-        """The errors that this worker, or SGLang, would answer with."""
+        """The error answer of the script or of SGLang's checks; None if the request is accepted."""
         if script.status != 200:
             return web.json_response({"error": {"message": script.message}}, status=script.status)
         params = received.body.get("sampling_params") or received.body
@@ -183,7 +183,7 @@ class FakeWorker:
         return None
 
     async def _reach(self, request: web.Request, script: Script, number: int) -> None:
-        """Come to token `number`, unless something was planned to happen before."""
+        """Wait for the gate of token `number`, or drop the connection if the script says so."""
         if number in script.gates:
             await script.gates[number].wait()
         if script.drop_before == number:

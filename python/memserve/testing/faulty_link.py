@@ -1,13 +1,13 @@
-"""A control link that loses, doubles and delays what it is told to, instead of waiting for it to happen.
+"""A control link that loses, doubles and delays chosen requests.
 
     faults = Faults()
     link = FaultyLink(ControlClient(address), faults)
     faults.expect(Commit, Fault.LOSE_ANSWER)        the next Commit arrives, its answer does not
-    faults.land()                                   what was delayed arrives now; nobody hears the answer
+    faults.land()                                   delayed requests arrive now; their answers are dropped
     faults.lose(0.01, PoolEvents)                   one in a hundred PoolEvents, and of their answers
-    FaultyProxy(link).address                       the same for processes that are told this address
+    FaultyProxy(link).address                       the same for processes that use this address
 
-Knows no message's meaning.
+Knows no meaning of any message.
 """
 
 from __future__ import annotations
@@ -26,35 +26,35 @@ from memserve.wire.link import ControlServer
 from memserve.wire.messages import Message
 
 PROXY_TIMEOUT_S = 2.0
-"""How long a server behind a `FaultyProxy` may take to answer: those who ask wait no longer either."""
+"""Timeout of a server behind a `FaultyProxy`; clients wait no longer either."""
 
 
 class ControlLink(Protocol):
-    """What `wire.link.ControlClient` does."""
+    """The interface of `wire.link.ControlClient`."""
 
     def request(self, message: Message, *, timeout_s: float) -> Message:
-        """The answer. Raises InstanceLost if there is none."""
+        """Send a request and return the answer. Raises InstanceLost if no answer comes."""
         ...
 
     def close(self) -> None:
-        """Let go."""
+        """Close the link."""
         ...
 
 
 class Fault(StrEnum):
-    """What happens to one request."""
+    """The fault of one request."""
 
     NONE = "none"
     LOSE_REQUEST = "lose request"
     LOSE_ANSWER = "lose answer"
     DOUBLE = "double"
-    """Its sender hears the second answer."""
+    """The request arrives twice; its sender receives the second answer."""
     DELAY = "delay"
-    """It arrives when `Faults.land` says so, long after its sender has given up."""
+    """The request arrives at the next `Faults.land`, long after its sender has given up."""
 
 
 class Faults:
-    """What is to go wrong with the next requests, of all links that share it. Any thread."""
+    """The faults of the next requests on all links that share this object. Any thread."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -64,23 +64,23 @@ class Faults:
         self._lossy: tuple[type[Message], ...] = ()
         self._share = 0.0
         self.num_seen = 0
-        """Requests that were asked for."""
+        """Number of requests."""
         self.num_lost = 0
-        """Of them, those that `lose` has lost, one way or the other."""
+        """Number of requests that `lose` has lost, or their answer."""
 
     def expect(self, kind: type[Message] | None, *faults: Fault) -> None:
-        """Let the next requests of that kind (None: of any) suffer these faults, in order."""
+        """Give the next requests of type `kind` (None: any type) these faults, in order."""
         with self._lock:
             self._expected += [(kind, fault) for fault in faults]
 
     def lose(self, share: float, *kinds: type[Message], seed: int = 0) -> None:
-        """From now on lose that share of the requests of these kinds, and of the answers to them."""
+        """From now on lose this share of the requests of these types, and of their answers."""
         with self._lock:
             self._random = random.Random(seed)
             self._share, self._lossy = share, kinds
 
     def clear(self) -> None:
-        """Let nothing go wrong any more; what is delayed stays."""
+        """End all faults. Delayed requests stay delayed."""
         with self._lock:
             self._expected.clear()
             self._share = 0.0
@@ -90,7 +90,7 @@ class Faults:
         return len(self._late)
 
     def land(self, count: int | None = None) -> None:
-        """Deliver what was delayed, oldest first."""
+        """Deliver delayed requests, oldest first; `count` of them, or all."""
         for _ in range(self.num_late if count is None else min(count, self.num_late)):
             link, message, timeout_s = self._late.popleft()
             try:
@@ -99,7 +99,7 @@ class Faults:
                 continue
 
     def take(self, message: Message) -> Fault:
-        """What happens to this request."""
+        """The fault of this request. Removes it from the expected ones."""
         with self._lock:
             self.num_seen += 1
             for i, (kind, fault) in enumerate(self._expected):
@@ -114,17 +114,17 @@ class Faults:
         return Fault.NONE
 
     def delay(self, link: ControlLink, message: Message, timeout_s: float) -> None:
-        """Keep a request for `land`."""
+        """Keep a request until `land`."""
         self._late.append((link, message, timeout_s))
 
 
 class FaultyLink:
-    """Asks through `inner`, if nothing goes wrong. What is lost is lost at once: nobody waits."""
+    """Sends requests through `inner`, with faults. A lost request fails at once, without a wait."""
 
     def __init__(
         self, inner: ControlLink, faults: Faults, *, on_lost: Callable[[float], object] = lambda _: None
     ) -> None:
-        """`on_lost` gets the seconds that one would have waited in vain, to move a clock by."""
+        """`on_lost` receives the timeout of each lost request, for example to advance a clock by it."""
         self._inner = inner
         self._faults = faults
         self._on_lost = on_lost
@@ -147,24 +147,24 @@ class FaultyLink:
         return answer
 
     def close(self) -> None:
-        """As `ControlClient.close`; what was delayed is never delivered then."""
+        """As `ControlClient.close`. Delayed requests are never delivered after it."""
         self._inner.close()
 
 
 class FaultyProxy:
-    """A control server that passes everything on through `link`, for processes that are told its address.
+    """A control server that forwards every request through `link`, for processes that use its address.
 
-    What the link loses is never answered. One request at a time. A context manager.
+    A request that the link loses is never answered. One request at a time. A context manager.
     """
 
     def __init__(self, link: ControlLink) -> None:
-        """Takes `link` and closes it in the end."""
+        """Owns `link`: `close` closes it."""
         self._link = link
         self._server = ControlServer("127.0.0.1", 0, self._pass_on)
         self.address = self._server.address
 
     def close(self) -> None:
-        """Pass nothing on any more. Idempotent."""
+        """Stop forwarding. Idempotent."""
         self._server.close()
         self._link.close()
 

@@ -1,9 +1,9 @@
-"""The tests that every transport passes, against a real second process. Needs pytest.
+"""The tests that every transport has to pass, against a real second process. Needs pytest.
 
     class TestLocal(TransportConformance):
         transport_name = "local"
 
-Knows transports by their contract only; what one of them cannot promise is a class attribute.
+Knows transports by their contract only. A class attribute declares a guarantee that a transport lacks.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ from memserve.transport.copies import Copies, Copy
 from memserve.transport.regions import Region
 
 NUM_BYTES = 48 << 20
-"""More than the socket buffers of both ends hold, so that a stopped peer does stop a copy."""
+"""More than the socket buffers of both ends, so that a stopped peer stops a copy."""
 MIB = 1 << 20
 
 
 class Own:
-    """This process's end: a transport and its region 1."""
+    """The end in this process: a transport and its region 1."""
 
     def __init__(self, name: str) -> None:
         self.epoch = new_epoch()
@@ -56,15 +56,15 @@ class Own:
 
 
 class TransportConformance:
-    """Subclass it with `transport_name`."""
+    """Base class of a transport's test class, which sets `transport_name`."""
 
     transport_name: ClassVar[str]
     can_fence: ClassVar[bool] = True
-    """Whether the owner can refuse a peer."""
+    """Whether the owner of a region can refuse a peer."""
     needs_running_peer: ClassVar[bool] = True
-    """Whether a copy waits for a peer that is stopped."""
+    """Whether a copy waits for a stopped peer."""
     always_settles: ClassVar[bool] = True
-    """Whether a copy that timed out can be called back once its peer runs again."""
+    """Whether `settle` ends a copy that timed out, after its peer runs again."""
 
     @pytest.fixture(scope="class")
     @classmethod
@@ -87,13 +87,13 @@ class TransportConformance:
 
     @pytest.fixture
     def child(self, shared_child: PeerProcess) -> PeerProcess:
-        """For tests that leave it alive and well."""
+        """A peer for tests that leave it running."""
         shared_child.ask("fill", value=0)
         return shared_child
 
     @pytest.fixture
     def mortal(self) -> Iterator[PeerProcess]:
-        """For tests that do not."""
+        """A peer for tests that stop or kill it."""
         child = PeerProcess(self.transport_name, NUM_BYTES)
         yield child
         child.kill()
@@ -237,7 +237,7 @@ class TransportConformance:
         mortal.resume()
         if self.always_settles:
             transport.settle(peer, timeout_s=TIMEOUT_S)
-            mortal.ask("fill", value=0)  # as if the memory were somebody else's now
+            mortal.ask("fill", value=0)  # as if the memory belonged to another request now
             own_alone.write(peer, Copy(1, 0, 1, 0, 64))
             assert mortal.digest(start, NUM_BYTES) == hashlib.sha256(bytes(NUM_BYTES - start)).hexdigest()
         assert mortal.digest(64, start) == hashlib.sha256(bytes(start - 64)).hexdigest()
@@ -270,7 +270,7 @@ class TransportConformance:
             again.kill()
 
     def restarted(self, dead: PeerProcess) -> PeerProcess:
-        """A new process, at the dead one's address where the transport lets one choose."""
+        """A new process, at the dead process's address if the transport allows a choice."""
         return PeerProcess(self.transport_name, NUM_BYTES)
 
     def test_a_fenced_peer_writes_nothing_any_more(self, own_alone: Own, mortal: PeerProcess) -> None:
@@ -290,7 +290,7 @@ class TransportConformance:
 
 
 class _Writer:
-    """Writes large copies on a thread until one fails."""
+    """Writes large copies on a thread until a copy fails."""
 
     def __init__(self, own: Own, peer: Peer) -> None:
         self._own = own
@@ -317,7 +317,7 @@ class _Writer:
 
 
 def _write_slices(own: Own, peer: Peer, part: int) -> None:
-    """A quarter of the first 8 MiB, in 64 calls."""
+    """Write a quarter of the first 8 MiB, in 64 calls."""
     size = 32 * 1024
     for i in range(64):
         at = part * 2 * MIB + i * size

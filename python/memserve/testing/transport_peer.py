@@ -1,8 +1,8 @@
-"""A process with one transport and some memory: the other end in the conformance suite and benchmark.
+"""A process with one transport and some memory: the peer in the conformance suite and the benchmark.
 
     python -m memserve.testing.transport_peer local|tcp|mooncake NUM_BYTES [PORT]
 
-Knows no test; see `transport_process` for how it is driven.
+Knows no test. `transport_process` has the protocol that drives it.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ TIMEOUT_S = 10.0
 
 
 def open_transport(name: str, epoch: Epoch, port: int = 0) -> Transport:
-    """A transport of this name on loopback, all with one test key."""
+    """A transport of this name on loopback, with the test key."""
     if name == "local":
         return LocalTransport(epoch)
     if name == "tcp":
@@ -40,7 +40,7 @@ def open_transport(name: str, epoch: Epoch, port: int = 0) -> Transport:
 
 
 class PeerProcess(ChildProcess):
-    """The child, as a test sees it."""
+    """The test's handle of the child process."""
 
     def __init__(self, name: str, num_bytes: int, port: int = 0) -> None:
         super().__init__("-m", "memserve.testing.transport_peer", name, str(num_bytes), str(port))
@@ -54,12 +54,12 @@ class PeerProcess(ChildProcess):
         return bytes.fromhex(self.ask("bytes", start=start, stop=stop))
 
     def digest(self, start: int, stop: int) -> str:
-        """Their SHA-256."""
+        """SHA-256 of these bytes of the child's region."""
         return str(self.ask("digest", start=start, stop=stop))
 
 
-class _Servant:
-    """The child's end of every verb."""
+class _VerbServer:
+    """Executes the verbs in the child."""
 
     def __init__(self, name: str, num_bytes: int, port: int) -> None:
         self._epoch = new_epoch()
@@ -86,7 +86,7 @@ class _Servant:
         self._transport.deregister(self._region.region_id, timeout_s=TIMEOUT_S)
 
     def flood(self, epoch: int, address: str, region: list[int]) -> None:
-        """Write all of our region over the caller's, again and again, until that fails."""
+        """Write this region over the caller's region repeatedly, until a write fails."""
         table = RegionTable()
         table.add(Region(*region))
         peer = Peer("parent", Epoch(epoch), address, table)
@@ -95,7 +95,7 @@ class _Servant:
         self._flood.start(self._transport, peer, copies)
 
     def flood_end(self) -> str:
-        """The error that ended the flood."""
+        """The name of the error that ended the flood."""
         return self._flood.end()
 
     def verbs(self) -> dict[str, Any]:
@@ -104,7 +104,7 @@ class _Servant:
 
 
 class _Flood:
-    """Writes in the background until one fails."""
+    """Writes in the background until a write fails."""
 
     def __init__(self) -> None:
         self._error = ""
@@ -129,10 +129,10 @@ class _Flood:
 
 
 def main() -> None:
-    """Serve until the parent goes away."""
+    """Serve until the parent process ends."""
     name, num_bytes, port = sys.argv[1:]
-    servant = _Servant(name, int(num_bytes), int(port))
-    serve(servant.greeting(), servant.verbs())
+    server = _VerbServer(name, int(num_bytes), int(port))
+    serve(server.greeting(), server.verbs())
 
 
 if __name__ == "__main__":

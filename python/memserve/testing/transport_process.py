@@ -1,6 +1,6 @@
-"""A second process that a test drives, stops, resumes and kills: requests and answers as JSON lines.
+"""A second process that a test drives, stops, resumes and kills; requests and answers are JSON lines.
 
-`serve` is the child's loop, `ChildProcess` the test's end. Knows nothing of what the child does.
+`serve` is the loop of the child, `ChildProcess` the test's handle. Knows nothing of the child's verbs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 Verb = Callable[..., Any]
 
 DEADLINE_S = 20.0
-"""How long anything in a test may take before the test has failed."""
+"""Time limit of each step of a test."""
 
 
 class ChildProcess:
@@ -35,7 +35,7 @@ class ChildProcess:
         self.greeting = self._receive()
 
     def ask(self, verb: str, **arguments: object) -> Any:
-        """What the child's `verb` returns. Raises ChildError with what it raised."""
+        """The result of the child's `verb`. Raises ChildError with the child's exception."""
         self.send(verb, **arguments)
         return self.receive()
 
@@ -53,16 +53,16 @@ class ChildProcess:
         return answer["value"]
 
     def stop(self) -> None:
-        """Freeze the child; returns when all of its threads are."""
+        """Stop the child (SIGSTOP). Returns when all of its threads are stopped."""
         self._child.send_signal(signal.SIGSTOP)
         wait_until(lambda: self._states() == {"T"}, "the child to stop")
 
     def resume(self) -> None:
-        """Let a stopped child go on."""
+        """Continue a stopped child."""
         self._child.send_signal(signal.SIGCONT)
 
     def kill(self) -> None:
-        """End the child as a crash would; returns when it is gone. Idempotent."""
+        """Kill the child. Returns when it has ended. Idempotent."""
         self._child.kill()
         self._child.wait(DEADLINE_S)
         for pipe in (self._child.stdin, self._child.stdout):
@@ -76,7 +76,7 @@ class ChildProcess:
     def _receive(self) -> Any:
         assert self._child.stdout is not None
         deadline = time.monotonic() + DEADLINE_S
-        poll = select.poll()  # Not `select`, whose descriptors end at 1,023.
+        poll = select.poll()  # `select` takes descriptors below 1,024 only.
         poll.register(self._child.stdout, select.POLLIN)
         while b"\n" not in self._unread:
             if not poll.poll(max(deadline - time.monotonic(), 0) * 1000):
@@ -90,7 +90,7 @@ class ChildProcess:
 
 
 class ChildError(Exception):
-    """The child's verb raised `kind`."""
+    """The child's verb raised an exception of type `kind`."""
 
     def __init__(self, kind: str, text: str) -> None:
         super().__init__(f"{kind}: {text}")
@@ -98,20 +98,20 @@ class ChildError(Exception):
 
 
 def serve(greeting: object, verbs: Mapping[str, Verb]) -> None:
-    """Say `greeting`, then answer requests until the parent is gone."""
-    _say(greeting)
+    """Send `greeting`, then answer requests until the parent ends."""
+    _send(greeting)
     for line in sys.stdin:
         request = json.loads(line)
         verb = verbs[request.pop("verb")]
         try:
-            _say({"value": verb(**request)})
+            _send({"value": verb(**request)})
         except Exception as error:
-            _say({"error": type(error).__name__, "text": str(error)})
+            _send({"error": type(error).__name__, "text": str(error)})
     os._exit(0)
 
 
 def wait_until(condition: Callable[[], bool], what: str) -> None:
-    """Return when `condition` holds. Raises TimeoutError, naming `what`, if it does not come to that."""
+    """Return when `condition` holds. Raises TimeoutError, which names `what`, after DEADLINE_S."""
     deadline = time.monotonic() + DEADLINE_S
     while not condition():
         if time.monotonic() > deadline:
@@ -119,6 +119,6 @@ def wait_until(condition: Callable[[], bool], what: str) -> None:
         time.sleep(0.002)
 
 
-def _say(value: object) -> None:
+def _send(value: object) -> None:
     sys.stdout.write(json.dumps(value) + "\n")
     sys.stdout.flush()

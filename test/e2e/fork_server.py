@@ -1,8 +1,7 @@
-"""Starts servers as forks of one process that has imported all they need, which is most of a start.
+"""Starts servers as forks of one process that has imported their modules, which is most of a start.
 
-multiprocessing's fork server does the forking. From its command line on a server does as if it had been
-executed: in a session, an environment and with an output of its own. For machines without a GPU, whose
-context does not survive a fork.
+Uses multiprocessing's fork server. A forked server behaves as an executed one: a session, an environment
+and an output of its own. For machines without a GPU: a GPU context does not survive a fork.
 """
 
 from __future__ import annotations
@@ -30,36 +29,36 @@ PRELOADED = (
 
 
 class ForkServer:
-    """Forks servers. One in a process is enough: the fork server is the process's."""
+    """Forks servers. One per process is enough: multiprocessing has one fork server per process."""
 
     def __init__(self) -> None:
-        """Begin to import, in the background."""
+        """Start to import the modules, in the background."""
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOADED))
         before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"  # numpy would have threads, which a fork does not copy
+        os.environ["OMP_NUM_THREADS"] = "1"  # keeps numpy from starting threads, which a fork does not copy
         forkserver.ensure_running()
         del os.environ["OMP_NUM_THREADS"]
         if before is not None:
             os.environ["OMP_NUM_THREADS"] = before
 
     def start(self, argv: Sequence[str], log: Path, env: Mapping[str, str]) -> ForkedProcess:
-        """A server with what comes after `python -m` and the whole of its environment.
+        """Fork a server with `argv`, the words after `python -m`, and exactly the environment `env`.
 
-        Waits for the imports. Raises ValueError for another module.
+        Waits for the imports. Raises ValueError for another module than MODULE.
         """
         if argv[0] != MODULE:
-            raise ValueError(f"{argv[0]} is not what is imported here")
+            raise ValueError(f"the fork server imports {MODULE}, not {argv[0]}")
         process = self._context.Process(
             target=_run_as_module, args=(list(argv), log, dict(env)), daemon=False
         )
-        log.touch()  # whoever reads it may be sooner than the fork
+        log.touch()  # a reader may open it before the fork
         process.start()
         return ForkedProcess(process)
 
 
 class ForkedProcess:
-    """What `subprocess.Popen` is for a server that was executed. Any thread."""
+    """Handle of a forked server, with the interface of `subprocess.Popen`. Any thread."""
 
     def __init__(self, process: ForkServerProcess) -> None:
         self._process = process
@@ -68,7 +67,7 @@ class ForkedProcess:
         self.pid = process.pid
 
     def poll(self) -> int | None:
-        """Exit status, or None while it runs; negative if a signal ended it."""
+        """Exit status; None while the server runs; negative if a signal ended it."""
         with self._lock:
             return self._process.exitcode
 
@@ -82,17 +81,17 @@ class ForkedProcess:
 
 
 def _run_as_module(argv: list[str], log: Path, env: dict[str, str]) -> None:
-    """In the fork: what the system and the interpreter do when they execute a module."""
+    """In the fork: repeat what the system and the interpreter do when they execute a module."""
     os.setsid()
     with log.open("ab", buffering=0) as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    multiprocessing.process._parent_process = None  # type: ignore[attr-defined]  # nobody's worker
+    multiprocessing.process._parent_process = None  # type: ignore[attr-defined]  # not a worker
     for name in os.environ.keys() - env.keys():
         del os.environ[name]
-    # Only what differs: setproctitle finds a process's title from where its environment began.
+    # Change differing variables only: setproctitle finds the title by the address of the environment.
     os.environ.update(env.items() - os.environ.items())
     sys.orig_argv = [sys.executable, "-m", *argv]
     sys.argv = list(argv)
