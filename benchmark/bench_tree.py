@@ -26,7 +26,8 @@ from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import CacheEvent, Removed, Snapshot, Stored
 from memserve.core.ids import Epoch, InstanceId
-from memserve.scheduling.prompt_tree.tree import GlobalPromptTree, Overlap
+from memserve.scheduling.prompt_tree.records import NO_OVERLAP, Overlap
+from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
 
 PAGE, BLOCKS, SYSTEM, NUM_SYSTEMS = 16, 256, 32, 16
 SAMPLED = 1000
@@ -181,12 +182,12 @@ def bench_memory(num_blocks: int = 200_000) -> None:
 def bench_lookups(cluster: Cluster, where: str, repeats: int) -> None:
     prompts = cluster.sample
     if not cluster.baselines:
-        (taken,) = measure_together([over(cluster.tree.depths, prompts)], repeats)
+        (taken,) = measure_together([over(cluster.tree.overlaps, prompts)], repeats)
         report(f"micro/tree/{where}/look_ups", rates(taken, len(prompts) * BLOCKS), "blocks/s")
         return
     for keys in prompts[:50]:
         check(cluster, keys)
-    fns = [cluster.tree.depths, cluster.naive.depths, cluster.per_instance.depths]
+    fns = [cluster.tree.overlaps, cluster.naive.depths, cluster.per_instance.depths]
     tree, naive, each = (
         rates(samples, len(prompts) * BLOCKS)
         for samples in measure_together([over(fn, prompts) for fn in fns], repeats)
@@ -201,8 +202,9 @@ def check(cluster: Cluster, keys: Sequence[BlockKey]) -> None:
     for (name, tier), depth in cluster.naive.depths(keys).items():
         naive.setdefault(name, {})[tier] = depth
     assert cluster.naive.depths(keys) == cluster.per_instance.depths(keys)
-    assert cluster.tree.depths(keys) == {
-        name: Overlap(depths.get(Tier.HBM, 0), max(depths.values())) for name, depths in naive.items()
+    assert cluster.tree.overlaps(keys) == {
+        name: Overlap((depths.get(Tier.HBM, 0), max(depths.values())), depths.get(Tier.DRAM, 0))
+        for name, depths in naive.items()
     }
 
 
@@ -222,9 +224,8 @@ def bench_decision(cluster: Cluster, where: str) -> None:
 
     def decide(tokens: Sequence[int]) -> InstanceId:
         keys = page_keys(tokens, PAGE)
-        depths = cluster.tree.depths(keys)
-        nothing = Overlap(0, 0)
-        return min(names, key=lambda name: queued[name] + BLOCKS - depths.get(name, nothing).total)
+        get = cluster.tree.overlaps(keys).get
+        return min(names, key=lambda name: queued[name] + BLOCKS - get(name, NO_OVERLAP).depths[-1])
 
     alone, taken = [], []
     for tokens in prompts:
@@ -306,7 +307,7 @@ def bench_staircase(num_instances: int, repeats: int) -> None:
         for samples in measure_together(
             [
                 over(fn, [asked] * 20)
-                for fn in (cluster.tree.depths, cluster.naive.depths, cluster.per_instance.depths)
+                for fn in (cluster.tree.overlaps, cluster.naive.depths, cluster.per_instance.depths)
             ],
             repeats,
         )

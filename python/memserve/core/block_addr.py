@@ -26,11 +26,18 @@ _TIER_SHIFT, _TAG_SHIFT, _TAG_BITS = 32, 34, 29
 
 
 class Tier(IntEnum):
-    """Where bytes are, nearest to the compute first."""
+    """Where bytes are, nearest to the compute first. A further local tier goes before REMOTE."""
 
     HBM = 0
     DRAM = 1
     REMOTE = 2
+
+
+LOCAL_TIERS = tuple(tier for tier in Tier if tier < Tier.REMOTE)
+"""The tiers of an instance itself, so that LOCAL_TIERS[tier] is tier."""
+
+READABLE_TIERS = frozenset({Tier.DRAM})
+"""The local tiers whose blocks other instances read over a transport."""
 
 
 def first_addr(epoch: Epoch, tier: Tier) -> BlockAddr:

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from memserve.core.ids import InstanceId
 from memserve.scheduling.context import Candidate
-from memserve.scheduling.prompt_tree.tree import Overlap
+from memserve.scheduling.prompt_tree.records import Overlap
 
 
 @dataclass(slots=True)
@@ -108,7 +108,7 @@ class LoadTracker:
         """The instance as a policy sees it, which has `depth` of the request in question."""
         account = self._accounts.get(instance_id)
         if account is None:
-            return Candidate(instance_id, depth.near, depth.total, fetchable_blocks)
+            return Candidate(instance_id, depth.depths[0], depth.depths[-1], fetchable_blocks)
         is_busy = self._is_busy(account, now_s)
         queued_s = account.queued_s
         if account.queued:  # what the first of them has done already is no longer queued
@@ -116,8 +116,8 @@ class LoadTracker:
         num_queued, num_decoding = len(account.queued), len(account.decoding)
         return Candidate(  # by position, in the order of its fields: this is done for each request
             instance_id,
-            depth.near,
-            depth.total,
+            depth.depths[0],
+            depth.depths[-1],
             fetchable_blocks,
             queued_s if queued_s > 0.0 else 0.0,
             num_queued,

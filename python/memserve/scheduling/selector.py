@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from operator import add
 from typing import Protocol
 
 import msgspec
@@ -34,8 +35,7 @@ from memserve.scheduling.decision import Decision, decide, fetching_at_most
 from memserve.scheduling.fetch_planner import FetchPlanner
 from memserve.scheduling.load_tracker import LoadTracker
 from memserve.scheduling.policies import find_policy
-from memserve.scheduling.prompt_tree.records import by_server
-from memserve.scheduling.prompt_tree.tree import Overlap
+from memserve.scheduling.prompt_tree.records import NO_OVERLAP, Overlap, by_server
 
 WINDOW_S = 180.0
 """How long work counts as recent."""
@@ -43,8 +43,6 @@ EXPECT_S = 30.0
 """How much later than predicted a prompt may be reported and is still expected."""
 MAX_HOLDERS = 3
 """How many holders are looked at to fetch from, when they have less in DRAM than in HBM."""
-
-_NOTHING = Overlap(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -217,7 +215,7 @@ class InstanceSelector:
 
     def load(self, instance: InstanceId) -> Candidate:
         """What is dispatched to it and not done, as a policy sees it."""
-        return self._ledger.candidate(instance, _NOTHING, self._clock())
+        return self._ledger.candidate(instance, NO_OVERLAP, self._clock())
 
     def keep(self, instances: Sequence[InstanceId]) -> None:
         """Forget the work of instances that are not there any more."""
@@ -250,11 +248,11 @@ class InstanceSelector:
         depths, now_s = self._depths(prompt), self._clock()
 
         def candidates(instances: Sequence[Instance]) -> tuple[Candidate, ...]:
-            candidate, get = self._ledger.candidate, depths.get
-            return tuple(candidate(it.instance_id, get(it.instance_id, _NOTHING), now_s) for it in instances)
+            candidate, get, no = self._ledger.candidate, depths.get, NO_OVERLAP
+            return tuple(candidate(it.instance_id, get(it.instance_id, no), now_s) for it in instances)
 
         memories = (
-            Candidate(name, total_blocks=depths[inside].total)
+            Candidate(name, total_blocks=depths[inside].cached)
             for name in self._pools.memories()
             for inside in self._planner.names_of(name, prefills[0].instance_id)
             if inside in depths
@@ -274,12 +272,14 @@ class InstanceSelector:
         """Of a batch, the sum over its prompts."""
         tree = self._feed.tree
         if len(prompt.chains) == 1:
-            return by_server(tree.depths(prompt.chains[0]))
+            return by_server(tree.overlaps(prompt.chains[0]))
         sums: dict[InstanceId, Overlap] = {}
         for chain in prompt.chains:
-            for instance, depth in by_server(tree.depths(chain)).items():
-                known = sums.get(instance, _NOTHING)
-                sums[instance] = Overlap(known.near + depth.near, known.total + depth.total)
+            for instance, depth in by_server(tree.overlaps(chain)).items():
+                known = sums.get(instance, NO_OVERLAP)
+                sums[instance] = Overlap(
+                    tuple(map(add, known.depths, depth.depths)), known.readable + depth.readable
+                )
         return sums
 
     def _enter(self, placed: Assignment) -> None:

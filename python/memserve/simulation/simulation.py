@@ -37,7 +37,8 @@ from memserve.scheduling.cost_model.model import (
 from memserve.scheduling.decision import Decision, FetchChoice, decide
 from memserve.scheduling.load_tracker import LoadTracker
 from memserve.scheduling.policies import find_policy
-from memserve.scheduling.prompt_tree.tree import GlobalPromptTree, Overlap
+from memserve.scheduling.prompt_tree.records import NO_OVERLAP, Overlap
+from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
 from memserve.simulation.cache import PromptCache
 from memserve.simulation.engine import SimulatedInstance, SimulatedRequest
 from memserve.simulation.traces import Request, Trace
@@ -50,8 +51,6 @@ EXPECT_S = 60.0
 
 EPOCH = Epoch(1)
 """Nobody restarts here."""
-
-NOTHING = Overlap(0, 0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -162,7 +161,7 @@ class Simulation:
         decision, depths = self._decide(request)
         job = SimulatedRequest(request, decision.prefill, decision.decode or decision.prefill)
         tokens = decision.situation.prompt_tokens
-        known = depths.get(decision.prefill, NOTHING).total
+        known = depths.get(decision.prefill, NO_OVERLAP).cached
         if decision.fetch:
             known = decision.fetch.num_blocks
         job.predicted_s = self._believed.exec_s(tokens, decision.situation.cached_tokens(known))
@@ -179,10 +178,10 @@ class Simulation:
             self._queue(job)
 
     def _decide(self, request: Request) -> tuple[Decision, dict[InstanceId, Overlap]]:
-        depths = self._index.depths(request.keys)
+        depths = self._index.overlaps(request.keys)
         prefills, decodes = (
             tuple(
-                self._ledger.candidate(it.instance_id, depths.get(it.instance_id, NOTHING), self._now_s)
+                self._ledger.candidate(it.instance_id, depths.get(it.instance_id, NO_OVERLAP), self._now_s)
                 for it in instances
             )
             for instances in (self._prefills, self._decodes)

@@ -67,7 +67,7 @@ class Router:
         self.feed.truth()
         stats = self.feed.tree.stats()
         assert stats.blocks <= 8 + stats.expected
-        self.feed.tree.depths(CHAIN)
+        self.feed.tree.overlaps(CHAIN)
         self.feed.tree.digest("a")
 
 

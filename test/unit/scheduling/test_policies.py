@@ -21,7 +21,7 @@ from memserve.scheduling.cost_model.model import GPU_COSTS, CostModel, PathCost
 from memserve.scheduling.decision import decide
 from memserve.scheduling.load_tracker import LoadTracker
 from memserve.scheduling.policies import all_policies, describe_policies, find_policy
-from memserve.scheduling.prompt_tree.tree import Overlap
+from memserve.scheduling.prompt_tree.records import NO_OVERLAP, Overlap
 
 SLOW_NETWORK = replace(GPU_COSTS, remote=PathCost(2e-3, 1e8))
 
@@ -307,7 +307,7 @@ def test_cold_prompts_spread_at_any_concurrency(
         candidates = []
         for name in names:
             blocks = 9 if is_warm and name == home else shared_blocks * (name in seen)
-            candidates.append(ledger.candidate(name, Overlap(blocks, blocks), now_s))
+            candidates.append(ledger.candidate(name, Overlap((blocks, blocks), 0), now_s))
         asked = RoutingContext(5120, 512, tuple(candidates), turn=turn)
         name = decide(asked, GPU_COSTS, can_fetch=False).prefill
         blocks = next(it.total_blocks for it in candidates if it.instance_id == name)
@@ -339,7 +339,7 @@ def test_who_joins_shares_the_work_with_who_did_it_alone(num_before: int) -> Non
     ledger.keep({old, new}, now_s)
     got = Counter[InstanceId]()
     for number in range(100, 200):
-        candidates = tuple(ledger.candidate(name, Overlap(0, 0), now_s) for name in (old, new))
+        candidates = tuple(ledger.candidate(name, NO_OVERLAP, now_s) for name in (old, new))
         name = decide(RoutingContext(5120, 512, candidates, turn=number), GPU_COSTS, can_fetch=False).prefill
         ledger.prefill_dispatched(name, number, work_s, now_s)
         now_s += work_s

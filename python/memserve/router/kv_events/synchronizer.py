@@ -131,7 +131,7 @@ class TreeSynchronizer:
         pool.audit_due_s = now_s + self._audit_s
         self._counters.audits_asked += 1
         held = self._tree.stats().instances[pool.name]
-        self._rest(held.hbm + held.dram)
+        self._rest(sum(held))
         return True
 
     def _audit(self, pool: _Followed, part: SnapshotPart) -> Message:

@@ -10,6 +10,7 @@ from typing import Any
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from memserve.core.block_addr import LOCAL_TIERS
 from memserve.router.observability.metrics import PREFIX
 from memserve.router.state import RouterState
 
@@ -88,9 +89,9 @@ class StateCollector(Collector):
     def _tree(self) -> Iterator[Metric]:
         stats = self._state.synchronizer.tree.stats()
         held = {
-            (name, tier): blocks
+            (name, tier.name.lower()): blocks
             for name, one in stats.instances.items()
-            for tier, blocks in (("hbm", one.hbm), ("dram", one.dram))
+            for tier, blocks in zip(LOCAL_TIERS, one, strict=True)
         }
         yield _gauge("tree_blocks", "Distinct blocks in the prompt tree.", (), {(): stats.blocks})
         yield _gauge("tree_held_blocks", "Blocks that an instance holds.", ("instance", "tier"), held)

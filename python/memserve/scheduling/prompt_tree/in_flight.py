@@ -9,9 +9,10 @@ import heapq
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey
 from memserve.core.ids import InstanceId
-from memserve.scheduling.prompt_tree.records import Overlap
+from memserve.scheduling.prompt_tree.records import NO_OVERLAP, Overlap
 
 
 class _Dispatched(NamedTuple):
@@ -85,13 +86,14 @@ class InFlightBlocks:
             if not mine:
                 del self._expected[instance]
 
-    def lengthen(self, depths: dict[InstanceId, Overlap], keys: Sequence[BlockKey], now_s: float) -> None:
-        """Add to what each instance holds of `keys` what is expected of it right after that."""
+    def lengthen(self, overlaps: dict[InstanceId, Overlap], keys: Sequence[BlockKey], now_s: float) -> None:
+        """Add to what each instance holds of `keys` the blocks expected right after that, as if in DRAM."""
         num_keys = len(keys)
         for instance, mine in self._expected.items():
-            held = depths.get(instance)
-            start = end = held.total if held else 0
+            held = overlaps.get(instance, NO_OVERLAP)
+            start = end = held.cached
             while end < num_keys and (one := mine.get(keys[end])) is not None and one.until_s > now_s:
                 end += 1
             if end > start:
-                depths[instance] = Overlap(held.near if held else 0, end)
+                depths = held.depths[: Tier.DRAM] + (end,) * len(held.depths[Tier.DRAM :])
+                overlaps[instance] = Overlap(depths, held.readable)

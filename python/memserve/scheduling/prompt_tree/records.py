@@ -7,37 +7,42 @@ from dataclasses import dataclass
 
 import msgspec
 
+from memserve.core.block_addr import LOCAL_TIERS
 from memserve.core.ids import InstanceId, server_of
+
+TierCounts = tuple[int, ...]
+"""Numbers of blocks by tier: counts[tier] for each of LOCAL_TIERS."""
 
 
 class Overlap(msgspec.Struct, frozen=True, gc=False):
-    """Of one holder, for one chain of keys. A Struct, as it is made in C, hundreds of them per request."""
+    """How much of one prompt one instance holds. A Struct: C code makes hundreds of them per request."""
 
-    near: int
-    """Blocks from the front that are in HBM."""
-    total: int
-    """Blocks from the front that are in some tier of it, or soon will be. Not less than `near`."""
+    depths: TierCounts
+    """By tier, the blocks from the front that are in that tier or in one nearer to the compute; the last
+    depth counts all of them. DRAM and the tiers after it include blocks that are expected soon."""
+    readable: int
+    """Blocks from the front in READABLE_TIERS: what another instance can fetch if this one has a pool."""
+
+    @property
+    def cached(self) -> int:
+        """Blocks from the front in any tier. In a hot loop write `depths[-1]`."""
+        return self.depths[-1]
 
 
-def by_server(depths: Mapping[InstanceId, Overlap]) -> Mapping[InstanceId, Overlap]:
-    """What caches hold, by the servers they are of; of several data-parallel ranks the most."""
-    if not any("/dp" in name for name in depths):
-        return depths
+NO_OVERLAP = Overlap((0,) * len(LOCAL_TIERS), 0)
+
+
+def by_server(overlaps: Mapping[InstanceId, Overlap]) -> Mapping[InstanceId, Overlap]:
+    """The overlaps by server: of its data-parallel ranks the deepest, and the most readable."""
+    if not any("/dp" in name for name in overlaps):
+        return overlaps
     found: dict[InstanceId, Overlap] = {}
-    for name, depth in depths.items():
+    for name, overlap in overlaps.items():
         server = server_of(name)
-        known = found.get(server)
-        if known is None or depth.total > known.total:
-            found[server] = depth
+        known = found.get(server, overlap)
+        deeper = known if known.cached >= overlap.cached else overlap
+        found[server] = Overlap(deeper.depths, max(known.readable, overlap.readable))
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class TierCounts:
-    """How many blocks an instance holds, as far as is known, by tier."""
-
-    hbm: int
-    dram: int
 
 
 @dataclass(frozen=True, slots=True)

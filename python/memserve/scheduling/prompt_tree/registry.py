@@ -1,6 +1,6 @@
 """The instances of the cluster's prompt tree, and which holder in the tree is whose tier.
 
-    place     0           1                  numbers of holders: HBM 2 x place, DRAM 2 x place + 1
+    place     0           1                  numbers of holders: NUM_TIERS x place + tier
     member    ann         bob                a place is taken again when its member has left
 
 Knows no blocks. Loop thread only.
@@ -11,24 +11,24 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from memserve.core.block_addr import Tier
+from memserve.core.block_addr import LOCAL_TIERS, READABLE_TIERS, Tier
 from memserve.core.ids import Epoch, InstanceId
 from memserve.scheduling.prompt_tree.approximate import ApproximateCache
 from memserve.scheduling.prompt_tree.interned_sets import members_of
 
-TIERS = 2
-"""HBM and DRAM. What is REMOTE is another instance's, and told by that one."""
+NUM_TIERS = len(LOCAL_TIERS)
 
 _MAX_GROUPED = 1 << 16
 """Names that are remembered by the sets of holders that they are in."""
 
-Group = tuple[dict[InstanceId, None], list[InstanceId]]
-"""Instances whose HBM is in a set of holders, and those of whom only DRAM is."""
+Group = tuple[dict[InstanceId, None], dict[InstanceId, None], list[tuple[InstanceId, int, bool]]]
+"""The instances of a set of holders: with their HBM in it; with their HBM and a readable tier; all others,
+each with its nearest tier in the set and whether a readable tier is in the set."""
 
 
 @dataclass(slots=True)
 class Holder:
-    """An instance. Its holders are numbers[Tier.HBM] and numbers[Tier.DRAM]."""
+    """An instance. Its holders are numbers[tier] of LOCAL_TIERS."""
 
     instance: InstanceId
     epoch: Epoch | None
@@ -40,7 +40,7 @@ class Holder:
 
     @property
     def bits(self) -> int:
-        """Of both its holders."""
+        """Of all its holders."""
         return sum(1 << number for number in self.numbers)
 
 
@@ -62,7 +62,7 @@ class HolderRegistry:
     def enter(self, instance: InstanceId, epoch: Epoch | None) -> Holder:
         """A new member, in a place of its own. It is not here yet."""
         place = self._places.index(None) if None in self._places else len(self._places)
-        member = Holder(instance, epoch, tuple(range(place * TIERS, (place + 1) * TIERS)))
+        member = Holder(instance, epoch, tuple(range(place * NUM_TIERS, (place + 1) * NUM_TIERS)))
         self._places[place : place + 1] = [member]
         self._members[instance] = member
         return member
@@ -70,31 +70,41 @@ class HolderRegistry:
     def leave(self, member: Holder) -> None:
         """It is here; nobody holds anything by its numbers any more."""
         del self._members[member.instance]
-        self._places[member.numbers[0] // TIERS] = None
+        self._places[member.numbers[0] // NUM_TIERS] = None
         self._forget_groups()
 
     def of(self, holders: int) -> list[Holder]:
         """Whose the bits of a set are, once for each bit."""
-        members = [self._places[number // TIERS] for number in members_of(holders)]
+        members = [self._places[number // NUM_TIERS] for number in members_of(holders)]
         return [member for member in members if member is not None]
 
     def group(self, holders: int) -> Group:
-        """The same by tier. Remembered, as a few large sets come again and again; not to be changed."""
+        """The instances of a set by tier. Remembered, as a few large sets come again and again."""
         group = self._groups.get(holders)
         if group is None:
-            in_hbm: dict[InstanceId, None] = {}
-            names: dict[InstanceId, None] = {}
+            nearest: dict[InstanceId, int] = {}
+            readable: dict[InstanceId, None] = {}
             for number in members_of(holders):
-                place, tier = divmod(number, TIERS)
+                place, tier = divmod(number, NUM_TIERS)
                 member = self._places[place]
                 if member is not None:
-                    names[member.instance] = None
-                    if tier == Tier.HBM:
-                        in_hbm[member.instance] = None
-            self._num_grouped += len(names) + 8
+                    nearest.setdefault(member.instance, tier)  # the nearest tier of a member comes first
+                    if tier in READABLE_TIERS:
+                        readable[member.instance] = None
+            self._num_grouped += len(nearest) + 8
             if self._num_grouped > _MAX_GROUPED:
                 self._forget_groups()
-            group = self._groups[holders] = in_hbm, [name for name in names if name not in in_hbm]
+            in_hbm: dict[InstanceId, None] = {}
+            in_both: dict[InstanceId, None] = {}
+            further: list[tuple[InstanceId, int, bool]] = []
+            for instance, tier in nearest.items():
+                if tier != Tier.HBM:
+                    further.append((instance, tier, instance in readable))
+                elif instance in readable:
+                    in_both[instance] = None
+                else:
+                    in_hbm[instance] = None
+            group = self._groups[holders] = in_hbm, in_both, further
         return group
 
     def _forget_groups(self) -> None:

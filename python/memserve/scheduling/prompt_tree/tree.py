@@ -3,7 +3,7 @@
     events, snapshots ──> GlobalPromptTree.apply, reset     exact: instances that report
     dispatched        ──> expect                       until they have reported
     answered          ──> mirror, learn                approximate: workers that report nothing
-                          depths(keys) ──> {instance: Overlap}
+                          overlaps(keys) ──> {instance: Overlap}
 
 Within `max_blocks` it forgets the tails used longest ago. A wrong entry costs a miss, never a wrong
 answer. Knows no sockets and no policy. Files: `holdings` (prefixes by holder), `block_table` (columns),
@@ -25,8 +25,15 @@ from memserve.core.ids import Epoch, InstanceId
 from memserve.scheduling.prompt_tree.approximate import ApproximateCache
 from memserve.scheduling.prompt_tree.holder_index import SWEEP_SLOTS, HolderIndex
 from memserve.scheduling.prompt_tree.in_flight import InFlightBlocks
-from memserve.scheduling.prompt_tree.records import AuditResult, Overlap, TierCounts, TreeCounters, TreeStats
-from memserve.scheduling.prompt_tree.registry import TIERS, Holder, HolderRegistry
+from memserve.scheduling.prompt_tree.records import (
+    NO_OVERLAP,
+    AuditResult,
+    Overlap,
+    TierCounts,
+    TreeCounters,
+    TreeStats,
+)
+from memserve.scheduling.prompt_tree.registry import NUM_TIERS, Holder, HolderRegistry
 
 __all__ = [
     "BYTES_PER_BLOCK",
@@ -174,7 +181,7 @@ class GlobalPromptTree:
         self._expected.reported(instance, keys)
         self._keep_budget()
 
-    def depths(self, keys: Sequence[BlockKey]) -> dict[InstanceId, Overlap]:
+    def overlaps(self, keys: Sequence[BlockKey]) -> dict[InstanceId, Overlap]:
         """How much of a prompt each instance has; only those that have, or expect, its first block.
 
         Counts as a use, for the order of forgetting. O(instances that have some + changes x log keys).
@@ -183,32 +190,46 @@ class GlobalPromptTree:
         if self._learned_due_s <= now_s:
             self._expire_learned(now_s)
         result: dict[InstanceId, Overlap] = {}
-        get, group, nothing = result.get, self._roster.group, Overlap(0, 0)
-        for holders, depth in self._holdings.ends(keys):  # fewest blocks first: the last word is the most
-            in_hbm, in_dram = group(holders)
+        get, group, any_readable = result.get, self._roster.group, False
+        for holders, depth in self._holdings.ends(
+            keys
+        ):  # ascending depth: a later set extends an earlier one
+            in_hbm, in_both, further = group(holders)
+            every = (depth,) * NUM_TIERS
             if in_hbm:
-                result.update(dict.fromkeys(in_hbm, Overlap(depth, depth)))
-            for instance in in_dram:
-                result[instance] = Overlap(get(instance, nothing).near, depth)
+                overlap = Overlap(every, 0)
+                if any_readable:  # keep what is readable of an instance
+                    for instance in in_hbm:
+                        known = get(instance)
+                        result[instance] = Overlap(every, known.readable) if known else overlap
+                else:
+                    result.update(dict.fromkeys(in_hbm, overlap))
+            if in_both:
+                any_readable = True
+                result.update(dict.fromkeys(in_both, Overlap(every, depth)))
+            if further:
+                any_readable = True
+                for instance, tier, is_readable in further:
+                    known = get(instance, NO_OVERLAP)
+                    readable = depth if is_readable else known.readable
+                    result[instance] = Overlap(known.depths[:tier] + every[tier:], readable)
         self._expected.lengthen(result, keys, now_s)
         return result
 
     def depth_in(self, instance: InstanceId, tier: Tier, keys: Sequence[BlockKey]) -> int:
         """How many of a prompt's blocks, from the first, one instance has in one tier. O(log keys)."""
         member = self._roster.get(instance)
-        if member is None or tier >= TIERS:
+        if member is None or tier >= NUM_TIERS:
             return 0
         return self._holdings.depth(1 << member.numbers[tier], keys)
 
     def holders(self, key: BlockKey) -> dict[InstanceId, TierCounts]:
         """Who has one block, by tier: 1 or 0. Not a use. O(instances)."""
         found = {
-            member.instance: TierCounts(
-                *(self._holdings.num_held(1 << number, (key,)) for number in member.numbers)
-            )
+            member.instance: tuple(self._holdings.num_held(1 << number, (key,)) for number in member.numbers)
             for member in self._roster
         }
-        return {instance: held for instance, held in found.items() if held.hbm or held.dram}
+        return {instance: held for instance, held in found.items() if any(held)}
 
     def stats(self) -> TreeStats:
         """The tree now; a copy."""
@@ -219,8 +240,7 @@ class GlobalPromptTree:
             holder_sets=self._holdings.num_sets,
             expected=len(self._expected),
             instances={
-                member.instance: TierCounts(*(held[number] for number in member.numbers))
-                for member in self._roster
+                member.instance: tuple(held[number] for number in member.numbers) for member in self._roster
             },
             counters=replace(self._counters),
         )
@@ -228,7 +248,7 @@ class GlobalPromptTree:
     def compare(self, instance: InstanceId, snapshot: Snapshot) -> AuditResult:
         """The tree's word on an instance against a snapshot of it, or a part of one. Pure."""
         member = self._roster.get(instance)
-        chains = [chain for chain in snapshot.chains if chain.tier < TIERS]
+        chains = [chain for chain in snapshot.chains if chain.tier < NUM_TIERS]
         reported = sum(len(chain.keys) for chain in chains)
         if member is None:
             return AuditResult(0, reported, 0, snapshot.sequence)
@@ -259,7 +279,7 @@ class GlobalPromptTree:
 
     def _change(self, member: Holder, event: CacheEvent) -> None:
         """Apply one event, or a chain of a snapshot."""
-        if event.tier >= TIERS:
+        if event.tier >= NUM_TIERS:
             return
         number = member.numbers[event.tier]
         keys = event.keys

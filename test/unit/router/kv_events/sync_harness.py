@@ -10,7 +10,7 @@ from memserve.core.cache_events import Stored
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.kv_events.synchronizer import TreeSynchronizer
-from memserve.scheduling.prompt_tree.tree import Overlap
+from memserve.scheduling.prompt_tree.records import NO_OVERLAP
 from memserve.wire.messages import Message, PoolInfo, Role, SnapshotPart
 
 DECODE = InstanceId("decode")
@@ -33,7 +33,7 @@ def stored(sequence: int, keys: tuple[BlockKey, ...], parent: BlockKey | None = 
 
 
 def depth(feed: TreeSynchronizer, keys: tuple[BlockKey, ...], name: InstanceId = DECODE) -> int:
-    return feed.tree.depths(keys).get(name, Overlap(0, 0)).total
+    return feed.tree.overlaps(keys).get(name, NO_OVERLAP).cached
 
 
 def audit(epoch: Epoch, sequence: int, *chains: Stored) -> list[SnapshotPart]:

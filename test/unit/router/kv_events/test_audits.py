@@ -74,7 +74,7 @@ def test_what_an_audit_finds_wrong_is_put_right(
     counters = feed.counters()
     assert (counters.untrue_audits, counters.phantoms, feed.tree.stats().counters.resets) == (1, 3, 1)
     pools.deregister(ONE)
-    assert feed.tree.depths(keys) == feed.truth() == {}
+    assert feed.tree.overlaps(keys) == feed.truth() == {}
 
 
 @pytest.mark.parametrize("sequence", [0, 1, 3, 9])

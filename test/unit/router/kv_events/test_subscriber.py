@@ -25,7 +25,8 @@ from memserve.router.kv_events.subscriber import PIECE_BLOCKS, KvEventSubscriber
 from memserve.router.kv_events.zmq_stream import MAX_MESSAGE_BYTES
 from memserve.router.server_info import EventSource
 from memserve.scheduling.prompt_tree.event_hashes import EventHashKeys
-from memserve.scheduling.prompt_tree.tree import GlobalPromptTree, Overlap, TierCounts
+from memserve.scheduling.prompt_tree.records import NO_OVERLAP, Overlap
+from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
 
 from .stock_publisher import CLEARED, FakePublisher, packed, removed, stored, until
 
@@ -48,7 +49,7 @@ class Followed:
     follower: KvEventSubscriber
 
     def depth(self, keys: list[BlockKey]) -> int:
-        return self.tree.depths(keys).get(ANN, Overlap(0, 0)).total
+        return self.tree.overlaps(keys).get(ANN, NO_OVERLAP).cached
 
     async def has(self, keys: list[BlockKey], num_blocks: int) -> None:
         await until(lambda: self.depth(keys) == num_blocks)
@@ -99,8 +100,8 @@ async def test_tiers_come_from_the_medium() -> None:
             stored(KEYS[:2], TOKENS[:4], medium=None),
             removed(KEYS, medium="EXTERNAL"),
         )
-        await until(lambda: it.tree.stats().instances[ANN] == TierCounts(hbm=2, dram=6))
-        assert it.tree.depths(KEYS) == {ANN: Overlap(2, 6)}
+        await until(lambda: it.tree.stats().instances[ANN] == (2, 6))
+        assert it.tree.overlaps(KEYS) == {ANN: Overlap((2, 6), 6)}
         assert it.depth(OTHER) == 0
 
 
@@ -137,7 +138,7 @@ async def test_who_comes_late_knows_what_follows_on_known_prompts() -> None:
         it.short.know(KEYS[:4])
         it.tree.expect(ANN, KEYS[:5], time.monotonic() + 60)
         await it.publisher.publish(TAIL)
-        await until(lambda: it.tree.depths(KEYS) == {ANN: Overlap(6, 6)})
+        await until(lambda: it.tree.overlaps(KEYS) == {ANN: Overlap((6, 6), 0)})
         await it.publisher.publish(CLEARED)
         await until(lambda: it.follower.stats.complete)
 

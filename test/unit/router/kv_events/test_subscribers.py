@@ -78,7 +78,7 @@ class Cast:
         self.tree.apply(InstanceId(name), POOL_EPOCH, [Stored(1, Tier.HBM, None, tuple(KEYS[:1]))])
 
     def depths(self) -> dict[InstanceId, int]:
-        return {name: depth.total for name, depth in self.tree.depths(KEYS).items()}
+        return {name: depth.cached for name, depth in self.tree.overlaps(KEYS).items()}
 
     def modes(self) -> dict[InstanceId, Mode]:
         return {name: stats.mode for name, stats in self.followers.stats().items()}
@@ -242,7 +242,7 @@ async def test_prompts_that_came_by_name_the_blocks_of_events_without_tokens() -
         await until(lambda: it.followers.stats()[ANN].sources[ANN].unverified == 6)
         it.followers.know(KEYS)
         await publisher.publish(stored(KEYS))
-        await until(lambda: it.tree.depths(KEYS) == {ANN: Overlap(6, 6)})
+        await until(lambda: it.tree.overlaps(KEYS) == {ANN: Overlap((6, 6), 0)})
         it.followers.know([BlockKey(KEYS[0][:8] + bytes(24))])
         assert it.followers.num_ambiguous == 1
 

@@ -35,7 +35,7 @@ def test_events_of_known_prompts_reach_the_tree() -> None:
         short.removed(3, Tier.HBM, [NAMES[5], 12345]),
     ]
     assert tree.apply(ANN, EPOCH, events)
-    assert tree.depths(KEYS) == {ANN: Overlap(5, 5)}
+    assert tree.overlaps(KEYS) == {ANN: Overlap((5, 5), 0)}
 
 
 def test_keys_are_computed_from_the_events_tokens() -> None:

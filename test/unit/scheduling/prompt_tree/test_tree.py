@@ -14,13 +14,8 @@ from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import CacheEvent, Removed, Snapshot, Stored
 from memserve.core.ids import Epoch, InstanceId
-from memserve.scheduling.prompt_tree.tree import (
-    BYTES_PER_BLOCK,
-    MAX_CHAIN_BLOCKS,
-    GlobalPromptTree,
-    Overlap,
-    TierCounts,
-)
+from memserve.scheduling.prompt_tree.records import NO_OVERLAP, Overlap
+from memserve.scheduling.prompt_tree.tree import BYTES_PER_BLOCK, MAX_CHAIN_BLOCKS, GlobalPromptTree
 from memserve.testing.fake_clock import FakeClock
 
 ANN, BOB, CYD = InstanceId("ann"), InstanceId("bob"), InstanceId("cyd")
@@ -55,21 +50,21 @@ def tree_of(
 @pytest.mark.parametrize(
     ("events", "depth"),
     [
-        ([stored(1, "abc")], Overlap(3, 3)),
-        ([stored(1, "abc", DRAM)], Overlap(0, 3)),
-        ([stored(1, "ab"), stored(2, "abcd", DRAM)], Overlap(2, 4)),
-        ([stored(1, "abcd"), stored(2, "ab", DRAM)], Overlap(4, 4)),
-        ([stored(1, "ab"), stored(2, "abcd", HBM, start=2)], Overlap(4, 4)),
-        ([stored(1, "abcd"), removed(2, "abcd", 2)], Overlap(2, 2)),
-        ([stored(1, "abcd", DRAM), stored(2, "abcd"), removed(3, "abcd", 3)], Overlap(1, 4)),
-        ([stored(1, "abcde"), Removed(2, HBM, tuple(keys("abcde")[2:]))], Overlap(2, 2)),
-        ([stored(1, "abcde"), Removed(2, HBM, tuple(keys("abc")[2:]))], Overlap(2, 2)),
+        ([stored(1, "abc")], Overlap((3, 3), 0)),
+        ([stored(1, "abc", DRAM)], Overlap((0, 3), 3)),
+        ([stored(1, "ab"), stored(2, "abcd", DRAM)], Overlap((2, 4), 4)),
+        ([stored(1, "abcd"), stored(2, "ab", DRAM)], Overlap((4, 4), 2)),
+        ([stored(1, "ab"), stored(2, "abcd", HBM, start=2)], Overlap((4, 4), 0)),
+        ([stored(1, "abcd"), removed(2, "abcd", 2)], Overlap((2, 2), 0)),
+        ([stored(1, "abcd", DRAM), stored(2, "abcd"), removed(3, "abcd", 3)], Overlap((1, 4), 4)),
+        ([stored(1, "abcde"), Removed(2, HBM, tuple(keys("abcde")[2:]))], Overlap((2, 2), 0)),
+        ([stored(1, "abcde"), Removed(2, HBM, tuple(keys("abc")[2:]))], Overlap((2, 2), 0)),
         (
             [stored(1, "abc"), stored(2, "abd"), Removed(3, HBM, (keys("abd")[2], keys("ab")[1]))],
-            Overlap(1, 1),
+            Overlap((1, 1), 0),
         ),
-        ([stored(1, "abxy"), stored(2, "abcd"), removed(3, "abxy", 2)], Overlap(4, 4)),
-        ([stored(1, "abxy")], Overlap(2, 2)),
+        ([stored(1, "abxy"), stored(2, "abcd"), removed(3, "abxy", 2)], Overlap((4, 4), 0)),
+        ([stored(1, "abxy")], Overlap((2, 2), 0)),
         ([stored(1, "abcd", REMOTE)], None),
         ([stored(1, "xbcd")], None),
         ([stored(1, "abcd"), removed(2, "abcd", 4)], None),
@@ -78,16 +73,16 @@ def tree_of(
 def test_depth_is_what_is_held_from_the_front(events: list[CacheEvent], depth: Overlap | None) -> None:
     others = [stored(1, "abcdefgh", DRAM)]
     tree = tree_of((ANN, events), (BOB, others), (CYD, []))
-    assert tree.depths(keys("abcde")) == {BOB: Overlap(0, 5)} | ({ANN: depth} if depth else {})
-    assert tree.depths([]) == {}
+    assert tree.overlaps(keys("abcde")) == {BOB: Overlap((0, 5), 5)} | ({ANN: depth} if depth else {})
+    assert tree.overlaps([]) == {}
 
 
 def test_as_many_depths_as_instances_are_told_apart() -> None:
     prompt = "".join(map(chr, range(1000, 1300)))
     names = [InstanceId(f"i{n}") for n in range(300)]
     tree = tree_of(*((name, [stored(1, prompt[: n + 1])]) for n, name in enumerate(names)))
-    assert tree.depths(keys(prompt)) == {name: Overlap(n + 1, n + 1) for n, name in enumerate(names)}
-    assert tree.depths(keys(prompt[:150] + "x"))[names[-1]] == Overlap(150, 150)
+    assert tree.overlaps(keys(prompt)) == {name: Overlap((n + 1, n + 1), 0) for n, name in enumerate(names)}
+    assert tree.overlaps(keys(prompt[:150] + "x"))[names[-1]] == Overlap((150, 150), 0)
 
 
 def test_nothing_after_a_gap_is_applied_and_what_was_missing_repairs_it() -> None:
@@ -95,29 +90,29 @@ def test_nothing_after_a_gap_is_applied_and_what_was_missing_repairs_it() -> Non
     late = stored(2, "abc", HBM, start=2)
     assert not tree.apply(ANN, EPOCH, [stored(3, "xy"), stored(4, "z")])
     assert not tree.apply(ANN, EPOCH, [stored(3, "xy")])
-    assert tree.depths(keys("xy")) == tree.depths(keys("z")) == {}
+    assert tree.overlaps(keys("xy")) == tree.overlaps(keys("z")) == {}
     assert tree.apply(ANN, EPOCH, [late, stored(3, "xy")])
-    assert tree.depths(keys("abc")) == {ANN: Overlap(3, 3)}
-    assert tree.depths(keys("xy")) == {ANN: Overlap(2, 2)}
+    assert tree.overlaps(keys("abc")) == {ANN: Overlap((3, 3), 0)}
+    assert tree.overlaps(keys("xy")) == {ANN: Overlap((2, 2), 0)}
     assert tree.stats().counters.gaps == 2
 
 
 def test_events_that_come_again_are_left_out() -> None:
     tree = tree_of((ANN, [stored(1, "abc"), removed(2, "abc", 1)]))
     assert tree.apply(ANN, EPOCH, [stored(1, "abc"), removed(2, "abc", 1), stored(1, "abc")])
-    assert tree.depths(keys("abc")) == {ANN: Overlap(2, 2)}
+    assert tree.overlaps(keys("abc")) == {ANN: Overlap((2, 2), 0)}
     assert tree.stats().counters.repeated == 3
 
 
 def test_a_snapshot_is_all_that_is_held_and_events_go_on_from_it() -> None:
     tree = tree_of((ANN, [stored(1, "abc"), stored(2, "xyz")]), (BOB, [stored(1, "xyz")]))
     tree.reset(ANN, EPOCH, Snapshot(9, (stored(0, "abcd", DRAM), stored(0, "ab"))))
-    assert tree.depths(keys("abcd")) == {ANN: Overlap(2, 4)}
-    assert tree.depths(keys("xyz")) == {BOB: Overlap(3, 3)}
+    assert tree.overlaps(keys("abcd")) == {ANN: Overlap((2, 4), 4)}
+    assert tree.overlaps(keys("xyz")) == {BOB: Overlap((3, 3), 0)}
     assert tree.apply(ANN, EPOCH, [stored(9, "q"), stored(10, "xy")])
-    assert tree.depths(keys("xyz")) == {ANN: Overlap(2, 2), BOB: Overlap(3, 3)}
+    assert tree.overlaps(keys("xyz")) == {ANN: Overlap((2, 2), 0), BOB: Overlap((3, 3), 0)}
     tree.reset(ANN, EPOCH, Snapshot(9, ()))
-    assert tree.depths(keys("xyz"))[ANN] == Overlap(2, 2), "an older snapshot is left out"
+    assert tree.overlaps(keys("xyz"))[ANN] == Overlap((2, 2), 0), "an older snapshot is left out"
     assert tree.stats().counters.resets == 1
 
 
@@ -127,12 +122,12 @@ def test_only_the_living_epoch_is_heard() -> None:
     assert not tree.apply(BOB, EPOCH, [stored(1, "abc")])
     tree.reset(ANN, Epoch(6), Snapshot(9, ()))
     tree.reset(BOB, EPOCH, Snapshot(9, (stored(0, "ab"),)))
-    assert tree.depths(keys("abc")) == {ANN: Overlap(2, 2)}
+    assert tree.overlaps(keys("abc")) == {ANN: Overlap((2, 2), 0)}
     assert tree.stats().counters.unknown == 4
     tree.join(ANN, EPOCH)
-    assert tree.depths(keys("abc")) == {ANN: Overlap(2, 2)}, "joining again changes nothing"
+    assert tree.overlaps(keys("abc")) == {ANN: Overlap((2, 2), 0)}, "joining again changes nothing"
     tree.join(ANN, Epoch(8))
-    assert tree.depths(keys("abc")) == {}
+    assert tree.overlaps(keys("abc")) == {}
     assert tree.apply(ANN, Epoch(8), [stored(1, "a")])
 
 
@@ -142,16 +137,16 @@ def test_who_leaves_is_gone_at_once_and_its_memory_follows() -> None:
     tree = tree_of((ANN, events), (BOB, events[:1]), (CYD, []))
     tree.leave(ANN)
     tree.leave(ANN)
-    assert tree.depths(keys(prompts[0])) == {BOB: Overlap(7, 7)}
-    assert tree.depths(keys(prompts[1])) == {BOB: Overlap(6, 6)}
-    assert tree.stats().instances == {BOB: TierCounts(7, 0), CYD: TierCounts(0, 0)}
+    assert tree.overlaps(keys(prompts[0])) == {BOB: Overlap((7, 7), 0)}
+    assert tree.overlaps(keys(prompts[1])) == {BOB: Overlap((6, 6), 0)}
+    assert tree.stats().instances == {BOB: (7, 0), CYD: (0, 0)}
     for n in range(100):
         assert tree.apply(CYD, EPOCH, [Removed(n + 1, HBM, ())])
     stats = tree.stats()
     assert (stats.blocks, stats.holdings, stats.holder_sets) == (7, 7, 2)
     tree.join(ANN, Epoch(9))
     assert tree.apply(ANN, Epoch(9), [stored(1, prompts[1])])
-    assert tree.depths(keys(prompts[1]))[ANN] == Overlap(7, 7)
+    assert tree.overlaps(keys(prompts[1]))[ANN] == Overlap((7, 7), 0)
     assert tree.stats().blocks == 8
 
 
@@ -164,12 +159,12 @@ def test_what_was_dispatched_counts_until_it_is_reported_or_late() -> None:
     tree.expect(ANN, keys("abcd"), clock() + 5)
     tree.expect(BOB, keys("ab"), clock() + 9)
     tree.expect(CYD, keys("ab"), clock() + 9)
-    assert tree.depths(keys("abcde")) == {ANN: Overlap(0, 4), BOB: Overlap(0, 2)}
+    assert tree.overlaps(keys("abcde")) == {ANN: Overlap((0, 4), 2), BOB: Overlap((0, 2), 0)}
     assert tree.apply(ANN, EPOCH, [stored(2, "abc", DRAM, start=2), removed(3, "abc", 1, DRAM)])
-    assert tree.depths(keys("abcd"))[ANN] == Overlap(0, 2), "reported, and gone since"
-    assert tree.depths(keys("abxx"))[BOB] == Overlap(0, 2)
+    assert tree.overlaps(keys("abcd"))[ANN] == Overlap((0, 2), 2), "reported, and gone since"
+    assert tree.overlaps(keys("abxx"))[BOB] == Overlap((0, 2), 0)
     clock.advance(9)
-    assert tree.depths(keys("abcd")) == {ANN: Overlap(0, 2)}
+    assert tree.overlaps(keys("abcd")) == {ANN: Overlap((0, 2), 2)}
     tree.tidy()
     assert tree.stats().expected == 0
 
@@ -184,34 +179,34 @@ def test_what_is_expected_again_counts_until_the_later_time() -> None:
     for passed_s, depth in ((2, 3), (3, 1), (3, 1)):
         clock.advance(passed_s)
         tree.tidy()
-        assert tree.depths(keys("abc")) == {ANN: Overlap(0, depth)}
+        assert tree.overlaps(keys("abc")) == {ANN: Overlap((0, depth), 0)}
     tree.leave(ANN)
     tree.join(ANN, EPOCH)
-    assert tree.depths(keys("abc")) == {}
+    assert tree.overlaps(keys("abc")) == {}
 
 
 def test_a_silent_worker_has_what_it_was_sent_within_capacity_and_ttl() -> None:
     clock = FakeClock()
     tree = GlobalPromptTree(clock=clock)
     tree.mirror(ANN, capacity_blocks=5, ttl_s=60)
-    assert tree.depths(keys("abc")) == {}
+    assert tree.overlaps(keys("abc")) == {}
     tree.learn(ANN, keys("abc"))
     tree.learn(BOB, keys("abc"))
-    assert tree.depths(keys("abc")) == {ANN: Overlap(3, 3)}
+    assert tree.overlaps(keys("abc")) == {ANN: Overlap((3, 3), 0)}
     clock.advance(30)
     tree.learn(ANN, keys("axy"))
-    assert tree.depths(keys("abc")) == {ANN: Overlap(3, 3)}
+    assert tree.overlaps(keys("abc")) == {ANN: Overlap((3, 3), 0)}
     tree.learn(ANN, keys("axyz"))
-    assert tree.depths(keys("abc")) == {ANN: Overlap(2, 2)}, "the tail used longest ago has gone"
-    assert tree.depths(keys("axyz")) == {ANN: Overlap(4, 4)}
+    assert tree.overlaps(keys("abc")) == {ANN: Overlap((2, 2), 0)}, "the tail used longest ago has gone"
+    assert tree.overlaps(keys("axyz")) == {ANN: Overlap((4, 4), 0)}
     clock.advance(30)
-    assert tree.depths(keys("abc")) == {ANN: Overlap(1, 1)}, "a is in what came later"
-    assert tree.depths(keys("axyz")) == {ANN: Overlap(4, 4)}
+    assert tree.overlaps(keys("abc")) == {ANN: Overlap((1, 1), 0)}, "a is in what came later"
+    assert tree.overlaps(keys("axyz")) == {ANN: Overlap((4, 4), 0)}
     tree.learn(ANN, keys("qrstuvw"))
-    assert tree.depths(keys("qrstuvw")) == {ANN: Overlap(5, 5)}
-    assert tree.depths(keys("axyz")) == {}
+    assert tree.overlaps(keys("qrstuvw")) == {ANN: Overlap((5, 5), 0)}
+    assert tree.overlaps(keys("axyz")) == {}
     clock.advance(60)
-    assert tree.depths(keys("qrstuvw")) == {}
+    assert tree.overlaps(keys("qrstuvw")) == {}
     assert tree.stats().blocks == 0
     assert not tree.apply(ANN, EPOCH, [stored(1, "a")]), "until it joins"
     with pytest.raises(ValueError, match="no mirror"):
@@ -220,16 +215,16 @@ def test_a_silent_worker_has_what_it_was_sent_within_capacity_and_ttl() -> None:
 
 def test_the_tails_used_longest_ago_are_forgotten_first() -> None:
     tree = tree_of((ANN, [stored(1, "abcd"), stored(2, "abxy"), stored(3, "pqrs")]), max_blocks=10)
-    tree.depths(keys("abc"))
+    tree.overlaps(keys("abc"))
     assert tree.apply(ANN, EPOCH, [stored(4, "k")])
-    assert tree.depths(keys("abcd"))[ANN].total == 3, "d was used before c"
-    tree.depths(keys("abxy"))
+    assert tree.overlaps(keys("abcd"))[ANN].cached == 3, "d was used before c"
+    tree.overlaps(keys("abxy"))
     assert tree.apply(ANN, EPOCH, [stored(5, "lmn")])
     assert tree.stats().blocks == 10
-    assert tree.depths(keys("pqrs"))[ANN].total == 1
-    assert tree.depths(keys("abxy"))[ANN].total == 4
+    assert tree.overlaps(keys("pqrs"))[ANN].cached == 1
+    assert tree.overlaps(keys("abxy"))[ANN].cached == 4
     assert tree.apply(ANN, EPOCH, [stored(6, "0123456789abcdef")])
-    assert tree.depths(keys("0123456789abcdef")) == {ANN: Overlap(10, 10)}
+    assert tree.overlaps(keys("0123456789abcdef")) == {ANN: Overlap((10, 10), 0)}
     assert tree.stats().counters.forgotten == 1 + 3 + 6 + 10
 
 
@@ -239,12 +234,12 @@ def test_the_budget_holds_however_many_unique_prompts_come() -> None:
     shared = keys("system prompt")
     for n in range(10_000):
         chain = tuple(shared + page_keys([*range(13), n + 5000, n], 1)[13:])
-        tree.depths(shared)
+        tree.overlaps(shared)
         assert tree.apply((ANN, BOB)[n % 2], EPOCH, [Stored(n // 2 + 1, (HBM, DRAM)[n % 3 > 0], None, chain)])
         if n % 5 == 0:
             tree.learn(CYD, chain)
         assert tree.stats().blocks <= 1000
-    assert tree.depths(shared)[ANN].total == len(shared)
+    assert tree.overlaps(shared)[ANN].cached == len(shared)
     assert tree.stats().blocks > 700
     assert tree.stats().counters.forgotten > 18_000
 
@@ -259,7 +254,7 @@ def test_distinct_sets_of_holders_are_within_the_budget_too() -> None:
                 sequences[name] += 1
                 assert tree.apply(name, EPOCH, [Stored(sequences[name], HBM, None, tuple(page_keys([n], 1)))])
     assert tree.stats().holder_sets <= 1024
-    assert tree.depths(page_keys([2999], 1)).keys() == {
+    assert tree.overlaps(page_keys([2999], 1)).keys() == {
         name for bit, name in enumerate(names) if 2999 >> bit & 1
     }
 
@@ -334,12 +329,12 @@ HOSTILE: list[CacheEvent] = [
 def test_what_is_broken_changes_nothing_for_others(event: CacheEvent, max_blocks: int | None) -> None:
     tree = tree_of((ANN, [stored(1, "abc")]), (BOB, [stored(1, "abcd")]), max_blocks=max_blocks)
     tree.apply(ANN, EPOCH, [event])
-    depths = tree.depths(keys("abcd"))
-    assert depths[BOB] == Overlap(4, 4)
-    assert depths[ANN] == Overlap(3, 3)
-    assert tree.depths(keys("xyz")) in ({}, {ANN: Overlap(2, 2)})
+    depths = tree.overlaps(keys("abcd"))
+    assert depths[BOB] == Overlap((4, 4), 0)
+    assert depths[ANN] == Overlap((3, 3), 0)
+    assert tree.overlaps(keys("xyz")) in ({}, {ANN: Overlap((2, 2), 0)})
     assert tree.apply(BOB, EPOCH, [stored(2, "abcde", HBM, start=4)])
-    assert tree.depths(keys("abcde"))[BOB] == Overlap(5, 5)
+    assert tree.overlaps(keys("abcde"))[BOB] == Overlap((5, 5), 0)
 
 
 def test_what_is_refused_is_counted() -> None:
@@ -368,9 +363,9 @@ def test_lies_of_one_instance_never_lengthen_anothers_depth() -> None:
             assert tree.apply(BOB, EPOCH, [stored(n, prompt)])
             for asked in ("abcd", "abxy", "pqrs"):
                 shared = 2 if asked[0] == "a" and truth.keys() & {"abcd", "abxy"} else 0
-                depths = tree.depths(keys(asked))
-                assert depths.get(BOB, Overlap(0, 0)).total <= truth.get(asked, shared)
-                assert all(depth.near == depth.total for depth in depths.values())
+                depths = tree.overlaps(keys(asked))
+                assert depths.get(BOB, NO_OVERLAP).cached <= truth.get(asked, shared)
+                assert all(depth.depths[Tier.HBM] == depth.cached for depth in depths.values())
 
 
 def test_a_snapshot_tells_how_true_the_tree_is() -> None:
@@ -394,10 +389,10 @@ def test_a_tree_of_no_blocks_is_refused() -> None:
 def test_what_was_forgotten_is_known_again_when_a_dispatched_prompt_grows() -> None:
     tree = tree_of((ANN, [stored(1, "abcdef")]), max_blocks=32)
     assert tree.apply(ANN, EPOCH, [stored(2, "0123456789ABCDEFGHIJKLMNOPQR")])
-    assert tree.depths(keys("abcdef"))[ANN].total == 4
+    assert tree.overlaps(keys("abcdef"))[ANN].cached == 4
     tree.expect(ANN, keys("abcdefg"), until_s=float("inf"))
     assert tree.apply(ANN, EPOCH, [stored(3, "abcdefg", HBM, start=6)])
-    assert tree.depths(keys("abcdefg")) == {ANN: Overlap(7, 7)}
+    assert tree.overlaps(keys("abcdefg")) == {ANN: Overlap((7, 7), 0)}
     assert tree.stats().counters.orphans == 0
     assert tree.stats().expected == 0
 

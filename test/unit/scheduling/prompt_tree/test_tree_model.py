@@ -13,7 +13,8 @@ from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import CacheEvent, Removed, Snapshot, Stored
 from memserve.core.ids import Epoch, InstanceId
-from memserve.scheduling.prompt_tree.tree import GlobalPromptTree, Overlap
+from memserve.scheduling.prompt_tree.records import Overlap
+from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
 
 Prompt = tuple[int, ...]
 """A block per token; each prefix is a block."""
@@ -93,10 +94,10 @@ class Seen:
     expected: dict[Prompt, float] = field(default_factory=dict)
 
     def depth(self, prompt: Prompt, now_s: float) -> Overlap:
-        near = leading(prompt, self.held[Tier.HBM])
-        start = max(near, leading(prompt, self.held[Tier.DRAM]))
+        near, readable = leading(prompt, self.held[Tier.HBM]), leading(prompt, self.held[Tier.DRAM])
+        start = max(near, readable)
         soon = {one for one, until in self.expected.items() if until > now_s}
-        return Overlap(near, leading(prompt, soon | set(prefixes(prompt)[:start])))
+        return Overlap((near, leading(prompt, soon | set(prefixes(prompt)[:start]))), readable)
 
 
 class ClusterMachine(RuleBasedStateMachine):
@@ -216,20 +217,20 @@ class ClusterMachine(RuleBasedStateMachine):
 
     def model(self, prompt: Prompt) -> dict[InstanceId, Overlap]:
         depths = {name: seen.depth(prompt, self.now_s) for name, seen in self.seen.items()}
-        return {name: depth for name, depth in depths.items() if depth.total}
+        return {name: depth for name, depth in depths.items() if depth.cached}
 
     @invariant()
     def depths_are_the_models(self) -> None:
         for prompt in sorted(self.asked):
-            assert self.tree.depths(keys_of(prompt)) == self.model(prompt)
+            assert self.tree.overlaps(keys_of(prompt)) == self.model(prompt)
 
     @invariant()
     def counts_are_the_models(self) -> None:
         stats = self.tree.stats()
-        assert {name: (held.hbm, held.dram) for name, held in stats.instances.items()} == {
+        assert stats.instances == {
             name: tuple(len(seen.held[tier]) for tier in TIERS) for name, seen in self.seen.items()
         }
-        assert stats.holdings == sum(held.hbm + held.dram for held in stats.instances.values())
+        assert stats.holdings == sum(map(sum, stats.instances.values()))
 
     @precondition(lambda self: self.seen)
     @rule()
@@ -265,9 +266,10 @@ class BudgetMachine(ClusterMachine):
 
     def model_has_no_less(self, prompt: Prompt) -> None:
         model = self.model(prompt)
-        for name, depth in self.tree.depths(keys_of(prompt)).items():
-            assert depth.near <= model[name].near
-            assert depth.total <= model[name].total
+        for name, depth in self.tree.overlaps(keys_of(prompt)).items():
+            assert depth.depths[Tier.HBM] <= model[name].depths[Tier.HBM]
+            assert depth.cached <= model[name].cached
+            assert depth.readable <= model[name].readable
 
     @invariant()
     def depths_are_the_models(self) -> None:
@@ -279,8 +281,8 @@ class BudgetMachine(ClusterMachine):
         stats = self.tree.stats()
         assert stats.blocks <= 12
         for name, held in stats.instances.items():
-            assert held.hbm <= len(self.seen[name].held[Tier.HBM])
-            assert held.dram <= len(self.seen[name].held[Tier.DRAM])
+            assert held[Tier.HBM] <= len(self.seen[name].held[Tier.HBM])
+            assert held[Tier.DRAM] <= len(self.seen[name].held[Tier.DRAM])
 
     @rule()
     def nothing_is_left_of_what_nobody_holds(self) -> None:
@@ -318,10 +320,10 @@ def test_mirrors_are_lists_of_blocks_in_order_of_use(
         }
         for asked in [one[1] for one in steps]:
             depths = {name: leading(asked, blocks) for name, blocks in held.items()}
-            expected = {name: Overlap(depth, depth) for name, depth in depths.items() if depth}
+            expected = {name: Overlap((depth, depth), 0) for name, depth in depths.items() if depth}
             if depth := leading(asked, prefixes((0, 1, 0, 1))):
-                expected[cyd] = Overlap(0, depth)
-            assert tree.depths(keys_of(asked)) == expected
+                expected[cyd] = Overlap((0, depth), depth)
+            assert tree.overlaps(keys_of(asked)) == expected
         tree.tidy()
         assert tree.stats().blocks == len(held[ann] | held[bob] | set(prefixes((0, 1, 0, 1))))
 

@@ -14,11 +14,13 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping
 from importlib.resources import files
+from operator import add
 
 import msgspec
 from aiohttp import web
 
 from memserve import __version__
+from memserve.core.block_addr import LOCAL_TIERS, Tier
 from memserve.core.errors import BadRequest
 from memserve.core.ids import InstanceId, server_of
 from memserve.router.admission.controller import AdmissionController
@@ -133,8 +135,8 @@ class Dashboard:
         blocks: dict[InstanceId, TierCounts] = {}
         for name, one in held.items():
             server = server_of(InstanceId(name.partition("#")[0]))
-            known = blocks.get(server, TierCounts(0, 0))
-            blocks[server] = TierCounts(known.hbm + one.hbm, known.dram + one.dram)
+            known = blocks.get(server, (0,) * len(one))
+            blocks[server] = tuple(map(add, known, one))
         pools = self._drams()
         members = [
             self._member(it) | self._blocks(it.info.instance_id, blocks, pools)
@@ -181,8 +183,8 @@ class Dashboard:
     ) -> JsonObject:
         """By the prompt tree; of DRAM by its pools' own word, where they tell."""
         one = held.get(name)
-        used, total = drams.get(name, (one and one.dram, None))
-        return {"hbm_blocks": one and one.hbm, "dram_blocks": used, "dram_capacity": total}
+        used, total = drams.get(name, (one and one[Tier.DRAM], None))
+        return {"hbm_blocks": one and one[Tier.HBM], "dram_blocks": used, "dram_capacity": total}
 
     def _hottest(self, num: int, now_s: float) -> list[JsonObject]:
         found = self._state.telemetry.prefixes.hottest(num, now_s)
@@ -199,7 +201,8 @@ class Dashboard:
             "prompts": round(one.weight, 1),
             "sample": one.sample,
             "holders": [
-                {"instance": name, "tier": "hbm" if held.hbm else "dram"} for name, held in holders.items()
+                {"instance": name, "tier": next(tier.name.lower() for tier in LOCAL_TIERS if held[tier])}
+                for name, held in holders.items()
             ],
         }
 
