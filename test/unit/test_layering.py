@@ -101,8 +101,6 @@ KNOWN = {
     "router.config > router.observability",
     "router.config > router.tokenization",
     "router.observability > router.state",
-    "router.proxy > router.observability",
-    "router.proxy > router.state",
     "scheduling > router",
     "scheduling > wire",
     "scheduling.cost_model > scheduling.assignment",

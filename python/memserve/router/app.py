@@ -44,7 +44,7 @@ from memserve.router.proxy.executor import RequestExecutor
 from memserve.router.proxy.fetcher import Fetcher
 from memserve.router.proxy.prepare import RequestPreparer
 from memserve.router.proxy.recovery import StreamRecovery
-from memserve.router.proxy.retry import RetryPolicy
+from memserve.router.proxy.retry import RetryLoop, RetryPolicy
 from memserve.router.proxy.upstream import Upstream, open_session
 from memserve.router.records import Traces
 from memserve.router.request import encode_json
@@ -100,9 +100,11 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         cluster.on_unresponsive = connections.give_up
         upstream = Upstream(connections, session, on_lost=_on_lost(state))
         stack.push_async_callback(upstream.close)
-        runner = RequestExecutor(upstream, state.selector, fetcher)
-        resumer = StreamRecovery(state.tokenizers, is_on=config.resume == "auto")
-        dispatcher = Dispatcher(state, runner, resumer, _patience(config), metrics)
+        executor = RequestExecutor(upstream, state.selector, fetcher)
+        recovery = StreamRecovery(state.tokenizers, is_on=config.resume == "auto")
+        policy, telemetry = _retry_policy(config), state.telemetry
+        retries = RetryLoop(cluster, state.selector, state.breakers, policy, telemetry)
+        dispatcher = Dispatcher(retries, executor, recovery, telemetry)
         traces = _traces(stack, config)
         preparer = RequestPreparer(cluster, state.reader, state.telemetry.prefixes.sample)
         cors = Cors(config.observe.cors_allowed_origins)
@@ -201,7 +203,7 @@ def _traces(stack: AsyncExitStack, config: RouterConfig) -> Traces:
     return tracing
 
 
-def _patience(config: RouterConfig) -> RetryPolicy:
+def _retry_policy(config: RouterConfig) -> RetryPolicy:
     return RetryPolicy(
         timeout_s=config.request_timeout_secs,
         max_retries=config.retry_max_retries,

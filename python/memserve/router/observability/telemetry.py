@@ -8,12 +8,14 @@ from memserve.router.observability.hot_prefixes import HotPrefixes
 from memserve.router.observability.live_series import LiveSeries
 from memserve.router.observability.metrics import RouterMetrics
 from memserve.router.observability.request_log import RequestLog
+from memserve.router.tokenization.prompts import Prompt
 
 
 @dataclass(frozen=True, slots=True)
 class Telemetry:
     """Event loop thread only."""
 
+    metrics: RouterMetrics
     requests: RequestLog
     series: LiveSeries
     prefixes: HotPrefixes
@@ -22,7 +24,23 @@ class Telemetry:
     def new(cls, metrics: RouterMetrics, now_s: float, *, keeps_samples: bool) -> Telemetry:
         """Nothing has been seen yet. The time is that of `tick`."""
         prefixes = HotPrefixes(now_s, keeps_samples=keeps_samples)
-        return cls(RequestLog(metrics), LiveSeries(metrics, now_s), prefixes)
+        return cls(metrics, RequestLog(metrics), LiveSeries(metrics, now_s), prefixes)
+
+    def count_placed(self, prompt: Prompt, sample: str | None) -> None:
+        """A request was placed for the first time; its text begins with `sample`, if that is kept."""
+        self.prefixes.note(prompt, sample)
+
+    def count_retry(self, reason: str) -> None:
+        """A request is tried again."""
+        self.metrics.retries.labels(reason).inc()
+
+    def count_poison(self) -> None:
+        """A request was rejected as a poison request."""
+        self.metrics.harmful.inc()
+
+    def count_resumed(self, outcome: str) -> None:
+        """A broken stream was continued, repeated, refused, or diverged."""
+        self.metrics.resumed.labels(outcome).inc()
 
     def tick(self, now_s: float) -> None:
         """To be called a few times a second."""

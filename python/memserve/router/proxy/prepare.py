@@ -47,7 +47,7 @@ class ClientContext:
 class PreparedRequest:
     """A request that can be placed."""
 
-    call: GenerationRequest
+    request: GenerationRequest
     """As servers get it: with token ids for its text, where they are known."""
     prompt: Prompt
     model: str | None
@@ -116,9 +116,9 @@ class RequestPreparer:
         body = read_body(raw)
         model = body.get("model")  # SGLang's native API knows no models, but a router has several
         limits = self._limits_of(model if isinstance(model, str) else None)
-        call = read_call(api or _api_of(body), body, limits.limits, new_rid=self._ids.new())
-        call = structs.replace(
-            call,
+        request = read_call(api or _api_of(body), body, limits.limits, new_rid=self._ids.new())
+        request = structs.replace(
+            request,
             body=body if client.tenant is None else _salted(body, client.tenant),
             is_apart=client.tenant is not None,
             body_bytes=len(raw),
@@ -128,17 +128,17 @@ class RequestPreparer:
             trace=client.trace,
         )
         sample = self._sample_of(body)
-        call, prompt, num_tokens = await self._reader.read(
-            call, limits.model, limits.page_tokens, client.headers
+        request, prompt, num_tokens = await self._reader.read(
+            request, limits.model, limits.page_tokens, client.headers
         )
         limit = limits.max_prompt_tokens
-        if limit is None or call.body_bytes <= limit:  # every token is at least one byte
-            return PreparedRequest(call, prompt, limits.model, sample)
+        if limit is None or request.body_bytes <= limit:  # every token is at least one byte
+            return PreparedRequest(request, prompt, limits.model, sample)
         if num_tokens is None:
-            num_tokens = await self._reader.longest_prompt(call, limits.model)
+            num_tokens = await self._reader.longest_prompt(request, limits.model)
         if num_tokens is not None and limits.model is not None:
-            check_fits(self._cluster.snapshot.serving(limits.model), num_tokens, call.api)
-        return PreparedRequest(call, prompt, limits.model, sample, num_tokens)
+            check_fits(self._cluster.snapshot.serving(limits.model), num_tokens, request.api)
+        return PreparedRequest(request, prompt, limits.model, sample, num_tokens)
 
     def _limits_of(self, model: str | None) -> _ModelLimits:
         candidates = self._candidates(model)

@@ -52,9 +52,9 @@ _DONE = b"[DONE]"
 class StreamState:
     """What a client has received of one stream. Chunks are only kept until there are many, or it breaks."""
 
-    def __init__(self, call: GenerationRequest) -> None:
-        self._is_native = call.api is Api.GENERATE
-        self._is_single = call.num_prompts is None and call.num_samples == 1
+    def __init__(self, request: GenerationRequest) -> None:
+        self._is_native = request.api is Api.GENERATE
+        self._is_single = request.num_prompts is None and request.num_samples == 1
         self._chunks: list[bytes] = []
         self._size = 0
         self._received = Received()
@@ -175,49 +175,51 @@ class StreamRecovery:
         self._tokenizers = tokenizers
         self._is_on = is_on
 
-    def open(self, call: GenerationRequest, sink: Sink, ready: ClusterSnapshot) -> ResumableStream:
-        """A stream of `call` to `sink`, remembered if it could be continued; `ready` can serve it."""
-        return ResumableStream(sink, StreamState(call) if self._not_resumable(call, ready) is None else None)
+    def open(self, request: GenerationRequest, sink: Sink, ready: ClusterSnapshot) -> ResumableStream:
+        """A stream of `request` to `sink`, remembered if it could be continued; `ready` can serve it."""
+        return ResumableStream(
+            sink, StreamState(request) if self._not_resumable(request, ready) is None else None
+        )
 
-    def closing_events(self, call: GenerationRequest, stream: ResumableStream) -> bytes | None:
+    def closing_events(self, request: GenerationRequest, stream: ResumableStream) -> bytes | None:
         """The events that a client lacks which has the whole answer; None if it has not."""
         try:
-            return None if stream.state is None else closing_events(call, stream.state.received())
+            return None if stream.state is None else closing_events(request, stream.state.received())
         except Unreadable:
             return None
 
     async def resume(
-        self, call: GenerationRequest, model: str | None, stream: ResumableStream, ready: ClusterSnapshot
+        self, request: GenerationRequest, model: str | None, stream: ResumableStream, ready: ClusterSnapshot
     ) -> Resumption | str:
         """How the stream goes on, or why it cannot."""
         if stream.state is None:
-            return self._not_resumable(call, ready) or "its events are not SGLang's"
-        reason = not_resumable(call, is_deterministic=_are_deterministic(ready))
+            return self._not_resumable(request, ready) or "its events are not SGLang's"
+        reason = not_resumable(request, is_deterministic=_are_deterministic(ready))
         if reason is not None:
             return reason
         try:
             received = stream.state.received()
-            return plan_resumption(call, received, await self._prompt_tokens(call, model, ready))
+            return plan_resumption(request, received, await self._prompt_tokens(request, model, ready))
         except Unreadable as error:
             return str(error)
 
-    def _not_resumable(self, call: GenerationRequest, ready: ClusterSnapshot) -> str | None:
+    def _not_resumable(self, request: GenerationRequest, ready: ClusterSnapshot) -> str | None:
         if not self._is_on:
             return NEVER
-        reason = not_resumable(call, is_deterministic=False)
+        reason = not_resumable(request, is_deterministic=False)
         if reason is SAMPLES and ready.all() and _are_deterministic(ready):
-            return not_resumable(call, is_deterministic=True)
+            return not_resumable(request, is_deterministic=True)
         return reason
 
     async def _prompt_tokens(
-        self, call: GenerationRequest, model: str | None, ready: ClusterSnapshot
+        self, request: GenerationRequest, model: str | None, ready: ClusterSnapshot
     ) -> PromptTokens:
-        if call.api is not Api.GENERATE or call.num_prompts is not None:
+        if request.api is not Api.GENERATE or request.num_prompts is not None:
             return PromptTokens()
-        known = await self._tokenizers.tokens_of(call, model)
+        known = await self._tokenizers.tokens_of(request, model)
         if not isinstance(known, KnownTokens) or not known.replaceable:
             return PromptTokens()
-        params = call.body.get("sampling_params")
+        params = request.body.get("sampling_params")
         skips_special = not isinstance(params, dict) or params.get("skip_special_tokens") is not False
         prompt = known.prompts[0]
 

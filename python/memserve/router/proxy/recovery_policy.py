@@ -66,7 +66,7 @@ class PromptTokens:
 class Resumption:
     """How a broken stream goes on."""
 
-    call: GenerationRequest
+    request: GenerationRequest
     """For the next server."""
     splicer: StreamSplicer
     num_accepted: int
@@ -75,47 +75,47 @@ class Resumption:
     """Of the prompt, with the accepted tokens."""
 
 
-def not_resumable(call: GenerationRequest, *, is_deterministic: bool) -> str | None:
-    """Why a stream of `call` could not be continued; None if it could.
+def not_resumable(request: GenerationRequest, *, is_deterministic: bool) -> str | None:
+    """Why a stream of `request` could not be continued; None if it could.
 
     `is_deterministic`: all servers sample by seed and position.
     """
-    for fields in (call.body, *call.sampling):
+    for fields in (request.body, *request.sampling):
         for name in NEVER_RESUMED & fields.keys():
             if _is_set(name, fields[name]):
                 return f"{name} is set"
-    if is_deterministic or all(map(_is_greedy, call.sampling)):
+    if is_deterministic or all(map(_is_greedy, request.sampling)):
         return None
     return SAMPLES
 
 
-def closing_events(call: GenerationRequest, received: Received) -> bytes | None:
+def closing_events(request: GenerationRequest, received: Received) -> bytes | None:
     """The events that a client lacks which has the whole answer; None if it has not."""
     if received.is_done:
         return b""
-    count = (call.num_prompts or 1) * call.num_samples
+    count = (request.num_prompts or 1) * request.num_samples
     if len(received.choices) < count or not all(one.is_finished for one in received.choices.values()):
         return None
-    options: Any = call.body.get("stream_options") or {}
-    has_usage = call.api is Api.GENERATE or received.has_usage or not options.get("include_usage")
+    options: Any = request.body.get("stream_options") or {}
+    has_usage = request.api is Api.GENERATE or received.has_usage or not options.get("include_usage")
     return DONE if has_usage else None
 
 
-def plan_resumption(call: GenerationRequest, received: Received, tokens: PromptTokens) -> Resumption:
-    """How a stream of `call`, which is resumable, goes on after `received`.
+def plan_resumption(request: GenerationRequest, received: Received, tokens: PromptTokens) -> Resumption:
+    """How a stream of `request`, which is resumable, goes on after `received`.
 
     `received` is left as it is. Raises Unreadable.
     """
-    if received.is_incremental and call.body.get("return_logprob"):
+    if received.is_incremental and request.body.get("return_logprob"):
         raise Unreadable("it tells logprobs in parts")
     received = copy.deepcopy(received)
-    if call.api is not Api.GENERATE:
-        return Resumption(call, OpenAiSplicer(received, _stops(call.body)), 0)
-    accepted = _accepted(call, received, tokens)
+    if request.api is not Api.GENERATE:
+        return Resumption(request, OpenAiSplicer(received, _stops(request.body)), 0)
+    accepted = _accepted(request, received, tokens)
     count = len(accepted.ids)
     if count:
-        call = _continued(call, [*tokens.ids, *accepted.ids], count)
-    return Resumption(call, NativeSplicer(received, accepted), count, len(tokens.ids) + count)
+        request = _continued(request, [*tokens.ids, *accepted.ids], count)
+    return Resumption(request, NativeSplicer(received, accepted), count, len(tokens.ids) + count)
 
 
 def accepted_prefix(
@@ -134,10 +134,10 @@ def accepted_prefix(
     return AcceptedPrefix()
 
 
-def _accepted(call: GenerationRequest, received: Received, tokens: PromptTokens) -> AcceptedPrefix:
+def _accepted(request: GenerationRequest, received: Received, tokens: PromptTokens) -> AcceptedPrefix:
     """What can stand in the prompt of a stream of /generate."""
-    params: Any = call.body.get("sampling_params")
-    if not tokens.ids or not _depends_on_tokens_alone(call, params, received):
+    params: Any = request.body.get("sampling_params")
+    if not tokens.ids or not _depends_on_tokens_alone(request, params, received):
         return AcceptedPrefix()
     choice = received.choices[0]
     ids: Sequence[int] = choice.ids
@@ -146,9 +146,9 @@ def _accepted(call: GenerationRequest, received: Received, tokens: PromptTokens)
     return accepted_prefix(ids, choice.parts.get(TEXT, ""), _stops(params), tokens.detokenize)
 
 
-def _depends_on_tokens_alone(call: GenerationRequest, params: object, received: Received) -> bool:
+def _depends_on_tokens_alone(request: GenerationRequest, params: object, received: Received) -> bool:
     """Whether the generated tokens can stand in the prompt (one prompt only)."""
-    if not isinstance(params, dict) or call.num_prompts is not None or call.num_samples != 1:
+    if not isinstance(params, dict) or request.num_prompts is not None or request.num_samples != 1:
         return False
     if list(received.choices) != [0] or received.is_incremental is None:
         return False
@@ -157,7 +157,7 @@ def _depends_on_tokens_alone(call: GenerationRequest, params: object, received: 
         return False
     return not any(
         name not in RESUMED_FROM_TOKENS[where] and _is_set(name, value)
-        for where, fields in ((In.NATIVE, call.body), (In.SAMPLING, params))
+        for where, fields in ((In.NATIVE, request.body), (In.SAMPLING, params))
         for name, value in fields.items()
     )
 
@@ -167,13 +167,13 @@ def _is_set(name: str, value: object) -> bool:
     return bool(value) and (field is None or field.neutral != value)
 
 
-def _continued(call: GenerationRequest, prompt: list[int], count: int) -> GenerationRequest:
-    """`call` from `prompt`, the last `count` of whose tokens were generated."""
-    body = {name: value for name, value in call.body.items() if name != "text"}
+def _continued(request: GenerationRequest, prompt: list[int], count: int) -> GenerationRequest:
+    """`request` from `prompt`, the last `count` of whose tokens were generated."""
+    body = {name: value for name, value in request.body.items() if name != "text"}
     params: Any = body["sampling_params"]
     lengths = {name: params.get(name) for name in _LENGTHS}
     left = {name: max(0, value - count) for name, value in lengths.items() if isinstance(value, int)}
-    return structs.replace(call, body={**body, "input_ids": prompt, "sampling_params": {**params, **left}})
+    return structs.replace(request, body={**body, "input_ids": prompt, "sampling_params": {**params, **left}})
 
 
 def _is_greedy(params: JsonObject) -> bool:

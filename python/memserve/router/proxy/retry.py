@@ -1,27 +1,72 @@
-"""Whether a request that an instance failed is done again: when, where, and under which name.
+"""Tries a request on one set of instances after another, until it is answered or must not be tried again.
 
-    fault ── wait_s ──> a wait ──> the first of `choices` that is whole ──> the call under an `AttemptId`
-               └ None: the fault is what the client is told
-Pure but for the names; randomness and time are given.
+    select ── execute ──> the result
+      ^          │ UpstreamFault
+      │          ├─ two instances of one role died with the request ──> PoisonRequest
+      │          ├─ no retry, time or instance is left ──> the fault
+      └─ backoff ┘ the request under a new id, or the rest of its stream
+
+Knows no HTTP and no capacity. Event loop thread only.
 """
 
 from __future__ import annotations
 
+import asyncio
+import logging
 import random
 import secrets
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol, TypeVar
 
 from msgspec import structs
 
 from memserve.core.ids import InstanceId
+from memserve.router.cluster.breaker import Breakers
 from memserve.router.cluster.instance import ClusterSnapshot
-from memserve.router.errors import PoisonRequest, UpstreamDisconnected, UpstreamFault
+from memserve.router.cluster.member import ProcessStatus
+from memserve.router.cluster.registry import SUSPECT_MISSES, InstanceRegistry
+from memserve.router.errors import (
+    NoRoute,
+    PoisonRequest,
+    RequestTimeout,
+    UpstreamDisconnected,
+    UpstreamError,
+    UpstreamFault,
+)
+from memserve.router.proxy.prepare import PreparedRequest
+from memserve.router.proxy.recovery_policy import Resumption
 from memserve.router.request import GenerationRequest
-from memserve.router.sse import EventSplitter
+from memserve.router.tokenization.prompts import Prompt
+from memserve.scheduling.assignment import Assignment
+from memserve.scheduling.decision import Decision
+from memserve.scheduling.selector import InstanceSelector
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+OnPlaced = Callable[[Assignment, int], None]
+"""Told the instances of each attempt before it begins, and its number, from 1."""
 
 MAX_LOST = 2
-"""So many instances of one role may be lost with a request on board."""
+"""After this many instances of one role died serving a request, it is rejected as a poison request."""
+STATUS_POLL_S = 0.05
+
+
+class RequestObserver(Protocol):
+    """Receives the outcomes of requests."""
+
+    def count_placed(self, prompt: Prompt, sample: str | None) -> None:
+        """A request was placed for the first time; its text begins with `sample`, if that is shown."""
+
+    def count_retry(self, reason: str) -> None:
+        """A request is tried again."""
+
+    def count_poison(self) -> None:
+        """A request was rejected as a poison request."""
+
+    def count_resumed(self, outcome: str) -> None:
+        """A broken stream was continued, repeated, refused, or diverged."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,24 +82,24 @@ class RetryPolicy:
     """Jitter: numbers from 0 to 1."""
 
 
-def backoff_s(patience: RetryPolicy, num_tries: int, left_s: float) -> float | None:
-    """How long to wait after try number `num_tries`, from 1, until the next; None: there is none.
+def backoff_s(policy: RetryPolicy, num_tries: int, left_s: float) -> float | None:
+    """How long to wait after try number `num_tries`, from 1, until the next; None if there is no next.
 
-    Between half of the backoff, which doubles with every try, and all of it. Never past the client's
-    time: rather than that, it is told at once.
+    Between half of the backoff, which doubles with every try, and all of it. A request whose time would
+    end during the backoff is not tried again.
     """
-    if num_tries > patience.max_retries:
+    if num_tries > policy.max_retries:
         return None
-    backoff_s = min(patience.initial_backoff_s * 2.0 ** min(num_tries - 1, 60), patience.max_backoff_s)
-    backoff_s = backoff_s * (1 + patience.draw()) / 2
+    backoff_s = min(policy.initial_backoff_s * 2.0 ** min(num_tries - 1, 60), policy.max_backoff_s)
+    backoff_s = backoff_s * (1 + policy.draw()) / 2
     return backoff_s if backoff_s < left_s else None
 
 
 def find_poison(faults: Sequence[UpstreamFault]) -> PoisonRequest | None:
     """Why a request that has met `faults` must reach no other instance; None if it may.
 
-    An instance that was lost before the request had reached it was not lost for it; leave out the faults
-    of those that live.
+    Instances that were lost before they had the request do not count. Leave out the faults of instances
+    that are alive.
     """
     lost: dict[str, dict[InstanceId, None]] = {}
     for fault in faults:
@@ -67,9 +112,9 @@ def find_poison(faults: Sequence[UpstreamFault]) -> PoisonRequest | None:
 
 
 def retry_candidates(snapshot: ClusterSnapshot, failed: Sequence[InstanceId]) -> Iterator[ClusterSnapshot]:
-    """Whom to choose from, best first: none of those that failed; not the last of them; anyone.
+    """The instances to choose from, best first: without those that failed; without the last of them; all.
 
-    Whoever is in `snapshot` after it failed may have been started anew.
+    An instance that failed and is in `snapshot` may have been started anew.
     """
     for avoided in (failed, failed[-1:], ()):
         yield ClusterSnapshot.of(one for one in snapshot.all() if one.instance_id not in avoided)
@@ -77,29 +122,177 @@ def retry_candidates(snapshot: ClusterSnapshot, failed: Sequence[InstanceId]) ->
 
 @dataclass(frozen=True, slots=True)
 class AttemptId:
-    """The name of a call at the servers, for one more attempt; the client keeps reading its own.
+    """A prefix of the request ids that servers get for one attempt; the client reads its own ids.
 
-    SGLang refuses a name that it still knows, aborts by prefix, and 2 s after a stream has broken
-    once more: what comes for the attempt before must not hit this one.
+    SGLang refuses an id that it still knows, aborts by prefix, and repeats the abort 2 s after a stream
+    broke: aborts of the attempt before must not hit this one.
     """
 
     mark: str = field(default_factory=lambda: f"{secrets.token_hex(8)}-")
 
-    def of(self, call: GenerationRequest) -> GenerationRequest:
-        """`call` as the servers get it."""
-        rids = tuple(self.mark + rid for rid in call.rids)
-        return structs.replace(call, rid=self.mark + call.rid, rids=rids, rid_is_clients=False)
+    def of(self, request: GenerationRequest) -> GenerationRequest:
+        """`request` as the servers get it."""
+        rids = tuple(self.mark + rid for rid in request.rids)
+        return structs.replace(request, rid=self.mark + request.rid, rids=rids, rid_is_clients=False)
 
     def removed(self, answer: bytes) -> bytes:
-        """A whole answer, or whole events, with the call's own name."""
+        """A whole answer, or whole events, with the request's own ids."""
         return answer.replace(b'"' + self.mark.encode(), b'"')
 
-    def remover(self, write: Callable[[bytes], Awaitable[None]]) -> Callable[[bytes], Awaitable[None]]:
-        """What writes the same of a stream to `write`."""
-        splitter = EventSplitter()
 
-        async def write_own(chunk: bytes) -> None:
-            for event in splitter.feed(chunk):
-                await write(self.removed(event))
+@dataclass(frozen=True, slots=True)
+class Attempt:
+    """What the servers get this time, and under which id."""
 
-        return write_own
+    request: GenerationRequest
+    attempt_id: AttemptId | None = None
+    resumption: Resumption | None = None
+    """How its events follow the events that the client has."""
+
+    @classmethod
+    def first(cls, request: GenerationRequest) -> Attempt:
+        """Under the request's own id, unless another tenant can use the same: servers abort by prefix."""
+        return cls.again(request) if request.is_apart and request.rid_is_clients else cls(request)
+
+    @classmethod
+    def again(cls, request: GenerationRequest, resumption: Resumption | None = None) -> Attempt:
+        """Under a new id."""
+        attempt_id = AttemptId()
+        return cls(attempt_id.of(request), attempt_id, resumption)
+
+    def to_place(self, prepared: PreparedRequest) -> PreparedRequest:
+        """`prepared` with the prompt length of this attempt."""
+        if self.resumption is None or not self.resumption.num_accepted:
+            return prepared
+        return prepared.resumed(self.resumption.num_tokens)
+
+
+class RetryLoop:
+    """See the module."""
+
+    def __init__(
+        self,
+        cluster: InstanceRegistry,
+        selector: InstanceSelector,
+        breakers: Breakers,
+        policy: RetryPolicy,
+        observer: RequestObserver,
+    ) -> None:
+        self._cluster = cluster
+        self._selector = selector
+        self._breakers = breakers
+        self._policy = policy
+        self._observer = observer
+
+    def ready(self, prepared: PreparedRequest) -> ClusterSnapshot:
+        """The instances that can serve the request now."""
+        return prepared.eligible(self._cluster.snapshot)
+
+    def decide(self, prepared: PreparedRequest) -> Decision:
+        """Where the first attempt would go. Raises NoRoute."""
+        ready = self.ready(prepared)
+        decision = self._selector.decide(self._breakers.admitted(ready), prepared.prompt)
+        if decision is None:
+            raise _no_route(ready)
+        return decision
+
+    async def run(
+        self,
+        prepared: PreparedRequest,
+        on_placed: OnPlaced,
+        execute: Callable[[Attempt, Assignment], Awaitable[T]],
+        next_attempt: Callable[[UpstreamFault], Awaitable[Attempt]],
+    ) -> T:
+        """The result of `execute`, tried on other instances while instances fail.
+
+        `next_attempt` gives the attempt after a fault, or raises what the client is told.
+        Raises NoRoute, PoisonRequest, RequestTimeout, the last fault, and any other error of `execute`.
+        """
+        attempt, faults = Attempt.first(prepared.request), list[UpstreamFault]()
+        placed = self._place(self.ready(prepared), prepared)
+        if placed is None:
+            raise _no_route(self.ready(prepared))
+        self._observer.count_placed(prepared.prompt, prepared.sample)
+        timeout_s = min(self._policy.timeout_s, prepared.request.timeout_s or self._policy.timeout_s)
+        ends_s = asyncio.get_running_loop().time() + timeout_s
+        try:
+            async with asyncio.timeout_at(ends_s):
+                while True:
+                    on_placed(placed, len(faults) + 1)
+                    try:
+                        result = await execute(attempt, placed)
+                    except UpstreamFault as fault:
+                        faults.append(fault)
+                        fault.num_attempts = len(faults)
+                        self._count_fault(fault, placed)
+                        await self._check_poison(faults)
+                        attempt = await next_attempt(fault)
+                        placed = await self._place_again(attempt.to_place(prepared), faults, ends_s)
+                    else:
+                        for instance in placed.instances:
+                            self._breakers.answered(instance)
+                        return result
+        except TimeoutError as error:
+            raise RequestTimeout(f"no answer within {timeout_s:g} s") from error
+
+    async def _check_poison(self, faults: Sequence[UpstreamFault]) -> None:
+        """Raises PoisonRequest as `find_poison`, once it is known which of the instances have ended."""
+        clock = asyncio.get_running_loop().time
+        until_s = clock() + SUSPECT_MISSES * self._cluster.heartbeat_s
+        lost = [fault for fault in faults if isinstance(fault, UpstreamDisconnected)]
+        while True:
+            statuses = [self._cluster.process_status(one.instance_id, one.epoch) for one in lost]
+            ended, unknown = (
+                [one for one, status in zip(lost, statuses, strict=True) if status is wanted]
+                for wanted in (ProcessStatus.EXITED, ProcessStatus.UNKNOWN)
+            )
+            poison = find_poison([*ended, *unknown])
+            if poison is None:
+                return
+            if find_poison(ended) is not None or clock() >= until_s:
+                self._observer.count_poison()
+                raise poison from faults[-1]
+            await asyncio.sleep(STATUS_POLL_S)
+
+    async def _place_again(
+        self, prepared: PreparedRequest, faults: Sequence[UpstreamFault], ends_s: float
+    ) -> Assignment:
+        """Back off, then place the request again, avoiding failed instances.
+
+        Raises the last fault when retries, time or instances run out.
+        """
+        fault, failed = faults[-1], [one.instance_id for one in faults]
+        num_tries = len(faults)
+        while True:
+            left_s = ends_s - asyncio.get_running_loop().time()
+            seconds = backoff_s(self._policy, num_tries, left_s)
+            if seconds is None:
+                raise fault
+            await asyncio.sleep(seconds)
+            num_tries += 1
+            for snapshot in retry_candidates(self.ready(prepared), failed):
+                placed = self._place(snapshot, prepared)
+                if placed is not None:
+                    self._observer.count_retry(fault.kind)
+                    logger.warning(
+                        "request retried rid=%s attempt=%d instances=%s reason=%s",
+                        *(prepared.request.rid, len(faults) + 1, placed.route, fault),
+                    )
+                    return placed
+
+    def _place(self, snapshot: ClusterSnapshot, prepared: PreparedRequest) -> Assignment | None:
+        placed = self._selector.place(self._breakers.admitted(snapshot), prepared.prompt)
+        for instance in placed.instances if placed is not None else ():
+            self._breakers.sent(instance)
+        return placed
+
+    def _count_fault(self, fault: UpstreamFault, placed: Assignment) -> None:
+        """Count it against its instance. A lost connection was counted when it was noticed, once for all."""
+        if isinstance(fault, UpstreamError):
+            for instance in placed.instances:
+                if instance.instance_id == fault.instance_id:
+                    self._breakers.failed(instance)
+
+
+def _no_route(ready: ClusterSnapshot) -> NoRoute:
+    return NoRoute(ready.unavailable_reason() or "no server is ready")

@@ -12,6 +12,7 @@ import pytest
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.breaker import BreakerState
 from memserve.router.cluster.instance import ClusterSnapshot, Instance
+from memserve.router.proxy.recovery import ResumableStream
 from memserve.router.proxy.retry import AttemptId, RetryPolicy, backoff_s, retry_candidates
 from memserve.router.request import Api, GenerationRequest
 from memserve.router.server_info import ServerInfo
@@ -84,11 +85,14 @@ def test_an_alias_has_no_name_that_an_abort_of_the_old_one_could_mean() -> None:
 async def test_an_alias_leaves_streams_however_they_are_cut() -> None:
     alias, written = AttemptId(), list[bytes]()
 
-    async def write(chunk: bytes) -> None:
-        written.append(chunk)
+    class Client:
+        has_begun = False
+
+        async def write(self, chunk: bytes) -> None:
+            written.append(chunk)
 
     stream = b'data: {"id":"%sme"}\n\ndata: [DONE]\n\n' % alias.mark.encode()
-    write_own = alias.remover(write)
+    write_own = ResumableStream(Client(), None).writer(alias, None)
     for i in range(len(stream)):
         await write_own(stream[i : i + 1])
     assert b"".join(written) == b'data: {"id":"me"}\n\ndata: [DONE]\n\n'

@@ -56,7 +56,7 @@ class GenerateHandler:
         """Answer an admitted request."""
         exchange = request.exchange
         prepared = await self._preparer.prepare(Api(exchange.path), request.raw, request.client)
-        call = prepared.call
+        call = prepared.request
         request.rid = call.rid
         if request.slot is not None and request.slot.is_charged:
             request.slot.charge(prepared.prompt.num_tokens + call.max_output_tokens)
