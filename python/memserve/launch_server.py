@@ -80,6 +80,11 @@ class InstanceConfig:
         "memory of the device, at most a quarter of the free memory)",
         metavar="GIB",
     )
+    eviction_policy: Literal["lru", "lfu", "cost"] = setting(
+        "lru",
+        "which cached block the DRAM tier evicts first: lru: the least recently used; lfu: the least often "
+        "used; cost: the cheapest to compute again, by its uses, its place in the prompt and its age",
+    )
     cluster_key_file: Path | None = setting(
         None, "file with the shared secret of the cluster; required if traffic leaves this machine"
     )
@@ -189,6 +194,7 @@ def lend(config: InstanceConfig, key: ClusterKey | None, argv: list[str]) -> Non
             host=host,
             port=port,
             caching=config.caching,
+            eviction=config.eviction_policy,
             transfer=config.transfer,
             mooncake_protocol=config.mooncake_protocol or ("rdma" if rdma_devices() else "tcp"),
             cluster_key=key,
@@ -228,6 +234,7 @@ def pool_settings(config: InstanceConfig, info: InstanceInfo, protocol: Mooncake
         transfer=config.transfer,
         mooncake_protocol=protocol,
         cluster_key_file=str(config.cluster_key_file.resolve()) if config.cluster_key_file else None,
+        eviction=config.eviction_policy,
     )
 
 

@@ -8,6 +8,7 @@ SGLang's events it wants the format "dynamo", and in place of an adapter's name 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -24,9 +25,9 @@ from sglang.srt.disaggregation.kv_events import (
 from sglang.srt.mem_cache.events import KvEventLoraNames
 
 from memserve.core.block_keys import Namespace
+from memserve.core.executor import BoundedExecutor
 from memserve.engine.event_hashes import EventHashNames
 from memserve.engine.server_flags import HBM_PUBLISHER
-from memserve.engine.worker import Worker
 from memserve.mempool.external_tier import ExternalTier
 
 
@@ -81,7 +82,7 @@ class HbmPublisher(EventPublisher):
 
     def __init__(self, attn_dp_rank: int = 0, **_: Any) -> None:
         self._report: HbmReport | None = None
-        self._worker = Worker("mempool-hbm-events")
+        self._executor = BoundedExecutor("mempool-hbm-events", capacity=sys.maxsize)  # No event may be lost.
 
     def join(self, hbm: ExternalTier) -> None:
         """Tell this tier from the first event on."""
@@ -90,15 +91,16 @@ class HbmPublisher(EventPublisher):
     def publish(self, events: Any) -> None:
         report = self._report
         if report is not None:
-            self._worker.submit(lambda: report.apply(events.events))
+            self._executor.execute(lambda: report.apply(events.events))
 
     def drain(self) -> None:
         """Return when the pool knows of everything published so far."""
-        self._worker.drain()
+        self._executor.drain()
 
     def shutdown(self) -> None:
         """Tell the rest, then nothing more. Idempotent."""
-        self._worker.close()
+        self._executor.drain()
+        self._executor.close()
 
     def stats(self) -> dict[str, int] | None:
         """None before `join`."""

@@ -1,11 +1,11 @@
 """SGLang's external cache linker over a MemPool: DRAM and remote tiers under one rank's radix cache.
 
-    scheduler ── lookup ──> pool.num_cached                 microseconds, local knowledge only
-              ── load ────> lease and verify ──> loader: DRAM → HBM, layer by layer, under the forward
-              ── offload ─> packer: HBM → DRAM, checksum, publish ──> node: to other pools, later
+    scheduler ── lookup ──> pool.num_cached                      microseconds, local knowledge only
+              ── load ────> lease, verify ──> loader: pool.swap_in, layer by layer, under the forward
+              ── offload ─> packer: agent.store = pool.swap_out, and pushes to other pools, later
 
 SGLang and the pool name pages by the same keys, hex there and bytes here. Serves full attention,
-latent or not. The public methods are the scheduler thread's. Knows no peers.
+latent or not. The scheduler thread calls the public methods. Knows no peers.
 """
 
 from __future__ import annotations
@@ -25,19 +25,25 @@ from sglang.srt.mem_cache.unified_cache.unified_cache_linker import LayerWiseLoa
 
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, Namespace, key_from_hex, keys_from_hex, page_keys
-from memserve.core.errors import OutOfBlocks
+from memserve.core.errors import InvariantViolated
+from memserve.core.executor import BoundedExecutor
 from memserve.core.ids import new_epoch
 from memserve.engine import sglang_internals as seams
 from memserve.engine.hbm_events import HbmPublisher
 from memserve.engine.kv_blocks import KVBlocks, layout_of
 from memserve.engine.settings import EngineSettings
-from memserve.engine.worker import Worker
 from memserve.instance.pool_agent import MAX_GROWTH, PoolAgent, dram_slots
 from memserve.mempool.arena import Arena
+from memserve.mempool.eviction import EVICTION_POLICIES
 from memserve.mempool.leases import Lease
 from memserve.mempool.pool import MemPool
 
 logger = logging.getLogger(__name__)
+
+MAX_OFFLOADS = 65536
+"""Offloads that wait or run: about 300 bytes each beside the HBM that they keep in place."""
+MAX_LOADS = 1024
+"""Batches of loads that wait or run; a forward waits for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,17 +55,14 @@ class _Load:
     tokens: torch.Tensor
 
 
-@dataclass(frozen=True, slots=True)
-class _Offload:
-    """Pages of one tree node, locked by SGLang until the offload is reported done."""
+@dataclass
+class NodeTransfer(PoolTransfer):
+    """Pages of one tree node, and what SGLang leaves out of the transfer (see hooks/pool.py)."""
 
-    keys: list[BlockKey]
-    parent: BlockKey | None
-    tokens: torch.Tensor
-    home: str | None
-    """The prefill that lacks these pages now that their request has ended."""
-    ready: list[Any]
-    """Device events to wait for; none on the CPU, where the forward has ended."""
+    parent: str | None = None
+    """Key, in hex, of the page before the first one; None at the root."""
+    bootstrap: str | None = None
+    """`host:port` of the prefill that lacks these pages, if they are offloaded at the end of a request."""
 
 
 @dataclass(slots=True)
@@ -111,22 +114,18 @@ class MemPoolLinker(UnifiedCacheLinker):
         num_slots = dram_slots(settings.dram_bytes, layout, hbm_bytes)
         arena = Arena(layout.block_bytes, num_slots, max_slots=MAX_GROWTH * num_slots)
         epoch = new_epoch()
-        self._pool = MemPool(layout, arena, epoch)
+        self._pool = MemPool(layout, arena, epoch, EVICTION_POLICIES[settings.eviction])
         self.node = PoolAgent(settings, self._pool, epoch)
         self._blocks = KVBlocks(device_pool, layout, arena)
         self.pools = {PoolName.KV: device_pool}
         self.forward_stream = forward_stream
         self.layer_done_counter = LayerWiseLoadCounter(device_pool.layer_num)
-        self.offload_parent: str | None = None
-        """Set before each `offload`: the key of the page before its first one."""
-        self.ended_request_of: str | None = None
-        """Set while the pages of a request that has ended are offloaded: its prefill, `host:port`."""
         self._hbm: HbmPublisher | None = None
         self._stats = LinkerStats()
         self._queued: list[_Load] = []
         self._done: deque[bool] = deque()
-        self._packer = Worker("mempool-packer")
-        self._loader = Worker("mempool-loader")
+        self._packer = BoundedExecutor("mempool-packer", capacity=MAX_OFFLOADS)
+        self._loader = BoundedExecutor("mempool-loader", capacity=MAX_LOADS)
         logger.info("memory pool ready blocks=%d block_bytes=%d", arena.num_slots, layout.block_bytes)
 
     def stats(self) -> dict[str, Any]:
@@ -171,7 +170,8 @@ class MemPoolLinker(UnifiedCacheLinker):
             return -1
         loads, self._queued = self._queued, []
         index: int = self.layer_done_counter.update_producer()
-        self._loader.submit(lambda: self._run_loads(index, loads))
+        if not self._loader.execute(lambda: self._run_loads(index, loads)):
+            raise InvariantViolated("the loader is full: more forwards wait for it than can run")
         return index
 
     def finish_layer_wise_loading(self, counter_index: int) -> bool:
@@ -184,16 +184,20 @@ class MemPoolLinker(UnifiedCacheLinker):
             self._pool.release(load.lease)
         return bool(cancelled)
 
-    def offload(self, transfers: list[PoolTransfer], session_id: str | None = None) -> bool:
-        """Queue a node's pages for DRAM. SGLang keeps them in place until the offload is popped."""
+    def offload(self, transfers: list[NodeTransfer], session_id: str | None = None) -> bool:
+        """Queue a node's pages for DRAM; False if the queue is full.
+
+        SGLang keeps the pages in place until the offload is popped.
+        """
         (transfer,) = transfers
-        parent = key_from_hex(self.offload_parent) if self.offload_parent else None
+        # On the CPU the forward has ended by now.
         ready = [] if transfer.device_indices.device.type == "cpu" else self.record_offload_ready()
-        keys = keys_from_hex(transfer.keys)
-        task = _Offload(keys, parent, transfer.device_indices, self.ended_request_of, ready)
         self._stats.offloads_begun += 1
-        self._packer.submit(lambda: self._done.append(self._pack(task)))
-        return True
+        if self._packer.execute(lambda: self._done.append(self._pack(transfer, ready))):
+            return True
+        self._stats.declined_offloads += 1
+        self._stats.offloads += 1
+        return False
 
     def num_completed_offloads(self) -> int:
         return len(self._done)
@@ -242,22 +246,22 @@ class MemPoolLinker(UnifiedCacheLinker):
             for lease in leases:
                 self._pool.release(lease)
 
-    def _pack(self, task: _Offload) -> bool:
-        """Packer thread. Whether the pages are in DRAM now; a full pool is no failure of anybody's."""
+    def _pack(self, transfer: NodeTransfer, ready: list[Any]) -> bool:
+        """Packer thread. Whether the pages are in DRAM now; False, and counted, if there is no room for them.
+
+        `ready`: device events to wait for.
+        """
         begun = time.monotonic()
-        for event in task.ready:
+        for event in ready:
             event.synchronize()
-        try:
-            pages = self._blocks.pages(task.tokens)
-            copied = self._pool.swap_out(task.keys, self._blocks, pages, task.parent)
-        except OutOfBlocks as error:
-            logger.warning("not offloaded pages=%d: %s", len(task.keys), error)
-            copied = None
+        pages = self._blocks.pages(transfer.device_indices)
+        parent = key_from_hex(transfer.parent) if transfer.parent else None
+        keys = keys_from_hex(transfer.keys)
+        copied = self.node.store(keys, self._blocks, pages, parent, transfer.bootstrap)
         if copied is None:
             self._stats.declined_offloads += 1
-        else:
+        elif copied:
             self._stats.offloaded_blocks += copied
-            self._stats.offload_s += time.monotonic() - begun if copied else 0
-            self.node.stored(task.keys, task.parent, task.home)
+            self._stats.offload_s += time.monotonic() - begun
         self._stats.offloads += 1
         return copied is not None

@@ -17,6 +17,7 @@ from memserve.core.errors import ConfigError, MemServeError, OutOfBlocks
 from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout
 from memserve.mempool.arena import Arena
+from memserve.mempool.eviction import EvictionPolicy, lru
 from memserve.mempool.pool import MemPool
 
 logger = logging.getLogger(__name__)
@@ -41,6 +42,7 @@ class MemoryBudget:
         epoch: Epoch,
         *,
         on_resized: Callable[[MemPool], None],
+        eviction: EvictionPolicy = lru,
         step_bytes: int = STEP_BYTES,
     ) -> None:
         """`epoch` is the process's; nothing is taken yet.
@@ -51,6 +53,7 @@ class MemoryBudget:
         self.budget_bytes = budget_bytes
         self._epoch = epoch
         self._on_resized = on_resized
+        self._eviction = eviction
         self._step_bytes = step_bytes
         self._changing = threading.Lock()
         self._pools: dict[bytes, MemPool] = {}
@@ -132,7 +135,7 @@ class MemoryBudget:
                 self._resize(pool, self._num_slots(pool, self._share(0)))
             raise OutOfBlocks(max(share // slot_bytes, 1), 0, 0)
         arena = Arena(layout.block_bytes, num_slots, max_slots=self.budget_bytes // slot_bytes)
-        return MemPool(layout, arena, self._epoch)
+        return MemPool(layout, arena, self._epoch, self._eviction)
 
     def _step(self, pool: MemPool, share: int) -> bool:
         """Shrink to the share; or grow towards it, as far as the budget goes, at most to the double."""

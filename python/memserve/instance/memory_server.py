@@ -36,6 +36,7 @@ from memserve.instance.metrics import CONTENT_TYPE, exposition
 from memserve.instance.publisher import Publisher
 from memserve.instance.tier_blocks import tier_blocks
 from memserve.mempool.events import digest
+from memserve.mempool.eviction import EVICTION_POLICIES, EvictionName
 from memserve.mempool.free_memory import free_memory_bytes
 from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.config import PeersConfig
@@ -66,6 +67,7 @@ class MemoryConfig:
     port: int
     """Of the HTTP pages; 0: the system picks one."""
     caching: CachingMode = CachingMode.FULL
+    eviction: EvictionName = "lru"
     transfer: TransportName = "auto"
     mooncake_protocol: MooncakeProtocol = "rdma"
     cluster_key: ClusterKey | None = None
@@ -119,7 +121,9 @@ class MemoryServer:
         _check_room(config.dram_bytes)
         self._config = config
         epoch = new_epoch()
-        self.lent = MemoryBudget(config.dram_bytes, epoch, on_resized=self._resized)
+        self.lent = MemoryBudget(
+            config.dram_bytes, epoch, eviction=EVICTION_POLICIES[config.eviction], on_resized=self._resized
+        )
         peers_config = PeersConfig(
             host=config.host,
             transport=config.transfer,

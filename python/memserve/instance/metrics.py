@@ -2,7 +2,8 @@
 
 A report is what `/mempool` shows of one pool: a section per component (`pool`, `peers`, `outbox`,
 `linker`, `hbm`, `events`), each a flat map from a counter's name to its number, or None. What
-is no number is left out. Knows the names and meanings of counters, not where they come from.
+is no number is left out. `pool` is the DRAM tier; `tiers` has such a section for each further tier of
+the pool, by the tier's name. Knows the names and meanings of counters, not where they come from.
 Source: Prometheus, "Exposition formats", text format 0.0.4.
 """
 
@@ -137,12 +138,21 @@ def _samples(report: Report, labels: Labels) -> Iterator[_Sample]:
     for section, numbers in report.items():
         if section == "labels" or not isinstance(numbers, Mapping):
             continue
-        tier = {"tier": "dram"} if section == "pool" else {}
-        for field, value in numbers.items():
-            if isinstance(value, int | float):
-                known = SECTIONS.get(section, {}).get(field, Metric(field, f"{section}: {field}", "untyped"))
-                metric = known._replace(name=f"memserve_{section}_{known.name}")
-                yield _Sample(metric, {**labels, **tier, **dict(known.labels)}, value)
+        if section == "tiers":
+            for tier, of_tier in numbers.items():
+                yield from _numbers("pool", of_tier, {**labels, "tier": tier})
+        elif section == "pool":
+            yield from _numbers(section, numbers, {**labels, "tier": "dram"})
+        else:
+            yield from _numbers(section, numbers, labels)
+
+
+def _numbers(section: str, numbers: Mapping[str, object], labels: Labels) -> Iterator[_Sample]:
+    for field, value in numbers.items():
+        if isinstance(value, int | float):
+            known = SECTIONS.get(section, {}).get(field, Metric(field, f"{section}: {field}", "untyped"))
+            metric = known._replace(name=f"memserve_{section}_{known.name}")
+            yield _Sample(metric, {**labels, **dict(known.labels)}, value)
 
 
 def _in_braces(labels: Labels) -> str:

@@ -21,10 +21,11 @@ from typing import Any
 import msgspec
 from xxhash import xxh3_64_intdigest
 
+from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey
 from memserve.core.caching import CachingMode
 from memserve.core.cluster_key import ClusterKey
-from memserve.core.errors import InstanceLost, LayoutMismatch, MemServeError, PeerDeclined
+from memserve.core.errors import InstanceLost, LayoutMismatch, MemServeError, OutOfBlocks, PeerDeclined
 from memserve.core.ids import Epoch, InstanceId
 from memserve.core.kv_layout import KVLayout
 from memserve.instance.membership import Membership
@@ -33,8 +34,9 @@ from memserve.instance.publisher import Publisher
 from memserve.instance.push_queue import PushQueue, PushTask
 from memserve.instance.tier_blocks import tier_blocks
 from memserve.mempool.events import digest
+from memserve.mempool.eviction import EvictionName
 from memserve.mempool.free_memory import free_memory_bytes
-from memserve.mempool.pool import MemPool
+from memserve.mempool.pool import Device, MemPool
 from memserve.mempool.remote.config import PeerAddress, PeersConfig
 from memserve.mempool.remote.peers import Peers
 from memserve.transport.registry import MooncakeProtocol, TransportName
@@ -69,6 +71,7 @@ class PoolSettings(msgspec.Struct, frozen=True):
     transfer: TransportName
     mooncake_protocol: MooncakeProtocol
     cluster_key_file: str | None
+    eviction: EvictionName = "lru"
 
 
 def dram_slots(dram_bytes: int | None, layout: KVLayout, hbm_bytes: int) -> int:
@@ -99,10 +102,28 @@ class PoolAgent:
 
     # ---- what goes out
 
-    def stored(self, keys: Sequence[BlockKey], parent: BlockKey | None, bootstrap: str | None) -> None:
-        """These pages are in the pool now; `bootstrap` names the prefill of a request that has ended."""
-        for to in self._receivers(keys, bootstrap):
-            self._outbox.offer(PushTask(to, keys, parent))
+    def store(
+        self,
+        keys: Sequence[BlockKey],
+        device: Device,
+        pages: Any,
+        parent: BlockKey | None,
+        bootstrap: str | None,
+    ) -> int | None:
+        """Swap pages of HBM out to the pool, and queue their push to the pools that should have them, too.
+
+        Arguments and result are those of `MemPool.swap_out`, but a full pool is logged and gives None.
+        `bootstrap` names the prefill of a request that has ended. Pages that are not stored are not pushed.
+        """
+        try:
+            copied = self.pool.swap_out(keys, device, pages, parent)
+        except OutOfBlocks as error:
+            logger.warning("not offloaded pages=%d: %s", len(keys), error)
+            return None
+        if copied is not None:
+            for to in self._receivers(keys, bootstrap):
+                self._outbox.offer(PushTask(to, keys, parent))
+        return copied
 
     def forget(self) -> None:
         """Send nothing of what has been stored so far; the pool is being cleared."""
@@ -124,9 +145,11 @@ class PoolAgent:
         """Everything there is to know, as plain values."""
         members = self._members.pools() if self._members is not None else ()
         sequence, cached = self.pool.cached()
+        tiers = self.pool.stats_by_tier()
         return {
             "members": {"known": len(members)},
-            "pool": asdict(self.pool.stats()),
+            "pool": asdict(tiers.pop(Tier.DRAM)),
+            "tiers": {tier.name.lower(): asdict(stats) for tier, stats in tiers.items()},
             "peers": asdict(self._peers.stats()) if self._peers is not None else None,
             "outbox": asdict(self._outbox.stats()),
             "events": {"numbered": sequence},

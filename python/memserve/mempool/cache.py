@@ -22,10 +22,10 @@ class BlockCache:
     """A slot is CACHED in `allocator` exactly while a node of `index` names it."""
 
     def __init__(
-        self, num_slots: int, max_slots: int, tier: Tier, ordering: EvictionPolicy, events: EventLog
+        self, num_slots: int, max_slots: int, tier: Tier, eviction: EvictionPolicy, events: EventLog
     ) -> None:
         self.allocator = Allocator(num_slots, max_slots)
-        self.index = BlockIndex(max_slots, ordering)
+        self.index = BlockIndex(max_slots, eviction)
         self.tier = tier
         self._events = events
         self.evictions = 0

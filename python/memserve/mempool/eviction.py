@@ -10,7 +10,7 @@ import heapq
 import math
 from array import array
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Literal, NamedTuple
 
 
 class BlockUse(NamedTuple):
@@ -55,12 +55,10 @@ def cost_aware(half_life_ticks: float = 4096, attention_blocks: float = 512) -> 
     return order
 
 
-ORDERINGS: dict[str, Callable[[], EvictionPolicy]] = {
-    "lru": lambda: lru,
-    "lfu": lambda: lfu,
-    "cost-aware": cost_aware,
-}
-"""What an operator can choose."""
+EvictionName = Literal["lru", "lfu", "cost"]
+
+EVICTION_POLICIES: dict[EvictionName, EvictionPolicy] = {"lru": lru, "lfu": lfu, "cost": cost_aware()}
+"""The values of `--eviction-policy`."""
 
 
 class EvictionQueue:

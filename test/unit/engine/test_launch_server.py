@@ -10,10 +10,14 @@ import pytest
 
 from memserve.core.caching import CachingMode
 from memserve.core.errors import ConfigError
+from memserve.core.ids import Epoch, InstanceId
 from memserve.engine.server import prepare
 from memserve.engine.settings import EngineSettings
-from memserve.launch_server import main, parse
-from memserve.wire.messages import Role
+from memserve.instance import memory_server
+from memserve.instance.memory_server import MemoryConfig
+from memserve.launch_server import lend, main, parse, pool_settings
+from memserve.mempool.eviction import EVICTION_POLICIES
+from memserve.wire.messages import InstanceInfo, Role
 
 
 @pytest.fixture(autouse=True)
@@ -51,6 +55,21 @@ def test_sglangs_refusal_of_a_flag_is_one_line(tiny_model: Path, flags: list[str
     with pytest.raises(ConfigError, match=flags[0]) as caught:
         prepare(Role.COLOCATED, CachingMode.FULL, SETTINGS, ["--model-path", str(tiny_model), *flags])
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("policy", EVICTION_POLICIES)
+def test_the_eviction_policy_reaches_servers_and_memory_servers(
+    policy: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    flags = ["--eviction-policy", policy, "--router", "127.0.0.1:1", "--dram-gib", "1"]
+    config, _ = parse(["--role", "prefill", *flags])
+    info = InstanceInfo(InstanceId("p"), Epoch(1), Role.PREFILL, "http://127.0.0.1:2", 3, CachingMode.FULL)
+    assert pool_settings(config, info, "tcp").eviction == policy
+    lent: list[MemoryConfig] = []
+    monkeypatch.setattr(memory_server, "run", lent.append)
+    config, _ = parse(["--role", "memory", *flags])
+    lend(config, None, [])
+    assert lent[0].eviction == policy
 
 
 def test_sglangs_own_flags_pass_through() -> None:

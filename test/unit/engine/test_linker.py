@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from sglang.srt.disaggregation.kv_events import AllBlocksCleared, BlockStored, KVEventBatch, StorageMedium
-from sglang.srt.mem_cache.hicache_storage import PoolName, PoolTransfer
+from sglang.srt.mem_cache.hicache_storage import PoolName
 from sglang.srt.mem_cache.unified_cache.components import ComponentType
 from sglang.srt.runtime_context import get_parallel
 
@@ -18,10 +19,11 @@ from memserve.core.caching import CachingMode
 from memserve.core.ids import InstanceId
 from memserve.engine.hbm_events import HbmPublisher
 from memserve.engine.kv_blocks import MAX_BATCH_BLOCKS, KVBlocks, layout_of
-from memserve.engine.linker import MemPoolLinker
+from memserve.engine.linker import MemPoolLinker, NodeTransfer
 from memserve.engine.settings import SETTINGS_VARIABLE, EngineSettings
 from memserve.instance.pool_agent import PoolSettings
 from memserve.mempool.arena import Arena
+from memserve.mempool.eviction import EvictionName
 from memserve.testing.cluster import wait_for
 from memserve.wire.messages import Role
 
@@ -51,7 +53,7 @@ def uneven_pool(dtype: torch.dtype = torch.float32) -> Any:
     return pool
 
 
-def make_linker(pool: Any, num_blocks: int = 64) -> MemPoolLinker:
+def make_linker(pool: Any, num_blocks: int = 64, eviction: EvictionName = "lru") -> MemPoolLinker:
     settings = PoolSettings(
         instance_id=InstanceId("prefill"),
         role=Role.PREFILL,
@@ -63,6 +65,7 @@ def make_linker(pool: Any, num_blocks: int = 64) -> MemPoolLinker:
         transfer="auto",
         mooncake_protocol="tcp",
         cluster_key_file=None,
+        eviction=eviction,
     )
     EngineSettings("auto", "tcp", None, settings).export()
     allocator = SimpleNamespace(get_kvcache=lambda: pool)
@@ -99,21 +102,20 @@ def linker(pool: Any) -> Iterator[MemPoolLinker]:
     assert stats.private == stats.reserved == stats.quarantined == stats.leases == 0
 
 
-def transfer(num_pages: int, *, first_token: int = 0, seed: int = 0) -> PoolTransfer:
+def transfer(num_pages: int, *, first_token: int = 0, seed: int = 0) -> NodeTransfer:
     """Pages of one prompt, in device tokens from `first_token` on."""
     keys = [key.hex() for key in page_keys([seed] * num_pages * PAGE, PAGE)]
     tokens = torch.arange(first_token, first_token + num_pages * PAGE)
-    return PoolTransfer(name=PoolName.KV, keys=keys, device_indices=tokens)
+    return NodeTransfer(name=PoolName.KV, keys=keys, device_indices=tokens)
 
 
-def offload(linker: MemPoolLinker, pages: PoolTransfer, parent: str | None = None) -> bool:
-    linker.offload_parent = parent
-    assert linker.offload([pages])
+def offload(linker: MemPoolLinker, pages: NodeTransfer, parent: str | None = None) -> bool:
+    assert linker.offload([replace(pages, parent=parent)])
     wait_for(linker.num_completed_offloads, what="the offload", timeout_s=10)
     return linker.pop_completed_offload()
 
 
-def load(linker: MemPoolLinker, pages: PoolTransfer) -> bool:
+def load(linker: MemPoolLinker, pages: NodeTransfer) -> bool:
     if not linker.load("rid", [pages]):
         return False
     index = linker.start_layer_wise_loading()
@@ -165,8 +167,8 @@ def test_what_was_offloaded_is_found_and_loaded_elsewhere(linker: MemPoolLinker,
 def test_a_later_node_joins_the_chain_of_its_parent(linker: MemPoolLinker) -> None:
     whole = transfer(6)
     assert whole.keys is not None
-    head = PoolTransfer(name=PoolName.KV, keys=whole.keys[:4], device_indices=torch.arange(16))
-    tail = PoolTransfer(name=PoolName.KV, keys=whole.keys[4:], device_indices=torch.arange(16, 24))
+    head = NodeTransfer(name=PoolName.KV, keys=whole.keys[:4], device_indices=torch.arange(16))
+    tail = NodeTransfer(name=PoolName.KV, keys=whole.keys[4:], device_indices=torch.arange(16, 24))
     assert not offload(linker, tail, parent=whole.keys[3]), "nobody could find it"
     assert linker._pool.stats().cached == 0
     assert offload(linker, head)
@@ -204,6 +206,20 @@ def test_a_full_tier_evicts_and_one_too_small_declines() -> None:
     assert linker.lookup("rid", [transfer(3, seed=2)])[-1] == 3
     assert linker._pool.stats().evictions == 2
     assert not offload(linker, transfer(5, seed=3))
+    linker.close()
+
+
+@pytest.mark.parametrize(("eviction", "kept"), [("lru", 2), ("lfu", 1), ("cost", 1)])
+def test_the_eviction_policy_reaches_the_pool(eviction: EvictionName, kept: int) -> None:
+    """Prompt 1 is used often, prompt 2 last; the third prompt takes the place of one of them."""
+    linker = make_linker(device_pool(), num_blocks=2, eviction=eviction)
+    assert offload(linker, transfer(1, seed=1))
+    for _ in range(5):
+        assert load(linker, transfer(1, seed=1, first_token=400))
+        wait_for(lambda: linker._pool.stats().leases == 0, what="the lease to end", timeout_s=10)
+    assert offload(linker, transfer(1, seed=2))
+    assert offload(linker, transfer(1, seed=3))
+    assert [seed for seed in (1, 2) if linker.lookup("rid", [transfer(1, seed=seed)])] == [kept]
     linker.close()
 
 

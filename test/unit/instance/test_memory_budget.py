@@ -12,6 +12,7 @@ from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout
 from memserve.instance import memory_budget as lent_memory
 from memserve.instance.memory_budget import UNUSED_S, LayoutUsage, MemoryBudget
+from memserve.mempool.eviction import EVICTION_POLICIES, EvictionName
 from memserve.mempool.pool import MemPool
 from memserve.testing.fake_clock import FakeClock
 
@@ -137,6 +138,21 @@ def test_a_large_pool_begins_small_and_doubles(make: Callable[..., Stage]) -> No
         grown.append(stage.sizes())
     assert grown == [[2], [4], [8], [12]]
     assert stage.resized == [("a", 4), ("a", 8), ("a", 12)]
+
+
+@pytest.mark.parametrize(("name", "kept"), [("lru", 1), ("lfu", 0)])
+def test_pools_evict_by_the_policy_they_were_given(name: EvictionName, kept: int) -> None:
+    """Prompt 0 is used often, prompt 1 last."""
+    lent = MemoryBudget(
+        2 * BLOCK, Epoch(1), on_resized=lambda _: None, eviction=EVICTION_POLICIES[name], step_bytes=2 * BLOCK
+    )
+    pool = lent.pool_of(layout("a"))
+    keys = fill(pool)
+    for key in (*[keys[0]] * 5, keys[1]):
+        pool.release(pool.acquire(pool.match([key])))
+    pool.free_mem(pool.alloc_mem(1))
+    assert [i for i, key in enumerate(keys) if pool.num_cached([key])] == [kept]
+    lent.close()
 
 
 def test_a_step_smaller_than_a_block_is_one_block(make: Callable[..., Stage]) -> None:

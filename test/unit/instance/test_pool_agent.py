@@ -108,6 +108,21 @@ def fetch(node: PoolAgent, keys: Sequence[BlockKey]) -> Fetched:
     return answer
 
 
+def push(node: PoolAgent, keys: Sequence[BlockKey], parent: BlockKey | None, bootstrap: str | None) -> None:
+    """Store blocks that the node has already, which pushes them."""
+    assert node.store(keys, NoDevice(), [], parent, bootstrap) == 0
+
+
+class NoDevice:
+    """HBM that must not be read."""
+
+    def pack(self, slots: Sequence[int], pages: object) -> None:
+        raise AssertionError("the pool has these blocks")
+
+    def load_layer(self, layer: int, slots: Sequence[int], pages: object) -> None:
+        raise AssertionError("nothing is loaded here")
+
+
 def wait_sent(node: PoolAgent) -> None:
     wait_for(lambda: not node.stats()["outbox"]["waiting"], what="the outbox to be empty", timeout_s=10)
 
@@ -117,7 +132,7 @@ def test_the_pages_of_an_ended_request_go_home_and_only_those_that_are_lacking(j
     keys = chain(6)
     prompt = store(prefill, keys[:4])
     answer = store(decode, keys)[4:]
-    decode.stored(keys, None, BOOTSTRAP)
+    push(decode, keys, None, BOOTSTRAP)
     wait_sent(decode)
     assert read(prefill, keys) == prompt + answer
     stats = decode.stats()
@@ -129,7 +144,7 @@ def test_a_prefill_that_has_lost_the_prompt_gets_all_of_it(join: Join) -> None:
     prefill, decode = join(Role.PREFILL), join(Role.DECODE)
     keys = chain(6)
     data = store(decode, keys)
-    decode.stored(keys[4:], keys[3], BOOTSTRAP)
+    push(decode, keys[4:], keys[3], BOOTSTRAP)
     wait_sent(decode)
     assert read(prefill, keys) == data
 
@@ -138,8 +153,8 @@ def test_nothing_goes_home_while_a_request_runs_nor_to_a_prefill_nobody_knows(jo
     prefill, decode = join(Role.PREFILL), join(Role.DECODE)
     keys = chain(3)
     store(decode, keys)
-    decode.stored(keys, None, None)
-    decode.stored(keys, None, "127.0.0.1:9")
+    push(decode, keys, None, None)
+    push(decode, keys, None, "127.0.0.1:9")
     wait_sent(decode)
     assert prefill.pool.stats().cached == 0
 
@@ -171,7 +186,7 @@ def test_no_other_mode_sends_anything_home(join: Join) -> None:
     decode = join(Role.DECODE, caching=CachingMode.BOTH)
     keys = chain(3)
     store(decode, keys)
-    decode.stored(keys, None, BOOTSTRAP)
+    push(decode, keys, None, BOOTSTRAP)
     wait_sent(decode)
     assert prefill.pool.stats().cached == 0
 
@@ -201,7 +216,7 @@ def test_a_tier_is_resized_while_it_serves(join: Join) -> None:
     data = store(decode, keys)
     prefill.resize(2 * NUM_BLOCKS * LAYOUT.block_bytes)
     wait_for(lambda: prefill.pool.stats().total == 2 * NUM_BLOCKS, what="growth", timeout_s=10)
-    decode.stored(keys, None, BOOTSTRAP)
+    push(decode, keys, None, BOOTSTRAP)
     wait_sent(decode)
     assert read(prefill, keys) == data
     prefill.resize(8 * LAYOUT.block_bytes)

@@ -40,6 +40,15 @@ def test_blocks_are_shown_by_tier_and_state() -> None:
     assert 'memserve_pool_hits_total{tier="dram"} 0' in text
 
 
+def test_further_tiers_are_shown_as_the_dram_tier_is_with_their_own_label() -> None:
+    report = pool_report()
+    text = lines({"pool": report, "tiers": {"disk": report}})
+    start = text.index("# TYPE memserve_pool_capacity_blocks gauge")
+    assert text[start + 1 : start + 3] == [
+        f'memserve_pool_capacity_blocks{{tier="{tier}"}} 5' for tier in ("dram", "disk")
+    ]
+
+
 def test_each_family_is_declared_once_and_in_one_piece() -> None:
     report = {
         "pool": pool_report(),

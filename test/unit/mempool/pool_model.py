@@ -11,7 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize
 from memserve.core.block_addr import BlockAddr, Tier, slot_of
 from memserve.core.block_keys import BlockKey
 from memserve.core.cache_events import Follower
-from memserve.mempool.eviction import ORDERINGS
+from memserve.mempool.eviction import EVICTION_POLICIES, EvictionName
 from memserve.mempool.leases import Lease
 from memserve.mempool.pool import MemPool
 from memserve.mempool.records import Reservation
@@ -37,9 +37,9 @@ class TierCounts:
 class PoolModel(RuleBasedStateMachine):
     """Who owns which address, and which prefix is cached where."""
 
-    @initialize(ordering=st.sampled_from(sorted(ORDERINGS)))
-    def open(self, ordering: str) -> None:
-        self.pool = self.make(ordering)
+    @initialize(eviction=st.sampled_from(sorted(EVICTION_POLICIES)))
+    def open(self, eviction: EvictionName) -> None:
+        self.pool = self.make(eviction)
         self.num_slots = NUM_SLOTS
         self.private: dict[BlockAddr, bool] = {}  # address -> sealed
         self.cached: dict[tuple[int, ...], BlockAddr] = {}
@@ -51,8 +51,8 @@ class PoolModel(RuleBasedStateMachine):
         self.everyone: list[BlockAddr] = []
         self.corruptions = 0
 
-    def make(self, ordering: str) -> MemPool:
-        return make_pool(NUM_SLOTS, ORDERINGS[ordering](), max_slots=MAX_SLOTS)
+    def make(self, eviction: EvictionName) -> MemPool:
+        return make_pool(NUM_SLOTS, EVICTION_POLICIES[eviction], max_slots=MAX_SLOTS)
 
     def teardown(self) -> None:
         """After the last request: private = reserved = leases = 0."""

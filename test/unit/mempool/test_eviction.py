@@ -6,7 +6,15 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memserve.mempool.eviction import ORDERINGS, BlockUse, EvictionPolicy, EvictionQueue, cost_aware, lfu, lru
+from memserve.mempool.eviction import (
+    EVICTION_POLICIES,
+    BlockUse,
+    EvictionPolicy,
+    EvictionQueue,
+    cost_aware,
+    lfu,
+    lru,
+)
 
 uses = st.builds(BlockUse, st.integers(1, 10**9), st.integers(0, 10**6), st.integers(0, 10**5))
 
@@ -30,9 +38,9 @@ def test_which_goes_first(ordering: EvictionPolicy, first: BlockUse, then: Block
     assert ordering(first) < ordering(then)
 
 
-@given(use=uses, later=st.integers(1, 1000), name=st.sampled_from(sorted(ORDERINGS)))
+@given(use=uses, later=st.integers(1, 1000), name=st.sampled_from(sorted(EVICTION_POLICIES)))
 def test_a_use_never_lowers_a_blocks_value(use: BlockUse, later: int, name: str) -> None:
-    ordering = ORDERINGS[name]()
+    ordering = EVICTION_POLICIES[name]
     assert ordering(BlockUse(use.last_used + later, use.uses + 1, use.depth)) >= ordering(use)
 
 

@@ -11,7 +11,7 @@ from hypothesis.stateful import initialize, invariant, precondition, rule
 from memserve.core.block_addr import BlockAddr, Tier, tier_of
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import OutOfBlocks
-from memserve.mempool.eviction import ORDERINGS
+from memserve.mempool.eviction import EVICTION_POLICIES, EvictionName
 from memserve.mempool.leases import Lease
 from memserve.mempool.pool import MemPool
 
@@ -25,8 +25,8 @@ HBM_SLOTS = 7
 class TiersMachine(PoolMachine):
     """What is cached in HBM, besides what PoolModel knows of DRAM."""
 
-    def make(self, ordering: str) -> MemPool:
-        return make_pool(NUM_SLOTS, ORDERINGS[ordering](), max_slots=MAX_SLOTS, hbm_slots=HBM_SLOTS)
+    def make(self, eviction: EvictionName) -> MemPool:
+        return make_pool(NUM_SLOTS, EVICTION_POLICIES[eviction], max_slots=MAX_SLOTS, hbm_slots=HBM_SLOTS)
 
     @initialize()
     def open_hbm(self) -> None:

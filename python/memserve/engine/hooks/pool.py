@@ -8,24 +8,28 @@ from __future__ import annotations
 import logging
 import pkgutil
 from collections.abc import Callable
+from contextvars import ContextVar
 from types import SimpleNamespace
 from typing import Any
 
 from memserve.engine import sglang_internals as seams
 from memserve.engine.hbm_events import ExtraKeys, HbmPublisher, is_ours, register_publisher
-from memserve.engine.linker import MemPoolLinker
+from memserve.engine.linker import MemPoolLinker, NodeTransfer
 
 logger = logging.getLogger(__name__)
 
 DRAM_GIB = "memserve_dram_gib"
+
+_ended_bootstrap: ContextVar[str | None] = ContextVar("ended_bootstrap", default=None)
+"""`host:port` of the prefill of a request that has ended, while SGLang offloads its pages."""
 
 
 def place() -> None:
     """Register the hooks, in a process that has a scheduler."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
-    HookRegistry.register(seams.OFFLOAD_NODE, name_offload_parent, HookType.BEFORE)
-    HookRegistry.register(seams.CHECKPOINT, name_ended_request, HookType.AROUND)
+    HookRegistry.register(seams.OFFLOAD_NODE, describe_offload, HookType.BEFORE)
+    HookRegistry.register(seams.CHECKPOINT, note_ended_request, HookType.AROUND)
     HookRegistry.register(seams.ARRIVAL, record_prompt_keys, HookType.BEFORE)
     HookRegistry.register(seams.DECODE_QUEUE, release_offloaded, HookType.BEFORE)
     HookRegistry.register(seams.UPDATE_HANDLERS, offer_resize, HookType.AFTER)
@@ -41,24 +45,26 @@ def linker_of(tree_cache: Any) -> MemPoolLinker | None:
     return linker if isinstance(linker, MemPoolLinker) else None
 
 
-def name_offload_parent(wrapper: Any, node_id: Any, transfers: Any) -> None:
-    """Tell the linker which page comes before a node's, which SGLang leaves out of the transfer."""
-    linker = linker_of(wrapper.cache)
-    if linker is not None:
+def describe_offload(wrapper: Any, node_id: Any, transfers: Any) -> None:
+    """Add to a node's transfer the page before it and, if its request has ended, the request's prefill."""
+    if linker_of(wrapper.cache) is not None:
         before = wrapper.cache.get_prefix_hash_values(node_id)
-        linker.offload_parent = before[-1] if before else None
+        (transfer,) = transfers
+        transfers[:] = [
+            NodeTransfer(
+                **vars(transfer), parent=before[-1] if before else None, bootstrap=_ended_bootstrap.get()
+            )
+        ]
 
 
-def name_ended_request(original: Callable[..., Any], cache: Any, req: Any, **kwargs: Any) -> Any:
-    """Tell the linker which prefill lacks what is offloaded because `req` has ended."""
-    linker = linker_of(cache)
-    if linker is None or not req.finished() or req.bootstrap_host is None:
-        return original(cache, req, **kwargs)
-    linker.ended_request_of = f"{req.bootstrap_host}:{req.bootstrap_port}"
+def note_ended_request(original: Callable[..., Any], cache: Any, req: Any, **kwargs: Any) -> Any:
+    """Note which prefill lacks the pages that are offloaded because `req` has ended."""
+    is_ended = linker_of(cache) is not None and req.finished() and req.bootstrap_host is not None
+    token = _ended_bootstrap.set(f"{req.bootstrap_host}:{req.bootstrap_port}" if is_ended else None)
     try:
         return original(cache, req, **kwargs)
     finally:
-        linker.ended_request_of = None
+        _ended_bootstrap.reset(token)
 
 
 def record_prompt_keys(scheduler: Any, req: Any, *_: Any, **__: Any) -> None:
