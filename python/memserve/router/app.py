@@ -28,6 +28,7 @@ from memserve.router.http.endpoints import routes
 from memserve.router.http.handlers.dashboard import Dashboard
 from memserve.router.http.handlers.generate import GenerateHandler
 from memserve.router.http.handlers.info import InfoHandlers
+from memserve.router.http.handlers.passthrough import PassthroughHandler
 from memserve.router.http.handlers.workers import WorkersApi
 from memserve.router.http.ingress import Ingress, build_ingress
 from memserve.router.http.middleware import Cors
@@ -42,6 +43,7 @@ from memserve.router.proxy.connection_pool import ConnectionPool
 from memserve.router.proxy.dispatcher import Dispatcher
 from memserve.router.proxy.executor import RequestExecutor
 from memserve.router.proxy.fetcher import Fetcher
+from memserve.router.proxy.passthrough import Passthrough
 from memserve.router.proxy.prepare import RequestPreparer
 from memserve.router.proxy.recovery import StreamRecovery
 from memserve.router.proxy.retry import RetryLoop, RetryPolicy
@@ -111,6 +113,14 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         record, id_headers = state.telemetry.requests.add, config.observe.request_id_headers
         chain = RequestChain(ingress, record, traces, id_headers, cors.reply if cors else None)
         generate = GenerateHandler(chain, preparer, dispatcher)
+        passthrough = Passthrough(
+            connections,
+            preparer.candidates,
+            state.breakers,
+            state.selector.num_running,
+            _on_lost(state),
+            timeout_s=config.request_timeout_secs,
+        )
         drains = DrainManager(
             cluster, pools, state.selector.num_running, key=key, evacuate_s=config.drain_evacuate_secs
         )
@@ -119,7 +129,14 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         stack.callback(roles.close)
         pages = InfoHandlers(state, metrics.exposition, session, ingress.access, encode_json(document()))
         dashboard = Dashboard(state, config, ingress.admission)
-        app = web_app(cors, ingress, routes(generate, WorkersApi(state, drains, roles), pages, dashboard))
+        handlers = (
+            generate,
+            PassthroughHandler(chain, passthrough),
+            WorkersApi(state, drains, roles),
+            pages,
+            dashboard,
+        )
+        app = web_app(cors, ingress, routes(*handlers))
         port = await serve_http(stack, config, generate, app, ingress)
         await serve_metrics(stack, config, pages)
         control = _listening(stack, config, state, port, key)

@@ -95,6 +95,7 @@ class FakeWorker:
                 web.post("/generate", self._generate),
                 web.post("/v1/chat/completions", self._generate),
                 web.post("/v1/completions", self._generate),
+                web.post("/v1/embeddings", self._generate),
                 web.post("/abort_request", self._abort),
                 web.get("/health", self._health),
                 web.get("/model_info", self._model_info),
@@ -145,6 +146,9 @@ class FakeWorker:
         refused = self._refusal(received, script)
         if refused is not None:
             return refused
+        if received.path == "/v1/embeddings":
+            await self._reach(request, script, 0)
+            return web.json_response({"object": "list", "data": [{"index": 0, "embedding": [0.5, -0.5]}]})
         answers = Answers(received.path, received.body, script, self.role)
         if received.body.get("stream"):
             return await self._stream(request, received, answers, script)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
-from collections.abc import Coroutine, Iterator
+from collections.abc import Coroutine, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
@@ -99,14 +99,13 @@ class _Failures(logging.Handler):
 
 
 @contextmanager
-def beside(model: Path, **settings: Any) -> Iterator[Beside]:
-    """A router with a pair of workers, until the block is left."""
+def beside(
+    model: Path, roles: Sequence[Role] = (Role.PREFILL, Role.DECODE), **settings: Any
+) -> Iterator[Beside]:
+    """A router with a worker of each role, until the block is left."""
     reader = TextReader.load(model)
     reader.agreements.note("this one", Agreement(texts=True, chats=True))
-    workers = [
-        Reader(role, model="tiny", model_path=str(model), context_tokens=512)
-        for role in (Role.PREFILL, Role.DECODE)
-    ]
+    workers = [Reader(role, model="tiny", model_path=str(model), context_tokens=512) for role in roles]
     for worker in workers:
         worker.reader, worker.tokenizer = reader, Tokenizer.from_file(str(model / "tokenizer.json"))
     loop, failures = asyncio.new_event_loop(), _Failures()

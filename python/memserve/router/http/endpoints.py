@@ -17,6 +17,7 @@ from memserve.router.http import schemas
 from memserve.router.http.handlers.dashboard import MAX_PREFIXES, MAX_REQUESTS, PAGE_FILES, Dashboard
 from memserve.router.http.handlers.generate import GenerateHandler
 from memserve.router.http.handlers.info import InfoHandlers
+from memserve.router.http.handlers.passthrough import PassthroughHandler
 from memserve.router.http.handlers.workers import (
     MAX_WAIT_S,
     AddWorker,
@@ -86,6 +87,16 @@ def _generating(method: str, path: str, summary: str, body: str, answer: Any = O
     )
 
 
+def _passed_on(path: str, summary: str, required: Mapping[str, Schema]) -> Endpoint:
+    """An endpoint whose requests one colocated server answers. The router reads only the model.
+
+    `required`: the fields of its body that the OpenAPI document shows, beside the model.
+    """
+    handler = PassthroughHandler.handle
+    body = schemas.obj(required, {"model": schemas.MODEL})
+    return Endpoint("POST", path, handler, summary, CLIENT, body=body, reads_body=True)
+
+
 _SWITCH: Schema = {"enum": ["0", "1"]}
 _SECONDS: Schema = {"type": "number", "minimum": 0}
 _WAIT = {"wait": _SWITCH}
@@ -115,6 +126,7 @@ ENDPOINTS: tuple[Endpoint, ...] = (
     _generating("PUT", "/generate", "Generate, as SGLang", "Generate", _GENERATE),
     _generating("POST", "/v1/chat/completions", "Answer a chat, as OpenAI", "Chat"),
     _generating("POST", "/v1/completions", "Complete a prompt, as OpenAI", "Completion"),
+    _passed_on("/v1/embeddings", "Embed texts, as OpenAI", {"input": schemas.PROMPT}),
     Endpoint(
         *("POST", "/explain", GenerateHandler.explain),
         "The instances that a request would be sent to, and why; the request is not sent",

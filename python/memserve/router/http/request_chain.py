@@ -44,6 +44,8 @@ TIMEOUT = "x-request-timeout-secs"
 """Header: seconds from the arrival of the request within which its whole answer has to be sent."""
 REPORT = "x-memserve-report"
 """Header: a stream ends with a comment about what the prefill reused."""
+ATTEMPTS = "x-memserve-attempts"
+"""Header of an answer: the number of attempts, if it took more than one."""
 PRIORITY = "x-priority"
 """Header: an integer; a tenant's higher ones get their slot first. Overrides SGLang's field."""
 MAX_PRIORITY = 1 << 31

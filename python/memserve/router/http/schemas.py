@@ -63,9 +63,9 @@ _SAMPLING = {
     "stop": {"anyOf": [STRING, array(STRING)]},
     "ignore_eos": BOOLEAN,
 }
-_MODEL = {"type": "string", "description": "one of /v1/models; may be omitted if there is only one"}
+MODEL = {"type": "string", "description": "one of /v1/models; may be omitted if there is only one"}
 _OPENAI = {
-    "model": _MODEL,
+    "model": MODEL,
     "stream": BOOLEAN,
     "max_tokens": or_null({"type": "integer", "minimum": 1}),
     "temperature": {"type": "number", "minimum": 0, "maximum": 2},
@@ -73,7 +73,7 @@ _OPENAI = {
     "n": {"type": "integer", "minimum": 1, "maximum": MAX_SAMPLES},
     "user": STRING,
 }
-_PROMPT = {"anyOf": [TEXT, array(TEXT, at_least=1), TOKEN_IDS, array(TOKEN_IDS, at_least=1)]}
+PROMPT = {"anyOf": [TEXT, array(TEXT, at_least=1), TOKEN_IDS, array(TOKEN_IDS, at_least=1)]}
 
 REQUEST_BODIES: dict[str, Schema] = {
     "Generate": {
@@ -94,8 +94,7 @@ REQUEST_BODIES: dict[str, Schema] = {
         },
     },
     "Chat": obj({"messages": array(obj({"role": STRING}, {"content": {}}), at_least=1)}, _OPENAI),
-    "Completion": obj({"prompt": _PROMPT}, {**_OPENAI, "echo": BOOLEAN}),
-    "Embedding": obj({"input": _PROMPT}, {"model": _MODEL}),
+    "Completion": obj({"prompt": PROMPT}, {**_OPENAI, "echo": BOOLEAN}),
 }
 
 

@@ -141,12 +141,12 @@ class RequestPreparer:
         return PreparedRequest(request, prompt, limits.model, sample, num_tokens)
 
     def _limits_of(self, model: str | None) -> _ModelLimits:
-        candidates = self._candidates(model)
+        candidates = self.candidates(model)
         if self._limits.candidates is not candidates:
             self._limits = _ModelLimits.of(candidates)
         return self._limits
 
-    def _candidates(self, model: str | None) -> ClusterSnapshot:
+    def candidates(self, model: str | None) -> ClusterSnapshot:
         """The ready instances that serve `model`, or the first model if the request names none.
 
         Empty for a model whose servers are all away. Raises BadRequest (404) for one that is not served.

@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 ABORT_TIMEOUT_S = 3.0
 ABORT_AGAIN_S = 1.0
 """An abort may overtake the request it means; it is said again after this long."""
-_OWN_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
+OWN_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """What the router lacks, and no instance is to blame for."""
 _ERROR = b'data: {"error"'
 
@@ -155,7 +155,7 @@ class Upstream:
 
     def _lost(self, instance: Instance, error: OSError, *, was_sent: bool) -> UpstreamDisconnected:
         reason = describe(error) if was_sent else f"cannot connect ({error.strerror or describe(error)})"
-        if error.errno not in _OWN_FAULTS:
+        if error.errno not in OWN_FAULTS:
             self._on_lost(instance, reason)
         # A process that was stopped, or cut off, was not ended by what it was asked.
         may_be_cause = was_sent and not isinstance(error, UpstreamSilent)

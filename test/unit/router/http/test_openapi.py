@@ -95,6 +95,7 @@ async def test_answers_are_what_it_says() -> None:
         await answers(stage, "POST", "/generate", json={"text": ["a", "b"]})
         await answers(stage, "POST", "/v1/chat/completions", json={"messages": [{"role": "user"}]})
         await answers(stage, "POST", "/v1/completions", json={"prompt": "x"})
+        await answers(stage, "POST", "/v1/embeddings", json={"input": "x"})
         await answers(stage, "POST", "/explain", json={"prompt": "x"})
         await answers(stage, "POST", "/workers", json={"url": "http://127.0.0.1:9"})
         await answers(stage, "POST", "/add_worker?url=http://127.0.0.1:8")

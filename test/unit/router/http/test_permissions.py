@@ -29,7 +29,10 @@ CHANGES = [
     ("POST", "/remove_worker?url=http://127.0.0.1:1"),
     ("POST", "/flush_cache"),
 ]
-GENERATES = ["/generate", "/v1/completions", "/v1/chat/completions", "/explain", "/abort_request"]
+GENERATES = [
+    *("/generate", "/v1/completions", "/v1/chat/completions", "/v1/embeddings"),
+    *("/explain", "/abort_request"),
+]
 
 
 def secret(path: Path, text: str) -> Path:

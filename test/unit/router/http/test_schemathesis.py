@@ -21,11 +21,14 @@ from schemathesis.specs.openapi.checks import (
 )
 
 from memserve.router.http.endpoints import ENDPOINTS
+from memserve.wire.messages import Role
 
 from ..fuzz_harness import Beside, beside
 
 CALLING = {("POST", "/workers"), ("POST", "/add_worker")}
 """These would have the router call on servers that are none of the test's."""
+PASSED_ON = "/v1/embeddings"
+"""It needs a colocated server."""
 CHECKS = [
     not_a_server_error,
     status_code_conformance,
@@ -42,16 +45,36 @@ def router(tiny_model: Path) -> Iterator[Beside]:
 
 
 @pytest.fixture(scope="module")
+def colocated(tiny_model: Path) -> Iterator[Beside]:
+    with beside(tiny_model, [Role.COLOCATED], cb_failure_threshold=10**9, request_timeout_secs=5.0) as router:
+        yield router
+
+
+@pytest.fixture(scope="module")
 def api(router: Beside) -> Any:
     return schemathesis.openapi.from_url(router.stage.url("/openapi.json"))
 
 
-@pytest.mark.parametrize(("method", "path"), sorted({(one.method, one.path) for one in ENDPOINTS} - CALLING))
+@pytest.mark.parametrize(
+    ("method", "path"),
+    sorted({(one.method, one.path) for one in ENDPOINTS if one.path != PASSED_ON} - CALLING),
+)
 @settings(max_examples=8, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
 def test_the_router_does_as_it_says(
     router: Beside, api: Any, method: str, path: str, data: st.DataObject
 ) -> None:
+    check(router, api, method, path, data)
+
+
+@settings(max_examples=8, suppress_health_check=list(HealthCheck))
+@given(data=st.data())
+def test_the_router_answers_endpoints_it_passes_on_as_it_says(colocated: Beside, data: st.DataObject) -> None:
+    api = schemathesis.openapi.from_url(colocated.stage.url("/openapi.json"))
+    check(colocated, api, "POST", PASSED_ON, data)
+
+
+def check(router: Beside, api: Any, method: str, path: str, data: st.DataObject) -> None:
     mode = data.draw(st.sampled_from(list(GenerationMode)))
     try:
         strategy = api[path][method].as_strategy(generation_mode=mode)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from aiohttp import web
 
 from memserve.router.http.exchange import Exchange, json_response
-from memserve.router.http.request_chain import ClientRequest, RequestChain, priority_of, timeout_of
+from memserve.router.http.request_chain import ATTEMPTS, ClientRequest, RequestChain, priority_of, timeout_of
 from memserve.router.proxy.dispatcher import Dispatcher
 from memserve.router.proxy.prepare import RequestPreparer
 from memserve.router.request import Api, encode_json
@@ -16,8 +16,6 @@ EXPLAIN = "x-memserve-explain"
 """Header: the answer explains the decision in a header."""
 DECISION = "x-memserve-decision"
 """Header of such an answer: JSON, as `POST /explain` answers."""
-ATTEMPTS = "x-memserve-attempts"
-"""Header of an answer: the number of attempts, if it took more than one."""
 TENANT = "x-memserve-tenant"
 """Header: the tenant whose request an admin explains."""
 
