@@ -98,7 +98,7 @@ def faults(world: RealWorld) -> list[Fault]:
 
 
 @pytest.mark.timeout(1500)
-async def test_no_request_is_lost_and_no_block_leaks_whatever_breaks(
+async def test_no_request_is_lost_and_no_block_leaks_under_any_fault(
     tmp_path: Path, tiny_model: Path
 ) -> None:
     await _run(tmp_path, tiny_model)

@@ -37,7 +37,7 @@ def body(text: str) -> bytes:
         (ASK, True, 200, stream({"text": "a"}, FAILED, "[DONE]"), Outcome.ERROR),
     ],
 )
-def test_a_request_ends_right_or_with_a_clear_error(
+def test_chaos_answer_is_right_or_a_clear_error(
     ask: Ask, is_stream: bool, status: int, said: bytes, outcome: Outcome
 ) -> None:
     assert judge(ask, is_stream, status, said)[0] is outcome
@@ -60,6 +60,6 @@ def test_a_request_ends_right_or_with_a_clear_error(
         (CHAT, True, 200, stream(delta("a"), delta("a"), delta("bc"), "[DONE]")),
     ],
 )
-def test_everything_else_is_lost(ask: Ask, is_stream: bool, status: int, said: bytes) -> None:
+def test_chaos_answer_of_any_other_kind_is_lost(ask: Ask, is_stream: bool, status: int, said: bytes) -> None:
     with pytest.raises((Lost, ValueError)):
         judge(ask, is_stream, status, said)

@@ -70,7 +70,7 @@ def faults(world: FakeWorld) -> list[Fault]:
 
 
 @pytest.mark.timeout(180)
-def test_no_request_is_lost_and_nothing_leaks_whatever_breaks(tmp_path: Path, tiny_model: Path) -> None:
+def test_no_request_is_lost_and_nothing_leaks_under_any_fault(tmp_path: Path, tiny_model: Path) -> None:
     rows, tracebacks = asyncio.run(_run(tmp_path, tiny_model))
     print(f"\n{table(rows)}\n{json_lines(rows)}")
     assert [row for row in rows if not row.is_good] == []

@@ -44,7 +44,7 @@ BAD: list[tuple[str, str, Any, str]] = [
 
 @pytest.mark.parametrize(("path", "body", "reason"), [row[1:] for row in BAD], ids=[row[0] for row in BAD])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
-def test_bad_requests_are_refused_with_the_reason(
+def test_bad_requests_are_refused_with_a_reason(
     pair: Pair, path: str, body: Any, reason: str, stream: bool
 ) -> None:
     if stream and isinstance(body, dict):
@@ -57,18 +57,18 @@ def test_bad_requests_are_refused_with_the_reason(
 
 
 @pytest.mark.parametrize("data", [b"", b"{", b"\xff\xfe", b'{"text": "a"', b"null"])
-def test_bodies_that_are_not_json_are_refused(pair: Pair, data: bytes) -> None:
+def test_body_that_is_not_json_is_refused(pair: Pair, data: bytes) -> None:
     response = requests.post(f"{pair.url}/generate", data=data, timeout=REQUEST_TIMEOUT_S)
     assert response.status_code == 400
     assert response.json()["error"]["message"]
 
 
-def test_an_enormous_body_is_refused(pair: Pair) -> None:
+def test_enormous_body_is_refused(pair: Pair) -> None:
     response = requests.post(f"{pair.url}/generate", data=b" " * (65 << 20), timeout=REQUEST_TIMEOUT_S)
     assert response.status_code == 413
 
 
-def test_a_client_that_leaves_frees_both_servers(pair: Pair) -> None:
+def test_client_disconnect_frees_both_servers(pair: Pair) -> None:
     body = {"text": "a very long answer", "stream": True}
     params = {"max_new_tokens": 5000, "temperature": 0, "ignore_eos": True}
     with pair.post("/generate", {**body, "sampling_params": params}, stream=True) as response:

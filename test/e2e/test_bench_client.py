@@ -13,7 +13,7 @@ from .conftest import Pair
 NUM_PROMPTS = 6
 
 
-def test_every_request_of_a_run_is_answered(pair: Pair, tmp_path: Path) -> None:
+def test_bench_client_gets_an_answer_to_every_request(pair: Pair, tmp_path: Path) -> None:
     results = tmp_path / "results.jsonl"
     command = [
         *(sys.executable, "-m", "sglang.bench_serving", "--backend", "sglang", "--base-url", pair.url),

@@ -112,14 +112,14 @@ def in_full(pair: Pair) -> tuple[list[int], list[Turn], list[list[int]]]:
     return converse(pair)
 
 
-def test_full_costs_what_its_closed_form_says(in_full: tuple[list[int], list[Turn], list[list[int]]]) -> None:
+def test_mode_full_costs_its_closed_form(in_full: tuple[list[int], list[Turn], list[list[int]]]) -> None:
     prompts, turns, _ = in_full
     assert len(turns) == NUM_TURNS
     assert turns == expected(CachingMode.FULL, prompts)
     assert any(turn.to_prefill for turn in turns)
 
 
-def test_history_that_lives_in_dram_costs_no_more(
+def test_history_in_dram_costs_no_more_than_in_hbm(
     expendable_pair: Pair, in_full: tuple[list[int], list[Turn], list[list[int]]]
 ) -> None:
     """Between the turns, other prompts fill all of prefill's HBM."""
@@ -144,7 +144,7 @@ def loaded_blocks(pair: Pair) -> int:
     return sum(report["linker"]["loaded_blocks"] for report in pool_reports(pair.server_urls()))
 
 
-def test_each_mode_costs_what_its_closed_form_says_and_answers_the_same(
+def test_each_caching_mode_costs_its_closed_form_and_answers_the_same(
     other_pair: tuple[CachingMode, Pair], in_full: tuple[list[int], list[Turn], list[list[int]]]
 ) -> None:
     mode, pair = other_pair

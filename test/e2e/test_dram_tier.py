@@ -28,7 +28,7 @@ def ask(pair: Pair, prompt: int) -> Any:
     return pair.generate(text=text, sampling_params={"max_new_tokens": 12})
 
 
-def test_what_prefill_evicts_is_found_in_dram(expendable_pair: Pair) -> None:
+def test_blocks_evicted_from_hbm_are_found_in_dram(expendable_pair: Pair) -> None:
     pair = expendable_pair
     pair.flush()
     before = dram_stats(pair)

@@ -37,7 +37,7 @@ def wait_registered_again(pair: Pair, role: Role) -> None:
     )
 
 
-def test_a_decode_killed_in_a_stream_ends_it_with_an_error(expendable_pair: Pair) -> None:
+def test_stream_ends_with_an_error_when_decode_is_killed(expendable_pair: Pair) -> None:
     pair = expendable_pair
     with pair.post(
         "/generate", {"text": "go on", "stream": True, "sampling_params": LONG}, stream=True
@@ -59,7 +59,7 @@ def test_a_decode_killed_in_a_stream_ends_it_with_an_error(expendable_pair: Pair
     wait_registered_again(pair, Role.DECODE)
 
 
-def test_a_prefill_killed_in_a_request_answers_with_an_error_and_loses_no_history(
+def test_request_fails_clearly_when_prefill_is_killed_and_history_survives(
     expendable_pair: Pair,
 ) -> None:
     pair, new_tokens = expendable_pair, 40
@@ -96,7 +96,7 @@ def test_a_prefill_killed_in_a_request_answers_with_an_error_and_loses_no_histor
     assert meta["prefill_cached_tokens"] == held * PAGE, "fetched from decode"
 
 
-def test_a_server_told_to_stop_leaves_the_router_at_once(expendable_pair: Pair) -> None:
+def test_stopping_server_leaves_the_router_at_once(expendable_pair: Pair) -> None:
     pair = expendable_pair
     decode = pair.cluster.servers.pop("decode")
     decode.send(signal.SIGTERM)
@@ -113,7 +113,7 @@ def alone(tiny_model: Path, new_cluster: NewCluster) -> Iterator[Cluster]:
         yield cluster
 
 
-def test_a_restarted_router_gets_its_instances_back(alone: Cluster, tmp_path: Path) -> None:
+def test_restarted_router_recovers_its_instances(alone: Cluster, tmp_path: Path) -> None:
     """On a router port that is used twice."""
     alone.wait_ready()
     server = alone.servers["alone"]

@@ -37,13 +37,13 @@ def dialogue(s: Any, first: str, second: str) -> None:
     s += sgl.assistant(sgl.gen("two", max_tokens=12, temperature=0))
 
 
-def test_gen_in_several_turns() -> None:
+def test_frontend_gen_works_over_several_turns() -> None:
     state = dialogue.run(first="Who are you?", second="Since when?")
     assert len(state["one"]) == len(state["two"]) == 12
     assert state.get_meta_info("two")["prefill_cached_tokens"] > 0
 
 
-def test_stream_gives_the_same_text_in_pieces() -> None:
+def test_frontend_stream_gives_the_same_text_in_pieces() -> None:
     whole = dialogue.run(first="Who are you?", second="Since when?")
     streamed = dialogue.run(first="Who are you?", second="Since when?", stream=True)
     pieces = list(streamed.text_iter("two"))
@@ -51,7 +51,7 @@ def test_stream_gives_the_same_text_in_pieces() -> None:
     assert "".join(pieces) == whole["two"]
 
 
-def test_select_takes_the_likeliest_choice() -> None:
+def test_frontend_select_takes_the_likeliest_choice() -> None:
     @sgl.function
     def choose(s: Any, question: str) -> None:
         s += question + sgl.select("choice", choices=["yes", "no", "maybe so"])
@@ -63,7 +63,7 @@ def test_select_takes_the_likeliest_choice() -> None:
     assert state["choice"] == ("yes", "no", "maybe so")[max(range(3), key=lambda i: logprobs[i])]
 
 
-def test_select_scores_as_one_server_would(pair: Pair) -> None:
+def test_frontend_select_scores_equal_those_of_one_server(pair: Pair) -> None:
     """Prefill's input logprobs reach the client whole: as many as were asked, in order."""
     answers = pair.generate(
         text=["Answer: yes", "Answer: no"],
@@ -78,7 +78,7 @@ def test_select_scores_as_one_server_would(pair: Pair) -> None:
         assert all(logprob <= 0 for logprob, _, _ in scored[1:])
 
 
-def test_fork_and_join() -> None:
+def test_frontend_fork_and_join_work() -> None:
     @sgl.function
     def branches(s: Any) -> None:
         s += "Two facts about the moon. "
@@ -93,7 +93,7 @@ def test_fork_and_join() -> None:
     assert len(state["summary"]) == 8
 
 
-def test_joining_by_concatenation_goes_on_with_the_joined_text() -> None:
+def test_frontend_concatenate_join_continues_with_the_joined_text() -> None:
     @sgl.function
     def branches(s: Any) -> None:
         s += "Two facts. "
@@ -113,7 +113,7 @@ def test_joining_by_concatenation_goes_on_with_the_joined_text() -> None:
     assert state["end"] == plain.run(text=joined)["end"]
 
 
-def test_regex_and_json_schema_hold() -> None:
+def test_frontend_regex_and_json_schema_constrain_the_answer() -> None:
     @sgl.function
     def constrained(s: Any) -> None:
         s += "An address: " + sgl.gen(
@@ -129,7 +129,7 @@ def test_regex_and_json_schema_hold() -> None:
     assert int(state["number"]) is not None
 
 
-def test_cache_prefix_warms_the_pair(backend: sgl.RuntimeEndpoint, pair: Pair) -> None:
+def test_frontend_cache_prefix_warms_the_pair(backend: sgl.RuntimeEndpoint, pair: Pair) -> None:
     prefix = "A long preamble that many programs share, word for word. " * 3
     backend.flush_cache()
     backend.cache_prefix(prefix)
@@ -137,24 +137,24 @@ def test_cache_prefix_warms_the_pair(backend: sgl.RuntimeEndpoint, pair: Pair) -
     assert meta["prefill_cached_tokens"] >= len(prefix) // 16 * 16 - 16
 
 
-def test_a_batch_of_programs() -> None:
+def test_frontend_runs_a_batch_of_programs() -> None:
     arguments = [{"first": f"Question {i}?", "second": "Why?"} for i in range(4)]
     states = dialogue.run_batch(arguments, num_threads=4, progress_bar=False)
     assert [len(state["two"]) for state in states] == [12] * 4
 
 
-def test_several_samples_of_one_prompt(pair: Pair) -> None:
+def test_generate_returns_several_samples_of_one_prompt(pair: Pair) -> None:
     answers = pair.generate(text="Once", sampling_params={"n": 3, "max_new_tokens": 5, "temperature": 0.9})
     assert [answer["meta_info"]["completion_tokens"] for answer in answers] == [5, 5, 5]
 
 
-def test_server_info_and_flush(backend: sgl.RuntimeEndpoint) -> None:
+def test_frontend_reads_server_info_and_flushes_the_cache(backend: sgl.RuntimeEndpoint) -> None:
     info = backend.get_server_info()
     assert len(info["workers"]) == 2
     backend.flush_cache()
 
 
-def test_a_malformed_concate_and_append_has_a_proper_error(pair: Pair) -> None:
+def test_malformed_concate_and_append_request_is_refused(pair: Pair) -> None:
     response = pair.post("/concate_and_append_request", {"src_rids": 3})
     assert response.status_code == 400
     assert "concate_and_append" in response.json()["error"]["message"]

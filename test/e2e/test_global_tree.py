@@ -98,7 +98,7 @@ def stage(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, start: Sta
         cluster.close()  # They still have something to say to the router.
 
 
-def test_after_both_tiers_have_evicted(stage: Stage) -> None:
+def test_tree_equals_the_pools_after_both_tiers_have_evicted(stage: Stage) -> None:
     stage.ask("evictions")
     held = stage.wait_agreed("prefill", "decode")
     reports = stage.reports()
@@ -110,7 +110,7 @@ def test_after_both_tiers_have_evicted(stage: Stage) -> None:
     assert held["prefill"] != held["decode"]
 
 
-def test_after_a_flush(stage: Stage) -> None:
+def test_tree_equals_the_pools_after_a_flush(stage: Stage) -> None:
     stage.ask("what will be flushed")
     stage.rest()
     stage.pair.flush()
@@ -118,7 +118,7 @@ def test_after_a_flush(stage: Stage) -> None:
     assert {blocks for one in held.values() for blocks, _ in one.values()} == {0}
 
 
-def test_after_messages_were_lost_and_no_snapshot_was_needed(stage: Stage) -> None:
+def test_tree_equals_the_pools_after_lost_messages_without_a_snapshot(stage: Stage) -> None:
     """Ten times as many as may be, as there are only some hundred of them here."""
     snapshots = stage.counted("resets")
     stage.faults.lose(0.1, PoolEvents, SnapshotPart)
@@ -130,7 +130,7 @@ def test_after_messages_were_lost_and_no_snapshot_was_needed(stage: Stage) -> No
     assert stage.counted("resets") == snapshots
 
 
-def test_after_decode_was_killed_and_came_back(stage: Stage) -> None:
+def test_tree_equals_the_pools_after_decode_was_killed_and_restarted(stage: Stage) -> None:
     pair = stage.pair
     pair.cluster.servers["decode"].kill()
     wait_for(lambda: stage.believed().keys() == {"prefill"}, what="the dead to be forgotten", timeout_s=15)
@@ -145,6 +145,6 @@ def test_after_decode_was_killed_and_came_back(stage: Stage) -> None:
     assert held["decode"]["dram"][0] > 0
 
 
-def test_no_audit_has_ever_found_the_tree_wrong(stage: Stage) -> None:
+def test_tree_audits_never_found_an_error(stage: Stage) -> None:
     wait_for(lambda: stage.counted("audits") > 5, what="some audits", timeout_s=15)
     assert stage.counted("untrue_audits") == stage.counted("phantoms") == stage.counted("orphans") == 0

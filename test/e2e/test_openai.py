@@ -22,7 +22,7 @@ def model(client: openai.OpenAI) -> str:
     return client.models.list().data[0].id
 
 
-def test_a_streamed_chat_is_the_chat_in_pieces(client: openai.OpenAI, model: str) -> None:
+def test_streamed_chat_equals_the_whole_chat(client: openai.OpenAI, model: str) -> None:
     whole = client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=20, temperature=0)
     stream = client.chat.completions.create(
         model=model,
@@ -40,7 +40,7 @@ def test_a_streamed_chat_is_the_chat_in_pieces(client: openai.OpenAI, model: str
     assert chunks[-1].usage.completion_tokens == 20
 
 
-def test_usage_tells_what_was_cached(client: openai.OpenAI, model: str) -> None:
+def test_usage_reports_cached_tokens(client: openai.OpenAI, model: str) -> None:
     for _ in range(2):
         answer = client.chat.completions.create(model=model, messages=MESSAGES, max_tokens=4, temperature=0)
     assert answer.usage is not None
@@ -49,7 +49,7 @@ def test_usage_tells_what_was_cached(client: openai.OpenAI, model: str) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-def test_n_choices_of_a_chat(client: openai.OpenAI, model: str, stream: bool) -> None:
+def test_chat_returns_n_choices(client: openai.OpenAI, model: str, stream: bool) -> None:
     answer: Any = client.chat.completions.create(
         model=model, messages=MESSAGES, max_tokens=6, n=3, temperature=0.8, stream=stream
     )
@@ -64,7 +64,7 @@ def test_n_choices_of_a_chat(client: openai.OpenAI, model: str, stream: bool) ->
     assert all(texts.values())
 
 
-def test_completions_of_a_list_of_prompts(client: openai.OpenAI, model: str) -> None:
+def test_completions_accept_a_list_of_prompts(client: openai.OpenAI, model: str) -> None:
     prompts = ["One, two, ", "A, B, ", [65, 66, 67]]
     singles = [
         client.completions.create(model=model, prompt=each, max_tokens=6, temperature=0).choices[0].text
@@ -86,6 +86,6 @@ def test_echoed_logprobs_cover_prompt_and_answer(client: openai.OpenAI, model: s
     assert answer.choices[0].text.startswith("Hello there")
 
 
-def test_an_unknown_model_is_refused(client: openai.OpenAI) -> None:
+def test_unknown_model_is_refused(client: openai.OpenAI) -> None:
     with pytest.raises(openai.NotFoundError, match="no-such-model"):
         client.chat.completions.create(model="no-such-model", messages=MESSAGES)

@@ -88,7 +88,7 @@ def shrink(pair: Pair, name: str, dram_gib: float) -> None:
     wait_for(lambda: report(pair, name)["pool"]["total"] < before, what="the tier to shrink", timeout_s=30)
 
 
-def test_history_that_prefill_lost_comes_from_decode(scarce: Pair, pair: Pair) -> None:
+def test_history_lost_by_prefill_comes_from_decode(scarce: Pair, pair: Pair) -> None:
     computed, least, outputs = converse(scarce, "a")
     assert computed == least, "what decode holds need not be computed"
     prefill = report(scarce, "prefill")
@@ -99,7 +99,7 @@ def test_history_that_prefill_lost_comes_from_decode(scarce: Pair, pair: Pair) -
     assert converse(pair, "a")[2] == outputs, "wherever it comes from, it is the same"
 
 
-def test_a_memory_instance_raises_the_hit_rate_and_its_death_costs_only_recomputation(scarce: Pair) -> None:
+def test_memory_instance_raises_the_hit_rate_and_its_death_costs_recomputation_only(scarce: Pair) -> None:
     """Decode's DRAM shrinks while it serves, too: without help most history is lost."""
     shrink(scarce, "decode", float(gib_of(HBM_TOKENS, scarce.model)))
     alone, least, _ = converse(scarce, "b")

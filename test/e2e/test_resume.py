@@ -63,7 +63,7 @@ class Reader:
         return text, choices[-1]["finish_reason"], usage.get("prompt_tokens"), usage.get("completion_tokens")
 
 
-def test_streams_outlive_the_decode_that_feeds_them(expendable_pair: Pair) -> None:
+def test_streams_continue_after_their_decode_dies(expendable_pair: Pair) -> None:
     pair = expendable_pair
     spare = pair.cluster.launch("spare", Role.DECODE, pair.model, *pair.flags)
     try:

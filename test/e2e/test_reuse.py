@@ -5,7 +5,7 @@ from __future__ import annotations
 from .conftest import Pair
 
 
-def test_a_flush_forgets_on_both_sides(pair: Pair) -> None:
+def test_flush_empties_both_servers(pair: Pair) -> None:
     prompt = "A prompt that is long enough for a few pages of KV, sent twice."
     pair.generate(text=prompt, sampling_params={"max_new_tokens": 1})
     pair.flush()

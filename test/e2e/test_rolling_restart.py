@@ -116,7 +116,7 @@ def pairs_of_two(new_cluster: NewCluster, tiny_model: Path) -> Iterator[Cluster]
         yield cluster
 
 
-def test_no_request_and_little_history_is_lost(pairs_of_two: Cluster, tiny_model: Path) -> None:
+def test_rolling_restart_loses_no_request_and_little_history(pairs_of_two: Cluster, tiny_model: Path) -> None:
     cluster = pairs_of_two
     chats = [
         Chat(cluster.url, f"Chat {i} is a long story about {i} friends. " * 20) for i in range(NUM_CHATS)
@@ -141,7 +141,7 @@ def test_no_request_and_little_history_is_lost(pairs_of_two: Cluster, tiny_model
     assert after > before - LOSS, f"{before:.3f} of the prompts were found before, {after:.3f} after"
 
 
-def test_a_scheduler_that_is_stuck_gets_no_requests_until_it_steps_again(pairs_of_two: Cluster) -> None:
+def test_stuck_scheduler_gets_no_requests_until_it_steps_again(pairs_of_two: Cluster) -> None:
     cluster = pairs_of_two
     shown = workers(cluster)["p1"]["load"]
     assert shown["step_age_s"] < STUCK_S
@@ -160,7 +160,7 @@ def test_a_scheduler_that_is_stuck_gets_no_requests_until_it_steps_again(pairs_o
     wait_for(lambda: "p1" in ready(cluster), what="p1 to be ready", timeout_s=BACK_S + HEARTBEAT_S)
 
 
-def test_a_server_that_stops_and_goes_on_is_back_in_two_seconds(pairs_of_two: Cluster) -> None:
+def test_paused_server_is_back_within_two_seconds(pairs_of_two: Cluster) -> None:
     cluster = pairs_of_two
     pids = session_pids(cluster.servers["d1"].pid)
     seen = []
@@ -185,7 +185,7 @@ def test_a_server_that_stops_and_goes_on_is_back_in_two_seconds(pairs_of_two: Cl
         Chat(cluster.url, f"And now it is back, {i}.").turn()
 
 
-def test_a_prefill_becomes_a_decode_while_the_others_serve(pairs_of_two: Cluster) -> None:
+def test_prefill_becomes_a_decode_while_other_servers_serve(pairs_of_two: Cluster) -> None:
     cluster = pairs_of_two
     chats = [Chat(cluster.url, f"Chat {i} sees a prefill become a decode. " * 10) for i in range(2)]
     process, before = cluster.servers["p1"], workers(cluster)["p1"]

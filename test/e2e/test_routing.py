@@ -107,7 +107,7 @@ def computed(answer: Answer) -> int:
     return int(meta["prompt_tokens"] - meta["prefill_cached_tokens"])
 
 
-def test_a_conversation_stays_with_its_history(stage: Stage) -> None:
+def test_conversation_stays_with_its_history(stage: Stage) -> None:
     homes = []
     for _ in range(4):
         history = stage.tokens(600)
@@ -122,7 +122,7 @@ def test_a_conversation_stays_with_its_history(stage: Stage) -> None:
     assert set(homes) == set(PREFILLS), "different ones are spread"
 
 
-def test_history_elsewhere_is_fetched_if_that_is_faster_and_else_computed(stage: Stage) -> None:
+def test_remote_history_is_fetched_if_faster_and_else_computed(stage: Stage) -> None:
     history = stage.tokens(HISTORY_TOKENS)
     cold = stage.generate([*history, *stage.tokens(20)])
     assert computed(cold) == HISTORY_TOKENS + 20
@@ -144,7 +144,7 @@ def test_history_elsewhere_is_fetched_if_that_is_faster_and_else_computed(stage:
         assert tiny["fetch"]["transfer_s"] < tiny["fetch"]["saved_s"], "never against Eq. 2"
 
 
-def test_a_prefix_that_many_ask_for_is_replicated(stage: Stage) -> None:
+def test_popular_prefix_is_replicated(stage: Stage) -> None:
     """One prefill has it; while that one has much to do, the other fetches it and helps."""
     prefix = stage.tokens(HISTORY_TOKENS)
     stage.generate(prefix)
@@ -162,7 +162,7 @@ def test_a_prefix_that_many_ask_for_is_replicated(stage: Stage) -> None:
         assert max(map(computed, answers)) <= 1500 + 2 * PAGE, "nobody computed the prefix again"
 
 
-def test_a_text_is_found_by_what_a_server_told_of_it(stage: Stage) -> None:
+def test_text_keys_find_a_prompt_by_the_keys_that_a_server_reported(stage: Stage) -> None:
     text = " ".join(str(stage.draw.randrange(10**6)) for _ in range(400))
     params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": 4}
     first = stage.post("/generate", {"text": text, "sampling_params": params}).json()["meta_info"]
@@ -182,7 +182,7 @@ def test_a_text_is_found_by_what_a_server_told_of_it(stage: Stage) -> None:
     assert not any(cached(longer).values()), "what was evicted is not believed in"
 
 
-def test_the_memory_instances_death_costs_recomputation_only(stage: Stage) -> None:
+def test_memory_instance_death_costs_recomputation_only(stage: Stage) -> None:
     prompt = stage.tokens(HISTORY_TOKENS)
     expected = stage.generate(prompt)["output_ids"]
     stage.wait_remembered(prompt)

@@ -87,7 +87,7 @@ def counted(answer: Any) -> tuple[int, int]:
 
 
 @pytest.mark.parametrize("text", [TEXT, [TEXT, "Hello"]], ids=["one", "many"])
-def test_generate_computes_on_the_ids_and_takes_them(tokenizer: Tokenizer, pair: Pair, text: Any) -> None:
+def test_generate_uses_the_router_token_ids(tokenizer: Tokenizer, pair: Pair, text: Any) -> None:
     params = {"temperature": 0, "max_new_tokens": 8}
     body = {"text": text, "sampling_params": params, "return_logprob": True, "logprob_start_len": 0}
     ids, forwarded = read(tokenizer, Api.GENERATE, body)
@@ -114,9 +114,7 @@ def _ids_of(answer: Any) -> list[tuple[Any, ...]]:
 
 
 @pytest.mark.parametrize("body", COMPLETIONS, ids=str)
-def test_completions_have_the_ids_and_take_them(
-    tokenizer: Tokenizer, pair: Pair, body: dict[str, Any]
-) -> None:
+def test_completions_use_the_router_token_ids(tokenizer: Tokenizer, pair: Pair, body: dict[str, Any]) -> None:
     body = {**GREEDY, **body}
     ids, forwarded = read(tokenizer, Api.COMPLETIONS, body)
     told, again = answer(pair, Api.COMPLETIONS, body), answer(pair, Api.COMPLETIONS, forwarded.body)
@@ -126,7 +124,7 @@ def test_completions_have_the_ids_and_take_them(
 
 
 @pytest.mark.parametrize("body", CHATS, ids="-".join)
-def test_chats_have_the_ids_and_take_them(tokenizer: Tokenizer, pair: Pair, body: dict[str, Any]) -> None:
+def test_chats_use_the_router_token_ids(tokenizer: Tokenizer, pair: Pair, body: dict[str, Any]) -> None:
     body = {**GREEDY, **body}
     [ids], forwarded = read(tokenizer, Api.CHAT, body)
     assert forwarded.body["input_ids"] == ids

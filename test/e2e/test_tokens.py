@@ -56,13 +56,13 @@ def test_greedy_tokens_equal_transformers_cold_and_warm(
             assert cached == (0 if temperature == "cold" else (length - 1) // PAGE * PAGE)
 
 
-def test_the_pair_was_joined_by_the_transport_it_was_told(pairs: dict[str, Pair]) -> None:
+def test_pair_uses_the_requested_transport(pairs: dict[str, Pair]) -> None:
     for name, pair in pairs.items():
         pair.generate(text="hello", sampling_params={"max_new_tokens": 1})
         assert f"transport={name}" in pair.cluster.servers["prefill"].output()
 
 
-def test_a_batch_gives_each_prompt_its_own_tokens(
+def test_batch_gives_each_prompt_its_own_tokens(
     pair: Pair, ids: list[int], reference: dict[int, list[int]]
 ) -> None:
     prompts = [ids[:length] for length in PROMPT_TOKENS]

@@ -104,14 +104,14 @@ class TransportConformance:
         yield own
         own.transport.close()
 
-    def test_write_puts_the_bytes_there_and_nowhere_else(self, own: Own, child: PeerProcess) -> None:
+    def test_write_copies_the_bytes_to_the_target_range_only(self, own: Own, child: PeerProcess) -> None:
         data = own.randomize(MIB)
         own.write(child.peer, Copy(1, 0, 1, 2 * MIB, MIB))
         assert child.bytes(2 * MIB, 3 * MIB) == data
         assert child.bytes(2 * MIB - 64, 2 * MIB) == bytes(64)
         assert child.bytes(3 * MIB, 3 * MIB + 64) == bytes(64)
 
-    def test_read_brings_the_bytes(self, own: Own, child: PeerProcess) -> None:
+    def test_read_copies_the_bytes(self, own: Own, child: PeerProcess) -> None:
         child.ask("fill", value=7)
         own.transport.read(
             child.peer, Copies.of([Copy(1, 100, 1, 5, 3000), Copy(1, 9000, 1, 0, 1)]), timeout_s=TIMEOUT_S
@@ -127,7 +127,7 @@ class TransportConformance:
         expected = np.array([1] * 25 + [3] * 50 + [2] * 75, np.uint8)
         assert child.bytes(0, 150) == expected.tobytes()
 
-    def test_one_source_may_be_copied_twice(self, own: Own, child: PeerProcess) -> None:
+    def test_overlapping_sources_may_be_copied_in_one_call(self, own: Own, child: PeerProcess) -> None:
         data = own.randomize(200)
         own.write(child.peer, Copy(1, 0, 1, 0, 150), Copy(1, 50, 1, 1000, 150))
         assert child.bytes(0, 150) == data[:150]
@@ -142,12 +142,12 @@ class TransportConformance:
         assert child.bytes(0, 16) == bytes(8) + data[:4] + bytes(4)
 
     @pytest.mark.parametrize("num_bytes", [1, 3, 4095, 4097, 65_537])
-    def test_nothing_needs_to_be_aligned(self, own: Own, child: PeerProcess, num_bytes: int) -> None:
+    def test_copies_need_no_alignment(self, own: Own, child: PeerProcess, num_bytes: int) -> None:
         data = own.randomize(num_bytes + 17)
         own.write(child.peer, Copy(1, 17, 1, 4093, num_bytes))
         assert child.bytes(4092, 4094 + num_bytes) == b"\0" + data[17:] + b"\0"
 
-    def test_ten_thousand_scattered_copies(self, own: Own, child: PeerProcess) -> None:
+    def test_ten_thousand_scattered_copies_move_in_one_call(self, own: Own, child: PeerProcess) -> None:
         count, size = 10_000, 700
         own.randomize(count * size)
         order = np.random.default_rng(2).permutation(count).astype(np.int64)
@@ -177,7 +177,7 @@ class TransportConformance:
             Copy(1, 0, -1, 0, 0),
         ],
     )
-    def test_a_range_outside_a_region_is_refused_before_a_byte_moves(
+    def test_range_outside_a_region_is_refused_before_a_byte_moves(
         self, own: Own, child: PeerProcess, wrong: Copy
     ) -> None:
         own.memory[:64] = 9
@@ -187,7 +187,7 @@ class TransportConformance:
         own.write(child.peer, Copy(1, 0, 1, 0, 64))
         assert child.bytes(0, 64) == bytes([9] * 64)
 
-    def test_another_epoch_is_refused(self, own: Own, child: PeerProcess) -> None:
+    def test_copy_to_another_epoch_is_refused(self, own: Own, child: PeerProcess) -> None:
         own.memory[:64] = 9
         stale = Peer("child", Epoch(child.peer.epoch ^ 2), child.peer.address, child.peer.regions)
         with pytest.raises(StaleEpoch):
@@ -202,7 +202,7 @@ class TransportConformance:
         assert errors == []
         assert child.digest(0, 8 * MIB) == hashlib.sha256(data).hexdigest()
 
-    def test_nothing_lands_in_a_region_that_was_taken_back(self, own: Own, mortal: PeerProcess) -> None:
+    def test_no_byte_lands_in_a_deregistered_region(self, own: Own, mortal: PeerProcess) -> None:
         own.memory[:64] = 9
         own.write(mortal.peer, Copy(1, 0, 1, 0, 64))
         mortal.ask("fill", value=0)
@@ -211,7 +211,7 @@ class TransportConformance:
             own.write(mortal.peer, Copy(1, 0, 1, 0, 64))
         assert mortal.bytes(0, 64) == bytes(64)
 
-    def test_a_peer_killed_in_a_copy_is_an_error(self, own_alone: Own, mortal: PeerProcess) -> None:
+    def test_copy_fails_when_its_peer_is_killed(self, own_alone: Own, mortal: PeerProcess) -> None:
         writer = _Writer(own_alone, mortal.peer)
         writer.wait_for_writes()
         mortal.kill()
@@ -219,7 +219,7 @@ class TransportConformance:
         with pytest.raises((InstanceLost, TransferFailed, TransferTimeout)):
             own_alone.write(mortal.peer, Copy(1, 0, 1, 0, 64))
 
-    def test_a_peer_stopped_in_a_copy_gets_no_late_bytes(self, own_alone: Own, mortal: PeerProcess) -> None:
+    def test_peer_stopped_in_a_copy_gets_no_late_bytes(self, own_alone: Own, mortal: PeerProcess) -> None:
         transport, peer = own_alone.transport, mortal.peer
         start, num_bytes = MIB, NUM_BYTES - 2 * MIB
         own_alone.memory[:] = 9
@@ -253,7 +253,7 @@ class TransportConformance:
             own_alone.write(mortal.peer, Copy(1, 0, 1, 0, 64))
         own_alone.transport.close()
 
-    def test_a_restarted_peer_is_another_peer(self, own_alone: Own, mortal: PeerProcess) -> None:
+    def test_restarted_peer_is_another_peer(self, own_alone: Own, mortal: PeerProcess) -> None:
         own_alone.memory[:64] = 9
         own_alone.write(mortal.peer, Copy(1, 0, 1, 0, 64))
         mortal.kill()
@@ -273,7 +273,7 @@ class TransportConformance:
         """A new process, at the dead process's address if the transport allows a choice."""
         return PeerProcess(self.transport_name, NUM_BYTES)
 
-    def test_a_fenced_peer_writes_nothing_any_more(self, own_alone: Own, mortal: PeerProcess) -> None:
+    def test_fenced_peer_writes_no_more_bytes(self, own_alone: Own, mortal: PeerProcess) -> None:
         region = (1, own_alone.region.address, own_alone.region.num_bytes)
         mortal.ask("flood", epoch=own_alone.epoch, address=own_alone.transport.address, region=region)
         assert own_alone.memory[0] == 0xEE

@@ -38,28 +38,28 @@ def test_open_loop_keeps_the_order_within_each_session_and_the_rate_over_all() -
     assert sorted(rank for each in plan.sessions for rank in each.ranks) == list(range(1000))
 
 
-def test_open_loop_has_no_more_sessions_at_once_than_active() -> None:
+def test_open_loop_bounds_its_concurrent_sessions() -> None:
     spans = [(own[0], own[-1]) for own in times(open_loop(conversation(20, 10), 1.0, active=3, seed=2))]
     for begun, _ in spans:
         assert sum(begin <= begun <= end for begin, end in spans) <= 3
 
 
-def test_open_loop_is_the_same_for_the_same_seed() -> None:
+def test_open_loop_is_deterministic_for_a_seed() -> None:
     plans = [open_loop(conversation(), 2.0, 2, seed) for seed in (1, 1, 2)]
     assert plans[0] == plans[1] != plans[2]
 
 
 @pytest.mark.parametrize(("rate", "active"), [(0.0, 1), (-1.0, 1), (1.0, 0)])
-def test_an_open_loop_that_cannot_be_is_refused(rate: float, active: int) -> None:
+def test_open_loop_refuses_impossible_settings(rate: float, active: int) -> None:
     with pytest.raises(ValueError, match="open loop"):
         open_loop(conversation(), rate, active, 0)
 
 
-def test_a_trace_keeps_its_times_at_its_speed() -> None:
+def test_trace_load_scales_its_times_by_the_speed() -> None:
     assert times(traced(conversation(1, 3), speed=2.0)) == [(0.0, 0.5, 1.0)]
 
 
-def test_a_workload_without_times_is_no_trace() -> None:
+def test_trace_load_refuses_a_workload_without_times() -> None:
     timeless = Workload("chat", (Session("s", (Turn((1,), 2),)),))
     with pytest.raises(ValueError, match="give a rate"):
         traced(timeless, 1.0)
@@ -104,7 +104,7 @@ EVENTS = (
 )
 
 
-def test_a_stream_becomes_a_record_whatever_its_chunks() -> None:
+def test_client_records_a_stream_for_any_chunking() -> None:
     whole = b"".join(EVENTS)
     for chunks in (EVENTS, [whole], [whole[i : i + 7] for i in range(0, len(whole), 7)]):
         (one,) = asked(stream(*chunks), closed_loop(conversation(1, 1), 1))
@@ -127,14 +127,16 @@ def test_a_stream_becomes_a_record_whatever_its_chunks() -> None:
         (stream(b": memserve 7}\n\n", *EVENTS), "no JSON"),
     ],
 )
-def test_what_is_no_answer_is_an_error_and_ends_its_session(handler: Handler, reason: str) -> None:
+def test_client_records_a_malformed_answer_as_an_error_and_ends_its_session(
+    handler: Handler, reason: str
+) -> None:
     (one,) = asked(handler, closed_loop(conversation(1, 3), 1))
     assert one.error is not None
     assert reason in one.error
     assert one.jct_s is None
 
 
-def test_a_turn_has_the_whole_conversation_before_it() -> None:
+def test_client_sends_the_whole_conversation_with_each_turn() -> None:
     seen: list[list[int]] = []
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -146,7 +148,7 @@ def test_a_turn_has_the_whole_conversation_before_it() -> None:
     assert [one.warmup for one in outcomes] == [True, False, False]
 
 
-def test_a_closed_loop_has_so_many_sessions_at_once() -> None:
+def test_closed_loop_keeps_its_number_of_sessions() -> None:
     now, most = 0, 0
 
     async def answer(request: web.Request) -> web.StreamResponse:
@@ -162,7 +164,7 @@ def test_a_closed_loop_has_so_many_sessions_at_once() -> None:
     assert most <= 2
 
 
-def test_runs_are_read_back_but_for_a_line_cut_short(tmp_path: Path) -> None:
+def test_records_are_read_back_without_a_truncated_line(tmp_path: Path) -> None:
     path = tmp_path / "runs.jsonl"
     outcome = Outcome("s", 0, 0.1, 0.2, 0.3, None, 10, 1)
     runs = [Run(Cell("steps", "a", "chat", 1.0, "below", n), 2.0, None, (outcome,)) for n in range(3)]
@@ -174,7 +176,7 @@ def test_runs_are_read_back_but_for_a_line_cut_short(tmp_path: Path) -> None:
     assert list(read_runs(path)) == runs
 
 
-def test_an_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
+def test_evaluation_resumes_after_an_interruption(tmp_path: Path) -> None:
     grid = Grid("steps", ("a", "b"), {"chat": Settings(requests=10)}, repeats=2, loads=("below",))
     saturation = {"chat": 2.0}
     cells = list(cells_of(grid, saturation))
@@ -186,7 +188,7 @@ def test_an_evaluation_goes_on_where_it_was(tmp_path: Path) -> None:
     assert before > 0 == estimate_s(grid, saturation, done_in(tmp_path))
 
 
-def test_a_system_that_cannot_be_started_leaves_nothing_to_wait_for() -> None:
+def test_evaluation_skips_a_system_that_cannot_start() -> None:
     grid = Grid("steps", ("a", "b"), {"chat": Settings(requests=10)}, repeats=1, loads=("below",))
     left = left_of(without(grid, {"a": "no GPU"}), {"chat": 2.0}, done=())
     assert [cell.system for cell in left] == ["b"]
@@ -195,7 +197,7 @@ def test_a_system_that_cannot_be_started_leaves_nothing_to_wait_for() -> None:
 Times = namedtuple("Times", "user nice system idle iowait irq softirq steal guest guest_nice")
 
 
-def test_what_others_got_is_a_share_of_what_was_wanted_here() -> None:
+def test_stolen_time_is_a_share_of_the_wanted_time() -> None:
     before = Times(100, 0, 10, 500, 5, 0, 0, 1, 50, 0)
     after = Times(150, 0, 20, 900, 15, 0, 0, 21, 80, 0)
     assert stolen_between(before, after) == pytest.approx(20 / (50 + 10 + 20))
@@ -207,7 +209,7 @@ def test_what_others_got_is_a_share_of_what_was_wanted_here() -> None:
     ("stolen", "kept", "tries"),
     [([0.0], 0.0, 1), ([None], None, 1), ([0.2, 0.01], 0.01, 2), ([0.2, 0.3, 0.1], 0.2, TRIES)],
 )
-def test_a_run_that_others_disturbed_is_done_again(
+def test_disturbed_run_is_repeated(
     stolen: list[float | None], kept: float | None, tries: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cell = Cell("steps", "a", "chat", 1.0, "below", 0)

@@ -13,7 +13,7 @@ from scale_check import trace_of
 from scale_router import BUSY, largest_cluster
 
 
-def test_a_hit_pays_from_the_share_after_which_all_pay() -> None:
+def test_dram_hit_crossing_is_the_share_from_which_all_pay() -> None:
     assert crossing({0.1: True, 0.5: True, 0.9: True}) == 0.1
     assert crossing({0.1: True, 0.5: False, 0.9: True}) == 0.9
     assert crossing({0.1: True, 0.5: True, 0.9: False}) == 1.0
@@ -21,7 +21,7 @@ def test_a_hit_pays_from_the_share_after_which_all_pay() -> None:
 
 @pytest.mark.parametrize("rate", [0.1, 1.0, 10.0])
 @pytest.mark.parametrize("each_us", [0.0, 2.5])
-def test_the_largest_cluster_keeps_a_core_as_busy_as_it_may_be(rate: float, each_us: float) -> None:
+def test_largest_cluster_uses_the_allowed_share_of_a_core(rate: float, each_us: float) -> None:
     count = largest_cluster(rate, 900.0, each_us)
 
     def busy(instances: int) -> float:
@@ -32,7 +32,7 @@ def test_the_largest_cluster_keeps_a_core_as_busy_as_it_may_be(rate: float, each
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("page", PAGES)
-def test_every_mode_moves_each_byte_once(mode: TransferMode, page: int) -> None:
+def test_transfer_modes_move_each_byte_once(mode: TransferMode, page: int) -> None:
     layout = layout_of(page)
     calls = calls_of(layout, mode)
     num_bytes = TOKENS // page * layout.block_bytes
@@ -45,7 +45,7 @@ def test_every_mode_moves_each_byte_once(mode: TransferMode, page: int) -> None:
         assert (np.sort(starts)[1:] == np.sort(ends)[:-1]).all()
 
 
-def test_a_simulated_request_shares_the_pages_that_the_real_one_shares() -> None:
+def test_simulated_request_shares_the_same_pages_as_the_real_request() -> None:
     document = list(range(40))
     one, other = (Prompt(at_s, [*document, 77 + number], 5) for number, at_s in enumerate((0.0, 2.0)))
     first, second = trace_of([one, other], clock=0.5).requests

@@ -20,7 +20,7 @@ def asked(computed: int, rest_s: float = 0.1, **others: Any) -> Outcome:
     return outcome(ttft_s, **({"prompt_tokens": 1000, "reused": 1000 - computed} | others))
 
 
-def test_each_cell_has_a_rest_of_its_own_and_all_have_one_slope() -> None:
+def test_profile_fits_one_slope_and_an_offset_per_cell() -> None:
     """Although one computes little and the other much, and some requests waited for seconds."""
     quick = [asked(computed, REST_S["quick"]) for computed in COMPUTED[:6]]
     slow = [asked(computed, REST_S["slow"]) for computed in COMPUTED[6:]]
@@ -35,7 +35,7 @@ def test_each_cell_has_a_rest_of_its_own_and_all_have_one_slope() -> None:
     assert found["slow"].rest_s == pytest.approx(mean_rest_s, rel=0.02), "waiting is in the rest"
 
 
-def test_what_is_no_figure_is_not_in_it() -> None:
+def test_profile_leaves_out_missing_figures() -> None:
     measured = [asked(100), asked(200), asked(300)]
     others = [asked(900, warmup=True), asked(900, error="gone"), asked(900, reused=None)]
     assert profiles_of({0: [run_of([*measured, *others])]}) == profiles_of({0: [run_of(measured)]})
@@ -44,5 +44,5 @@ def test_what_is_no_figure_is_not_in_it() -> None:
 @pytest.mark.parametrize(
     "outcomes", [[], [asked(100), asked(100)], [asked(1, reused=None), asked(2, reused=None)]]
 )
-def test_nothing_varies_or_nothing_is_told(outcomes: list[Outcome]) -> None:
+def test_profile_is_empty_without_variation_or_reports(outcomes: list[Outcome]) -> None:
     assert profiles_of({0: [run_of(outcomes)]}) == {}

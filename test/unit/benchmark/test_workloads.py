@@ -44,7 +44,7 @@ def figures(name: str, settings: Settings) -> dict[str, float]:
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_a_seed_gives_one_workload_and_another_seed_shares_nothing_with_it(name: str) -> None:
+def test_workload_depends_on_its_seed_and_shares_nothing_across_seeds(name: str) -> None:
     settings = Settings(requests=12, scale=0.1)
     one, other = make(name, settings), make(name, replace(settings, seed=1))
     assert one == make(name, settings)
@@ -55,7 +55,7 @@ def test_a_seed_gives_one_workload_and_another_seed_shares_nothing_with_it(name:
     assert reusable[2] == pytest.approx(reusable[0] + reusable[1])
 
 
-def test_another_process_makes_the_same_whatever_its_hash_seed() -> None:
+def test_workload_does_not_depend_on_the_hash_seed() -> None:
     made = "repr(make('loogle', Settings(requests=6, scale=0.01)))"
     root = Path(show_workloads.__file__).parent
     there = subprocess.run(
@@ -68,21 +68,21 @@ def test_another_process_makes_the_same_whatever_its_hash_seed() -> None:
     assert there.stdout.strip() == repr(make("loogle", Settings(requests=6, scale=0.01)))
 
 
-def test_what_is_made_does_not_change_from_one_version_to_the_next() -> None:
+def test_workload_bytes_are_stable_across_versions() -> None:
     made = repr([make(name, Settings(requests=5, scale=0.05)) for name in MADE])
     assert hashlib.sha256(made.encode()).hexdigest()[:16] == "45b2208d626f6a68"
 
 
 @pytest.mark.parametrize("name", MADE)
 @pytest.mark.parametrize("requests", [1, 2, 41])
-def test_there_are_as_many_requests_as_asked_for(name: str, requests: int) -> None:
+def test_workload_has_the_requested_number_of_requests(name: str, requests: int) -> None:
     workload = make(name, Settings(requests=requests, scale=0.05))
     assert workload.num_requests == requests
     assert all(session.turns for session in workload.sessions)
     assert len({session.name for session in workload.sessions}) == len(workload.sessions)
 
 
-def test_conversations_have_the_published_turns_and_lengths() -> None:
+def test_sharegpt_conversations_have_the_published_turns_and_lengths() -> None:
     draws = Draws("turns")
     turns = [num_turns(draws) for _ in range(20_000)]
     assert sum(turns) / len(turns) == pytest.approx(5.75, rel=0.02)
@@ -94,7 +94,7 @@ def test_conversations_have_the_published_turns_and_lengths() -> None:
     assert of["prompt_max"] == pytest.approx(2300, rel=0.02)
 
 
-def test_short_conversations_have_the_published_sizes_and_long_ones_fit() -> None:
+def test_sharegpt_short_conversations_have_the_published_sizes_and_long_ones_fit() -> None:
     assert fitted([(94.5, 348.2)]) == [(94.5, 348.2)]
     long = fitted([(100.0, 400.0)] * 10)
     assert sum(new + answer for new, answer in long) - long[-1][1] == pytest.approx(2300)
@@ -103,7 +103,7 @@ def test_short_conversations_have_the_published_sizes_and_long_ones_fit() -> Non
     assert sum(sizes) / len(sizes) == pytest.approx(94.5, rel=0.05)
 
 
-def test_documents_have_the_published_sizes_and_sharing() -> None:
+def test_loogle_documents_have_the_published_sizes_and_sharing() -> None:
     of = figures("loogle", Settings(requests=240, questions=2, scale=0.2))
     assert of["prompt_mean"] == pytest.approx(23_500 * 0.2, rel=0.06)
     assert of["prompt_sd"] == pytest.approx(6_100 * 0.2, rel=0.15)
@@ -112,7 +112,7 @@ def test_documents_have_the_published_sizes_and_sharing() -> None:
     assert of["reusable"] == pytest.approx(0.91 / 2, abs=0.02)
 
 
-def test_a_document_is_asked_about_in_three_sessions_that_share_it() -> None:
+def test_loogle_document_has_three_sessions_that_share_it() -> None:
     workload = make("loogle", Settings(requests=40, scale=0.02, questions=8))
     documents: dict[tuple[int, ...], list[Session]] = {}
     for session in workload.sessions:
@@ -124,7 +124,7 @@ def test_a_document_is_asked_about_in_three_sessions_that_share_it() -> None:
     assert numbers != sorted(numbers)
 
 
-def test_agents_share_their_examples_and_take_the_published_steps() -> None:
+def test_react_agents_share_their_examples_and_take_the_published_steps() -> None:
     workload = make("react", Settings(requests=600))
     of = statistics_of(workload)
     assert of["turns_mean"] == pytest.approx(20 / 6, rel=0.05)
@@ -135,14 +135,14 @@ def test_agents_share_their_examples_and_take_the_published_steps() -> None:
     assert all(session.grows for session in workload.sessions)
 
 
-def test_nothing_is_shared_at_random() -> None:
+def test_random_workload_shares_no_prefix() -> None:
     of = figures("random", Settings(requests=50, scale=0.5))
     assert (of["shared"], of["reusable"], of["multi_turn"]) == (0, 0, 0)
 
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize(("max_context", "min_output"), [(3, 2), (64, 2), (200, 150), (700, 2)])
-def test_the_context_is_never_exceeded(
+def test_workload_never_exceeds_the_context(
     name: str, max_context: int, min_output: int, trace: WriteTrace
 ) -> None:
     settings = Settings(60, max_context=max_context, min_output=min_output, trace=trace(*LINES))
@@ -157,21 +157,21 @@ def test_the_context_is_never_exceeded(
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_tokens_are_of_the_vocabulary(name: str, trace: WriteTrace) -> None:
+def test_workload_tokens_are_in_the_vocabulary(name: str, trace: WriteTrace) -> None:
     settings = Settings(10, scale=0.1, vocabulary=(3, 6), trace=trace(*LINES))
     turns = [turn for session in make(name, settings).sessions for turn in session.turns]
     assert {token for turn in turns for token in turn.new_tokens} == {3, 4, 5}
 
 
 @pytest.mark.parametrize("name", MADE)
-def test_answers_have_a_scale_of_their_own(name: str) -> None:
+def test_workload_scales_answers_separately(name: str) -> None:
     settings = Settings(requests=30, scale=0.2)
     same, longer = (figures(name, replace(settings, output_scale=scale)) for scale in (None, 0.8))
     assert longer["output_mean"] == pytest.approx(4 * same["output_mean"], rel=0.25)
     assert longer["new_mean"] == same["new_mean"]
 
 
-def test_a_trace_keeps_its_times_its_sizes_and_what_is_shared(trace: WriteTrace) -> None:
+def test_trace_workload_keeps_times_sizes_and_sharing(trace: WriteTrace) -> None:
     settings = Settings(scale=0.25, trace=trace(*LINES))
     turns = [session.turns[0] for session in make("trace", settings).sessions]
     assert [turn.at_s for turn in turns] == [0.0, 1.0]
@@ -182,7 +182,7 @@ def test_a_trace_keeps_its_times_its_sizes_and_what_is_shared(trace: WriteTrace)
     assert make("trace", replace(settings, requests=1)).num_requests == 1
 
 
-def test_a_trace_that_was_made_has_the_reuse_of_its_file(tmp_path: Path) -> None:
+def test_generated_trace_has_the_reuse_of_its_file(tmp_path: Path) -> None:
     path = tmp_path / "made.jsonl"
     assert make_trace(["loogle", "--requests", "60", "--sessions", "9", "-o", str(path)]) == 0
     settings = Settings(requests=60, scale=0.0625, trace=path)
@@ -201,7 +201,9 @@ def test_a_trace_that_was_made_has_the_reuse_of_its_file(tmp_path: Path) -> None
         ((), "no request"),
     ],
 )
-def test_a_bad_trace_is_refused_with_its_line(lines: tuple[str, ...], says: str, trace: WriteTrace) -> None:
+def test_trace_workload_refuses_a_bad_line_with_its_number(
+    lines: tuple[str, ...], says: str, trace: WriteTrace
+) -> None:
     with pytest.raises(ConfigError, match=says):
         make("trace", Settings(trace=trace(*lines)))
 
@@ -216,19 +218,19 @@ def test_a_bad_trace_is_refused_with_its_line(lines: tuple[str, ...], says: str,
         ({"vocabulary": (10, 11)}, "vocabulary 10 to 11"),
     ],
 )
-def test_bad_settings_say_what_to_change(change: dict[str, float], says: str) -> None:
+def test_workload_settings_errors_name_the_remedy(change: dict[str, float], says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         replace(Settings(), **change)  # type: ignore[arg-type]
 
 
-def test_an_unknown_workload_and_a_trace_without_file_are_refused() -> None:
+def test_workloads_refuse_unknown_names_and_a_trace_without_file() -> None:
     with pytest.raises(ConfigError, match="choose one of sharegpt, loogle"):
         make("chat", Settings())
     with pytest.raises(ConfigError, match=r"make_trace conversation -o FILE"):
         make("trace", Settings())
 
 
-def test_reuse_counts_whole_pages_of_history_and_answers() -> None:
+def test_workload_reuse_counts_whole_pages_of_history_and_answers() -> None:
     grown = Session("a", (Turn(tuple(range(20)), 30), Turn(tuple(range(100, 110)), 2)))
     of = statistics_of(Workload("w", (grown,)))
     # The second prompt has 20 + 30 + 10 tokens; of the first 50, the last is not in any cache: 3 pages.
@@ -241,7 +243,7 @@ def test_reuse_counts_whole_pages_of_history_and_answers() -> None:
         statistics_of(Workload("w", ()))
 
 
-def test_a_table_and_a_report_say_how_far_off_each_figure_is() -> None:
+def test_workload_statistics_show_the_deviation_of_each_figure() -> None:
     settings = Settings(requests=20, scale=0.1, questions=5)
     of, beside = figures("loogle", settings), published("loogle", settings)
     lines = {line.split()[0]: line for line in table("loogle", of, beside).splitlines()}
@@ -251,7 +253,7 @@ def test_a_table_and_a_report_say_how_far_off_each_figure_is() -> None:
     assert "published" not in rows["sessions"]
 
 
-def test_the_program_prints_tables_json_and_errors(
+def test_show_workloads_prints_tables_json_and_errors(
     capsys: pytest.CaptureFixture[str], trace: WriteTrace
 ) -> None:
     path = str(trace(*LINES))

@@ -38,20 +38,22 @@ def _environment_as_it_was() -> Iterator[None]:
         (["--cluster-key-file", "/no/key", "--model-path", "x/y"], "cluster key file /no/key"),
     ],
 )
-def test_mistakes_are_one_line(argv: list[str], reason: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_launcher_reports_a_user_error_in_one_line(
+    argv: list[str], reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main(argv) == 2
     said = capfd.readouterr().err
     assert reason in said
     assert len(said.strip().splitlines()) == 1
 
 
-def test_a_directory_without_a_model_is_refused(tmp_path: Path) -> None:
+def test_launcher_refuses_a_directory_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"no config\.json"):
         prepare(Role.COLOCATED, CachingMode.FULL, SETTINGS, ["--model-path", str(tmp_path)])
 
 
 @pytest.mark.parametrize("flags", [["--no-such-flag", "3"], ["--page-size", "many"]])
-def test_sglangs_refusal_of_a_flag_is_one_line(tiny_model: Path, flags: list[str]) -> None:
+def test_launcher_reports_a_flag_that_sglang_refuses_in_one_line(tiny_model: Path, flags: list[str]) -> None:
     with pytest.raises(ConfigError, match=flags[0]) as caught:
         prepare(Role.COLOCATED, CachingMode.FULL, SETTINGS, ["--model-path", str(tiny_model), *flags])
     assert "\n" not in str(caught.value)
@@ -72,7 +74,7 @@ def test_the_eviction_policy_reaches_servers_and_memory_servers(
     assert lent[0].eviction == policy
 
 
-def test_sglangs_own_flags_pass_through() -> None:
+def test_launcher_passes_sglang_flags_through() -> None:
     config, rest = parse(["--role", "decode", "--tp", "2", "--router", "h:1", "--schedule-policy", "lpm"])
     assert config.role is Role.DECODE
     assert config.router == "h:1"

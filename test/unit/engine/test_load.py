@@ -20,7 +20,7 @@ def snapshot(rank: int, stamp: float, running: int = 1) -> SimpleNamespace:
     )
 
 
-def test_the_ranks_of_a_server_are_added_up_and_the_slowest_tells_the_age() -> None:
+def test_load_sums_the_ranks_and_takes_the_age_of_the_slowest() -> None:
     clock, now = FakeClock(), [snapshot(0, 5.0), snapshot(1, 5.0, running=3)]
     read = LoadReader(lambda: now, clock)
     assert read() == Load(4, 4, 60, 200, 0.0)
@@ -31,7 +31,7 @@ def test_the_ranks_of_a_server_are_added_up_and_the_slowest_tells_the_age() -> N
     assert read() == Load(4, 4, 60, 200, 0.0)
 
 
-def test_a_clock_that_jumps_makes_nobody_stuck() -> None:
+def test_load_age_ignores_jumps_of_the_wall_clock() -> None:
     clock, now = FakeClock(), [snapshot(0, 5.0)]
     read = LoadReader(lambda: now, clock)
     read()
@@ -42,11 +42,11 @@ def test_a_clock_that_jumps_makes_nobody_stuck() -> None:
     assert load.step_age_s == 0.0
 
 
-def test_nobody_says_anything() -> None:
+def test_load_is_none_when_schedulers_report_nothing() -> None:
     assert LoadReader(list)() is None
 
 
-def test_what_cannot_be_read_is_not_said() -> None:
+def test_load_is_none_when_shared_memory_cannot_be_read() -> None:
     def broken() -> list[object]:
         raise OSError("no such file")
 

@@ -27,7 +27,7 @@ PREFILL, DECODE, COLOCATED = Role.PREFILL, Role.DECODE, Role.COLOCATED
         ("", "--role decode --port 77"),
     ],
 )
-def test_everything_but_the_role_stays_and_the_address_is_kept(argv: str, expected: str) -> None:
+def test_restart_keeps_all_arguments_but_the_role_and_keeps_the_address(argv: str, expected: str) -> None:
     assert argv_as(argv.split(), DECODE, 77) == expected.split()
     assert argv_as(expected.split(), DECODE, 77) == expected.split()
 
@@ -42,7 +42,9 @@ def test_everything_but_the_role_stays_and_the_address_is_kept(argv: str, expect
         ("--tp 16", 2, ()),
     ],
 )
-def test_what_a_prefill_can_become(argv: str, num_nodes: int, roles: tuple[Role, ...]) -> None:
+def test_restart_offers_the_roles_that_the_flags_allow(
+    argv: str, num_nodes: int, roles: tuple[Role, ...]
+) -> None:
     assert other_roles(PREFILL, argv.split(), num_nodes) == roles
 
 
@@ -62,7 +64,7 @@ finally:
 """
 
 
-def test_a_process_ends_in_order_and_executes_itself(tmp_path: Path) -> None:
+def test_restart_stops_the_process_in_order_and_executes_it_again(tmp_path: Path) -> None:
     """With SIGTERM turned into an ordinary end, as SGLang does."""
     script = tmp_path / "launcher.py"
     script.write_text("import signal, sys\nsignal.signal(15, lambda *_: sys.exit(0))\n" + LAUNCHER)

@@ -43,7 +43,7 @@ PORTS = FreePorts(http=1234, bootstrap=5678)
         (Role.COLOCATED, "full", [], [DISAGGREGATION, NO_CACHE]),
     ],
 )
-def test_roles_and_caching_become_flags(
+def test_server_flags_follow_role_and_caching_mode(
     role: Role, caching: str, wanted: list[str], unwanted: list[str]
 ) -> None:
     flags = role_flags(role, CachingMode(caching), PORTS)
@@ -54,12 +54,12 @@ def test_roles_and_caching_become_flags(
         assert flags[flags.index("--disaggregation-mode") + 1] == role
 
 
-def test_only_decode_gets_a_retraction_backup_on_the_cpu() -> None:
+def test_server_flags_give_only_decode_a_retraction_backup_on_the_cpu() -> None:
     assert "--disaggregation-decode-retraction-backup" in cpu_flags(Role.DECODE)
     assert "--disaggregation-decode-retraction-backup" not in cpu_flags(Role.PREFILL)
 
 
-def test_sglang_takes_every_flag_and_the_users_own_win() -> None:
+def test_sglang_accepts_every_server_flag_and_user_flags_win() -> None:
     import argparse
 
     from sglang.srt.plugins import load_plugins
@@ -87,7 +87,7 @@ def test_sglang_takes_every_flag_and_the_users_own_win() -> None:
         assert parser.parse_args(flags).kv_events_config == wanted
 
 
-def test_hbm_is_told_to_us_by_names_that_tell_namespaces_apart_and_advertised_to_nobody() -> None:
+def test_hbm_events_go_to_our_publisher_with_namespaces_and_without_an_endpoint() -> None:
     flags = pool_flags()
     wanted = {"publisher": HBM_PUBLISHER, "endpoint": "", "format": "dynamo"}
     assert json.loads(flags[flags.index("--kv-events-config") + 1]) == wanted
@@ -105,14 +105,14 @@ def test_hbm_is_told_to_us_by_names_that_tell_namespaces_apart_and_advertised_to
         ("mooncake", "rdma", True, False, ("mooncake", "rdma")),
     ],
 )
-def test_kv_on_a_gpu_travels_by_mooncake(
+def test_kv_in_gpu_memory_travels_by_mooncake(
     transfer: Any, protocol: Any, on_cpu: bool, has_rdma: bool, resolved: tuple[str, str]
 ) -> None:
     assert resolve_transfer(transfer, protocol, on_cpu=on_cpu, has_rdma=has_rdma) == resolved
 
 
 @pytest.mark.parametrize("transfer", ["local", "tcp"])
-def test_a_transport_that_cannot_reach_the_gpu_is_refused(transfer: Any) -> None:
+def test_server_flags_refuse_a_transport_that_cannot_reach_gpu_memory(transfer: Any) -> None:
     with pytest.raises(ConfigError, match="GPU"):
         resolve_transfer(transfer, None, on_cpu=False, has_rdma=True)
 
@@ -121,7 +121,7 @@ def test_a_transport_that_cannot_reach_the_gpu_is_refused(transfer: Any) -> None
     ("role", "cores", "threads"),
     [(Role.PREFILL, 2, 1), (Role.DECODE, 8, 4), (Role.PREFILL, 1, 1), (Role.COLOCATED, 6, 6)],
 )
-def test_a_pair_shares_the_cores(role: Role, cores: int, threads: int) -> None:
+def test_servers_of_a_pair_share_the_cores(role: Role, cores: int, threads: int) -> None:
     assert cpu_threads(role, cores) == threads
     assert cpu_environment(role, cores, {}) == {"OMP_NUM_THREADS": str(threads)}
     assert cpu_environment(role, cores, {"OMP_NUM_THREADS": "7"}) == {}
@@ -135,5 +135,5 @@ def test_a_pair_shares_the_cores(role: Role, cores: int, threads: int) -> None:
         (Role.DECODE, ["full"]),  # SGLang's decode never loads from DRAM: its pool is there to send KV home.
     ],
 )
-def test_a_pool_is_made_where_it_is_of_use(role: Role, modes: list[str]) -> None:
+def test_server_flags_add_a_pool_only_for_roles_that_use_it(role: Role, modes: list[str]) -> None:
     assert [str(mode) for mode in CachingMode if needs_pool(role, mode)] == modes

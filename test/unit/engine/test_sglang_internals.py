@@ -11,11 +11,11 @@ from memserve.engine import sglang_internals as seams
 
 
 @pytest.mark.parametrize("seam", seams.SEAMS, ids=lambda seam: seam.name)
-def test_seam_holds(seam: seams.Seam) -> None:
+def test_sglang_internal_is_as_expected(seam: seams.Seam) -> None:
     assert seam.problem() is None
 
 
-def test_a_seam_that_moved_is_reported_by_name_and_purpose() -> None:
+def test_missing_sglang_internal_is_reported_by_name_and_purpose() -> None:
     gone = seams.Seam("clock", "time:no_such_clock", "telling the time")
     assert gone.problem() is not None
     assert "'clock'" in str(gone.problem())
@@ -24,14 +24,14 @@ def test_a_seam_that_moved_is_reported_by_name_and_purpose() -> None:
     assert "Nope" in str(seams.Seam("json", "json", "tests", members=("Nope",)).problem())
 
 
-def test_another_sglang_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_sglang_version_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     seams.check_version()
     monkeypatch.setattr(seams, "version", lambda _: "0.4.0")
     with pytest.raises(ConfigError, match=r"0\.4\.0 .* needs 0\.5\.23.*install\.py"):
         seams.check_version()
 
 
-def test_a_missing_sglang_is_refused_with_what_to_do(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_sglang_is_refused_with_a_remedy(monkeypatch: pytest.MonkeyPatch) -> None:
     def not_there(_: str) -> str:
         raise PackageNotFoundError
 

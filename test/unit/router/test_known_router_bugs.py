@@ -44,12 +44,12 @@ COVERED = {
     ],
     2: [
         "unit/scheduling/test_policies.py::test_cold_prompts_spread_at_any_concurrency",
-        "e2e/test_routing.py::test_a_prefix_that_many_ask_for_is_replicated",
+        "e2e/test_routing.py::test_popular_prefix_is_replicated",
     ],
     3: [
         "unit/core/test_block_keys.py::test_keys_are_sglangs",
-        "e2e/test_tokenize.py::test_chats_have_the_ids_and_take_them",
-        "e2e/test_routing.py::test_a_conversation_stays_with_its_history",
+        "e2e/test_tokenize.py::test_chats_use_the_router_token_ids",
+        "e2e/test_routing.py::test_conversation_stays_with_its_history",
     ],
     4: [
         "unit/scheduling/prompt_tree/test_tree.py::test_the_budget_holds_however_many_unique_prompts_come",
@@ -60,8 +60,8 @@ COVERED = {
         "unit/router/kv_events/test_synchronizer.py::test_a_gap_asks_for_a_snapshot_which_mends_it",
         "unit/instance/test_publisher.py::test_a_router_that_restarts_gets_a_snapshot",
         "unit/instance/test_sync_session.py::test_an_audit_finds_a_wrong_tree_and_puts_it_right",
-        "e2e/test_global_tree.py::test_after_decode_was_killed_and_came_back",
-        "e2e/test_global_tree.py::test_no_audit_has_ever_found_the_tree_wrong",
+        "e2e/test_global_tree.py::test_tree_equals_the_pools_after_decode_was_killed_and_restarted",
+        "e2e/test_global_tree.py::test_tree_audits_never_found_an_error",
     ],
     6: [
         "unit/router/proxy/test_pair_atomic.py::test_the_other_leg_ends_with_the_one_that_is_lost",
@@ -76,15 +76,15 @@ COVERED = {
         "unit/mempool/test_pool.py::test_a_flipped_byte_is_a_miss_a_counter_and_a_log_line",
         "unit/engine/test_linker.py::test_a_flipped_bit_is_a_miss_and_never_loaded",
         "unit/mempool/remote/test_peers_faults.py::test_a_byte_flipped_in_the_holders_arena_is_a_miss",
-        "e2e/test_dram_tier.py::test_what_prefill_evicts_is_found_in_dram",
-        "e2e/test_remote_memory.py::test_history_that_prefill_lost_comes_from_decode",
+        "e2e/test_dram_tier.py::test_blocks_evicted_from_hbm_are_found_in_dram",
+        "e2e/test_remote_memory.py::test_history_lost_by_prefill_comes_from_decode",
     ],
     9: [
         "unit/instance/test_pool_metrics.py::test_blocks_are_shown_by_tier_and_state",
         "unit/router/cluster/test_drain.py::test_blocks_go_where_they_are_of_use",
         "unit/router/http/test_workers_api.py::test_a_drained_server_ends_what_it_has_and_gets_nothing_new",
         "unit/router/proxy/test_recovery.py::test_another_instance_goes_on",
-        "e2e/test_resume.py::test_streams_outlive_the_decode_that_feeds_them",
+        "e2e/test_resume.py::test_streams_continue_after_their_decode_dies",
         "unit/router/test_known_router_bugs.py::test_an_instance_with_other_pages_is_not_ready_and_says_why",
     ],
     10: [

@@ -23,7 +23,7 @@ def digests(directory: Path) -> dict[str, str]:
     return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in directory.iterdir()}
 
 
-def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
+def test_tiny_model_has_the_same_bytes_for_the_same_seed(tmp_path: Path) -> None:
     make(tmp_path / "a")
     make(tmp_path / "b")
     make(tmp_path / "c", "--seed", "1")
@@ -31,7 +31,7 @@ def test_the_same_seed_gives_the_same_bytes(tmp_path: Path) -> None:
     assert digests(tmp_path / "a")["model.safetensors"] != digests(tmp_path / "c")["model.safetensors"]
 
 
-def test_a_model_that_is_there_is_left_alone(tmp_path: Path) -> None:
+def test_tiny_model_is_not_written_again_if_it_exists(tmp_path: Path) -> None:
     make(tmp_path)
     written = (tmp_path / "model.safetensors").stat().st_mtime_ns
     assert "already there" in make(tmp_path)
@@ -41,12 +41,12 @@ def test_a_model_that_is_there_is_left_alone(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "text", ["plain", "ünïcödé 漢字 🙂", "tabs\tand\nlines", "<|im_start|>user\nhi<|im_end|>\n"]
 )
-def test_text_survives_tokenizing(tiny_model: Path, text: str) -> None:
+def test_tiny_model_text_survives_tokenizing(tiny_model: Path, text: str) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
     assert tokenizer.decode(tokenizer(text).input_ids) == text
 
 
-def test_a_chat_is_one_token_per_byte_and_mark(tiny_model: Path) -> None:
+def test_tiny_model_chat_has_one_token_per_byte_and_mark(tiny_model: Path) -> None:
     tokenizer: Any = AutoTokenizer.from_pretrained(tiny_model)
     chat = [{"role": "user", "content": "hi"}]
     rendered = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)

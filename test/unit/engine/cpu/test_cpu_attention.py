@@ -136,7 +136,7 @@ def take_slots(totals: Sequence[int], order: str) -> list[Tensor]:
 @every_dtype
 @every_shape
 @every_order
-def test_a_ragged_extend_over_every_page_edge_equals_torch_native(order, shape, dtype):
+def test_ragged_extend_over_every_page_edge_equals_torch_native(order, shape, dtype):
     news = [7, 1, 33, 2, 16, 3, 5, 17, 1, 40]
     Case(PAGE_EDGES, news, shape, dtype, order).assert_same()
 
@@ -144,20 +144,20 @@ def test_a_ragged_extend_over_every_page_edge_equals_torch_native(order, shape, 
 @every_dtype
 @every_shape
 @every_order
-def test_a_ragged_decode_over_every_page_edge_equals_torch_native(order, shape, dtype):
+def test_ragged_decode_over_every_page_edge_equals_torch_native(order, shape, dtype):
     prefixes = [length - 1 for length in PAGE_EDGES]
     Case(prefixes, [1] * len(prefixes), shape, dtype, order, decode=True).assert_same()
 
 
 @every_dtype
 @pytest.mark.parametrize("new", PAGE_EDGES)
-def test_a_cold_prefill_equals_torch_native(new, dtype):
+def test_cold_prefill_equals_torch_native(new, dtype):
     Case([0], [new], dtype=dtype).assert_same()
 
 
 @pytest.mark.parametrize("new", [1, 15, 16, 17])
 @pytest.mark.parametrize("prefix", [0, 1, 15, 16, 17, 31, 32, 33])
-def test_every_page_edge_alone_equals_torch_native(prefix, new):
+def test_single_request_at_every_page_edge_equals_torch_native(prefix, new):
     Case([prefix], [new]).assert_same()
 
 
@@ -181,7 +181,7 @@ def test_any_batch_equals_torch_native(lengths, shape, order, decode):
 
 
 @every_order
-def test_chunks_and_single_tokens_give_what_one_prefill_gives(order):
+def test_chunked_and_single_token_extends_equal_one_prefill(order):
     tokens, chunks = 150, [64, 48, 1, 37]
     whole = Case([0], [tokens], order=order)
     expected = whole.ours()
@@ -197,7 +197,7 @@ def test_chunks_and_single_tokens_give_what_one_prefill_gives(order):
 
 
 @pytest.mark.parametrize("decode", [False, True])
-def test_new_keys_and_values_are_stored_unless_told_not_to(decode):
+def test_attention_stores_new_keys_and_values_unless_save_kv_cache_is_off(decode):
     case = Case([20], [1], decode=decode)
     pool, where = case.runner.token_to_kv_pool, case.batch.out_cache_loc
     before = pool.get_key_buffer(0).clone()
@@ -209,7 +209,7 @@ def test_new_keys_and_values_are_stored_unless_told_not_to(decode):
 
 
 @pytest.mark.parametrize("decode", [False, True])
-def test_a_layer_without_keys_of_its_own_reads_them_from_the_pool(decode):
+def test_layer_without_new_keys_reads_keys_from_the_pool(decode):
     case = Case([20, 0], [1, 1], decode=decode)
     case.k = case.v = None
     case.assert_same()
@@ -221,18 +221,18 @@ def test_a_layer_without_keys_of_its_own_reads_them_from_the_pool(decode):
     [{"sliding_window_size": 8}, {"attn_type": AttentionType.ENCODER_ONLY}],
     ids=["window", "encoder"],
 )
-def test_other_kinds_of_attention_equal_torch_native(options, decode):
+def test_unplanned_kinds_of_attention_equal_torch_native(options, decode):
     prefixes = [40, 12] if "sliding_window_size" in options else [0, 0]
     Case(prefixes, [1, 1] if decode else [9, 5], decode=decode, layer_options=options).assert_same()
 
 
-def test_a_pool_of_another_dtype_equals_torch_native():
+def test_pool_of_another_dtype_equals_torch_native():
     case = Case([40, 12], [3, 5], dtype=torch.float16)
     case.q = case.q.float()
     torch.testing.assert_close(case.ours(), case.theirs())
 
 
-def test_an_extend_never_pads_its_queries(monkeypatch):
+def test_extend_never_pads_its_queries(monkeypatch):
     """The reason this backend exists: queries x keys attended is new x total, not total x total."""
     attended = []
 
@@ -246,7 +246,7 @@ def test_an_extend_never_pads_its_queries(monkeypatch):
     assert sum(attended) == 8 * 1008
 
 
-def test_registration_makes_the_name_known_once():
+def test_attention_backend_registration_is_idempotent():
     from sglang.srt.layers.attention.attention_registry import ATTENTION_BACKENDS
     from sglang.srt.server_args import ATTENTION_BACKEND_CHOICES
 

@@ -27,9 +27,9 @@ def chosen(num_others: int) -> str:
     return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.strip()
 
 
-def test_a_process_with_one_thread_forks() -> None:
+def test_single_threaded_server_forks_its_children() -> None:
     assert chosen(0) == "fork"
 
 
-def test_a_process_with_another_thread_spawns_as_sglang_does() -> None:
+def test_multi_threaded_server_spawns_its_children() -> None:
     assert chosen(1) == "spawn"

@@ -36,7 +36,7 @@ def slots_of(run: KeyRun) -> Tensor:
     return torch.arange(run.slot, run.slot + run.tokens)
 
 
-def test_runs_are_found_where_slots_are_neighbours():
+def test_find_runs_finds_adjacent_slots():
     slots = [
         torch.cat([torch.arange(500, 500 + LONG), torch.arange(100, 110), torch.arange(900, 901 + LONG)]),
         NO_SLOTS,
@@ -52,7 +52,7 @@ def test_runs_are_found_where_slots_are_neighbours():
 
 @settings(max_examples=60, deadline=None)
 @given(lengths=lengths_of_runs, queries=st.sampled_from([1, 16, 64, 1000]))
-def test_parts_hold_every_slot_once(lengths, queries):
+def test_split_keys_covers_every_slot_once(lengths, queries):
     slots = slots_in_runs(lengths)
     [parts] = split_keys([slots], [queries])
     found = torch.cat([NO_SLOTS, *map(slots_of, parts.runs), *parts.pieces])
@@ -61,7 +61,7 @@ def test_parts_hold_every_slot_once(lengths, queries):
     assert all(run.tokens >= max(LONG, queries) for run in parts.runs)
 
 
-def test_many_queries_are_not_worth_many_parts():
+def test_split_keys_makes_fewer_parts_for_more_queries():
     slots = slots_in_runs([LONG] * 3 + [20] * 100)
     [few], [many] = split_keys([slots], [1]), split_keys([slots], [2000])
     assert (len(few.runs), [len(piece) for piece in few.pieces]) == (
@@ -71,7 +71,7 @@ def test_many_queries_are_not_worth_many_parts():
     assert (len(many.runs), [len(piece) for piece in many.pieces]) == (0, [len(slots)])
 
 
-def test_pieces_of_like_length_are_gathered_together():
+def test_group_pieces_gathers_pieces_of_similar_length_together():
     lengths = [3, GATHERED_TOKENS, 100, 2, 90]
     gathers = list(group_pieces([(at, torch.arange(n) + 5000 * at) for at, n in enumerate(lengths)]))
     assert [gather.requests.tolist() for gather in gathers] == [[1], [2, 4, 0, 3]]
@@ -87,7 +87,7 @@ def test_pieces_of_like_length_are_gathered_together():
 
 @settings(max_examples=60, deadline=None)
 @given(batch=st.lists(lengths_of_runs.filter(len), min_size=1, max_size=5))
-def test_a_decode_plan_gives_every_request_its_slots_once(batch):
+def test_decode_plan_covers_every_slot_of_each_request_once(batch):
     slots = [slots_in_runs(lengths, 100_000 * at) for at, lengths in enumerate(batch)]
     plan = plan_decode(slots)
     parts = [(request, slots_of(run)) for request, run in plan.runs]
@@ -105,11 +105,11 @@ def test_a_decode_plan_gives_every_request_its_slots_once(batch):
         assert torch.equal(torch.cat([part for _, part in mine]).sort().values, own.sort().values)
 
 
-def test_a_batch_of_short_requests_is_one_gather():
+def test_decode_plan_gathers_short_requests_once():
     plan = plan_decode([slots_in_runs([length], 1000 * length) for length in (33, 15, 16)])
     assert (plan.runs, len(plan.gathers)) == ((), 1)
 
 
-def test_requests_that_are_one_part_each_need_no_merge():
+def test_decode_plan_of_single_parts_needs_no_merge():
     assert plan_decode([slots_in_runs([LONG]), slots_in_runs([LONG + 1])]).columns is None
     assert plan_decode([slots_in_runs([20])]).columns is None

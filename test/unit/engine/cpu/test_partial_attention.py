@@ -65,14 +65,14 @@ def test_attend_is_softmax_attention_with_its_log_sum_exp(queries, heads, kv_hea
 @every_dtype
 @every_shape
 @pytest.mark.parametrize("tokens", [1, 15, 16, 17, 65])
-def test_causal_attention_sees_each_token_and_those_before(tokens, heads, kv_heads, dtype):
+def test_causal_attention_covers_each_token_and_its_predecessors(tokens, heads, kv_heads, dtype):
     query, key, value = tensors(tokens, tokens, heads, kv_heads, dtype)
     seen = attend(query, key, value, scale=SCALE, causal=True)
     assert_same(seen, by_definition(query, key, value, causal=True), dtype)
 
 
 @pytest.mark.parametrize("causal", [False, True])
-def test_values_may_have_another_width_than_keys(causal):
+def test_attend_accepts_values_of_another_width_than_keys(causal):
     query, key, value = tensors(9, 9, 8, 2, torch.float32)
     seen = attend(query, key, value[..., :6], scale=SCALE, causal=causal)
     assert_same(seen, by_definition(query, key, value[..., :6], causal), torch.float32)
@@ -81,7 +81,7 @@ def test_values_may_have_another_width_than_keys(causal):
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 @pytest.mark.parametrize("causal", [False, True])
-def test_attend_and_merge_are_the_same_on_a_gpu(causal):
+def test_attend_and_merge_give_equal_results_on_a_gpu(causal):
     query, key, value = tensors(9, 9, 8, 2, torch.float32)
     seen = attend(query.cuda(), key.cuda(), value.cuda(), scale=SCALE, causal=causal)
     merged = merge([seen, nothing_seen(query.cuda(), 16)])
@@ -91,7 +91,7 @@ def test_attend_and_merge_are_the_same_on_a_gpu(causal):
 
 @every_dtype
 @every_shape
-def test_keys_cut_at_any_place_merge_to_the_whole(heads, kv_heads, dtype):
+def test_partials_of_keys_split_at_any_position_merge_to_full_attention(heads, kv_heads, dtype):
     query, key, value = tensors(5, 34, heads, kv_heads, dtype)
     whole = by_definition(query, key, value)
     for cut in range(35):
@@ -108,7 +108,7 @@ def test_keys_cut_at_any_place_merge_to_the_whole(heads, kv_heads, dtype):
     order=st.randoms(use_true_random=False),
     magnitude=st.sampled_from([1e-3, 1.0, 50.0]),
 )
-def test_any_partition_in_any_order_merges_to_the_whole(cuts, order, magnitude):
+def test_partials_of_any_partition_in_any_order_merge_to_full_attention(cuts, order, magnitude):
     query, key, value = tensors(3, 40, 4, 2, torch.float32)
     query = query * magnitude
     parts = [
@@ -129,7 +129,7 @@ def test_any_partition_in_any_order_merges_to_the_whole(cuts, order, magnitude):
 
 
 @every_dtype
-def test_the_outputs_of_stacked_parts_merge_as_the_parts_do(dtype):
+def test_merge_outputs_equals_merge_of_the_same_parts(dtype):
     query, key, value = tensors(2, 34, 4, 2, dtype)
     parts = [
         attend(query, key[:, :, part], value[:, :, part], scale=SCALE)
@@ -140,13 +140,13 @@ def test_the_outputs_of_stacked_parts_merge_as_the_parts_do(dtype):
     assert_same(Partial(output, merge(parts).lse), by_definition(query, key, value), dtype)
 
 
-def test_parts_far_apart_in_magnitude_merge_without_overflow():
+def test_merge_of_very_different_magnitudes_does_not_overflow():
     far = [Partial(torch.full((1, 1, 1, 2), at), torch.full((1, 1, 1), at)) for at in (-3e38, 700.0, 3e38)]
     assert_same(merge(far), far[2], torch.float32)
     assert_same(merge(far[:2]), far[1], torch.float32)
 
 
-def test_what_saw_nothing_changes_nothing():
+def test_merge_with_an_empty_part_changes_nothing():
     query, key, value = tensors(3, 7, 4, 2, torch.float32)
     seen = attend(query, key, value, scale=SCALE)
     nothing = attend(query, key[:, :, :0], value[:, :, :0], scale=SCALE)
@@ -165,7 +165,7 @@ def test_what_saw_nothing_changes_nothing():
 @every_dtype
 @every_shape
 @pytest.mark.parametrize("value_dim", [16, 6], ids=["kernel", "matmul"])
-def test_masked_keys_are_not_seen(heads, kv_heads, dtype, value_dim):
+def test_masked_keys_do_not_contribute(heads, kv_heads, dtype, value_dim):
     query, key, value = tensors(1, 33, heads, kv_heads, dtype)
     mask = torch.zeros(2, 1, 1, 33)
     mask[0, ..., 20:] = -torch.inf
@@ -177,12 +177,12 @@ def test_masked_keys_are_not_seen(heads, kv_heads, dtype, value_dim):
         assert_same(Partial(seen.output[row : row + 1], seen.lse[row : row + 1]), alone, dtype)
 
 
-def test_no_queries_see_nothing():
+def test_attend_without_queries_returns_an_empty_result():
     query, key, value = tensors(0, 7, 4, 2, torch.float32)
     assert attend(query, key, value, scale=SCALE).output.shape == (2, 4, 0, 16)
 
 
-def test_merge_leaves_its_parts_alone():
+def test_merge_does_not_modify_its_parts():
     query, key, value = tensors(3, 8, 4, 2, torch.float32)
     parts = [attend(query, key[:, :, at:], value[:, :, at:], scale=SCALE) for at in (0, 4)]
     before = [Partial(part.output.clone(), part.lse.clone()) for part in parts]
@@ -192,7 +192,7 @@ def test_merge_leaves_its_parts_alone():
         assert torch.equal(part.lse, was.lse)
 
 
-def test_wrong_calls_are_refused():
+def test_attend_and_merge_refuse_invalid_arguments():
     query, key, value = tensors(3, 7, 4, 3, torch.float32)
     with pytest.raises(ValueError, match="4 query heads cannot share 3 KV heads"):
         attend(query, key, value, scale=SCALE)

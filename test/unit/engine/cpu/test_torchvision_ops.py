@@ -18,7 +18,7 @@ def test_torchvision_imports_in_a_fresh_process() -> None:
     assert result.returncode == 0, result.stderr
 
 
-def test_defining_again_changes_nothing() -> None:
+def test_torchvision_op_definition_is_idempotent() -> None:
     define_missing_ops()
     define_missing_ops()
     assert hasattr(torch.ops.torchvision, "nms")
