@@ -57,7 +57,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     """As the client sent it. Never changed."""
     rid: str
     """RequestIds the request in logs, and at every server."""
-    rid_is_clients: bool
+    has_client_rid: bool
     """The client chose it, and may use it again."""
     rids: tuple[str, ...]
     """What the servers call its parts: one per prompt."""
@@ -71,7 +71,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     authorization: str | None = None
     timeout_s: float | None = None
     """How long its client waits for the whole answer, if it says so."""
-    is_apart: bool = False
+    has_tenant: bool = False
     """It is one tenant's of several: what it calls itself must not meet the names of others."""
     wants_report: bool = False
     """A stream ends with a comment that tells what prefill reused."""

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from aiohttp import web
 from tokenizers import Tokenizer
 
-from memserve.router.proxy.validation import Limits, read_call
+from memserve.router.proxy.validation import Limits, read_request
 from memserve.router.request import Api
 from memserve.router.tokenization.token_probes import Agreement
 from memserve.router.tokenization.token_records import KnownTokens
@@ -56,7 +56,7 @@ class Reader(FakeWorker):
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
         if "messages" in body:
-            tokens = await self.reader.tokens_of(read_call(Api.CHAT, body, Limits(), "none"))
+            tokens = await self.reader.tokens_of(read_request(Api.CHAT, body, Limits(), "none"))
             assert isinstance(tokens, KnownTokens)
             ids: Any = list(tokens.prompts[0])
         elif isinstance(body["prompt"], list):

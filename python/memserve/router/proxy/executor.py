@@ -1,4 +1,4 @@
-"""One attempt at a call, on the instances it was given to: fetched, run on its legs, settled.
+"""One attempt at a request, on the instances it was given to: fetched, run on its legs, settled.
 
 fetch ── legs ── prefilled ── ended
 Knows nothing of other attempts, nor of who asked.
@@ -37,28 +37,28 @@ class RequestExecutor:
         self._placer = placer
         self._fetcher = fetcher
 
-    async def answer(self, call: GenerationRequest, placed: Assignment) -> bytes:
+    async def answer(self, request: GenerationRequest, placed: Assignment) -> bytes:
         """The whole answer. Raises what `Upstream.leg` raises."""
         is_answered = False
         try:
-            on_prefilled = await self._begun(call, placed)
-            answer = await self._answer(call, placed, on_prefilled)
+            on_prefilled = await self._begun(request, placed)
+            answer = await self._answer(request, placed, on_prefilled)
             is_answered = True
             return answer
         finally:
             self._placer.ended(placed, is_answered=is_answered)
 
-    async def stream(self, call: GenerationRequest, placed: Assignment, write: Write) -> None:
+    async def stream(self, request: GenerationRequest, placed: Assignment, write: Write) -> None:
         """Write the answer as it comes. Raises what `Upstream.leg` and `write` raise."""
         is_answered = False
         try:
-            on_prefilled = await self._begun(call, placed)
-            await self._stream(call, placed.route, on_prefilled, write)
+            on_prefilled = await self._begun(request, placed)
+            await self._stream(request, placed.route, on_prefilled, write)
             is_answered = True
         finally:
             self._placer.ended(placed, is_answered=is_answered)
 
-    async def _begun(self, call: GenerationRequest, placed: Assignment) -> OnPrefilled:
+    async def _begun(self, request: GenerationRequest, placed: Assignment) -> OnPrefilled:
         """Its history is fetched; what to tell of its prefill."""
         waited_s = await self._fetcher.wait(partial(benefits_from, placed))
         if waited_s is not None:
@@ -68,51 +68,55 @@ class RequestExecutor:
         self._placer.sent(placed)
 
         def on_prefilled(answer: Any) -> None:
-            self._placer.prefilled(placed, _num_cached(call, answer))
+            self._placer.prefilled(placed, _num_cached(request, answer))
 
         return on_prefilled
 
     async def _stream(
-        self, call: GenerationRequest, route: Route, on_prefilled: OnPrefilled, write: Write
+        self, request: GenerationRequest, route: Route, on_prefilled: OnPrefilled, write: Write
     ) -> None:
         if not isinstance(route, Pair):
-            await self._relay(call, route.worker, on_prefilled, write)
-        elif call.num_samples == 1:
-            await self._pairs.stream(call, route, on_prefilled, write)
-        elif call.api is Api.GENERATE:
-            await self._pairs.stream(as_batch(call), route, on_prefilled, write)
+            await self._relay(request, route.worker, on_prefilled, write)
+        elif request.num_samples == 1:
+            await self._pairs.stream(request, route, on_prefilled, write)
+        elif request.api is Api.GENERATE:
+            await self._pairs.stream(as_batch(request), route, on_prefilled, write)
         else:
-            await self._stream_samples(call, route, on_prefilled, write)
+            await self._stream_samples(request, route, on_prefilled, write)
 
-    async def _answer(self, call: GenerationRequest, placed: Assignment, on_prefilled: OnPrefilled) -> bytes:
+    async def _answer(
+        self, request: GenerationRequest, placed: Assignment, on_prefilled: OnPrefilled
+    ) -> bytes:
         route = placed.route
         if not isinstance(route, Pair):
-            whole = await self._upstream.fetch(route.worker, call, _own_body(call))
+            whole = await self._upstream.fetch(route.worker, request, _own_body(request))
             answer = parsed(route.worker, whole)
             # Whatever follows a first token takes its time.
             is_timely = placed.prompt.output_tokens == 1
-            self._placer.prefilled(placed, _num_cached(call, answer), is_timely=is_timely)
+            self._placer.prefilled(placed, _num_cached(request, answer), is_timely=is_timely)
             return whole
-        if call.num_samples == 1:
-            return await self._pairs.answer(call, route, on_prefilled)
-        if call.api is Api.GENERATE:
-            return await self._pairs.answer(as_batch(call), route, on_prefilled)
-        answers = await _all(self._pairs.answer(single, route, on_prefilled) for single in as_singles(call))
-        return join_answers(call, answers)
+        if request.num_samples == 1:
+            return await self._pairs.answer(request, route, on_prefilled)
+        if request.api is Api.GENERATE:
+            return await self._pairs.answer(as_batch(request), route, on_prefilled)
+        answers = await _all(
+            self._pairs.answer(single, route, on_prefilled) for single in as_singles(request)
+        )
+        return join_answers(request, answers)
 
     async def _relay(
-        self, call: GenerationRequest, worker: Instance, on_prefilled: OnPrefilled, write: Write
+        self, request: GenerationRequest, worker: Instance, on_prefilled: OnPrefilled, write: Write
     ) -> None:
         def on_first(chunk: bytes) -> None:
             on_prefilled(_parsed(data_of(chunk)))
 
-        async with self._upstream.leg(worker, call, _own_body(call)) as leg:
+        async with self._upstream.leg(worker, request, _own_body(request)) as leg:
             await relay(leg, write, on_first)
 
     async def _stream_samples(
-        self, call: GenerationRequest, pair: Pair, on_prefilled: OnPrefilled, write: Write
+        self, request: GenerationRequest, pair: Pair, on_prefilled: OnPrefilled, write: Write
     ) -> None:
-        joiner = SampleJoiner(call)
+        joiner = SampleJoiner(request)
 
         async def run(sample: int, single: GenerationRequest) -> None:
             async def write_sample(chunk: bytes) -> None:
@@ -121,13 +125,13 @@ class RequestExecutor:
 
             await self._pairs.stream(single, pair, on_prefilled, write_sample)
 
-        await _all(run(sample, single) for sample, single in enumerate(as_singles(call)))
+        await _all(run(sample, single) for sample, single in enumerate(as_singles(request)))
         await write(joiner.end())
 
 
-def _own_body(call: GenerationRequest) -> bytes:
+def _own_body(request: GenerationRequest) -> bytes:
     """The body for a server that does everything itself."""
-    return encode_json({**call.body, "rid": rid_field(call)})
+    return encode_json({**request.body, "rid": rid_field(request)})
 
 
 def _parsed(answer: bytes) -> Any:
@@ -138,10 +142,10 @@ def _parsed(answer: bytes) -> Any:
         return None
 
 
-def _num_cached(call: GenerationRequest, answer: Any) -> int | None:
+def _num_cached(request: GenerationRequest, answer: Any) -> int | None:
     """Prompt tokens that were cached, all prompts together, by a parsed answer or the first event of one."""
     try:
-        cached = cached_tokens_in(call, answer)
+        cached = cached_tokens_in(request, answer)
     except (KeyError, TypeError, AttributeError):
         return None  # an event that says nothing of it, or has come in part
     if isinstance(cached, list):

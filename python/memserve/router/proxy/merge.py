@@ -16,59 +16,59 @@ from memserve.router.sse import data_of, with_data
 _LOGPROB_LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 
 
-def leg_bodies(call: GenerationRequest, pair: Pair, draw_room: Callable[[], int]) -> tuple[bytes, bytes]:
+def leg_bodies(request: GenerationRequest, pair: Pair, draw_room: Callable[[], int]) -> tuple[bytes, bytes]:
     """The bodies for prefill and for decode.
 
     `draw_room` gives a fresh rendezvous number: one for each prompt. Prefill answers whole even if
     the client wants a stream: its single token would be no stream.
     """
     host, port = pair.prefill.bootstrap_host, pair.prefill.bootstrap_port
-    body: JsonObject = {**call.body, "rid": rid_field(call)}
-    if call.num_prompts is None:
+    body: JsonObject = {**request.body, "rid": rid_field(request)}
+    if request.num_prompts is None:
         body |= {"bootstrap_host": host, "bootstrap_port": port, "bootstrap_room": draw_room()}
     else:
-        rooms = [draw_room() for _ in range(call.num_prompts)]
+        rooms = [draw_room() for _ in range(request.num_prompts)]
         count = len(rooms)
         body |= {"bootstrap_host": [host] * count, "bootstrap_port": [port] * count, "bootstrap_room": rooms}
     decode = encode_json(body)
-    if not call.is_stream:
+    if not request.is_stream:
         return decode, decode
     prefill = {**body, "stream": False}
     prefill.pop("stream_options", None)
     return encode_json(prefill), decode
 
 
-def rid_field(call: GenerationRequest) -> object:
+def rid_field(request: GenerationRequest) -> object:
     """`rid` as SGLang wants it: a list for a batch."""
-    return call.rid if call.num_prompts is None else list(call.rids)
+    return request.rid if request.num_prompts is None else list(request.rids)
 
 
-def merge_answers(call: GenerationRequest, prefill: Any, decode: bytes) -> bytes:
+def merge_answers(request: GenerationRequest, prefill: Any, decode: bytes) -> bytes:
     """Decode's whole answer, with what prefill's, parsed, knows of the prompt."""
     theirs, ours = prefill, decode_json(decode)
-    if call.api is Api.GENERATE:
+    if request.api is Api.GENERATE:
         pairs = [(theirs, ours)] if isinstance(ours, dict) else list(zip(theirs, ours, strict=True))
         for one, other in pairs:
             _merge_meta(one["meta_info"], other["meta_info"])
             for name in ("cached_tokens", "e2e_latency"):
                 other["meta_info"][f"prefill_{name}"] = one["meta_info"].get(name)
         return encode_json(ours)
-    if call.wants_input_logprobs:
+    if request.wants_input_logprobs:
         for one, other in zip(theirs["choices"], ours["choices"], strict=True):
             _prepend_logprobs(one, other)
-    cached = cached_tokens_in(call, theirs)
+    cached = cached_tokens_in(request, theirs)
     if cached is not None and isinstance(ours.get("usage"), dict):
         details = ours["usage"].get("prompt_tokens_details") or {}
         ours["usage"]["prompt_tokens_details"] = {**details, "prefill_cached_tokens": cached}
     return encode_json(ours)
 
 
-def cached_tokens_in(call: GenerationRequest, answer: Any) -> int | list[int] | None:
+def cached_tokens_in(request: GenerationRequest, answer: Any) -> int | list[int] | None:
     """How many prompt tokens were cached by a parsed answer, for each prompt of a native batch.
 
     None if it does not say: OpenAI's endpoints do only with --enable-cache-report.
     """
-    if call.api is Api.GENERATE:
+    if request.api is Api.GENERATE:
         if isinstance(answer, list):
             return [one["meta_info"].get("cached_tokens") for one in answer]
         cached: int | None = answer["meta_info"].get("cached_tokens")
@@ -78,9 +78,9 @@ def cached_tokens_in(call: GenerationRequest, answer: Any) -> int | list[int] | 
     return total
 
 
-def cache_report(call: GenerationRequest, answer: Any) -> JsonObject:
+def cache_report(request: GenerationRequest, answer: Any) -> JsonObject:
     """What to tell of prefill's reuse; of one prompt also by tier: `device` is HBM, `host` DRAM."""
-    report: JsonObject = {"prefill_cached_tokens": cached_tokens_in(call, answer)}
+    report: JsonObject = {"prefill_cached_tokens": cached_tokens_in(request, answer)}
     if isinstance(answer, dict) and (tiers := answer.get("meta_info", {}).get("cached_tokens_details")):
         report["prefill_cached_tokens_details"] = tiers
     return report
@@ -89,9 +89,9 @@ def cache_report(call: GenerationRequest, answer: Any) -> JsonObject:
 class LogprobMerger:
     """Puts prefill's logprobs of the prompt into the events of decode's stream."""
 
-    def __init__(self, call: GenerationRequest, prefill: Any) -> None:
+    def __init__(self, request: GenerationRequest, prefill: Any) -> None:
         """`prefill`: its answer, parsed."""
-        self._api = call.api
+        self._api = request.api
         self._prefill = prefill
         self._seen: set[int] = set()
 

@@ -18,22 +18,22 @@ from memserve.router.sse import DONE, EventSplitter, data_of, with_data
 _PER_PROMPT = [(name, field.is_prompt) for name, field in fields_of(In.NATIVE) if field.is_per_prompt]
 
 
-def as_batch(call: GenerationRequest) -> GenerationRequest:
-    """A /generate call with n samples as a batch of n × its prompts, a prompt's samples side by side.
+def as_batch(request: GenerationRequest) -> GenerationRequest:
+    """A /generate request with n samples as a batch of n × its prompts, a prompt's samples side by side.
 
     Source: SGLang, TokenizerManager._handle_batch_request, which orders `n > 1` the same way.
     """
-    n, body = call.num_samples, dict(call.body)
+    n, body = request.num_samples, dict(request.body)
     for name, is_prompt in _PER_PROMPT:
         value = body.get(name)
         if value is None:
             continue
-        if call.num_prompts is None and is_prompt:
+        if request.num_prompts is None and is_prompt:
             body[name] = [value] * n
-        elif isinstance(value, list) and call.num_prompts is not None:
-            if len(value) != call.num_prompts:
+        elif isinstance(value, list) and request.num_prompts is not None:
+            if len(value) != request.num_prompts:
                 raise BadRequest(
-                    f"{name} has {len(value)} entries for {call.num_prompts} prompts", field=name
+                    f"{name} has {len(value)} entries for {request.num_prompts} prompts", field=name
                 )
             body[name] = [one for one in value for _ in range(n)]
     params = body["sampling_params"]
@@ -41,48 +41,48 @@ def as_batch(call: GenerationRequest) -> GenerationRequest:
         body["sampling_params"] = [{**one, "n": 1} for one in params for _ in range(n)]
     elif isinstance(params, dict):
         body["sampling_params"] = {**params, "n": 1}
-    count = n * (call.num_prompts or 1)
-    rids = tuple(f"{call.rid}_{i}" for i in range(count))
-    return structs.replace(call, body=body, rids=rids, num_prompts=count, num_samples=1)
+    count = n * (request.num_prompts or 1)
+    rids = tuple(f"{request.rid}_{i}" for i in range(count))
+    return structs.replace(request, body=body, rids=rids, num_prompts=count, num_samples=1)
 
 
-def as_singles(call: GenerationRequest) -> list[GenerationRequest]:
-    """An OpenAI call with n samples as n calls for one each.
+def as_singles(request: GenerationRequest) -> list[GenerationRequest]:
+    """An OpenAI request with n samples as n calls for one each.
 
-    A seed counts up from the one given: sample 0 is what a call without n would get.
+    A seed counts up from the one given: sample 0 is what a request without n would get.
     """
-    return [_single(call, sample) for sample in range(call.num_samples)]
+    return [_single(request, sample) for sample in range(request.num_samples)]
 
 
-def _single(call: GenerationRequest, sample: int) -> GenerationRequest:
-    rid = f"{call.rid}_{sample}"
-    body: JsonObject = {**call.body, "n": 1}
+def _single(request: GenerationRequest, sample: int) -> GenerationRequest:
+    rid = f"{request.rid}_{sample}"
+    body: JsonObject = {**request.body, "n": 1}
     if isinstance(seed := body.get("seed"), int):
         body["seed"] = seed + sample
-    rids = (rid,) if call.num_prompts is None else tuple(f"{rid}_{i}" for i in range(call.num_prompts))
-    return structs.replace(call, body=body, rid=rid, rids=rids, num_samples=1)
+    rids = (rid,) if request.num_prompts is None else tuple(f"{rid}_{i}" for i in range(request.num_prompts))
+    return structs.replace(request, body=body, rid=rid, rids=rids, num_samples=1)
 
 
-def join_answers(call: GenerationRequest, answers: Sequence[bytes]) -> bytes:
+def join_answers(request: GenerationRequest, answers: Sequence[bytes]) -> bytes:
     """The n whole answers as one: choices numbered as SGLang does, usage summed, the prompt counted once."""
     parsed = [decode_json(answer) for answer in answers]
     choices = [
-        {**choice, "index": choice["index"] * call.num_samples + sample}
+        {**choice, "index": choice["index"] * request.num_samples + sample}
         for sample, answer in enumerate(parsed)
         for choice in answer["choices"]
     ]
     choices.sort(key=lambda choice: choice["index"])
     usage = _sum_usage([answer.get("usage") for answer in parsed])
-    return encode_json({**parsed[0], "id": call.rid, "choices": choices, "usage": usage})
+    return encode_json({**parsed[0], "id": request.rid, "choices": choices, "usage": usage})
 
 
 class SampleJoiner:
     """Joins n event streams into one, event by event, in the order they come."""
 
-    def __init__(self, call: GenerationRequest) -> None:
-        self._call = call
-        self._splitters = [EventSplitter() for _ in range(call.num_samples)]
-        self._usages: list[object] = [None] * call.num_samples
+    def __init__(self, request: GenerationRequest) -> None:
+        self._call = request
+        self._splitters = [EventSplitter() for _ in range(request.num_samples)]
+        self._usages: list[object] = [None] * request.num_samples
         self._usage_event = b""
 
     def feed(self, sample: int, chunk: bytes) -> bytes:

@@ -41,36 +41,36 @@ class PairRunner:
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
 
-    async def answer(self, call: GenerationRequest, pair: Pair, on_prefilled: OnPrefilled) -> bytes:
+    async def answer(self, request: GenerationRequest, pair: Pair, on_prefilled: OnPrefilled) -> bytes:
         """The whole answer. Raises what `Upstream.leg` raises, for either leg."""
-        for_prefill, for_decode = leg_bodies(call, pair, _draw_room)
-        async with self._prefilling(call, pair.prefill, for_prefill, on_prefilled) as prefill:
-            answer = await unless_fails(prefill, self._upstream.fetch(pair.decode, call, for_decode))
+        for_prefill, for_decode = leg_bodies(request, pair, _draw_room)
+        async with self._prefilling(request, pair.prefill, for_prefill, on_prefilled) as prefill:
+            answer = await unless_fails(prefill, self._upstream.fetch(pair.decode, request, for_decode))
             try:
-                return merge_answers(call, await prefill, answer)
+                return merge_answers(request, await prefill, answer)
             except _PARSE_ERRORS as error:
                 raise malformed(pair.decode, error) from error
 
     async def stream(
-        self, call: GenerationRequest, pair: Pair, on_prefilled: OnPrefilled, write: Write
+        self, request: GenerationRequest, pair: Pair, on_prefilled: OnPrefilled, write: Write
     ) -> None:
         """Write decode's events as they come, byte for byte unless prefill has to add to them.
 
         Raises what `Upstream.leg` raises; before the first `write` if the request was refused or not begun.
         """
-        for_prefill, for_decode = leg_bodies(call, pair, _draw_room)
-        async with self._prefilling(call, pair.prefill, for_prefill, on_prefilled) as prefill:
-            await unless_fails(prefill, self._relay(call, pair.decode, for_decode, prefill, write))
+        for_prefill, for_decode = leg_bodies(request, pair, _draw_room)
+        async with self._prefilling(request, pair.prefill, for_prefill, on_prefilled) as prefill:
+            await unless_fails(prefill, self._relay(request, pair.decode, for_decode, prefill, write))
             await asyncio.wait((prefill,), timeout=PREFILL_END_S)
 
     @asynccontextmanager
     async def _prefilling(
-        self, call: GenerationRequest, instance: Instance, body: bytes, on_prefilled: OnPrefilled
+        self, request: GenerationRequest, instance: Instance, body: bytes, on_prefilled: OnPrefilled
     ) -> AsyncIterator[asyncio.Task[Any]]:
         """Prefill's leg as a task, which gives its answer parsed; taken back if the block is left before."""
 
         async def prefill() -> Any:
-            answer = parsed(instance, await self._upstream.fetch(instance, call, body))
+            answer = parsed(instance, await self._upstream.fetch(instance, request, body))
             on_prefilled(answer)
             return answer
 
@@ -84,19 +84,24 @@ class PairRunner:
                 task.exception()  # it was raised above, or no longer matters
 
     async def _relay(
-        self, call: GenerationRequest, decode: Instance, body: bytes, prefill: asyncio.Task[Any], write: Write
+        self,
+        request: GenerationRequest,
+        decode: Instance,
+        body: bytes,
+        prefill: asyncio.Task[Any],
+        write: Write,
     ) -> None:
-        async with self._upstream.leg(decode, call, body) as leg:
-            if call.wants_input_logprobs or call.wants_report:
-                write = _Rewriter(call, prefill, write).write
+        async with self._upstream.leg(decode, request, body) as leg:
+            if request.wants_input_logprobs or request.wants_report:
+                write = _Rewriter(request, prefill, write).write
             await relay(leg, write)
 
 
 class _Rewriter:
     """A stream to which prefill has something to add."""
 
-    def __init__(self, call: GenerationRequest, prefill: asyncio.Task[Any], write: Write) -> None:
-        self._call = call
+    def __init__(self, request: GenerationRequest, prefill: asyncio.Task[Any], write: Write) -> None:
+        self._call = request
         self._prefill = prefill
         self._write = write
         self._splitter = EventSplitter()

@@ -18,7 +18,7 @@ from memserve.core.errors import BadRequest
 from memserve.router.cluster.instance import ClusterSnapshot
 from memserve.router.cluster.registry import InstanceRegistry
 from memserve.router.proxy.capacity import check_fits, instances_that_fit, smallest_capacity
-from memserve.router.proxy.validation import Limits, read_body, read_call
+from memserve.router.proxy.validation import Limits, read_body, read_request
 from memserve.router.request import Api, GenerationRequest, JsonObject, LegTrace, RequestIds
 from memserve.router.tokenization.prompts import Prompt, PromptReader
 
@@ -116,11 +116,11 @@ class RequestPreparer:
         body = read_body(raw)
         model = body.get("model")  # SGLang's native API knows no models, but a router has several
         limits = self._limits_of(model if isinstance(model, str) else None)
-        request = read_call(api or _api_of(body), body, limits.limits, new_rid=self._ids.new())
+        request = read_request(api or _api_of(body), body, limits.limits, new_rid=self._ids.new())
         request = structs.replace(
             request,
             body=body if client.tenant is None else _salted(body, client.tenant),
-            is_apart=client.tenant is not None,
+            has_tenant=client.tenant is not None,
             body_bytes=len(raw),
             authorization=client.authorization,
             timeout_s=client.timeout_s,

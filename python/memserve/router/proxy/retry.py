@@ -133,7 +133,7 @@ class AttemptId:
     def of(self, request: GenerationRequest) -> GenerationRequest:
         """`request` as the servers get it."""
         rids = tuple(self.mark + rid for rid in request.rids)
-        return structs.replace(request, rid=self.mark + request.rid, rids=rids, rid_is_clients=False)
+        return structs.replace(request, rid=self.mark + request.rid, rids=rids, has_client_rid=False)
 
     def removed(self, answer: bytes) -> bytes:
         """A whole answer, or whole events, with the request's own ids."""
@@ -152,7 +152,7 @@ class Attempt:
     @classmethod
     def first(cls, request: GenerationRequest) -> Attempt:
         """Under the request's own id, unless another tenant can use the same: servers abort by prefix."""
-        return cls.again(request) if request.is_apart and request.rid_is_clients else cls(request)
+        return cls.again(request) if request.has_tenant and request.has_client_rid else cls(request)
 
     @classmethod
     def again(cls, request: GenerationRequest, resumption: Resumption | None = None) -> Attempt:

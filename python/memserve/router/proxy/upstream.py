@@ -93,17 +93,17 @@ class Upstream:
         self._closing = asyncio.Event()
 
     @asynccontextmanager
-    async def leg(self, instance: Instance, call: GenerationRequest, body: bytes) -> AsyncIterator[Leg]:
-        """Send `body`, this instance's share of `call`, and wait until it begins to answer 200.
+    async def leg(self, instance: Instance, request: GenerationRequest, body: bytes) -> AsyncIterator[Leg]:
+        """Send `body`, this instance's share of `request`, and wait until it begins to answer 200.
 
-        Leaving with an exception, cancellation included, closes the connection and aborts the call there.
+        Leaving with an exception, cancellation included, closes the connection and aborts the request there.
         Raises UpstreamDisconnected, UpstreamError (5xx) or UpstreamRejected (4xx), also inside the block.
         Sets no time limit.
         """
         connection: Connection | None = None
         answered = False
         try:
-            connection = await self._sent(instance, call, body)
+            connection = await self._sent(instance, request, body)
             if await connection.answered() != 200:
                 error = _error(instance, connection.status, await connection.read())
                 answered = True
@@ -113,14 +113,14 @@ class Upstream:
         except OSError as error:
             raise self._lost(instance, error, was_sent=connection is not None) from error
         finally:
-            self._leave(instance, call, connection, answered)
+            self._leave(instance, request, connection, answered)
 
-    async def fetch(self, instance: Instance, call: GenerationRequest, body: bytes) -> bytes:
+    async def fetch(self, instance: Instance, request: GenerationRequest, body: bytes) -> bytes:
         """The whole answer of an instance. Raises and takes back as `leg` does."""
         connection: Connection | None = None
         answered = False
         try:
-            connection = await self._sent(instance, call, body)
+            connection = await self._sent(instance, request, body)
             answer = await connection.read()
             answered = True
             if connection.status != 200:
@@ -129,23 +129,23 @@ class Upstream:
         except OSError as error:
             raise self._lost(instance, error, was_sent=connection is not None) from error
         finally:
-            self._leave(instance, call, connection, answered)
+            self._leave(instance, request, connection, answered)
 
-    async def _sent(self, instance: Instance, call: GenerationRequest, body: bytes) -> Connection:
+    async def _sent(self, instance: Instance, request: GenerationRequest, body: bytes) -> Connection:
         connection = self._connections.free(instance.url) or await self._connections.connect(instance.url)
-        connection.send(_request(instance, call, body))
+        connection.send(_request(instance, request, body))
         return connection
 
     def _leave(
-        self, instance: Instance, call: GenerationRequest, connection: Connection | None, answered: bool
+        self, instance: Instance, request: GenerationRequest, connection: Connection | None, answered: bool
     ) -> None:
         if connection is not None:
             connection.release() if answered else connection.close()
-            if call.trace is not None:
+            if request.trace is not None:
                 is_well = answered and sys.exception() is None
-                call.trace.left(instance.instance_id, is_answered=is_well)
+                request.trace.left(instance.instance_id, is_answered=is_well)
         if not answered:
-            self._abort(instance, call)
+            self._abort(instance, request)
 
     async def close(self) -> None:
         """Wait for the aborts that are still under way; those to be said again are said at once."""
@@ -162,26 +162,26 @@ class Upstream:
         name, epoch = instance.instance_id, instance.epoch
         return UpstreamDisconnected(name, epoch, instance.role, reason, was_sent=may_be_cause)
 
-    def _abort(self, instance: Instance, call: GenerationRequest) -> None:
-        task = asyncio.create_task(self._send_aborts(instance, call))
+    def _abort(self, instance: Instance, request: GenerationRequest) -> None:
+        task = asyncio.create_task(self._send_aborts(instance, request))
         self._aborting.add(task)
         task.add_done_callback(self._aborting.discard)
 
-    async def _send_aborts(self, instance: Instance, call: GenerationRequest) -> None:
+    async def _send_aborts(self, instance: Instance, request: GenerationRequest) -> None:
         # A client may use its own rid again at once: a second abort could hit its next request.
         try:
-            await self._send_abort(instance, call)
-            if not call.rid_is_clients:
+            await self._send_abort(instance, request)
+            if not request.has_client_rid:
                 with suppress(TimeoutError):
                     await asyncio.wait_for(self._closing.wait(), ABORT_AGAIN_S)
-                await self._send_abort(instance, call)
+                await self._send_abort(instance, request)
         except (aiohttp.ClientError, OSError) as error:
-            logger.debug("abort not sent rid=%s instance=%s: %s", call.rid, instance.instance_id, error)
+            logger.debug("abort not sent rid=%s instance=%s: %s", request.rid, instance.instance_id, error)
 
-    async def _send_abort(self, instance: Instance, call: GenerationRequest) -> None:
+    async def _send_abort(self, instance: Instance, request: GenerationRequest) -> None:
         timeout = aiohttp.ClientTimeout(total=ABORT_TIMEOUT_S)
         url = instance.url + "/abort_request"
-        for rid in call.rids:
+        for rid in request.rids:
             async with self._session.post(url, json={"rid": rid}, timeout=timeout) as response:
                 await response.read()
 
@@ -195,12 +195,12 @@ def _head(url: str, api: Api) -> str:
     )
 
 
-def _request(instance: Instance, call: GenerationRequest, body: bytes) -> bytes:
-    head = _head(instance.url, call.api)
-    if call.authorization is not None:
-        head += f"Authorization: {call.authorization}\r\n"
-    if call.trace is not None:
-        told = call.trace.leg(instance.instance_id, instance.role)
+def _request(instance: Instance, request: GenerationRequest, body: bytes) -> bytes:
+    head = _head(instance.url, request.api)
+    if request.authorization is not None:
+        head += f"Authorization: {request.authorization}\r\n"
+    if request.trace is not None:
+        told = request.trace.leg(instance.instance_id, instance.role)
         head += "".join([f"{name}: {value}\r\n" for name, value in told.items()])
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
 

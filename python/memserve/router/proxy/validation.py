@@ -48,8 +48,8 @@ def read_body(raw: bytes) -> JsonObject:
     return body
 
 
-def read_call(api: Api, body: JsonObject, limits: Limits, new_rid: str) -> GenerationRequest:
-    """The call in `body`, which is checked and kept as it is. `new_rid` is used if it names none."""
+def read_request(api: Api, body: JsonObject, limits: Limits, new_rid: str) -> GenerationRequest:
+    """The request in `body`, which is checked and kept as it is. `new_rid` is used if it names none."""
     _check_type(body, "stream", "true or false", lambda value: isinstance(value, bool))
     _check_type(body, "model", "a string", lambda value: isinstance(value, str))
     prompts = _PROMPT_READERS[api](body, limits)
@@ -64,7 +64,7 @@ def read_call(api: Api, body: JsonObject, limits: Limits, new_rid: str) -> Gener
         api=api,
         body=body,
         rid=rid,
-        rid_is_clients=is_clients,
+        has_client_rid=is_clients,
         rids=rids,
         num_prompts=prompts.count,
         num_samples=num_samples,

@@ -1,7 +1,7 @@
 """What the router reads of a request to place it: its tokens, the keys of its blocks, its session.
 
-    call ── Tokenizers ──> token ids ── page keys, in the request's namespace ──> Prompt
-       │                      └──> the call with ids for text, so that no server tokenizes again
+    request ── Tokenizers ──> token ids ── page keys, in the request's namespace ──> Prompt
+       │                      └──> the request with ids for text, so that no server tokenizes again
        └── text keys, where the ids are not known or not wanted ──> Prompt
 
 Knows no instances and no policy. Event loop thread only; long work is done on threads.
@@ -57,49 +57,53 @@ class PromptReader:
         self.memory = TextKeyCache()
 
     async def read(
-        self, call: GenerationRequest, model: str | None, page_tokens: int | None, headers: Mapping[str, str]
+        self,
+        request: GenerationRequest,
+        model: str | None,
+        page_tokens: int | None,
+        headers: Mapping[str, str],
     ) -> tuple[GenerationRequest, Prompt, int | None]:
-        """The call as the servers should get it, what is known of its prompts, and the longest one's tokens.
+        """The request for the servers, its prompts as the scheduler sees them, and its longest prompt's tokens.
 
-        `model` will serve it. None: that prompt's length is not known.
+        `model` will serve it. None: the length of a prompt is not known.
         """
-        session, output_tokens = session_of(call.body, headers), call.expected_output_tokens
+        session, output_tokens = session_of(request.body, headers), request.expected_output_tokens
         tokens: Tokens | None = None
-        if self._routing_keys != "text" or text_of(call) is None:
-            tokens = await self._tokenizers.tokens_of(call, model)
+        if self._routing_keys != "text" or text_of(request) is None:
+            tokens = await self._tokenizers.tokens_of(request, model)
         longest = _longest(tokens)
         if isinstance(tokens, KnownTokens) and page_tokens is None:
             tokens = UnknownTokens(NO_PAGES)
         if not isinstance(tokens, KnownTokens):
-            num_tokens = max(1, call.body_bytes // BYTES_PER_TOKEN)
-            chains, by_text = self._chains_of(call)
+            num_tokens = max(1, request.body_bytes // BYTES_PER_TOKEN)
+            chains, by_text = self._chains_of(request)
             reason = None if tokens is None else tokens.reason
-            return call, Prompt(num_tokens, chains, by_text, session, output_tokens, reason), longest
+            return request, Prompt(num_tokens, chains, by_text, session, output_tokens, reason), longest
         assert page_tokens is not None
         cuts = []
         for number, ids in enumerate(tokens.prompts):
-            cut = (ids, page_tokens, _namespace(call, number))
+            cut = (ids, page_tokens, _namespace(request, number))
             long = len(ids) > LONG_PROMPT
             cuts.append(await asyncio.to_thread(keys_of, *cut) if long else keys_of(*cut))
         num_tokens = max(1, sum(map(len, tokens.prompts)))
         prompt = Prompt(num_tokens, tuple(cuts), False, session, output_tokens)
-        return self._tokenizers.forwardable(call, model, tokens), prompt, longest
+        return self._tokenizers.forwardable(request, model, tokens), prompt, longest
 
-    async def longest_prompt(self, call: GenerationRequest, model: str | None) -> int | None:
-        """The tokens of the longest prompt of a call that `read` did not tokenize; None: not known."""
+    async def longest_prompt(self, request: GenerationRequest, model: str | None) -> int | None:
+        """The tokens of the longest prompt of a request that `read` did not tokenize; None: not known."""
         if self._routing_keys != "text":
             return None
-        return _longest(await self._tokenizers.tokens_of(call, model))
+        return _longest(await self._tokenizers.tokens_of(request, model))
 
-    def _chains_of(self, call: GenerationRequest) -> tuple[tuple[Sequence[BlockKey], ...], bool]:
-        """The keys of a call's texts, and whether they are the texts' own, as its prompts' are not known."""
-        texts = None if self._routing_keys == "tokens" else text_of(call)
+    def _chains_of(self, request: GenerationRequest) -> tuple[tuple[Sequence[BlockKey], ...], bool]:
+        """The keys of a request's texts, and whether they are keys of text, not of tokens."""
+        texts = None if self._routing_keys == "tokens" else text_of(request)
         if texts is None:
             return (), False
-        chains = tuple(text_chain(text, call, _namespace(call, i)) for i, text in enumerate(texts))
+        chains = tuple(text_chain(text, request, _namespace(request, i)) for i, text in enumerate(texts))
         if self._routing_keys != "text" or len(chains) > 1:
             return chains, True
-        self.memory.asked(call.rid, chains[0], len(texts[0]))
+        self.memory.asked(request.rid, chains[0], len(texts[0]))
         keys = self.memory.keys_of(chains[0])
         return ((keys,), False) if keys else (chains, True)
 
@@ -108,8 +112,8 @@ def _longest(tokens: Tokens | None) -> int | None:
     return max(map(len, tokens.prompts)) if isinstance(tokens, KnownTokens) else None
 
 
-def _namespace(call: GenerationRequest, number: int) -> Namespace | None:
-    return namespace_of(call.body, number if call.num_prompts is not None else None)
+def _namespace(request: GenerationRequest, number: int) -> Namespace | None:
+    return namespace_of(request.body, number if request.num_prompts is not None else None)
 
 
 def namespace_of(body: JsonObject, number: int | None) -> Namespace | None:

@@ -24,14 +24,14 @@ BLOCK_TOKENS = 128
 """What one key stands for, about. A finer one would cost each request more than it tells."""
 
 
-def text_of(call: GenerationRequest) -> tuple[bytes, ...] | None:
-    """What stands for each prompt of a call; None if it came as ids, or has more to it than text."""
-    body = call.body
-    if call.api is Api.CHAT:
+def text_of(request: GenerationRequest) -> tuple[bytes, ...] | None:
+    """What stands for each prompt of a request; None if it came as ids, or has more to it than text."""
+    body = request.body
+    if request.api is Api.CHAT:
         messages = body.get("messages")
         texts = body.get("input_ids") is None and isinstance(messages, list) and all(map(_is_text, messages))
         return (encode_json(messages)[:-1],) if texts else None
-    value = body.get("text" if call.api is Api.GENERATE else "prompt")
+    value = body.get("text" if request.api is Api.GENERATE else "prompt")
     if isinstance(value, str):
         return (value.encode(errors="surrogatepass"),)
     if isinstance(value, list) and value and isinstance(value[0], str):
@@ -39,10 +39,10 @@ def text_of(call: GenerationRequest) -> tuple[bytes, ...] | None:
     return None
 
 
-def text_chain(text: bytes, call: GenerationRequest, namespace: Namespace | None) -> list[BlockKey]:
+def text_chain(text: bytes, request: GenerationRequest, namespace: Namespace | None) -> list[BlockKey]:
     """The key of each whole chunk of one prompt."""
     size = BLOCK_TOKENS * BYTES_PER_TOKEN
-    body = call.body
+    body = request.body
     seeds = [(name, body[name]) for name in TEXT_KEY_SEEDS if body.get(name)]
     key = b"" if namespace is None else namespace.seed()
     if seeds:

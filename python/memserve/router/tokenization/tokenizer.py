@@ -1,6 +1,6 @@
 """Tokenize once: the token ids of a request, exactly as the servers would compute them, or why not.
 
-    call ── ids in it? ─────────────────────────────────────────► KnownTokens
+    request ── ids in it? ─────────────────────────────────────────► KnownTokens
          ── text ── Encoder ── on a thread ─────────────────────► KnownTokens
          ── chat ── read_chat ── ChatTemplate ── Encoder ───────► KnownTokens
          ── anything that only a server can tell ───────────────► UnknownTokens
@@ -57,7 +57,7 @@ UNCONFIRMED = "a tokenizer that the servers have not confirmed"
 
 @dataclass(slots=True)
 class _Reading:
-    """What a thread made of a call."""
+    """What a thread made of a request."""
 
     known: KnownTokens
     num_tokens: int = 0
@@ -69,7 +69,7 @@ class Tokenizer:
     """The tokenizer of the one model that the cluster serves. Event loop thread only."""
 
     def __init__(self, files: TokenizerFiles, *, cache_tokens: int = DEFAULT_CACHE_TOKENS) -> None:
-        """`files` become this object's. Starts no thread before the first call."""
+        """`files` become this object's. Starts no thread before the first request."""
         self._special_tokens = files.all_special_tokens
         self._encoder = Encoder(files.backend, cache_tokens=cache_tokens)
         bos = files.special_tokens.get("bos_token")
@@ -89,13 +89,13 @@ class Tokenizer:
         """
         return cls(read_tokenizer_files(path), cache_tokens=cache_tokens)
 
-    async def tokens_of(self, call: GenerationRequest) -> Tokens:
-        """The tokens of each prompt of `call`, which was checked (`read_call`)."""
+    async def tokens_of(self, request: GenerationRequest) -> Tokens:
+        """The tokens of each prompt of `request`, which was checked (`read_request`)."""
         try:
-            if (given := given_tokens(call, self.agreements.serves)) is not None:
+            if (given := given_tokens(request, self.agreements.serves)) is not None:
                 return given
-            self._check_confirmed(call)
-            reading = await self._on_thread(self._read, call)
+            self._check_confirmed(request)
+            reading = await self._on_thread(self._read, request)
         except NotTokenizable as cannot:
             self.stats.unknown[cannot.reason] += 1
             return UnknownTokens(cannot.reason)
@@ -105,24 +105,28 @@ class Tokenizer:
         self.stats.seconds += reading.seconds
         return reading.known
 
-    def forwardable(self, call: GenerationRequest, tokens: Tokens) -> GenerationRequest:
-        """`call` with `tokens` for its text, so that no server tokenizes again; else `call` itself.
+    def forwardable(self, request: GenerationRequest, tokens: Tokens) -> GenerationRequest:
+        """`request` with `tokens` for its text, so that no server tokenizes again; else `request` itself.
 
         The answer is the same in every part. So the text stays where SGLang answers with it (`echo`),
         and a chat keeps its messages beside the ids: they decide how tools are constrained and parsed.
         """
         if isinstance(tokens, UnknownTokens) or not tokens.replaceable or not all(tokens.prompts):
-            return call
-        if _given_ids(call) is not None:
-            return call
+            return request
+        if _given_ids(request) is not None:
+            return request
         lists = [list(ids) for ids in tokens.prompts]
-        ids: object = lists[0] if call.num_prompts is None else lists
-        if call.api is Api.CHAT:
-            return structs.replace(call, body={**call.body, "input_ids": ids})
-        if call.api is Api.COMPLETIONS:
-            return call if call.body.get("echo") else structs.replace(call, body={**call.body, "prompt": ids})
-        body = {name: value for name, value in call.body.items() if name != "text"}
-        return structs.replace(call, body={**body, "input_ids": ids})
+        ids: object = lists[0] if request.num_prompts is None else lists
+        if request.api is Api.CHAT:
+            return structs.replace(request, body={**request.body, "input_ids": ids})
+        if request.api is Api.COMPLETIONS:
+            return (
+                request
+                if request.body.get("echo")
+                else structs.replace(request, body={**request.body, "prompt": ids})
+            )
+        body = {name: value for name, value in request.body.items() if name != "text"}
+        return structs.replace(request, body={**body, "input_ids": ids})
 
     def text_after(self, prompt: Sequence[int], ids: Sequence[int], *, skips_special: bool) -> str:
         """The text that `ids` add to `prompt`, as SGLang tells them apart.
@@ -136,7 +140,7 @@ class Tokenizer:
     async def verify(self, server: str, server_info: JsonObject, ask: Ask) -> Agreement:
         """Have `server` read some texts and chats, and remember whether it reads them as we do.
 
-        To be done whenever a server joins, before it gets a call. `server_info` is its page of that
+        To be done whenever a server joins, before it gets a request. `server_info` is its page of that
         name. Raises what `ask` raises; what was known of the server stays.
         """
         texts = probe_texts(self._special_tokens)
@@ -175,10 +179,10 @@ class Tokenizer:
             equal += 1
         return equal
 
-    def _check_confirmed(self, call: GenerationRequest) -> None:
-        if call.api is Api.CHAT and self._template is None:
+    def _check_confirmed(self, request: GenerationRequest) -> None:
+        if request.api is Api.CHAT and self._template is None:
             raise NotTokenizable(self._no_chats)
-        if not (self.agreements.chats if call.api is Api.CHAT else self.agreements.texts):
+        if not (self.agreements.chats if request.api is Api.CHAT else self.agreements.texts):
             raise NotTokenizable(UNCONFIRMED)
 
     async def _on_thread(self, work: Callable[[T], R], argument: T) -> R:
@@ -186,10 +190,10 @@ class Tokenizer:
 
     # From here on: any thread.
 
-    def _read(self, call: GenerationRequest) -> _Reading:
+    def _read(self, request: GenerationRequest) -> _Reading:
         start = time.perf_counter()
         try:
-            reading = self._read_chat(call.body) if call.api is Api.CHAT else self._read_texts(call)
+            reading = self._read_chat(request.body) if request.api is Api.CHAT else self._read_texts(request)
         except RecursionError as error:
             raise NotTokenizable(MALFORMED) from error
         reading.seconds = time.perf_counter() - start
@@ -198,8 +202,8 @@ class Tokenizer:
     def _text_ids(self, texts: list[str]) -> list[list[int]]:
         return [list(self._encoder.encode(text, framed=True).ids) for text in texts]
 
-    def _read_texts(self, call: GenerationRequest) -> _Reading:
-        value = call.body["text" if call.api is Api.GENERATE else "prompt"]
+    def _read_texts(self, request: GenerationRequest) -> _Reading:
+        value = request.body["text" if request.api is Api.GENERATE else "prompt"]
         texts = value if isinstance(value, list) else [value]
         encoded = [self._encoder.encode(text, framed=True) for text in texts if isinstance(text, str)]
         return _Reading(
@@ -226,24 +230,24 @@ class Tokenizer:
         return ids[1:] if ids and ids[0] == self._bos_id else ids
 
 
-def given_tokens(call: GenerationRequest, serves: Callable[[str], bool]) -> KnownTokens | None:
-    """What needs no tokenizer: the ids of a call that came as ids; None if it came as text.
+def given_tokens(request: GenerationRequest, serves: Callable[[str], bool]) -> KnownTokens | None:
+    """What needs no tokenizer: the ids of a request that came as ids; None if it came as text.
 
-    `serves` tells whether that is the whole name of a model. Raises NotTokenizable for a call that is more
+    `serves` tells whether that is the whole name of a model. Raises NotTokenizable for a request that is more
     than its tokens.
     """
-    for name in UNKNOWN_TOKENS.keys() & call.body.keys():
-        if call.body[name]:
+    for name in UNKNOWN_TOKENS.keys() & request.body.keys():
+        if request.body[name]:
             raise NotTokenizable(UNKNOWN_TOKENS[name])
-    if call.api is not Api.GENERATE and ":" in (call.model or "") and not serves(call.model or ""):
+    if request.api is not Api.GENERATE and ":" in (request.model or "") and not serves(request.model or ""):
         raise NotTokenizable(LORA)  # SGLang reads MODEL:ADAPTER
-    ids = _given_ids(call)
+    ids = _given_ids(request)
     return None if ids is None else KnownTokens(ids)
 
 
-def _given_ids(call: GenerationRequest) -> tuple[Sequence[int], ...] | None:
+def _given_ids(request: GenerationRequest) -> tuple[Sequence[int], ...] | None:
     """The ids that the client sent, one list per prompt; None if it sent text."""
-    given = call.body.get("prompt" if call.api is Api.COMPLETIONS else "input_ids")
+    given = request.body.get("prompt" if request.api is Api.COMPLETIONS else "input_ids")
     if not isinstance(given, list) or not given or isinstance(given[0], str):
         return None
     return tuple(given) if isinstance(given[0], list) else (given,)

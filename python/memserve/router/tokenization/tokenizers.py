@@ -64,13 +64,13 @@ class Tokenizers:
         for tokenizer in self._tokenizers().values():
             tokenizer.forget(instance)
 
-    async def tokens_of(self, call: GenerationRequest, model: str | None) -> Tokens:
-        """The tokens of each prompt of a checked call that `model` will serve."""
+    async def tokens_of(self, request: GenerationRequest, model: str | None) -> Tokens:
+        """The tokens of each prompt of a checked request that `model` will serve."""
         tokenizer = self._by_model.get(model or "", NO_MODEL)
         if isinstance(tokenizer, Tokenizer):
-            return await tokenizer.tokens_of(call)
+            return await tokenizer.tokens_of(request)
         try:
-            return given_tokens(call, lambda name: name == model) or UnknownTokens(tokenizer)
+            return given_tokens(request, lambda name: name == model) or UnknownTokens(tokenizer)
         except NotTokenizable as cannot:
             return UnknownTokens(cannot.reason)
 
@@ -83,10 +83,10 @@ class Tokenizers:
             return ""
         return tokenizer.text_after(prompt, ids, skips_special=skips_special)
 
-    def forwardable(self, call: GenerationRequest, model: str | None, tokens: Tokens) -> GenerationRequest:
+    def forwardable(self, request: GenerationRequest, model: str | None, tokens: Tokens) -> GenerationRequest:
         """As `Tokenizer.forwardable`."""
         tokenizer = self._by_model.get(model or "")
-        return tokenizer.forwardable(call, tokens) if isinstance(tokenizer, Tokenizer) else call
+        return tokenizer.forwardable(request, tokens) if isinstance(tokenizer, Tokenizer) else request
 
     def reasons(self) -> dict[str, str]:
         """The models of whose requests nothing is known in advance, and why."""

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memserve.core.errors import BadRequest
-from memserve.router.proxy.validation import Limits, read_body, read_call
+from memserve.router.proxy.validation import Limits, read_body, read_request
 from memserve.router.request import Api
 
 from ..fuzz_harness import Beside, beside
@@ -42,7 +42,7 @@ def test_a_body_is_an_object_or_refused(raw: bytes) -> None:
 def test_a_call_is_read_or_refused_with_the_reason(asked: tuple[str, Any]) -> None:
     path, body = asked
     try:
-        call = read_call(Api(path), read_body(json.dumps(body).encode()), LIMITS, "rid")
+        call = read_request(Api(path), read_body(json.dumps(body).encode()), LIMITS, "rid")
     except BadRequest as error:
         refused = (error.status, bool(error.message))
     else:

@@ -9,7 +9,7 @@ import pytest
 
 from memserve.core.errors import BadRequest
 from memserve.router.proxy.n_sampling import as_batch, as_singles
-from memserve.router.proxy.validation import Limits, read_call
+from memserve.router.proxy.validation import Limits, read_request
 from memserve.router.request import Api
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
@@ -21,7 +21,7 @@ CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 
 
 def batch(**body: Any) -> dict[str, Any]:
-    return as_batch(read_call(Api.GENERATE, body, Limits(), "r")).body
+    return as_batch(read_request(Api.GENERATE, body, Limits(), "r")).body
 
 
 def test_a_single_prompt_becomes_a_batch_of_itself() -> None:
@@ -45,7 +45,7 @@ def test_a_list_of_another_length_is_refused() -> None:
 
 
 def test_a_seed_counts_up() -> None:
-    call = read_call(Api.CHAT, {**CHAT, "n": 3, "seed": 5}, Limits(), "r")
+    call = read_request(Api.CHAT, {**CHAT, "n": 3, "seed": 5}, Limits(), "r")
     assert [(one.body["n"], one.body["seed"], one.rid) for one in as_singles(call)] == [
         (1, 5, "r_0"),
         (1, 6, "r_1"),

@@ -79,7 +79,7 @@ def broken(
             break
         going = plan_resumption(call, seen, tokens_of(server))
         num_accepted.append(going.num_accepted)
-        asked, rewrite = going.call, going.splicer.rewrite
+        asked, rewrite = going.request, going.splicer.rewrite
     return [event for event in got if event], num_accepted
 
 
@@ -139,8 +139,8 @@ def test_what_was_streamed_becomes_a_part_of_the_prompt() -> None:
     seen = seen_of(call, server.stream(call, PROMPT, [1])[:10])
     going = plan_resumption(call, seen, tokens_of(server))
     assert going.num_accepted == 10
-    params: Any = going.call.body["sampling_params"]
-    assert going.call.body["input_ids"] == PROMPT + seen.choices[0].ids
+    params: Any = going.request.body["sampling_params"]
+    assert going.request.body["input_ids"] == PROMPT + seen.choices[0].ids
     assert (params["max_new_tokens"], params["min_new_tokens"]) == (20, 2)
     assert params["ignore_eos"], "the rest is as it was"
     assert len(call.body["input_ids"]) == len(PROMPT), "the call itself is not changed"  # type: ignore[arg-type]
@@ -170,7 +170,7 @@ def test_requests_that_look_back_are_done_again_from_the_prompt(params: Any, num
     going = plan_resumption(call, seen, tokens_of(server))
     assert going.num_accepted == num_accepted
     if not num_accepted:
-        assert going.call is call
+        assert going.request is call
 
 
 @pytest.mark.parametrize("field", ["lora_path", "image_data", "return_logprob", "return_prompt_token_ids"])
@@ -178,8 +178,8 @@ def test_requests_that_are_more_than_their_tokens_are_done_again_from_the_prompt
     call = native()
     seen = seen_of(call, SERVER.stream(call, PROMPT, [1])[:12])
     more = structs.replace(call, body={**call.body, field: True})
-    assert plan_resumption(more, seen, tokens_of(SERVER)).call is more
-    assert plan_resumption(call, seen, PromptTokens()).call is call
+    assert plan_resumption(more, seen, tokens_of(SERVER)).request is more
+    assert plan_resumption(call, seen, PromptTokens()).request is call
 
 
 def test_half_a_character_is_not_kept() -> None:

@@ -77,7 +77,7 @@ def test_an_alias_has_no_name_that_an_abort_of_the_old_one_could_mean() -> None:
     alias = AttemptId()
     named = alias.of(call)
     assert not any(new.startswith(old) for new in (named.rid, *named.rids) for old in call.rids)
-    assert not named.rid_is_clients, "an abort of it may be repeated"
+    assert not named.has_client_rid, "an abort of it may be repeated"
     answer = json.dumps([{"id": rid, "text": 'say "x"'} for rid in named.rids]).encode()
     assert json.loads(alias.removed(answer)) == [{"id": rid, "text": 'say "x"'} for rid in call.rids]
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve.core.errors import BadRequest
-from memserve.router.proxy.validation import Limits, read_body, read_call
+from memserve.router.proxy.validation import Limits, read_body, read_request
 from memserve.router.request import Api, GenerationRequest
 from memserve.router.sglang_api import SAMPLING_FIELDS
 
@@ -22,7 +22,7 @@ HELLO = [{"role": "user", "content": "hello"}]
 
 
 def read(api: Api, body: dict[str, Any], limits: Limits = LIMITS) -> GenerationRequest:
-    return read_call(api, body, limits, new_rid="new")
+    return read_request(api, body, limits, new_rid="new")
 
 
 def generate(**body: Any) -> GenerationRequest:
@@ -184,8 +184,8 @@ def test_parts_are_named_as_sglang_names_them() -> None:
     assert generate(text="a", rid="mine").rids == ("mine",)
     assert generate(text=["a", "b"]).rids == ("new_0", "new_1")
     assert generate(text=["a", "b"], rid=["x", "y"]).rids == ("x", "y")
-    assert generate(text="a", rid="mine").rid_is_clients
-    assert not generate(text="a").rid_is_clients
+    assert generate(text="a", rid="mine").has_client_rid
+    assert not generate(text="a").has_client_rid
 
 
 def test_empty_text_is_taken_where_a_token_is_put_before_it() -> None:

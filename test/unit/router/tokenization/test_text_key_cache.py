@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve.core.block_keys import BlockKey, page_keys
-from memserve.router.proxy.validation import Limits, read_call
+from memserve.router.proxy.validation import Limits, read_request
 from memserve.router.request import Api
 from memserve.router.tokenization import text_key_cache as text_memory
 from memserve.router.tokenization.text_key_cache import TextKeyCache
@@ -15,7 +15,7 @@ from memserve.router.tokenization.text_keys import BLOCK_TOKENS, BYTES_PER_TOKEN
 
 CHUNK = BLOCK_TOKENS * BYTES_PER_TOKEN
 PAGE = 16
-CALL = read_call(Api.GENERATE, {"text": "x"}, Limits(), "rid")
+CALL = read_request(Api.GENERATE, {"text": "x"}, Limits(), "rid")
 DENSITIES = (1, 4, 16)
 """Bytes per token: a text's chunks need not be alike."""
 

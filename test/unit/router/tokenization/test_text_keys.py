@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve.core.block_keys import KEY_BYTES, BlockKey, Namespace
-from memserve.router.proxy.validation import Limits, read_call
+from memserve.router.proxy.validation import Limits, read_request
 from memserve.router.request import Api, GenerationRequest
 from memserve.router.tokenization.text_keys import BLOCK_TOKENS, BYTES_PER_TOKEN, text_chain, text_of
 
@@ -18,7 +18,7 @@ LONG = "word " * CHUNK
 
 
 def call(body: dict[str, Any], api: Api = Api.GENERATE) -> GenerationRequest:
-    return read_call(api, body, Limits(takes_empty_text=True), "rid")
+    return read_request(api, body, Limits(takes_empty_text=True), "rid")
 
 
 def chain(

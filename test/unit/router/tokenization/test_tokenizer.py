@@ -11,7 +11,7 @@ import pytest
 
 from memserve.core.block_keys import Namespace, page_keys
 from memserve.core.errors import ConfigError
-from memserve.router.proxy.validation import Limits, read_call
+from memserve.router.proxy.validation import Limits, read_request
 from memserve.router.request import Api, GenerationRequest
 from memserve.router.tokenization.token_probes import probe_texts, renders_chats
 from memserve.router.tokenization.token_records import KnownTokens, Tokens, UnknownTokens, keys_of
@@ -124,7 +124,7 @@ def tiny(tokenizers: dict[str, Tokenizer]) -> Tokenizer:
 
 
 def call(api: Api, **body: Any) -> GenerationRequest:
-    return read_call(api, body, LIMITS, new_rid="new")
+    return read_request(api, body, LIMITS, new_rid="new")
 
 
 def tokens_of(tokenizer: Tokenizer, api: Api, **body: Any) -> Tokens:
