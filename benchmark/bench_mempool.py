@@ -37,7 +37,7 @@ from bench_moving import random_chain
 from figures import measure, measure_together, progress, report
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.ids import new_epoch
-from memserve.core.kv_layout import KVLayout
+from memserve.core.kv_layout import KVLayout, Part
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
 
@@ -45,7 +45,7 @@ T = TypeVar("T")
 
 TOKENS, PAGE = 4096, 16
 BLOCKS = TOKENS // PAGE
-SMALLEST = KVLayout.of_heads("bookkeeping", 1, 1, 1, 1, ("int8", 1))
+SMALLEST = KVLayout("bookkeeping", 1, 1, (Part(1, 1),) * 2, "int8", 1)
 """Blocks of a byte: a million of them fit anywhere."""
 CACHED, QUICK_CACHED = (1_000, 10_000, 100_000, 1_000_000), (10_000, 100_000)
 PAPER_ALLOC_NS = 800.0

@@ -16,13 +16,13 @@ from types import SimpleNamespace
 from figures import measure, measure_together, report
 from memserve.core.block_keys import BlockKey
 from memserve.core.ids import new_epoch
-from memserve.core.kv_layout import KVLayout
+from memserve.core.kv_layout import KVLayout, Part
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
 from memserve.mempool.tier_pool import Checksum
 
 PAGE, BLOCKS = 16, 256
-REAL = KVLayout.of_heads("bench", 6, PAGE, 2, 64, ("float32", 4))
+REAL = KVLayout("bench", 6, PAGE, (Part(2, 64),) * 2, "float32", 4)
 """Of `scripts/make_tiny_model.py --size bench`: 96 KiB a block."""
 MOVED_BLOCKS = (192 << 20) // REAL.block_bytes
 """More than the caches hold, as blocks on their way to and from HBM are."""

@@ -47,7 +47,7 @@ from bench_model import ROOM, make_model
 from figures import measure as measure_s
 from figures import progress, report
 from memserve.core.caching import CachingMode
-from memserve.core.kv_layout import KVLayout
+from memserve.core.kv_layout import KVLayout, Part
 from memserve.mempool.arena import Arena
 from memserve.mempool.tier_pool import Checksum
 from memserve.testing.cluster import Cluster, is_ready, wait_for
@@ -69,7 +69,7 @@ COMPARED = {"pool": ("pool", "stock"), "silent": ("silent", "stock"), "events": 
 NUM_ROUTED = 40
 ROUTED_CHARACTERS = 256
 IDLE_S = 3.0
-BLOCK = KVLayout.of_heads("bench", 6, 16, 2, 64, ("float32", 4))
+BLOCK = KVLayout("bench", 6, 16, (Part(2, 64),) * 2, "float32", 4)
 """Of the bench model: 96 KiB."""
 
 

@@ -35,7 +35,7 @@ from figures import measure_together, progress, report
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.errors import ConfigError
 from memserve.core.ids import Epoch, new_epoch
-from memserve.core.kv_layout import KVLayout, TransferMode
+from memserve.core.kv_layout import KVLayout, Part, TransferMode
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.config import PeerAddress, PeersConfig
@@ -49,7 +49,7 @@ from memserve.transport.registry import TransportName
 
 def layout_of(page_tokens: int) -> KVLayout:
     """Of the bench model."""
-    return KVLayout.of_heads("bench", 6, page_tokens, 2, 64, ("float32", 4))
+    return KVLayout("bench", 6, page_tokens, (Part(2, 64),) * 2, "float32", 4)
 
 
 LAYOUT = layout_of(16)

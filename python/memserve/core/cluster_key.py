@@ -1,4 +1,4 @@
-"""The secret that the instances of one cluster share, and the keys derived from it.
+"""Files of secrets; the secret that the instances of one cluster share, and the keys derived from it.
 
 Knows no protocol: `wire` and `transport` ask for a key under their own label, so that a key
 learned in one place opens nothing in another.
@@ -11,7 +11,6 @@ import hmac
 from pathlib import Path
 
 from memserve.core.errors import ConfigError
-from memserve.core.secret_file import read_secret_file
 
 MIN_KEY_BYTES = 16
 
@@ -39,3 +38,18 @@ class ClusterKey:
 
     def __repr__(self) -> str:
         return "ClusterKey(…)"
+
+
+def read_secret_file(path: Path, what: str) -> bytes:
+    """The bytes of a file of secrets, which errors call `what`.
+
+    Raises ConfigError if the file cannot be read, or if other users could read it.
+    """
+    try:
+        mode = path.stat().st_mode
+        secret = path.read_bytes()
+    except OSError as error:
+        raise ConfigError(f"cannot read the {what} file {path}: {error.strerror}") from error
+    if mode & 0o077:
+        raise ConfigError(f"the {what} file {path} is open to other users: chmod 600 {path}")
+    return secret

@@ -71,20 +71,6 @@ class KVLayout:
         if not self.parts or min(numbers) < 1 or not 0 <= self.rank < self.num_ranks:
             raise ValueError(f"not a layout: {self}")
 
-    @classmethod
-    def of_heads(
-        cls,
-        model: str,
-        num_layers: int,
-        page_tokens: int,
-        kv_heads: int,
-        head_dim: int,
-        dtype: tuple[str, int],
-    ) -> KVLayout:
-        """The common case: K and V of one shape. `dtype` is its name and its bytes per element."""
-        parts = (Part(kv_heads, head_dim),) * 2
-        return cls(model, num_layers, page_tokens, parts, *dtype)
-
     @cached_property
     def part_bytes(self) -> tuple[int, ...]:
         """Bytes of each part of one layer, all tokens of the page."""

@@ -30,6 +30,7 @@ from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import ConfigError
 from memserve.core.hosts import bracketed
 from memserve.core.ids import InstanceId, new_epoch
+from memserve.core.memory import free_memory_bytes
 from memserve.instance.membership import Membership
 from memserve.instance.memory_budget import LayoutUsage, MemoryBudget
 from memserve.instance.metrics import CONTENT_TYPE, exposition
@@ -37,7 +38,6 @@ from memserve.instance.publisher import Publisher
 from memserve.instance.tier_blocks import tier_blocks
 from memserve.mempool.events import digest
 from memserve.mempool.eviction import EVICTION_POLICIES, EvictionName
-from memserve.mempool.free_memory import free_memory_bytes
 from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.config import PeersConfig
 from memserve.mempool.remote.peers import Peers

@@ -28,6 +28,7 @@ from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import InstanceLost, LayoutMismatch, MemServeError, OutOfBlocks, PeerDeclined
 from memserve.core.ids import Epoch, InstanceId
 from memserve.core.kv_layout import KVLayout
+from memserve.core.memory import free_memory_bytes
 from memserve.instance.membership import Membership
 from memserve.instance.prompt_keys import PromptKeyLog
 from memserve.instance.publisher import Publisher
@@ -35,7 +36,6 @@ from memserve.instance.push_queue import PushQueue, PushTask
 from memserve.instance.tier_blocks import tier_blocks
 from memserve.mempool.events import digest
 from memserve.mempool.eviction import EvictionName
-from memserve.mempool.free_memory import free_memory_bytes
 from memserve.mempool.pool import Device, MemPool
 from memserve.mempool.remote.config import PeerAddress, PeersConfig
 from memserve.mempool.remote.peers import Peers

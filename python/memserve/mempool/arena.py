@@ -19,7 +19,7 @@ import weakref
 
 from memserve.core.block_addr import MAX_SLOTS
 from memserve.core.errors import ConfigError
-from memserve.mempool.free_memory import free_memory_bytes
+from memserve.core.memory import free_memory_bytes
 
 _ALIGNMENT = 64
 _MOST_OF_FREE = 0.9

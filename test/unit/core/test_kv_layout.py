@@ -21,7 +21,7 @@ layouts = st.builds(
     dtype_bytes=st.sampled_from([1, 2, 4]),
 )
 
-LLAMA_13B = KVLayout.of_heads("llama2-13b", 40, 16, 40, 128, ("float16", 2))
+LLAMA_13B = KVLayout("llama2-13b", 40, 16, (Part(40, 128),) * 2, "float16", 2)
 LATENT = KVLayout("deepseek-v3", 61, 64, (Part(1, 576),), "bfloat16", 2)
 
 
@@ -95,8 +95,8 @@ def test_what_is_no_layout_is_refused(change: dict[str, object]) -> None:
 
 
 def test_differences_name_each_field_that_keeps_blocks_apart() -> None:
-    here = KVLayout.of_heads("m", 2, 16, 2, 8, ("float32", 4))
-    there = KVLayout.of_heads("m", 2, 64, 2, 8, ("bfloat16", 2))
+    here = KVLayout("m", 2, 16, (Part(2, 8),) * 2, "float32", 4)
+    there = KVLayout("m", 2, 64, (Part(2, 8),) * 2, "bfloat16", 2)
     assert here.differences(here) == []
     assert here.differences(there) == [
         "page_tokens 16 here, 64 there",

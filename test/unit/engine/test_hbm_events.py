@@ -28,7 +28,7 @@ from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, Namespace, page_keys
 from memserve.core.cache_events import Follower
 from memserve.core.ids import Epoch
-from memserve.core.kv_layout import KVLayout
+from memserve.core.kv_layout import KVLayout, Part
 from memserve.engine import hbm_events
 from memserve.engine.hbm_events import ExtraKeys, HbmPublisher, HbmReport, HbmStats
 from memserve.engine.hooks import pool as pool_hooks
@@ -39,7 +39,7 @@ from memserve.mempool.pool import MemPool
 
 PAGE = 4
 OURS = pool_flags()[-1]
-LAYOUT = KVLayout.of_heads("m", 1, 1, 1, PAGE, ("float32", 4))
+LAYOUT = KVLayout("m", 1, 1, (Part(1, PAGE),) * 2, "float32", 4)
 NAMESPACES = [Namespace(), Namespace("k"), Namespace(cache_salt="s"), Namespace("k", "s")]
 
 

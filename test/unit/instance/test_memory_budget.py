@@ -9,7 +9,7 @@ import pytest
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import ConfigError, OutOfBlocks, TransferTimeout
 from memserve.core.ids import Epoch
-from memserve.core.kv_layout import KVLayout
+from memserve.core.kv_layout import KVLayout, Part
 from memserve.instance import memory_budget as lent_memory
 from memserve.instance.memory_budget import UNUSED_S, LayoutUsage, MemoryBudget
 from memserve.mempool.eviction import EVICTION_POLICIES, EvictionName
@@ -22,7 +22,7 @@ BUDGET = 12 * BLOCK
 
 def layout(name: str, blocks: int = 1) -> KVLayout:
     """Blocks of `blocks` times 4096 bytes."""
-    return KVLayout.of_heads(name, blocks, 16, 2, 16, ("float32", 4))
+    return KVLayout(name, blocks, 16, (Part(2, 16),) * 2, "float32", 4)
 
 
 def fill(pool: MemPool, seed: int = 0) -> list[BlockKey]:

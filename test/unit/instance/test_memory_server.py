@@ -21,7 +21,7 @@ from memserve.core.block_keys import BlockKey
 from memserve.core.caching import CachingMode
 from memserve.core.errors import MemServeError
 from memserve.core.ids import Epoch, InstanceId, new_epoch
-from memserve.core.kv_layout import KVLayout
+from memserve.core.kv_layout import KVLayout, Part
 from memserve.instance.membership import Membership
 from memserve.launch_server import main
 from memserve.mempool.arena import Arena
@@ -40,7 +40,7 @@ BUDGET_BYTES = int(BUDGET_GIB * 2**30)
 
 def layout(model: str) -> KVLayout:
     """Blocks of 64 KiB."""
-    return KVLayout.of_heads(model, 4, 16, 4, 32, ("float32", 4))
+    return KVLayout(model, 4, 16, (Part(4, 32),) * 2, "float32", 4)
 
 
 class Instance:

@@ -12,7 +12,7 @@ import pytest
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.caching import CachingMode
 from memserve.core.ids import InstanceId, new_epoch
-from memserve.core.kv_layout import KVLayout
+from memserve.core.kv_layout import KVLayout, Part
 from memserve.instance.pool_agent import DRAM_PER_HBM, MAX_GROWTH, PoolAgent, PoolSettings, dram_slots
 from memserve.instance.push_queue import PushTask
 from memserve.mempool.arena import Arena
@@ -22,7 +22,7 @@ from memserve.wire.link import ControlClient
 from memserve.wire.messages import Role
 from memserve.wire.peer_messages import Fetch, Fetched
 
-LAYOUT = KVLayout.of_heads("model", 2, 4, 2, 8, ("float32", 4))
+LAYOUT = KVLayout("model", 2, 4, (Part(2, 8),) * 2, "float32", 4)
 NUM_BLOCKS = 32
 BOOTSTRAP = "127.0.0.1:4321"
 Join = Callable[..., PoolAgent]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from memserve.core.ids import Epoch
-from memserve.core.kv_layout import KVLayout
+from memserve.core.kv_layout import KVLayout, Part
 from memserve.instance.metrics import SECTIONS, exposition
 from memserve.instance.push_queue import PushStats
 from memserve.mempool.arena import Arena
@@ -18,7 +18,7 @@ from memserve.mempool.remote.records import PeersStats
 
 
 def pool_report() -> dict[str, int]:
-    layout = KVLayout.of_heads("m", 1, 1, 1, 16, ("float32", 4))
+    layout = KVLayout("m", 1, 1, (Part(1, 16),) * 2, "float32", 4)
     pool = MemPool(layout, Arena(layout.block_bytes, 5), Epoch(1))
     pool.alloc_mem(2)
     return asdict(pool.stats())

@@ -12,7 +12,7 @@ from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import Follower, Snapshot, Stored
 from memserve.core.ids import Epoch, new_epoch
-from memserve.core.kv_layout import KVLayout
+from memserve.core.kv_layout import KVLayout, Part
 from memserve.instance.publisher import Publisher, ReportSource, parts
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
@@ -22,7 +22,7 @@ from memserve.wire.link import ControlClient, ControlServer
 from memserve.wire.messages import Done, Message, PoolEvents, SnapshotPart, SnapshotWanted, Unknown
 
 SOURCE = ReportSource(Epoch(7), list, lambda: Snapshot(0, ()))
-LAYOUT = KVLayout.of_heads("model", 1, 1, 1, 4, ("float32", 4))
+LAYOUT = KVLayout("model", 1, 1, (Part(1, 4),) * 2, "float32", 4)
 
 
 class Listener:

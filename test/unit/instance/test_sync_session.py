@@ -18,7 +18,7 @@ from memserve.core.block_keys import page_keys
 from memserve.core.cache_events import Snapshot, Stored
 from memserve.core.caching import CachingMode
 from memserve.core.ids import InstanceId, new_epoch
-from memserve.core.kv_layout import KVLayout
+from memserve.core.kv_layout import KVLayout, Part
 from memserve.instance.publisher import ReportSource, SyncSession
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
@@ -30,7 +30,7 @@ from memserve.testing.faulty_link import Fault, Faults, FaultyLink
 from memserve.wire.link import ControlClient, ControlServer
 from memserve.wire.messages import Message, PoolEvents, PoolInfo, Role, SnapshotPart
 
-LAYOUT = KVLayout.of_heads("model", 1, 1, 1, 4, ("float32", 4))
+LAYOUT = KVLayout("model", 1, 1, (Part(1, 4),) * 2, "float32", 4)
 PREFILL = InstanceId("prefill")
 STEP_S = 0.02
 HEARTBEAT_S = 1.0

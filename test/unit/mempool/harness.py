@@ -7,12 +7,12 @@ from collections.abc import Callable, Sequence
 from memserve.core.block_addr import BlockAddr, Tier
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.ids import Epoch
-from memserve.core.kv_layout import KVLayout
+from memserve.core.kv_layout import KVLayout, Part
 from memserve.mempool.arena import Arena
 from memserve.mempool.eviction import EvictionPolicy, lru
 from memserve.mempool.pool import MemPool
 
-LAYOUT = KVLayout.of_heads("small", 2, 1, 1, 4, ("float32", 4))
+LAYOUT = KVLayout("small", 2, 1, (Part(1, 4),) * 2, "float32", 4)
 EPOCH = Epoch(0x1234_5678_9ABC_DEF1)
 
 

@@ -6,14 +6,12 @@ import ctypes
 import fcntl
 import mmap
 import os
-from pathlib import Path
 
 import numpy as np
 import pytest
 
 from memserve.core.errors import ConfigError
 from memserve.mempool.arena import Arena
-from memserve.mempool.free_memory import free_memory_bytes
 
 GIB = 1 << 30
 
@@ -120,63 +118,3 @@ def test_closing_twice_or_under_a_view_is_fine() -> None:
     arena.close()
     arena.close()
     assert view[0] == array[arena.slot_bytes] == 5
-
-
-@pytest.fixture
-def machine(tmp_path: Path) -> Path:
-    """A machine with 8 GiB available and no limits."""
-    (tmp_path / "proc" / "self").mkdir(parents=True)
-    (tmp_path / "proc" / "meminfo").write_text("MemTotal: 99 kB\nMemAvailable:    8388608 kB\n")
-    (tmp_path / "proc" / "self" / "cgroup").write_text("0::/\n")
-    (tmp_path / "sys").mkdir()
-    return tmp_path
-
-
-def free(machine: Path) -> float:
-    return free_memory_bytes(machine / "proc", machine / "sys") / GIB
-
-
-def put(directory: Path, **numbers: object) -> None:
-    directory.mkdir(parents=True, exist_ok=True)
-    for name, number in numbers.items():
-        (directory / name.replace("memory_", "memory.")).write_text(f"{number}\n")
-
-
-def test_without_limits_what_is_available_is_free(machine: Path) -> None:
-    assert free(machine) == 8
-    put(machine / "sys", memory_max="max", memory_current=5 * GIB)
-    assert free(machine) == 8
-    (machine / "proc" / "self" / "cgroup").unlink()
-    assert free(machine) == 8
-
-
-def test_the_tightest_cgroup_above_binds_and_its_page_cache_is_free(machine: Path) -> None:
-    (machine / "proc" / "self" / "cgroup").write_text("0::/job/step\n")
-    put(machine / "sys" / "job" / "step", memory_max="max", memory_current=GIB, memory_stat="inactive_file 0")
-    put(
-        machine / "sys" / "job",
-        memory_max=4 * GIB,
-        memory_current=3 * GIB,
-        memory_stat=f"anon 1\ninactive_file {2 * GIB}",
-    )
-    assert free(machine) == 3
-
-
-def test_old_cgroups_bind_as_well(machine: Path) -> None:
-    (machine / "proc" / "self" / "cgroup").write_text("5:cpu,cpuacct:/\n4:memory:/job\n0::/\n")
-    put(
-        machine / "sys" / "memory" / "job",
-        memory_limit_in_bytes=2 * GIB,
-        memory_usage_in_bytes=GIB,
-        memory_stat="total_inactive_file 0",
-    )
-    assert free(machine) == 1
-
-
-def test_a_limit_that_is_exceeded_leaves_nothing(machine: Path) -> None:
-    put(machine / "sys", memory_max=GIB, memory_current=2 * GIB, memory_stat="")
-    assert free(machine) == 0
-
-
-def test_this_machine_has_some() -> None:
-    assert free_memory_bytes() > 0

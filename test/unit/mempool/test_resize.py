@@ -10,7 +10,7 @@ import pytest
 from memserve.core.block_addr import slot_of
 from memserve.core.errors import ConfigError, OutOfBlocks
 from memserve.core.ids import Epoch
-from memserve.core.kv_layout import KVLayout
+from memserve.core.kv_layout import KVLayout, Part
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
 
@@ -107,7 +107,7 @@ def test_a_slot_that_is_about_to_go_is_no_room_for_anybody() -> None:
 
 
 def test_memory_goes_back_to_the_system() -> None:
-    layout = KVLayout.of_heads("pages", 1, 1, 1, 4096, ("int8", 1))
+    layout = KVLayout("pages", 1, 1, (Part(1, 4096),) * 2, "int8", 1)
     pool = MemPool(layout, Arena(layout.block_bytes, 32), Epoch(1 << 60))
     assert os.fstat(pool.arena.fd).st_blocks * 512 == 32 * layout.block_bytes
     pool.resize(8)

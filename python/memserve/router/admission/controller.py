@@ -10,13 +10,11 @@ Knows no HTTP and no metrics library.
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Callable
-from contextlib import suppress
-from pathlib import Path
 from types import TracebackType
 from typing import Protocol
 
+from memserve.core.memory import total_memory_bytes
 from memserve.router.admission.fair_queue import FairQueue, Refusal, TenantQueue, Waiter
 from memserve.router.errors import Overloaded
 from memserve.router.tenant import Tenant
@@ -29,7 +27,6 @@ blocks, and the bodies for both legs.
 """
 SHARE = 4
 """Default byte budget: one part in so many of the machine's memory."""
-_CGROUP_LIMIT = Path("/sys/fs/cgroup/memory.max")
 _MESSAGES = {
     "requests": "too many requests per second",
     "tokens": "too many tokens per second",
@@ -167,9 +164,6 @@ class ByteBudget:
         self.held -= num_bytes
 
 
-def default_bytes(cgroup_limit: Path = _CGROUP_LIMIT) -> int:
+def default_bytes() -> int:
     """A share of the memory of this machine, or of its container's limit."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    with suppress(OSError, ValueError):  # not in a container, or one without a limit: "max"
-        memory = min(memory, int(cgroup_limit.read_text()))
-    return memory // SHARE
+    return total_memory_bytes() // SHARE

@@ -18,8 +18,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from memserve.core.cluster_key import read_secret_file
 from memserve.core.errors import ConfigError
-from memserve.core.secret_file import read_secret_file
 from memserve.router.tenant import Rates, Tenant
 
 logger = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ import logging
 import ssl
 from pathlib import Path
 
+from memserve.core.cluster_key import read_secret_file
 from memserve.core.errors import ConfigError
-from memserve.core.secret_file import read_secret_file
 
 logger = logging.getLogger(__name__)
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import time
-from pathlib import Path
 
 import pytest
 
+from memserve.core.memory import total_memory_bytes
 from memserve.router.admission.controller import AdmissionController, ByteBudget, default_bytes
 from memserve.router.admission.fair_queue import FairQueue
 from memserve.router.errors import Overloaded, failure_of
@@ -133,9 +133,5 @@ def test_a_budget_gives_what_it_has() -> None:
     assert budget.try_take(6)
 
 
-def test_a_containers_limit_is_the_machines_memory(tmp_path: Path) -> None:
-    limit = tmp_path / "memory.max"
-    limit.write_text("1000000\n")
-    assert default_bytes(limit) == 250000
-    limit.write_text("max\n")
-    assert default_bytes(limit) == default_bytes(tmp_path / "none") > 1 << 20
+def test_the_default_byte_budget_is_a_quarter_of_the_memory() -> None:
+    assert default_bytes() == total_memory_bytes() // 4 > 1 << 20

@@ -1,6 +1,6 @@
-"""How much memory this process can still take: what the kernel has, within what its cgroups allow.
+"""How much memory this process can have, and still take: the machine's, within the limits of its cgroups.
 
-Reads /proc and /sys only when asked; knows nothing of what the memory is for.
+Reads /proc and /sys at each call. Knows nothing of what the memory is for.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from pathlib import Path
 
 @dataclass(frozen=True, slots=True)
 class _CgroupFiles:
-    """What the two generations of cgroups call the same three numbers."""
+    """The names of the same three numbers in one of the two versions of cgroups."""
 
     limit: str
     used: str
@@ -24,10 +24,10 @@ _V2 = _CgroupFiles("memory.max", "memory.current", "inactive_file")
 
 
 def free_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
-    """Bytes that can be taken without swapping and without any cgroup's limit being hit.
+    """Bytes that can be taken without swapping and without reaching the limit of a cgroup.
 
-    Page cache counts as free, both of the machine and of a cgroup. Raises OSError where there is no
-    /proc/meminfo; a cgroup that cannot be read is taken to have no limit.
+    Page cache counts as free, both of the machine and of a cgroup. Raises OSError if there is no
+    /proc/meminfo. A cgroup that cannot be read has no limit.
     """
     free = _field(proc / "meminfo", "MemAvailable:") * 1024
     for directory, files in _own_cgroups(proc, cgroups):
@@ -37,8 +37,15 @@ def free_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/
     return max(free, 0)
 
 
+def total_memory_bytes(proc: Path = Path("/proc"), cgroups: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes of the machine, or the tightest limit of the own cgroups. Raises as `free_memory_bytes`."""
+    total = _field(proc / "meminfo", "MemTotal:") * 1024
+    limits = (_limit(directory, files) for directory, files in _own_cgroups(proc, cgroups))
+    return min([total, *(limit for limit in limits if limit is not None)])
+
+
 def _own_cgroups(proc: Path, cgroups: Path) -> Iterator[tuple[Path, _CgroupFiles]]:
-    """The memory cgroups of this process and all above them: each of their limits binds."""
+    """The memory cgroups of this process and all cgroups above them: each of their limits binds."""
     try:
         lines = (proc / "self" / "cgroup").read_text().splitlines()
     except OSError:
@@ -60,10 +67,19 @@ def _own_cgroups(proc: Path, cgroups: Path) -> Iterator[tuple[Path, _CgroupFiles
 
 def _room(directory: Path, files: _CgroupFiles) -> int | None:
     """Bytes left below the limit of one cgroup; None if it has none."""
+    limit = _limit(directory, files)
+    if limit is None:
+        return None
     try:
-        limit = int((directory / files.limit).read_text())  # "max" is no number
         used = int((directory / files.used).read_text())
         return limit - used + _field(directory / "memory.stat", files.reclaimable)
+    except (OSError, ValueError):
+        return None
+
+
+def _limit(directory: Path, files: _CgroupFiles) -> int | None:
+    try:
+        return int((directory / files.limit).read_text())  # "max" is no number
     except (OSError, ValueError):
         return None
 
