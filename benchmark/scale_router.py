@@ -30,6 +30,7 @@ from memserve.core.block_keys import BlockKey
 from memserve.core.cache_events import CacheEvent, Removed, Stored
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
+from memserve.router.cluster.config import ClusterConfig
 from memserve.router.cluster.instance import ClusterSnapshot, Instance
 from memserve.router.cluster.pools import Pools
 from memserve.router.kv_events.synchronizer import TreeSynchronizer
@@ -152,7 +153,7 @@ class Stage:
 
     def __init__(self, num_instances: int) -> None:
         self._random = Random(0)
-        self._pools = Pools(heartbeat_s=3600, clock=time.monotonic)
+        self._pools = Pools(ClusterConfig(heartbeat_secs=3600), time.monotonic)
         self._feed = TreeSynchronizer(GlobalPromptTree(), self._pools, audit_s=1e9)
         settings = SelectorConfig("prompt_tree", "prompt_tree", GPU_COSTS, 0.0, True)
         metrics = RouterMetrics()

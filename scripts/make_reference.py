@@ -28,7 +28,7 @@ from memserve import launch_server
 from memserve.instance import metrics as pool_metrics
 from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.peers import Peers
-from memserve.router import config as router_config
+from memserve.router import command_line
 from memserve.router.http.ingress import build_ingress
 from memserve.router.http.openapi import document
 from memserve.router.observability.metrics import RouterMetrics
@@ -110,7 +110,7 @@ def _help(action: argparse.Action) -> str:
 
 
 def router_flags() -> str:
-    parser = parser_of(router_config.parse_args)
+    parser = parser_of(command_line.parse_args)
     intro = (
         "`python -m memserve.launch_router --help` prints the same list. The flags of sglang-router are "
         "accepted, too: see [Coming from sglang-router](../guides/from-sglang-router.md)."
@@ -242,9 +242,9 @@ def metrics() -> str:
 
 async def _router_metrics() -> RouterMetrics:
     """The metrics of a router that knows no server: every family is there, most without a sample."""
-    config = router_config.parse_args([])
+    config = command_line.parse_args([]).config
     counted = RouterMetrics()
-    build_ingress(config, counted)
+    build_ingress(config.http, config.auth, config.tls, config.admission, counted)
     counted.watch(StateCollector(new_state(config, counted)))
     return counted
 

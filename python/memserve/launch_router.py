@@ -13,7 +13,7 @@ import uvloop
 
 from memserve.core.errors import ConfigError
 from memserve.router.app import serve
-from memserve.router.config import parse_args
+from memserve.router.command_line import parse_args
 from memserve.router.observability.logs import Logs
 
 logger = logging.getLogger("memserve.launch_router")
@@ -24,15 +24,15 @@ USAGE_ERROR = 2
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a router until it is told to stop; the process's exit code."""
     try:
-        config = parse_args(argv)
-        logs = Logs(config.observe)
+        asked = parse_args(argv)
+        logs = Logs(asked.logs)
         logs.start()
         try:
-            for remark in config.remarks:
+            for remark in asked.remarks:
                 logger.info("%s", remark)
             allow_many_connections()
             collect_seldom()
-            uvloop.run(serve(config))
+            uvloop.run(serve(asked.config))
         finally:
             logs.close()
     except ConfigError as error:

@@ -14,6 +14,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from memserve.core.errors import ConfigError
+
 RecordT = TypeVar("RecordT")
 
 
@@ -23,14 +25,30 @@ def setting(
     *,
     metavar: str | None = None,
     is_secret: bool = False,
+    above: float | None = None,
+    at_least: float | None = None,
     synonyms: Mapping[str, str] = types.MappingProxyType({}),
 ) -> Any:
     """A dataclass field with its default and the line that `--help` shows for it.
 
-    A secret is not in the record's repr. `synonyms`: other spellings of a text.
+    A secret is not in the record's repr. `above`, `at_least`: bounds that `check_settings` checks.
+    `synonyms`: other spellings of a text.
     """
-    metadata = {"help": help, "metavar": metavar, "synonyms": synonyms}
+    bounds = {"above": above, "at_least": at_least}
+    metadata = {"help": help, "metavar": metavar, "synonyms": synonyms, **bounds}
     return dataclasses.field(default=default, repr=not is_secret, metadata=metadata)
+
+
+def check_settings(record: Any) -> None:
+    """Raise ConfigError if a number is out of its setting's bounds. None is within all bounds."""
+    for field in dataclasses.fields(record):
+        value, bounds = getattr(record, field.name), field.metadata
+        if value is None:
+            continue
+        if (bound := bounds.get("above")) is not None and not value > bound:
+            raise ConfigError(f"{_flag(field)} has to be more than {bound:g}, not {value:g}")
+        if (bound := bounds.get("at_least")) is not None and not value >= bound:
+            raise ConfigError(f"{_flag(field)} has to be at least {bound:g}, not {value:g}")
 
 
 def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, record: type[Any]) -> None:
@@ -42,7 +60,6 @@ def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, record:
     for field in dataclasses.fields(record):
         if "help" not in field.metadata:
             continue
-        flag = "--" + field.name.replace("_", "-")
         kwargs: dict[str, Any] = {"default": field.default, "help": _help(field)}
         kind = _without_none(hints[field.name])
         if kind is bool:
@@ -59,21 +76,26 @@ def add_flags(parser: argparse.ArgumentParser | argparse._ArgumentGroup, record:
             kwargs["metavar"] = field.metadata["metavar"] or _METAVARS.get(kind, "TEXT")
         if synonyms := field.metadata["synonyms"]:
             kwargs["type"] = lambda text, known=synonyms: known.get(text, text)
-        parser.add_argument(flag, **kwargs)
+        parser.add_argument(_flag(field), **kwargs)
+
+
+def settings_in(record: type[Any], namespace: argparse.Namespace) -> dict[str, Any]:
+    """The parsed values of the fields of `record` that have a flag."""
+    names = [field.name for field in dataclasses.fields(record) if "help" in field.metadata]
+    values = {name: getattr(namespace, name) for name in names}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
 
 
 def from_namespace(record: type[RecordT], namespace: argparse.Namespace, **others: Any) -> RecordT:
     """The record that the parsed flags describe; `others` fill the fields that have no flag."""
-    values = {
-        field.name: getattr(namespace, field.name)
-        for field in dataclasses.fields(record)  # type: ignore[arg-type]
-        if "help" in field.metadata
-    }
-    values = {name: tuple(one) if isinstance(one, list) else one for name, one in values.items()}
-    return record(**values, **others)
+    return record(**settings_in(record, namespace), **others)
 
 
 _METAVARS: dict[Any, str] = {int: "N", float: "SECONDS", Path: "FILE"}
+
+
+def _flag(field: dataclasses.Field[Any]) -> str:
+    return "--" + field.name.replace("_", "-")
 
 
 def _help(field: dataclasses.Field[Any]) -> str:

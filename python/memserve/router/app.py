@@ -12,6 +12,8 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import aiohttp
+
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.hosts import bracketed, is_loopback
 from memserve.router.auth.tls import client_context
@@ -36,9 +38,11 @@ from memserve.router.http.openapi import document
 from memserve.router.http.request_chain import RequestChain
 from memserve.router.http.routes import serve_http, serve_metrics, web_app
 from memserve.router.kv_events.synchronizer import TreeSynchronizer
+from memserve.router.observability.config import ObservabilityConfig
 from memserve.router.observability.metrics import DURATIONS, RouterMetrics
 from memserve.router.observability.state_metrics import StateCollector
 from memserve.router.observability.tracing import PropagateOnly, Tracing
+from memserve.router.proxy.config import ProxyConfig
 from memserve.router.proxy.connection_pool import ConnectionPool
 from memserve.router.proxy.dispatcher import Dispatcher
 from memserve.router.proxy.executor import RequestExecutor
@@ -55,13 +59,13 @@ from memserve.wire.link import ControlServer
 
 logger = logging.getLogger(__name__)
 
-TIDY_S = 0.25
-"""How often what has changed meanwhile is followed up, and a little of the tree's memory given back."""
+UPKEEP_S = 0.25
+"""Time between two rounds of upkeep."""
 
 
 @dataclass(frozen=True, slots=True)
 class Router:
-    """A router that is running."""
+    """A running router."""
 
     url: str
     control_address: str
@@ -78,84 +82,118 @@ class Router:
         return self.state.synchronizer
 
 
+@dataclass(frozen=True, slots=True)
+class _Proxy:
+    """What sends requests to servers."""
+
+    session: aiohttp.ClientSession
+    connections: ConnectionPool
+    fetcher: Fetcher
+    dispatcher: Dispatcher
+
+
 @asynccontextmanager
 async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
     """A router that serves inside the block, and ends its requests when the block is left.
 
-    Raises ConfigError if an address cannot be had.
+    Raises ConfigError if an address is not available or a file cannot be used.
     """
-    key = ClusterKey.read(config.cluster_key_file) if config.cluster_key_file else None
-    metrics = RouterMetrics(config.observe.prometheus_duration_buckets or DURATIONS)
-    ingress = build_ingress(config, metrics)
+    file = config.cluster.cluster_key_file
+    key = ClusterKey.read(file) if file else None
+    metrics = RouterMetrics(config.observability.prometheus_duration_buckets or DURATIONS)
+    ingress = build_ingress(config.http, config.auth, config.tls, config.admission, metrics)
     state = new_state(config, metrics)
     metrics.watch(StateCollector(state))
-    cluster, pools = state.cluster, state.pools
     async with AsyncExitStack() as stack:
         stack.callback(state.tokenizers.close)
         stack.push_async_callback(state.subscriptions.close)
-        fetcher = Fetcher(key)
-        stack.callback(fetcher.close)
-        tls = client_context(config.ssl_ca_certs, config.ssl_client_certfile, config.ssl_client_keyfile)
-        session = await stack.enter_async_context(open_session(tls, config.api_key))
-        connections = ConnectionPool(tls)
-        stack.callback(connections.close)
-        cluster.on_unresponsive = connections.give_up
-        upstream = Upstream(connections, session, on_lost=_on_lost(state))
-        stack.push_async_callback(upstream.close)
-        executor = RequestExecutor(upstream, state.selector, fetcher)
-        recovery = StreamRecovery(state.tokenizers, is_on=config.resume == "auto")
-        policy, telemetry = _retry_policy(config), state.telemetry
-        retries = RetryLoop(cluster, state.selector, state.breakers, policy, telemetry)
-        dispatcher = Dispatcher(retries, executor, recovery, telemetry)
-        traces = _traces(stack, config)
-        preparer = RequestPreparer(cluster, state.reader, state.telemetry.prefixes.sample)
-        cors = Cors(config.observe.cors_allowed_origins)
-        record, id_headers = state.telemetry.requests.add, config.observe.request_id_headers
-        chain = RequestChain(ingress, record, traces, id_headers, cors.reply if cors else None)
-        generate = GenerateHandler(chain, preparer, dispatcher)
-        passthrough = Passthrough(
-            connections,
-            preparer.candidates,
-            state.breakers,
-            state.selector.num_running,
-            _on_lost(state),
-            timeout_s=config.request_timeout_secs,
-        )
-        drains = DrainManager(
-            cluster, pools, state.selector.num_running, key=key, evacuate_s=config.drain_evacuate_secs
-        )
+        proxy = await _open_proxy(stack, config, state, key)
+        num_running, evacuate_s = state.selector.num_running, config.cluster.drain_evacuate_secs
+        drains = DrainManager(state.cluster, state.pools, num_running, key=key, evacuate_s=evacuate_s)
         stack.callback(drains.close)
-        roles = RoleChanges(cluster, drains)
-        stack.callback(roles.close)
-        pages = InfoHandlers(state, metrics.exposition, session, ingress.access, encode_json(document()))
-        dashboard = Dashboard(state, config, ingress.admission)
-        handlers = (
-            generate,
-            PassthroughHandler(chain, passthrough),
-            WorkersApi(state, drains, roles),
-            pages,
-            dashboard,
-        )
-        app = web_app(cors, ingress, routes(*handlers))
-        port = await serve_http(stack, config, generate, app, ingress)
-        await serve_metrics(stack, config, pages)
-        control = _listening(stack, config, state, port, key)
-        stack.push_async_callback(chain.stop, config.shutdown_grace_period_secs)
-        keepers = [
-            ingress.follow,
-            lambda: fetcher.keep(pools),
-            drains.retain,
-            lambda: connections.keep(cluster.up),
-        ]
-        interval_s = config.health_check_interval_secs
+        port = await _serve_http(stack, config, state, metrics, ingress, proxy, drains)
+        control = _serve_control(stack, config, state, port, key)
         prober = HealthProber(
-            cluster, pools, state.tokenizers, session, interval_s=interval_s, clock=time.monotonic
+            state.cluster, state.pools, state.tokenizers, proxy.session, config.health, time.monotonic
         )
-        _begin(stack, prober.run(), _keep_up(state, keepers))
+        upkeep = [
+            ingress.follow,
+            lambda: proxy.fetcher.keep(state.pools),
+            drains.retain,
+            lambda: proxy.connections.keep(state.cluster.up),
+        ]
+        _start(stack, prober.run(), _run_upkeep(state, upkeep))
         if config.discovery is not None:
-            _begin(stack, Discovery(config.discovery, cluster, drains, PodApi(config.discovery)).run())
-        url = f"{'https' if ingress.tls else 'http'}://{bracketed(config.host)}:{port}"
-        yield Router(url, control.address, cluster, state, ingress)
+            _start(stack, Discovery(config.discovery, state.cluster, drains, PodApi(config.discovery)).run())
+        url = f"{'https' if ingress.tls else 'http'}://{bracketed(config.http.host)}:{port}"
+        yield Router(url, control.address, state.cluster, state, ingress)
+
+
+async def _open_proxy(
+    stack: AsyncExitStack, config: RouterConfig, state: RouterState, key: ClusterKey | None
+) -> _Proxy:
+    fetcher = Fetcher(key)
+    stack.callback(fetcher.close)
+    tls = client_context(
+        config.tls.ssl_ca_certs, config.tls.ssl_client_certfile, config.tls.ssl_client_keyfile
+    )
+    session = await stack.enter_async_context(open_session(tls, config.auth.api_key))
+    connections = ConnectionPool(tls)
+    stack.callback(connections.close)
+    state.cluster.on_unresponsive = connections.give_up
+    upstream = Upstream(connections, session, on_lost=_on_lost(state))
+    stack.push_async_callback(upstream.close)
+    executor = RequestExecutor(upstream, state.selector, fetcher)
+    recovery = StreamRecovery(state.tokenizers, is_on=config.proxy.resume == "auto")
+    policy = _retry_policy(config.proxy)
+    retries = RetryLoop(state.cluster, state.selector, state.breakers, policy, state.telemetry)
+    dispatcher = Dispatcher(retries, executor, recovery, state.telemetry)
+    return _Proxy(session, connections, fetcher, dispatcher)
+
+
+async def _serve_http(
+    stack: AsyncExitStack,
+    config: RouterConfig,
+    state: RouterState,
+    metrics: RouterMetrics,
+    ingress: Ingress,
+    proxy: _Proxy,
+    drains: DrainManager,
+) -> int:
+    """Start HTTP; its port."""
+    cors = Cors(config.http.cors_allowed_origins)
+    traces = _traces(stack, config.observability)
+    record, id_headers = state.telemetry.requests.add, config.http.request_id_headers
+    chain = RequestChain(ingress, record, traces, id_headers, cors.reply if cors else None)
+    preparer = RequestPreparer(state.cluster, state.reader, state.telemetry.prefixes.sample)
+    passthrough = Passthrough(
+        proxy.connections,
+        preparer.candidates,
+        state.breakers,
+        state.selector.num_running,
+        _on_lost(state),
+        timeout_s=config.proxy.request_timeout_secs,
+    )
+    roles = RoleChanges(state.cluster, drains)
+    stack.callback(roles.close)
+    info = InfoHandlers(state, metrics.exposition, proxy.session, ingress.access, encode_json(document()))
+    generate = GenerateHandler(chain, preparer, proxy.dispatcher)
+    handlers = (
+        generate,
+        PassthroughHandler(chain, passthrough),
+        WorkersApi(state, drains, roles),
+        info,
+        Dashboard(state, config.routing.policies, ingress.admission),
+    )
+    app = web_app(cors, ingress, routes(*handlers))
+    port = await serve_http(stack, config.http, generate, app, ingress)
+    metrics_port = config.observability.metrics_port
+    if metrics_port is not None:
+        await serve_metrics(
+            stack, config.observability.prometheus_host or config.http.host, metrics_port, info
+        )
+    stack.push_async_callback(chain.stop, config.http.shutdown_grace_period_secs)
+    return port
 
 
 async def serve(config: RouterConfig) -> None:
@@ -177,20 +215,20 @@ async def serve(config: RouterConfig) -> None:
 
 
 def _on_lost(state: RouterState) -> Callable[[Instance, str], None]:
-    """What is done about an instance whose connection failed."""
+    """The reaction to an instance whose connection failed."""
 
     def on_lost(instance: Instance, reason: str) -> None:
-        if instance in state.cluster.snapshot.all():  # one fault, however many requests it had
+        if instance in state.cluster.snapshot.all():  # one fault, whatever number of requests it had
             state.breakers.failed(instance)
         state.cluster.lost_contact(instance.instance_id, instance.epoch, reason)
 
     return on_lost
 
 
-def _listening(
+def _serve_control(
     stack: AsyncExitStack, config: RouterConfig, state: RouterState, http_port: int, key: ClusterKey | None
 ) -> ControlServer:
-    """The control plane, which instances and pools come to."""
+    """Start the control plane, where instances and pools register."""
     handler = ControlHandler(
         state.cluster,
         state.pools,
@@ -198,29 +236,33 @@ def _listening(
         asyncio.get_running_loop(),
         lambda named: state.reader.memory.named(named.rid, named.keys),
     )
-    control = ControlServer(_control_host(config), _control_port(config, http_port), handler, key=key)
+    port = config.cluster.control_port
+    if port is None:
+        port = http_port + 1 if config.http.port else 0
+    control = ControlServer(_control_host(config), port, handler, key=key)
     stack.push_async_callback(asyncio.to_thread, control.close)
     return control
 
 
-def _begin(stack: AsyncExitStack, *works: Coroutine[Any, Any, None]) -> None:
-    """Run these beside everything else, until the router ends."""
-    for work in works:
-        task = asyncio.create_task(work)
-        task.add_done_callback(_end_if_failed)
-        stack.callback(task.cancel)
+def _control_host(config: RouterConfig) -> str:
+    """The control plane's address: without a key, loopback if other servers are named or discovered."""
+    host, has_others = config.http.host, bool(config.cluster.static or config.discovery)
+    if has_others and config.cluster.cluster_key_file is None and not is_loopback(host):
+        logger.info("without --cluster-key-file, only instances on this machine can register")
+        return "127.0.0.1"
+    return host
 
 
-def _traces(stack: AsyncExitStack, config: RouterConfig) -> Traces:
-    """What is done with traces. Raises ConfigError if spans are wanted and cannot be made."""
-    if not config.observe.enable_trace:
+def _traces(stack: AsyncExitStack, config: ObservabilityConfig) -> Traces:
+    """Raises ConfigError if spans are enabled and their packages are missing."""
+    if not config.enable_trace:
         return PropagateOnly()
-    tracing = Tracing.to(config.observe.otlp_traces_endpoint)
+    tracing = Tracing.to(config.otlp_traces_endpoint)
     stack.push_async_callback(asyncio.to_thread, tracing.close)
     return tracing
 
 
-def _retry_policy(config: RouterConfig) -> RetryPolicy:
+def _retry_policy(config: ProxyConfig) -> RetryPolicy:
     return RetryPolicy(
         timeout_s=config.request_timeout_secs,
         max_retries=config.retry_max_retries,
@@ -229,36 +271,29 @@ def _retry_policy(config: RouterConfig) -> RetryPolicy:
     )
 
 
-async def _keep_up(state: RouterState, keepers: Sequence[Callable[[], None]]) -> None:
-    """Follow who has come and gone, and give memory back, until cancelled."""
+def _start(stack: AsyncExitStack, *works: Coroutine[Any, Any, None]) -> None:
+    """Run these in tasks that the stack cancels; one that fails ends the process."""
+    for work in works:
+        task = asyncio.create_task(work)
+        task.add_done_callback(_end_if_failed)
+        stack.callback(task.cancel)
+
+
+async def _run_upkeep(state: RouterState, others: Sequence[Callable[[], None]]) -> None:
+    """Drop the records of instances that have left, and compact the tree, until cancelled."""
     while True:
         state.subscriptions.follow(state.cluster.up, state.pools)
         state.breakers.retain((it.info.instance_id, it.info.epoch) for it in state.cluster.members())
         state.selector.keep(state.cluster.working())
-        for keep in keepers:
-            keep()
+        for other in others:
+            other()
         state.synchronizer.tree.tidy()
         state.telemetry.tick(time.monotonic())
-        await asyncio.sleep(TIDY_S)
+        await asyncio.sleep(UPKEEP_S)
 
 
 def _end_if_failed(task: asyncio.Task[None]) -> None:
-    """A router that notices nobody's coming and going any more is worse than one that is started again."""
+    """End the process: a router that no longer sees instances come and go must be restarted."""
     if not task.cancelled() and task.exception() is not None:
         logger.critical("a part of the router failed; it cannot go on", exc_info=task.exception())
         os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _control_host(config: RouterConfig) -> str:
-    """Where instances register: where servers are named and there is no key, on this machine only."""
-    is_enough = config.static or config.discovery
-    if is_enough and config.cluster_key_file is None and not is_loopback(config.host):
-        logger.info("without --cluster-key-file, instances of this machine alone can register")
-        return "127.0.0.1"
-    return config.host
-
-
-def _control_port(config: RouterConfig, http_port: int) -> int:
-    if config.control_port is not None:
-        return config.control_port
-    return http_port + 1 if config.port else 0

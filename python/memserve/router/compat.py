@@ -68,7 +68,6 @@ ELSEWHERE: dict[str, tuple[str | None, str]] = {
     "--cb-window-duration-secs": (None, "a breaker counts failures in a row"),
     "--health-failure-threshold": (None, _HEALTH),
     "--health-success-threshold": (None, _HEALTH),
-    "--health-check-timeout-secs": (None, _HEALTH),
     "--health-check-endpoint": (None, "servers are asked at /health"),
     "--disable-health-check": ("0", "a server is checked before it is used: --health-check-interval-secs"),
     "--chat-template": (

@@ -37,40 +37,36 @@ class RouterState:
 
 def new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
     """What a router knows when it starts: nothing. Raises ConfigError for costs that cannot be read."""
-    clock = time.monotonic
-    policy = config.policy
-    prefill_policy, decode_policy = config.prefill_policy or policy, config.decode_policy or policy
-    directs_fetches = config.fetch == "auto" and prefill_policy == "prompt_tree"
-    cluster = InstanceRegistry(
-        config.static, heartbeat_s=config.heartbeat_secs, clock=clock, stuck_s=config.stuck_secs
-    )
+    clock, routing = time.monotonic, config.routing
+    directs_fetches = routing.fetch == "auto" and routing.policies["prefill"] == "prompt_tree"
+    cluster = InstanceRegistry(config.cluster, clock)
     pools = Pools(
-        heartbeat_s=config.heartbeat_secs,
-        clock=clock,
+        config.cluster,
+        clock,
         directs_fetches=directs_fetches,
-        wants_prompt_keys=config.routing_keys == "text",
+        wants_prompt_keys=config.tokenization.routing_keys == "text",
     )
-    max_blocks = (config.tree_budget_mib << 20) // BYTES_PER_BLOCK
+    max_blocks = (config.tree.tree_budget_mib << 20) // BYTES_PER_BLOCK
     tree = GlobalPromptTree(max_blocks=max_blocks, clock=clock)
-    synchronizer = TreeSynchronizer(tree, pools, audit_s=config.tree_audit_secs, clock=clock)
+    synchronizer = TreeSynchronizer(tree, pools, audit_s=config.tree.tree_audit_secs, clock=clock)
     subscriptions = StockSubscriptions(
         lambda: synchronizer.tree,
         lambda one: one.server_info.event_source_info,
         max_named_keys=max(MAX_NAMED_KEYS, max_blocks // 4),
-        mirror_ttl_s=config.learnt_ttl_secs,
+        mirror_ttl_s=config.tree.learnt_ttl_secs,
     )
     settings = SelectorConfig(
-        prefill_policy,
-        decode_policy,
-        start_costs=None if config.costs == "auto" else read_costs(config.costs),
-        certainty=0.0 if config.costs in ("auto", *COSTS) else 0.5,
+        routing.policies["prefill"],
+        routing.policies["decode"],
+        start_costs=None if routing.costs == "auto" else read_costs(routing.costs),
+        certainty=0.0 if routing.costs in ("auto", *COSTS) else 0.5,
         fetches=directs_fetches,
     )
     selector = InstanceSelector(settings, synchronizer, pools, subscriptions, metrics, clock)
-    breakers = Breakers(threshold=config.cb_failure_threshold, timeout_s=config.cb_timeout_secs, clock=clock)
-    tokenizers = Tokenizers(config.tokenizer_path)
-    reader = PromptReader(tokenizers, config.routing_keys)
-    telemetry = Telemetry.new(metrics, clock(), keeps_samples=config.observe.ui_show_prompts)
+    breakers = Breakers(config.health, clock)
+    tokenizers = Tokenizers(config.tokenization.tokenizer_path)
+    reader = PromptReader(tokenizers, config.tokenization.routing_keys)
+    telemetry = Telemetry.new(metrics, clock(), config.observability)
     return RouterState(
         cluster, pools, synchronizer, subscriptions, tokenizers, selector, breakers, reader, telemetry
     )

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from memserve import launch_server
-from memserve.router import config as router_config
+from memserve.router import command_line
 from memserve.simulation import __main__ as simulation
 from memserve.simulation import make_trace
 
@@ -21,7 +21,7 @@ from .pages import PAGES, ROOT, code_blocks, name_of
 from .reference import parser_of
 
 PARSERS = {
-    "memserve.launch_router": lambda: parser_of(router_config.parse_args),
+    "memserve.launch_router": lambda: parser_of(command_line.parse_args),
     "memserve.launch_server": lambda: parser_of(launch_server.parse),
     "memserve.simulation": lambda: parser_of(simulation.main),
     "memserve.simulation.make_trace": lambda: parser_of(make_trace.main),

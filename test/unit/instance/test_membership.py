@@ -12,6 +12,7 @@ from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
 from memserve.instance import registration as presence
 from memserve.instance.membership import Membership
+from memserve.router.cluster.config import ClusterConfig
 from memserve.router.cluster.control import answer
 from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.registry import InstanceRegistry
@@ -49,8 +50,8 @@ class StubRouter:
         self.heard: queue.Queue[Message] = queue.Queue()
         self.refusal: str | None = None
         self._lock = threading.Lock()
-        self._cluster = InstanceRegistry([], heartbeat_s=0.01, clock=FakeClock())
-        self._pools = Pools(heartbeat_s=0.01, clock=FakeClock())
+        self._cluster = InstanceRegistry(ClusterConfig(heartbeat_secs=0.01), FakeClock())
+        self._pools = Pools(ClusterConfig(heartbeat_secs=0.01), FakeClock())
         for info in pools:
             self._pools.register(info)
         self._server = ControlServer("127.0.0.1", port, self._handle)

@@ -22,6 +22,7 @@ from memserve.core.kv_layout import KVLayout, Part
 from memserve.instance.publisher import ReportSource, SyncSession
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
+from memserve.router.cluster.config import ClusterConfig
 from memserve.router.cluster.pools import Pools
 from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.scheduling.prompt_tree.tree import AuditResult, GlobalPromptTree
@@ -68,7 +69,7 @@ class Stage:
 
     def restart_router(self) -> None:
         """It knows nobody."""
-        self.pools = Pools(heartbeat_s=HEARTBEAT_S, clock=self.clock)
+        self.pools = Pools(ClusterConfig(heartbeat_secs=HEARTBEAT_S), self.clock)
         self.feed = TreeSynchronizer(
             GlobalPromptTree(clock=self.clock), self.pools, audit_s=self.audit_s, clock=self.clock
         )

@@ -78,7 +78,7 @@ def info_of(worker: FakeWorker, epoch: int = 1, name: str | None = None) -> Inst
 @asynccontextmanager
 async def staged(*workers: FakeWorker, **settings: Any) -> AsyncIterator[Stage]:
     """A router whose registered instances are `workers`, ready."""
-    config = RouterConfig(**{"port": 0, "shutdown_grace_period_secs": 0.05, **settings})
+    config = RouterConfig.of(**{"port": 0, "shutdown_grace_period_secs": 0.05, **settings})
     by_role: dict[Role, list[FakeWorker]] = {}
     for worker in workers:
         by_role.setdefault(worker.role, []).append(worker)

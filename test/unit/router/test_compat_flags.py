@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 
 from memserve.core.errors import ConfigError
+from memserve.router.command_line import CommandLine, parse_args
 from memserve.router.compat import ALIASES, ELSEWHERE, SWITCHES
-from memserve.router.config import RouterConfig, parse_args
+from memserve.router.config import RECORDS, RouterConfig
+from memserve.router.observability.config import LogConfig
 from memserve.wire.messages import Role
 
 LINES = Path(__file__).with_name("sglang_router_flags.txt").read_text().splitlines()
@@ -26,6 +28,13 @@ TOGETHER = {
     "--tls-key-path": "--tls-cert-path cert.pem",
     "--client-key-path": "--client-cert-path cert.pem",
 }
+
+
+def setting(asked: CommandLine, name: str) -> Any:
+    """The value of a setting, whichever record has it."""
+    parts = [asked.logs, *(getattr(asked.config, part) for part in RECORDS)]
+    (value,) = [getattr(part, name) for part in parts if hasattr(part, name)]
+    return value
 
 
 @pytest.mark.parametrize("line", LINES)
@@ -68,7 +77,7 @@ def test_nothing_is_taken_that_it_does_not_have() -> None:
 )
 def test_what_means_the_same_does_the_same(argv: str, field: str, value: Any) -> None:
     config = parse_args(argv.split())
-    assert getattr(config, field) == value
+    assert setting(config, field) == value
     assert config.remarks == ()
 
 
@@ -87,18 +96,19 @@ def test_what_means_the_same_does_the_same(argv: str, field: str, value: Any) ->
     ],
 )
 def test_so_does_what_is_about_watching(argv: str, field: str, value: Any) -> None:
-    assert getattr(parse_args(argv.split()).observe, field) == value
+    assert setting(parse_args(argv.split()), field) == value
 
 
 def test_a_breaker_that_is_off_never_opens() -> None:
-    assert parse_args(["--disable-circuit-breaker"]).cb_failure_threshold > 1 << 60
+    assert parse_args(["--disable-circuit-breaker"]).config.health.cb_failure_threshold > 1 << 60
 
 
 def test_a_model_path_is_where_the_tokenizer_is(tmp_path: Path) -> None:
-    assert parse_args(["--model-path", str(tmp_path)]).tokenizer_path == str(tmp_path)
-    assert parse_args(["--model-path", str(tmp_path), "--tokenizer-path", "t"]).tokenizer_path == "t"
+    for more, path in ([], str(tmp_path)), (["--tokenizer-path", "t"], "t"):
+        config = parse_args(["--model-path", str(tmp_path), *more]).config
+        assert config.tokenization.tokenizer_path == path
     hub = parse_args(["--model-path", "meta-llama/Llama-3"])
-    assert hub.tokenizer_path is None
+    assert hub.config.tokenization.tokenizer_path is None
     assert "meta-llama/Llama-3" in hub.remarks[0]
 
 
@@ -108,15 +118,15 @@ def test_its_own_example_of_a_pd_launch_line() -> None:
         "--prefill http://prefill3:8000 --decode http://decode1:8001 --decode http://decode2:8001 "
         "--policy cache_aware --prefill-policy cache_aware --decode-policy power_of_two"
     )
-    config = parse_args(line.split())
-    assert [(one.role, one.bootstrap_port) for one in config.static] == [
+    config = parse_args(line.split()).config
+    assert [(one.role, one.bootstrap_port) for one in config.cluster.static] == [
         (Role.PREFILL, 9000),
         (Role.PREFILL, 8998),
         (Role.PREFILL, 8998),
         (Role.DECODE, None),
         (Role.DECODE, None),
     ]
-    assert (config.policy, config.decode_policy) == ("prompt_tree", "power_of_two")
+    assert (config.routing.policy, config.routing.decode_policy) == ("prompt_tree", "power_of_two")
 
 
 @pytest.mark.parametrize(
@@ -160,7 +170,7 @@ def test_help_is_about_this_router(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_the_defaults_are_those_of_the_record() -> None:
-    assert parse_args([]) == RouterConfig()
+    assert parse_args([]) == CommandLine(RouterConfig(), LogConfig(), ())
 
 
 @pytest.mark.parametrize("name", ["observability.md", "from-sglang-router.md"])

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
 
 from memserve.core.errors import ConfigError
-from memserve.router.config import RouterConfig, parse_args
+from memserve.router.command_line import parse_args
+from memserve.router.config import RECORDS, RouterConfig
+from memserve.router.observability.config import LogConfig
 from memserve.wire.messages import Role
 
 
 def test_defaults_listen_on_loopback_only() -> None:
-    config = parse_args([])
-    assert (config.host, config.port, config.control_port, config.static) == ("127.0.0.1", 30000, None, ())
+    config = parse_args([]).config
+    assert (config.http.host, config.http.port) == ("127.0.0.1", 30000)
+    assert (config.cluster.control_port, config.cluster.static) == (None, ())
 
 
 def test_stock_servers_are_named() -> None:
     argv = "--prefill http://a:1 9000 --prefill http://b:1/ --decode http://c:1 --worker-urls http://d:1 http://e:1"
-    static = parse_args(argv.split()).static
+    static = parse_args(argv.split()).config.cluster.static
     assert [(info.role, info.url, info.bootstrap_port) for info in static] == [
         (Role.PREFILL, "http://a:1", 9000),
         (Role.PREFILL, "http://b:1", 8998),
@@ -32,6 +36,8 @@ def test_stock_servers_are_named() -> None:
     "argv",
     [
         "--port 70000",
+        "--suspect-heartbeats 4",
+        "--policy magic",
         "--control-port -1",
         "--heartbeat-secs 0",
         "--request-timeout-secs nan",
@@ -55,7 +61,7 @@ def test_a_value_that_cannot_be_is_one_clear_line(argv: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-@pytest.mark.parametrize("argv", ["--bogus", "--policy magic", "--port x", "--por 1"])
+@pytest.mark.parametrize("argv", ["--bogus", "--port x", "--por 1"])
 def test_an_unknown_flag_exits_with_2(argv: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_args(argv.split())
@@ -64,5 +70,17 @@ def test_an_unknown_flag_exits_with_2(argv: str, capsys: pytest.CaptureFixture[s
 
 
 def test_the_key_file_is_a_path() -> None:
-    assert parse_args(["--cluster-key-file", "x.key"]).cluster_key_file == Path("x.key")
-    assert RouterConfig().cluster_key_file is None
+    assert parse_args(["--cluster-key-file", "x.key"]).config.cluster.cluster_key_file == Path("x.key")
+    assert RouterConfig().cluster.cluster_key_file is None
+
+
+def test_settings_find_their_record_by_name() -> None:
+    config = RouterConfig.of(port=1, api_key="k", heartbeat_secs=3.0)
+    assert (config.http.port, config.auth.api_key, config.cluster.heartbeat_secs) == (1, "k", 3.0)
+    with pytest.raises(TypeError, match="no record has the settings prot"):
+        RouterConfig.of(prot=1)
+
+
+def test_no_two_records_share_a_setting() -> None:
+    names = [field.name for record in (*RECORDS.values(), LogConfig) for field in fields(record)]
+    assert len(names) == len(set(names))

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memserve.core.errors import MemServeError, WireMismatch
+from memserve.router.cluster.config import ClusterConfig
 from memserve.router.cluster.control import ControlHandler
 from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.registry import InstanceRegistry
@@ -37,8 +38,8 @@ class Router:
 
     def __init__(self) -> None:
         self.clock = FakeClock()
-        self.cluster = InstanceRegistry((), heartbeat_s=2.0, clock=self.clock)
-        self.pools = Pools(heartbeat_s=2.0, clock=self.clock, directs_fetches=True)
+        self.cluster = InstanceRegistry(ClusterConfig(heartbeat_secs=2.0), self.clock)
+        self.pools = Pools(ClusterConfig(heartbeat_secs=2.0), self.clock, directs_fetches=True)
         self.feed = TreeSynchronizer(
             GlobalPromptTree(max_blocks=8, clock=self.clock), self.pools, audit_s=5.0, clock=self.clock
         )

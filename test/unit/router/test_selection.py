@@ -13,6 +13,7 @@ from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import Stored
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
+from memserve.router.cluster.config import ClusterConfig
 from memserve.router.cluster.instance import ClusterSnapshot, Instance, Pair, Single
 from memserve.router.cluster.pools import Pools
 from memserve.router.kv_events.synchronizer import TreeSynchronizer
@@ -77,7 +78,7 @@ class Stage:
         start_costs: CostModel | None = GPU_COSTS,
     ) -> None:
         self.clock = FakeClock()
-        self.pools = Pools(heartbeat_s=1, clock=self.clock)
+        self.pools = Pools(ClusterConfig(heartbeat_secs=1), self.clock)
         self.feed = TreeSynchronizer(GlobalPromptTree(clock=self.clock), self.pools, clock=self.clock)
         self.metrics = RouterMetrics()
         self.learner = Learner()

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from memserve.core.errors import ConfigError
 from memserve.core.ids import InstanceId
-from memserve.router.config import parse_args
+from memserve.router.command_line import parse_args
 from memserve.scheduling import policies
 from memserve.scheduling.context import Candidate, RoutingContext
 from memserve.scheduling.cost_model.model import GPU_COSTS, CostModel, PathCost

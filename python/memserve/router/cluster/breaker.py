@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from memserve.core.ids import Epoch, InstanceId
+from memserve.router.cluster.config import HealthConfig
 from memserve.router.cluster.instance import ClusterSnapshot, Instance
 
 logger = logging.getLogger(__name__)
@@ -40,9 +41,9 @@ class _Breaker:
 class Breakers:
     """The faults in a row of each process. Event loop thread only."""
 
-    def __init__(self, *, threshold: int, timeout_s: float, clock: Callable[[], float]) -> None:
-        self._threshold = threshold
-        self._timeout_s = timeout_s
+    def __init__(self, config: HealthConfig, clock: Callable[[], float]) -> None:
+        self._threshold = config.cb_failure_threshold
+        self._timeout_s = config.cb_timeout_secs
         self._clock = clock
         self._faulty: dict[tuple[InstanceId, Epoch], _Breaker] = {}
 

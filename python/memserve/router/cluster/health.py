@@ -13,6 +13,7 @@ import aiohttp
 
 from memserve.core.errors import InstanceLost
 from memserve.core.ids import Epoch, InstanceId
+from memserve.router.cluster.config import HealthConfig
 from memserve.router.cluster.instance import ClusterSnapshot
 from memserve.router.cluster.member import Member, State, SuspectReason
 from memserve.router.cluster.pools import Pools
@@ -28,13 +29,8 @@ RETRY_S = 0.3
 """How soon an instance that is not ready is looked at again."""
 SUSPECT_S = 1.0
 """How soon one is that no longer says that it lives."""
-SLOW_S = 5.0
-"""A named server whose health check takes longer is suspect: it hangs, or works on something long."""
 AWAY_S = 1.0
 """A look that comes so late was not the instances' fault: this process has been stopped, or busy."""
-HEALTH_TIMEOUT_S = 30.0
-"""SGLang's /health generates a token, and waits behind a long prefill."""
-INFO_TIMEOUT_S = 10.0
 
 _PROBE_ERRORS = (aiohttp.ClientError, OSError, ValueError, InstanceLost)
 
@@ -68,16 +64,14 @@ class HealthProber:
         pools: Pools,
         tokenizers: TokenizerCheck,
         session: aiohttp.ClientSession,
-        *,
-        interval_s: float,
+        config: HealthConfig,
         clock: Callable[[], float],
     ) -> None:
-        """`interval_s` is how often a ready instance without heartbeats is checked."""
         self._cluster = cluster
         self._pools = pools
         self._tokenizers = tokenizers
         self._session = session
-        self._interval_s = interval_s
+        self._config = config
         self._clock = clock
         self._probed_s: dict[InstanceId, float] = {}
         self._unfit: set[InstanceId] = set()
@@ -116,12 +110,13 @@ class HealthProber:
             del self._probed_s[gone]
             self._unfit.discard(gone)
             self._tokenizers.forget(gone)
+        slow_s = self._config.slow_health_check_secs
         for member in members.values():
             # A process that takes the place of one whose probe hangs does not wait for that.
             process = (member.info.instance_id, member.info.epoch)
-            is_slow = process in self._running and self._clock() > self._begun_s[process] + SLOW_S
+            is_slow = process in self._running and self._clock() > self._begun_s[process] + slow_s
             if member.is_static and is_slow:
-                self._cluster.suspect(member, f"its health check takes longer than {SLOW_S:g} s")
+                self._cluster.suspect(member, f"its health check takes longer than {slow_s:g} s")
             if process not in self._running and self._is_due(member):
                 task = asyncio.create_task(self._probe(member))
                 self._running[process], self._begun_s[process] = task, self._clock()
@@ -132,14 +127,14 @@ class HealthProber:
         if member.is_up and not member.is_static:
             return member.suspect_reason is SuspectReason.SILENT and since_s >= SUSPECT_S
         is_settled = member.is_up or member.info.instance_id in self._unfit
-        return since_s >= (self._interval_s if is_settled else RETRY_S)
+        return since_s >= (self._config.health_check_interval_secs if is_settled else RETRY_S)
 
     async def _probe(self, member: Member) -> None:
         info = member.info
         try:
             # An instance registers when it serves; the others have to show it.
             if member.is_static or member.state is State.DOWN:
-                await self._get(info.url, "/health", HEALTH_TIMEOUT_S)
+                await self._get(info.url, "/health", self._config.health_check_timeout_secs)
             server_info = await self._server_info(info, is_new=not member.is_up)
             self._unfit.discard(info.instance_id)
         except TokenizerMismatch as error:
@@ -158,9 +153,9 @@ class HealthProber:
         """What the instance says of itself. Raises TokenizerMismatch if that does not go with the others."""
         url = info.url
         model_page, server_page, models_page, takes_empty_text = await asyncio.gather(
-            self._get(url, "/model_info", INFO_TIMEOUT_S),
-            self._get(url, "/server_info", INFO_TIMEOUT_S),
-            self._get(url, "/v1/models", INFO_TIMEOUT_S),
+            self._get(url, "/model_info", self._config.server_info_timeout_secs),
+            self._get(url, "/server_info", self._config.server_info_timeout_secs),
+            self._get(url, "/v1/models", self._config.server_info_timeout_secs),
             self._takes_empty_text(url),
         )
         server_info = read_server_info(url, info.role, model_page, server_page, models_page)
@@ -178,13 +173,13 @@ class HealthProber:
 
     async def _tokenize(self, url: str, body: JsonObject) -> object:
         """The answer of a server's own tokenizer; None if it refuses."""
-        timeout = aiohttp.ClientTimeout(total=INFO_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=self._config.server_info_timeout_secs)
         async with self._session.post(url + "/v1/tokenize", json=body, timeout=timeout) as response:
             return await response.json() if response.status == 200 else None
 
     async def _takes_empty_text(self, url: str) -> bool:
         """Whether the tokenizer puts a token, such as BOS, before every text; False if it cannot be asked."""
-        timeout = aiohttp.ClientTimeout(total=INFO_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=self._config.server_info_timeout_secs)
         async with self._session.post(url + "/v1/tokenize", json={"prompt": ""}, timeout=timeout) as response:
             return response.status == 200 and bool((await response.json())["count"])
 

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from memserve.core.ids import Epoch, InstanceId, server_of
-from memserve.router.cluster.registry import HEARTBEAT_MISSES, SUSPECT_MISSES
+from memserve.router.cluster.config import ClusterConfig
 from memserve.wire.messages import Members, PoolInfo, Role, TierBlocks
 
 logger = logging.getLogger(__name__)
@@ -36,14 +36,15 @@ class Pools:
 
     def __init__(
         self,
-        *,
-        heartbeat_s: float,
+        config: ClusterConfig,
         clock: Callable[[], float],
+        *,
         directs_fetches: bool = False,
         wants_prompt_keys: bool = False,
     ) -> None:
         """`directs_fetches`, `wants_prompt_keys`: as in `Members`."""
-        self.heartbeat_s = heartbeat_s
+        self._config = config
+        self.heartbeat_s = config.heartbeat_secs
         self._clock = clock
         self._directs_fetches = directs_fetches
         self._wants_prompt_keys = wants_prompt_keys
@@ -131,14 +132,14 @@ class Pools:
 
     def forget_silent(self) -> None:
         """Forget the pools whose heartbeats have stopped; to be called all the time."""
-        deadline = self._clock() - HEARTBEAT_MISSES * self.heartbeat_s
-        heard_s = self._clock() - SUSPECT_MISSES * self.heartbeat_s
+        deadline = self._clock() - self._config.forget_heartbeats * self.heartbeat_s
+        heard_s = self._clock() - self._config.suspect_heartbeats * self.heartbeat_s
         suspect = frozenset(it.info.instance_id for it in self.members() if it.seen_s < heard_s)
         if suspect != self._suspect:
             self._suspect, self._grouped_at = suspect, -1
         for member in self.members():
             if member.seen_s < deadline:
-                self._forget(member.info, f"{HEARTBEAT_MISSES} heartbeats missed")
+                self._forget(member.info, f"{self._config.forget_heartbeats:g} heartbeats missed")
 
     def _all(self) -> Members:
         return self._members_message(self.infos())

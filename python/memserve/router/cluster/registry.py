@@ -16,9 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Container, Iterable, Sequence
+from collections.abc import Callable, Container, Sequence
 
 from memserve.core.ids import Epoch, InstanceId
+from memserve.router.cluster.config import ClusterConfig
 from memserve.router.cluster.instance import ClusterSnapshot, Instance
 from memserve.router.cluster.member import Member, ProcessStatus, State, SuspectReason
 from memserve.router.server_info import ServerInfo
@@ -26,38 +27,37 @@ from memserve.wire.messages import InstanceInfo, Load
 
 logger = logging.getLogger(__name__)
 
-SUSPECT_MISSES, DOWN_MISSES, HEARTBEAT_MISSES = 2, 3, 5
-"""After so many heartbeats' time of silence an instance is suspect, down, forgotten."""
-
 
 class InstanceRegistry:
     """The members and their states. Event loop thread only."""
 
     def __init__(
         self,
-        static: Iterable[InstanceInfo],
-        *,
-        heartbeat_s: float,
+        config: ClusterConfig,
         clock: Callable[[], float],
-        stuck_s: float = float("inf"),
     ) -> None:
         """`static` are servers that do not register: they are forgotten by `unname` only.
 
         `stuck_s`: a scheduler that has made no step for so long is stuck.
         """
-        self.heartbeat_s = heartbeat_s
-        self._stuck_s = stuck_s
+        self._config = config
+        self.heartbeat_s = config.heartbeat_secs
         self.probe_needed = asyncio.Event()
         """Set whenever a member needs a probe."""
         self.on_unresponsive: Callable[[str, str], None] = lambda url, reason: None
         """Called with the URL of who is down for its silence, and why: it is waited for in vain."""
         self._clock = clock
-        self._static = {info.url: info for info in static}
+        self._static = {info.url: info for info in config.static}
         self._members: dict[InstanceId, Member] = {}
         self._snapshot = ClusterSnapshot()
         self._up = ClusterSnapshot()
         for info in self._static.values():
             self._add(info, static=True)
+
+    @property
+    def suspect_after_s(self) -> float:
+        """The silence that makes an instance suspect."""
+        return self._config.suspect_heartbeats * self.heartbeat_s
 
     @property
     def snapshot(self) -> ClusterSnapshot:
@@ -212,12 +212,12 @@ class InstanceRegistry:
                 continue
             info, silent_s = member.info, now_s - max(member.seen_s, member.answered_s)
             self._consider(member)
-            if member.is_up and silent_s > DOWN_MISSES * self.heartbeat_s:
+            if member.is_up and silent_s > self._config.down_heartbeats * self.heartbeat_s:
                 reason = self._why(member)
                 self.lost_contact(info.instance_id, info.epoch, reason)
                 self.on_unresponsive(info.url, reason)
-            if silent_s > HEARTBEAT_MISSES * self.heartbeat_s:
-                self._forget(info.instance_id, f"{HEARTBEAT_MISSES} heartbeats missed")
+            if silent_s > self._config.forget_heartbeats * self.heartbeat_s:
+                self._forget(info.instance_id, f"{self._config.forget_heartbeats:g} heartbeats missed")
 
     def _find(self, instance_id: InstanceId, epoch: Epoch) -> Member | None:
         member = self._members.get(instance_id)
@@ -236,9 +236,9 @@ class InstanceRegistry:
     def _consider(self, member: Member) -> None:
         """Whether `member`, which has registered, is suspect, or no longer."""
         why = None
-        if self._clock() - member.seen_s > SUSPECT_MISSES * self.heartbeat_s:
+        if self._clock() - member.seen_s > self.suspect_after_s:
             why = SuspectReason.SILENT
-        elif member.load is not None and member.load.step_age_s > self._stuck_s:
+        elif member.load is not None and member.load.step_age_s > self._config.stuck_secs:
             why = SuspectReason.STUCK
         if why is not member.suspect_reason:
             self._set_suspect(member, why)

@@ -9,6 +9,7 @@ import time
 from dataclasses import dataclass
 
 from memserve.core.hosts import is_loopback
+from memserve.router.admission.config import AdmissionConfig
 from memserve.router.admission.controller import (
     SERVED_FACTOR,
     AdmissionController,
@@ -18,10 +19,11 @@ from memserve.router.admission.controller import (
 )
 from memserve.router.admission.fair_queue import FairQueue
 from memserve.router.auth.access import Access
+from memserve.router.auth.config import AuthConfig, TlsConfig
 from memserve.router.auth.keys import admin_keys, tenant_keys
 from memserve.router.auth.tls import Certificate
-from memserve.router.config import RouterConfig
 from memserve.router.errors import Overloaded
+from memserve.router.http.config import HttpConfig
 from memserve.router.tenant import Rates
 
 logger = logging.getLogger(__name__)
@@ -68,42 +70,45 @@ class Ingress:
             self.certificate.follow(is_asked=is_asked)
 
 
-def build_ingress(config: RouterConfig, metrics: AdmissionMetrics) -> Ingress:
+def build_ingress(
+    http: HttpConfig, auth: AuthConfig, tls: TlsConfig, admission: AdmissionConfig, metrics: AdmissionMetrics
+) -> Ingress:
     """Raises ConfigError for a key file or a certificate that cannot be used."""
     certificate = None
-    if config.ssl_certfile is not None and config.ssl_keyfile is not None:
-        certificate = Certificate(config.ssl_certfile, config.ssl_keyfile)
+    if tls.ssl_certfile is not None and tls.ssl_keyfile is not None:
+        certificate = Certificate(tls.ssl_certfile, tls.ssl_keyfile)
     limits = ClientLimits(
-        config.max_body_bytes,
-        config.client_header_timeout_secs,
-        config.client_stall_timeout_secs,
-        config.max_connections or max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4),
+        http.max_body_bytes,
+        http.client_header_timeout_secs,
+        http.client_stall_timeout_secs,
+        http.max_connections or max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4),
     )
-    budget = _budget(config)
+    budget = _budget(admission, http.max_body_bytes)
     metrics.show("buffered_bytes", "Memory that requests are taken to need.", lambda: budget.held)
-    return Ingress(_access(config), _admission(config, metrics), limits, budget, certificate)
+    access = _access(auth, http.host, is_encrypted=certificate is not None)
+    return Ingress(access, _admission(admission, metrics), limits, budget, certificate)
 
 
-def _budget(config: RouterConfig) -> ByteBudget:
+def _budget(config: AdmissionConfig, max_body_bytes: int) -> ByteBudget:
     given = config.max_buffered_mib
     budget = ByteBudget(default_bytes() if given is None else given << 20)
-    largest = config.max_body_bytes * (1 + SERVED_FACTOR)
+    largest = max_body_bytes * (1 + SERVED_FACTOR)
     if budget.max_bytes < largest:
         logger.warning(
             "a body of --max-body-bytes %d needs %d MiB, and --max-buffered-mib is %d: "
             "the largest bodies are always answered with 503",
-            *(config.max_body_bytes, largest >> 20, budget.max_bytes >> 20),
+            *(max_body_bytes, largest >> 20, budget.max_bytes >> 20),
         )
     return budget
 
 
-def _access(config: RouterConfig) -> Access:
-    is_exposed = not is_loopback(config.host)
-    if is_exposed and config.ssl_certfile is None:
+def _access(config: AuthConfig, host: str, *, is_encrypted: bool) -> Access:
+    is_exposed = not is_loopback(host)
+    if is_exposed and not is_encrypted:
         logger.warning(
             "HTTP on %s is not encrypted, so API keys and prompts can be read on the network: "
             "start the router with --ssl-certfile and --ssl-keyfile, or behind a TLS proxy",
-            config.host,
+            host,
         )
     return Access(
         tenants=tenant_keys(config.api_keys_file) if config.api_keys_file else None,
@@ -113,7 +118,7 @@ def _access(config: RouterConfig) -> Access:
     )
 
 
-def _admission(config: RouterConfig, metrics: AdmissionMetrics) -> AdmissionController:
+def _admission(config: AdmissionConfig, metrics: AdmissionMetrics) -> AdmissionController:
     max_running = None if config.max_concurrent_requests < 1 else config.max_concurrent_requests
     rate = config.rate_limit_tokens_per_second
     queue = FairQueue(

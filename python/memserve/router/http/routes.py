@@ -11,7 +11,7 @@ from aiohttp.http_exceptions import HttpProcessingError
 
 from memserve.core.errors import ConfigError
 from memserve.core.hosts import bracketed
-from memserve.router.config import RouterConfig
+from memserve.router.http.config import HttpConfig
 from memserve.router.http.handlers.generate import GenerateHandler
 from memserve.router.http.handlers.info import InfoHandlers
 from memserve.router.http.ingress import Ingress
@@ -33,7 +33,7 @@ def web_app(cors: Cors, ingress: Ingress, routes: Sequence[web.RouteDef]) -> web
 
 async def serve_http(
     stack: AsyncExitStack,
-    config: RouterConfig,
+    config: HttpConfig,
     generate: GenerateHandler,
     app: web.Application,
     ingress: Ingress,
@@ -50,11 +50,8 @@ async def serve_http(
     return await front.listen(config.host, config.port)
 
 
-async def serve_metrics(stack: AsyncExitStack, config: RouterConfig, pages: InfoHandlers) -> None:
-    """Serve them on a port of their own too, if that is wanted."""
-    port, host = config.observe.metrics_port, config.observe.prometheus_host or config.host
-    if port is None:
-        return
+async def serve_metrics(stack: AsyncExitStack, host: str, port: int, pages: InfoHandlers) -> None:
+    """Serve /metrics on a port of its own, too."""
     app = web.Application()
     app.router.add_get("/metrics", pages.metrics)
     runner = web.AppRunner(app, access_log=None, logger=_web_logger(), shutdown_timeout=1.0)

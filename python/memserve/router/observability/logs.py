@@ -23,11 +23,10 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from memserve.core.errors import ConfigError
-from memserve.router.observability.settings import ObservabilityConfig
+from memserve.router.observability.config import LogConfig
 
 MAX_WAITING = 10_000
 """Lines that wait for their turn; of more, the newest are lost."""
-OLDER_FILES = 4
 RETRY_S = 5.0
 """How long a file that could not be written to is left alone."""
 CLOSE_S = 2.0
@@ -80,9 +79,9 @@ def fields_of(template: str) -> tuple[str, ...]:
 class ResilientFileHandler(RotatingFileHandler):
     """A file that may be impossible to write to for a while."""
 
-    def __init__(self, path: Path, max_bytes: int) -> None:
+    def __init__(self, path: Path, max_bytes: int, num_backups: int) -> None:
         """Raises OSError if it cannot be opened at the beginning."""
-        super().__init__(path, maxBytes=max_bytes, backupCount=OLDER_FILES, encoding="utf-8")
+        super().__init__(path, maxBytes=max_bytes, backupCount=num_backups, encoding="utf-8")
         self.num_lost = 0
         self._until_s = 0.0
 
@@ -139,21 +138,20 @@ class _QueueHandler(QueueHandler):
 class Logs:
     """The process's log lines, from `start` to `close`."""
 
-    def __init__(self, settings: ObservabilityConfig) -> None:
+    def __init__(self, config: LogConfig) -> None:
         """Raises ConfigError if the log file cannot be written."""
-        formatter = JsonFormatter() if settings.log_format == "json" else TextFormatter()
+        formatter = JsonFormatter() if config.log_format == "json" else TextFormatter()
         self._handlers: list[logging.Handler] = [_Stderr(sys.stderr)]
-        if settings.log_dir is not None:
+        if config.log_dir is not None:
             try:
-                settings.log_dir.mkdir(parents=True, exist_ok=True)
-                self._handlers.append(
-                    ResilientFileHandler(settings.log_dir / "router.log", settings.log_max_mib << 20)
-                )
+                config.log_dir.mkdir(parents=True, exist_ok=True)
+                file, max_bytes = config.log_dir / "router.log", config.log_max_mib << 20
+                self._handlers.append(ResilientFileHandler(file, max_bytes, config.log_backups))
             except OSError as error:
-                raise ConfigError(f"cannot write logs to {settings.log_dir}: {error.strerror}") from error
+                raise ConfigError(f"cannot write logs to {config.log_dir}: {error.strerror}") from error
         for handler in self._handlers:
             handler.setFormatter(formatter)
-        self._level = settings.log_level.upper()
+        self._level = config.log_level.upper()
         self._waiting: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_WAITING)
         self._door = _QueueHandler(self._waiting)
         self._thread = threading.Thread(target=self._write, name="logs", daemon=True)

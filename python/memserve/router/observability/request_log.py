@@ -14,7 +14,6 @@ from memserve.router.observability.counting import Buckets
 from memserve.router.observability.metrics import RouterMetrics
 from memserve.router.records import RequestRecord
 
-KEPT = 1024
 FAULTS_KEPT = 128
 FAULT = 500
 """What is answered with this, or more, went wrong on our side."""
@@ -23,7 +22,7 @@ FAULT = 500
 class RequestLog:
     """See the module."""
 
-    def __init__(self, metrics: RouterMetrics, kept: int = KEPT, faults_kept: int = FAULTS_KEPT) -> None:
+    def __init__(self, metrics: RouterMetrics, kept: int = 1024, faults_kept: int = FAULTS_KEPT) -> None:
         self._metrics = metrics
         self._ended: deque[RequestRecord] = deque(maxlen=kept)
         self._faults: deque[RequestRecord] = deque(maxlen=faults_kept)

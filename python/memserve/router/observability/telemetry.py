@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from memserve.router.observability.config import ObservabilityConfig
 from memserve.router.observability.hot_prefixes import HotPrefixes
 from memserve.router.observability.live_series import LiveSeries
 from memserve.router.observability.metrics import RouterMetrics
@@ -21,10 +22,10 @@ class Telemetry:
     prefixes: HotPrefixes
 
     @classmethod
-    def new(cls, metrics: RouterMetrics, now_s: float, *, keeps_samples: bool) -> Telemetry:
-        """Nothing has been seen yet. The time is that of `tick`."""
-        prefixes = HotPrefixes(now_s, keeps_samples=keeps_samples)
-        return cls(metrics, RequestLog(metrics), LiveSeries(metrics, now_s), prefixes)
+    def new(cls, metrics: RouterMetrics, now_s: float, config: ObservabilityConfig) -> Telemetry:
+        """Empty; `now_s` is of the clock of `tick`."""
+        prefixes = HotPrefixes(now_s, keeps_samples=config.ui_show_prompts)
+        return cls(metrics, RequestLog(metrics, config.recent_requests), LiveSeries(metrics, now_s), prefixes)
 
     def count_placed(self, prompt: Prompt, sample: str | None) -> None:
         """A request was placed for the first time; its text begins with `sample`, if that is kept."""

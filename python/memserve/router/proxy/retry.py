@@ -25,7 +25,7 @@ from memserve.core.ids import InstanceId
 from memserve.router.cluster.breaker import Breakers
 from memserve.router.cluster.instance import ClusterSnapshot
 from memserve.router.cluster.member import ProcessStatus
-from memserve.router.cluster.registry import SUSPECT_MISSES, InstanceRegistry
+from memserve.router.cluster.registry import InstanceRegistry
 from memserve.router.errors import (
     NoRoute,
     PoisonRequest,
@@ -238,7 +238,7 @@ class RetryLoop:
     async def _check_poison(self, faults: Sequence[UpstreamFault]) -> None:
         """Raises PoisonRequest as `find_poison`, once it is known which of the instances have ended."""
         clock = asyncio.get_running_loop().time
-        until_s = clock() + SUSPECT_MISSES * self._cluster.heartbeat_s
+        until_s = clock() + self._cluster.suspect_after_s
         lost = [fault for fault in faults if isinstance(fault, UpstreamDisconnected)]
         while True:
             statuses = [self._cluster.process_status(one.instance_id, one.epoch) for one in lost]

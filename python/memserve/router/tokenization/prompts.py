@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
-from typing import Literal
 from zlib import crc32
 
 import msgspec
@@ -19,6 +18,7 @@ import msgspec
 from memserve.core.block_keys import BlockKey, Namespace
 from memserve.router.request import GenerationRequest, JsonObject
 from memserve.router.sglang_api import DEFAULT_OUTPUT_TOKENS
+from memserve.router.tokenization.config import RoutingKeys
 from memserve.router.tokenization.text_key_cache import TextKeyCache
 from memserve.router.tokenization.text_keys import BYTES_PER_TOKEN, text_chain, text_of
 from memserve.router.tokenization.token_records import KnownTokens, Tokens, UnknownTokens, keys_of
@@ -26,7 +26,6 @@ from memserve.router.tokenization.tokenizers import Tokenizers
 
 LONG_PROMPT = 16384
 """The keys of a prompt with more tokens are cut on a thread: 40 ns each."""
-RoutingKeys = Literal["auto", "tokens", "text"]
 SESSION_HEADERS = ("x-session-id", "x-user-id")
 
 NO_PAGES = "instances that do not tell their page size"

@@ -125,7 +125,7 @@ async def test_no_error_at_the_start_has_a_key(tmp_path: Path) -> None:
         path.chmod(0o600)
         for settings in ({"api_keys_file": path}, {"admin_api_key_file": path}):
             try:
-                async with running_router(RouterConfig(port=0, **settings)):  # type: ignore[arg-type]
+                async with running_router(RouterConfig.of(port=0, **settings)):  # type: ignore[arg-type]
                     pass
             except ConfigError as error:
                 errors.append(error)
@@ -135,7 +135,7 @@ async def test_no_error_at_the_start_has_a_key(tmp_path: Path) -> None:
 
 
 def test_what_holds_a_key_does_not_show_it() -> None:
-    config = RouterConfig(api_key=MARK)
+    config = RouterConfig.of(api_key=MARK)
     call = GenerationRequest(
         Api.GENERATE, {"text": MARK}, "r", False, ("r",), None, 1, None, authorization=MARK
     )

@@ -103,7 +103,7 @@ def test_certificates_that_cannot_be_used_are_named(authority: trustme.CA, tmp_p
     with pytest.raises(ConfigError, match="cannot read certificates"):
         client_context(tmp_path / "missing")
     with pytest.raises(ConfigError, match="go together"):
-        RouterConfig(ssl_certfile=cert)
+        RouterConfig.of(ssl_certfile=cert)
 
 
 async def test_https_servers_are_verified(authority: trustme.CA, tmp_path: Path) -> None:
@@ -138,7 +138,7 @@ async def test_leaving_the_machine_in_the_clear_is_said_once(
     key.write_text("0123456789abcdef")
     key.chmod(0o600)
     files = written(authority, tmp_path) if is_encrypted else {}
-    config = RouterConfig(host="0.0.0.0", port=0, cluster_key_file=key, **files)
+    config = RouterConfig.of(host="0.0.0.0", port=0, cluster_key_file=key, **files)
     async with running_router(config):
         said = [one for one in caplog.records if "is not encrypted" in one.getMessage()]
         assert [one.levelno for one in said] == [logging.WARNING] * (not is_encrypted)

@@ -8,6 +8,7 @@ import pytest
 
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.breaker import Breakers, BreakerState
+from memserve.router.cluster.config import HealthConfig
 from memserve.router.cluster.instance import ClusterSnapshot, Instance
 from memserve.router.server_info import ServerInfo
 from memserve.testing.fake_answers import Script
@@ -38,7 +39,7 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 def breakers(clock: FakeClock) -> Breakers:
-    return Breakers(threshold=THRESHOLD, timeout_s=TIMEOUT_S, clock=clock)
+    return Breakers(HealthConfig(cb_failure_threshold=THRESHOLD, cb_timeout_secs=TIMEOUT_S), clock)
 
 
 def state_of(breakers: Breakers, one: Instance = A) -> BreakerState:

@@ -16,7 +16,7 @@ from memserve.core.errors import ConfigError
 from memserve.router.cluster.discovery.config import DiscoveryConfig
 from memserve.router.cluster.discovery.kubernetes import LAST_RETRY_S, PodApi, retry_s
 from memserve.router.cluster.discovery.pods import ListExpired, read_change, read_list, server_in
-from memserve.router.config import parse_args
+from memserve.router.command_line import parse_args
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
@@ -307,15 +307,15 @@ def test_retries_come_later_and_later_and_not_all_at_once() -> None:
 
 def test_a_launch_line_of_sglang_router_says_where_to_look() -> None:
     argv = "--service-discovery --selector app=sglang tier=gpu --service-discovery-port 8000"
-    config = parse_args([*argv.split(), "--service-discovery-namespace", "prod"]).discovery
+    config = parse_args([*argv.split(), "--service-discovery-namespace", "prod"]).config.discovery
     assert config is not None
     assert config.selectors == {Role.COLOCATED: ("app=sglang", "tier=gpu")}
     assert (config.port, config.namespace) == (8000, "prod")
     argv = "--service-discovery --prefill-selector role=p --decode-selector role=d"
-    config = parse_args(argv.split()).discovery
+    config = parse_args(argv.split()).config.discovery
     assert config is not None
     assert config.selectors == {Role.PREFILL: ("role=p",), Role.DECODE: ("role=d",)}
-    assert parse_args([]).discovery is None
+    assert parse_args([]).config.discovery is None
 
 
 @pytest.mark.parametrize(

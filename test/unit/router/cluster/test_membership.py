@@ -154,15 +154,12 @@ async def test_a_named_server_that_gets_ill_is_taken_out() -> None:
     await worker.kill()
 
 
-async def test_a_named_server_that_hangs_is_suspect_and_back_when_it_answers(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    monkeypatch.setattr("memserve.router.cluster.health.SLOW_S", 0.05)
-
+async def test_a_named_server_that_hangs_is_suspect_and_back_when_it_answers() -> None:
     hangs, works = Freezing(), FakeWorker()
     await hangs.start()
     await works.start()
-    async with staged(static=(named(hangs), named(works)), health_check_interval_secs=0.05) as stage:
+    probes = {"health_check_interval_secs": 0.05, "slow_health_check_secs": 0.05}
+    async with staged(static=(named(hangs), named(works)), **probes) as stage:
         snapshot = lambda: stage.router.cluster.snapshot.colocated  # noqa: E731
         await stage.until(lambda: len(snapshot()) == 2)
         hangs.is_frozen = True

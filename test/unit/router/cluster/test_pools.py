@@ -10,10 +10,11 @@ import pytest
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.caching import caching_of
+from memserve.router.cluster.config import ClusterConfig
 from memserve.router.cluster.control import answer
 from memserve.router.cluster.discovery.static import STATIC_EPOCH
 from memserve.router.cluster.pools import Pools
-from memserve.router.cluster.registry import HEARTBEAT_MISSES, SUSPECT_MISSES, InstanceRegistry
+from memserve.router.cluster.registry import InstanceRegistry
 from memserve.testing.fake_clock import FakeClock
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.link import ControlClient
@@ -38,6 +39,8 @@ from memserve.wire.messages import (
 from ..harness import Stage, info_of, staged
 
 FULL, BOTH = CachingMode.FULL, CachingMode.BOTH
+
+DEFAULTS = ClusterConfig()
 
 
 def pool(
@@ -67,12 +70,12 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 def pools(clock: FakeClock) -> Pools:
-    return Pools(heartbeat_s=1.0, clock=clock)
+    return Pools(ClusterConfig(heartbeat_secs=1.0), clock)
 
 
 @pytest.fixture
 def cluster(clock: FakeClock) -> InstanceRegistry:
-    return InstanceRegistry([], heartbeat_s=1.0, clock=clock)
+    return InstanceRegistry(ClusterConfig(heartbeat_secs=1.0), clock)
 
 
 def epochs(pools: Pools) -> list[int]:
@@ -105,7 +108,7 @@ def test_nothing_is_fetched_from_a_memory_instance_that_may_be_gone(pools: Pools
     pools.register(pool("m", 1, role=Role.MEMORY, layout=""))
     pools.register(pool("n", 2, role=Role.MEMORY, layout=""))
     assert pools.memories() == ("m", "n")
-    clock.advance(SUSPECT_MISSES + 0.1)
+    clock.advance(DEFAULTS.suspect_heartbeats + 0.1)
     pools.heartbeat(Epoch(2), 0)
     pools.forget_silent()
     assert (pools.memories(), epochs(pools)) == (("n",), [1, 2])
@@ -116,9 +119,9 @@ def test_nothing_is_fetched_from_a_memory_instance_that_may_be_gone(pools: Pools
 
 def test_registering_again_changes_nothing_but_the_time(pools: Pools, clock: FakeClock) -> None:
     before = pools.register(pool())
-    clock.advance(HEARTBEAT_MISSES)
+    clock.advance(DEFAULTS.forget_heartbeats)
     assert pools.register(pool()) == before
-    clock.advance(HEARTBEAT_MISSES)
+    clock.advance(DEFAULTS.forget_heartbeats)
     pools.forget_silent()
     assert epochs(pools) == [1]
 
@@ -165,7 +168,7 @@ def test_a_pool_that_moved_is_not_replaced_by_itself(cluster: InstanceRegistry, 
 def test_a_silent_pool_is_forgotten(pools: Pools, clock: FakeClock) -> None:
     version = pools.register(pool("a", 1)).version
     version = pools.register(pool("b", 2)).version
-    clock.advance(HEARTBEAT_MISSES - 0.5)
+    clock.advance(DEFAULTS.forget_heartbeats - 0.5)
     assert pools.heartbeat(Epoch(1), version) is not None
     clock.advance(1.0)
     pools.forget_silent()
@@ -183,7 +186,7 @@ def test_a_pool_that_nobody_knows_may_go(pools: Pools) -> None:
 
 
 def test_the_versions_of_two_lives_of_a_router_do_not_meet() -> None:
-    lives = [Pools(heartbeat_s=1.0, clock=FakeClock()).register(pool()).version for _ in range(2)]
+    lives = [Pools(ClusterConfig(heartbeat_secs=1.0), FakeClock()).register(pool()).version for _ in range(2)]
     assert lives[0] != lives[1]
 
 
@@ -260,7 +263,7 @@ def test_an_instance_that_is_alone_comes_back_with_another_mode(
 
 def test_servers_named_by_url_have_no_say(clock: FakeClock, pools: Pools) -> None:
     static = InstanceInfo(InstanceId("http://s:1"), STATIC_EPOCH, Role.DECODE, "http://s:1")
-    cluster = InstanceRegistry([static], heartbeat_s=1.0, clock=clock)
+    cluster = InstanceRegistry(ClusterConfig(heartbeat_secs=1.0, static=(static,)), clock)
     assert caching_of(cluster, pools) is None
     assert isinstance(answer(cluster, pools, Register(decode("a", BOTH))), Accepted)
 

@@ -5,14 +5,12 @@ from __future__ import annotations
 import pytest
 
 from memserve.core.ids import Epoch, InstanceId
+from memserve.router.cluster.config import ClusterConfig
 from memserve.router.cluster.control import answer
 from memserve.router.cluster.discovery.static import STATIC_EPOCH
 from memserve.router.cluster.member import Member, ProcessStatus, State
 from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.registry import (
-    DOWN_MISSES,
-    HEARTBEAT_MISSES,
-    SUSPECT_MISSES,
     InstanceRegistry,
 )
 from memserve.router.server_info import ServerInfo
@@ -34,6 +32,8 @@ FACTS = ServerInfo("model", "/model")
 ONE, TWO = Epoch(1), Epoch(2)
 NAME = InstanceId("d")
 
+DEFAULTS = ClusterConfig()
+
 
 def decode(epoch: Epoch = ONE, url: str = "http://h:1", name: str = NAME) -> InstanceInfo:
     return InstanceInfo(InstanceId(name), epoch, Role.DECODE, url)
@@ -46,12 +46,12 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 def cluster(clock: FakeClock) -> InstanceRegistry:
-    return InstanceRegistry([], heartbeat_s=1.0, clock=clock)
+    return InstanceRegistry(ClusterConfig(heartbeat_secs=1.0), clock)
 
 
 @pytest.fixture
 def pools(clock: FakeClock) -> Pools:
-    return Pools(heartbeat_s=1.0, clock=clock)
+    return Pools(ClusterConfig(heartbeat_secs=1.0), clock)
 
 
 def states(cluster: InstanceRegistry) -> dict[str, State]:
@@ -103,7 +103,7 @@ def test_a_silent_instance_is_suspect_then_down_then_forgotten(
         cluster.heartbeat(InstanceId("other"), ONE)
         cluster.watch()
         seen.append((states(cluster).get(NAME), len(cluster.snapshot.decodes), len(cluster.up.decodes)))
-        clock.advance(HEARTBEAT_MISSES / 10 + 0.01)
+        clock.advance(DEFAULTS.forget_heartbeats / 10 + 0.01)
     assert list(dict.fromkeys(seen)) == [
         (State.READY, 2, 2),
         (State.SUSPECT, 1, 2),
@@ -116,7 +116,7 @@ def test_a_silent_instance_is_suspect_then_down_then_forgotten(
 def test_a_suspect_that_is_heard_again_is_ready_at_once(cluster: InstanceRegistry, clock: FakeClock) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
-    clock.advance(SUSPECT_MISSES + 0.1)
+    clock.advance(DEFAULTS.suspect_heartbeats + 0.1)
     cluster.watch()
     (member,) = cluster.members()
     assert (member.state, member.reason) == (State.SUSPECT, "no heartbeat for 2.1 s")
@@ -129,7 +129,7 @@ def test_who_is_down_for_its_silence_joins_when_it_is_heard_again(
 ) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
-    clock.advance(DOWN_MISSES + 0.1)
+    clock.advance(DEFAULTS.down_heartbeats + 0.1)
     cluster.watch()
     assert states(cluster) == {NAME: State.DOWN}
     cluster.probe_needed.clear()
@@ -165,7 +165,7 @@ def test_silence_of_which_the_router_is_the_cause_is_excused(
 
 
 def test_a_stuck_instance_gets_requests_only_where_nobody_else_can_have_them(clock: FakeClock) -> None:
-    cluster = InstanceRegistry([], heartbeat_s=1.0, clock=clock, stuck_s=15.0)
+    cluster = InstanceRegistry(ClusterConfig(heartbeat_secs=1.0, stuck_secs=15.0), clock)
     stuck, works = Load(1, 0, 10, 100, 15.5), Load(1, 0, 10, 100, 14.5)
     other, third = InstanceId("other"), InstanceId("third")
     for name, model in ((NAME, "model"), (other, "model"), (third, "another")):
@@ -188,7 +188,7 @@ def test_a_suspect_that_is_drained_is_draining(cluster: InstanceRegistry, clock:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     cluster.drain(cluster.members()[0])
-    clock.advance(SUSPECT_MISSES + 0.1)
+    clock.advance(DEFAULTS.suspect_heartbeats + 0.1)
     cluster.watch()
     assert states(cluster) == {NAME: State.DRAINING}
     assert not cluster.snapshot.decodes
@@ -260,14 +260,16 @@ def test_a_loss_seen_on_the_old_process_does_not_touch_the_new_one(cluster: Inst
 
 
 def test_a_named_server_is_never_forgotten(clock: FakeClock) -> None:
-    cluster = InstanceRegistry([decode(STATIC_EPOCH)], heartbeat_s=1.0, clock=clock)
+    cluster = InstanceRegistry(ClusterConfig(heartbeat_secs=1.0, static=(decode(STATIC_EPOCH),)), clock)
     clock.advance(1000)
     cluster.watch()
     assert states(cluster) == {NAME: State.JOINING}
 
 
 def test_a_named_server_that_registered_is_named_again_when_it_leaves(clock: FakeClock) -> None:
-    cluster = InstanceRegistry([decode(STATIC_EPOCH, name="http://h:1")], heartbeat_s=1.0, clock=clock)
+    cluster = InstanceRegistry(
+        ClusterConfig(heartbeat_secs=1.0, static=(decode(STATIC_EPOCH, name="http://h:1"),)), clock
+    )
     cluster.register(decode())
     assert list(states(cluster)) == [NAME]
     cluster.deregister(NAME, ONE)

@@ -188,7 +188,7 @@ async def test_a_client_of_a_colocated_server_that_leaves_aborts_it() -> None:
 async def test_a_router_that_stops_tells_those_who_wait() -> None:
     async with FakeWorker(Role.COLOCATED) as worker, aiohttp.ClientSession() as client:
         worker.script = Script(gates={1: asyncio.Event()})
-        config = RouterConfig(port=0, shutdown_grace_period_secs=0.05)
+        config = RouterConfig.of(port=0, shutdown_grace_period_secs=0.05)
         async with running_router(config) as router:
             stage = Stage(router, client)
             router.cluster.register(info_of(worker))

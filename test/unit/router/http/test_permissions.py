@@ -189,7 +189,9 @@ async def test_no_way_of_writing_a_path_leads_around_the_guard(keys: dict[str, P
 
 
 def test_a_page_that_nobody_listed_is_an_admins() -> None:
-    guard = Guard(build_ingress(RouterConfig(), RouterMetrics()))
+    config = RouterConfig()
+    ingress = build_ingress(config.http, config.auth, config.tls, config.admission, RouterMetrics())
+    guard = Guard(ingress)
     assert guard.permission_of("/new") is Permission.ADMIN
     assert guard.permission_of("/v1/models/{model}") is Permission.CLIENT
     assert guard.permission_of("/abort_request") is Permission.CLIENT

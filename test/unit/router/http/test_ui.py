@@ -10,7 +10,6 @@ import pytest
 from memserve.core.block_keys import page_keys
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.observability.settings import ObservabilityConfig
 from memserve.router.records import RequestRecord
 from memserve.router.tokenization.prompts import Prompt
 from memserve.scheduling.decision import Decision
@@ -106,7 +105,7 @@ async def test_hot_prefixes_tell_who_holds_them() -> None:
 @pytest.mark.parametrize("shown", [True, False])
 async def test_prompts_are_shown_only_if_that_is_wanted(shown: bool) -> None:
     secret = "the secret plan "
-    async with staged(*pair(), observe=ObservabilityConfig(ui_show_prompts=shown)) as stage:
+    async with staged(*pair(), ui_show_prompts=shown) as stage:
         prefixes = stage.router.state.telemetry.prefixes
         for _ in range(3):
             prefixes.note(Prompt(64, (page_keys(TOKENS, 16),)), prefixes.sample({"text": secret * 4}))

@@ -10,7 +10,6 @@ from typing import Any
 
 import pytest
 
-from memserve.router.observability.settings import ObservabilityConfig
 from memserve.router.tokenization.prompts import Prompt
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
@@ -58,7 +57,7 @@ async def shown(folder: Path, **settings: Any) -> AsyncIterator[tuple[Stage, Pag
     """The page of a router that has a pair, an instance with a name to fear, requests and a prefix."""
     workers = [FakeWorker(role) for role in (Role.PREFILL, Role.DECODE)]
     async with (
-        staged(*workers, observe=ObservabilityConfig(ui_show_prompts=True), **settings) as stage,
+        staged(*workers, ui_show_prompts=True, **settings) as stage,
         FakeWorker() as other,
     ):
         stage.router.cluster.register(info_of(other, name=HOSTILE))

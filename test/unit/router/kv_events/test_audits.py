@@ -10,6 +10,7 @@ import pytest
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey
 from memserve.core.cache_events import CacheEvent, Removed, Snapshot, Stored
+from memserve.router.cluster.config import ClusterConfig
 from memserve.router.cluster.pools import Pools
 from memserve.router.kv_events.synchronizer import AUDIT_BYTES_PER_S, TreeSynchronizer
 from memserve.scheduling.prompt_tree.tree import AuditResult, GlobalPromptTree
@@ -26,7 +27,7 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 def pools(clock: FakeClock) -> Pools:
-    pools = Pools(heartbeat_s=1.0, clock=clock)
+    pools = Pools(ClusterConfig(heartbeat_secs=1.0), clock)
     pools.register(info(ONE))
     return pools
 

@@ -15,6 +15,7 @@ from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.cache_events import Stored
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
+from memserve.router.cluster.config import ClusterConfig
 from memserve.router.cluster.instance import ClusterSnapshot, Instance
 from memserve.router.cluster.pools import Pools
 from memserve.router.kv_events.subscriber import SubscriberTimeouts
@@ -87,7 +88,7 @@ class Cast:
 @asynccontextmanager
 async def cast(*publishers: FakePublisher) -> AsyncIterator[Cast]:
     clock = FakeClock()
-    tree, pools = GlobalPromptTree(clock=clock), Pools(heartbeat_s=1.0, clock=clock)
+    tree, pools = GlobalPromptTree(clock=clock), Pools(ClusterConfig(heartbeat_secs=1.0), clock)
     followers = StockSubscriptions(lambda: tree, lambda one: one.server_info.event_source_info, patience=SOON)
     try:
         yield Cast(followers, tree, pools, clock)

@@ -8,6 +8,7 @@ from memserve.core.block_addr import Tier
 from memserve.core.cache_events import Removed
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId, pool_name
+from memserve.router.cluster.config import ClusterConfig
 from memserve.router.cluster.pools import Pools
 from memserve.router.kv_events.synchronizer import MAX_LAYOUTS, TreeSynchronizer
 from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
@@ -24,7 +25,7 @@ def clock() -> FakeClock:
 
 @pytest.fixture
 def pools(clock: FakeClock) -> Pools:
-    pools = Pools(heartbeat_s=1.0, clock=clock)
+    pools = Pools(ClusterConfig(heartbeat_secs=1.0), clock)
     pools.register(info(ONE))
     return pools
 
@@ -149,7 +150,7 @@ def test_a_part_that_comes_again_is_left_out(feed: TreeSynchronizer) -> None:
 
 def test_a_memory_instance_tells_of_each_layout_by_itself() -> None:
     clock = FakeClock()
-    pools = Pools(heartbeat_s=1, clock=clock)
+    pools = Pools(ClusterConfig(heartbeat_secs=1), clock)
     feed = TreeSynchronizer(GlobalPromptTree(clock=clock), pools, clock=clock)
     memory, epoch = InstanceId("m"), Epoch(5)
     pools.register(PoolInfo(memory, epoch, Role.MEMORY, CachingMode.FULL, "127.0.0.1:5", ""))

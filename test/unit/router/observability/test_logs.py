@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from memserve.router.observability import logs as logs_module
+from memserve.router.observability.config import LogConfig
 from memserve.router.observability.logs import (
     JsonFormatter,
     Logs,
@@ -19,7 +20,6 @@ from memserve.router.observability.logs import (
     TextFormatter,
     fields_of,
 )
-from memserve.router.observability.settings import ObservabilityConfig
 
 logger = logging.getLogger("memserve.test_logs")
 
@@ -39,7 +39,7 @@ def record(message: str, *args: Any, **others: Any) -> logging.LogRecord:
 
 def told(folder: Path, **settings: Any) -> list[str]:
     """What the file has after a few lines."""
-    logs = Logs(ObservabilityConfig(log_dir=folder, **settings))
+    logs = Logs(LogConfig(log_dir=folder, **settings))
     logs.start()
     logger.info("request end rid=%s status=%d ms=%.1f reason=%s", "r\n1", 200, 1.25, "it's 5 o'clock")
     logger.debug("unseen")
@@ -91,7 +91,7 @@ def test_a_name_of_the_lines_own_is_kept() -> None:
 
 
 def test_a_log_that_has_grown_is_renamed(tmp_path: Path) -> None:
-    file = ResilientFileHandler(tmp_path / "router.log", 100)
+    file = ResilientFileHandler(tmp_path / "router.log", 100, 4)
     for number in range(100):
         file.emit(record("line %d of many", number))
     file.close()
@@ -107,7 +107,7 @@ def test_a_full_disk_ends_nothing_and_is_told_later(
     monkeypatch.setattr(logs_module.time, "monotonic", lambda: now[0])
     path = tmp_path / "router.log"
     path.symlink_to("/dev/full")
-    file = ResilientFileHandler(path, 0)
+    file = ResilientFileHandler(path, 0, 4)
     for number in range(3):
         file.emit(record("lost %d", number))
     assert file.num_lost == 3
@@ -131,7 +131,7 @@ def test_who_does_not_read_stderr_stops_nobody(tmp_path: Path, monkeypatch: pyte
     monkeypatch.setattr(logs_module, "CLOSE_S", 0.05)
     monkeypatch.setattr(logs_module, "MAX_WAITING", 100)
     monkeypatch.setattr(sys, "stderr", os.fdopen(writing, "w"))
-    logs = Logs(ObservabilityConfig())
+    logs = Logs(LogConfig())
     logs.start()
     begun = time.monotonic()
     for _ in range(5000):
@@ -146,4 +146,4 @@ def test_a_folder_that_cannot_be_is_one_clear_line(tmp_path: Path) -> None:
 
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match="cannot write logs"):
-        Logs(ObservabilityConfig(log_dir=tmp_path / "file" / "logs"))
+        Logs(LogConfig(log_dir=tmp_path / "file" / "logs"))

@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 
-from memserve.router.observability.settings import ObservabilityConfig
-
 from ..harness import pair, staged
 
 PAGE = "https://page.example"
 
 
 def sent(**settings: Any) -> Any:
-    return staged(*pair(), observe=ObservabilityConfig(**settings))
+    return staged(*pair(), **settings)
 
 
 @pytest.mark.parametrize("plain", [True, False])

@@ -13,7 +13,6 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 
 from memserve.core.errors import ConfigError
-from memserve.router.observability.settings import ObservabilityConfig
 from memserve.router.observability.tracing import PropagateOnly, Tracing
 from memserve.router.request import Api
 from memserve.testing.fake_answers import Script
@@ -24,7 +23,6 @@ from ..harness import Stage, pair, staged
 
 TRACE, PARENT = "0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331"
 HEADERS = {"traceparent": f"00-{TRACE}-{PARENT}-01", "tracestate": "vendor=1"}
-ON = ObservabilityConfig(enable_trace=True)
 
 
 @pytest.fixture
@@ -64,7 +62,7 @@ async def ask(stage: Stage, stream: bool = False, **body: Any) -> None:
 
 @pytest.mark.parametrize("stream", [True, False])
 async def test_a_request_is_one_trace_from_client_to_servers(spans: Any, stream: bool) -> None:
-    async with staged(*pair(), observe=ON) as stage:
+    async with staged(*pair(), enable_trace=True) as stage:
         await ask(stage, stream)
         workers = {"prefill": stage.prefill, "decode": stage.decode}
         seen = {role: header_of(worker) for role, worker in workers.items()}
@@ -90,7 +88,7 @@ async def test_a_request_is_one_trace_from_client_to_servers(spans: Any, stream:
 
 
 async def test_a_failure_is_seen_where_it_was(spans: Any) -> None:
-    async with staged(*pair(), observe=ON, retry_max_retries=0) as stage:
+    async with staged(*pair(), enable_trace=True, retry_max_retries=0) as stage:
         stage.prefill.script = Script(gates={0: asyncio.Event()})
         stage.decode.script = Script(status=500, message="broken")
         await ask(stage)
@@ -107,7 +105,7 @@ async def test_every_attempt_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     provider.add_span_processor(SimpleSpanProcessor(exporter))
     monkeypatch.setattr(Tracing, "to", classmethod(lambda cls, _: cls(provider)))
     workers = [FakeWorker(), FakeWorker()]
-    async with staged(*workers, observe=ON, retry_initial_backoff_ms=1) as stage:
+    async with staged(*workers, enable_trace=True, retry_initial_backoff_ms=1) as stage:
         workers[0].script = workers[1].script = Script(status=500)
         await ask(stage)
     names = [span.name for span in exporter.get_finished_spans()]
@@ -116,7 +114,7 @@ async def test_every_attempt_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_what_is_refused_is_a_span_too(spans: Any) -> None:
-    async with staged(*pair(), observe=ON) as stage:
+    async with staged(*pair(), enable_trace=True) as stage:
         await ask(stage, text=5)
     request = spans()["POST /generate"]
     assert request.attributes["http.response.status_code"] == 400
@@ -124,7 +122,7 @@ async def test_what_is_refused_is_a_span_too(spans: Any) -> None:
 
 
 async def test_no_prompt_is_in_a_span(spans: Any) -> None:
-    async with staged(*pair(), observe=ON) as stage:
+    async with staged(*pair(), enable_trace=True) as stage:
         await stage.post("/generate", {"text": "a secret plan", "sampling_params": {"regex": "secret"}})
     assert all("secret" not in span.to_json() for span in spans().values())
 

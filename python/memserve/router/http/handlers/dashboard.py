@@ -25,7 +25,6 @@ from memserve.core.errors import BadRequest
 from memserve.core.ids import InstanceId, server_of
 from memserve.router.admission.controller import AdmissionController
 from memserve.router.cluster.member import Member
-from memserve.router.config import RouterConfig
 from memserve.router.http.exchange import json_response
 from memserve.router.http.handlers.state import StateView
 from memserve.router.http.handlers.workers import describe_member
@@ -60,10 +59,10 @@ SHOWN_REQUESTS = 50
 class Dashboard:
     """Serves these pages. Event loop thread only."""
 
-    def __init__(self, state: StateView, config: RouterConfig, admission: AdmissionController) -> None:
+    def __init__(self, state: StateView, policies: Mapping[str, str], admission: AdmissionController) -> None:
         self._state = state
         self._admission = admission
-        self._config = config
+        self._policies = policies
         self._started_s = time.time()
         folder = files("memserve.router.http.handlers").joinpath("ui")
         self._files = {name: folder.joinpath(name).read_bytes() for name in PAGE_FILES}
@@ -81,17 +80,14 @@ class Dashboard:
 
     async def state(self, _: web.Request) -> web.Response:
         """Everything that the page shows, except for explanations."""
-        state, config, now_s = self._state, self._config, time.monotonic()
+        state, now_s = self._state, time.monotonic()
         stats = state.synchronizer.tree.stats()
         page: JsonObject = {
             "now_s": time.time(),
             "version": __version__,
             "uptime_s": round(time.time() - self._started_s, 1),
             "reason_unready": state.cluster.snapshot.unavailable_reason(),
-            "policies": {
-                "prefill": config.prefill_policy or config.policy,
-                "decode": config.decode_policy or config.policy,
-            },
+            "policies": self._policies,
             "shows_prompts": state.telemetry.prefixes.keeps_samples,
             "waiting": self._admission.queue.num_waiting,
             "tree_blocks": stats.blocks,

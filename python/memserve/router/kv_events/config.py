@@ -1,0 +1,23 @@
+"""Settings of the prompt tree and of what keeps it up to date."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from memserve.core.flags import check_settings, setting
+
+
+@dataclass(frozen=True, slots=True)
+class TreeConfig:
+    """Checked when built; raises ConfigError."""
+
+    tree_budget_mib: int = setting(1024, "memory for the prompt tree, at 256 bytes per block", at_least=1)
+    tree_audit_secs: float = setting(
+        60.0, "time between two comparisons of the tree with what an instance holds", above=0
+    )
+    learnt_ttl_secs: float = setting(
+        600.0, "time that the blocks of a server without cache events are assumed to stay cached", above=0
+    )
+
+    def __post_init__(self) -> None:
+        check_settings(self)
