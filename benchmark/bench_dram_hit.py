@@ -1,20 +1,20 @@
-"""Is history in DRAM worth loading? A hit there against computing all of it, by length and cached share.
+"""Measures whether history in DRAM is worth loading: a hit against computation, by length and cached share.
 
     python benchmark/bench_dram_hit.py [--quick] [--lengths N ...] [--ratios R ...] [--rounds N]
 
-One real colocated server behind the router, with HBM for little more than the longest prompt. Of each
-prompt a first part is computed and goes to DRAM with all others; then a filler takes their place in
-HBM, so that the prompts, sent once each, find their history in DRAM only (the router is asked, and the
-server's answer has to agree). In turn with them come prompts of the same length that nobody has seen.
+One real colocated server behind the router, with HBM for little more than the longest prompt. The first
+part of each prompt is computed and goes to DRAM; then a filler replaces these parts in HBM, so that each
+prompt, sent once, finds its history in DRAM only (the router's tree and the server's answer must agree).
+The prompts alternate with new prompts of the same length.
 
     micro/dram_hit/2048_tokens/computed       ms to the first token, nothing cached
     micro/dram_hit/2048_tokens/90_cached      the same with 90% in DRAM; baseline: computed
-      .../90_cached/predicted                 what the router's cost model says; baseline: measured
+      .../90_cached/predicted                 the prediction of the router's cost model; baseline: measured
     micro/dram_hit/2048_tokens/crossing       the least cached share from which on a hit pays
-      .../crossing/predicted                  the same as the cost model has it
-    micro/dram_hit/agrees                     share of cells where both say the same, or it matters little
+      .../crossing/predicted                  the same by the cost model
+    micro/dram_hit/agrees                     share of cells where both agree, or differ little
 
-A crossing of 1 means that a hit pays nowhere. The smallest share is one page of 16 tokens.
+A crossing of 1 means that no hit pays. The smallest share is one page of 16 tokens.
 --quick takes about a minute, the default about two and a half.
 """
 
@@ -49,7 +49,7 @@ SPARE_TOKENS = 256
 DRAM_GIB = 3.0
 WARM_UP = 24
 TIE = 0.03
-"""Of two ways that differ by less, either is right."""
+"""If two ways differ by less, both count as right."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,7 +96,7 @@ def main() -> None:
 
 
 class Bench:
-    """A server of which we know what is in its HBM."""
+    """A server with known HBM contents."""
 
     def __init__(self, cluster: Cluster, hbm_tokens: int) -> None:
         self._url = cluster.url
@@ -105,7 +105,7 @@ class Bench:
         self._draw = Random(7)
 
     def warm_up(self, lengths: Sequence[int]) -> None:
-        """From which the router learns what prefills cost here, and loads from DRAM."""
+        """Send requests from which the router learns the cost of prefills and of loads from DRAM."""
         progress("warming up")
         for number in range(WARM_UP):
             tokens = random_tokens(self._draw, lengths[number % len(lengths)])
@@ -131,7 +131,7 @@ class Bench:
         return cells
 
     def _stored(self, lengths: Sequence[int], ratios: Sequence[float]) -> list[History]:
-        """Prompts whose first parts are in DRAM and nowhere else."""
+        """Prompts whose first parts are in DRAM only."""
         histories = []
         for length in lengths:
             tokens_cached = {max(1, round(length * ratio / PAGE)) * PAGE for ratio in ratios}
@@ -154,7 +154,7 @@ class Bench:
         return float(candidate["load_s"]) + float(candidate["exec_s"])
 
     def _explain(self, tokens: list[int]) -> dict[str, Any]:
-        """What the router believes of the only instance."""
+        """The router's view of the only instance."""
         body: Any = {"input_ids": tokens}
         answer = requests.post(f"{self._url}/explain", json=body, timeout=TIMEOUT_S)
         answer.raise_for_status()
@@ -168,9 +168,9 @@ class Bench:
         return taken_s
 
     def _generate(self, tokens: list[int]) -> tuple[float, int]:
-        """Seconds to the first token, and how many of the prompt's the server had.
+        """Seconds to the first token, and the number of prompt tokens that the server had cached.
 
-        Streamed: of a whole answer the router would not know when prefill ended, and learn nothing.
+        Streams the answer: from an answer in one piece the router cannot learn when prefill ended.
         """
         body: Any = {
             "input_ids": tokens,
@@ -212,7 +212,7 @@ def show(cells: Mapping[int, Mapping[int, Samples]]) -> None:
 
 
 def crossing(pays: Mapping[float, bool]) -> float:
-    """The least share from which on all pay; 1 if the largest does not."""
+    """The least share from which all larger shares pay; 1 if the largest does not."""
     least = 1.0
     for share in sorted(pays, reverse=True):
         if not pays[share]:

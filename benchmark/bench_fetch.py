@@ -1,10 +1,10 @@
-"""When is it right to fetch history instead of computing it? Eq. 2's choice against both, measured.
+"""Measures when a fetch of history beats computing it: the choice of Eq. 2 against both measured times.
 
     python benchmark/bench_fetch.py [--quick] [--model-path DIR] [--rounds N]
 
-A prefill, a decode and a memory instance. The memory instance has the first N pages of a prompt, the
-prefill nothing. The time to prefill's end is measured with the N pages fetched first, and with all of it
-computed, in turn; the router is asked which it would do (`POST /explain`). Real servers throughout.
+One prefill, one decode and one memory instance, all real. The memory instance has the first N pages of a
+prompt, the prefill none. The time to the end of the prefill is measured in turn with a fetch of the N pages
+and with full computation; `POST /explain` returns the router's choice.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PAGE = 16
 PAGES, QUICK_PAGES = (1, 2, 4, 8, 16, 32, 64, 128), (1, 4, 16, 128)
 TAIL_TOKENS = 8
 WARM_UP = 30
-"""Requests from which the router learns what prefills cost here."""
+"""Number of requests from which the router learns the cost of prefills."""
 
 
 def main() -> None:
@@ -62,14 +62,14 @@ def main() -> None:
 
 
 class Bench:
-    """A cluster whose prefill's cache is emptied between measurements, not the memory instance's."""
+    """A cluster. Between measurements its prefill's cache is emptied, not that of its memory instance."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._url = cluster.url
         self._draw = random.Random(7)
 
     def pools(self) -> dict[str, dict[str, Any]]:
-        """What the router knows of each pool."""
+        """The router's record of each pool."""
         page = requests.get(f"{self._url}/workers", timeout=TIMEOUT_S).json()
         return {pool["instance_id"]: pool for pool in page["pools"]}
 
@@ -87,7 +87,7 @@ class Bench:
                 self._generate(tokens)
 
     def compare(self, pages: int, rounds: int) -> None:
-        """Both ways for a history of so many pages, and the choice."""
+        """Times of both ways for a history of this many pages, and the router's choice."""
         fetched, computed, chosen = [], [], 0
         for _ in range(rounds):
             tokens = self._stored_remotely(pages)
@@ -107,7 +107,7 @@ class Bench:
                  f"Eq. 2 fetched in {chosen} of {rounds}")  # fmt: skip
 
     def _stored_remotely(self, pages: int) -> list[int]:
-        """A prompt of which the memory instance holds so many pages, and nobody else any."""
+        """A prompt of which only the memory instance holds pages, and this many."""
         tokens = self._tokens(pages)
         self._prefill_s(tokens)
         memory = [{"instance": "memory", "blocks": pages}]
@@ -123,7 +123,7 @@ class Bench:
         return not any(sum(held[name].values()) for name in ("prefill", "decode"))
 
     def _held(self) -> dict[str, dict[str, int]]:
-        """Blocks that the router believes in, by instance and tier."""
+        """Blocks in the router's tree, by instance and tier."""
         page = requests.get(f"{self._url}/tree", timeout=TIMEOUT_S).json()
         held: dict[str, dict[str, int]] = page["instances"]
         return held
@@ -139,7 +139,7 @@ class Bench:
         return told
 
     def _fetch(self, tokens: list[int]) -> None:
-        """As the router would, whatever it thinks of it."""
+        """Fetch as the router would, regardless of its decision."""
         keys = tuple(page_keys(tokens, PAGE))
         memory, prefill = self._pools["memory"], self._pools["prefill"]
         epoch = Epoch(int(memory["epoch"], 16))
@@ -149,7 +149,7 @@ class Bench:
         assert answer.num_blocks == len(keys), answer.reason
 
     def _prefill_s(self, tokens: list[int]) -> float:
-        """Seconds that the request takes, whose answer is one token."""
+        """Seconds of a request with an answer of one token."""
         begun = time.perf_counter()
         self._generate(tokens)
         return time.perf_counter() - begun

@@ -1,4 +1,4 @@
-"""How fast the pool's own bookkeeping is, single-threaded, and how fast it moves blocks.
+"""Speed of the pool's metadata operations, single-threaded, and of its block moves.
 
     python benchmark/bench_mempool.py [--quick] [--repeats N] [--cached N ...] [--local]
 
@@ -14,7 +14,7 @@ servers: bench_overheads.
 A prompt here is 4,096 tokens in 256 blocks of 16. Pools are filled with chains of 256 blocks, of
 which `--cached` sizes are tried. The baseline of insert and match is SGLang's radix tree with as many
 of its own prompts, each a single node: its best case. (It compares tokens where the pool compares
-keys, which somebody has to compute once: see page_keys.) The baseline of whatever moves KV is a
+keys, which have to be computed once: see page_keys.) The baseline of figures that move KV is a
 memmove of the same bytes, block by block. Figures are medians.
 """
 

@@ -9,8 +9,8 @@ from random import Random
 
 ROOT = Path(__file__).resolve().parent.parent
 ROOM = ("--mem-fraction-static", "0.8")
-"""For servers that start together: SGLang takes what the others load meanwhile for its own weights, and
-finds no room for KV in a small share. How much KV there is depends on --max-total-tokens only."""
+"""For servers that start together: SGLang attributes memory that other servers load meanwhile to its own
+weights, and a small share would leave no room for KV. --max-total-tokens alone sets the amount of KV."""
 VOCABULARY = 250
 FIRST_TOKEN = 10
 """Past the special ones."""
@@ -28,5 +28,5 @@ def make_model() -> Path:
 
 
 def random_tokens(draw: Random, count: int) -> list[int]:
-    """A prompt that nobody has seen."""
+    """A new prompt, which no cache has."""
     return draw.choices(range(FIRST_TOKEN, VOCABULARY), k=count)

@@ -1,4 +1,4 @@
-"""How fast the pool moves its blocks: checksums, between the tiers, when it changes its size. One process.
+"""Speed of block moves in one process: checksums, copies between tiers, resizing.
 
     micro/moving/checksum, resize/growing, offload, load_back, swap_out, swap_in ...
 
@@ -25,7 +25,7 @@ PAGE, BLOCKS = 16, 256
 REAL = KVLayout("bench", 6, PAGE, (Part(2, 64),) * 2, "float32", 4)
 """Of `scripts/make_tiny_model.py --size bench`: 96 KiB a block."""
 MOVED_BLOCKS = (192 << 20) // REAL.block_bytes
-"""More than the caches hold, as blocks on their way to and from HBM are."""
+"""More than the processor caches hold, as for blocks on their way to and from HBM."""
 
 
 def run(repeats: int) -> None:
@@ -36,7 +36,7 @@ def run(repeats: int) -> None:
 
 
 def random_chain(rng: random.Random, length: int) -> list[BlockKey]:
-    """Keys as of a prompt nobody has seen."""
+    """Keys of a new prompt."""
     return [BlockKey(rng.randbytes(32)) for _ in range(length)]
 
 

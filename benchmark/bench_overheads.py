@@ -1,10 +1,10 @@
-"""What the memory pool, its checksums, the events and the router cost when nothing is shared.
+"""Overheads of the memory pool, its checksums, the events and the router when no prompt is shared.
 
     python benchmark/bench_overheads.py [--quick] [--model-path DIR] [--rounds N]
 
     stock    caching both, no DRAM: SGLang's own prefill and decode, a radix cache on each
-    pool     caching full: the same over memory pools, what decode generates goes home
-    silent   as pool, but what is in HBM is not reported (an empty --kv-events-config)
+    pool     caching full: the same over memory pools; the KV that decode generates returns to prefill
+    silent   as pool, but without reports of HBM (an empty --kv-events-config)
 
 Pairs on real servers, all running at once and asked in turn, round after round, so that they share each
 moment of the machine. Prompts are random text: nothing is cached unless the figure is about it.
@@ -12,11 +12,11 @@ moment of the machine. Prompts are random text: nothing is cached unless the fig
     overheads/pool/prefill              s, uncached; baseline: stock. Also decode_1, decode_4 (s a token,
                                         so many requests at once)
     overheads/pool/prefill_cpu          s of all processes of the pair, until it is at rest; and silent/
-    overheads/events/prefill            pool against silent: what reporting HBM costs; also decode_1 ...
+    overheads/events/prefill            pool against silent: the cost of reporting HBM; also decode_1 ...
     overheads/router/first_token        ms through the router; baseline: both legs posted to the servers
     overheads/router/cpu                us of the router's process for a request; {stock,pool}/
     overheads/checksum/block            us for a block of 16 tokens; baseline: its share of the prefill
-    overheads/pool/chat_first_token     what it is for: turns 2 to 6 of chats, whose history is cached
+    overheads/pool/chat_first_token     the gain: turns 2 to 6 of chats, whose history is cached
 
 A block is checksummed when it goes to DRAM and whenever it comes back or has travelled. There is no
 switch for checksums, so their cost is timed on its own. Events from DRAM are always on; `silent` leaves
@@ -120,7 +120,7 @@ def measure_cost(clusters: dict[str, Cluster], rounds: int) -> float:
         processor: dict[str, list[float]] = {variant: [] for variant in clusters}
         for turn in range(rounds + 1):
             progress(f"{name}: round {turn} of {rounds}")
-            # Whoever goes first in one round goes last in the next.
+            # The first system of one round is the last of the next.
             for variant, cluster in sorted(clusters.items(), reverse=bool(turn % 2)):
                 before_s = servers_cpu_s(cluster)
                 taken = measure(cluster)
@@ -172,7 +172,7 @@ def measure_router(clusters: dict[str, Cluster], rounds: int) -> None:
 
 
 def router_cpu_us(cluster: Cluster, num_requests: int) -> float:
-    """The router's processor time for a request, events included, beyond what it takes while nobody asks."""
+    """The router's processor time per request, events included, less its time when idle."""
     before_s = cpu_s(cluster.router.pid)
     time.sleep(IDLE_S)
     idle = (cpu_s(cluster.router.pid) - before_s) / IDLE_S
@@ -234,7 +234,7 @@ def cpu_s(session: int) -> float:
 
 
 def measure_gain(clusters: dict[str, Cluster], rounds: int) -> None:
-    """Chats whose history both pairs have seen: time to the first token of turns after the first."""
+    """Chats whose history both pairs have cached: time to the first token of turns after the first."""
     samples: dict[str, list[float]] = {variant: [] for variant in clusters}
     for turn in range(rounds):
         progress(f"chats: round {turn + 1} of {rounds}")
@@ -264,7 +264,7 @@ def decode_s(cluster: Cluster, concurrency: int) -> float:
 
 
 def chat_s(cluster: Cluster) -> list[float]:
-    """First tokens of the turns of one conversation, without the first turn's."""
+    """Times to the first token of the turns of one conversation, without the first turn."""
     history, firsts = random_text(600), []
     for _ in range(NUM_TURNS):
         first, _, text = ask(cluster, history, ANSWER_TOKENS)

@@ -1,4 +1,4 @@
-"""What it costs to move blocks between the memory pools of two processes.
+"""Cost of moving blocks between the memory pools of two processes.
 
     python benchmark/bench_peers.py [--quick] [--repeats N]
 

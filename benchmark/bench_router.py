@@ -1,15 +1,15 @@
-"""What a router costs, ours beside others: latency it adds, requests per second, CPU, memory, fairness.
+"""Cost of a router, ours and others: added latency, requests per second, CPU, memory, fairness.
 
     apt install nginx-light wrk
     python benchmark/bench_router.py [--peers DIR] [--only ROUTER …] [--figures …] [--seconds N] [--rounds N]
 
-    wrk ──> router ──> 4 workers that answer at once (nginx): what is measured is the router
+    wrk ──> router ──> 4 workers that answer at once (nginx): the router dominates the figures
 
-Each round asks every router in turn, with the same load; a table follows the figures. All processes
+Each round loads every router in turn, equally; a table follows the figures. All processes
 share this machine's cores: requests per second are a lower bound, the CPU time of the router's process
 per request is not. The peers are the wheels of sglang-router, smg and vllm-router, in an environment
-of their own (`--peers DIR` makes it if it is not there). All of them route by cached prefixes; ours does
-so by text keys, as nobody behind it confirms a tokenizer.
+of their own (`--peers DIR` makes it if it is not there). All of them route by cached prefixes; ours uses
+text keys, because no worker behind it confirms a tokenizer.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ class Bench:
                 self.table.add(f"MiB, start → after {num_unique:,} unique prompts", name, text)
 
     def share(self) -> None:
-        """How evenly prompts that nobody has are spread, one at a time."""
+        """How evenly new prompts are spread, one at a time."""
         setting = Setting(pd=False, stream=False, prompt_bytes=4096)
         for name in self._routers:
             with workers(pd=False, counts=True) as behind, running(name, self._peers, behind) as router:

@@ -53,7 +53,7 @@ def parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("targets", nargs="+", metavar="NAME=URL", help="whom to ask; several take turns")
+    parser.add_argument("targets", nargs="+", metavar="NAME=URL", help="servers to load; several take turns")
     how = parser.add_argument_group("when requests come")
     which = how.add_mutually_exclusive_group()
     poisson = "requests per second, Poisson, in the order of each session (default: 1)"
@@ -107,7 +107,7 @@ def settings_of(args: argparse.Namespace) -> Settings:
 
 
 def cells_of(args: argparse.Namespace, names: list[str]) -> Iterator[Cell]:
-    """Who was first in one repeat is last in the next."""
+    """The first system of one repeat is the last of the next."""
     workload = args.workload if args.trace is None else "trace"
     loads = [(0.0, f"{n} at once") for n in args.concurrency or ()]
     loads = loads or ([(0.0, "trace")] if args.trace else [(rate, "") for rate in args.rate])

@@ -1,13 +1,13 @@
-"""How soon a stream's tokens come, while prefill rests and while it is busy with the next prompt.
+"""Delay of a stream's tokens while prefill is idle, and while it is busy with the next prompt.
 
     python benchmark/bench_stream.py [--quick]
 
-A question about a text that is cached, to MemServe and to stock SGLang behind sglang-router, in turn. In
-`busy`, a long prompt that nobody has seen follows as soon as prefill has the question: its computing
-should be nobody's business but its own.
+A question about a cached text goes to MemServe and to stock SGLang behind sglang-router, in turn. In
+`busy`, a long new prompt follows as soon as prefill has the question: its computation should not delay
+the question's answer.
 
     stream/busy/first_token       ms; baseline: stock SGLang with a radix cache at decode. Also idle/
-    stream/busy/answer            ms to the last token; where it is the same, all came at once
+    stream/busy/answer            ms to the last token; if it is the same, all tokens came at once
 
 One minute; --quick half of that.
 """
@@ -36,7 +36,7 @@ ANSWER_TOKENS = 8
 STATES = ("idle", "busy")
 """Of prefill."""
 HEAD_START_S = 0.05
-"""Of the question: prefill computes it by then, or has."""
+"""After the question: by then prefill computes it, or has computed it."""
 ROUNDS, QUICK_ROUNDS = 20, 8
 
 
@@ -74,7 +74,7 @@ def measure(systems: list[System], rounds: int) -> None:
 
 
 async def ask(system: System, question: list[int], other: list[int] | None) -> Answer:
-    """The answer to the question. Returns when all is answered; SystemExit if anything was not."""
+    """The answer to the question. Returns when all requests are answered; SystemExit if one was not."""
     async with aiohttp.ClientSession() as http:
         client = Client(http, system.url)
         asked = asyncio.create_task(client.generate(question, ANSWER_TOKENS, "question"))

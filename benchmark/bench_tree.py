@@ -1,4 +1,4 @@
-"""How fast the cluster's prompt tree is, on one core, and how much memory it takes.
+"""Speed of the global prompt tree on one core, and its memory.
 
     python benchmark/bench_tree.py [--quick] [--blocks N ...] [--instances N ...] [--repeats N]
 
@@ -38,7 +38,7 @@ Holder = tuple[InstanceId, Tier]
 
 
 class NaiveTree:
-    """What somebody would write first: who has each block."""
+    """A naive tree: for each block, the set of its holders."""
 
     def __init__(self) -> None:
         self._holders: dict[BlockKey, set[Holder]] = {}
@@ -197,7 +197,7 @@ def bench_lookups(cluster: Cluster, where: str, repeats: int) -> None:
 
 
 def check(cluster: Cluster, keys: Sequence[BlockKey]) -> None:
-    """All three say the same."""
+    """Check that all three give the same result."""
     naive: dict[InstanceId, dict[Tier, int]] = {}
     for (name, tier), depth in cluster.naive.depths(keys).items():
         naive.setdefault(name, {})[tier] = depth
@@ -219,7 +219,7 @@ def bench_decision(cluster: Cluster, where: str) -> None:
         if n % 4:
             keys = page_keys(tokens, PAGE)
             cluster.store(cluster.rng.choice(names), Tier.HBM, keys)
-            for name in names:  # everybody has the system prompt
+            for name in names:  # every instance has the system prompt
                 cluster.store(name, Tier.HBM, keys[:SYSTEM])
 
     def decide(tokens: Sequence[int]) -> InstanceId:
@@ -283,7 +283,7 @@ def bench_events(cluster: Cluster, where: str, repeats: int) -> None:
 
 
 def bench_leave(cluster: Cluster, where: str) -> None:
-    """The instance that has most goes, and comes back with a snapshot."""
+    """The instance with the most blocks leaves, and returns with a snapshot."""
     tree, name = cluster.tree, cluster.names[0]
     num_blocks = 1_000_000 // len(cluster.names)
     chains = [cluster.conversation() for _ in range(max(1, num_blocks // BLOCKS))]

@@ -1,6 +1,6 @@
-"""Figures a benchmark measured, one JSON line each on stdout; progress goes to stderr.
+"""Prints the figures of a benchmark, one JSON line each on stdout; progress goes to stderr.
 
-Knows how to time and how to write a figure down, not what is being measured.
+Knows how to time calls and how to print a figure, not the subject of the measurement.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from pathlib import Path
 
 
 def measure(fn: Callable[[], object], repeats: int = 7, warmup: int = 1) -> list[float]:
-    """Seconds that each of `repeats` calls of `fn` took, after `warmup` calls that do not count."""
+    """Seconds of each of `repeats` calls of `fn`, after `warmup` calls that do not count."""
     return measure_together([fn], repeats, warmup)[0]
 
 
@@ -26,7 +26,7 @@ def measure_together(
 ) -> list[list[float]]:
     """As `measure`, for several functions called in turn: A B A B, never A A B B.
 
-    On a machine that others use too, a baseline and its subject must share each moment.
+    On a shared machine, a baseline and its subject must be measured at nearly the same time.
     """
     samples: list[list[float]] = [[] for _ in fns]
     for turn in range(warmup + repeats):
@@ -50,7 +50,7 @@ def report(
     """Print one figure: the median of `samples`, already in `unit`.
 
     spread is (highest - lowest) / median. `ratio` is this median over the baseline's; `target`
-    is the ratio that is promised, printed so that a reader can compare. Returns the median.
+    is the promised ratio, printed for comparison. Returns the median.
     """
     value = statistics.median(samples)
     reference = statistics.median(baseline) if baseline else None
@@ -71,13 +71,13 @@ def report(
 
 
 def progress(text: str) -> None:
-    """One line for the person who waits."""
+    """Print one line of progress."""
     print(text, file=sys.stderr, flush=True)
 
 
 @cache
 def machine() -> str:
-    """Processor, number of cores and system, as far as they can be found out."""
+    """Processor, number of cores and system, as far as they are known."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
@@ -89,7 +89,7 @@ def machine() -> str:
 
 @cache
 def commit() -> str:
-    """The short hash that is checked out, with `+` if tracked files differ from it."""
+    """The short hash of the checkout, with `+` if tracked files differ from it."""
     here = Path(__file__).parent
     hashed = subprocess.run(
         ["git", "rev-parse", "--short", "HEAD"], cwd=here, capture_output=True, text=True, check=False

@@ -1,14 +1,14 @@
-"""Fit the router's cost model to a live instance, and say how well it predicts.
+"""Fit the router's cost model to a live instance, and report its prediction error.
 
-    python benchmark/fit_cost_model.py [--quick] [-o costs.json]             of a server started for it
+    python benchmark/fit_cost_model.py [--quick] [-o costs.json]             of a server that it starts
     python benchmark/fit_cost_model.py --url http://127.0.0.1:30000 -o costs.json
     python -m memserve.simulation --trace trace.jsonl --costs costs.json --timed
 
-Prefill: prompts of random tokens, a share of which has just been sent, timed to one token; fitted as
-the router does online, and judged on prompts that were not fitted to. Decode: batches of equal
+Prefill: prompts of random tokens, part of which was just sent, timed to the first token; fitted as the
+router does online, and checked on prompts outside of the fit. Decode: batches of equal
 requests, timed per token. Bytes per token and the paths are not measured: they come from --like.
-Nobody else may use the instance meanwhile. Without --url, which takes a running one, a colocated server
-of the bench model is started. The default takes about three minutes, --quick one.
+No other client may use the instance meanwhile. --url takes a running instance; without it, a colocated
+server of the bench model is started. The default takes about three minutes, --quick one.
 
     micro/cost_model/prefill_error    of prompts that were not fitted to, relative; baseline: unfitted
     micro/cost_model/decode_error     of the batches that were fitted to, relative

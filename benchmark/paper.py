@@ -4,8 +4,8 @@
     python benchmark/paper.py --parts steps stock    # some of it
     python benchmark/paper.py -o results/second --against results/first
 
-It says how long it will take, and goes on where it was when it is run again with the same directory. The
-machine should do nothing else meanwhile. At the end DIR/report.html has everything.
+It first prints how long it will take. Run it again with the same directory to continue an interrupted run.
+The machine should do nothing else meanwhile. At the end, DIR/report.html has all results.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--loads", nargs="+", choices=list(LOADS), default=list(LOADS), metavar="LOAD",
                         help=f"of {', '.join(LOADS)} PD-Basic's saturation (default: all)")  # fmt: skip
     parser.add_argument("--workloads", nargs="+", choices=list(WORKLOADS), default=list(WORKLOADS))
-    parser.add_argument("--rates-of", type=Path, metavar="DIR", help="a run whose rates are taken over")
+    parser.add_argument("--rates-of", type=Path, metavar="DIR", help="a run whose rates are used")
     parser.add_argument("--against", type=Path, metavar="DIR", help="an earlier run: do the two agree?")
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)

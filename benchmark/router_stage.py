@@ -2,7 +2,7 @@
 
     wrk ──> router (ours, or a peer's wheel) ──> 4 x nginx, which answers as SGLang would
 
-Needs `apt install nginx-light wrk`. Knows which flags start whose router; not what is measured.
+Needs `apt install nginx-light wrk`. Knows the flags of each router, not the measurement.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ _EVENTS = f"data: {json.dumps(_EVENT)}\n\n" * 4 + "data: [DONE]\n\n"
 
 @dataclass(frozen=True)
 class Setting:
-    """What is asked of whom."""
+    """The kind of load."""
 
     pd: bool
     stream: bool
@@ -50,7 +50,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class Load:
-    """What wrk saw."""
+    """The result of one wrk run."""
 
     requests: int
     requests_per_s: float
@@ -66,7 +66,7 @@ def require_tools() -> None:
 
 
 def free_port() -> int:
-    """One that nobody listens on now."""
+    """A free port."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

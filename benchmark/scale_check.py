@@ -1,4 +1,4 @@
-"""How far off is the simulator? A trace on real servers, and the same trace simulated.
+"""Measures the error of the simulator: a trace on real servers, and the same trace simulated.
 
     python benchmark/bench_scale.py --check-real [--quick]
 
@@ -10,13 +10,13 @@ the same instance names and sessions, and blocks of 16 tokens.
                                                   ttft_p99 and hit_ratio (of prompt tokens)
     scale/check/prompt_tree/ttft_mean/alone       the same with the other fit
 
-What two cores do to it: four servers share them, and a prefill slows down while others compute; the
-simulator's instances are machines of their own. `alone` are costs fitted while nobody else works: the fit
-to use on machines of their own. For `contended` they are multiplied by what a prefill was slowed down by
-one and by two neighbours (scale/check/slowdown/...), between which the mean number of others at work in
-the simulated run itself decides. That is a mean: bursts are slowed down more than it says, quiet
-times less. What the router, HTTP and the handover take is part of the fit, as prefills are timed through
-it; so the simulator is told that transfers are free.
+Effect of two cores: four servers share them, and a prefill slows down while other servers compute; the
+simulator's instances are separate machines. `alone` uses costs fitted on idle cores: the fit for separate
+machines. `contended` multiplies these costs by the measured slowdown of a prefill beside one and beside two
+busy neighbours (scale/check/slowdown/...), interpolated by the mean number of busy neighbours in the
+simulated run. A mean underestimates the slowdown of bursts and overestimates it at quiet times. The fit
+includes the time of router, HTTP and handoff, because prefills are timed through them; so transfers are
+free in the simulator.
 """
 
 from __future__ import annotations
@@ -93,7 +93,7 @@ def fit(url: str, longest: int, num_prompts: int) -> CostModel:
 
 
 def slowdowns(url: str, longest: int, repeats: int) -> list[float]:
-    """How many times as long a cold prefill takes while none, one and two others are at work."""
+    """Slowdown of a cold prefill beside zero, one and two busy neighbours."""
     instance, medians = Instance(url, VOCABULARY, Random(13)), []
     for count in range(NUM_PREFILLS):
         with neighbours(url, longest, count):
@@ -105,7 +105,7 @@ def slowdowns(url: str, longest: int, repeats: int) -> list[float]:
 
 @contextmanager
 def neighbours(url: str, longest: int, count: int) -> Iterator[None]:
-    """So many others are always on their way: prompts that nobody has seen."""
+    """Keep this many other requests running, with new prompts."""
     ended = threading.Event()
 
     def work(number: int) -> None:

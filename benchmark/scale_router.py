@@ -229,7 +229,7 @@ class Stage:
         return lambda at: Removed(at, Tier.DRAM, tuple(reversed(keys[SYSTEM:])))
 
     def _conversation(self) -> list[BlockKey]:
-        """A chain nobody has, after one of the system prompts."""
+        """A new chain after one of the system prompts."""
         return [*self._random.choice(self._systems), *self._keys(BLOCKS - SYSTEM)]
 
     def _keys(self, count: int) -> list[BlockKey]:

@@ -1,4 +1,4 @@
-"""What the workloads are like, beside what was published of their originals.
+"""Prints statistics of the workloads beside the published ones.
 
     python benchmark/show_workloads.py                         # sharegpt, loogle, react, random
     python benchmark/show_workloads.py loogle --requests 40 --scale 0.25 --questions 8
@@ -7,8 +7,8 @@
     python -m memserve.simulation.make_trace conversation --requests 200 -o trace.jsonl
     python benchmark/show_workloads.py trace --trace trace.jsonl --scale 0.125
 
-Nothing is sent anywhere. Sizes are published ones times --scale; `off by` says how far from them the
-workload is. With few requests it is far off now and then: a mean of 7 conversations is no statistic.
+Sends nothing. Sizes are the published ones times --scale; `off by` is the deviation of the workload. With
+few requests the deviation may be large: a mean of 7 conversations is no statistic.
 """
 
 from __future__ import annotations

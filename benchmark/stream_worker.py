@@ -1,6 +1,6 @@
-"""A worker whose streams tell when each event was written, and a client that notes when it came.
+"""A worker whose stream events contain their time of writing, and a client that notes their arrival.
 
-Knows no router: `bench_router.py` puts one between the two. As a program it serves until it is ended.
+Knows no router: `bench_router.py` puts one between the two. As a program it serves until it is stopped.
 """
 
 from __future__ import annotations

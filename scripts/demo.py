@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Show MemServe at work on this machine: router, prefill and decode serve a conversation.
 
-    python scripts/demo.py                     # with a small random model, made on the spot
-    python scripts/demo.py --model-path DIR    # with yours
-    python scripts/demo.py --caching all       # each caching mode in turn, then side by side
-    python scripts/demo.py --keep              # leave the servers up and print what to try
+    python scripts/demo.py                     # with a small random model, which it makes
+    python scripts/demo.py --model-path DIR    # with your model
+    python scripts/demo.py --caching all       # each caching mode in turn, then a comparison
+    python scripts/demo.py --keep              # leave the servers up and print example requests
 
-Each turn is sent with its whole history, as chat clients do; the table shows how little of it is
+Each turn is sent with its whole history, as chat clients do. The table shows how little of it is
 computed and moved again.
 """
 
@@ -55,8 +55,8 @@ class Turn:
     reused_decode: int
     moved_bytes: int
     """From prefill to decode."""
-    home_bytes: int
-    """From decode to prefill, when the turn had ended."""
+    returned_bytes: int
+    """From decode to prefill, after the turn."""
     first_token_s: float
     total_s: float
 
@@ -76,10 +76,10 @@ def main() -> int:
         "--caching",
         choices=modes,
         default=str(CachingMode.FULL),
-        help="what the servers keep of the KV they compute; all: every mode in turn (default: %(default)s)",
+        help="caching mode of the servers; all: every mode in turn (default: %(default)s)",
     )
     parser.add_argument("--keep", action="store_true", help="leave the servers up until Ctrl-C")
-    parser.add_argument("--log-dir", type=Path, help="where the servers log (default: a new folder in /tmp)")
+    parser.add_argument("--log-dir", type=Path, help="directory of the logs (default: a new one in /tmp)")
     args = parser.parse_args()
     log_dir = args.log_dir or Path(tempfile.mkdtemp(prefix="memserve-demo-"))
     try:
@@ -111,7 +111,7 @@ def make_model() -> Path:
 
 
 def start(model: Path, log_dir: Path, mode: CachingMode) -> Cluster:
-    """Router, prefill and decode on free ports, with a bar while the model loads."""
+    """Start router, prefill and decode on free ports, with a progress bar while the model loads."""
     print(f"starting router, prefill and decode, caching {mode} (logs in {log_dir})", flush=True)
     cluster = Cluster(log_dir)
     try:
@@ -129,7 +129,7 @@ def start(model: Path, log_dir: Path, mode: CachingMode) -> Cluster:
 
 
 def wait_with_bar(cluster: Cluster) -> None:
-    """The bar moves by the clock, against a usual start, and ends when both have registered."""
+    """Show a bar that follows the usual start time, until both servers have registered."""
     done = threading.Event()
 
     def tick(bar: Any) -> None:
@@ -193,14 +193,14 @@ def converse(cluster: Cluster, mode: CachingMode) -> list[Turn]:
 
 
 def at_decode(mode: CachingMode, cached_tokens: int) -> int:
-    """Tokens that decode held; one that keeps nothing reports what prefill has told it."""
+    """Tokens that decode had cached. A decode without a cache reports prefill's number instead."""
     return cached_tokens if mode.decode_keeps else 0
 
 
 def openai_turn(
     url: str, messages: list[dict[str, str]], meter: Meter, mode: CachingMode
 ) -> tuple[Turn, str]:
-    """One streamed chat completion; what prefill reused comes in a comment, asked for by a header."""
+    """One streamed chat completion, with a comment of the tokens that prefill reused (x-memserve-report)."""
     body = {
         "model": "default",
         "messages": messages,
@@ -237,7 +237,7 @@ def openai_turn(
 
 
 class Meter:
-    """Tells how many bytes of KV each turn has moved."""
+    """Measures the bytes of KV that each turn moves."""
 
     def __init__(self, cluster: Cluster) -> None:
         self._cluster = cluster
@@ -245,7 +245,7 @@ class Meter:
         self._last = self._now()
 
     def moved(self) -> tuple[int, int]:
-        """Bytes since the last call: prefill to decode, and decode to prefill once that has ended."""
+        """Bytes since the last call, after transfers have settled: to decode, and back to prefill."""
         wait_settled(self._urls)
         before, self._last = self._last, self._now()
         return self._last[0] - before[0], self._last[1] - before[1]
@@ -280,7 +280,7 @@ def print_row(turns: list[Turn]) -> None:
         f"{turn.reused_prefill}",
         f"{turn.reused_decode}",
         kib(turn.moved_bytes),
-        kib(turn.home_bytes),
+        kib(turn.returned_bytes),
         f"{turn.first_token_s * 1000:.0f} ms",
         f"{turn.total_s * 1000:.0f} ms",
     )
@@ -300,7 +300,7 @@ def print_side_by_side(results: dict[CachingMode, list[Turn]]) -> None:
     print("turn  prompt" + "".join(f"{mode:>36}" for mode in results))
     for i, turns in enumerate(zip(*results.values(), strict=True)):
         cells = [
-            f"{turn.computed:>6} {kib(turn.moved_bytes):>10} +{kib(turn.home_bytes):>8}"
+            f"{turn.computed:>6} {kib(turn.moved_bytes):>10} +{kib(turn.returned_bytes):>8}"
             f" {turn.first_token_s * 1000:>5.0f} ms"
             for turn in turns
         ]
@@ -313,7 +313,7 @@ def print_summary(turns: list[Turn]) -> None:
     prompt = sum(turn.prompt for turn in turns)
     computed = sum(turn.computed for turn in turns)
     moved = sum(turn.moved_bytes for turn in turns)
-    home = sum(turn.home_bytes for turn in turns)
+    home = sum(turn.returned_bytes for turn in turns)
     lacking = sum(turn.prompt - turn.reused_decode for turn in turns)
     print(
         f"\nOf {prompt} prompt tokens in {len(turns)} turns, prefill computed {computed} "

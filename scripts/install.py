@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""Make .venv with MemServe and the SGLang this machine can run; does nothing when it is up to date.
+"""Make .venv with MemServe and the SGLang build for this machine. Does nothing if .venv is up to date.
 
-    python3 scripts/install.py             # finds out whether there is a GPU
-    python3 scripts/install.py --dev       # and what the tests and checks need
+    python3 scripts/install.py             # detects a GPU
+    python3 scripts/install.py --dev       # also installs the tools of tests and checks
 
-With a GPU this is `pip install 'memserve[gpu]'`. Without one, SGLang comes without its CUDA
-dependencies and a CPU torch takes their place, about 2.7 GB in all. Needs only Python's standard library.
+With a GPU this is `pip install 'memserve[gpu]'`. Without one, it installs SGLang without its CUDA
+dependencies and a CPU build of torch, about 2.7 GB in all. Needs only Python's standard library.
 """
 
 import argparse
@@ -23,7 +23,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 OLDEST_PYTHON = (3, 11)
 TORCH = "torch==2.13.0"
-# Their metadata asks for CUDA packages, or for a torch that does.
+# The metadata of these packages requires CUDA packages, or a torch that does.
 WITHOUT_DEPENDENCIES = [
     "sglang==0.5.23",
     "torchvision==0.28.0",
@@ -40,7 +40,7 @@ FREE_GIB_NEEDED = {"cpu": 5, "gpu": 20}
 
 
 class InstallError(Exception):
-    """The text is a sentence that a person can act on."""
+    """The text is a sentence that the user can act on."""
 
 
 def main():
@@ -56,7 +56,7 @@ def main():
         print(f"install: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("\ninstall: interrupted; run it again to go on where it was", file=sys.stderr)
+        print("\ninstall: interrupted; run it again to continue", file=sys.stderr)
         return 130
     return 0
 
@@ -65,37 +65,35 @@ def parse():
     formatter = argparse.RawDescriptionHelpFormatter
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=formatter)
     parser.add_argument(
-        "--venv", default=str(ROOT / ".venv"), help="where (default: .venv beside this project)"
+        "--venv", default=str(ROOT / ".venv"), help="the environment (default: .venv in this project)"
     )
-    parser.add_argument("--dev", action="store_true", help="also what tests and checks need")
+    parser.add_argument("--dev", action="store_true", help="also install the tools of tests and checks")
+    parser.add_argument("--bench", action="store_true", help="also install the tools of the evaluation")
     parser.add_argument(
-        "--bench", action="store_true", help="also what the evaluation draws with and compares with"
-    )
-    parser.add_argument(
-        "--mooncake", action="store_true", help="also Mooncake's transfer engine, if it can be had"
+        "--mooncake", action="store_true", help="also install Mooncake's transfer engine, if possible"
     )
     parser.add_argument(
-        "--browser", action="store_true", help="also Chromium, for the tests of /ui, if it can be had"
+        "--browser", action="store_true", help="also install Chromium, for the tests of /ui, if possible"
     )
     choice = parser.add_mutually_exclusive_group()
     choice.add_argument(
-        "--cpu", dest="kind", action="store_const", const="cpu", help="as if there were no GPU"
+        "--cpu", dest="kind", action="store_const", const="cpu", help="install for a machine without a GPU"
     )
     choice.add_argument(
-        "--gpu", dest="kind", action="store_const", const="gpu", help="as if there were a GPU"
+        "--gpu", dest="kind", action="store_const", const="gpu", help="install for a machine with a GPU"
     )
     parser.add_argument(
         "--torch-index",
         metavar="URL",
         default=os.environ.get("MEMSERVE_TORCH_INDEX"),
-        help="index to take a CPU torch from (or set MEMSERVE_TORCH_INDEX); on Linux the default index "
-        "has torch with CUDA only, which works too but is gigabytes larger",
+        help="package index with a CPU-only torch (or set MEMSERVE_TORCH_INDEX); on Linux the default index "
+        "has torch with CUDA only, which works but is gigabytes larger",
     )
     return parser.parse_args()
 
 
 def detect():
-    """gpu if the NVIDIA driver answers, else cpu."""
+    """`gpu` if the NVIDIA driver lists a GPU, else `cpu`."""
     try:
         listing = subprocess.run(
             ["nvidia-smi", "-L"], check=False, capture_output=True, text=True, timeout=30
@@ -107,7 +105,7 @@ def detect():
 
 
 class Installation:
-    """One virtual environment, and the record in it of what was installed."""
+    """One virtual environment, with a record of its installation inside."""
 
     def __init__(self, venv, kind, options):
         self.venv, self.kind, self.options = venv, kind, options
@@ -117,7 +115,7 @@ class Installation:
         self.started = time.monotonic()
 
     def wanted(self):
-        """What has to be the same for an earlier installation to do: inputs, kind and parts."""
+        """Inputs and kind of this installation, to compare with the record."""
         inputs = [Path(__file__), ROOT / "pyproject.toml", *sorted((ROOT / "scripts").glob("*-cpu.txt"))]
         digest = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()
         return {"inputs": digest, "kind": self.kind, "root": str(ROOT)}
@@ -126,7 +124,7 @@ class Installation:
         return sorted(part for part in ("bench", "browser", "dev", "mooncake") if getattr(self.options, part))
 
     def extras(self):
-        """Of pyproject.toml."""
+        """The extras of pyproject.toml to install."""
         return [part for part in ("bench", "dev") if getattr(self.options, part)]
 
     def is_current(self):
@@ -164,12 +162,12 @@ class Installation:
         index = ["--extra-index-url", self.options.torch_index] if self.options.torch_index else []
         self.pip("torch for the CPU", TORCH, *constraints, *index)
         self.pip("SGLang without its CUDA dependencies", "--no-deps", *WITHOUT_DEPENDENCIES)
-        self.pip("what SGLang imports", "-r", str(scripts / "requirements-cpu.txt"), *constraints)
+        self.pip("SGLang's dependencies", "-r", str(scripts / "requirements-cpu.txt"), *constraints)
         extras = f"[{','.join(self.extras())}]" if self.extras() else ""
         self.pip(f"MemServe{extras}", "-e", f"{ROOT}{extras}", *constraints)
 
     def install_mooncake(self):
-        """Best effort: without it everything works but `--transfer mooncake`. Returns why not, or None."""
+        """Best effort: without it, only `--transfer mooncake` is missing. Returns the error, or None."""
         missing = [deb for lib, deb in MOONCAKE_LIBRARIES.items() if ctypes.util.find_library(lib) is None]
         try:
             if missing:
@@ -190,7 +188,7 @@ class Installation:
             print(f"install: going on without a browser: {error}", flush=True)
 
     def install_packages(self, why, packages):
-        """Debian's, as root only: nobody is asked for a password."""
+        """Install Debian packages, as root only: never ask for a password."""
         names = " ".join(packages)
         if os.geteuid() != 0 or not shutil.which("apt-get"):
             raise InstallError(f"{why} {', '.join(packages)} (as root: apt-get install {names})")
@@ -219,7 +217,7 @@ class Installation:
         self.step(title, command)
 
     def step(self, title, command):
-        """Run one command, its output in the log; a failure ends with the command's own last words."""
+        """Run one command, with its output in the log. Raises InstallError with the command's last error."""
         begun = time.monotonic()
         print(f"install: {title} …", end="", flush=True)
         self.venv.mkdir(parents=True, exist_ok=True)

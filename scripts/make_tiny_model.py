@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Write a small Llama-shaped model with random weights and a byte-level tokenizer; no downloads.
 
-    python scripts/make_tiny_model.py models/tiny                # for tests: starts at once
+    python scripts/make_tiny_model.py models/tiny                # for tests: starts fast
     python scripts/make_tiny_model.py models/bench --size bench  # prefill costs as in a real model
 
-The same size and seed give the same bytes everywhere. The text it writes means nothing, but it is
-printable ASCII, so that a conversation tokenizes to the very ids that were generated. Any Hugging
-Face model directory works in its place.
+The same size and seed give the same bytes on every machine. The generated text has no meaning, but it is
+printable ASCII, so that a conversation tokenizes to exactly the generated ids. Any Hugging Face model
+directory works in its place.
 """
 
 from __future__ import annotations
@@ -51,8 +51,8 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("directory", type=Path, help="where to write it; made if missing")
-    parser.add_argument("--size", choices=sorted(SIZES), default="tiny", help="which shape (default: tiny)")
+    parser.add_argument("directory", type=Path, help="output directory; created if missing")
+    parser.add_argument("--size", choices=sorted(SIZES), default="tiny", help="size (default: tiny)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the weights (default: 0)")
     args = parser.parse_args()
     recipe = {"size": args.size, "seed": args.seed, "format": 1}
@@ -124,9 +124,9 @@ def write_config(directory: Path, size: Size, vocab_size: int) -> None:
 
 
 def make_weights(size: Size, vocabulary: list[str], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    """Random weights at a scale where attention looks back and the best token stands out.
+    """Random weights at a scale where attention uses the whole context and the best token is distinct.
 
-    Only printable ASCII has a row in the output layer: every other logit is 0, far from the best.
+    Only printable ASCII has a row in the output layer: every other logit is 0, far below the best.
     """
 
     def matrix(rows: int, columns: int, gain: float = 1.0) -> np.ndarray:

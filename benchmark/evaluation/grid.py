@@ -56,7 +56,7 @@ def done_in(directory: Path) -> set[Cell]:
 
 
 def cells_of(grid: Grid, saturation: Mapping[str, float]) -> Iterator[Cell]:
-    """All cells in the order they are run: who was first in one repeat is last in the next."""
+    """All cells in the order of their runs: the first system of one repeat is the last of the next."""
     for repeat in range(grid.repeats):
         systems = grid.systems[::-1] if repeat % 2 else grid.systems
         for workload in grid.workloads:

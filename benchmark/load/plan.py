@@ -65,7 +65,7 @@ def open_loop(workload: Workload, rate: float, active: int, seed: int, num_warmu
 
 
 def closed_loop(workload: Workload, at_once: int, num_warmup: int = 0) -> Plan:
-    """Sessions in order, so many at once, none of whose users thinks before the next turn."""
+    """Sessions in order, a fixed number at once, without think time between turns."""
     if at_once < 1:
         raise ValueError("a closed loop needs at least one session at once")
     times = [[0.0] * len(session.turns) for session in workload.sessions]

@@ -55,7 +55,7 @@ class Agreement:
 
     @property
     def unstated(self) -> int:
-        """Differ, but were measured once: nobody can say."""
+        """They differ, but were measured once: undecided."""
         return sum(pair.agrees is None for pair in self.pairs)
 
 

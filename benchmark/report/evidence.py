@@ -71,7 +71,7 @@ class Described(msgspec.Struct, frozen=True):
     baseline: str = ""
     """Of a part: the system that the others are held against."""
     subject: str = ""
-    """Of a part: the system whose losses are named."""
+    """By part: the system whose losses are named."""
 
 
 class About(msgspec.Struct, frozen=True):

@@ -1,7 +1,7 @@
 """Workloads: sessions of requests, made to be like published ones, from a seed.
 
-Knows what is asked, and in which sessions; not when sessions begin beside each other (`load`), nor of
-whom (`systems`). `make` and `published` take the same settings; `statistics` sets the two side by side.
+Knows the requests and their sessions; not the times of sessions (`load`), nor the servers (`systems`).
+`make` and `published` take the same settings; `statistics` sets the two side by side.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Agents as ReAct's on HotpotQA: all share a long prompt of examples; each step adds what a tool answered.
+"""Agents as ReAct's on HotpotQA: all share a long prompt of examples; each step adds a tool's answer.
 
 Published: six examples of about 940 words before each question (MemServe). The examples themselves
 (ysymyth/ReAct, webthink_simple6) take 20 steps for 6 questions of 15.5 words, and a step's thought and
-action 25.5 words; ReAct's notebook stops after 7 steps and an answer after 100 tokens. Assumed, as nobody
-says it: 1.3 tokens a word, and 80 words an observation: the environment (wikienv.py) returns the first
+action 25.5 words; ReAct's notebook stops after 7 steps and an answer after 100 tokens. Assumed, without
+a source: 1.3 tokens a word, and 80 words an observation: the environment (wikienv.py) returns the first
 five sentences of a page, or one sentence for a lookup; the examples' were shortened to 21 words by hand.
 """
 

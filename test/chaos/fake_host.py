@@ -1,9 +1,9 @@
-"""A process with fake workers whose answers follow from their prompts, as greedy ones of a model would.
+"""A process with fake workers whose answers depend on their prompts, as a greedy model's do.
 
     python fake_host.py NAME MODEL CONTROL PORT[:SHOWN_PORT],...
 
-Half of the workers are prefills. Each registers itself at the router's control address; a port of 0 is
-picked, SHOWN_PORT is where the router is told to find it. Answers requests of its parent over stdin.
+Half of the workers are prefills. Each registers itself at the router's control address. For port 0 the
+system picks one; SHOWN_PORT is the port that the router uses. Answers requests of its parent over stdin.
 """
 
 from __future__ import annotations

@@ -65,7 +65,7 @@ class Pace:
     limit_s: float
     """After so long without an end a request is lost."""
     cold_share: float = 0.0
-    """Of the requests, those that nobody can have cached: they come to all workers."""
+    """The requests that no worker can have cached: they reach all workers."""
 
 
 @dataclass(slots=True)
@@ -135,7 +135,7 @@ async def bout(world: World, asks: Sequence[Ask], pace: Pace, fault: Fault, seed
 async def _recovery(
     load: Load, workers: frozenset[str], since_s: float, limit_s: float
 ) -> tuple[float | None, set[str]]:
-    """How long it took until each worker had answered right what was asked since, and who has not."""
+    """Seconds until each worker had answered a later request right, and the workers that had not."""
     first: dict[str, float] = {}
     while True:
         for answer in load.answers:

@@ -265,7 +265,7 @@ class RealWorld:
 
 
 def free_port() -> int:
-    """A port that nobody has now, nor gets while its server is away: the system gives out higher ones."""
+    """A free port that stays free while its server is down: the system assigns higher ports."""
     while True:
         port = random.randint(10_000, 32_000)
         with socket.socket() as one, suppress(OSError):

@@ -15,7 +15,7 @@ WORDS = ("river", "stone", "lantern", "copper", "meadow", "winter", "harbour", "
 
 @dataclass(frozen=True, slots=True)
 class Ask:
-    """One greedy request. `stream` is left to whoever sends it."""
+    """One greedy request. The sender sets `stream`."""
 
     path: str
     body: Json

@@ -12,7 +12,7 @@ _clock = time.time
 
 
 def shift(file: Path) -> None:
-    """Let everybody in this process read another time of day."""
+    """Shift the wall clock of this process."""
     time.time = lambda: _clock() + float(file.read_text() or 0)
 
 

@@ -2,7 +2,7 @@
 
 `local`  one pair that hands KV over within the host's memory
 `tcp`    one pair over our tcp transport, under a cluster key, whose prefill has a small radix cache
-         over a DRAM tier, and asks decode for what it lacks, whatever that costs; tests may kill its servers
+         over a DRAM tier; tests may kill its servers
 """
 
 from __future__ import annotations

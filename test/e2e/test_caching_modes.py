@@ -1,4 +1,4 @@
-"""The paper's four caching steps, each by its closed form: what is computed, and what moves where.
+"""The paper's four caching steps, each by its closed form: the tokens computed and the pages moved.
 
 A conversation of six turns; n tokens of prompt, g of answer, the last of which has no KV.
 
@@ -6,7 +6,7 @@ A conversation of six turns; n tokens of prompt, g of answer, the last of which 
     none      n                           pages(n)                   0
     prefill   n - what prefill computed   pages(n)                   0
     both      the same                    pages(n) - decode's own    0
-    full      n - what anybody computed   pages(n) - decode's own    what prefill lacks
+    full      n - what either computed    pages(n) - decode's own    what prefill lacks
 
 Source: MemServe, section on caching steps, in whole pages.
 """

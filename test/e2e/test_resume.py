@@ -1,4 +1,4 @@
-"""Streams whose decode is killed go on at another one, token for token as if nothing had happened."""
+"""Streams whose decode is killed continue at another decode, token for token as without the kill."""
 
 from __future__ import annotations
 

@@ -199,8 +199,8 @@ def test_prefill_becomes_a_decode_while_other_servers_serve(pairs_of_two: Cluste
     assert (after["role"], after["url"], process.status) == ("decode", before["url"], None)
     assert ready(cluster) == set(NAMES)
     response = requests.post(f"{cluster.url}/workers/p0/role", json={"role": "decode"}, timeout=60)
-    assert response.status_code == 409, "nobody else could prefill"
-    # Whoever keeps routing to it makes it a decode in deed.
+    assert response.status_code == 409, "no other server could prefill"
+    # The router has to use the new decode once the others are drained.
     for name in ("d0", "d1"):
         assert drain(cluster, name)["drained"]
     hit_ratio(chats)
