@@ -35,12 +35,12 @@ class Namespace:
     extra_key: str | None = None
     cache_salt: str | None = None
 
-    def seed(self) -> bytes:
+    def seed(self, version: bytes = b"sglang-cache-namespace-v1") -> bytes:
         """What goes before the first page: nothing for the namespace of requests that name none."""
         salt = self.cache_salt or None
         if self.extra_key is None and salt is None:
             return b""
-        digest = sha256(b"sglang-cache-namespace-v1")
+        digest = sha256(version)
         for part in (self.extra_key, salt):
             if part is None:
                 digest.update(b"\x00")

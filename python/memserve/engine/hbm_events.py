@@ -24,9 +24,9 @@ from sglang.srt.disaggregation.kv_events import (
 )
 from sglang.srt.mem_cache.events import KvEventLoraNames
 
-from memserve.core.block_keys import Namespace
+from memserve.core.block_keys import BlockKey, Namespace
+from memserve.core.event_hashes import EventBlock, blocks_of_event, hash_seed
 from memserve.core.executor import BoundedExecutor
-from memserve.engine.event_hashes import EventHashNames
 from memserve.engine.server_flags import HBM_PUBLISHER
 from memserve.mempool.external_tier import ExternalTier
 
@@ -43,26 +43,63 @@ class HbmStats:
     """Blocks that could not be named for certain, or came after one of these."""
 
 
+class EventBlocks:
+    """The blocks that an engine holds in HBM and whose keys are certain, by event hash. Not thread-safe."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[int, EventBlock] = {}
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def stored(
+        self, hashes: Sequence[int], parent: int | None, token_ids: Sequence[int], namespace: Namespace
+    ) -> tuple[BlockKey | None, list[BlockKey]]:
+        """The key of `parent`, and those of `hashes` that are certain, from the front.
+
+        `token_ids`: of all these blocks; `parent`: None for the beginning of a prompt. Never raises for
+        what an engine sent. Of two blocks with one hash the first keeps it.
+        """
+        above = None if parent is None else self._blocks.get(parent)
+        if parent is not None and above is None:
+            return None, []
+        keys: list[BlockKey] = []
+        blocks = blocks_of_event(hashes, token_ids, above, namespace, hash_seed(namespace))
+        for each, block in zip(hashes, blocks, strict=False):
+            if self._blocks.setdefault(each, block).key != block.key:
+                break
+            keys.append(block.key)
+        return above.key if above else None, keys
+
+    def removed(self, hashes: Sequence[int]) -> list[BlockKey]:
+        """Forget these; returns the keys of those that were known."""
+        blocks = [self._blocks.pop(each, None) for each in hashes]
+        return [block.key for block in blocks if block is not None]
+
+    def clear(self) -> None:
+        self._blocks.clear()
+
+
 class HbmReport:
     """Turns events into changes of a foreign tier. One thread at a time; anybody may read `stats`."""
 
     def __init__(self, hbm: ExternalTier) -> None:
         self._hbm = hbm
-        self._names = EventHashNames()
+        self._known = EventBlocks()
         self._stats = HbmStats()
 
     def apply(self, events: Sequence[Any]) -> None:
         """In the order in which they happened. Of other memory than HBM they are left out."""
         for event in events:
             if isinstance(event, AllBlocksCleared):
-                self._names.clear()
+                self._known.clear()
                 self._hbm.clear()
             elif getattr(event, "medium", None) != StorageMedium.GPU:
                 continue
             elif isinstance(event, BlockStored):
                 self._store(event)
             elif isinstance(event, BlockRemoved):
-                self._hbm.removed(self._names.removed(event.block_hashes))
+                self._hbm.removed(self._known.removed(event.block_hashes))
             self._stats.events += 1
 
     def stats(self) -> HbmStats:
@@ -72,7 +109,7 @@ class HbmReport:
     def _store(self, event: BlockStored) -> None:
         names = event.block_hashes
         namespace = Namespace(event.lora_name, event.cache_salt)
-        parent, keys = self._names.stored(names, event.parent_block_hash, event.token_ids, namespace)
+        parent, keys = self._known.stored(names, event.parent_block_hash, event.token_ids, namespace)
         stored = self._hbm.stored(keys, parent) if keys else 0
         self._stats.left_out += len(names) - stored
 

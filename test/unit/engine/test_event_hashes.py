@@ -12,7 +12,8 @@ from sglang.srt.mem_cache.radix_cache import RadixKey
 from sglang.srt.mem_cache.utils import compute_node_event_hash_values, hash_str_to_int64
 
 from memserve.core.block_keys import Namespace, page_keys
-from memserve.engine.event_hashes import EventHashNames
+from memserve.core.event_hashes import EventBlock
+from memserve.engine.hbm_events import EventBlocks
 
 PAGE = 4
 PLAIN = Namespace()
@@ -44,7 +45,7 @@ NAMES, KEYS = names_of(TOKENS), page_keys(TOKENS, PAGE)
 def test_a_chain_is_known_in_each_namespace_however_it_is_cut(namespace: Namespace) -> None:
     names, keys = names_of(TOKENS, namespace), page_keys(TOKENS, PAGE, namespace)
     for cut in range(1, 6):
-        known = EventHashNames()
+        known = EventBlocks()
         assert known.stored(names[:cut], None, TOKENS[: cut * PAGE], namespace) == (None, keys[:cut])
         if cut < 5:
             rest = known.stored(names[cut:], names[cut - 1], TOKENS[cut * PAGE :], namespace)
@@ -53,20 +54,20 @@ def test_a_chain_is_known_in_each_namespace_however_it_is_cut(namespace: Namespa
 
 
 def test_equal_tokens_of_two_namespaces_are_two_blocks() -> None:
-    known = EventHashNames()
+    known = EventBlocks()
     for namespace in NAMESPACES:
         known.stored(names_of(TOKENS, namespace), None, TOKENS, namespace)
     assert len(known) == 5 * len(NAMESPACES)
     for namespace in NAMESPACES[::-1]:
         assert known.removed(names_of(TOKENS, namespace)) == page_keys(TOKENS, PAGE, namespace)
     assert len(known) == 0
-    assert not known._links
+    assert not known._blocks
 
 
 @pytest.mark.parametrize("believed", NAMESPACES, ids=str)
 @pytest.mark.parametrize("true", NAMESPACES, ids=str)
 def test_another_namespace_is_never_taken_for_the_true_one(true: Namespace, believed: Namespace) -> None:
-    _, keys = EventHashNames().stored(names_of(TOKENS, true), None, TOKENS, believed)
+    _, keys = EventBlocks().stored(names_of(TOKENS, true), None, TOKENS, believed)
     assert keys == (page_keys(TOKENS, PAGE, true) if true == believed else [])
 
 
@@ -90,14 +91,14 @@ WRONG = [*NAMES[:2], 7, *NAMES[3:]]
 def test_what_is_not_certain_is_left_out(
     names: list[int], parent: int | None, tokens: list[Any], known: int
 ) -> None:
-    blocks = EventHashNames()
+    blocks = EventBlocks()
     assert blocks.stored(names, parent, tokens, PLAIN) == (None, KEYS[:known])
     assert len(blocks) == known
     assert blocks.stored([NAMES[4]], NAMES[3], TOKENS[-PAGE:], PLAIN) == (None, [])
 
 
 def test_names_that_are_not_known_are_removed_in_silence() -> None:
-    known = EventHashNames()
+    known = EventBlocks()
     known.stored(NAMES, None, TOKENS, PLAIN)
     assert known.removed([1, NAMES[4], 2, NAMES[3]]) == [KEYS[4], KEYS[3]]
     assert known.removed(NAMES[3:]) == []
@@ -106,18 +107,19 @@ def test_names_that_are_not_known_are_removed_in_silence() -> None:
 
 
 def test_a_block_may_be_told_of_again() -> None:
-    known = EventHashNames()
+    known = EventBlocks()
     known.stored(NAMES, None, TOKENS, PLAIN)
     assert known.stored(NAMES[1:3], NAMES[0], TOKENS[PAGE : 3 * PAGE], PLAIN) == (KEYS[0], KEYS[1:3])
     assert len(known) == 5
 
 
 def test_a_name_that_two_blocks_share_is_the_first_ones() -> None:
-    known = EventHashNames()
-    known._keys[NAMES[1]] = page_keys([9] * PAGE, PAGE)[0]
+    known = EventBlocks()
+    other = page_keys([9] * PAGE, PAGE)[0]
+    known._blocks[NAMES[1]] = EventBlock(other, other)
     assert known.stored(NAMES, None, TOKENS, PLAIN) == (None, KEYS[:1])
 
 
 def test_wide_tokens_have_names_too() -> None:
     tokens = [2**32 + 5, *range(7)]
-    assert EventHashNames().stored(names_of(tokens), None, tokens, PLAIN) == (None, page_keys(tokens, PAGE))
+    assert EventBlocks().stored(names_of(tokens), None, tokens, PLAIN) == (None, page_keys(tokens, PAGE))

@@ -128,7 +128,7 @@ class StockSubscriptions:
     def know(self, keys: Iterable[BlockKey]) -> None:
         """A prompt of these came by: workers may tell of its blocks by their short names."""
         if any(followed.followers for followed in self._followed.values()):
-            self._short.know(keys)
+            self._short.add(keys)
 
     def answered(self, instance_id: InstanceId, keys: Sequence[BlockKey]) -> None:
         """The instance has answered a prompt of these; of use where that is all that is known of it."""

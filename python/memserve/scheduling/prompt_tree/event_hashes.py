@@ -1,156 +1,120 @@
-"""Cache events of workers that name blocks by 64 bits, as SGLang's own do, turned into the tree's.
+"""Turns cache events that name blocks by 64-bit hashes, as stock SGLang's do, into the tree's events.
 
     BlockStored(hashes, parent, token ids, salt)  ──>  Stored(keys)   as far as the keys are certain
     BlockRemoved(hashes)                          ──>  Removed(keys)
 
-A key is known from a prompt that came by, or computed from the event's own tokens, and then has to have
-the event's name. SGLang leaves an `extra_key` without a salt out of its names: such blocks pass for
-those of nobody's namespace, which costs a miss.
-Two keys of one name are noticed, and neither is stored from then on, while both are removed: a worker
-seems to have less than it has, never what it has not. That holds while what is in the tree is
-remembered here, so this has to be the larger of the two.
-Knows no sockets and no instances. Loop thread only. Source: SGLang 0.5.23,
-disaggregation/kv_events.py, mem_cache/utils.py (compute_node_event_hash_values).
+A key is known from an earlier prompt, or computed from the event's tokens (`core.event_hashes`). SGLang
+leaves an `extra_key` without a salt out of its hashes: such blocks pass for blocks without a namespace,
+which costs a miss.
+If two keys have the same hash, neither is stored from then on and both are removed: a worker may seem to
+hold less than it holds, never more. This needs every block of the tree to be remembered here, so
+`max_keys` has to exceed the blocks in the tree. Knows no sockets and no instances. Event loop thread only.
+Source: SGLang 0.5.23, disaggregation/kv_events.py, mem_cache/utils.py.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from hashlib import sha256
-from typing import NamedTuple
 
 from memserve.core.block_addr import Tier
-from memserve.core.block_keys import BlockKey, Namespace, continue_keys, event_hash, page_keys
+from memserve.core.block_keys import BlockKey, Namespace, event_hash
 from memserve.core.cache_events import Removed, Stored
-
-_SALT_TAG = b"sglang-cache-salt-v1\0"
-
-
-class _Named(NamedTuple):
-    """A block that has a name."""
-
-    key: BlockKey
-    link: BlockKey
-    """What the name is of, and the names of the blocks after it: the key, unless there is a salt."""
+from memserve.core.event_hashes import EventBlock, blocks_of_event
 
 
 class EventHashKeys:
-    """Keys by their 64-bit names: those that were of use lately."""
+    """The keys used lately, by event hash."""
 
     def __init__(self, max_keys: int) -> None:
-        """Between half of `max_keys` and all of them are remembered. Raises ValueError if it is below 2."""
+        """Remembers between half of `max_keys` and all of them. Raises ValueError if it is below 2."""
         if max_keys < 2:
-            raise ValueError(f"at least two keys, not {max_keys}")
+            raise ValueError(f"max_keys is at least 2, not {max_keys}")
         self._max_young = max_keys // 2
-        self._young: dict[int, _Named] = {}
-        self._old: dict[int, _Named] = {}
+        self._young: dict[int, EventBlock] = {}
+        self._old: dict[int, EventBlock] = {}
         self._ambiguous: dict[int, set[BlockKey]] = {}
 
     def __len__(self) -> int:
-        """Keys that are remembered."""
-        return len(self._young) + sum(1 for name in self._old if name not in self._young)
+        """The number of remembered keys."""
+        return len(self._young) + sum(1 for each in self._old if each not in self._young)
 
     @property
     def num_ambiguous(self) -> int:
-        """Names that are not believed any more."""
+        """The number of hashes that several keys share."""
         return len(self._ambiguous)
 
-    def know(self, keys: Iterable[BlockKey]) -> None:
-        """These exist: of a prompt that came by, or that an event told of."""
+    def add(self, keys: Iterable[BlockKey]) -> None:
+        """Remember the keys of a prompt."""
         young = self._young
         for key in keys:
-            name = event_hash(key)
-            named = young.get(name)
-            if named is None or named[0] != key:
-                self._know(name, key, key)
+            hashed = event_hash(key)
+            known = young.get(hashed)
+            if known is None or known[0] != key:
+                self._add(hashed, key, key)
                 young = self._young
 
-    def key_of(self, name: int) -> BlockKey | None:
-        """The key of that name; None if none, or more than one, is known."""
-        named = self._of(name)
-        return None if named is None else named.key
+    def key_of(self, hashed: int) -> BlockKey | None:
+        """The key of an event hash; None if no key, or more than one, is known."""
+        block = self._find(hashed)
+        return None if block is None else block.key
 
     def stored(
         self,
         sequence: int,
         tier: Tier,
         parent: int | None,
-        names: Sequence[int],
+        hashes: Sequence[int],
         token_ids: Sequence[int] = (),
         cache_salt: str | None = None,
     ) -> Stored:
-        """The event in the tree's words, with as many of its blocks, from the front, as are certain.
+        """The tree's event, with as many of the blocks, from the front, as have certain keys.
 
-        `token_ids`: of all blocks, or none. An event of which nothing is certain has no keys, and keeps
-        its place in the sequence. Never raises for what a worker sent.
+        `token_ids`: of all blocks, or empty. If no block is certain, the event has no keys and keeps its
+        place in the sequence. Never raises for what a worker sent.
         """
-        above = None if parent is None else self._of(parent)
+        above = None if parent is None else self._find(parent)
         if parent is not None and above is None:
             return Stored(sequence, tier, None, ())
-        computed, links = _computed(above, names, token_ids, cache_salt)
+        computed = blocks_of_event(hashes, token_ids, above, Namespace(cache_salt=cache_salt))
         keys: list[BlockKey] = []
-        for i, name in enumerate(names):
-            is_known = i < len(links) and event_hash(links[i]) == name
-            named = self._know(name, computed[i], links[i]) if is_known else self._of(name)
-            if named is None:
+        for i, hashed in enumerate(hashes):
+            block = self._add(hashed, *computed[i]) if i < len(computed) else self._find(hashed)
+            if block is None:
                 break
-            keys.append(named.key)
+            keys.append(block.key)
         return Stored(sequence, tier, None if above is None else above.key, tuple(keys))
 
-    def removed(self, sequence: int, tier: Tier, names: Sequence[int]) -> Removed:
-        """The event in the tree's words: of a name that is not certain, every key that has it."""
+    def removed(self, sequence: int, tier: Tier, hashes: Sequence[int]) -> Removed:
+        """The tree's event; an ambiguous hash removes every key that has it."""
         keys: list[BlockKey] = []
-        for name in names:
-            key = self.key_of(name)
-            keys += self._ambiguous.get(name, ()) if key is None else (key,)
+        for hashed in hashes:
+            key = self.key_of(hashed)
+            keys += self._ambiguous.get(hashed, ()) if key is None else (key,)
         return Removed(sequence, tier, tuple(keys))
 
-    def _know(self, name: int, key: BlockKey, link: BlockKey) -> _Named | None:
-        """What the name means from now on."""
-        named = self._young.get(name) or self._old.get(name) or _Named(key, link)
-        if name in self._ambiguous:
-            self._ambiguous[name].add(key)
-        elif named.key != key:
-            self._ambiguous[name] = {named.key, key}
+    def _add(self, hashed: int, key: BlockKey, link: BlockKey) -> EventBlock | None:
+        """Remember a block under its hash; None if the hash is ambiguous."""
+        block = self._young.get(hashed) or self._old.get(hashed) or EventBlock(key, link)
+        if hashed in self._ambiguous:
+            self._ambiguous[hashed].add(key)
+        elif block.key != key:
+            self._ambiguous[hashed] = {block.key, key}
         else:
-            self._remember(name, named)
-            return named
+            self._remember(hashed, block)
+            return block
         return None
 
-    def _of(self, name: int) -> _Named | None:
-        if name in self._ambiguous:
+    def _find(self, hashed: int) -> EventBlock | None:
+        if hashed in self._ambiguous:
             return None
-        named = self._young.get(name)
-        if named is None:
-            named = self._old.get(name)
-            if named is not None:
-                self._remember(name, named)
-        return named
+        block = self._young.get(hashed)
+        if block is None:
+            block = self._old.get(hashed)
+            if block is not None:
+                self._remember(hashed, block)
+        return block
 
-    def _remember(self, name: int, named: _Named) -> None:
-        if len(self._young) >= self._max_young and name not in self._young:
+    def _remember(self, hashed: int, block: EventBlock) -> None:
+        if len(self._young) >= self._max_young and hashed not in self._young:
             self._old, self._young = self._young, {}
-        self._young[name] = named
-
-
-def _computed(
-    above: _Named | None, names: Sequence[int], token_ids: Sequence[int], cache_salt: str | None
-) -> tuple[Sequence[BlockKey], Sequence[BlockKey]]:
-    """The keys that blocks of these tokens have, and their links; none if they are no blocks."""
-    page_tokens, rest = divmod(len(token_ids), max(1, len(names)))
-    if rest or not page_tokens:
-        return (), ()
-    try:
-        if above is not None:
-            keys = continue_keys(above.key, token_ids, page_tokens)
-            if above.link == above.key:
-                return keys, keys
-            return keys, continue_keys(above.link, token_ids, page_tokens)
-        if not cache_salt:
-            keys = page_keys(token_ids, page_tokens)
-            return keys, keys
-        seed = BlockKey(sha256(_SALT_TAG + cache_salt.encode()).digest())
-        keys = page_keys(token_ids, page_tokens, Namespace(cache_salt=cache_salt))
-        return keys, continue_keys(seed, token_ids, page_tokens)
-    except ValueError:
-        return (), ()
+        self._young[hashed] = block

@@ -135,7 +135,7 @@ async def test_who_comes_late_knows_what_follows_on_known_prompts() -> None:
         await it.has(OTHER, 4)
         stats = it.follower.stats
         assert (it.depth(KEYS), stats.unverified, stats.complete) == (0, 2, False)
-        it.short.know(KEYS[:4])
+        it.short.add(KEYS[:4])
         it.tree.expect(ANN, KEYS[:5], time.monotonic() + 60)
         await it.publisher.publish(TAIL)
         await until(lambda: it.tree.overlaps(KEYS) == {ANN: Overlap((6, 6), 0)})
@@ -331,7 +331,7 @@ async def test_names_that_cannot_be_verified_are_left_out_and_counted() -> None:
     pairs = list(pairwise(TOKENS))
     twin = BlockKey(OTHER[1][:8] + bytes(24))
     async with following(FakePublisher()) as it:
-        it.short.know([twin])
+        it.short.add([twin])
         await it.publisher.publish(stored(KEYS[:5], pairs[:10]))
         await it.publisher.publish(stored(KEYS, TOKENS, cache_salt="t"))
         await it.publisher.publish(OTHERS)

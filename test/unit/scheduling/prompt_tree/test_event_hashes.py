@@ -28,7 +28,7 @@ def twin(key: BlockKey) -> BlockKey:
 def test_events_of_known_prompts_reach_the_tree() -> None:
     short, tree = EventHashKeys(100), GlobalPromptTree()
     tree.join(ANN, EPOCH)
-    short.know(KEYS)
+    short.add(KEYS)
     events = [
         short.stored(1, Tier.HBM, None, NAMES[:4]),
         short.stored(2, Tier.HBM, NAMES[3], NAMES[4:]),
@@ -67,33 +67,33 @@ def test_what_is_not_certain_is_left_out(
 
 def test_salted_prompts_are_known_from_requests() -> None:
     short = EventHashKeys(100)
-    short.know(SALTED[:4])
+    short.add(SALTED[:4])
     assert short.stored(1, Tier.HBM, None, SALTED_NAMES, TOKENS).keys == tuple(SALTED[:4])
     assert short.stored(2, Tier.HBM, SALTED_NAMES[3], SALTED_NAMES[4:], TOKENS[8:]).keys == tuple(SALTED[4:])
 
 
 def test_of_two_keys_of_one_name_neither_is_believed() -> None:
     short = EventHashKeys(100)
-    short.know(KEYS)
-    short.know([twin(KEYS[2])])
+    short.add(KEYS)
+    short.add([twin(KEYS[2])])
     assert short.num_ambiguous == 1
     assert short.stored(1, Tier.HBM, None, NAMES, TOKENS).keys == tuple(KEYS[:2])
     assert short.stored(2, Tier.HBM, NAMES[2], NAMES[3:]).keys == ()
     assert set(short.removed(3, Tier.HBM, NAMES).keys) == {*KEYS, twin(KEYS[2])}, "one of them has gone"
-    short.know(KEYS)
+    short.add(KEYS)
     assert short.key_of(NAMES[2]) is None
 
 
 def test_what_is_not_used_is_forgotten_first() -> None:
     short = EventHashKeys(8)
-    short.know(KEYS[:1])
+    short.add(KEYS[:1])
     for start in range(0, 4000, 2):
-        short.know(page_keys([start, 5], 2))
+        short.add(page_keys([start, 5], 2))
         assert short.key_of(NAMES[0]) == KEYS[0]
         assert len(short) <= 8
-    short.know(page_keys(list(range(100, 120)), 2))
+    short.add(page_keys(list(range(100, 120)), 2))
     assert short.key_of(NAMES[0]) is None
-    with pytest.raises(ValueError, match="at least two"):
+    with pytest.raises(ValueError, match="at least 2"):
         EventHashKeys(1)
 
 
