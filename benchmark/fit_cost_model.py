@@ -24,7 +24,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from typing import Any
@@ -34,6 +34,7 @@ import requests
 
 from bench_model import make_model
 from figures import progress, report
+from memserve.scheduling.cost_model.file import write_costs
 from memserve.scheduling.cost_model.model import (
     CPU_COSTS,
     GPU_COSTS,
@@ -124,7 +125,7 @@ def main() -> None:
         instance = Instance(url, args.vocab_size, random)
         costs = fit_prefill(instance, args.prompts or (20 if args.quick else 60), args.longest, random, costs)
         costs = replace(costs, decode=fit_decode(instance, args.longest, repeats=1 if args.quick else 3))
-    text = json.dumps(as_json(costs), indent=2)
+    text = json.dumps(write_costs(costs), indent=2)
     progress(text)
     if args.output:
         args.output.write_text(text + "\n")
@@ -191,17 +192,6 @@ def fit_decode(instance: Instance, longest: int, repeats: int) -> DecodeCost:
     predicted = np.array(rows) @ np.array([fixed_s, sequence_s, context_token_s])
     report("micro/cost_model/decode_error", list(abs(predicted / np.array(targets) - 1)), "of observed")
     return cost
-
-
-def as_json(costs: CostModel) -> dict[str, Any]:
-    """What the simulator's --costs reads: all but `pairs`."""
-    return {
-        "prefill": asdict(costs.prefill),
-        "decode": asdict(costs.decode),
-        "kv_bytes_per_token": costs.kv_bytes_per_token,
-        "dram": asdict(costs.dram),
-        "remote": asdict(costs.remote),
-    }
 
 
 if __name__ == "__main__":

@@ -49,7 +49,14 @@ from figures import progress, report
 from fit_cost_model import Instance, fit_prefill
 from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.caching import CachingMode
-from memserve.scheduling.cost_model.model import CPU_COSTS, CostModel, PathCost, PrefillCost, with_prefill
+from memserve.scheduling.cost_model.model import (
+    CPU_COSTS,
+    FREE,
+    CostModel,
+    PrefillCost,
+    load_paths,
+    with_prefill,
+)
 from memserve.simulation.make_trace import Shape, loogle
 from memserve.simulation.report import first_token_times
 from memserve.simulation.simulation import Outcome, SimulationConfig, simulate
@@ -61,7 +68,6 @@ POLICIES = ("prompt_tree", "session")
 SCALE = 16
 REPLAY_S, QUICK_REPLAY_S = 60.0, 40.0
 NUM_REQUESTS, QUICK_REQUESTS = 180, 120
-FREE = PathCost(0.0, 1e18)
 ROUNDS = 6
 """After which the simulated run and its own contention agree."""
 
@@ -89,7 +95,7 @@ def fit(url: str, longest: int, num_prompts: int) -> CostModel:
     """Prefills through the router of a pair, first token and all."""
     random = Random(11)
     fitted = fit_prefill(Instance(url, VOCABULARY, random), num_prompts, longest, random, CPU_COSTS)
-    return replace(fitted, dram=FREE, remote=FREE)
+    return replace(fitted, load=load_paths(FREE), remote=FREE)
 
 
 def slowdowns(url: str, longest: int, repeats: int) -> list[float]:

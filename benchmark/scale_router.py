@@ -35,11 +35,12 @@ from memserve.router.cluster.instance import ClusterSnapshot, Instance
 from memserve.router.cluster.pools import Pools
 from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.router.observability.metrics import RouterMetrics
+from memserve.router.proxy.placement import GlobalScheduler
 from memserve.router.server_info import ServerInfo
-from memserve.router.tokenization.prompts import Prompt
+from memserve.scheduling.context import Prompt
 from memserve.scheduling.cost_model.model import GPU_COSTS
 from memserve.scheduling.prompt_tree.tree import BYTES_PER_BLOCK, GlobalPromptTree
-from memserve.scheduling.selector import InstanceSelector, SelectorConfig
+from memserve.scheduling.selector import SelectorConfig
 from memserve.wire.messages import Done, PoolEvents, PoolInfo, Role
 
 PAGE, BLOCKS, SYSTEM, NUM_SYSTEMS = 16, 256, 32, 16
@@ -135,7 +136,7 @@ def resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
-class _NobodyLearns:
+class _NoObserver:
     """Every instance reports its cache."""
 
     def know(self, keys: Sequence[BlockKey]) -> None:
@@ -157,8 +158,8 @@ class Stage:
         self._feed = TreeSynchronizer(GlobalPromptTree(), self._pools, audit_s=1e9)
         settings = SelectorConfig("prompt_tree", "prompt_tree", GPU_COSTS, 0.0, True)
         metrics = RouterMetrics()
-        self._placer = InstanceSelector(
-            settings, self._feed, self._pools, _NobodyLearns(), metrics, time.monotonic
+        self._scheduler = GlobalScheduler(
+            settings, self._feed, self._pools, _NoObserver(), metrics, time.monotonic
         )
         facts = ServerInfo("model", "/model", page_size=PAGE)
         self._epochs = [Epoch(number + 1) for number in range(num_instances)]
@@ -192,13 +193,13 @@ class Stage:
                 keys = [*self._random.choice(self._known)[: BLOCKS - 16], *keys[-16:]]
             prompt = Prompt(len(keys) * PAGE + 5, (tuple(keys),))
             begun = time.process_time()
-            placed = self._placer.place(self._snapshot, prompt)
+            placed = self._scheduler.place(self._snapshot, prompt)
             assert placed is not None
             running.append(placed)
             if len(running) > 16:
                 oldest = running.pop(0)
-                self._placer.prefilled(oldest, 0)
-                self._placer.ended(oldest, is_answered=True)
+                self._scheduler.prefilled(oldest, 0)
+                self._scheduler.ended(oldest, is_answered=True)
             if number >= 50:
                 taken.append((time.process_time() - begun) * 1e6)
         return taken

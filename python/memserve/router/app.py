@@ -108,7 +108,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         stack.callback(state.tokenizers.close)
         stack.push_async_callback(state.subscriptions.close)
         proxy = await _open_proxy(stack, config, state, key)
-        num_running, evacuate_s = state.selector.num_running, config.cluster.drain_evacuate_secs
+        num_running, evacuate_s = state.scheduler.num_running, config.cluster.drain_evacuate_secs
         drains = DrainManager(state.cluster, state.pools, num_running, key=key, evacuate_s=evacuate_s)
         stack.callback(drains.close)
         port = await _serve_http(stack, config, state, metrics, ingress, proxy, drains)
@@ -118,7 +118,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
         )
         upkeep = [
             ingress.follow,
-            lambda: proxy.fetcher.keep(state.pools),
+            lambda: proxy.fetcher.retain(state.pools),
             drains.retain,
             lambda: proxy.connections.keep(state.cluster.up),
         ]
@@ -143,10 +143,10 @@ async def _open_proxy(
     state.cluster.on_unresponsive = connections.give_up
     upstream = Upstream(connections, session, on_lost=_on_lost(state))
     stack.push_async_callback(upstream.close)
-    executor = RequestExecutor(upstream, state.selector, fetcher)
+    executor = RequestExecutor(upstream, state.scheduler, fetcher)
     recovery = StreamRecovery(state.tokenizers, is_on=config.proxy.resume == "auto")
     policy = _retry_policy(config.proxy)
-    retries = RetryLoop(state.cluster, state.selector, state.breakers, policy, state.telemetry)
+    retries = RetryLoop(state.cluster, state.scheduler, state.breakers, policy, state.telemetry)
     dispatcher = Dispatcher(retries, executor, recovery, state.telemetry)
     return _Proxy(session, connections, fetcher, dispatcher)
 
@@ -170,7 +170,7 @@ async def _serve_http(
         proxy.connections,
         preparer.candidates,
         state.breakers,
-        state.selector.num_running,
+        state.scheduler.num_running,
         _on_lost(state),
         timeout_s=config.proxy.request_timeout_secs,
     )
@@ -284,7 +284,7 @@ async def _run_upkeep(state: RouterState, others: Sequence[Callable[[], None]]) 
     while True:
         state.subscriptions.follow(state.cluster.up, state.pools)
         state.breakers.retain((it.info.instance_id, it.info.epoch) for it in state.cluster.members())
-        state.selector.keep(state.cluster.working())
+        state.scheduler.retain(state.cluster.working())
         for other in others:
             other()
         state.synchronizer.tree.tidy()

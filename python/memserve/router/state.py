@@ -13,11 +13,12 @@ from memserve.router.kv_events.subscribers import MAX_NAMED_KEYS, StockSubscript
 from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.router.observability.metrics import RouterMetrics
 from memserve.router.observability.telemetry import Telemetry
+from memserve.router.proxy.placement import GlobalScheduler
 from memserve.router.tokenization.prompts import PromptReader
 from memserve.router.tokenization.tokenizers import Tokenizers
 from memserve.scheduling.cost_model.file import COSTS, read_costs
 from memserve.scheduling.prompt_tree.tree import BYTES_PER_BLOCK, GlobalPromptTree
-from memserve.scheduling.selector import InstanceSelector, SelectorConfig
+from memserve.scheduling.selector import SelectorConfig
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +30,7 @@ class RouterState:
     synchronizer: TreeSynchronizer
     subscriptions: StockSubscriptions
     tokenizers: Tokenizers
-    selector: InstanceSelector
+    scheduler: GlobalScheduler
     breakers: Breakers
     reader: PromptReader
     telemetry: Telemetry
@@ -38,12 +39,12 @@ class RouterState:
 def new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
     """What a router knows when it starts: nothing. Raises ConfigError for costs that cannot be read."""
     clock, routing = time.monotonic, config.routing
-    directs_fetches = routing.fetch == "auto" and routing.policies["prefill"] == "prompt_tree"
+    fetches = routing.fetch == "auto"
     cluster = InstanceRegistry(config.cluster, clock)
     pools = Pools(
         config.cluster,
         clock,
-        directs_fetches=directs_fetches,
+        directs_fetches=fetches,
         wants_prompt_keys=config.tokenization.routing_keys == "text",
     )
     max_blocks = (config.tree.tree_budget_mib << 20) // BYTES_PER_BLOCK
@@ -60,13 +61,13 @@ def new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
         routing.policies["decode"],
         start_costs=None if routing.costs == "auto" else read_costs(routing.costs),
         certainty=0.0 if routing.costs in ("auto", *COSTS) else 0.5,
-        fetches=directs_fetches,
+        fetches=fetches,
     )
-    selector = InstanceSelector(settings, synchronizer, pools, subscriptions, metrics, clock)
+    scheduler = GlobalScheduler(settings, synchronizer, pools, subscriptions, metrics, clock)
     breakers = Breakers(config.health, clock)
     tokenizers = Tokenizers(config.tokenization.tokenizer_path)
     reader = PromptReader(tokenizers, config.tokenization.routing_keys)
     telemetry = Telemetry.new(metrics, clock(), config.observability)
     return RouterState(
-        cluster, pools, synchronizer, subscriptions, tokenizers, selector, breakers, reader, telemetry
+        cluster, pools, synchronizer, subscriptions, tokenizers, scheduler, breakers, reader, telemetry
     )

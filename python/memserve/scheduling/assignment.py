@@ -1,82 +1,81 @@
-"""A request on its way: where it was sent, and what was believed then. A plain record."""
+"""A request on its way: the instances that serve it, and what was predicted of it. A plain record."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from memserve.router.cluster.instance import ClusterSnapshot, Instance, Pair, Route, Single
-from memserve.router.proxy.fetcher import FetchOutcome, FetchPlan
-from memserve.router.tokenization.prompts import Prompt
-from memserve.scheduling.decision import Decision, fetch_gain_s
-from memserve.wire.messages import Role
+from memserve.core.block_addr import LOCAL_TIERS
+from memserve.core.ids import InstanceId
+from memserve.scheduling.context import Prompt
+from memserve.scheduling.cost_model.online import OnlineCostModel
+from memserve.scheduling.decision import Decision
+from memserve.scheduling.fetch_planner import FetchOutcome, FetchPlan, fetch_gain_s
+from memserve.scheduling.request_cost import load_s
 
 
 @dataclass(slots=True)
 class Assignment:
-    """A request that has been given to instances. Changed by `Placer` only."""
+    """A request that instances serve. Changed by `InstanceSelector` only."""
 
     number: int
     decision: Decision
     prompt: Prompt
-    route: Route
+    costs: OnlineCostModel
+    """The costs of the model that serves the request, which its prefill refines."""
     plan: FetchPlan | None
-    """What to fetch before it goes out."""
+    """The fetch that precedes it."""
     begun_s: float
     work_s: float
-    """Predicted, without the wait for others."""
+    """Predicted time of its own prefill, without the queue."""
     had_queue: bool
-    """Others were waiting or at work when it came."""
+    """Its prefill had other requests waiting or at work when it came."""
     is_prefilled: bool = False
     prefilled_s: float | None = None
-    """When its first token came, where that was noticed at once."""
+    """When its first token came; None if that was not noticed at once."""
     fetched: FetchOutcome | None = None
     cached_tokens: int | None = None
-    """What its prefill says it had."""
+    """Cached tokens that its prefill reports."""
 
     @property
-    def instances(self) -> tuple[Instance, ...]:
-        """All that work on it."""
-        route = self.route
-        return (route.prefill, route.decode) if isinstance(route, Pair) else (route.worker,)
+    def prefill(self) -> InstanceId:
+        """The instance that computes the prompt."""
+        return self.decision.prefill
 
     @property
-    def prefill(self) -> Instance:
-        return self.route.prefill if isinstance(self.route, Pair) else self.route.worker
+    def decode(self) -> InstanceId:
+        """The instance that decodes: the prefill itself if it is colocated."""
+        return self.decision.decode or self.decision.prefill
 
-    @property
-    def decode(self) -> Instance:
-        return self.route.decode if isinstance(self.route, Pair) else self.route.worker
+    def benefits_from(self, plan: FetchPlan) -> bool:
+        """Whether to wait for `plan`, the fetch of another request, because it brings blocks of this prompt.
+
+        By Eq. 2, with the whole transfer and what it brings of this prompt.
+        """
+        if plan.target != self.decision.prefill or len(self.prompt.chains) != 1:
+            return False
+        context, costs = self.decision.context, self.decision.costs
+        before, after = (
+            costs.exec_s(context.prompt_tokens, context.cached_tokens(num_blocks))
+            for num_blocks in (plan.num_there, max(plan.num_there, plan.num_shared(self.prompt.chains[0])))
+        )
+        return fetch_gain_s(before - after, plan.transfer_s, self.decision.chosen.queued_s) > 0
+
+    def tokens_by_tier(self) -> tuple[tuple[int, ...], int]:
+        """The prompt's tokens that the prefill was believed to have, by tier, and those to be fetched."""
+        context, depths = self.decision.context, self.decision.chosen.depths
+        if not depths[-1] and self.plan is None:
+            return (0,) * len(LOCAL_TIERS), 0
+        ends = [0, *map(context.cached_tokens, depths)]
+        planned = 0 if self.plan is None else context.cached_tokens(len(self.plan.keys))
+        return tuple(ends[i + 1] - ends[i] for i in LOCAL_TIERS), max(planned - ends[-1], 0)
 
 
-def route_of(snapshot: ClusterSnapshot, decision: Decision) -> Route:
-    prefill = snapshot.get(decision.prefill)
-    if prefill.role is Role.COLOCATED:
-        return Single(prefill)
-    assert decision.decode is not None
-    return Pair(prefill, snapshot.get(decision.decode))
-
-
-def benefits_from(placed: Assignment, plan: FetchPlan) -> bool:
-    """Whether to wait for what `plan`, another request's, brings: it was sent there because of it.
-
-    As Eq. 2, for the whole transfer and what it brings of this prompt.
-    """
-    if plan.target != placed.decision.prefill or len(placed.prompt.chains) != 1:
-        return False
-    situation, costs = placed.decision.situation, placed.decision.costs
-    there, then = (
-        costs.exec_s(situation.prompt_tokens, situation.cached_tokens(num_blocks))
-        for num_blocks in (plan.num_there, max(plan.num_there, plan.num_shared(placed.prompt.chains[0])))
+def work_s_of(decision: Decision, plan: FetchPlan | None) -> float:
+    """Predicted time of the request's own prefill, after `plan`."""
+    context, costs = decision.context, decision.costs
+    depths = decision.chosen.depths
+    if plan is not None:  # what was fetched, and what was there, is loaded from DRAM
+        depths = (0,) + (len(plan.keys),) * (len(depths) - 1)
+    return costs.exec_s(context.prompt_tokens, context.cached_tokens(depths[-1])) + load_s(
+        context, depths, costs
     )
-    return fetch_gain_s(there - then, plan.transfer_s, placed.decision.chosen.queued_s) > 0
-
-
-def work_s_by_instance(decision: Decision, plan: FetchPlan | None) -> float:
-    """What this request's own prefill will take, by the prediction."""
-    situation, costs = decision.situation, decision.costs
-    if plan is not None:
-        num_cached = num_loaded = situation.cached_tokens(len(plan.keys))
-    else:
-        num_cached = situation.cached_tokens(decision.chosen.total_blocks)
-        num_loaded = num_cached - situation.cached_tokens(decision.chosen.near_blocks)
-    return costs.exec_s(situation.prompt_tokens, num_cached) + costs.load_s(num_loaded)

@@ -1,60 +1,105 @@
-"""From a fetch that pays to what has to be asked of whom: who holds how much where others can read it."""
+"""Eq. 2: whether blocks of a prompt are worth moving to the chosen prefill first, and from which holder.
+
+    Eq. 2   fetch from p' if transfer(y_p, y_p') <= exec(x, y_p) - exec(x, y_p') + p's queue
+
+p computes other requests during a transfer, so the queue before it hides that much of the transfer.
+Source: MemServe, scheduling (Eq. 2); the queue, which the paper leaves out, is ours.
+"""
 
 from __future__ import annotations
 
+from bisect import bisect_left
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import msgspec
+
 from memserve.core.block_addr import Tier
-from memserve.core.ids import InstanceId, pool_name
-from memserve.router.cluster.pools import Pools
-from memserve.router.kv_events.synchronizer import TreeSynchronizer
-from memserve.router.observability.metrics import RouterMetrics
-from memserve.router.proxy.fetcher import MAX_FETCH_S, FetchPlan, links_between
-from memserve.router.tokenization.prompts import Prompt
-from memserve.scheduling.decision import Decision
-from memserve.wire.messages import Role
+from memserve.core.block_keys import BlockKey
+from memserve.core.ids import InstanceId
+from memserve.scheduling.context import Candidate, RoutingContext
+from memserve.scheduling.cost_model.model import CostModel
+
+MAX_FETCH_S = 2.0
+"""Limit of a fetch, whatever it saves: the holder of the blocks may be gone."""
 
 
-class FetchPlanner:
-    """Plans fetches. Event loop thread only."""
+class FetchChoice(msgspec.Struct, frozen=True):
+    """A fetch that pays."""
 
-    def __init__(self, feed: TreeSynchronizer, pools: Pools, metrics: RouterMetrics) -> None:
-        self._feed = feed
-        self._pools = pools
-        self._metrics = metrics
+    source: InstanceId
+    num_blocks: int
+    """The prompt's blocks that the source offers, counted from the first."""
+    transfer_s: float
+    saved_s: float
+    """The computation saved, less moving the blocks to HBM from the DRAM where they arrive."""
 
-    def plan(self, decision: Decision, prompt: Prompt) -> FetchPlan | None:
-        """The decision's fetch; None if there is none, or no way between the two."""
-        fetch = decision.fetch
-        if fetch is None:
-            return None
-        links = links_between(self._pools, decision.prefill, fetch.source)
-        if not links:
-            self._metrics.fetches.labels("impossible").inc()
-            return None
-        return FetchPlan(
-            target=decision.prefill,
-            source=fetch.source,
-            keys=prompt.chains[0][: fetch.num_blocks],
-            links=links,
-            num_there=decision.chosen.total_blocks,
-            transfer_s=fetch.transfer_s,
-            timeout_s=min(fetch.saved_s + decision.chosen.queued_s, MAX_FETCH_S),
+
+@dataclass(frozen=True, slots=True)
+class FetchPlan:
+    """Blocks to move before a request is sent."""
+
+    target: InstanceId
+    source: InstanceId
+    keys: Sequence[BlockKey]
+    """From the prompt's first block on."""
+    num_there: int
+    """How many of the keys, from the first, the target has."""
+    transfer_s: float
+    """Predicted time for the other keys."""
+    timeout_s: float
+
+    @classmethod
+    def of(cls, choice: FetchChoice, target: Candidate, chain: Sequence[BlockKey]) -> FetchPlan:
+        """The plan that carries out `choice` for a prompt with the keys `chain`."""
+        return cls(
+            target=target.instance_id,
+            source=choice.source,
+            keys=chain[: choice.num_blocks],
+            num_there=target.cached_blocks,
+            transfer_s=choice.transfer_s,
+            timeout_s=min(choice.saved_s + target.queued_s, MAX_FETCH_S),
         )
 
-    def offers_less(self, decision: Decision, prompt: Prompt) -> int | None:
-        """How many blocks the holder has in DRAM, where others can read them; None if that is all it has."""
-        assert decision.fetch is not None
-        names = self.names_of(decision.fetch.source, decision.prefill)
-        tree, chain = self._feed.tree, prompt.chains[0]
-        offered = max((tree.depth_in(name, Tier.DRAM, chain) for name in names), default=0)
-        return None if offered >= decision.fetch.num_blocks else offered
+    def num_shared(self, chain: Sequence[BlockKey]) -> int:
+        """How many keys of `chain`, from the first, the plan moves too. O(log n): a key names its prefix."""
+        shorter = range(min(len(self.keys), len(chain)))
+        return bisect_left(shorter, True, key=lambda place: self.keys[place] != chain[place])
 
-    def names_of(self, holder: InstanceId, target: InstanceId) -> list[InstanceId]:
-        """What a holder's pools are called in the tree; of a memory instance's, those like the target's."""
-        layouts = {pool.layout for pool in self._pools.of(target) if pool.rank == 0}
-        names = []
-        for pool in self._pools.of(holder):
-            if pool.role is Role.MEMORY:
-                names += [pool_name(holder, layout) for layout in layouts]
-            else:
-                names.append(pool.instance_id)
-        return names
+
+@dataclass(frozen=True, slots=True)
+class FetchOutcome:
+    """The result of a plan."""
+
+    num_blocks: int
+    """How many of the plan's keys, from the first, the target has now on every rank."""
+    seconds: float
+    reason: str
+    """Why it does not have all of them; "" if it has."""
+
+
+def fetch_gain_s(saved_s: float, transfer_s: float, queued_s: float) -> float:
+    """Eq. 2: what a request gains by waiting for a transfer that saves so much; the queue hides it."""
+    return saved_s - max(0.0, transfer_s - queued_s)
+
+
+def best_fetch(context: RoutingContext, prefill: Candidate, costs: CostModel) -> FetchChoice | None:
+    """The fetch to `prefill` that gains most by Eq. 2; None if no fetch gains anything.
+
+    All transfers cost the same for each token, and a token saves more the later its place: the holder
+    that offers most blocks is the best one.
+    """
+    most = prefill.cached_blocks
+    holder: Candidate | None = None
+    for candidates in (context.prefills, context.decodes, context.holders):
+        for it in candidates:
+            if it.readable_blocks > most and it is not prefill:
+                most, holder = it.readable_blocks, it
+    if holder is None:
+        return None
+    tokens, own, other = context.prompt_tokens, *map(context.cached_tokens, (prefill.cached_blocks, most))
+    transfer_s = costs.transfer_s(other - own)
+    saved_s = costs.exec_s(tokens, own) - costs.exec_s(tokens, other) - costs.load_s(other - own, Tier.DRAM)
+    if fetch_gain_s(saved_s, transfer_s, prefill.queued_s) <= 0:
+        return None
+    return FetchChoice(holder.instance_id, most, transfer_s, saved_s)

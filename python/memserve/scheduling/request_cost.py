@@ -12,8 +12,10 @@ from collections.abc import Sequence
 
 import msgspec
 
+from memserve.core.block_addr import LOCAL_TIERS
 from memserve.scheduling.context import Candidate, RoutingContext
 from memserve.scheduling.cost_model.model import CostModel
+from memserve.scheduling.prompt_tree.records import TierCounts
 
 RECENT_WEIGHT = 0.02
 """Weight of the prefill work that an instance got recently; queued work has weight 1.
@@ -69,25 +71,35 @@ def prefill_parts(context: RoutingContext, candidates: Sequence[Candidate], cost
     most, extra = tokens - 1, WORK_WEIGHT - 1
     parts: list[Parts] = []
     for it in candidates:
-        total_blocks, near_blocks = it.total_blocks, it.near_blocks
-        cached = total_blocks * page_tokens
+        depths = it.depths
+        cached = depths[-1] * page_tokens
         if cached > most:  # not min(), which takes a fifth of this loop's time
             cached = most
         own_s = exec_s = exec_of(tokens, cached)
-        load_s = 0.0
-        if near_blocks != total_blocks:
-            load_s = costs.load_s(cached - min(near_blocks * page_tokens, most))
-            own_s += load_s
+        moved_s = 0.0
+        if depths[0] != depths[-1]:
+            moved_s = load_s(context, depths, costs)
+            own_s += moved_s
         others_s = own_s * (extra + FOLLOWERS * it.queued)
-        parts.append((it.queued_s, load_s, exec_s, others_s, RECENT_WEIGHT * it.recent_s))
+        parts.append((it.queued_s, moved_s, exec_s, others_s, RECENT_WEIGHT * it.recent_s))
     return parts
+
+
+def load_s(context: RoutingContext, depths: TierCounts, costs: CostModel) -> float:
+    """Moving to HBM the blocks of an instance that are in its other tiers; `depths` as in `Candidate`."""
+    seconds, above = 0.0, context.cached_tokens(depths[0])
+    for tier in LOCAL_TIERS[1:]:
+        tokens = context.cached_tokens(depths[tier])
+        seconds += costs.load_s(tokens - above, tier)
+        above = tokens
+    return seconds
 
 
 def decode_parts(context: RoutingContext, candidates: Sequence[Candidate], costs: CostModel) -> list[Parts]:
     """For each decode: receiving the blocks it lacks, then the answer's steps in the batch it would join."""
     parts: list[Parts] = []
     for it in candidates:
-        lacking = context.prompt_tokens - context.cached_tokens(it.total_blocks)
+        lacking = context.prompt_tokens - context.cached_tokens(it.depths[-1])
         load_s = costs.remote.seconds(lacking * costs.kv_bytes_per_token)
         step_s = costs.step_s(it.decode_batch + 1, it.context_tokens + context.prompt_tokens)
         parts.append((0.0, load_s, step_s * context.output_tokens, 0.0, 0.0))

@@ -1,235 +1,204 @@
-"""From what is known of a request to where it goes, and what its way teaches about the next ones.
+"""Chooses the instances for each request, and learns from how its prefill went.
 
-    decide   prompt tree + ledger + costs ──> RoutingContext ──> Decision          (changes nothing)
-    place    the same, entered in the ledger and expected in the tree ──> Assignment
-    fetched, prefilled, ended: settle the ledger, refine the costs, count
+    decide   prompt tree + load + costs ──> RoutingContext ──> Decision       changes nothing
+    assign   a decision, counted as load and expected in the tree ──> Assignment
+    fetched, sent, prefilled, ended     settle the load and refine the costs
 
-Knows no HTTP. Event loop thread only; the clock is given.
+Knows no clock (the time is given), no metrics and no network. One thread only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from operator import add
 from typing import Protocol
 
-import msgspec
-
-from memserve.core.block_keys import BlockKey
 from memserve.core.ids import InstanceId
-from memserve.router.cluster.instance import ClusterSnapshot, Instance
-from memserve.router.cluster.pools import Pools
-from memserve.router.kv_events.synchronizer import TreeSynchronizer
-from memserve.router.observability.metrics import RouterMetrics
-from memserve.router.proxy.fetcher import FetchOutcome
-from memserve.router.tokenization.prompts import Prompt
-from memserve.router.tokenization.text_keys import BLOCK_TOKENS
-from memserve.scheduling.assignment import Assignment, route_of, work_s_by_instance
-from memserve.scheduling.context import Candidate, RoutingContext
+from memserve.scheduling.assignment import Assignment, work_s_of
+from memserve.scheduling.context import Candidate, Prompt, RoutingContext
 from memserve.scheduling.cost_model.busy_periods import BusyPeriods
 from memserve.scheduling.cost_model.model import CPU_COSTS, GPU_COSTS, CostModel
 from memserve.scheduling.cost_model.online import OnlineCostModel
-from memserve.scheduling.cost_model.prediction_error import PredictionError, update_costs, work_of
-from memserve.scheduling.decision import Decision, decide, fetching_at_most
-from memserve.scheduling.fetch_planner import FetchPlanner
+from memserve.scheduling.decision import Decision, decide
+from memserve.scheduling.fetch_planner import FetchOutcome, FetchPlan
 from memserve.scheduling.load_tracker import LoadTracker
 from memserve.scheduling.policies import find_policy
+from memserve.scheduling.prediction_error import PredictionError, PrefillReport, update_costs, work_of
 from memserve.scheduling.prompt_tree.records import NO_OVERLAP, Overlap, by_server
+from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
 
 WINDOW_S = 180.0
 """How long work counts as recent."""
 EXPECT_S = 30.0
-"""How much later than predicted a prompt may be reported and is still expected."""
-MAX_HOLDERS = 3
-"""How many holders are looked at to fetch from, when they have less in DRAM than in HBM."""
+"""How much later than predicted an instance may report a prompt that it is expected to cache."""
 
 
 @dataclass(frozen=True, slots=True)
 class SelectorConfig:
-    """How requests are placed."""
+    """How instances are chosen."""
 
     prefill_policy: str
     decode_policy: str
     start_costs: CostModel | None
-    """None: what is usual for the machines that serve a model."""
+    """None: the usual costs of the device that serves a model."""
     certainty: float
-    """Of those costs, 0 to 1."""
+    """Trust in the start costs, 0 to 1."""
     fetches: bool
-    """Whether history may be fetched before a request goes out."""
+    """Whether blocks may be fetched before a request is sent."""
 
 
-class CacheObserver(Protocol):
-    """Follows the caches of workers that do not report theirs in full."""
+class Server(Protocol):
+    """Anything with an instance id."""
 
-    def know(self, keys: Sequence[BlockKey]) -> None:
-        """A prompt with these blocks came by."""
+    @property
+    def instance_id(self) -> InstanceId: ...
 
-    def answered(self, instance: InstanceId, keys: Sequence[BlockKey]) -> None:
-        """That instance has computed, or received, these blocks."""
 
-    def believes(self, instance: InstanceId) -> bool:
-        """Whether what it answered is all that is known of its cache."""
+@dataclass(frozen=True, slots=True)
+class Targets:
+    """The instances that can serve one request. They serve one model, with blocks of one size."""
+
+    prefills: Sequence[Server]
+    """Prefill and colocated instances."""
+    decodes: Sequence[Server]
+    holders: Sequence[tuple[InstanceId, InstanceId]]
+    """Memory instances: the name of each, and the name of its pool in the tree."""
+    model: str
+    is_on_cpu: bool
+    block_tokens: int
+    """Tokens for each key of the prompt."""
+    kv_bytes_per_token: int | None
+    """None: not known."""
+    knows_blocks: bool
+    """The cached blocks of the instances are known by the prompt's kind of keys."""
 
 
 class InstanceSelector:
-    """Places requests on the ready instances."""
+    """See the module."""
 
-    def __init__(
-        self,
-        settings: SelectorConfig,
-        feed: TreeSynchronizer,
-        pools: Pools,
-        learner: CacheObserver,
-        metrics: RouterMetrics,
-        clock: Callable[[], float],
-    ) -> None:
-        self._settings = settings
-        self._feed = feed
-        self._pools = pools
-        self._learner = learner
-        self._metrics = metrics
-        self._clock = clock
-        self._ledger = LoadTracker(WINDOW_S)
+    def __init__(self, config: SelectorConfig, tree: Callable[[], GlobalPromptTree]) -> None:
+        """`tree` gives the prompt tree of the instances that are members now."""
+        self._config = config
+        self._tree = tree
+        self._load = LoadTracker(WINDOW_S)
         self._costs: dict[str, OnlineCostModel] = {}
         self._turn = 0
         self._last: dict[InstanceId, int] = {}
-        """The request that each prefill was given last."""
-        self._hindsight = PredictionError(metrics)
-        self._planner = FetchPlanner(feed, pools, metrics)
+        """The request that each prefill got last."""
+        self._prediction_error = PredictionError()
         self._busy = BusyPeriods()
 
     @property
     def costs(self) -> Mapping[str, OnlineCostModel]:
-        """What has been learnt, by model."""
+        """The costs learned so far, by model."""
         return self._costs
 
-    def decide(self, snapshot: ClusterSnapshot, prompt: Prompt) -> Decision | None:
-        """Where a request would go now; None if no pair is whole and nobody does both."""
-        prefills = (*(snapshot.prefills if snapshot.decodes else ()), *snapshot.colocated)
-        if not prefills:
+    def decide(self, targets: Targets, prompt: Prompt, now_s: float) -> Decision | None:
+        """Where a request would go now; None if there is no prefill."""
+        if not targets.prefills:
             return None
-        settings = self._settings
-        decision = decide(
-            self._situation(prefills, snapshot.decodes, prompt),
-            self._costs_of(prefills[0]).model,
-            *self._policies(prompt, prefills[0].instance_id),
-            can_fetch=settings.fetches and len(prompt.chains) == 1 and not prompt.by_text,
+        return decide(
+            self._context(targets, prompt, now_s),
+            self._costs_of(targets).model,
+            *self._policies(targets, prompt),
+            can_fetch=self._config.fetches and len(prompt.chains) == 1 and not prompt.by_text,
         )
-        for _ in range(MAX_HOLDERS):
-            if decision.fetch is None or (less := self._planner.offers_less(decision, prompt)) is None:
-                return decision
-            decision = fetching_at_most(decision, decision.fetch.source, less)
-        return msgspec.structs.replace(decision, fetch=None)
 
-    def place(self, snapshot: ClusterSnapshot, prompt: Prompt) -> Assignment | None:
-        """Where it goes, entered as work there; None as `decide`."""
-        decision = self.decide(snapshot, prompt)
-        if decision is None:
-            return None
-        now_s, route = self._clock(), route_of(snapshot, decision)
-        plan = self._planner.plan(decision, prompt)
-        placed = Assignment(
+    def assign(
+        self, decision: Decision, targets: Targets, prompt: Prompt, now_s: float, *, can_fetch: bool = True
+    ) -> Assignment:
+        """Carry out a decision: count it as load, and expect the prompt's blocks at its instances.
+
+        `can_fetch`: whether the target can reach the source of the decision's fetch.
+        """
+        plan = None
+        if decision.fetch is not None and can_fetch:
+            plan = FetchPlan.of(decision.fetch, decision.chosen, prompt.chains[0])
+        assignment = Assignment(
             number=self._turn,
             decision=decision,
             prompt=prompt,
-            route=route,
+            costs=self._costs_of(targets),
             plan=plan,
             begun_s=now_s,
-            work_s=work_s_by_instance(decision, plan),
-            had_queue=self._ledger.num_queued(decision.prefill) > 0,
+            work_s=work_s_of(decision, plan),
+            had_queue=self._load.num_queued(decision.prefill) > 0,
         )
         self._turn += 1
-        self._enter(placed)
-        return placed
+        self._enter(assignment)
+        return assignment
 
-    def waited(self, seconds: float) -> None:
-        """Another request's fetch, of blocks that a request needs, is over."""
-        self._metrics.fetches.labels("shared").inc()
-        self._metrics.fetch_seconds.observe(seconds)
-
-    def fetched(self, placed: Assignment, outcome: FetchOutcome) -> None:
-        """Its fetch is over."""
-        plan, wanted = placed.plan, placed.decision.fetch
+    def fetched(self, assignment: Assignment, outcome: FetchOutcome) -> int:
+        """The assignment's fetch is over; the number of blocks that it brought."""
+        plan = assignment.plan
         assert plan is not None
-        assert wanted is not None
-        num_new = outcome.num_blocks - plan.num_there
-        is_whole = outcome.num_blocks >= wanted.num_blocks
-        self._metrics.fetches.labels("whole" if is_whole else "part" if num_new > 0 else "none").inc()
-        self._metrics.fetch_seconds.observe(outcome.seconds)
-        if num_new > 0:
-            self._metrics.fetched_blocks.inc(num_new)
-        if is_whole and num_new > 0:
-            num_tokens = num_new * placed.decision.situation.page_tokens
-            self._costs_of(placed.prefill).fetched(num_tokens, outcome.seconds)
-        placed.fetched = outcome
+        assignment.fetched = outcome
+        num_new = max(outcome.num_blocks - plan.num_there, 0)
+        if num_new and outcome.num_blocks >= len(plan.keys):
+            assignment.costs.fetched(num_new * assignment.decision.context.page_tokens, outcome.seconds)
+        return num_new
 
-    def sent(self, placed: Assignment) -> None:
-        """It goes out now."""
-        placed.begun_s = self._clock()
-        self._busy.sent(placed.decision.prefill, placed.number, placed.begun_s)
+    def sent(self, assignment: Assignment, now_s: float) -> None:
+        """The request is sent to its instances now."""
+        assignment.begun_s = now_s
+        self._busy.sent(assignment.prefill, assignment.number, now_s)
 
-    def prefilled(self, placed: Assignment, cached_tokens: int | None, *, is_timely: bool = True) -> None:
-        """Its first token is there; prefill had `cached_tokens` of it, if it says so. Idempotent.
+    def prefilled(
+        self, assignment: Assignment, cached_tokens: int | None, now_s: float, *, is_timely: bool = True
+    ) -> PrefillReport | None:
+        """The first token has come; the prefill had `cached_tokens` of the prompt, if it reports that.
 
-        `is_timely`: just now, not some time ago.
+        `is_timely`: it came just now, not some time ago; only then there is a report. Idempotent.
         """
-        if placed.is_prefilled:
-            return
-        placed.is_prefilled = True
-        now_s = self._clock()
-        if is_timely:
-            placed.prefilled_s = now_s
-        self._ledger.prefill_done(placed.decision.prefill, placed.number, now_s)
-        if cached_tokens is not None:
-            placed.cached_tokens = cached_tokens
-            self._metrics.cached_tokens.inc(cached_tokens)
-            self._metrics.told_tokens.inc(placed.prompt.num_tokens)
-        costs = self._costs_of(placed.prefill)
-        work = work_of(placed, cached_tokens) if is_timely else None
-        if (busy := self._busy.done(placed.decision.prefill, placed.number, work, now_s)) is not None:
-            costs.worked(*busy)
+        if assignment.is_prefilled:
+            return None
+        assignment.is_prefilled = True
+        assignment.cached_tokens = cached_tokens
+        prefill, number = assignment.prefill, assignment.number
+        self._load.prefill_done(prefill, number, now_s)
+        work = work_of(assignment, cached_tokens) if is_timely else None
+        if (busy := self._busy.done(prefill, number, work, now_s)) is not None:
+            assignment.costs.worked(*busy)
         if not is_timely:
-            return
-        seconds = now_s - placed.begun_s
-        self._metrics.prefill_seconds.observe(seconds)
-        is_alone = not placed.had_queue and self._last.get(placed.decision.prefill) == placed.number
+            return None
+        assignment.prefilled_s = now_s
+        seconds = now_s - assignment.begun_s
+        is_alone = not assignment.had_queue and self._last.get(prefill) == number
         if is_alone:
-            update_costs(placed, seconds, cached_tokens, costs)
-        self._hindsight.reckon(placed, seconds, costs.model)
+            update_costs(assignment, seconds, cached_tokens)
+        return self._prediction_error.record(assignment, seconds)
 
-    def ended(self, placed: Assignment, *, is_answered: bool) -> None:
-        """Nobody works on it any more. Idempotent."""
-        now_s = self._clock()
-        self._ledger.prefill_done(placed.decision.prefill, placed.number, now_s)
-        self._busy.done(placed.decision.prefill, placed.number, None, now_s)
-        self._ledger.decode_done(placed.decode.instance_id, placed.number)
-        if is_answered:
-            for chain in placed.prompt.chains:
-                for instance in dict.fromkeys((placed.prefill.instance_id, placed.decode.instance_id)):
-                    self._learner.answered(instance, chain)
+    def ended(self, assignment: Assignment, now_s: float) -> None:
+        """No instance works on the request any more. Idempotent."""
+        self._load.prefill_done(assignment.prefill, assignment.number, now_s)
+        self._busy.done(assignment.prefill, assignment.number, None, now_s)
+        self._load.decode_done(assignment.decode, assignment.number)
 
     def num_running(self, instance: InstanceId) -> int:
-        """How many of the requests that were placed there it has still to work on."""
-        return self._ledger.num_running(instance)
+        """Number of requests that were assigned to the instance and have not ended."""
+        return self._load.num_running(instance)
 
-    def load(self, instance: InstanceId) -> Candidate:
-        """What is dispatched to it and not done, as a policy sees it."""
-        return self._ledger.candidate(instance, NO_OVERLAP, self._clock())
+    def load(self, instance: InstanceId, now_s: float) -> Candidate:
+        """The instance's load as a policy sees it."""
+        return self._load.candidate(instance, NO_OVERLAP, now_s)
 
-    def keep(self, instances: Sequence[InstanceId]) -> None:
-        """Forget the work of instances that are not there any more."""
-        self._ledger.keep(frozenset(instances), self._clock())
-        self._busy.keep(frozenset(instances))
-        for gone in self._last.keys() - set(instances):
+    def retain(self, instances: Collection[InstanceId], now_s: float) -> None:
+        """Forget the load of all other instances."""
+        kept = frozenset(instances)
+        self._load.retain(kept, now_s)
+        self._busy.retain(kept)
+        for gone in self._last.keys() - kept:
             del self._last[gone]
 
-    # ---- before
+    def _policies(self, targets: Targets, prompt: Prompt) -> tuple[str, str]:
+        """The policies for prefill and decode.
 
-    def _policies(self, prompt: Prompt, prefill: InstanceId) -> tuple[str, str]:
-        """Of prefill and of decode; a prompt of unknown keys stays with its session, if it names one."""
-        chosen = self._settings.prefill_policy, self._settings.decode_policy
-        if prompt.session is None or (prompt.chains and self._can_name(prefill, prompt)):
+        If the cached blocks of a prompt cannot be known and it names its session, "session" takes the
+        place of a policy that needs tokens.
+        """
+        chosen = self._config.prefill_policy, self._config.decode_policy
+        if prompt.session is None or (prompt.chains and targets.knows_blocks):
             return chosen
         if prompt.unknown is None and not prompt.by_text:
             return chosen
@@ -238,96 +207,62 @@ class InstanceSelector:
         )
         return prefill_policy, decode_policy
 
-    def _can_name(self, instance: InstanceId, prompt: Prompt) -> bool:
-        """Whether the blocks of an instance are known by this prompt's kind of keys."""
-        return not prompt.by_text or self._learner.believes(instance)
+    def _context(self, targets: Targets, prompt: Prompt, now_s: float) -> RoutingContext:
+        overlaps = self._overlaps(prompt)
 
-    def _situation(
-        self, prefills: Sequence[Instance], decodes: Sequence[Instance], prompt: Prompt
-    ) -> RoutingContext:
-        depths, now_s = self._depths(prompt), self._clock()
+        def candidates(servers: Sequence[Server]) -> tuple[Candidate, ...]:
+            candidate, get, no = self._load.candidate, overlaps.get, NO_OVERLAP
+            return tuple(candidate(it.instance_id, get(it.instance_id, no), now_s) for it in servers)
 
-        def candidates(instances: Sequence[Instance]) -> tuple[Candidate, ...]:
-            candidate, get, no = self._ledger.candidate, depths.get, NO_OVERLAP
-            return tuple(candidate(it.instance_id, get(it.instance_id, no), now_s) for it in instances)
-
-        memories = (
-            Candidate(name, total_blocks=depths[inside].cached)
-            for name in self._pools.memories()
-            for inside in self._planner.names_of(name, prefills[0].instance_id)
-            if inside in depths
+        holders = (
+            Candidate(name, overlap.depths, overlap.readable)
+            for name, pool in targets.holders
+            if (overlap := overlaps.get(pool)) is not None
         )
         return RoutingContext(
             prompt.num_tokens,
-            BLOCK_TOKENS if prompt.by_text else prefills[0].server_info.page_size or 1,
-            candidates(prefills),
-            candidates(decodes),
-            holders=tuple(memories),
+            targets.block_tokens,
+            candidates(targets.prefills),
+            candidates(targets.decodes),
+            holders=tuple(holders),
             session=prompt.session,
             turn=self._turn,
             output_tokens=prompt.output_tokens,
         )
 
-    def _depths(self, prompt: Prompt) -> Mapping[InstanceId, Overlap]:
-        """Of a batch, the sum over its prompts."""
-        tree = self._feed.tree
+    def _overlaps(self, prompt: Prompt) -> Mapping[InstanceId, Overlap]:
+        """The cached blocks by instance; for a batch, the sum over its prompts."""
+        tree = self._tree()
         if len(prompt.chains) == 1:
             return by_server(tree.overlaps(prompt.chains[0]))
         sums: dict[InstanceId, Overlap] = {}
         for chain in prompt.chains:
-            for instance, depth in by_server(tree.overlaps(chain)).items():
+            for instance, overlap in by_server(tree.overlaps(chain)).items():
                 known = sums.get(instance, NO_OVERLAP)
                 sums[instance] = Overlap(
-                    tuple(map(add, known.depths, depth.depths)), known.readable + depth.readable
+                    tuple(map(add, known.depths, overlap.depths)), known.readable + overlap.readable
                 )
         return sums
 
-    def _enter(self, placed: Assignment) -> None:
-        prompt = placed.prompt
-        prefill, decode = placed.prefill.instance_id, placed.decode.instance_id
-        self._ledger.prefill_dispatched(prefill, placed.number, placed.work_s, placed.begun_s)
-        self._ledger.decode_dispatched(decode, placed.number, prompt.num_tokens)
-        self._last[prefill] = placed.number
-        until_s = placed.begun_s + placed.decision.chosen.queued_s + placed.work_s + EXPECT_S
+    def _enter(self, assignment: Assignment) -> None:
+        prompt, prefill, decode = assignment.prompt, assignment.prefill, assignment.decode
+        self._load.prefill_dispatched(prefill, assignment.number, assignment.work_s, assignment.begun_s)
+        self._load.decode_dispatched(decode, assignment.number, prompt.num_tokens)
+        self._last[prefill] = assignment.number
+        queued_s = assignment.decision.chosen.queued_s
+        until_s = assignment.begun_s + queued_s + assignment.work_s + EXPECT_S
+        tree = self._tree()
         for instance in (prefill, decode) if decode != prefill else (prefill,):
-            if self._feed.tree.follows(instance):
+            if tree.follows(instance):
                 for chain in prompt.chains:
-                    self._feed.tree.expect(instance, chain, until_s)
-        if not prompt.by_text:
-            for chain in prompt.chains:
-                self._learner.know(chain)
-        metrics = self._metrics
-        metrics.placed.labels(prefill, placed.prefill.role).inc()
-        if decode != prefill:
-            metrics.placed.labels(decode, placed.decode.role).inc()
-        metrics.prompt_tokens.inc(prompt.num_tokens)
-        self._count_tiers(placed, prompt)
-        if prompt.unknown is not None:
-            metrics.unknown_tokens.labels(prompt.unknown).inc()
+                    tree.expect(instance, chain, until_s)
 
-    def _count_tiers(self, placed: Assignment, prompt: Prompt) -> None:
-        """Where its tokens were seen for the prefill it goes to."""
-        metrics, situation, chosen = self._metrics, placed.decision.situation, placed.decision.chosen
-        after = 0
-        if chosen.total_blocks or placed.plan is not None:
-            near, total = map(situation.cached_tokens, (chosen.near_blocks, chosen.total_blocks))
-            planned = 0 if placed.plan is None else situation.cached_tokens(len(placed.plan.keys))
-            after = max(total, planned)
-            metrics.expected_tokens.inc(total)
-            metrics.hbm_tokens.inc(near)
-            metrics.dram_tokens.inc(total - near)
-            metrics.remote_tokens.inc(after - total)
-        metrics.computed_tokens.inc(prompt.num_tokens - after)
-
-    def _costs_of(self, instance: Instance) -> OnlineCostModel:
-        """Of the model that the instance serves."""
-        facts = instance.server_info
-        costs = self._costs.get(facts.model)
+    def _costs_of(self, targets: Targets) -> OnlineCostModel:
+        costs = self._costs.get(targets.model)
         if costs is None:
-            usual = CPU_COSTS if facts.is_on_cpu else GPU_COSTS
-            costs = OnlineCostModel(self._settings.start_costs or usual, certainty=self._settings.certainty)
-            self._costs[facts.model] = costs
-        pools = self._pools.of(instance.instance_id)
-        if pools and pools[0].block_bytes and facts.page_size:
-            costs.has_block_bytes(pools[0].block_bytes, facts.page_size)
+            usual = CPU_COSTS if targets.is_on_cpu else GPU_COSTS
+            costs = OnlineCostModel(self._config.start_costs or usual, certainty=self._config.certainty)
+            self._costs[targets.model] = costs
+        if targets.kv_bytes_per_token is not None:
+            costs.set_kv_bytes_per_token(targets.kv_bytes_per_token)
         return costs

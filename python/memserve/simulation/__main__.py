@@ -1,4 +1,4 @@
-"""`python -m memserve.simulation`: try routing policies on a trace, before they meet users."""
+"""`python -m memserve.simulation`: tries routing policies on a trace."""
 
 from __future__ import annotations
 
@@ -21,23 +21,24 @@ HELP = """\
 Replays a trace against simulated instances, with the router's prompt tree, policies and cost model.
 The last line on stdout is one JSON object; progress goes to stderr.
 
-A trace has one request a line, as Mooncake publishes them:
+A trace has one request per line, in the format of Mooncake's published traces:
   {"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [0, 46, 47, ...]}
 timestamp in ms; one hash id per 512 tokens, the last block partial; equal ids mean equal prefixes.
 `python -m memserve.simulation.make_trace` writes such files.
 """
 
 EXAMPLES = """\
-settings:
-  Without --timed nothing takes time: prompts are cached at once, and load is the work placed on an
-  instance in the last 180 s. That shows hits and balance. With --timed the cost model says how long
-  each prefill, transfer and decode step takes: that shows latency. --load 0.9 then sets the clock of
-  the trace so that the work an *ideal* cache would leave keeps the prefills busy for 90% of the time.
+modes:
+  Without --timed nothing takes time: prompts are cached at once, and the load of an instance is the work
+  placed there in the last 180 s. This mode shows hits and balance. With --timed the cost model gives the
+  time of each prefill, transfer and decode step: this mode shows latency. --load 0.9 sets the arrival
+  times so that the work an *ideal* cache would leave keeps the prefills busy for 90% of the time.
 
 reading the result:
-  block_hit_ratio   blocks found cached where their prompt was computed; ideal_hit_ratio bounds it
+  block_hit_ratio   share of blocks that were cached where their prompt was computed; ideal_hit_ratio is
+                    its upper bound
   work_imbalance    computed tokens, the busiest instance over the mean; 1 is even
-  fetched_ratio     blocks moved between instances because that beats computing them (Eq. 2)
+  fetched_ratio     share of blocks moved between instances because that beats computing them (Eq. 2)
   goodput_per_s     requests per second that met --ttft-goal and --token-goal
 
 examples:
@@ -50,7 +51,7 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run what the command line asks for; the exit status."""
+    """Run the simulation that the command line describes; the exit status."""
     arguments = _parser().parse_args(argv)
     try:
         _run(arguments)
@@ -90,14 +91,14 @@ def _speed(arguments: argparse.Namespace, trace: Trace, costs: CostModel) -> flo
     if arguments.load is None:
         return float(arguments.speed)
     if not arguments.timed:
-        raise ConfigError("--load needs --timed: without, nothing takes time")
+        raise ConfigError("--load needs --timed: without it nothing takes time")
     if not arguments.load > 0 or not trace.duration_s:
-        raise ConfigError("--load is more than 0, and needs a trace that takes time")
+        raise ConfigError("--load has to be above 0, and needs a trace with a duration")
     return float(arguments.load / ideal_load(trace, costs, max(arguments.instances, 1)))
 
 
 def _plotter(folder: Path | None) -> Callable[..., list[Path]] | None:
-    """How to draw; found out before the simulation, so that a missing package costs nobody a run."""
+    """The function that draws plots. Checks for its package before the simulation, not after."""
     if folder is None:
         return None
     from memserve.simulation.plots import check_plots, draw_plots
@@ -107,7 +108,7 @@ def _plotter(folder: Path | None) -> Callable[..., list[Path]] | None:
 
 
 def _counted(requests: Sequence[Request], *, quiet: bool) -> Iterable[Request]:
-    """The same, with a progress bar on stderr where there is someone to see it."""
+    """The requests, with a progress bar on stderr unless `quiet`."""
     if quiet:
         return requests
     try:
@@ -127,19 +128,29 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument("--trace", type=Path, required=True, metavar="FILE", help="requests, one JSON a line")
     parser.add_argument(
-        "--block-tokens", type=int, default=BLOCK_TOKENS, metavar="N", help="of the trace (default: 512)"
+        "--trace", type=Path, required=True, metavar="FILE", help="requests, one JSON object per line"
+    )
+    parser.add_argument(
+        "--block-tokens",
+        type=int,
+        default=BLOCK_TOKENS,
+        metavar="N",
+        help="tokens per block of the trace (default: 512)",
     )
     cluster = parser.add_argument_group("the cluster")
     cluster.add_argument(
         "--instances", type=int, default=4, metavar="N", help="prefill instances (default: 4)"
     )
     cluster.add_argument(
-        "--decodes", type=int, default=0, metavar="N", help="decode instances; none: each instance does both"
+        "--decodes",
+        type=int,
+        default=0,
+        metavar="N",
+        help="decode instances; 0: every instance does prefill and decode (default: 0)",
     )
     cluster.add_argument(
-        "--capacity", type=int, metavar="TOKENS", help="cache of each instance (default: without end)"
+        "--capacity", type=int, metavar="TOKENS", help="cache size of each instance (default: unlimited)"
     )
     cluster.add_argument(
         "--costs",
@@ -158,29 +169,64 @@ def _parser() -> argparse.ArgumentParser:
         "--decode-policy", default="prompt_tree", metavar="NAME", help="for decodes (default: prompt_tree)"
     )
     routing.add_argument(
-        "--fetch", action=argparse.BooleanOptionalAction, default=True, help="move KV where Eq. 2 says so"
+        "--fetch",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="fetch KV from other instances where Eq. 2 favours it",
     )
     routing.add_argument(
-        "--staleness", type=float, default=0.0, metavar="S", help="seconds until the router hears of a block"
+        "--staleness",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="delay of the cache events, in seconds (default: 0)",
     )
     routing.add_argument(
-        "--event-loss", type=float, default=0.0, metavar="P", help="share of the cache events that get lost"
+        "--event-loss",
+        type=float,
+        default=0.0,
+        metavar="P",
+        help="share of the cache events that are lost (default: 0)",
     )
     routing.add_argument(
         "--cost-error",
         type=float,
         default=1.0,
         metavar="X",
-        help="with --timed: the router begins by believing prefills X times as slow as they are, and learns",
+        help="with --timed: the router's first estimate of prefill costs is X times too high (default: 1)",
     )
     time = parser.add_argument_group("time")
-    time.add_argument("--timed", action="store_true", help="model how long things take")
+    time.add_argument(
+        "--timed", action="store_true", help="simulate the time of prefills, transfers and decode steps"
+    )
     clock = time.add_mutually_exclusive_group()
-    clock.add_argument("--speed", type=float, default=1.0, metavar="X", help="run the trace's clock faster")
-    clock.add_argument("--load", type=float, metavar="L", help="the speed that gives this load, 1 is full")
-    time.add_argument("--ttft-goal", type=float, default=10.0, metavar="S", help="(default: 10)")
-    time.add_argument("--token-goal", type=float, default=0.05, metavar="S", help="(default: 0.05)")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of all random draws (default: 0)")
+    clock.add_argument(
+        "--speed",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="arrivals are X times faster than in the trace (default: 1)",
+    )
+    clock.add_argument(
+        "--load", type=float, metavar="L", help="use the speed that gives this load; 1 is full"
+    )
+    time.add_argument(
+        "--ttft-goal",
+        type=float,
+        default=10.0,
+        metavar="S",
+        help="time to first token that counts as good (default: 10)",
+    )
+    time.add_argument(
+        "--token-goal",
+        type=float,
+        default=0.05,
+        metavar="S",
+        help="time between tokens that counts as good (default: 0.05)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of all random draws (default: 0)"
+    )
     parser.add_argument("--plots", type=Path, metavar="DIR", help="draw PNG files into DIR")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser

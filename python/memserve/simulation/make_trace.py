@@ -1,8 +1,8 @@
 """`python -m memserve.simulation.make_trace`: seeded traces of well-known shapes, in Mooncake's format.
 
-Knows sizes, turns and times of prompts; nothing of their words or of any server.
-Source of the shapes: MemServe (ShareGPT, LooGLE, ReAct); Mooncake's conversation trace, whose
-quantiles `conversation` was fitted to.
+Knows sizes, turns and times of prompts; no text and no server.
+Source of the shapes: MemServe (ShareGPT, LooGLE, ReAct); Mooncake's conversation trace, to whose
+quantiles `conversation` is fitted.
 """
 
 from __future__ import annotations
@@ -23,27 +23,27 @@ from memserve.simulation.traces import BLOCK_TOKENS, TraceLine
 
 @dataclass(frozen=True, slots=True)
 class Shape:
-    """What to make. Checked when built."""
+    """The size of a trace. Checked when built."""
 
     requests: int
     rate: float
     """Requests per second, on average."""
     sessions: int = 80
-    """Of loogle; elsewhere there are as many as give the requests."""
+    """For loogle only; the other shapes make as many sessions as the requests need."""
     share_ratio: int = 3
-    """Of loogle: sessions that ask about the same document."""
+    """For loogle only: sessions that ask about the same document."""
     block_tokens: int = BLOCK_TOKENS
     seed: int = 0
 
     def __post_init__(self) -> None:
         if min(self.requests, self.sessions, self.share_ratio, self.block_tokens) < 1:
-            raise ConfigError("requests, sessions, share ratio and block tokens are at least 1")
+            raise ConfigError("requests, sessions, share ratio and block tokens have to be at least 1")
         if not self.rate > 0:
-            raise ConfigError("a rate is more than 0 requests per second")
+            raise ConfigError("the rate has to be above 0 requests per second")
 
 
 class _Ids:
-    """New block ids."""
+    """Gives out new block ids."""
 
     def __init__(self) -> None:
         self._next = 0
@@ -57,7 +57,7 @@ class _Context:
     """A prompt that grows. Its whole blocks keep their ids; the last, partial one is new each time."""
 
     def __init__(self, ids: _Ids, block_tokens: int, blocks: Sequence[int] = ()) -> None:
-        """`blocks`: whole ones to begin with, shared with whoever else has them."""
+        """`blocks`: whole blocks to begin with, which other prompts may share."""
         self._ids, self._block_tokens = ids, block_tokens
         self._blocks = list(blocks)
         self.num_tokens = len(self._blocks) * block_tokens
@@ -68,7 +68,7 @@ class _Context:
             self._blocks.append(self._ids.take())
 
     def shrink(self, num_tokens: int) -> None:
-        """Go back to the first so many tokens: what comes then is new."""
+        """Go back to the first `num_tokens` tokens; growing from there makes new blocks."""
         self.num_tokens = min(self.num_tokens, num_tokens)
         del self._blocks[self.num_tokens // self._block_tokens :]
 
@@ -84,7 +84,7 @@ class _Context:
 
 
 Session = Callable[[Random, float, int], Iterator[TraceLine]]
-"""The requests of one conversation that begins at some time and has that number."""
+"""(random, begin in seconds, number) -> the requests of one conversation."""
 
 
 def conversation(shape: Shape) -> list[TraceLine]:
@@ -124,7 +124,7 @@ def sharegpt(shape: Shape) -> list[TraceLine]:
         for _ in range(turns):
             context.grow(4 + int(random.lognormvariate(log(40), 1.1)))
             if context.num_tokens > 2300:
-                context.shrink(0)  # the window is full: a client begins anew with the last words
+                context.shrink(0)  # the window is full: the client starts again with its last message
                 context.grow(4 + int(random.lognormvariate(log(40), 1.1)))
             output = 1 + int(random.lognormvariate(log(150), 0.8))
             yield context.request(at_s, output, number)
@@ -148,7 +148,7 @@ def loogle(shape: Shape) -> list[TraceLine]:
     homes = [i // shape.share_ratio for i in range(shape.sessions)]
     random.shuffle(homes)
     lines, at_s = [], 0.0
-    # Everybody asks once before anybody is drawn again, so that there are as many sessions as said.
+    # Every session asks once before any session is drawn again: the trace has exactly shape.sessions.
     order = random.sample(range(shape.sessions), shape.sessions)
     order += random.choices(range(shape.sessions), k=max(shape.requests - shape.sessions, 0))
     order = order[: shape.requests]
@@ -163,7 +163,7 @@ def loogle(shape: Shape) -> list[TraceLine]:
 
 
 def react(shape: Shape) -> list[TraceLine]:
-    """Agents: a 6-shot prompt of 1,250 tokens that all share, growing by thought, action, observation."""
+    """Agents: all share a 6-shot prompt of 1,250 tokens, and grow it by thought, action and observation."""
     ids = _Ids()
     shots = _Context(ids, shape.block_tokens)
     shots.grow(1250)
@@ -244,10 +244,10 @@ examples:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Write the trace that the command line asks for; the exit status."""
+    """Write the trace that the command line describes; the exit status."""
     parser = argparse.ArgumentParser(
         prog="python -m memserve.simulation.make_trace",
-        description="Writes a trace for python -m memserve.simulation: one request a line, as JSON. "
+        description="Writes a trace for python -m memserve.simulation: one JSON object per request and line. "
         "The same arguments give the same trace.",
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -255,12 +255,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("shape", choices=SHAPES)
     for flag, kind, help in (
-        ("requests", int, "how many"),
+        ("requests", int, "number of requests"),
         ("rate", float, "requests per second, on average"),
-        ("sessions", int, "of loogle (default: 80)"),
-        ("share-ratio", int, "of loogle: sessions per document (default: 3)"),
+        ("sessions", int, "number of sessions, for loogle (default: 80)"),
+        ("share-ratio", int, "sessions per document, for loogle (default: 3)"),
         ("block-tokens", int, "tokens per block (default: 512)"),
-        ("seed", int, "of all random draws (default: 0)"),
+        ("seed", int, "seed of all random draws (default: 0)"),
     ):
         parser.add_argument(f"--{flag}", type=kind, metavar="N", help=help)
     parser.add_argument("-o", "--output", type=Path, metavar="FILE", help="default: stdout")

@@ -1,4 +1,4 @@
-"""Pictures of a simulation, as PNG files. The one module that imports matplotlib."""
+"""Plots of a simulation, as PNG files. Only this module imports matplotlib."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 NUM_SLICES = 40
-"""Into how many pieces of equal time a run is cut."""
+"""Number of pieces of equal time that a run is cut into."""
 
 
 def check_plots(folder: Path) -> None:
-    """Raises ConfigError if nothing could be drawn into `folder`, which is made if need be."""
+    """Create `folder` if needed. Raises ConfigError if plots cannot be drawn into it."""
     try:
         import matplotlib  # noqa: F401
     except ImportError as error:
@@ -30,34 +30,34 @@ def check_plots(folder: Path) -> None:
 
 
 def draw_plots(outcome: Outcome, folder: Path) -> list[Path]:
-    """Write every picture that the outcome has data for into `folder`; their paths.
+    """Write every plot that the outcome has data for into `folder`, and return the paths.
 
     Raises ConfigError as `check_plots`.
     """
     check_plots(folder)
-    pictures: dict[str, Callable[[Axes, Outcome], None]] = {
+    plots: dict[str, Callable[[Axes, Outcome], None]] = {
         "hit_ratio": _hit_ratio,
         "imbalance": _imbalance,
     }
     if outcome.config.timed:
-        pictures |= {"ttft": _ttft, "fetches": _fetches}
-    return [_draw(outcome, folder / f"{name}.png", picture) for name, picture in pictures.items()]
+        plots |= {"ttft": _ttft, "fetches": _fetches}
+    return [_draw(outcome, folder / f"{name}.png", plot) for name, plot in plots.items()]
 
 
-def _draw(outcome: Outcome, path: Path, picture: Callable[[Axes, Outcome], None]) -> Path:
+def _draw(outcome: Outcome, path: Path, plot: Callable[[Axes, Outcome], None]) -> Path:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(7, 4), layout="constrained")
     axes = figure.subplots()
     axes.grid(alpha=0.3)
     axes.set_title(f"{outcome.config.policy}, {outcome.config.instances} instances")
-    picture(axes, outcome)
+    plot(axes, outcome)
     figure.savefig(path, dpi=120)
     return path
 
 
 def _slices(outcome: Outcome) -> tuple[list[float], list[list[int]]]:
-    """The middle of each slice of time in minutes, and the numbers of the requests that came in it."""
+    """The middle of each time slice in minutes, and the numbers of the requests that arrived in it."""
     requests = outcome.trace.requests
     begin_s, width_s = requests[0].arrival_s, (outcome.trace.duration_s or 1.0) / NUM_SLICES
     members: list[list[int]] = [[] for _ in range(NUM_SLICES)]

@@ -1,4 +1,4 @@
-"""What a simulation came to, in figures. Knows no files and no plots."""
+"""The figures of a simulation. Knows no files and no plots."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ from dataclasses import dataclass, replace
 
 from memserve.core.ids import InstanceId
 from memserve.scheduling.cost_model.model import CostModel
-from memserve.simulation.engine import SimulatedRequest
+from memserve.simulation.instance import SimulatedRequest
 from memserve.simulation.simulation import Outcome
 from memserve.simulation.traces import Trace
 
 
 @dataclass(frozen=True, slots=True)
 class Goal:
-    """When a request was served well enough to count as goodput."""
+    """Limits that a request has to meet to count as goodput."""
 
     first_token_s: float = 10.0
     token_s: float = 0.05
@@ -23,7 +23,7 @@ class Goal:
 
 @dataclass(frozen=True, slots=True)
 class Figures:
-    """One run's result. Times are None where none were modelled."""
+    """The result of one run. Times are None in untimed mode."""
 
     policy: str
     decode_policy: str
@@ -34,21 +34,21 @@ class Figures:
     seed: int
     requests: int
     block_hit_ratio: float
-    """Blocks that were cached where their prompt was computed, fetched ones among them, of all blocks."""
+    """Share of blocks that were cached where their prompt was computed, including fetched blocks."""
     ideal_hit_ratio: float
-    """The same for one cache without end."""
+    """The same for a single unlimited cache."""
     fetched_ratio: float
-    """Blocks that were moved between instances first, of all blocks."""
+    """Share of blocks that were first moved between instances."""
     work_imbalance: float
-    """Of the prefills' computed tokens: the most over the mean."""
+    """Computed tokens per prefill: maximum over mean."""
     resyncs: int
     load: float | None = None
-    """Work that an ideal cache would leave, of what the prefills can do while requests come in."""
+    """Work that an ideal cache would leave, over the capacity of the prefills while requests arrive."""
     ttft_mean_s: float | None = None
     ttft_p50_s: float | None = None
     ttft_p99_s: float | None = None
     token_mean_s: float | None = None
-    """Between an answer's tokens, averaged over requests."""
+    """Mean time between the tokens of an answer, averaged over requests."""
     latency_mean_s: float | None = None
     latency_p99_s: float | None = None
     requests_per_s: float | None = None
@@ -56,11 +56,11 @@ class Figures:
     """Requests per second that met the goal."""
     goodput_ratio: float | None = None
     prediction_error: float | None = None
-    """Of the router's latest predictions of prefills, relative; None if it began with the true costs."""
+    """Relative error of the router's latest predictions; None if it began with the true costs."""
 
 
 def figures(outcome: Outcome, costs: CostModel, goal: Goal = Goal()) -> Figures:
-    """Sum up a run; `costs` are those it ran with."""
+    """Sum up a run with its `costs`."""
     config, trace, jobs = outcome.config, outcome.trace, outcome.jobs
     num_blocks = trace.num_blocks
     untimed = Figures(
@@ -82,7 +82,7 @@ def figures(outcome: Outcome, costs: CostModel, goal: Goal = Goal()) -> Figures:
 
 
 def work_by_instance(jobs: Sequence[SimulatedRequest], prefills: Sequence[InstanceId]) -> list[int]:
-    """Tokens that each of `prefills` computed."""
+    """Computed tokens of each of `prefills`."""
     work = dict.fromkeys(prefills, 0)
     for job in jobs:
         work[job.prefill] += job.work_tokens
@@ -90,12 +90,12 @@ def work_by_instance(jobs: Sequence[SimulatedRequest], prefills: Sequence[Instan
 
 
 def imbalance(work: Sequence[int]) -> float:
-    """The most over the mean; 1 where there was no work."""
+    """Maximum over mean; 1 if there was no work."""
     return max(work) * len(work) / sum(work) if sum(work) else 1.0
 
 
 def percentile(values: Sequence[float], share: float) -> float:
-    """The smallest value that at least `share` of them do not exceed."""
+    """The smallest value that at least `share` of the values do not exceed."""
     return sorted(values)[max(math.ceil(share * len(values)) - 1, 0)]
 
 
@@ -106,7 +106,7 @@ def first_token_times(outcome: Outcome) -> list[float]:
 
 
 def ideal_load(trace: Trace, costs: CostModel, instances: int) -> float:
-    """At speed 1, the work that an ideal cache would leave, of what `instances` can do meanwhile."""
+    """At speed 1, the work that an ideal cache would leave, over the capacity of `instances` meanwhile."""
     work_s = sum(
         costs.exec_s(request.prompt_tokens, min(depth * trace.block_tokens, request.prompt_tokens - 1))
         for request, depth in zip(trace.requests, trace.ideal_depths(), strict=True)
@@ -135,5 +135,5 @@ def _with_times(untimed: Figures, outcome: Outcome, costs: CostModel, goal: Goal
         requests_per_s=len(jobs) / duration_s if duration_s else None,
         goodput_per_s=good / duration_s if duration_s else None,
         goodput_ratio=good / len(jobs),
-        prediction_error=outcome.refined.error if outcome.refined.num_observed else None,
+        prediction_error=outcome.learned.error if outcome.learned.num_observed else None,
     )

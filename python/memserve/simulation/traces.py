@@ -1,10 +1,10 @@
-"""Request traces in Mooncake's format: what came when, and which 512-token blocks each prompt has.
+"""Request traces in Mooncake's format: arrival times, and the 512-token blocks of each prompt.
 
     {"timestamp": 27482, "input_length": 6955, "output_length": 52, "hash_ids": [0, 46, 47, ...]}
 
 `timestamp` in ms; one id per block, the last one partial; ids chain, so equal ids mean equal prefixes.
-`session_id`, where a line has one, names its conversation; elsewhere it is told from the blocks.
-Knows files and their faults; not what happens to the requests.
+`session_id` names the conversation; for lines without it, the blocks tell the conversation.
+Knows the file format and its errors only.
 Source: kvcache-ai/Mooncake, FAST25-release/traces; session_id is ours.
 """
 
@@ -23,7 +23,7 @@ BLOCK_TOKENS = 512
 
 
 class TraceLine(msgspec.Struct, frozen=True, omit_defaults=True):
-    """One request as it is written. Other fields are ignored."""
+    """One line of a trace file. Other fields are ignored."""
 
     timestamp: float
     input_length: int
@@ -59,7 +59,7 @@ class Trace:
         return sum(len(request.keys) for request in self.requests)
 
     def ideal_depths(self) -> Iterator[int]:
-        """Per request, how many blocks one cache without end would have of it."""
+        """For each request, the number of its blocks that a single unlimited cache would have."""
         seen: set[BlockKey] = set()
         for request in self.requests:
             yield next((i for i, key in enumerate(request.keys) if key not in seen), len(request.keys))
@@ -70,7 +70,7 @@ class Trace:
 
 
 def read_trace(path: Path, block_tokens: int = BLOCK_TOKENS) -> Trace:
-    """The trace in `path`. Raises ConfigError naming the line and what is wrong with it."""
+    """The trace in `path`. Raises ConfigError with the line number and the error."""
     try:
         with path.open("rb") as file:
             return parse_trace(file, str(path), block_tokens)
@@ -79,7 +79,7 @@ def read_trace(path: Path, block_tokens: int = BLOCK_TOKENS) -> Trace:
 
 
 def parse_trace(lines: Iterable[bytes], name: str, block_tokens: int = BLOCK_TOKENS) -> Trace:
-    """As `read_trace`; `name` is what errors call the source. Blank lines are skipped."""
+    """As `read_trace`; errors call the source `name`. Blank lines are skipped."""
     decoder = msgspec.json.Decoder(TraceLine)
     sessions = _Sessions()
     parents: dict[int, int | None] = {}
@@ -93,7 +93,7 @@ def parse_trace(lines: Iterable[bytes], name: str, block_tokens: int = BLOCK_TOK
             _check(line, block_tokens)
             _check_chain(line.hash_ids, parents)
             if line.timestamp / 1e3 < before_s:
-                raise ValueError(f"timestamp {line.timestamp:g} is before that of the line above")
+                raise ValueError(f"timestamp {line.timestamp:g} is before the timestamp of the line above")
         except (ValueError, msgspec.DecodeError) as error:
             raise ConfigError(f"{name}, line {number}: {error}") from error
         before_s = line.timestamp / 1e3
@@ -103,7 +103,7 @@ def parse_trace(lines: Iterable[bytes], name: str, block_tokens: int = BLOCK_TOK
             Request(len(requests), before_s, line.input_length, line.output_length, keys, session)
         )
     if not requests:
-        raise ConfigError(f"{name}: there is no request in it")
+        raise ConfigError(f"{name}: the trace has no request")
     return Trace(tuple(requests), block_tokens)
 
 
@@ -111,7 +111,7 @@ def _check(line: TraceLine, block_tokens: int) -> None:
     if line.timestamp < 0:
         raise ValueError(f"timestamp {line.timestamp:g} is negative")
     if line.input_length < 1:
-        raise ValueError(f"input_length {line.input_length}: a prompt has at least one token")
+        raise ValueError(f"input_length {line.input_length}: a prompt has to have at least one token")
     if line.output_length < 0:
         raise ValueError(f"output_length {line.output_length} is negative")
     expected = -(-line.input_length // block_tokens)
@@ -121,25 +121,23 @@ def _check(line: TraceLine, block_tokens: int) -> None:
             f"of {block_tokens}"
         )
     if any(not 0 <= block < 1 << 63 for block in line.hash_ids):
-        raise ValueError("a hash id is a number from 0 to 2^63 - 1")
+        raise ValueError("hash ids have to be from 0 to 2^63 - 1")
     if len(set(line.hash_ids)) != len(line.hash_ids):
-        raise ValueError("a hash id is there twice")
+        raise ValueError("a hash id is repeated")
 
 
 def _check_chain(blocks: list[int], parents: dict[int, int | None]) -> None:
     before: int | None = None
     for block in blocks:
         if parents.setdefault(block, before) != before:
-            raise ValueError(
-                f"block {block} follows {before} here and {parents[block]} further up: ids chain"
-            )
+            raise ValueError(f"block {block} follows {before} here and {parents[block]} in an earlier line")
         before = block
 
 
 class _Sessions:
-    """Tells conversations by their blocks: a prompt goes on with the one whose blocks it begins with.
+    """Infers conversations from blocks: a prompt continues the conversation whose blocks it begins with.
 
-    The first block tells nothing: it is the system prompt that all share.
+    The first block does not count: it is the system prompt that all conversations share.
     """
 
     def __init__(self) -> None:

@@ -18,7 +18,7 @@ from memserve.router.command_line import parse_args
 from memserve.scheduling import policies
 from memserve.scheduling.context import Candidate, RoutingContext
 from memserve.scheduling.cost_model.model import GPU_COSTS, CostModel, PathCost
-from memserve.scheduling.decision import decide
+from memserve.scheduling.decision import Decision, decide
 from memserve.scheduling.load_tracker import LoadTracker
 from memserve.scheduling.policies import all_policies, describe_policies, find_policy
 from memserve.scheduling.prompt_tree.records import NO_OVERLAP, Overlap
@@ -27,16 +27,22 @@ SLOW_NETWORK = replace(GPU_COSTS, remote=PathCost(2e-3, 1e8))
 
 
 def candidate(name: str, total: int = 0, near: int | None = None, **load: float) -> Candidate:
-    return Candidate(InstanceId(name), total if near is None else near, total, **load)  # type: ignore[arg-type]
+    """All blocks are readable for others."""
+    depths = (total if near is None else near, total)
+    return Candidate(InstanceId(name), depths, total, **load)  # type: ignore[arg-type]
 
 
-def situation(*prefills: Candidate, **fields: object) -> RoutingContext:
+def context(*prefills: Candidate, **fields: object) -> RoutingContext:
     """A prompt of 10 blocks of 512 tokens."""
     return RoutingContext(5120, 512, prefills, **fields)  # type: ignore[arg-type]
 
 
+def source_of(decision: Decision) -> str | None:
+    return decision.fetch.source if decision.fetch else None
+
+
 def chosen(policy: str, *prefills: Candidate, **fields: object) -> str:
-    return decide(situation(*prefills, **fields), GPU_COSTS, policy).prefill
+    return decide(context(*prefills, **fields), GPU_COSTS, policy).prefill
 
 
 @pytest.mark.parametrize(
@@ -119,37 +125,39 @@ def test_a_session_stays_and_moves_only_with_its_instance() -> None:
     ],
 )
 def test_a_fetch_has_to_pay(own: int, other: int, costs: CostModel, source: str | None) -> None:
-    decision = decide(situation(candidate("a", own), candidate("b", other, queued_s=60.0)), costs)
+    decision = decide(context(candidate("a", own), candidate("b", other, queued_s=60.0)), costs)
     if own < other:
         assert decision.prefill == "a"
-    assert decision.fetch_from == source
+    assert source_of(decision) == source
 
 
 def test_a_transfer_that_the_queue_hides_costs_nothing() -> None:
     prefills = [candidate("a", 2), candidate("b", 9, queued_s=600.0)]
-    slow_s = SLOW_NETWORK.transfer_s(7 * 512, InstanceId("b"), InstanceId("a"))
+    slow_s = SLOW_NETWORK.transfer_s(7 * 512)
     for queued_s, source in ((0.0, None), (0.5 * slow_s, None), (slow_s, "b")):
         prefills[0] = candidate("a", 2, queued_s=queued_s)
-        decision = decide(situation(*prefills), SLOW_NETWORK)
-        assert (decision.prefill, decision.fetch_from) == ("a", source)
+        decision = decide(context(*prefills), SLOW_NETWORK)
+        assert (decision.prefill, source_of(decision)) == ("a", source)
 
 
 def test_the_holder_that_saves_most_is_fetched_from() -> None:
     holders = (candidate("memory0", 7), candidate("memory1", 9))
     decodes = (candidate("d", 8),)
     prefills = (candidate("a"), candidate("b", 3, queued_s=60.0))
-    decision = decide(situation(*prefills, decodes=decodes, holders=holders), GPU_COSTS)
-    assert decision.fetch_from == "memory1"
+    decision = decide(context(*prefills, decodes=decodes, holders=holders), GPU_COSTS)
+    assert source_of(decision) == "memory1"
     assert decision.fetch is not None
     assert decision.fetch.num_blocks == 9
     assert decision.fetch.transfer_s <= decision.fetch.saved_s
 
 
-def test_a_measured_pair_supersedes_the_network_as_reckoned() -> None:
-    slow = {(InstanceId("b"), InstanceId("a"), tier): PathCost(0.0, 1e6) for tier in (0, 1)}
-    costs = replace(GPU_COSTS, pairs=slow)  # type: ignore[arg-type]
-    prefills = (candidate("a"), candidate("b", 9, queued_s=60.0), candidate("c", 8, queued_s=60.0))
-    assert decide(situation(*prefills), costs).fetch_from == "c"
+def test_fetch_takes_the_readable_blocks_of_a_holder_only() -> None:
+    in_hbm = Candidate(InstanceId("a"), (9, 10), readable_blocks=3, queued_s=60.0)
+    partly = Candidate(InstanceId("b"), (8, 8), readable_blocks=7, queued_s=60.0)
+    fetch = decide(context(candidate("c"), in_hbm, partly), GPU_COSTS).fetch
+    assert fetch is not None
+    assert (fetch.source, fetch.num_blocks) == ("b", 7)
+    assert decide(context(candidate("c", 7), in_hbm, partly), GPU_COSTS).fetch is None
 
 
 @pytest.mark.parametrize(
@@ -161,13 +169,13 @@ def test_a_measured_pair_supersedes_the_network_as_reckoned() -> None:
     ],
 )
 def test_a_decode_is_chosen_for_what_it_holds_and_its_load(decodes: list[Candidate], expected: str) -> None:
-    decision = decide(situation(candidate("p"), decodes=tuple(decodes)), GPU_COSTS)
+    decision = decide(context(candidate("p"), decodes=tuple(decodes)), GPU_COSTS)
     assert (decision.prefill, decision.decode) == ("p", expected)
 
 
 def test_a_decision_holds_every_candidate_and_says_why() -> None:
     prefills = (candidate("a", 8, near=3, queued_s=0.01), candidate("b", 2), candidate("c"))
-    decision = decide(situation(*prefills, decodes=(candidate("d"),)), GPU_COSTS)
+    decision = decide(context(*prefills, decodes=(candidate("d"),)), GPU_COSTS)
     assert [score.candidate for score in decision.scores] == list(prefills)
     assert decision.scores[0].total_s == min(score.total_s for score in decision.scores)
     assert decision.scores[0].load_s > 0
@@ -178,7 +186,7 @@ def test_a_decision_holds_every_candidate_and_says_why() -> None:
 
 def test_nobody_to_choose_from_is_an_error() -> None:
     with pytest.raises(ValueError, match="no prefill to choose from"):
-        decide(situation(), GPU_COSTS)
+        decide(context(), GPU_COSTS)
 
 
 CANDIDATES = st.lists(
@@ -203,20 +211,20 @@ CANDIDATES = st.lists(
 def test_every_policy_chooses_one_of_the_candidates_and_again_the_same(
     candidates: list[Candidate], policy: str, turn: int, session: int | None
 ) -> None:
-    given_ = situation(*candidates, decodes=tuple(candidates), turn=turn, session=session)
+    given_ = context(*candidates, decodes=tuple(candidates), turn=turn, session=session)
     decision = decide(given_, GPU_COSTS, policy, policy)
     assert decision == decide(given_, GPU_COSTS, policy, policy)
     names = {it.instance_id for it in candidates}
     assert decision.prefill in names
     assert decision.decode in names
-    assert decision.fetch_from in names | {None}
-    assert decision.fetch_from != decision.prefill
+    assert source_of(decision) in names | {None}
+    assert source_of(decision) != decision.prefill
     assert decision.reason
 
 
 @given(CANDIDATES, st.integers(0, 99))
 def test_prompt_tree_takes_the_lowest_of_the_scores_it_shows(candidates: list[Candidate], turn: int) -> None:
-    given_ = situation(*candidates, decodes=tuple(candidates), turn=turn)
+    given_ = context(*candidates, decodes=tuple(candidates), turn=turn)
     decision = decide(given_, GPU_COSTS)
     for name, scores in ((decision.prefill, decision.scores), (decision.decode, decision.decode_scores)):
         totals = {score.candidate.instance_id: score.total_s for score in scores}
@@ -292,7 +300,7 @@ def test_cold_prompts_spread_at_any_concurrency(
 ) -> None:
     """Closed loop of `connections` over 4 instances; prompts share a prefix of `shared_blocks`."""
     names = [InstanceId(f"i{i}") for i in range(4)]
-    ledger, random = LoadTracker(180.0), Random(connections)
+    load, random = LoadTracker(180.0), Random(connections)
     busy_until = dict.fromkeys(names, 0.0)
     seen: set[str] = set()
     cold: Counter[str] = Counter()
@@ -302,17 +310,17 @@ def test_cold_prompts_spread_at_any_concurrency(
         now_s, connection = heapq.heappop(free)
         while ends and ends[0][0] <= now_s:
             end_s, number, name = heapq.heappop(ends)
-            ledger.prefill_done(InstanceId(name), number, end_s)
+            load.prefill_done(InstanceId(name), number, end_s)
         is_warm, home = random.random() < warm_share, random.choice(names)
         candidates = []
         for name in names:
             blocks = 9 if is_warm and name == home else shared_blocks * (name in seen)
-            candidates.append(ledger.candidate(name, Overlap((blocks, blocks), 0), now_s))
+            candidates.append(load.candidate(name, Overlap((blocks, blocks), 0), now_s))
         asked = RoutingContext(5120, 512, tuple(candidates), turn=turn)
         name = decide(asked, GPU_COSTS, can_fetch=False).prefill
-        blocks = next(it.total_blocks for it in candidates if it.instance_id == name)
+        blocks = next(it.cached_blocks for it in candidates if it.instance_id == name)
         work_s = GPU_COSTS.exec_s(5120, asked.cached_tokens(blocks))
-        ledger.prefill_dispatched(name, turn, work_s, now_s)
+        load.prefill_dispatched(name, turn, work_s, now_s)
         busy_until[name] = max(busy_until[name], now_s) + work_s
         heapq.heappush(ends, (busy_until[name], turn, name))
         heapq.heappush(free, (busy_until[name], connection))
@@ -326,23 +334,23 @@ def test_cold_prompts_spread_at_any_concurrency(
 def test_who_joins_shares_the_work_with_who_did_it_alone(num_before: int) -> None:
     """Also if it was given something before its coming was noted."""
     old, new = InstanceId("old"), InstanceId("new")
-    ledger, work_s, now_s = LoadTracker(180.0), GPU_COSTS.exec_s(5120, 0), 0.0
-    ledger.keep({old, new}, now_s)
-    ledger.keep({old}, now_s)
+    load, work_s, now_s = LoadTracker(180.0), GPU_COSTS.exec_s(5120, 0), 0.0
+    load.retain({old, new}, now_s)
+    load.retain({old}, now_s)
     for number in range(100):
-        ledger.prefill_dispatched(old, number, work_s, now_s)
+        load.prefill_dispatched(old, number, work_s, now_s)
         now_s += work_s
-        ledger.prefill_done(old, number, now_s)
+        load.prefill_done(old, number, now_s)
     for number in range(100, 100 + num_before):
-        ledger.prefill_dispatched(new, number, work_s, now_s)
-        ledger.prefill_done(new, number, now_s)
-    ledger.keep({old, new}, now_s)
+        load.prefill_dispatched(new, number, work_s, now_s)
+        load.prefill_done(new, number, now_s)
+    load.retain({old, new}, now_s)
     got = Counter[InstanceId]()
     for number in range(100, 200):
-        candidates = tuple(ledger.candidate(name, NO_OVERLAP, now_s) for name in (old, new))
+        candidates = tuple(load.candidate(name, NO_OVERLAP, now_s) for name in (old, new))
         name = decide(RoutingContext(5120, 512, candidates, turn=number), GPU_COSTS, can_fetch=False).prefill
-        ledger.prefill_dispatched(name, number, work_s, now_s)
+        load.prefill_dispatched(name, number, work_s, now_s)
         now_s += work_s
-        ledger.prefill_done(name, number, now_s)
+        load.prefill_done(name, number, now_s)
         got[name] += 1
     assert 40 <= got[new] <= 60

@@ -1,4 +1,4 @@
-"""The simulator, its traces and its generators: what goes in comes out, once, and again the same."""
+"""The simulator, its traces and its trace generators."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from memserve.scheduling.cost_model.model import GPU_COSTS
 from memserve.scheduling.policies import all_policies
 from memserve.simulation import __main__ as simulate
 from memserve.simulation import make_trace
-from memserve.simulation.cache import PromptCache
+from memserve.simulation.instance import PromptCache
 from memserve.simulation.make_trace import SHAPES
 from memserve.simulation.report import Figures, figures, imbalance, percentile
 from memserve.simulation.simulation import Outcome, SimulationConfig
@@ -47,7 +47,7 @@ def summed(outcome: Outcome) -> Figures:
     return figures(outcome, GPU_COSTS)
 
 
-# Traces.
+# ---- traces
 
 
 @pytest.mark.parametrize(
@@ -58,50 +58,50 @@ def summed(outcome: Outcome) -> Figures:
         (b'{"timestamp": 3}', "missing required field `input_length`"),
         (line(input_length="7"), "Expected `int`, got `str` - at `\\$.input_length`"),
         (line(hash_ids=[0, 1]), "2 hash_ids, but 1100 tokens are 3 blocks of 512"),
-        (line(hash_ids=[0, 1, 1]), "a hash id is there twice"),
-        (line(hash_ids=[0, 1, -2]), "a hash id is a number from 0"),
-        (line(hash_ids=[0, 9, 2]), "block 2 follows 9 here and 1 further up"),
-        (line(hash_ids=[1, 0, 2]), "block 1 follows None here and 0 further up"),
-        (line(timestamp=999), "timestamp 999 is before that of the line above"),
+        (line(hash_ids=[0, 1, 1]), "a hash id is repeated"),
+        (line(hash_ids=[0, 1, -2]), "hash ids have to be from 0"),
+        (line(hash_ids=[0, 9, 2]), "block 2 follows 9 here and 1 in an earlier line"),
+        (line(hash_ids=[1, 0, 2]), "block 1 follows None here and 0 in an earlier line"),
+        (line(timestamp=999), "timestamp 999 is before the timestamp of the line above"),
         (line(timestamp=-1), "timestamp -1 is negative"),
-        (line(input_length=0, hash_ids=[]), "a prompt has at least one token"),
+        (line(input_length=0, hash_ids=[]), "a prompt has to have at least one token"),
         (line(output_length=-1), "output_length -1 is negative"),
     ],
 )
-def test_a_bad_line_is_named_with_what_is_wrong(bad: bytes, problem: str) -> None:
+def test_parse_trace_names_a_bad_line_and_its_error(bad: bytes, problem: str) -> None:
     with pytest.raises(ConfigError, match=f"^somewhere, line 3: .*({problem})"):
         parse_trace([line(), b"\n", bad], "somewhere")
 
 
-def test_a_trace_without_requests_is_refused() -> None:
+def test_parse_trace_refuses_a_trace_without_requests() -> None:
     with pytest.raises(ConfigError, match="no request"):
         parse_trace([b"\n"], "somewhere")
 
 
-def test_conversations_are_told_by_their_blocks_beyond_the_shared_first() -> None:
+def test_conversations_are_inferred_from_blocks_after_the_shared_first() -> None:
     lines = [[0, 1, 2], [0, 3, 4], [0, 1, 5], [0, 6, 7], [0, 3, 8]]
     trace = parse_trace([line(hash_ids=ids) for ids in lines], "t")
     assert [request.session for request in trace.requests] == [0, 1, 0, 2, 1]
     assert parse_trace([line(session_id=7)], "t").requests[0].session == 7
 
 
-def test_the_ideal_is_counted_from_the_front() -> None:
+def test_ideal_hits_are_counted_from_the_first_block() -> None:
     trace = parse_trace([line(), line(hash_ids=[0, 1, 3]), line(hash_ids=[4, 5, 6])], "t")
     assert list(trace.ideal_depths()) == [0, 2, 0]
     assert trace.ideal_hit_ratio() == pytest.approx(2 / 9)
 
 
-# Generated traces.
+# ---- generated traces
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_a_generated_trace_is_valid_seeded_and_as_long_as_asked(shape: str) -> None:
+def test_generated_trace_is_valid_seeded_and_of_the_given_length(shape: str) -> None:
     once, again, other = (trace_of(shape, requests=200, seed=seed) for seed in (1, 1, 2))
     assert len(once.requests) == 200
     assert once == again != other
 
 
-def test_the_conversation_shape_is_that_of_mooncakes_trace() -> None:
+def test_conversation_shape_matches_the_quantiles_of_mooncakes_trace() -> None:
     trace = trace_of("conversation")
     prompts = [request.prompt_tokens for request in trace.requests]
     answers = [request.output_tokens for request in trace.requests]
@@ -113,7 +113,7 @@ def test_the_conversation_shape_is_that_of_mooncakes_trace() -> None:
     assert len({request.keys[0] for request in trace.requests}) == 1
 
 
-def test_loogle_shares_what_the_paper_says() -> None:
+def test_loogle_shape_matches_the_reuse_in_the_paper() -> None:
     trace = trace_of("loogle")
     prompts = [request.prompt_tokens for request in trace.requests]
     assert sum(prompts) / len(prompts) == pytest.approx(23_500, rel=0.15)
@@ -122,20 +122,20 @@ def test_loogle_shares_what_the_paper_says() -> None:
     assert trace.ideal_hit_ratio() == pytest.approx(0.91 * (1 - 27 / 250), abs=0.05)
 
 
-def test_react_shares_its_shots_and_grows() -> None:
+def test_react_requests_share_their_shots_and_grow() -> None:
     trace = trace_of("react", block_tokens=64, requests=400)
     assert len({request.keys[:19] for request in trace.requests}) == 1
     assert trace.ideal_hit_ratio() > 0.8
 
 
-# The cache of an instance.
+# ---- the cache of an instance
 
 
 def keys(*names: int) -> list[BlockKey]:
     return [BlockKey(bytes([name])) for name in names]
 
 
-def test_the_oldest_leaf_goes_first_and_a_parent_after_its_children() -> None:
+def test_prompt_cache_evicts_the_oldest_leaf_before_its_parent() -> None:
     cache = PromptCache(5)
     assert cache.insert(keys(1, 2, 3)) == (0, [])
     assert cache.insert(keys(1, 4)) == (1, [])
@@ -147,7 +147,7 @@ def test_the_oldest_leaf_goes_first_and_a_parent_after_its_children() -> None:
     assert cache.depth(keys(5, 6)) == 1
 
 
-def test_of_a_prompt_larger_than_the_cache_the_first_blocks_stay() -> None:
+def test_prompt_cache_keeps_the_first_blocks_of_a_prompt_larger_than_itself() -> None:
     cache = PromptCache(2)
     assert cache.insert(keys(1, 2, 3, 4)) == (0, keys(4, 3))
     assert cache.depth(keys(1, 2, 3, 4)) == 2
@@ -157,7 +157,9 @@ CHAINS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=
 
 
 @given(CHAINS, st.integers(1, 12))
-def test_a_cache_is_prefix_closed_and_tells_all_that_changes(chains: list[list[int]], capacity: int) -> None:
+def test_prompt_cache_is_prefix_closed_and_reports_every_change(
+    chains: list[list[int]], capacity: int
+) -> None:
     cache, told = PromptCache(capacity), set()
     for chain in chains:
         prompt = [BlockKey(bytes(chain[: i + 1])) for i in range(len(chain))]
@@ -171,12 +173,12 @@ def test_a_cache_is_prefix_closed_and_tells_all_that_changes(chains: list[list[i
             assert parent is None or parent in held[:place]
 
 
-# Simulations.
+# ---- simulations
 
 
 @pytest.mark.parametrize("policy", all_policies())
 @pytest.mark.parametrize("decodes", [0, 2])
-def test_every_request_ends_once_and_in_order(trace: Trace, policy: str, decodes: int) -> None:
+def test_simulation_ends_every_request_once(trace: Trace, policy: str, decodes: int) -> None:
     part = Trace(trace.requests[:300], trace.block_tokens)
     config = SimulationConfig(3, decodes, 400_000, policy, policy, timed=True, speed=3.0)
     outcome = run(part, config)
@@ -192,7 +194,7 @@ def test_every_request_ends_once_and_in_order(trace: Trace, policy: str, decodes
 
 
 @pytest.mark.parametrize("timed", [False, True])
-def test_the_same_seed_gives_the_same_outcome(trace: Trace, timed: bool) -> None:
+def test_simulation_repeats_with_the_same_seed(trace: Trace, timed: bool) -> None:
     part = Trace(trace.requests[:300], trace.block_tokens)
     config = SimulationConfig(4, 0, 200_000, "random", timed=timed, staleness_s=2.0, event_loss=0.05, seed=5)
     once, again = run(part, config), run(part, config)
@@ -201,7 +203,7 @@ def test_the_same_seed_gives_the_same_outcome(trace: Trace, timed: bool) -> None
     assert once.num_resyncs > 0
 
 
-def test_a_cache_without_end_on_one_instance_is_the_ideal(trace: Trace) -> None:
+def test_one_unlimited_instance_reaches_the_ideal_hit_ratio(trace: Trace) -> None:
     for policy in all_policies():
         result = summed(run(trace, SimulationConfig(1, policy=policy)))
         assert result.block_hit_ratio == result.ideal_hit_ratio
@@ -239,7 +241,7 @@ def test_fetching_moves_blocks_and_saves_time(trace: Trace) -> None:
 
 
 @pytest.mark.parametrize("cost_error", [0.2, 5.0])
-def test_a_router_that_is_wrong_about_costs_learns_them(trace: Trace, cost_error: float) -> None:
+def test_simulated_router_learns_costs_from_a_wrong_start(trace: Trace, cost_error: float) -> None:
     right, wrong = (
         summed(run(trace, SimulationConfig(4, timed=True, speed=1.5, cost_error=error)))
         for error in (1.0, cost_error)
@@ -251,7 +253,7 @@ def test_a_router_that_is_wrong_about_costs_learns_them(trace: Trace, cost_error
     assert wrong.ttft_mean_s == pytest.approx(right.ttft_mean_s, rel=0.25)
 
 
-def test_a_lone_request_takes_what_the_cost_model_says() -> None:
+def test_single_request_takes_the_time_of_the_cost_model() -> None:
     trace = parse_trace([line(output_length=11)], "t")
     (job,) = run(trace, SimulationConfig(1, timed=True)).jobs
     assert job.first_token_s - 1 == pytest.approx(GPU_COSTS.exec_s(1100, 0))
@@ -261,7 +263,7 @@ def test_a_lone_request_takes_what_the_cost_model_says() -> None:
     assert job.first_token_s - 1 == pytest.approx(GPU_COSTS.exec_s(1100, 0) + moved_s)
 
 
-def test_two_that_decode_together_share_their_steps() -> None:
+def test_requests_in_one_decode_batch_share_its_steps() -> None:
     lines = [line(output_length=101), line(output_length=51, hash_ids=[3, 4, 5])]
     first, second = run(parse_trace(lines, "t"), SimulationConfig(1, timed=True)).jobs
     alone_s = GPU_COSTS.step_s(1, 1100)
@@ -273,12 +275,12 @@ def test_two_that_decode_together_share_their_steps() -> None:
 @pytest.mark.parametrize(
     ("work", "expected"), [([1, 1, 1], 1.0), ([3, 0, 0], 3.0), ([2, 1], 4 / 3), ([0, 0], 1.0)]
 )
-def test_imbalance_is_the_most_over_the_mean(work: list[int], expected: float) -> None:
+def test_imbalance_is_maximum_over_mean(work: list[int], expected: float) -> None:
     assert imbalance(work) == pytest.approx(expected)
 
 
 @pytest.mark.parametrize(("share", "expected"), [(0.5, 2), (0.51, 3), (0.99, 4), (1.0, 4), (0.0, 1)])
-def test_a_percentile_is_one_of_the_values(share: float, expected: float) -> None:
+def test_percentile_is_one_of_the_values(share: float, expected: float) -> None:
     assert percentile([4, 1, 3, 2], share) == expected
 
 
@@ -295,12 +297,12 @@ def test_a_percentile_is_one_of_the_values(share: float, expected: float) -> Non
         {"staleness_s": -1.0},
     ],
 )
-def test_a_setting_that_cannot_be_is_refused(wrong: dict[str, object]) -> None:
+def test_simulation_config_refuses_impossible_values(wrong: dict[str, object]) -> None:
     with pytest.raises(ConfigError):
         SimulationConfig(**wrong)  # type: ignore[arg-type]
 
 
-# The commands.
+# ---- the commands
 
 
 @pytest.fixture
@@ -310,7 +312,7 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_the_last_line_is_one_json_object(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_simulation_command_ends_with_one_json_line(file: Path, capsys: pytest.CaptureFixture[str]) -> None:
     flags = ["--trace", str(file), "--instances", "2", "--capacity", "100000", "--policy", "session"]
     assert simulate.main([*flags, "--quiet"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
@@ -324,7 +326,7 @@ def test_the_last_line_is_one_json_object(file: Path, capsys: pytest.CaptureFixt
     assert "200/200" in printed.err
 
 
-def test_plots_are_drawn(file: Path, tmp_path: Path) -> None:
+def test_simulation_command_draws_plots(file: Path, tmp_path: Path) -> None:
     pytest.importorskip("matplotlib", reason="an optional extra: memserve[plots]")
     folder = tmp_path / "new" / "plots"
     assert simulate.main(["--trace", str(file), "--timed", "--quiet", "--plots", str(folder)]) == 0
@@ -338,12 +340,12 @@ def test_plots_are_drawn(file: Path, tmp_path: Path) -> None:
         (["--trace", "nowhere.jsonl"], "nowhere.jsonl: No such file"),
         (["--instances", "0"], "at least one instance"),
         (["--load", "0.5"], "--load needs --timed"),
-        (["--load", "-1", "--timed"], "--load is more than 0"),
-        (["--costs", "nowhere.json"], "No such file or directory; else it is gpu or cpu"),
+        (["--load", "-1", "--timed"], "--load has to be above 0"),
+        (["--costs", "nowhere.json"], "No such file or directory; the built-in costs are gpu and cpu"),
         (["--block-tokens", "16"], "line 1: .* hash_ids, but"),
     ],
 )
-def test_a_bad_flag_ends_with_one_line_that_says_why(
+def test_bad_flag_ends_the_command_with_one_error_line(
     file: Path, flags: list[str], problem: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert simulate.main(["--trace", str(file), "--quiet", *flags]) == 2
@@ -355,7 +357,7 @@ def test_a_bad_flag_ends_with_one_line_that_says_why(
     assert make_trace.main(["conversation", "--requests", "0"]) == 2
 
 
-def test_a_fitted_cost_model_is_read_from_its_file(
+def test_simulation_command_reads_a_fitted_cost_file(
     file: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     costs = {

@@ -29,6 +29,7 @@ from memserve.router.admission.controller import SERVED_FACTOR, AdmissionSlot
 from memserve.router.errors import CLIENT_LEFT_STATUS, ClientLeft, RequestTimeout, ShuttingDown, failure_of
 from memserve.router.http.exchange import Bodies, Exchange, WebExchange
 from memserve.router.http.ingress import Ingress
+from memserve.router.proxy.placement import Placement
 from memserve.router.proxy.prepare import ClientContext
 from memserve.router.records import RequestRecord, RequestTrace, Traces
 from memserve.router.request import RequestIds
@@ -71,11 +72,11 @@ class ClientRequest(msgspec.Struct):
     status: int = 200
     reason: str = "-"
 
-    def dispatched(self, assignment: Assignment, attempt: int) -> None:
+    def dispatched(self, placement: Placement, attempt: int) -> None:
         """Instances are selected; attempts are numbered from 1."""
-        self.route, self.assignment, self.attempts = assignment.route, assignment, attempt
+        self.route, self.assignment, self.attempts = placement.route, placement.assignment, attempt
         if self.trace is not None:
-            self.trace.placed(assignment)
+            self.trace.placed(placement.assignment)
 
     def record(self, now_s: float) -> RequestRecord:
         """The record of the request, which ends now."""

@@ -200,6 +200,7 @@ class RoleResult(Struct):
 class CandidateScore(Struct):
     instance: str
     hbm_blocks: Count
+    dram_blocks: Count
     blocks: Count
     queued: Count
     running: Count

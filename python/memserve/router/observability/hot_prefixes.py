@@ -19,7 +19,7 @@ import msgspec
 from memserve.core.block_keys import BlockKey
 from memserve.router.records import HotPrefix
 from memserve.router.request import JsonObject
-from memserve.router.tokenization.prompts import Prompt
+from memserve.scheduling.context import Prompt
 
 MAX_NOTED = 256
 """Prompts that are looked at per tick: of more, the rest count for nothing but their number."""

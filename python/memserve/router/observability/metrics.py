@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import prometheus_client
 from prometheus_client import CollectorRegistry, generate_latest
 from prometheus_client.core import Metric
 from prometheus_client.registry import Collector
 
+from memserve.core.block_addr import LOCAL_TIERS
+from memserve.router.cluster.instance import Instance
 from memserve.router.observability.counting import Counter, Gauge, Histogram
+from memserve.scheduling.assignment import Assignment
+from memserve.scheduling.context import Prompt
+from memserve.scheduling.prediction_error import PrefillReport
 
 PREFIX = "memserve_router"
 _SECONDS = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0)
@@ -81,7 +86,7 @@ class RouterMetrics:
             "tier",
         )
         self.told_tokens = counter("told_prompt_tokens", "Prompt tokens whose prefill told what it had.")
-        self.hbm_tokens, self.dram_tokens = tiers.labels("hbm"), tiers.labels("dram")
+        self.tier_tokens = tuple(tiers.labels(tier.name.lower()) for tier in LOCAL_TIERS)
         self.remote_tokens, self.computed_tokens = tiers.labels("remote"), tiers.labels("computed")
         self.fetches = counter(
             "fetches",
@@ -118,6 +123,44 @@ class RouterMetrics:
     def count_queued(self, seconds: float) -> None:
         """A request waited so long for a slot, or gave up."""
         self.queue_seconds.observe(seconds)
+
+    def count_placement(self, instances: Sequence[Instance], assignment: Assignment) -> None:
+        """Count a placed request, and the tokens of its prompt by where they are for its prefill."""
+        prompt = assignment.prompt
+        for instance in instances:
+            self.placed.labels(instance.instance_id, instance.role).inc()
+        self.prompt_tokens.inc(prompt.num_tokens)
+        if prompt.unknown is not None:
+            self.unknown_tokens.labels(prompt.unknown).inc()
+        by_tier, remote = assignment.tokens_by_tier()
+        cached = sum(by_tier)
+        if cached or remote:
+            self.expected_tokens.inc(cached)
+            for counter, num_tokens in zip(self.tier_tokens, by_tier, strict=True):
+                counter.inc(num_tokens)
+            self.remote_tokens.inc(remote)
+        self.computed_tokens.inc(prompt.num_tokens - cached - remote)
+
+    def count_fetch(self, outcome: str, seconds: float | None = None, num_blocks: int = 0) -> None:
+        """Count a fetch before dispatch: its outcome, its time if it took any, and the blocks it brought."""
+        self.fetches.labels(outcome).inc()
+        if seconds is not None:
+            self.fetch_seconds.observe(seconds)
+        if num_blocks:
+            self.fetched_blocks.inc(num_blocks)
+
+    def count_prefill(self, prompt: Prompt, cached_tokens: int | None, report: PrefillReport | None) -> None:
+        """Count a prefill: its cached tokens, if reported, and its time, if known."""
+        if cached_tokens is not None:
+            self.cached_tokens.inc(cached_tokens)
+            self.told_tokens.inc(prompt.num_tokens)
+        if report is None:
+            return
+        self.prefill_seconds.observe(report.seconds)
+        if report.error is not None:
+            self.prefill_seconds_error.set(report.error)
+        if report.regret_s is not None:
+            self.regret_seconds.observe(report.regret_s)
 
     def show(self, name: str, help: str, value: Callable[[], float]) -> None:
         """Show what `value` gives whenever somebody looks."""

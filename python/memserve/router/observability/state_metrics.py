@@ -123,7 +123,7 @@ class StateCollector(Collector):
 
     def _costs(self) -> Iterator[Metric]:
         errors, observed = {}, {}
-        for model, costs in self._state.selector.costs.items():
+        for model, costs in self._state.scheduler.costs.items():
             for what, one in (("prefill", costs.prefills), ("fetch", costs.fetches)):
                 errors[model, what] = one.error
                 observed[model, what] = one.num_observed

@@ -9,7 +9,7 @@ from memserve.router.observability.hot_prefixes import HotPrefixes
 from memserve.router.observability.live_series import LiveSeries
 from memserve.router.observability.metrics import RouterMetrics
 from memserve.router.observability.request_log import RequestLog
-from memserve.router.tokenization.prompts import Prompt
+from memserve.scheduling.context import Prompt
 
 
 @dataclass(frozen=True, slots=True)

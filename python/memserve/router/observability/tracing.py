@@ -127,13 +127,13 @@ class SpannedRequest:
     def placed(self, placed: Assignment) -> None:
         self._told_fetch()
         self._placed, self._placed_ns = placed, time.time_ns()
-        situation, chosen = placed.decision.situation, placed.decision.chosen
+        context, chosen = placed.decision.context, placed.decision.chosen
         attributes: dict[str, str | int | bool] = {
-            "memserve.prefill": placed.prefill.instance_id,
-            "memserve.decode": placed.decode.instance_id,
+            "memserve.prefill": placed.prefill,
+            "memserve.decode": placed.decode,
             "memserve.reason": placed.decision.reason,
             "memserve.prompt_tokens": placed.prompt.num_tokens,
-            "memserve.expected_cached_tokens": situation.cached_tokens(chosen.total_blocks),
+            "memserve.expected_cached_tokens": context.cached_tokens(chosen.cached_blocks),
         }
         self._child("place", self._since_ns, self._now_ns(), attributes)
 

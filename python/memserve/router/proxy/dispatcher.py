@@ -8,12 +8,12 @@ from __future__ import annotations
 
 from memserve.router.errors import UpstreamFault
 from memserve.router.proxy.executor import RequestExecutor
+from memserve.router.proxy.placement import Placement
 from memserve.router.proxy.prepare import PreparedRequest
 from memserve.router.proxy.recovery import StreamRecovery
 from memserve.router.proxy.relay import Sink
 from memserve.router.proxy.retry import Attempt, OnPlaced, RequestObserver, RetryLoop
 from memserve.router.proxy.stream_splicer import Diverged
-from memserve.scheduling.assignment import Assignment
 from memserve.scheduling.decision import Decision
 
 
@@ -39,7 +39,7 @@ class Dispatcher:
     async def answer(self, prepared: PreparedRequest, on_placed: OnPlaced) -> bytes:
         """The whole answer. Raises as `RetryLoop.run` and `Upstream.leg`."""
 
-        async def execute(attempt: Attempt, placed: Assignment) -> bytes:
+        async def execute(attempt: Attempt, placed: Placement) -> bytes:
             answer = await self._executor.answer(attempt.request, placed)
             return attempt.attempt_id.removed(answer) if attempt.attempt_id else answer
 
@@ -53,7 +53,7 @@ class Dispatcher:
         request = prepared.request
         stream = self._recovery.open(request, sink, self._retries.ready(prepared))
 
-        async def execute(attempt: Attempt, placed: Assignment) -> None:
+        async def execute(attempt: Attempt, placed: Placement) -> None:
             resumption = attempt.resumption
             write = stream.writer(attempt.attempt_id, resumption.splicer if resumption else None)
             try:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Coroutine, Iterable
-from functools import partial
 from typing import Any, TypeVar
 
 import msgspec
@@ -18,12 +17,11 @@ from memserve.router.proxy.fetcher import Fetcher
 from memserve.router.proxy.merge import cached_tokens_in, rid_field
 from memserve.router.proxy.n_sampling import SampleJoiner, as_batch, as_singles, join_answers
 from memserve.router.proxy.pd_pair import OnPrefilled, PairRunner, parsed
+from memserve.router.proxy.placement import GlobalScheduler, Placement
 from memserve.router.proxy.relay import Write, relay
 from memserve.router.proxy.upstream import Upstream
 from memserve.router.request import Api, GenerationRequest, decode_json, encode_json
 from memserve.router.sse import data_of
-from memserve.scheduling.assignment import Assignment, benefits_from
-from memserve.scheduling.selector import InstanceSelector
 
 T = TypeVar("T")
 
@@ -31,13 +29,13 @@ T = TypeVar("T")
 class RequestExecutor:
     """Runs placed calls. Event loop thread only."""
 
-    def __init__(self, upstream: Upstream, placer: InstanceSelector, fetcher: Fetcher) -> None:
+    def __init__(self, upstream: Upstream, placer: GlobalScheduler, fetcher: Fetcher) -> None:
         self._upstream = upstream
         self._pairs = PairRunner(upstream)
         self._placer = placer
         self._fetcher = fetcher
 
-    async def answer(self, request: GenerationRequest, placed: Assignment) -> bytes:
+    async def answer(self, request: GenerationRequest, placed: Placement) -> bytes:
         """The whole answer. Raises what `Upstream.leg` raises."""
         is_answered = False
         try:
@@ -48,7 +46,7 @@ class RequestExecutor:
         finally:
             self._placer.ended(placed, is_answered=is_answered)
 
-    async def stream(self, request: GenerationRequest, placed: Assignment, write: Write) -> None:
+    async def stream(self, request: GenerationRequest, placed: Placement, write: Write) -> None:
         """Write the answer as it comes. Raises what `Upstream.leg` and `write` raise."""
         is_answered = False
         try:
@@ -58,13 +56,13 @@ class RequestExecutor:
         finally:
             self._placer.ended(placed, is_answered=is_answered)
 
-    async def _begun(self, request: GenerationRequest, placed: Assignment) -> OnPrefilled:
+    async def _begun(self, request: GenerationRequest, placed: Placement) -> OnPrefilled:
         """Its history is fetched; what to tell of its prefill."""
-        waited_s = await self._fetcher.wait(partial(benefits_from, placed))
+        waited_s = await self._fetcher.wait(placed.assignment.benefits_from)
         if waited_s is not None:
             self._placer.waited(waited_s)
-        if placed.plan is not None:
-            self._placer.fetched(placed, await self._fetcher.run(placed.plan))
+        if (plan := placed.assignment.plan) is not None:
+            self._placer.fetched(placed, await self._fetcher.run(plan, placed.links))
         self._placer.sent(placed)
 
         def on_prefilled(answer: Any) -> None:
@@ -85,7 +83,7 @@ class RequestExecutor:
             await self._stream_samples(request, route, on_prefilled, write)
 
     async def _answer(
-        self, request: GenerationRequest, placed: Assignment, on_prefilled: OnPrefilled
+        self, request: GenerationRequest, placed: Placement, on_prefilled: OnPrefilled
     ) -> bytes:
         route = placed.route
         if not isinstance(route, Pair):

@@ -1,10 +1,10 @@
-"""Fetch before dispatch: the chosen prefill is told to get blocks from a better holder, and waited for.
+"""Fetch before dispatch: the chosen prefill gets blocks from a better holder before it gets the request.
 
-    plan   the pools of both instances that hold equal blocks, rank by rank
-    run    `Fetch` to each rank's pool ── the least of what they have now ──> Fetched
-    wait   for what another request's plan brings to the same prefill
+    links   the pools of both instances that hold equal blocks, rank by rank
+    run     `Fetch` to each rank's pool ── the fewest blocks that a rank has now ──> Fetched
+    wait    until another request's fetch has brought blocks to the same prefill
 
-Bounded by what it can save. A fetch that fails, or is late, costs recomputation and nothing else.
+The plan bounds the time by what the fetch can save. A fetch that fails or is late costs recomputation.
 Source: MemServe, Eq. 2.
 """
 
@@ -13,15 +13,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from bisect import bisect_left
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 
-from memserve.core.block_keys import BlockKey
 from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import MemServeError
 from memserve.core.ids import InstanceId
 from memserve.router.cluster.pools import Pools
+from memserve.scheduling.fetch_planner import FetchOutcome, FetchPlan
 from memserve.wire.async_link import AsyncControlClient
 from memserve.wire.messages import PoolInfo
 from memserve.wire.peer_messages import Fetch as FetchMessage
@@ -29,51 +27,18 @@ from memserve.wire.peer_messages import Fetched
 
 logger = logging.getLogger(__name__)
 
-MAX_FETCH_S = 2.0
-"""However much a fetch could save: who holds the blocks may be gone."""
 ANSWER_S = 0.05
-"""How much later than the fetch has to end its answer may come."""
+"""How much later than the end of the fetch its answer may come."""
 
 
-@dataclass(frozen=True, slots=True)
-class FetchPlan:
-    """What to move before a request goes out."""
-
-    target: InstanceId
-    source: InstanceId
-    keys: Sequence[BlockKey]
-    """From the prompt's first block on."""
-    links: tuple[tuple[PoolInfo, PoolInfo], ...]
-    """Of each rank: who fetches, and from whom."""
-    num_there: int
-    """How many of the keys, from the first, the target has."""
-    transfer_s: float
-    """Predicted for the others."""
-    timeout_s: float
-
-    def num_shared(self, chain: Sequence[BlockKey]) -> int:
-        """How many of the keys, from the first, are a prompt's, too. O(log n): a key names all before it."""
-        shorter = range(min(len(self.keys), len(chain)))
-        return bisect_left(shorter, True, key=lambda place: self.keys[place] != chain[place])
+Links = tuple[tuple[PoolInfo, PoolInfo], ...]
+"""For each rank, the pool that fetches and the pool that it fetches from."""
 
 
-@dataclass(frozen=True, slots=True)
-class FetchOutcome:
-    """What came of a plan."""
+def links_between(pools: Pools, target: InstanceId, source: InstanceId) -> Links:
+    """Each pool of `target` with a pool of `source` that has equal blocks; empty if one finds none.
 
-    num_blocks: int
-    """Of the chain that the target has now, from the first, on every rank."""
-    seconds: float
-    reason: str
-    """Why it is not all of them; "" if it is."""
-
-
-def links_between(
-    pools: Pools, target: InstanceId, source: InstanceId
-) -> tuple[tuple[PoolInfo, PoolInfo], ...]:
-    """Each pool of `target` and that of `source` with equal blocks; none if one lacks its like.
-
-    A pool without a layout, a memory instance's, takes blocks of any.
+    A pool without a layout, a memory instance's, holds blocks of any layout.
     """
     links = []
     for own in pools.of(target):
@@ -92,15 +57,18 @@ class Fetcher:
         self._clock = clock
         self._under_way: dict[asyncio.Task[FetchOutcome], FetchPlan] = {}
 
-    async def run(self, plan: FetchPlan) -> FetchOutcome:
-        """Never raises for what a pool did or did not do. Goes on for who waits if it is cancelled."""
-        task = asyncio.create_task(self._run(plan))
+    async def run(self, plan: FetchPlan, links: Links) -> FetchOutcome:
+        """Fetch on every rank. Failures of pools are outcomes, not errors.
+
+        If the caller is cancelled, the fetch goes on for the requests that wait for it.
+        """
+        task = asyncio.create_task(self._run(plan, links))
         self._under_way[task] = plan
         task.add_done_callback(self._under_way.pop)
         return await asyncio.shield(task)
 
     async def wait(self, is_needed: Callable[[FetchPlan], bool]) -> float | None:
-        """Until the plans under way that are needed have run; the seconds, None if there were none."""
+        """Wait until the needed fetches under way have ended; the seconds, None if there are none."""
         tasks = [task for task, plan in self._under_way.items() if is_needed(plan)]
         if not tasks:
             return None
@@ -108,9 +76,9 @@ class Fetcher:
         await asyncio.wait(tasks)
         return self._clock() - begun_s
 
-    async def _run(self, plan: FetchPlan) -> FetchOutcome:
+    async def _run(self, plan: FetchPlan, links: Links) -> FetchOutcome:
         begun_s = self._clock()
-        answers = await asyncio.gather(*(self._ask(plan, own, other) for own, other in plan.links))
+        answers = await asyncio.gather(*(self._ask(plan, own, other) for own, other in links))
         least = min(answers, key=lambda answer: answer.num_blocks)
         if least.reason:
             logger.info(
@@ -119,12 +87,12 @@ class Fetcher:
             )
         return FetchOutcome(least.num_blocks, self._clock() - begun_s, least.reason)
 
-    def keep(self, pools: Pools) -> None:
-        """Close the connections to pools that are not there any more."""
+    def retain(self, pools: Pools) -> None:
+        """Close the connections to pools that have left."""
         self._client.keep({info.address for info in pools.infos()})
 
     def close(self) -> None:
-        """Release the sockets; whoever waits gets nothing."""
+        """Release the sockets and cancel the fetches under way."""
         for task in self._under_way:
             task.cancel()
         self._client.close()

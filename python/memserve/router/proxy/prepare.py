@@ -20,7 +20,8 @@ from memserve.router.cluster.registry import InstanceRegistry
 from memserve.router.proxy.capacity import check_fits, instances_that_fit, smallest_capacity
 from memserve.router.proxy.validation import Limits, read_body, read_request
 from memserve.router.request import Api, GenerationRequest, JsonObject, LegTrace, RequestIds
-from memserve.router.tokenization.prompts import Prompt, PromptReader
+from memserve.router.tokenization.prompts import PromptReader
+from memserve.scheduling.context import Prompt
 
 DEFAULT_MODEL = "default"
 """SGLang's name for the model of a request that names none."""

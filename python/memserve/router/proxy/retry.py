@@ -34,18 +34,17 @@ from memserve.router.errors import (
     UpstreamError,
     UpstreamFault,
 )
+from memserve.router.proxy.placement import GlobalScheduler, Placement
 from memserve.router.proxy.prepare import PreparedRequest
 from memserve.router.proxy.recovery_policy import Resumption
 from memserve.router.request import GenerationRequest
-from memserve.router.tokenization.prompts import Prompt
-from memserve.scheduling.assignment import Assignment
+from memserve.scheduling.context import Prompt
 from memserve.scheduling.decision import Decision
-from memserve.scheduling.selector import InstanceSelector
 
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
-OnPlaced = Callable[[Assignment, int], None]
+OnPlaced = Callable[[Placement, int], None]
 """Told the instances of each attempt before it begins, and its number, from 1."""
 
 MAX_LOST = 2
@@ -173,7 +172,7 @@ class RetryLoop:
     def __init__(
         self,
         cluster: InstanceRegistry,
-        selector: InstanceSelector,
+        selector: GlobalScheduler,
         breakers: Breakers,
         policy: RetryPolicy,
         observer: RequestObserver,
@@ -200,7 +199,7 @@ class RetryLoop:
         self,
         prepared: PreparedRequest,
         on_placed: OnPlaced,
-        execute: Callable[[Attempt, Assignment], Awaitable[T]],
+        execute: Callable[[Attempt, Placement], Awaitable[T]],
         next_attempt: Callable[[UpstreamFault], Awaitable[Attempt]],
     ) -> T:
         """The result of `execute`, tried on other instances while instances fail.
@@ -256,7 +255,7 @@ class RetryLoop:
 
     async def _place_again(
         self, prepared: PreparedRequest, faults: Sequence[UpstreamFault], ends_s: float
-    ) -> Assignment:
+    ) -> Placement:
         """Back off, then place the request again, avoiding failed instances.
 
         Raises the last fault when retries, time or instances run out.
@@ -280,13 +279,13 @@ class RetryLoop:
                     )
                     return placed
 
-    def _place(self, snapshot: ClusterSnapshot, prepared: PreparedRequest) -> Assignment | None:
+    def _place(self, snapshot: ClusterSnapshot, prepared: PreparedRequest) -> Placement | None:
         placed = self._selector.place(self._breakers.admitted(snapshot), prepared.prompt)
         for instance in placed.instances if placed is not None else ():
             self._breakers.sent(instance)
         return placed
 
-    def _count_fault(self, fault: UpstreamFault, placed: Assignment) -> None:
+    def _count_fault(self, fault: UpstreamFault, placed: Placement) -> None:
         """Count it against its instance. A lost connection was counted when it was noticed, once for all."""
         if isinstance(fault, UpstreamError):
             for instance in placed.instances:

@@ -13,38 +13,20 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from zlib import crc32
 
-import msgspec
-
 from memserve.core.block_keys import BlockKey, Namespace
 from memserve.router.request import GenerationRequest, JsonObject
-from memserve.router.sglang_api import DEFAULT_OUTPUT_TOKENS
 from memserve.router.tokenization.config import RoutingKeys
 from memserve.router.tokenization.text_key_cache import TextKeyCache
 from memserve.router.tokenization.text_keys import BYTES_PER_TOKEN, text_chain, text_of
 from memserve.router.tokenization.token_records import KnownTokens, Tokens, UnknownTokens, keys_of
 from memserve.router.tokenization.tokenizers import Tokenizers
+from memserve.scheduling.context import Prompt
 
 LONG_PROMPT = 16384
 """The keys of a prompt with more tokens are cut on a thread: 40 ns each."""
 SESSION_HEADERS = ("x-session-id", "x-user-id")
 
 NO_PAGES = "instances that do not tell their page size"
-
-
-class Prompt(msgspec.Struct, frozen=True):
-    """One request, as a policy needs it. Of a batch all prompts together: they are placed as one."""
-
-    num_tokens: int
-    """Estimated, where the tokens are not known."""
-    chains: tuple[Sequence[BlockKey], ...] = ()
-    """The keys of each prompt's whole pages; none if they are not known."""
-    by_text: bool = False
-    """The keys are of `BLOCK_TOKENS` of text each: of use where caches are believed in, not reported."""
-    session: int | None = None
-    """A hash of whatever names the conversation."""
-    output_tokens: int = DEFAULT_OUTPUT_TOKENS
-    unknown: str | None = None
-    """Why the tokens are not known, though they are wanted."""
 
 
 class PromptReader:
@@ -62,7 +44,7 @@ class PromptReader:
         page_tokens: int | None,
         headers: Mapping[str, str],
     ) -> tuple[GenerationRequest, Prompt, int | None]:
-        """The request for the servers, its prompts as the scheduler sees them, and its longest prompt's tokens.
+        """The request for the servers, its prompts as the scheduler sees them, and the tokens of its longest.
 
         `model` will serve it. None: the length of a prompt is not known.
         """

@@ -1,9 +1,9 @@
-"""What an instance computes while it always has something to do: how costs are learnt under load.
+"""The work of an instance over a period in which it is never idle: how costs are learned under load.
 
     sent ── sent ── done ── done ── sent ── done     from the first request until none is left,
     |<─────────────── seconds ────────────────>|     or between two batches, when there were enough
 
-A request that failed, or said too little of itself, spoils what was seen meanwhile.
+A request that failed, or did not report its cached tokens, makes its period useless.
 Knows no clock: the time is given.
 """
 
@@ -15,9 +15,9 @@ from memserve.core.ids import InstanceId
 from memserve.scheduling.cost_model.model import Work
 
 ENOUGH = 8
-"""Prefills: at an end of the period one that is half done counts as not done, or as done."""
+"""Prefills in a period that may end between batches: a half done prefill at either end counts for little."""
 BETWEEN = 0.25
-"""Prefills of one batch end together; the next one does not within this part of what one takes."""
+"""Prefills of one batch end together; the next batch ends later than this share of a prefill's time."""
 
 
 @dataclass(slots=True)
@@ -30,11 +30,12 @@ class _Period:
     is_spoilt: bool = False
 
     def is_over(self, now_s: float) -> bool:
-        """Whether what was done last ended a batch, and that is enough."""
+        """Whether the prefill done last ended a batch, and the period has enough of them."""
         num = self.work.num_prefills
         return num >= ENOUGH and now_s - self.last_s > BETWEEN * (self.last_s - self.since_s) / num
 
-    def told(self) -> tuple[Work, float] | None:
+    def result(self) -> tuple[Work, float] | None:
+        """The work and its seconds; None if it cannot be used."""
         seconds = self.last_s - self.since_s
         if self.is_spoilt or self.work.num_prefills < 2 or not seconds > 0:
             return None
@@ -42,28 +43,28 @@ class _Period:
 
 
 class BusyPeriods:
-    """Of the prefills of all instances. One thread only."""
+    """The current periods of all instances' prefills. One thread only."""
 
     def __init__(self) -> None:
         self._periods: dict[InstanceId, _Period] = {}
 
     def sent(self, instance: InstanceId, request: int, now_s: float) -> None:
-        """The instance has something to do."""
+        """The instance gets a request to prefill."""
         self._periods.setdefault(instance, _Period(now_s)).waiting.add(request)
 
     def done(
         self, instance: InstanceId, request: int, work: Work | None, now_s: float
     ) -> tuple[Work, float] | None:
-        """The request's prefill is over, and was `work`, if that is known. Idempotent.
+        """The prefill of the request is over; `work` is None if it is not known. Idempotent.
 
-        Returns the work and the seconds of a period that is over, if it was of more than one request.
+        Returns the work and the seconds of a period that is over, if it has more than one request.
         """
         period = self._periods.get(instance)
         if period is None or request not in period.waiting:
             return None
-        told = None
+        result = None
         if period.is_over(now_s):
-            told = period.told()
+            result = period.result()
             period = self._periods[instance] = _Period(period.last_s, period.waiting)
         period.waiting.remove(request)
         period.last_s = now_s
@@ -73,10 +74,10 @@ class BusyPeriods:
             period.work += work
         if not period.waiting:
             del self._periods[instance]
-            told = told or period.told()
-        return told
+            result = result or period.result()
+        return result
 
-    def keep(self, instances: frozenset[InstanceId]) -> None:
-        """Forget all others."""
+    def retain(self, instances: frozenset[InstanceId]) -> None:
+        """Forget all other instances."""
         for gone in self._periods.keys() - instances:
             del self._periods[gone]

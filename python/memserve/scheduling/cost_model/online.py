@@ -1,12 +1,13 @@
-"""The cost model of one served model, as far as the router has learnt it from what it timed.
+"""The cost model of one served model, as far as the router has learned it from what it timed.
 
-Begins where it is told to (a file fitted to a live instance, or a guess) and follows what it sees.
+Begins with given costs (a file fitted to a live instance, or a guess) and follows the observations.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
 
+from memserve.core.block_addr import LOCAL_TIERS, Tier
 from memserve.scheduling.cost_model.model import (
     CostModel,
     Observation,
@@ -19,25 +20,23 @@ from memserve.scheduling.cost_model.model import (
 )
 
 NEWEST = 0.2
-"""What the newest observation of a path weighs."""
+"""Weight of the newest observation of a path between instances."""
 REMEMBERED = 0.99
-"""What an observation of a load weighs after the next one."""
+"""Weight of an observed load after the next one."""
 MANY_BYTES = 1 << 20
-"""A transfer of so many tells of the bandwidth, a smaller one of the latency."""
+"""A transfer of this size or more tells the bandwidth, a smaller one the latency."""
 LEAST_LATENCY_S = 1e-4
-
-
 NOISE = 0.1
-"""By how much of itself a prefill usually differs from what is predicted."""
+"""Usual difference between a prefill and its prediction, as a share of the prefill."""
 MOST_BYTES_PER_S = 1e11
 BYTE_UNSURE_S = 1e-9
 LATENCY_UNSURE_S = 5e-3
-"""By how much a guess of what loading takes may be off."""
+"""Standard deviations of the first guesses of what loading takes."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Estimate:
-    """A number that is seen through noise only. May be negative for a while, so that errors cancel.
+    """A number that is observed through noise only. May be negative for a while, so that errors cancel.
 
     Source: Kalman's filter of one constant, with forgetting.
     """
@@ -48,10 +47,11 @@ class _Estimate:
 
     @classmethod
     def of(cls, value: float, unsure: float) -> _Estimate:
+        """A first guess with its standard deviation."""
         return cls(value, unsure**2, unsure**2)
 
     def after(self, seen: float, times: float, noise: float) -> _Estimate:
-        """When `times` the number was seen as `seen`, give or take `noise`."""
+        """The estimate after `times` the number was seen as `seen`, with standard deviation `noise`."""
         gain = self.variance * times / (self.variance * times**2 + noise**2)
         variance = self.variance * (1 - gain * times) / REMEMBERED
         value = self.value + gain * (seen - self.value * times)
@@ -59,8 +59,27 @@ class _Estimate:
 
 
 @dataclass(slots=True)
+class _LoadEstimate:
+    """What moving blocks from one tier of an instance to its HBM takes."""
+
+    byte_s: _Estimate
+    latency_s: _Estimate
+
+    @classmethod
+    def of(cls, path: PathCost) -> _LoadEstimate:
+        return cls(
+            _Estimate.of(1 / path.bytes_per_s, BYTE_UNSURE_S), _Estimate.of(path.latency_s, LATENCY_UNSURE_S)
+        )
+
+    @property
+    def path(self) -> PathCost:
+        byte_s = max(self.byte_s.value, 1 / MOST_BYTES_PER_S)
+        return PathCost(max(self.latency_s.value, LEAST_LATENCY_S), 1 / byte_s)
+
+
+@dataclass(slots=True)
 class FetchError:
-    """How far transfers were from what was predicted."""
+    """Mean error of the predicted transfers between instances."""
 
     num_observed: int = 0
     error: float = 0.0
@@ -68,58 +87,63 @@ class FetchError:
 
 
 class OnlineCostModel:
-    """`model` is what is believed now. Event loop thread only."""
+    """`model` is the current belief. Event loop thread only."""
 
     def __init__(self, start: CostModel, *, certainty: float = 0.0) -> None:
-        """At certainty 0 the first observations overrule `start`, at 1 hardly any does."""
-        self._refined = RlsState.of(start.prefill, certainty)
+        """At certainty 0 the first observations overrule `start`; at 1 they hardly change it."""
+        self._rls = RlsState.of(start.prefill, certainty)
         self._model = start
-        self._byte_s = _Estimate.of(1 / start.dram.bytes_per_s, BYTE_UNSURE_S)
-        self._latency_s = _Estimate.of(start.dram.latency_s, LATENCY_UNSURE_S)
+        self._loads = [_LoadEstimate.of(path) for path in start.load]
         self.fetches = FetchError()
 
     @property
     def model(self) -> CostModel:
+        """The costs as believed now. A value."""
         return self._model
 
     @property
     def prefills(self) -> RlsState:
-        """What is believed of prefills, and how well it did."""
-        return self._refined
+        """The state of the fit of prefill costs, and its error."""
+        return self._rls
 
-    def has_block_bytes(self, block_bytes: int, page_tokens: int) -> None:
-        """A pool told the size of its blocks, which no guess beats."""
-        per_token = block_bytes // page_tokens
-        if per_token and per_token != self._model.kv_bytes_per_token:
-            self._model = replace(self._model, kv_bytes_per_token=per_token)
+    def set_kv_bytes_per_token(self, num_bytes: int) -> None:
+        """Take over the size that a pool reports. 0 says nothing."""
+        if num_bytes and num_bytes != self._model.kv_bytes_per_token:
+            self._model = replace(self._model, kv_bytes_per_token=num_bytes)
 
     def prefilled(self, seen: Observation) -> None:
-        """A prefill that had an instance to itself took so long. Raises as `observe`."""
-        self._refined = rls_update(self._refined, seen)
-        self._model = with_prefill(self._model, self._refined.cost)
+        """Learn from a prefill that had an instance to itself. Raises ValueError as `rls_update`."""
+        self._rls = rls_update(self._rls, seen)
+        self._model = with_prefill(self._model, self._rls.cost)
 
     def worked(self, work: Work, seconds: float) -> None:
-        """An instance that always had something to do took so long, above 0, for all of that."""
-        self._refined = rls_update_work(self._refined, work, seconds)
-        self._model = with_prefill(self._model, self._refined.cost)
+        """Learn from an instance that was busy for `seconds`, above 0, with all of `work`."""
+        self._rls = rls_update_work(self._rls, work, seconds)
+        self._model = with_prefill(self._model, self._rls.cost)
 
-    def loaded(self, num_tokens: int, seconds: float, total_s: float) -> None:
-        """The KV of so many tokens came from an instance's own DRAM: its prefill took `total_s`, which is
-        `seconds` more than predicted without that; or less, as predictions err both ways."""
-        num_bytes, path = num_tokens * self._model.kv_bytes_per_token, self._model.dram
+    def loaded(self, num_tokens: int, seconds: float, total_s: float, tier: Tier = Tier.DRAM) -> None:
+        """Learn from a prefill that moved the KV of so many tokens from the instance's own `tier` to HBM.
+
+        `total_s` is the time of the prefill, `seconds` its excess over the prediction without the load; it
+        may be negative, as predictions err both ways.
+        """
+        num_bytes, path, load = (
+            num_tokens * self._model.kv_bytes_per_token,
+            self._model.load[tier],
+            self._loads[tier],
+        )
         if num_bytes <= 0 or not total_s > 0:
             return
         noise_s = NOISE * total_s
         if num_bytes >= MANY_BYTES:
-            self._byte_s = self._byte_s.after(seconds - path.latency_s, num_bytes, noise_s)
+            load.byte_s = load.byte_s.after(seconds - path.latency_s, num_bytes, noise_s)
         else:
-            self._latency_s = self._latency_s.after(seconds - num_bytes / path.bytes_per_s, 1, noise_s)
-        byte_s = max(self._byte_s.value, 1 / MOST_BYTES_PER_S)
-        dram = PathCost(max(self._latency_s.value, LEAST_LATENCY_S), 1 / byte_s)
-        self._model = replace(self._model, dram=dram)
+            load.latency_s = load.latency_s.after(seconds - num_bytes / path.bytes_per_s, 1, noise_s)
+        paths = tuple(load.path if one is tier else self._model.load[one] for one in LOCAL_TIERS)
+        self._model = replace(self._model, load=paths)
 
     def fetched(self, num_tokens: int, seconds: float) -> None:
-        """The KV of so many tokens came from another instance."""
+        """Learn from a fetch of the KV of so many tokens from another instance."""
         num_bytes, path = num_tokens * self._model.kv_bytes_per_token, self._model.remote
         if num_bytes <= 0 or not seconds > 0:
             return

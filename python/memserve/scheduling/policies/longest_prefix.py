@@ -11,7 +11,7 @@ from memserve.scheduling.policy import Policy, Rank
 
 def rank(_context: RoutingContext, candidates: Sequence[Candidate], _costs: CostModel) -> list[Rank]:
     """Minus the number of cached blocks."""
-    return [-it.total_blocks for it in candidates]
+    return [-it.depths[-1] for it in candidates]
 
 
 POLICY = Policy("longest_prefix", "by the number of cached blocks alone", rank, needs=frozenset({"tokens"}))

@@ -11,7 +11,7 @@ from memserve.core.block_keys import page_keys
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.records import RequestRecord
-from memserve.router.tokenization.prompts import Prompt
+from memserve.scheduling.context import Prompt
 from memserve.scheduling.decision import Decision
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Load, PoolInfo, Role, TierBlocks
@@ -31,7 +31,7 @@ def log(stage: Stage, rid: str, status: int = 200, decision: Decision | None = N
 
 def decision(stage: Stage, unknown: str | None = None) -> Decision:
     prompt = Prompt(64, (page_keys(TOKENS, 16),) if unknown is None else (), unknown=unknown)
-    made = stage.router.state.selector.decide(stage.router.cluster.snapshot, prompt)
+    made = stage.router.state.scheduler.decide(stage.router.cluster.snapshot, prompt)
     assert made is not None
     return made
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from memserve.router.tokenization.prompts import Prompt
+from memserve.scheduling.context import Prompt
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
 

@@ -16,7 +16,7 @@ from memserve.router.observability.hot_prefixes import (
     depths_of,
     sample_of,
 )
-from memserve.router.tokenization.prompts import Prompt
+from memserve.scheduling.context import Prompt
 
 unique = itertools.count(1000)
 

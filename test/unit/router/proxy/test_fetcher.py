@@ -1,4 +1,4 @@
-"""Fetches before dispatch: asked of every rank, bounded in time, and never an error."""
+"""Fetches before dispatch: one on every rank, bounded in time, and never an error."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import uvloop
 from memserve.core.block_keys import page_keys
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.proxy.fetcher import Fetcher, FetchOutcome, FetchPlan
+from memserve.router.proxy.fetcher import Fetcher, Links
+from memserve.scheduling.fetch_planner import FetchOutcome, FetchPlan
 from memserve.wire.link import ControlServer
 from memserve.wire.messages import Done, Message, PoolInfo, Role
 from memserve.wire.peer_messages import Fetch, Fetched
@@ -28,20 +29,23 @@ def pool(address: str) -> PoolInfo:
     return PoolInfo(A, Epoch(1), Role.PREFILL, CachingMode.FULL, address, "aa")
 
 
-def plan_of(*addresses: str, timeout_s: float) -> FetchPlan:
-    """From every rank's pool at these addresses."""
-    links = tuple((pool(address), HOLDER) for address in addresses)
-    return FetchPlan(A, B, KEYS, links, num_there=0, transfer_s=0.1, timeout_s=timeout_s)
+def plan_of(timeout_s: float) -> FetchPlan:
+    return FetchPlan(A, B, KEYS, num_there=0, transfer_s=0.1, timeout_s=timeout_s)
+
+
+def links_of(*servers: ControlServer) -> Links:
+    """From the pool of every rank, which these servers are."""
+    return tuple((pool(server.address), HOLDER) for server in servers)
 
 
 def outcome_of(*handlers: Callable[[Message], Answer], timeout_s: float = 5.0) -> FetchOutcome:
-    """Of a plan whose ranks answer so."""
+    """The outcome of a plan whose ranks answer so."""
 
     async def body() -> FetchOutcome:
         servers = [ControlServer("127.0.0.1", 0, handler) for handler in handlers]
         fetcher = Fetcher(None)
         try:
-            return await fetcher.run(plan_of(*(one.address for one in servers), timeout_s=timeout_s))
+            return await fetcher.run(plan_of(timeout_s), links_of(*servers))
         finally:
             fetcher.close()
             for server in servers:
@@ -50,7 +54,7 @@ def outcome_of(*handlers: Callable[[Message], Answer], timeout_s: float = 5.0) -
     return uvloop.run(body())
 
 
-def test_the_pool_is_told_what_to_fetch_from_whom() -> None:
+def test_fetch_message_names_keys_holder_and_time_limit() -> None:
     asked: list[Message] = []
 
     def fetch(message: Message) -> Message:
@@ -66,31 +70,31 @@ def test_the_pool_is_told_what_to_fetch_from_whom() -> None:
     ("answers", "num_blocks"),
     [((Fetched(10), Fetched(7, "corrupt")), 7), ((Fetched(10), Done()), 0), ((Fetched(0, "full"),), 0)],
 )
-def test_the_rank_that_has_least_counts(answers: tuple[Message, ...], num_blocks: int) -> None:
+def test_outcome_is_of_the_rank_with_the_fewest_blocks(answers: tuple[Message, ...], num_blocks: int) -> None:
     outcome = outcome_of(*(lambda _, answer=answer: answer for answer in answers))  # type: ignore[misc]
     assert outcome.num_blocks == num_blocks
     assert outcome.reason
 
 
-def test_a_late_fetch_is_not_waited_for() -> None:
+def test_late_fetch_is_not_waited_for() -> None:
     outcome = outcome_of(lambda _: Future(), timeout_s=0.05)
     assert outcome.num_blocks == 0
     assert "no answer" in outcome.reason
 
 
-def test_a_pool_that_is_gone_is_not_waited_for_longer() -> None:
+def test_fetch_to_a_closed_pool_ends_with_its_time_limit() -> None:
     async def body() -> None:
         server = ControlServer("127.0.0.1", 0, lambda _: Fetched(10))
         server.close()
         fetcher = Fetcher(None)
         async with asyncio.timeout(5):
-            assert (await fetcher.run(plan_of(server.address, timeout_s=0.05))).num_blocks == 0
+            assert (await fetcher.run(plan_of(0.05), links_of(server))).num_blocks == 0
         fetcher.close()
 
     uvloop.run(body())
 
 
-def test_others_wait_for_a_fetch_even_if_who_asked_for_it_goes_away() -> None:
+def test_waiting_requests_get_a_fetch_whose_request_is_cancelled() -> None:
     async def body() -> None:
         came: Future[Message] = Future()
         asked = asyncio.Event()
@@ -101,8 +105,8 @@ def test_others_wait_for_a_fetch_even_if_who_asked_for_it_goes_away() -> None:
             return came
 
         server, fetcher = ControlServer("127.0.0.1", 0, fetch), Fetcher(None)
-        plan = plan_of(server.address, timeout_s=5)
-        first = asyncio.create_task(fetcher.run(plan))
+        plan = plan_of(5)
+        first = asyncio.create_task(fetcher.run(plan, links_of(server)))
         async with asyncio.timeout(5):
             await asked.wait()
             assert await fetcher.wait(lambda _: False) is None
@@ -120,8 +124,8 @@ def test_others_wait_for_a_fetch_even_if_who_asked_for_it_goes_away() -> None:
 
 
 @pytest.mark.parametrize("num_shared", [0, 1, 7, 10])
-def test_a_plan_knows_what_it_shares_with_a_prompt(num_shared: int) -> None:
-    plan = plan_of("a:1", timeout_s=1)
+def test_plan_counts_the_leading_keys_it_shares_with_a_prompt(num_shared: int) -> None:
+    plan = plan_of(1)
     other = page_keys([1, *range(1, 160)], 16)
     assert plan.num_shared([*KEYS[:num_shared], *other[num_shared:]]) == num_shared
     assert plan.num_shared(KEYS[:num_shared]) == num_shared

@@ -70,7 +70,7 @@ async def test_what_one_model_holds_is_no_other_models() -> None:
         assert await cached("other") == [(info_of(other).instance_id, 0)]
         await ask(stage, "other")
         await ask(stage, "other")
-        costs = stage.router.state.selector.costs
+        costs = stage.router.state.scheduler.costs
         observed = {model: of_model.prefills.num_observed for model, of_model in costs.items()}
         assert observed["one"] <= 1
         assert set(observed) == {"one", "other"}

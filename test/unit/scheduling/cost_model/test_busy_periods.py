@@ -66,7 +66,7 @@ def test_who_has_left_is_forgotten() -> None:
     busy = BusyPeriods()
     for request in (1, 2):
         busy.sent(A, request, 0.0)
-    busy.keep(frozenset({B}))
+    busy.retain(frozenset({B}))
     for request in (1, 2):
         assert busy.done(A, request, ONE, 1.0) is None
 

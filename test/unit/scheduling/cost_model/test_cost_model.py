@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from random import Random
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memserve.core.block_addr import Tier
-from memserve.core.ids import InstanceId
+from memserve.core.block_addr import LOCAL_TIERS, Tier
+from memserve.scheduling.cost_model.file import read_costs, write_costs
 from memserve.scheduling.cost_model.model import (
     CPU_COSTS,
     GPU_COSTS,
     CostModel,
     Observation,
-    PathCost,
     PrefillCost,
     RlsState,
     rls_update,
@@ -47,16 +48,21 @@ def test_a_cached_token_never_costs(tokens: int, data: st.DataObject) -> None:
     assert GPU_COSTS.exec_s(tokens, more) <= GPU_COSTS.exec_s(tokens, less)
 
 
-def test_a_transfer_is_latency_and_bytes_over_bandwidth() -> None:
-    here, there = InstanceId("here"), InstanceId("there")
-    usual = GPU_COSTS.transfer_s(512, there, here)
-    assert usual == pytest.approx(2e-3 + 512 * 131072 / 12e9)
-    assert GPU_COSTS.transfer_s(512, here, here) == 0
-    assert GPU_COSTS.transfer_s(0, there, here) == 0
-    measured = {(there, here, Tier.DRAM): PathCost(0.0, 1e9)}
-    costs = CostModel(GPU_COSTS.prefill, GPU_COSTS.decode, 1000, GPU_COSTS.dram, GPU_COSTS.remote, measured)
-    assert costs.transfer_s(1000, there, here) == pytest.approx(1e-3)
-    assert costs.transfer_s(1000, there, here, Tier.HBM) == costs.remote.seconds(1_000_000)
+def test_transfer_takes_latency_and_bytes_over_bandwidth() -> None:
+    assert GPU_COSTS.transfer_s(512) == pytest.approx(2e-3 + 512 * 131072 / 12e9)
+    assert GPU_COSTS.transfer_s(0) == 0
+
+
+def test_load_costs_depend_on_the_tier() -> None:
+    assert GPU_COSTS.load_s(512, Tier.HBM) == 0
+    assert GPU_COSTS.load_s(512, Tier.DRAM) == pytest.approx(2e-4 + 512 * 131072 / 25e9)
+    assert [GPU_COSTS.load_s(0, tier) for tier in LOCAL_TIERS] == [0.0] * len(LOCAL_TIERS)
+
+
+def test_written_costs_are_read_again(tmp_path: Path) -> None:
+    path = tmp_path / "costs.json"
+    path.write_bytes(msgspec.json.encode(write_costs(CPU_COSTS)))
+    assert read_costs(str(path)) == CPU_COSTS
 
 
 @pytest.mark.parametrize("begin", [GPU_COSTS.prefill, CPU_COSTS.prefill])

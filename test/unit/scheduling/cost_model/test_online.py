@@ -29,16 +29,16 @@ def test_certain_costs_are_not_overruled_at_once() -> None:
 
 def test_the_size_of_a_block_is_what_a_pool_says() -> None:
     costs = OnlineCostModel(GPU_COSTS)
-    costs.has_block_bytes(16 * 4096, 16)
+    costs.set_kv_bytes_per_token(4096)
     assert costs.model.kv_bytes_per_token == 4096
-    costs.has_block_bytes(0, 16)
+    costs.set_kv_bytes_per_token(0)
     assert costs.model.kv_bytes_per_token == 4096
 
 
 @pytest.mark.parametrize(("num_tokens", "seconds"), [(4096, 0.5), (16, 0.02)])
 def test_transfers_teach_bandwidth_or_latency(num_tokens: int, seconds: float) -> None:
     costs = OnlineCostModel(GPU_COSTS)
-    costs.has_block_bytes(16 * 4096, 16)
+    costs.set_kv_bytes_per_token(4096)
     for _ in range(60):
         costs.fetched(num_tokens, seconds)
     assert costs.model.remote.seconds(num_tokens * 4096) == pytest.approx(seconds, rel=0.1)
@@ -55,7 +55,7 @@ def test_nothing_is_learnt_from_nothing() -> None:
 
 def test_what_loading_adds_to_a_prefill_is_learnt_apart() -> None:
     costs = OnlineCostModel(GPU_COSTS)
-    costs.has_block_bytes(16 * 4096, 16)
+    costs.set_kv_bytes_per_token(4096)
     for _ in range(60):
         costs.loaded(4096, 0.05, total_s=0.2)
         costs.loaded(16, 0.004, total_s=0.02)
@@ -70,7 +70,7 @@ def test_what_loading_adds_to_a_prefill_is_learnt_apart() -> None:
 def test_hiccups_of_prefills_are_not_taken_for_what_loading_costs() -> None:
     """Prefills of 400 ms that vary by a fifth, of which the load takes 5 ms."""
     costs, draw = OnlineCostModel(GPU_COSTS), Random(0)
-    costs.has_block_bytes(16 * 4096, 16)
+    costs.set_kv_bytes_per_token(4096)
     believed = []
     for _ in range(200):
         costs.loaded(4096, 0.005 + draw.gauss(0, 0.08), total_s=0.4)

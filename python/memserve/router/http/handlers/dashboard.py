@@ -30,7 +30,6 @@ from memserve.router.http.handlers.state import StateView
 from memserve.router.http.handlers.workers import describe_member
 from memserve.router.records import HotPrefix, RequestRecord
 from memserve.router.request import JsonObject, encode_json
-from memserve.router.tokenization.prompts import Prompt
 from memserve.router.tokenization.text_keys import BLOCK_TOKENS
 from memserve.scheduling.explain import explained
 from memserve.scheduling.prompt_tree.records import TierCounts
@@ -119,9 +118,7 @@ class Dashboard:
             raise BadRequest(message, field="rid", status=404)
         decision: JsonObject | None = None
         if one.decision is not None:
-            situation = one.decision.situation
-            prompt = Prompt(situation.prompt_tokens, session=situation.session, unknown=one.unknown)
-            decision = explained(one.decision, prompt)
+            decision = explained(one.decision, one.unknown)
         return _page({**_told(one), "decision": decision})
 
     # ---- parts
@@ -146,7 +143,7 @@ class Dashboard:
 
     def _member(self, member: Member) -> JsonObject:
         name = member.info.instance_id
-        load = self._state.selector.load(name)
+        load = self._state.scheduler.load(name)
         tokens, page = (
             (member.load and member.load.max_tokens),
             (member.server_info and member.server_info.page_size),
@@ -154,7 +151,7 @@ class Dashboard:
         return {
             **describe_member(member),
             "breaker": self._state.breakers.state(name, member.info.epoch),
-            "running": self._state.selector.num_running(name),
+            "running": self._state.scheduler.num_running(name),
             "queued": load.queued,
             "queued_s": round(load.queued_s, 4),
             "hbm_capacity": tokens // page if tokens and page else None,
@@ -215,7 +212,7 @@ def _told(one: RequestRecord) -> JsonObject:
     told["instances"] = str(told.pop("route"))
     if one.decision is not None:
         chosen = one.decision.chosen
-        told["expected_tokens"] = one.decision.situation.cached_tokens(chosen.total_blocks)
+        told["expected_tokens"] = one.decision.context.cached_tokens(chosen.cached_blocks)
     return told
 
 

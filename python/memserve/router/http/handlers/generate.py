@@ -7,9 +7,9 @@ from aiohttp import web
 from memserve.router.http.exchange import Exchange, json_response
 from memserve.router.http.request_chain import ATTEMPTS, ClientRequest, RequestChain, priority_of, timeout_of
 from memserve.router.proxy.dispatcher import Dispatcher
+from memserve.router.proxy.placement import Placement
 from memserve.router.proxy.prepare import RequestPreparer
 from memserve.router.request import Api, encode_json
-from memserve.scheduling.assignment import Assignment
 from memserve.scheduling.explain import MAX_LISTED, explained
 
 EXPLAIN = "x-memserve-explain"
@@ -48,7 +48,7 @@ class GenerateHandler:
                 decision = self._dispatcher.explain(prepared)
         finally:
             chain.bodies.give(raw)
-        return json_response(encode_json(explained(decision, prepared.prompt)))
+        return json_response(encode_json(explained(decision, prepared.prompt.unknown)))
 
     async def _generate(self, request: ClientRequest) -> None:
         """Answer an admitted request."""
@@ -59,12 +59,12 @@ class GenerateHandler:
         if request.slot is not None and request.slot.is_charged:
             request.slot.charge(prepared.prompt.num_tokens + call.max_output_tokens)
 
-        def on_placed(assignment: Assignment, attempt: int) -> None:
-            request.dispatched(assignment, attempt)
+        def on_placed(placement: Placement, attempt: int) -> None:
+            request.dispatched(placement, attempt)
             if attempt > 1:
                 exchange.reply[ATTEMPTS] = str(attempt)
             if exchange.headers.get(EXPLAIN, "0") != "0":
-                decision = explained(assignment.decision, prepared.prompt, MAX_LISTED)
+                decision = explained(placement.decision, prepared.prompt.unknown, MAX_LISTED)
                 exchange.reply[DECISION] = encode_json(decision).decode()
 
         if call.is_stream:

@@ -10,9 +10,9 @@ from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.registry import InstanceRegistry
 from memserve.router.kv_events.subscribers import StockSubscriptions
 from memserve.router.kv_events.synchronizer import TreeSynchronizer
+from memserve.router.proxy.placement import GlobalScheduler
 from memserve.router.records import HotPrefix, RequestRecord, SeriesPoint
 from memserve.router.tokenization.tokenizers import Tokenizers
-from memserve.scheduling.selector import InstanceSelector
 
 
 class RecentRequests(Protocol):
@@ -66,7 +66,7 @@ class StateView(Protocol):
     @property
     def tokenizers(self) -> Tokenizers: ...
     @property
-    def selector(self) -> InstanceSelector: ...
+    def scheduler(self) -> GlobalScheduler: ...
     @property
     def breakers(self) -> Breakers: ...
     @property

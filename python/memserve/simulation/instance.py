@@ -1,25 +1,73 @@
-"""A simulated instance's two engines: a queue of prefills, and a batch that decodes.
+"""A simulated instance: its cache, its queue of prefills and its decode batch.
 
-Prefills run one after another in order of arrival, as batching them saves nothing once the compute
-is full. Decodes run together, a step for all; between two changes of the batch its steps take equal
-time. Both engines of a colocated instance run as if alone. Knows no router and no policy.
+Prefills run one after another in order of arrival: batching saves nothing once the compute is full.
+Decodes run together, one step for all; the steps between two changes of the batch take equal time.
+Prefills and decodes of a colocated instance do not slow each other. Knows no router, policy or tier.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections import deque
+from collections import OrderedDict, deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 
+from memserve.core.block_keys import BlockKey
 from memserve.core.ids import InstanceId
 from memserve.scheduling.cost_model.model import CostModel
-from memserve.simulation.cache import PromptCache
 from memserve.simulation.traces import Request
+
+
+class PromptCache:
+    """The blocks cached at one instance: prefix-closed, evicted leaf-first in LRU order.
+
+    Every use touches a prompt's blocks from its last to its first, so a block is always older than its
+    parent: the oldest of all is a leaf, and a plain LRU list evicts leaf-first.
+    """
+
+    def __init__(self, capacity_blocks: int | None) -> None:
+        """`capacity_blocks` None: unlimited."""
+        self._capacity = capacity_blocks
+        self._blocks: OrderedDict[BlockKey, BlockKey | None] = OrderedDict()
+        """Parents by key, the least recently used block first."""
+
+    def __len__(self) -> int:
+        return len(self._blocks)
+
+    def depth(self, keys: Sequence[BlockKey]) -> int:
+        """Number of `keys`, from the front, that are cached. Not a use."""
+        blocks = self._blocks
+        for depth, key in enumerate(keys):
+            if key not in blocks:
+                return depth
+        return len(keys)
+
+    def insert(self, keys: Sequence[BlockKey]) -> tuple[int, list[BlockKey]]:
+        """Cache a whole prompt and make it the most recently used.
+
+        Returns the number of its blocks that were cached before, and the blocks evicted for the others,
+        children before their parents. Of a prompt that is larger than the cache, the first blocks stay.
+        """
+        blocks, before = self._blocks, self.depth(keys)
+        for i in range(len(keys) - 1, -1, -1):
+            if i < before:
+                blocks.move_to_end(keys[i])
+            else:
+                blocks[keys[i]] = keys[i - 1] if i else None
+        evicted: list[BlockKey] = []
+        if self._capacity is not None:
+            while len(blocks) > self._capacity:
+                evicted.append(blocks.popitem(last=False)[0])
+        return before, evicted
+
+    def chains(self) -> list[tuple[BlockKey | None, tuple[BlockKey, ...]]]:
+        """The content of a snapshot: (parent, blocks) of all cached blocks, parents first."""
+        return [(self._blocks[key], (key,)) for key in reversed(self._blocks)]
 
 
 @dataclass(slots=True)
 class SimulatedRequest:
-    """A request on its way. Times in seconds of the simulation."""
+    """A request and its progress. Times are seconds of the simulation."""
 
     request: Request
     prefill: InstanceId
@@ -27,9 +75,9 @@ class SimulatedRequest:
     predicted_s: float = 0.0
     fetched_blocks: int = 0
     hit_blocks: int = 0
-    """Blocks found cached when the prefill began, fetched ones among them."""
+    """Blocks cached when the prefill began, including fetched ones."""
     work_tokens: int = 0
-    """Tokens that were computed."""
+    """Tokens that the prefill computed."""
     first_token_s: float = 0.0
     end_s: float = 0.0
 
@@ -46,7 +94,7 @@ class PrefillQueue:
         self._waiting.append(job)
 
     def begin(self) -> tuple[SimulatedRequest, float] | None:
-        """Take up the next prefill, if idle: the job and how long it takes. `end` has to follow."""
+        """Begin the next prefill, if idle: the job and its seconds. `end` has to follow."""
         if self._busy or not self._waiting:
             return None
         self._busy = True
@@ -62,20 +110,20 @@ class PrefillQueue:
 
 
 class DecodeBatch:
-    """Requests that decode together. Progress is counted in steps, so that a change costs O(log n)."""
+    """Requests that decode together. It counts progress in steps, so that a change costs O(log n)."""
 
     def __init__(self, costs: CostModel) -> None:
         self._costs = costs
         self._ends: list[tuple[float, int, SimulatedRequest]] = []
-        """By the step after which each has all its tokens."""
+        """Requests by the step after which they have all their tokens."""
         self._context_tokens = 0.0
         self._steps = 0.0
         self._now_s = 0.0
         self.version = 0
-        """Goes up whenever the batch changes, so that an end foretold before is known to be void."""
+        """Increases with every change of the batch, which voids ends that were scheduled before."""
 
     def add(self, job: SimulatedRequest, now_s: float) -> None:
-        """Its first token has come from the prefill; the others take a step each."""
+        """Add a request whose prefill gave its first token; each other token takes a step."""
         self._advance(now_s)
         remaining = max(job.request.output_tokens - 1, 0)
         heapq.heappush(self._ends, (self._steps + remaining, job.request.number, job))
@@ -111,7 +159,7 @@ class DecodeBatch:
 
 
 class SimulatedInstance:
-    """One server: its cache and its engines, and the number of the last event it told."""
+    """One server. `sequence` is the number of the last cache event that it reported."""
 
     def __init__(
         self, instance_id: InstanceId, costs: CostModel, cache: PromptCache, block_tokens: int

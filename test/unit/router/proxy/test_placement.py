@@ -1,4 +1,4 @@
-"""Where requests go, and what their way teaches: a placer over a real tree, ledger and pools."""
+"""The global scheduler over a real tree, load tracker and pools: where requests go, and what they teach."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from memserve.router.cluster.instance import ClusterSnapshot, Instance, Pair, Si
 from memserve.router.cluster.pools import Pools
 from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.router.observability.metrics import RouterMetrics
-from memserve.router.proxy.fetcher import FetchOutcome
+from memserve.router.proxy.placement import GlobalScheduler, Placement
 from memserve.router.server_info import ServerInfo
-from memserve.router.tokenization.prompts import Prompt
-from memserve.scheduling.assignment import Assignment, benefits_from
+from memserve.scheduling.context import Prompt
 from memserve.scheduling.cost_model.model import CPU_COSTS, GPU_COSTS, CostModel
+from memserve.scheduling.fetch_planner import FetchOutcome
 from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
-from memserve.scheduling.selector import InstanceSelector, SelectorConfig
+from memserve.scheduling.selector import SelectorConfig
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.messages import PoolEvents, PoolInfo, Role
 
@@ -83,7 +83,7 @@ class Stage:
         self.metrics = RouterMetrics()
         self.learner = Learner()
         settings = SelectorConfig(policy, policy, start_costs, 0.0, fetches)
-        self.placer = InstanceSelector(
+        self.scheduler = GlobalScheduler(
             settings, self.feed, self.pools, self.learner, self.metrics, self.clock
         )
         self.snapshot = ClusterSnapshot.of(
@@ -99,8 +99,8 @@ class Stage:
         layout = "aa" if epoch == MEMORY else ""
         self.feed.events(PoolEvents(Epoch(epoch), (stored,), layout))
 
-    def place(self, prompt: Prompt) -> Assignment:
-        placed = self.placer.place(self.snapshot, prompt)
+    def place(self, prompt: Prompt) -> Placement:
+        placed = self.scheduler.place(self.snapshot, prompt)
         assert placed is not None
         return placed
 
@@ -112,128 +112,128 @@ def prompt(num_blocks: int = 256, extra: int = 10, **fields: object) -> Prompt:
     return Prompt(num_blocks * PAGE + extra, (KEYS[:num_blocks],), **fields)  # type: ignore[arg-type]
 
 
-def test_a_prompt_goes_to_who_has_it() -> None:
+def test_prompt_goes_to_the_instance_that_holds_it() -> None:
     stage = Stage()
     stage.holds(2, 200)
     placed = stage.place(prompt())
     assert isinstance(placed.route, Pair)
-    assert (str(placed.route), placed.plan) == ("b+d", None)
+    assert (str(placed.route), placed.assignment.plan) == ("b+d", None)
 
 
-def test_a_queue_sends_it_elsewhere_and_history_is_fetched() -> None:
+def test_queued_holder_loses_the_prompt_and_its_blocks_are_fetched() -> None:
     stage = Stage()
     stage.holds(2, 256)
     for _ in range(30):
-        stage.placer._ledger.prefill_dispatched(InstanceId("b"), -1 - _, 1.0, stage.clock())
+        stage.scheduler._selector._load.prefill_dispatched(InstanceId("b"), -1 - _, 1.0, stage.clock())
     placed = stage.place(prompt())
-    assert placed.prefill.instance_id == "a"
-    assert placed.plan is not None
-    assert (placed.plan.source, len(placed.plan.keys)) == ("b", 256)
-    assert [(own.address, other.address) for own, other in placed.plan.links] == [("a:1", "b:2")]
-    assert 0 < placed.plan.timeout_s <= 2.0
-    assert placed.work_s < GPU_COSTS.exec_s(4106, 0) / 2, "what is fetched need not be computed"
+    assert placed.assignment.prefill == "a"
+    assert placed.assignment.plan is not None
+    assert (placed.assignment.plan.source, len(placed.assignment.plan.keys)) == ("b", 256)
+    assert [(own.address, other.address) for own, other in placed.links] == [("a:1", "b:2")]
+    assert 0 < placed.assignment.plan.timeout_s <= 2.0
+    assert placed.assignment.work_s < GPU_COSTS.exec_s(4106, 0) / 2, "what is fetched need not be computed"
 
 
-def test_what_a_memory_instance_holds_is_fetched() -> None:
+def test_blocks_of_a_memory_instance_are_fetched() -> None:
     stage = Stage()
     stage.holds(4, 256)
-    plan = stage.place(prompt()).plan
+    plan = stage.place(prompt()).assignment.plan
     assert plan is not None
     assert plan.source == "m"
 
 
-def test_a_short_history_is_computed_again() -> None:
+def test_short_history_is_recomputed_instead_of_fetched() -> None:
     stage = Stage()
     stage.holds(4, 2)
-    assert stage.place(prompt(2)).plan is None
+    assert stage.place(prompt(2)).assignment.plan is None
 
 
-def test_blocks_that_are_only_in_hbm_cannot_be_fetched() -> None:
+def test_blocks_only_in_hbm_are_not_fetched() -> None:
     stage = Stage()
     stage.holds(3, 256, Tier.HBM)
     stage.holds(3, 100, Tier.DRAM, sequence=2)
     stage.holds(4, 180)
-    decision = stage.placer.decide(stage.snapshot, prompt())
+    decision = stage.scheduler.decide(stage.snapshot, prompt())
     assert decision is not None
     assert decision.fetch is not None
     assert (decision.fetch.source, decision.fetch.num_blocks) == ("m", 180)
 
 
-def test_no_fetch_between_pools_of_different_blocks() -> None:
+def test_pools_with_different_layouts_do_not_fetch() -> None:
     stage = Stage()
     stage.feed.events(PoolEvents(Epoch(MEMORY), (Stored(1, Tier.DRAM, None, tuple(KEYS)),), "bb"))
-    assert stage.place(prompt()).plan is None, "those are another model's"
+    assert stage.place(prompt()).assignment.plan is None, "those are another model's"
     stage = Stage()
     stage.pools.deregister(Epoch(3))
     stage.pools.register(pool("d", Role.DECODE, 9, layout="bb"))
     stage.holds(9, 256)
-    assert stage.place(prompt()).plan is None
+    assert stage.place(prompt()).assignment.plan is None
     assert stage.value("fetches_total", outcome="impossible") == 1
 
 
-def test_every_rank_fetches_from_its_like() -> None:
+def test_every_rank_fetches_from_the_pool_of_its_layout() -> None:
     stage = Stage()
     for name, role, epoch in (("a", Role.PREFILL, 11), ("b", Role.PREFILL, 12), ("m", Role.MEMORY, 14)):
         stage.pools.register(pool(name, role, epoch, layout="cc", rank=1))
     stage.holds(4, 256)
-    plan = stage.place(prompt()).plan
-    assert plan is not None
-    assert len(plan.links) == 2
-    assert all(own.layout == other.layout for own, other in plan.links)
+    placed = stage.place(prompt())
+    assert placed.assignment.plan is not None
+    assert len(placed.links) == 2
+    assert all(own.layout == other.layout for own, other in placed.links)
 
 
-def test_a_burst_on_a_new_prompt_does_not_scatter() -> None:
+def test_burst_on_a_new_prompt_stays_on_one_instance() -> None:
     stage = Stage()
-    first = stage.place(prompt()).prefill
-    assert {stage.place(prompt()).prefill.instance_id for _ in range(3)} == {first.instance_id}
+    first = stage.place(prompt()).assignment.prefill
+    assert {stage.place(prompt()).assignment.prefill for _ in range(3)} == {first}
 
 
-def test_what_was_expected_and_never_came_is_forgotten() -> None:
+def test_expected_blocks_that_are_never_reported_expire() -> None:
     stage = Stage()
     stage.place(prompt())
     stage.clock.advance(60)
-    decision = stage.placer.decide(stage.snapshot, prompt())
+    decision = stage.scheduler.decide(stage.snapshot, prompt())
     assert decision is not None
-    assert {it.total_blocks for it in decision.situation.prefills} == {0}
+    assert {it.cached_blocks for it in decision.context.prefills} == {0}
 
 
-def test_to_decide_changes_nothing() -> None:
+def test_decide_changes_nothing() -> None:
     stage = Stage()
-    decisions = [stage.placer.decide(stage.snapshot, prompt()) for _ in range(3)]
+    decisions = [stage.scheduler.decide(stage.snapshot, prompt()) for _ in range(3)]
     assert decisions[0] is not None
-    assert all(one is not None and one.situation == decisions[0].situation for one in decisions)
+    assert all(one is not None and one.context == decisions[0].context for one in decisions)
 
 
 @pytest.mark.parametrize("is_answered", [True, False])
-def test_work_is_taken_off_the_books_when_it_ends(is_answered: bool) -> None:
+def test_load_returns_to_zero_when_a_request_ends(is_answered: bool) -> None:
     stage = Stage()
     placed = stage.place(prompt())
     stage.clock.advance(0.01)
-    stage.placer.ended(placed, is_answered=is_answered)
-    stage.placer.ended(placed, is_answered=is_answered)
-    decision = stage.placer.decide(stage.snapshot, prompt())
+    stage.scheduler.ended(placed, is_answered=is_answered)
+    stage.scheduler.ended(placed, is_answered=is_answered)
+    decision = stage.scheduler.decide(stage.snapshot, prompt())
     assert decision is not None
-    assert {(it.queued, it.running, it.queued_s) for it in decision.situation.prefills} == {(0, 0, 0.0)}
-    assert {it.decode_batch for it in decision.situation.decodes} == {0}
+    assert {(it.queued, it.running, it.queued_s) for it in decision.context.prefills} == {(0, 0, 0.0)}
+    assert {it.decode_batch for it in decision.context.decodes} == {0}
     assert bool(stage.learner.answers) is is_answered
 
 
-def test_a_prefill_alone_teaches_what_prefills_cost() -> None:
+def test_prefill_alone_on_its_instance_refines_the_costs() -> None:
     stage = Stage()
     for _ in range(40):
         for num_blocks, seconds in ((16, 0.1), (64, 0.4), (256, 1.6)):
             placed = stage.place(prompt(num_blocks, extra=0))
             stage.clock.advance(seconds)
-            stage.placer.prefilled(placed, 0)
-            stage.placer.ended(placed, is_answered=True)
-    costs = stage.placer.costs["model"]
+            stage.scheduler.prefilled(placed, 0)
+            stage.scheduler.ended(placed, is_answered=True)
+    costs = stage.scheduler.costs["model"]
     assert costs.model.exec_s(4096, 0) == pytest.approx(1.6, rel=0.05)
     assert costs.prefills.error < 0.2
     assert costs.model.kv_bytes_per_token == 1024, "as the pools say"
 
 
 @pytest.mark.parametrize("is_on_cpu", [False, True])
-def test_nobody_takes_a_cpu_for_a_gpu_to_begin_with(is_on_cpu: bool) -> None:
+def test_start_costs_follow_the_device_of_the_instance(is_on_cpu: bool) -> None:
     stage = Stage(start_costs=None)
     instances = stage.snapshot.all()
     stage.snapshot = ClusterSnapshot.of(
@@ -241,132 +241,132 @@ def test_nobody_takes_a_cpu_for_a_gpu_to_begin_with(is_on_cpu: bool) -> None:
     )
     stage.place(prompt())
     begun = CPU_COSTS if is_on_cpu else GPU_COSTS
-    assert stage.placer.costs["model"].model.prefill == begun.prefill
+    assert stage.scheduler.costs["model"].model.prefill == begun.prefill
 
 
-def test_prefills_that_shared_an_instance_teach_together() -> None:
+def test_overlapping_prefills_refine_the_costs_as_one_busy_period() -> None:
     stage = Stage()
     first, second = stage.place(prompt()), stage.place(prompt())
-    assert first.prefill == second.prefill
+    assert first.assignment.prefill == second.assignment.prefill
     for placed in (first, second):
-        stage.placer.sent(placed)
+        stage.scheduler.sent(placed)
     stage.clock.advance(5.0)
-    stage.placer.prefilled(first, 0)
-    assert stage.placer.costs["model"].prefills.num_observed == 0
+    stage.scheduler.prefilled(first, 0)
+    assert stage.scheduler.costs["model"].prefills.num_observed == 0
     stage.clock.advance(5.0)
-    stage.placer.prefilled(second, 0)
-    costs = stage.placer.costs["model"]
+    stage.scheduler.prefilled(second, 0)
+    costs = stage.scheduler.costs["model"]
     assert costs.prefills.num_observed == 1
     assert costs.model.exec_s(first.prompt.num_tokens, 0) == pytest.approx(5.0, rel=0.02)
 
 
 @pytest.mark.parametrize("end", ["fails", "says nothing"])
-def test_what_shared_an_instance_with_who_knows_what_teaches_nothing(end: str) -> None:
+def test_busy_period_with_an_unknown_prefill_refines_nothing(end: str) -> None:
     stage = Stage()
     first, second = stage.place(prompt()), stage.place(prompt())
     for placed in (first, second):
-        stage.placer.sent(placed)
+        stage.scheduler.sent(placed)
     stage.clock.advance(5.0)
     if end == "fails":
-        stage.placer.ended(first, is_answered=False)
+        stage.scheduler.ended(first, is_answered=False)
     else:
-        stage.placer.prefilled(first, None)
-    stage.placer.prefilled(second, 0)
-    assert stage.placer.costs["model"].prefills.num_observed == 0
+        stage.scheduler.prefilled(first, None)
+    stage.scheduler.prefilled(second, 0)
+    assert stage.scheduler.costs["model"].prefills.num_observed == 0
 
 
-def test_a_fetch_is_counted_and_teaches_the_way() -> None:
+def test_whole_fetch_is_counted_and_refines_the_remote_path() -> None:
     stage = Stage()
     stage.holds(4, 256)
     placed = stage.place(prompt())
     stage.clock.advance(0.5)
-    before = stage.placer.costs["model"].model.remote
-    stage.placer.fetched(placed, FetchOutcome(256, 0.5, ""))
+    before = stage.scheduler.costs["model"].model.remote
+    stage.scheduler.fetched(placed, FetchOutcome(256, 0.5, ""))
     assert stage.value("fetches_total", outcome="whole") == 1
     assert stage.value("fetched_blocks_total") == 256
-    assert stage.placer.costs["model"].model.remote != before
-    stage.placer.sent(placed)
-    assert placed.begun_s == stage.clock()
+    assert stage.scheduler.costs["model"].model.remote != before
+    stage.scheduler.sent(placed)
+    assert placed.assignment.begun_s == stage.clock()
 
 
-def test_who_shares_what_another_fetches_waits_for_it() -> None:
+def test_requests_that_share_a_fetched_prefix_wait_for_the_fetch() -> None:
     stage = Stage("random")
     stage.holds(4, 256)
     first = stage.place(prompt())
-    plan = first.plan
+    plan = first.assignment.plan
     assert plan is not None
     assert (plan.num_there, plan.target) in ((0, "a"), (0, "b"))
     others = [stage.place(prompt()) for _ in range(8)]
-    by_target = {it.prefill.instance_id == plan.target: it for it in others}
-    assert benefits_from(by_target[True], plan)
-    assert not benefits_from(by_target[False], plan)
+    by_target = {it.assignment.prefill == plan.target: it for it in others}
+    assert by_target[True].assignment.benefits_from(plan)
+    assert not by_target[False].assignment.benefits_from(plan)
     foreign = page_keys([9] * len(KEYS) * PAGE, PAGE)
     strangers = [stage.place(Prompt(256 * PAGE, (foreign,))) for _ in range(8)]
-    assert any(it.prefill.instance_id == plan.target for it in strangers)
-    assert not any(benefits_from(it, plan) for it in strangers), "nothing of it is theirs, whatever the queue"
+    assert any(it.assignment.prefill == plan.target for it in strangers)
+    assert not any(it.assignment.benefits_from(plan) for it in strangers), "no block of it is theirs"
     for it in (first, *others, *strangers):
-        stage.placer.ended(it, is_answered=False)
+        stage.scheduler.ended(it, is_answered=False)
     other = page_keys([7] * len(KEYS) * PAGE, PAGE)
     for _ in range(8):
         unlike = stage.place(Prompt(256 * PAGE, ((*KEYS[:1], *other[1:]),)))
-        assert not benefits_from(unlike, plan), "one block is not worth the wait for 256"
-        stage.placer.ended(unlike, is_answered=False)
+        assert not unlike.assignment.benefits_from(plan), "one block is not worth the wait for 256"
+        stage.scheduler.ended(unlike, is_answered=False)
     stage.clock.advance(0.5)
-    stage.placer.waited(0.5)
-    stage.placer.sent(by_target[True])
-    assert by_target[True].begun_s == stage.clock()
+    stage.scheduler.waited(0.5)
+    stage.scheduler.sent(by_target[True])
+    assert by_target[True].assignment.begun_s == stage.clock()
     assert stage.value("fetches_total", outcome="shared") == 1
 
 
 @pytest.mark.parametrize(("num_blocks", "outcome"), [(0, "none"), (100, "part")])
-def test_a_fetch_that_brought_less_is_counted_as_such(num_blocks: int, outcome: str) -> None:
+def test_partial_fetch_is_counted_as_none_or_part(num_blocks: int, outcome: str) -> None:
     stage = Stage()
     stage.holds(4, 256)
     placed = stage.place(prompt())
-    stage.placer.fetched(placed, FetchOutcome(num_blocks, 0.5, "gone"))
+    stage.scheduler.fetched(placed, FetchOutcome(num_blocks, 0.5, "gone"))
     assert stage.value("fetches_total", outcome=outcome) == 1
 
 
-def test_a_bad_choice_is_regretted() -> None:
+def test_worse_choice_is_observed_as_regret() -> None:
     stage = Stage("random", fetches=False)
     stage.holds(1, 250)
     stage.holds(2, 250)
     placed = stage.place(prompt())
     stage.clock.advance(9.0)
-    stage.placer.prefilled(placed, 0)
+    stage.scheduler.prefilled(placed, 0)
     assert stage.value("regret_seconds_sum") > 8.0
     assert stage.value("prefill_seconds_error") > 0.5
 
 
-def test_unknown_tokens_stay_with_their_session() -> None:
+def test_prompt_with_unknown_tokens_goes_by_its_session() -> None:
     stage = Stage()
     blind = Prompt(1000, (), session=12345, unknown="multimodal input")
-    assert len({stage.place(blind).prefill.instance_id for _ in range(8)}) == 1
+    assert len({stage.place(blind).assignment.prefill for _ in range(8)}) == 1
     stage = Stage()
     nameless = Prompt(1000, (), unknown="multimodal input")
-    assert len({stage.place(nameless).prefill.instance_id for _ in range(8)}) == 2
+    assert len({stage.place(nameless).assignment.prefill for _ in range(8)}) == 2
     assert stage.value("unknown_tokens_total", reason="multimodal input") == 8
 
 
-def test_of_a_batch_all_prompts_count() -> None:
+def test_overlap_of_a_batch_sums_its_prompts() -> None:
     stage = Stage()
     stage.holds(1, 10)
     others = page_keys([9] * 512, PAGE)
     stage.feed.events(PoolEvents(Epoch(2), (Stored(1, Tier.DRAM, None, tuple(others)),)))
     batch = Prompt(4096 + 512, (KEYS, others))
-    decision = stage.placer.decide(stage.snapshot, batch)
+    decision = stage.scheduler.decide(stage.snapshot, batch)
     assert decision is not None
-    assert [it.total_blocks for it in decision.situation.prefills] == [10, 32]
+    assert [it.cached_blocks for it in decision.context.prefills] == [10, 32]
     assert (decision.prefill, decision.fetch) == ("b", None)
 
 
-def test_ranks_of_data_parallel_servers_count_as_their_server() -> None:
+def test_data_parallel_rank_counts_as_its_server() -> None:
     stage = Stage()
     stage.pools.register(pool("b/dp1", Role.PREFILL, 21))
     stage.holds(21, 99)
-    decision = stage.placer.decide(stage.snapshot, prompt())
+    decision = stage.scheduler.decide(stage.snapshot, prompt())
     assert decision is not None
-    assert [it.total_blocks for it in decision.situation.prefills] == [0, 99]
+    assert [it.cached_blocks for it in decision.context.prefills] == [0, 99]
 
 
 def everyone(num_prefills: int, num_decodes: int, num_colocated: int) -> ClusterSnapshot:
@@ -380,24 +380,24 @@ def everyone(num_prefills: int, num_decodes: int, num_colocated: int) -> Cluster
 @pytest.mark.parametrize(
     "counts", [(1, 1, 0), (2, 1, 0), (1, 2, 0), (2, 2, 0), (3, 2, 0), (0, 0, 3), (1, 1, 1)]
 )
-def test_cold_prompts_are_shared_evenly(policy: str, counts: tuple[int, int, int]) -> None:
+def test_cold_prompts_spread_evenly(policy: str, counts: tuple[int, int, int]) -> None:
     stage, snapshot = Stage(policy), everyone(*counts)
     prefills: Counter[str] = Counter()
     decodes: Counter[str] = Counter()
     pairings: set[str] = set()
     for turn in range(60):
         cold = Prompt(1000, (page_keys([turn] * 992, PAGE),))
-        placed = stage.placer.place(snapshot, cold)
+        placed = stage.scheduler.place(snapshot, cold)
         assert placed is not None
-        prefills[placed.prefill.instance_id] += 1
+        prefills[placed.assignment.prefill] += 1
         if isinstance(placed.route, Single):
-            assert placed.prefill.role is Role.COLOCATED
+            assert placed.route.worker.role is Role.COLOCATED
         else:
-            decodes[placed.decode.instance_id] += 1
+            decodes[placed.assignment.decode] += 1
             pairings.add(str(placed.route))
         stage.clock.advance(0.5)
-        stage.placer.prefilled(placed, 0)
-        stage.placer.ended(placed, is_answered=True)
+        stage.scheduler.prefilled(placed, 0)
+        stage.scheduler.ended(placed, is_answered=True)
     assert len(prefills) == counts[0] + counts[2]
     assert len(decodes) == counts[1]
     for shares in (prefills, decodes):
@@ -407,5 +407,5 @@ def test_cold_prompts_are_shared_evenly(policy: str, counts: tuple[int, int, int
 
 
 @pytest.mark.parametrize("counts", [(0, 0, 0), (3, 0, 0), (0, 3, 0)])
-def test_half_a_pair_is_no_place(counts: tuple[int, int, int]) -> None:
-    assert Stage().placer.place(everyone(*counts), prompt()) is None
+def test_place_returns_none_without_a_whole_pair(counts: tuple[int, int, int]) -> None:
+    assert Stage().scheduler.place(everyone(*counts), prompt()) is None
