@@ -1,10 +1,10 @@
-"""Who owns each slot of an arena: one state per slot, and that array is the authority.
+"""The owner of each slot of an arena, as one state per slot; the array of states is the authority.
 
     FREE -> PRIVATE -> CACHED -> FREE            alloc, insert, evict
     FREE -> RESERVED -> PRIVATE                  reserve, commit: then as above
     PRIVATE | RESERVED -> FREE                   free, cancel
-    CACHED | RESERVED -> QUARANTINED -> FREE     somebody may still read, or still write
-    FREE <-> RETIRED                             set_limit: no memory is there, or soon none will be
+    CACHED | RESERVED -> QUARANTINED -> FREE     a reader or writer may still access it
+    FREE <-> RETIRED                             set_limit: the slot has no memory, or loses it soon
 
 Knows no keys and no bytes. Not thread-safe: its pool locks.
 """
@@ -23,26 +23,26 @@ Slots = npt.NDArray[np.int64]
 
 
 class SlotState(IntEnum):
-    """What may happen to a slot's bytes."""
+    """The state of a slot: which accesses to its bytes are allowed."""
 
     FREE = 0
     PRIVATE = 1
-    """A caller's alone: it may write, and has to publish or free it."""
+    """Owned by one caller, which may write to it, and has to publish or free it."""
     CACHED = 2
-    """In the index: nobody writes, lease holders read."""
+    """In the index: never written, read by lease holders."""
     RESERVED = 3
-    """Promised to a writer elsewhere."""
+    """Promised to a remote writer."""
     QUARANTINED = 4
-    """Out of the index or past its reservation, but somebody may still touch the bytes."""
+    """Out of the index or past its reservation, but a reader or writer may still access the bytes."""
     RETIRED = 5
-    """Not of this size of the arena: the others add up to its total."""
+    """Beyond the current size of the arena, which is the sum of the other states."""
 
 
 FREE, PRIVATE, CACHED, RESERVED, QUARANTINED, RETIRED = SlotState
 
 
 class Allocator:
-    """`max_slots` slots, the first `num_slots` FREE and the others RETIRED at first."""
+    """`max_slots` slots; initially the first `num_slots` are FREE and the others RETIRED."""
 
     def __init__(self, num_slots: int, max_slots: int) -> None:
         self.max_slots = max_slots
@@ -52,9 +52,9 @@ class Allocator:
         self.set_limit(num_slots)
 
     def set_limit(self, num_slots: int) -> None:
-        """Let no slot from that one on be FREE, now or later, and every slot before it be used.
+        """Retire the slots from `num_slots` on, and make the retired ones before it FREE.
 
-        What is not FREE yet retires when it is freed. O(max_slots), a nanosecond each.
+        A slot that is not FREE retires when it is freed. O(max_slots), a nanosecond each.
         """
         states = self._states
         self.limit = num_slots
@@ -67,16 +67,16 @@ class Allocator:
 
     @property
     def is_draining(self) -> bool:
-        """Whether a slot beyond the limit has still to retire."""
+        """Whether a slot beyond the limit is not RETIRED yet."""
         return self._counts[RETIRED] < self.max_slots - self.limit
 
     def used_from(self, first: int, state: SlotState) -> Slots:
-        """The slots from `first` on that are in that state, in order."""
+        """The slots from `first` on that are in `state`, in order."""
         return np.flatnonzero(self._states[first:] == state) + first
 
     @property
     def end(self) -> int:
-        """One past the last slot that is neither FREE nor RETIRED: below that nothing can shrink."""
+        """One past the last slot that is neither FREE nor RETIRED: the least size of the arena now."""
         used = np.flatnonzero((self._states != FREE) & (self._states != RETIRED))
         return int(used[-1]) + 1 if len(used) else 0
 
@@ -87,9 +87,9 @@ class Allocator:
         return SlotState(self._states[slot])
 
     def take(self, num_blocks: int, state: SlotState) -> Slots:
-        """Turn that many FREE slots into PRIVATE or RESERVED ones. The pool saw to it that there are.
+        """Turn `num_blocks` FREE slots into PRIVATE or RESERVED ones. The pool has checked their number.
 
-        What came back together goes out together, in the same order: neighbours stay neighbours.
+        Slots that were freed together are taken together, in the same order: neighbours stay neighbours.
         """
         top = self._counts[FREE]
         if not 0 <= num_blocks <= top:
@@ -103,13 +103,13 @@ class Allocator:
     def move(self, slots: Slots, before: SlotState, after: SlotState) -> None:
         """Change the state of all `slots`. All or nothing.
 
-        Raises BlockStateError, changing nothing, if one is not `before`, not here, or named twice.
+        Raises BlockStateError, changing nothing, if a slot is not `before`, foreign, or named twice.
         """
         self.require(slots, before)
         self.change(slots, before, after)
 
     def change(self, slots: Slots, before: SlotState, after: SlotState) -> None:
-        """As `move`, where the caller saw to it that all are `before`."""
+        """As `move`, for a caller that has checked that all slots are `before`."""
         self._states[slots] = after
         self._counts[before] -= len(slots)
         self._counts[after] += len(slots)
@@ -120,7 +120,7 @@ class Allocator:
             self._free[top - len(slots) : top] = slots[::-1]
 
     def _retire(self, slots: Slots) -> Slots:
-        """Of slots that have become FREE, retire those beyond the limit; returns the others."""
+        """Retire the slots beyond the limit among newly FREE `slots`; returns the others."""
         beyond = slots >= self.limit
         self._states[slots[beyond]] = RETIRED
         self._counts[FREE] -= int(beyond.sum())
@@ -128,7 +128,7 @@ class Allocator:
         return slots[~beyond]
 
     def require(self, slots: Slots, state: SlotState) -> None:
-        """Raises BlockStateError if one of `slots` is not in that state, not here, or named twice."""
+        """Raises BlockStateError if one of `slots` is not in `state`, not in this arena, or named twice."""
         if not len(slots):
             return
         ordered = np.sort(slots)

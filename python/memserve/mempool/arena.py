@@ -1,11 +1,11 @@
 """DRAM for blocks: one sealed memfd, mapped once, cut into slots of equal size.
 
-A neighbour may map the same file, a transport may register the one range: both stay as they are
-when the arena is resized, which only moves the mark up to which the range has memory.
+Another process may map the same file, and a transport may register the one range: both stay valid when
+the arena is resized, which only moves the mark up to which the range has memory.
 
     [ resident: num_slots | room to grow: no memory, never touched ]     max_slots in all
 
-Knows no keys and no states: who may touch a slot is the pool's business.
+Knows no keys and no states: the pool decides which thread may use a slot.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from memserve.core.memory import free_memory_bytes
 
 _ALIGNMENT = 64
 _MOST_OF_FREE = 0.9
-"""How much of the free memory one arena may take: the process itself has to live, too."""
+"""Share of the free memory that one arena may take: the process itself needs memory, too."""
 
 _GIB = 1 << 30
 
@@ -35,7 +35,8 @@ _libc.fallocate.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_longlong, ctype
 class Arena:
     """`num_slots` slots of `slot_bytes` bytes, zeroed and resident from the start.
 
-    Valid until `close`; views and addresses must not be used after it. Any thread; one resizes.
+    Valid until `close`; views and addresses must not be used after it. Any thread may use it; one thread
+    at a time resizes it.
     """
 
     def __init__(
@@ -43,34 +44,34 @@ class Arena:
     ) -> None:
         """Take the memory now, so that no later write can fail.
 
-        `max_slots`: how far it can ever grow; by default not at all. `free_bytes`: what there is to
-        take from; by default what the machine and the cgroups have.
-        Raises ConfigError, with nothing taken, if that is not enough.
+        `max_slots`: the largest size of a later `resize` (default: `num_slots`). `free_bytes`: memory that
+        is free (default: what the machine and the cgroups have).
+        Raises ConfigError, taking nothing, if that is not enough.
         """
         self.max_slots = num_slots if max_slots is None else max_slots
         if block_bytes < 1 or not 1 <= num_slots <= self.max_slots <= MAX_SLOTS:
             raise ConfigError(f"an arena has at least one slot of one byte, not {num_slots} of {block_bytes}")
         self.block_bytes = block_bytes
         self.num_slots = num_slots
-        """Resident ones."""
+        """Resident slots."""
         self.slot_bytes = -(-block_bytes // _ALIGNMENT) * _ALIGNMENT
-        """From the start of one slot to that of the next: block_bytes, rounded up."""
+        """Distance between the starts of two slots: block_bytes, rounded up."""
         self.num_bytes = self.slot_bytes * self.max_slots
-        """Of the file and the mapping: all slots that can ever be."""
+        """Size of the file and of the mapping: `max_slots` slots."""
         _check_room(self.slot_bytes * num_slots, free_bytes)
         self.fd = _sealed_file(self.num_bytes, self.slot_bytes * num_slots)
-        """The memory as a file, for a neighbour to map. Size fixed by seals; owned by the arena."""
+        """The memory as a file, for another process to map. Seals fix its size; owned by the arena."""
         self._close_file = weakref.finalize(self, os.close, self.fd)
         self._map = mmap.mmap(self.fd, self.num_bytes)
         self.memory = memoryview(self._map)
-        """All `max_slots` slots in order; writable. Whoever keeps a view past `close` keeps the memory."""
+        """All `max_slots` slots in order; writable. A view that outlives `close` keeps the memory."""
         self.address = ctypes.addressof(ctypes.c_char.from_buffer(self._map))
-        """Of slot 0 in this process."""
+        """Address of slot 0 in this process."""
 
     def resize(self, num_slots: int, *, free_bytes: int | None = None) -> None:
-        """Have that many slots: take memory for more (zeroed), or give that of the last ones back.
+        """Change the number of slots: take memory for new ones (zeroed), or give that of the last ones back.
 
-        Nobody may use the slots that go. Address, file and mapping stay.
+        No thread may use the slots that go. Address, file and mapping stay.
         Raises ConfigError, changing nothing, below 1, above `max_slots`, or if there is not enough memory.
         """
         self.check_size(num_slots)
@@ -83,7 +84,7 @@ class Arena:
         self.num_slots = num_slots
 
     def check_size(self, num_slots: int) -> None:
-        """Raises ConfigError if the arena can never have that many slots."""
+        """Raises ConfigError if the arena can never have `num_slots` slots."""
         if not 1 <= num_slots <= self.max_slots:
             raise ConfigError(f"an arena of up to {self.max_slots} slots cannot have {num_slots}")
 
@@ -93,13 +94,13 @@ class Arena:
         return self.memory[start : start + self.block_bytes]
 
     def offset(self, slot: int) -> int:
-        """Of a slot in the file and from `address`. Raises IndexError if there is no such slot."""
+        """Offset of a slot in the file and from `address`. Raises IndexError if there is no such slot."""
         if not 0 <= slot < self.num_slots:
             raise IndexError(f"slot {slot} of {self.num_slots}")
         return slot * self.slot_bytes
 
     def close(self) -> None:
-        """Give the memory back, at the latest when the last view of it is gone. Idempotent."""
+        """Give the memory back, at the latest when its last view is gone. Idempotent."""
         if self.fd < 0:
             return
         self._close_file()
@@ -107,7 +108,7 @@ class Arena:
         try:
             self.memory.release()
             self._map.close()
-        except BufferError:  # Someone still has a view: the mapping ends with it.
+        except BufferError:  # A view is left: the mapping ends with it.
             del self.memory, self._map
 
 
@@ -121,7 +122,7 @@ def _check_room(num_bytes: int, free_bytes: int | None) -> None:
 
 
 def _sealed_file(num_bytes: int, resident_bytes: int) -> int:
-    """A memfd of that size, the first part of it allocated, that nobody can grow or shrink."""
+    """A memfd of `num_bytes` bytes that cannot grow or shrink; its first part is allocated."""
     fd = os.memfd_create("memserve-arena", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.ftruncate(fd, num_bytes)
@@ -134,7 +135,7 @@ def _sealed_file(num_bytes: int, resident_bytes: int) -> int:
 
 
 def _allocate(fd: int, start: int, num_bytes: int) -> None:
-    """Raises ConfigError, with nothing allocated, if there is not that much memory."""
+    """Raises ConfigError, allocating nothing, if there is too little memory."""
     try:
         os.posix_fallocate(fd, start, num_bytes)
     except OSError as error:

@@ -1,4 +1,4 @@
-"""The slots of one tier and the index over them, changed together, each change told to the event log.
+"""The slots of one tier and the index over them, changed together; each change goes to the event log.
 
 Knows no bytes, addresses or reservations. Not thread-safe: its pool locks.
 """
@@ -31,14 +31,14 @@ class BlockCache:
         self.evictions = 0
 
     def take(self, num_blocks: int, state: SlotState) -> Slots:
-        """That many slots, evicting what is needed.
+        """`num_blocks` FREE slots, now in `state`; evicts blocks if too few are free.
 
-        Raises, changing nothing, OutOfBlocks, or BlockStateError for less than none.
+        Raises, changing nothing, OutOfBlocks, or BlockStateError for a negative number.
         """
         if num_blocks < 0:
             raise BlockStateError(f"{num_blocks} blocks cannot be had")
         free, evictable = self.allocator.count(FREE), self.index.num_evictable
-        if self.allocator.is_draining:  # Evicting what is in a slot that goes makes no room.
+        if self.allocator.is_draining:  # Evicting a block from a slot that retires makes no room.
             evictable -= len(self.movable(self.allocator.limit))
         if num_blocks > free + evictable:
             raise OutOfBlocks(num_blocks, free, evictable)
@@ -47,7 +47,7 @@ class BlockCache:
         return self.allocator.take(num_blocks, state)
 
     def evict(self, num_blocks: int) -> None:
-        """Free that many blocks, in the order of eviction; there are that many evictable ones."""
+        """Free `num_blocks` blocks in the order of eviction. The caller knows that so many are evictable."""
         victims = self.index.evict(num_blocks)
         self.evictions += len(victims)
         self._uncache(victims, FREE)
@@ -57,11 +57,10 @@ class BlockCache:
         return self.index.tree.nodes()
 
     def publish(self, keys: Sequence[BlockKey], slots: Slots, parent: BlockKey | None) -> int:
-        """PRIVATE slots become CACHED where their key is new, from some key to the end; returns how many.
+        """Turn the slots of new keys, a suffix of `keys`, from PRIVATE to CACHED; returns how many.
 
-        The caller saw to it that they are PRIVATE.
-
-        Raises KeyError, changing nothing, if what the first new key comes after is not cached.
+        The caller has checked that all `slots` are PRIVATE. Raises KeyError, changing nothing, if the parent
+        of the first new key is not cached.
         """
         added = self.index.insert(keys, slots, parent)
         self.allocator.change(slots[len(slots) - len(added) :], PRIVATE, CACHED)
@@ -69,22 +68,22 @@ class BlockCache:
         return len(added)
 
     def drop(self, top: CachedNode) -> int:
-        """Take a block and all after it out of the index, leased or not; returns how many.
+        """Take a block and all blocks after it out of the index, leased or not; returns how many.
 
         Leased slots are QUARANTINED until `unpin` ends their last lease.
         """
         free, held = self.index.drop(top)
-        self._uncache(free, FREE)  # What is leased has only leased blocks before it: held is last.
+        self._uncache(free, FREE)  # All blocks before a leased one are leased: `held` is last.
         self._uncache(held, QUARANTINED)
         return len(free) + len(held)
 
     def movable(self, first: int) -> Slots:
-        """The slots from `first` on with blocks that nobody leases. A few nanoseconds for each slot."""
+        """The slots from `first` on that hold cached, unleased blocks. A few nanoseconds per slot."""
         slots = self.allocator.used_from(first, CACHED)
         return slots[~self.index.are_pinned(slots)]
 
     def unpin(self, node: CachedNode) -> None:
-        """End one pin of the index, and free what was only waiting for that."""
+        """End one pin of the index, and free dropped blocks that it was the last to hold."""
         self.allocator.move(np.array(self.index.unpin(node), np.int64), QUARANTINED, FREE)
 
     def _uncache(self, nodes: Sequence[CachedNode], state: SlotState) -> None:

@@ -1,7 +1,7 @@
-"""Which cached block goes first: orderings as pure functions, and the queue that follows one.
+"""Which cached block is evicted first: policies as pure functions, and the queue ordered by one of them.
 
-The pool offers leaves without a lease, and only those, so that every order takes tails before
-heads, and never an ancestor first. Knows no bytes, clocks or locks; time is a count of uses.
+The pool offers only unleased leaves, so that every policy evicts tails before heads, and never an ancestor
+first. Knows no bytes, clocks or locks; time is a count of uses.
 """
 
 from __future__ import annotations
@@ -14,12 +14,12 @@ from typing import Literal, NamedTuple
 
 
 class BlockUse(NamedTuple):
-    """What an ordering may look at."""
+    """What an eviction policy may depend on."""
 
     last_used: int
-    """The tick of the last use of this block, or of any that came after it in a prompt."""
+    """The tick of the last use of this block or of a block that came after it in a prompt."""
     uses: int
-    """How often that happened since it was inserted, insertion included."""
+    """Number of such uses since the block was inserted, insertion included."""
     depth: int
     """Blocks before this one."""
 
@@ -34,17 +34,17 @@ def lru(use: BlockUse) -> float:
 
 
 def lfu(use: BlockUse) -> float:
-    """Least often used first; of equals, the least recently used."""
+    """Least often used first; among equals, the least recently used."""
     return use.uses + 1 - 1 / (1 + use.last_used)
 
 
 def cost_aware(half_life_ticks: float = 4096, attention_blocks: float = 512) -> EvictionPolicy:
-    """Least expected cost of computing the block again first.
+    """Lowest expected cost of computing the block again first.
 
-    Cost is linear in depth (attention reads all that comes before) and doubles at
-    `attention_blocks`; a use counts half after `half_life_ticks`. The value is the logarithm of
-    (1 + uses) x cost x 2^((last_used - now) / half_life) without `now`, which all blocks share: so that
-    time alone never changes the order.
+    The cost is linear in depth (attention reads all tokens before) and doubles at `attention_blocks`; a use
+    counts half after `half_life_ticks`. The value is the logarithm of
+    (1 + uses) x cost x 2^((last_used - now) / half_life) without `now`, which all blocks share: time alone
+    never changes the order.
     """
 
     def order(use: BlockUse) -> float:
@@ -62,34 +62,34 @@ EVICTION_POLICIES: dict[EvictionName, EvictionPolicy] = {"lru": lru, "lfu": lfu,
 
 
 class EvictionQueue:
-    """Slots that were offered, lowest value first. Values may have grown since: they are asked again.
+    """Offered slots, lowest value first. A value may have grown since the offer: `take` asks again.
 
-    Each slot waits once, however often it is offered. O(log n) each way.
+    A slot is in the queue at most once, however often it is offered. O(log n) each way.
     """
 
     def __init__(self, num_slots: int) -> None:
         self._heap: list[tuple[float, int, int]] = []
-        # An entry counts only with its slot's present ticket; 0: the slot does not wait.
+        # An entry is valid only with its slot's current ticket; 0: the slot is not in the queue.
         self._tickets = array("Q", bytes(8 * num_slots))
         self._last_ticket = 0
 
     def offer(self, slot: int, value: float) -> None:
-        """Let `slot` wait, if it does not already."""
+        """Add `slot`, if it is not in the queue."""
         if not self._tickets[slot]:
             self._last_ticket += 1
             self._tickets[slot] = self._last_ticket
             heapq.heappush(self._heap, (value, self._last_ticket, slot))
 
     def withdraw(self, slot: int) -> None:
-        """Let `slot` wait no longer, if it did."""
+        """Remove `slot`, if it is in the queue."""
         if self._tickets[slot]:
             self._tickets[slot] = 0
-            self._tidy()
+            self._compact()
 
     def take(self, value_of: Callable[[int], float | None]) -> int | None:
-        """The slot that goes first, or None if none that waits may go.
+        """Remove and return the first slot that may be evicted; None if there is none.
 
-        `value_of` gives a slot's value now, or None if it may not go: it is then forgotten.
+        `value_of` gives a slot's current value, or None if it may not be evicted: it leaves the queue then.
         """
         while self._heap:
             value, ticket, slot = heapq.heappop(self._heap)
@@ -105,8 +105,8 @@ class EvictionQueue:
             return slot
         return None
 
-    def _tidy(self) -> None:
-        """Drop withdrawn entries once they are most of the heap and many."""
+    def _compact(self) -> None:
+        """Drop withdrawn entries once they are many and most of the heap."""
         if len(self._heap) > 64 and len(self._heap) > 2 * len(self._tickets):
             self._heap = [entry for entry in self._heap if self._tickets[entry[2]] == entry[1]]
             heapq.heapify(self._heap)

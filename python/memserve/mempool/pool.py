@@ -29,7 +29,7 @@ from memserve.mempool.events import CachedNodes, EventLog, snapshot
 from memserve.mempool.eviction import EvictionPolicy, lru
 from memserve.mempool.external_tier import ExternalTier
 from memserve.mempool.leases import Lease, Leases
-from memserve.mempool.records import Inserted, Match, PoolStats, Reservation
+from memserve.mempool.records import Inserted, Match, PoolStats
 from memserve.mempool.reservations import WriteReservations
 from memserve.mempool.tier_pool import Checksum, TierPool
 
@@ -47,12 +47,13 @@ class Device(Protocol):
         """Copy one layer of slots[i] to pages[i]."""
 
 
-class MemPool:
+class MemPool(WriteReservations):
     """Blocks of one layout, in one arena per tier. Any thread may call any method.
 
     One lock guards the metadata. It is held for about a microsecond per block that a call concerns, never
     while bytes move. Each tier is prefix-closed by itself, and a block may be in several tiers.
-    The caller opens the arenas, and closes them after the last use of the pool.
+    The caller opens the arenas, and closes them after the last use of the pool. The verbs of reservations
+    (reserve, commit, cancel, quarantine, settle) are those of the base class, on the DRAM tier.
     """
 
     def __init__(
@@ -84,10 +85,8 @@ class MemPool:
         self._tiers = {tier: tier_pool(tier, arenas[tier]) for tier in sorted(arenas)}
         self._dram = self._tiers[Tier.DRAM]
         self._external: dict[Tier, ExternalTier] = {}
-        self._reservations = WriteReservations(self._dram)
+        super().__init__(self._dram)
         self._leases = Leases(self._tiers)
-
-    # ---- memory
 
     def alloc_mem(self, num_blocks: int, tier: Tier = Tier.DRAM) -> list[BlockAddr]:
         """`num_blocks` blocks, PRIVATE to the caller, their bytes undefined. All or nothing.
@@ -178,10 +177,7 @@ class MemPool:
         return [key for _, key in sorted(used, reverse=True)]
 
     def clear(self) -> int:
-        """Drop all cached blocks, leased or not: no later call finds one of them.
-
-        Leased blocks are quarantined until their last lease ends. Returns how many blocks were dropped.
-        """
+        """Drop all cached blocks; returns how many. Quarantines leased ones until their last lease ends."""
         with self._lock:
             caches = [tier.cache for tier in self._tiers.values()]
             return sum(cache.drop(root) for cache in caches for root in cache.index.roots())
@@ -250,34 +246,6 @@ class MemPool:
             device.load_layer(layer, slots, pages)
             on_layer(layer)
 
-    # ---- reservations: memory for peers to write to
-
-    def reserve(self, num_blocks: int) -> Reservation:
-        """Promise DRAM blocks to a remote writer. Evicts and raises as `alloc_mem`."""
-        return self._reservations.begin(num_blocks)
-
-    def commit(self, reservation: Reservation) -> list[BlockAddr]:
-        """All bytes have landed: the blocks are the caller's, PRIVATE, to seal and insert.
-
-        Raises BlockStateError, changing nothing, if the reservation has ended or is quarantined.
-        """
-        return self._reservations.commit(reservation)
-
-    def cancel(self, reservation: Reservation) -> None:
-        """No byte was or will be written: free the blocks. Raises as `commit`."""
-        self._reservations.cancel(reservation)
-
-    def quarantine(self, reservation: Reservation) -> None:
-        """The writer may still write: keep the blocks until `settle`. Raises as `commit`."""
-        self._reservations.quarantine(reservation)
-
-    def settle(self, reservation: Reservation) -> None:
-        """The writer has acknowledged, is fenced or is dead: free a quarantined reservation's blocks.
-
-        Raises BlockStateError, changing nothing, if it is not quarantined.
-        """
-        self._reservations.settle(reservation)
-
     # ---- events and statistics
 
     def take_events(self) -> list[CacheEvent]:
@@ -311,17 +279,16 @@ class MemPool:
         """All numbers of one tier, of one moment; leases are the pool's, reservations in DRAM."""
         pool = self._tier(tier)
         with self._lock:
-            return pool.stats(len(self._leases), len(self._reservations) if pool is self._dram else 0)
+            return pool.stats(len(self._leases), self.num_reservations if pool is self._dram else 0)
 
     def stats_by_tier(self) -> dict[Tier, PoolStats]:
         """The numbers of each tier that the pool owns, nearest first."""
         return {tier: self.stats(tier) for tier in self._tiers}
 
     def _tier(self, tier: Tier) -> TierPool:
-        try:
-            return self._tiers[tier]
-        except KeyError:
-            raise BlockStateError(f"this pool has no {tier.name} tier") from None
+        if tier not in self._tiers:
+            raise BlockStateError(f"this pool has no {tier.name} tier")
+        return self._tiers[tier]
 
     def _home(self, addrs: Sequence[BlockAddr]) -> TierPool:
         """The tier of the first address; DRAM, which refuses it, if the address is foreign."""

@@ -1,4 +1,4 @@
-"""What the pool's verbs answer with. Values only: nothing here changes, or changes the pool."""
+"""Results of the pool's verbs. Immutable values, which do not change the pool."""
 
 from __future__ import annotations
 
@@ -11,26 +11,26 @@ from memserve.core.block_keys import BlockKey
 
 @dataclass(frozen=True, slots=True)
 class Inserted:
-    """What `insert` did with each block: the three are the addresses it was given, in order."""
+    """What `insert` did with each block. The three parts are the given addresses, in order."""
 
     new: Sequence[BlockAddr]
-    """The cache's now."""
+    """Blocks that the cache owns now."""
     duplicates: Sequence[BlockAddr]
-    """Their keys are cached already: still the caller's, to free or use."""
+    """Blocks whose keys were cached before: still the caller's, to free or use."""
     orphans: Sequence[BlockAddr]
-    """What comes before them is not cached, so nobody would find them: still the caller's."""
+    """Blocks whose parent is not cached, so that no match would find them: still the caller's."""
 
 
 @dataclass(frozen=True, slots=True)
 class Match:
-    """The longest cached prefix of some keys, as of a moment ago: `acquire` it to rely on it."""
+    """The longest cached prefix of some keys, as of one moment: `acquire` it before relying on it."""
 
     keys: Sequence[BlockKey]
-    """Those that are cached."""
+    """The cached keys."""
     addrs: Sequence[BlockAddr]
     """addrs[i] holds keys[i]; an address tells its tier."""
     num_wanted: int
-    """Keys that were asked for."""
+    """Number of keys that the match asked for."""
 
     def __len__(self) -> int:
         return len(self.keys)
@@ -38,7 +38,7 @@ class Match:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """Slots promised to a writer. Ends exactly once: committed, cancelled, or settled after quarantine."""
+    """Blocks promised to a writer. Ends exactly once: committed, cancelled, or settled after quarantine."""
 
     reservation_id: int
     addrs: Sequence[BlockAddr]
@@ -46,7 +46,7 @@ class Reservation:
 
 @dataclass(frozen=True, slots=True)
 class PoolStats:
-    """One moment of one tier of a pool; the counters run from its start."""
+    """Numbers of one tier of a pool at one moment; counters run from the start of the pool."""
 
     total: int
     """Usable slots: see `MemPool.resize`."""
@@ -59,12 +59,13 @@ class PoolStats:
     evictable: int
     leases: int
     reservations: int
-    """Open ones, the quarantined included."""
+    """Open ones, the quarantined ones included."""
     hits: int
     misses: int
-    """Blocks that `acquire` found in this tier; did not find here or nearer, of those the match asked for."""
+    """Of the blocks that a match asked for: those that `acquire` found in this tier (hits), and those that it
+    found neither here nor in a nearer tier."""
     evictions: int
     corruptions: int
-    """Blocks whose checksum did not hold."""
+    """Blocks that failed their checksum."""
     bytes_sealed: int
     bytes_verified: int

@@ -1,7 +1,7 @@
-"""Slots promised to writers elsewhere, each promise ended exactly once.
+"""Slots promised to remote writers. Each promise ends exactly once.
 
     OPEN ---> committed: the slots are the receiver's, complete
-      | ----> cancelled: nothing was or will be written
+      | ----> cancelled: no byte was or will be written
       '-----> QUARANTINED ---> settled: the writer is known to write no more
 
 Knows no peers and no timeouts. Any thread.
@@ -17,52 +17,59 @@ from memserve.mempool.tier_pool import TierPool
 
 
 class WriteReservations:
-    """Open and quarantined reservations of one tier, by id. Ids are never used twice.
-
-    Ending one that is not in the right state raises BlockStateError, changing nothing.
-    """
+    """Open and quarantined reservations of one tier, by id. Ids are never used twice."""
 
     def __init__(self, tier: TierPool) -> None:
-        self._tier = tier
+        self._reserving = tier
         self._open: dict[int, Slots] = {}
         self._quarantined: dict[int, Slots] = {}
         self._last_id = 0
 
-    def __len__(self) -> int:
+    @property
+    def num_reservations(self) -> int:
+        """Reservations that have not ended, the quarantined ones included."""
         return len(self._open) + len(self._quarantined)
 
-    def begin(self, num_blocks: int) -> Reservation:
-        """A new OPEN reservation. Evicts and raises as `TierPool.alloc`."""
-        with self._tier.lock:
-            slots = self._tier.cache.take(num_blocks, RESERVED)
+    def reserve(self, num_blocks: int) -> Reservation:
+        """Promise blocks to a remote writer. Evicts and raises as `MemPool.alloc_mem`."""
+        tier = self._reserving
+        with tier.lock:
+            slots = tier.cache.take(num_blocks, RESERVED)
             self._last_id += 1
             self._open[self._last_id] = slots
-            return Reservation(self._last_id, self._tier.addrs(slots))
+            return Reservation(self._last_id, tier.addrs(slots))
 
     def commit(self, reservation: Reservation) -> list[BlockAddr]:
-        """OPEN: its slots, which are returned, are PRIVATE now."""
-        with self._tier.lock:
+        """All bytes have landed: the blocks are the caller's, PRIVATE, to seal and insert.
+
+        Raises BlockStateError, changing nothing, if the reservation has ended or is quarantined.
+        """
+        tier = self._reserving
+        with tier.lock:
             slots = _pop(self._open, reservation, "open")
-            self._tier.cache.allocator.move(slots, RESERVED, PRIVATE)
-            return self._tier.addrs(slots)
+            tier.cache.allocator.move(slots, RESERVED, PRIVATE)
+            return tier.addrs(slots)
 
     def cancel(self, reservation: Reservation) -> None:
-        """OPEN: its slots are FREE now."""
-        with self._tier.lock:
-            self._tier.cache.allocator.move(_pop(self._open, reservation, "open"), RESERVED, FREE)
+        """No byte was or will be written: free the blocks. Raises as `commit`."""
+        with self._reserving.lock:
+            self._reserving.cache.allocator.move(_pop(self._open, reservation, "open"), RESERVED, FREE)
 
     def quarantine(self, reservation: Reservation) -> None:
-        """OPEN: its slots are QUARANTINED now, and so is it."""
-        with self._tier.lock:
+        """The writer may still write: keep the blocks until `settle`. Raises as `commit`."""
+        with self._reserving.lock:
             slots = _pop(self._open, reservation, "open")
             self._quarantined[reservation.reservation_id] = slots
-            self._tier.cache.allocator.move(slots, RESERVED, QUARANTINED)
+            self._reserving.cache.allocator.move(slots, RESERVED, QUARANTINED)
 
     def settle(self, reservation: Reservation) -> None:
-        """QUARANTINED: its slots are FREE now."""
-        with self._tier.lock:
+        """The writer has acknowledged, is fenced or is dead: free a quarantined reservation's blocks.
+
+        Raises BlockStateError, changing nothing, if it is not quarantined.
+        """
+        with self._reserving.lock:
             slots = _pop(self._quarantined, reservation, "quarantined")
-            self._tier.cache.allocator.move(slots, QUARANTINED, FREE)
+            self._reserving.cache.allocator.move(slots, QUARANTINED, FREE)
 
 
 def _pop(table: dict[int, Slots], reservation: Reservation, state: str) -> Slots:

@@ -1,7 +1,7 @@
 """One tier of a pool: the blocks of one arena, their owners, index and checksums.
 
-Knows no other tier, no leases and no reservations. Any thread; the lock is its pool's, shared by
-all tiers and held for metadata only, never while bytes are read or written.
+Knows no other tier, no leases and no reservations. Any thread; the lock is the pool's, shared by all
+tiers and held for metadata only, never while bytes are read or written.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from memserve.mempool.records import Inserted, PoolStats
 logger = logging.getLogger(__name__)
 
 _MOVE_BLOCKS = 256
-"""Blocks that are moved or evicted between two looks at who uses them."""
+"""Blocks that `resize` moves or evicts between two checks of their leases."""
 
 
 class Checksum:
@@ -47,7 +47,7 @@ class Checksum:
 
 
 class TierPool:
-    """Slots of `arena`, at addresses from `first` on. See MemPool for what its verbs promise."""
+    """Slots of `arena`, at addresses from `first` on. See MemPool for the contracts of its verbs."""
 
     def __init__(
         self,
@@ -57,14 +57,14 @@ class TierPool:
         checksum: Checksum,
         lock: threading.Lock,
     ) -> None:
-        """`cache` has the arena's slots."""
+        """`cache` covers the slots of `arena`."""
         self.arena = arena
         self.first = first
         self.cache = cache
         self._checksum = checksum
         self.lock = lock
         self.sums = np.zeros(arena.max_slots, np.uint64)
-        """Checksums, of CACHED slots and of sealed ones."""
+        """Checksums of CACHED and of sealed slots."""
         self._sealed = np.zeros(arena.max_slots, bool)  # Of PRIVATE slots: whether the bytes are complete.
         self._resizing = threading.Lock()
         self.hits = self.misses = self.corruptions = 0
@@ -74,14 +74,14 @@ class TierPool:
         return cast("list[BlockAddr]", (slots + self.first).tolist())
 
     def slots(self, addrs: Sequence[BlockAddr]) -> Slots:
-        """Not checked: a foreign address gives a slot that is not here."""
+        """Does not check the addresses: a foreign one gives a slot that does not exist."""
         return np.array(addrs, np.int64) - self.first
 
     def holds(self, addr: BlockAddr) -> bool:
         return 0 <= addr - self.first < self.arena.max_slots
 
     def stats(self, leases: int, reservations: int) -> PoolStats:
-        """The caller has the lock, and what it counts itself."""
+        """The caller holds the lock, and passes the numbers that it counts itself."""
         free, private, cached, reserved, quarantined = states = [
             self.cache.allocator.count(state) for state in (FREE, PRIVATE, CACHED, RESERVED, QUARANTINED)
         ]
@@ -104,9 +104,8 @@ class TierPool:
         )
 
     def find(self, keys: Sequence[BlockKey], start: int) -> tuple[list[BlockAddr], CachedNode | None]:
-        """Where keys[start:] are, as far as all of `keys` before are here, too, and the last one's node.
-
-        The caller has the lock.
+        """Addresses of the cached part of keys[start:], and the node of its last block; none if a key before
+        `start` is not in this tier. The caller holds the lock.
         """
         slots, last = self.cache.index.locate(keys, start)
         first = self.first
@@ -156,11 +155,12 @@ class TierPool:
     # ---- checksums
 
     def checksums(self, addrs: Sequence[BlockAddr]) -> list[int]:
-        """Of cached blocks that somebody leases."""
+        """Checksums of leased blocks."""
         return list(self.sums[self.slots(addrs)].tolist())
 
     def verify(self, keys: Sequence[BlockKey], addrs: Sequence[BlockAddr]) -> int:
-        """How many leased blocks, from the front, hold what was sealed; what comes after is dropped."""
+        """How many leased blocks, from the front, hold what was sealed; the first corrupt one is dropped with
+        all blocks after it."""
         good = 0
         slots = self.slots(addrs)
         for slot, expected in zip(slots.tolist(), self.sums[slots].tolist(), strict=True):
@@ -173,7 +173,7 @@ class TierPool:
         return good
 
     def mark_corrupt(self, key: BlockKey, slot: int) -> None:
-        """The block at `slot` is corrupt: nobody is to find it, or what comes after it, again."""
+        """Drop the corrupt block at `slot`, and all blocks after it, from the index."""
         with self.lock:
             node = self.cache.index.at(slot)
             dropped = self.cache.drop(node) if node is not None and node.key == key else 0
@@ -183,7 +183,7 @@ class TierPool:
     # ---- size
 
     def resize(self, num_slots: int) -> int:
-        """See MemPool. One at a time: whoever comes second waits for the first."""
+        """See MemPool. One at a time: a second call waits for the first."""
         with self._resizing:
             if num_slots >= self.arena.num_slots:
                 self.arena.resize(num_slots)
@@ -199,7 +199,7 @@ class TierPool:
             return reached
 
     def _vacate(self, limit: int) -> None:
-        """Move or evict what is cached in slots from `limit` on, as far as nobody leases it."""
+        """Move or evict the unleased cached blocks in slots from `limit` on."""
         cache = self.cache
         with self.lock:
             cache.allocator.set_limit(limit)
@@ -213,7 +213,7 @@ class TierPool:
                 sources = sources[:_MOVE_BLOCKS]
                 nodes = list(map(cache.index.at, sources.tolist()))
                 targets = cache.allocator.take(len(sources), PRIVATE)
-            # Should a block leave its slot meanwhile, or be leased there, its copy is of no use.
+            # If a block leaves its slot meanwhile, or is leased there, its copy is dropped.
             self._copy(sources, targets)
             with self.lock:
                 if not self._relocate(nodes, sources, targets):
@@ -224,7 +224,7 @@ class TierPool:
             self.arena.block(target)[:] = self.arena.block(source)
 
     def _relocate(self, nodes: Sequence[CachedNode | None], sources: Slots, targets: Slots) -> int:
-        """Find the blocks in their new slots that still are where they were, unleased; returns how many."""
+        """Move the index entries of blocks that are still in their old slots, unleased; returns how many."""
         cache = self.cache
         there = [cache.index.at(slot) is node for slot, node in zip(sources.tolist(), nodes, strict=True)]
         moves = np.array(there, bool) & ~cache.index.are_pinned(sources)
