@@ -14,8 +14,8 @@ import numpy as np
 
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import KEY_BYTES, BlockKey
+from memserve.core.block_tree import Node
 from memserve.core.cache_events import CacheEvent, Removed, Snapshot, Stored
-from memserve.core.prompt_tree import Node
 
 CachedNodes = tuple[Tier, Sequence[Node[int]]]
 """All blocks of a tier, parents first."""

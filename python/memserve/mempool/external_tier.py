@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager
 
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey
-from memserve.core.prompt_tree import Node, PromptTree
+from memserve.core.block_tree import BlockTree, Node
 from memserve.mempool.events import EventLog
 
 
@@ -22,7 +22,7 @@ class ExternalTier:
         self.tier = tier
         self._events = events
         self._lock = lock
-        self._tree: PromptTree[int] = PromptTree()
+        self._tree: BlockTree[int] = BlockTree()
 
     def __len__(self) -> int:
         return len(self._tree)

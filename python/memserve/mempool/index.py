@@ -17,7 +17,7 @@ import numpy.typing as npt
 
 from memserve.core.block_addr import NO_SLOT
 from memserve.core.block_keys import BlockKey
-from memserve.core.prompt_tree import Node, PromptTree
+from memserve.core.block_tree import BlockTree, Node
 from memserve.mempool.allocator import Slots
 from memserve.mempool.eviction import BlockUse, EvictionPolicy, EvictionQueue
 from memserve.mempool.pins import Pins
@@ -30,7 +30,7 @@ class BlockIndex:
     """keys -> slots. A slot is in at most one node."""
 
     def __init__(self, num_slots: int, ordering: EvictionPolicy) -> None:
-        self.tree: PromptTree[int] = PromptTree()
+        self.tree: BlockTree[int] = BlockTree()
         """For reading."""
         self._ordering = ordering
         self._queue = EvictionQueue(num_slots)

@@ -26,7 +26,6 @@ from sglang.srt.mem_cache.unified_radix_cache import UnifiedRadixCache
 
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, Namespace, page_keys
-from memserve.core.cache_events import Follower
 from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout, Part
 from memserve.engine import hbm_events
@@ -36,6 +35,7 @@ from memserve.engine.server_flags import pool_flags
 from memserve.instance.metrics import SECTIONS
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
+from memserve.testing.cache_follower import CacheFollower
 
 PAGE = 4
 OURS = pool_flags()[-1]
@@ -74,7 +74,7 @@ class Engine:
         self.pool = MemPool(LAYOUT, Arena(LAYOUT.block_bytes, 2), Epoch(1))
         self.hbm = self.pool.add_external_tier(Tier.HBM)
         self.report = HbmReport(self.hbm)
-        self.follower = Follower()
+        self.follower = CacheFollower()
 
     def insert(self, tokens: Sequence[int], namespace: Namespace = NAMESPACES[0]) -> None:
         key = RadixKey(array("q", tokens), extra_key=namespace.extra_key, cache_salt=namespace.cache_salt)
@@ -154,7 +154,7 @@ def test_the_pool_has_what_the_cache_has(engine: Engine, seed: int) -> None:
             case "tell":
                 engine.tell()
     engine.tell()
-    late = Follower()
+    late = CacheFollower()
     late.reset(engine.pool.snapshot())
     assert {node.key for node in late.tree} == {node.key for node in engine.follower.tree}
     assert engine.report.stats().left_out == 0

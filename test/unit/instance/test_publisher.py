@@ -10,12 +10,13 @@ import pytest
 
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, page_keys
-from memserve.core.cache_events import Follower, Snapshot, Stored
+from memserve.core.cache_events import Snapshot, Stored
 from memserve.core.ids import Epoch, new_epoch
 from memserve.core.kv_layout import KVLayout, Part
 from memserve.instance.publisher import Publisher, ReportSource, parts
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
+from memserve.testing.cache_follower import CacheFollower
 from memserve.testing.cluster import wait_for
 from memserve.testing.faulty_link import Fault, Faults, FaultyLink, FaultyProxy
 from memserve.wire.link import ControlClient, ControlServer
@@ -29,7 +30,7 @@ class Listener:
     """A router's end: follows one pool, and turns away as many messages as it is told to."""
 
     def __init__(self) -> None:
-        self.follower = Follower()
+        self.follower = CacheFollower()
         self.in_step = False
         self.turn_away = 0
         self.num_snapshots = 0
@@ -55,7 +56,7 @@ class Listener:
     def forget(self) -> None:
         """Restart: nothing is known."""
         with self._lock:
-            self.follower, self.in_step = Follower(), False
+            self.follower, self.in_step = CacheFollower(), False
 
     def keys(self) -> set[BlockKey]:
         with self._lock:

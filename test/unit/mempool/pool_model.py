@@ -10,11 +10,11 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize
 
 from memserve.core.block_addr import BlockAddr, Tier, slot_of
 from memserve.core.block_keys import BlockKey
-from memserve.core.cache_events import Follower
 from memserve.mempool.eviction import EVICTION_POLICIES, EvictionName
 from memserve.mempool.leases import Lease
 from memserve.mempool.pool import MemPool
 from memserve.mempool.records import Reservation
+from memserve.testing.cache_follower import CacheFollower
 
 from .harness import keys_of, make_pool
 
@@ -47,7 +47,7 @@ class PoolModel(RuleBasedStateMachine):
         self.quarantined: dict[int, Reservation] = {}
         self.held: list[TierCounts] = []
         self.dropped: dict[BlockAddr, int] = {}  # cached no longer, but leased so many times
-        self.follower = Follower()
+        self.follower = CacheFollower()
         self.everyone: list[BlockAddr] = []
         self.corruptions = 0
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import msgspec
 
 from memserve.core.block_addr import Tier
-from memserve.core.cache_events import CacheEvent, Follower, Removed, Stored
+from memserve.core.cache_events import CacheEvent, Removed, Stored
 from memserve.mempool.events import chains
+from memserve.testing.cache_follower import CacheFollower
 
 from .harness import keys_of, make_pool, store
 
@@ -54,7 +55,7 @@ def test_the_record_does_not_grow_when_nobody_takes_it() -> None:
 
 def test_a_gap_is_noticed_and_a_snapshot_heals_it() -> None:
     pool = make_pool(8)
-    follower = Follower()
+    follower = CacheFollower()
     store(pool, [1])
     pool.take_events()  # lost
     store(pool, [1, 2])
@@ -73,14 +74,14 @@ def test_a_snapshot_tells_chains_in_an_order_that_can_be_inserted() -> None:
     pool = make_pool(16)
     for prompt in ([1, 2, 3], [1, 4], [5], [1, 2, 6, 7]):
         store(pool, prompt)
-    late = Follower()
+    late = CacheFollower()
     late.reset(pool.snapshot())
     assert len(late.tree) == pool.stats().cached
     assert late.sequence == pool.take_events()[-1].sequence
 
 
 def test_a_block_is_known_as_long_as_some_tier_has_it_or_needs_it() -> None:
-    follower = Follower()
+    follower = CacheFollower()
     events: list[CacheEvent] = [
         Stored(1, Tier.HBM, None, (A, B)),
         Stored(2, Tier.DRAM, None, (A,)),

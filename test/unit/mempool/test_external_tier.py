@@ -12,9 +12,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, ru
 
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey
-from memserve.core.cache_events import CacheEvent, Follower, Removed, Stored
+from memserve.core.cache_events import CacheEvent, Removed, Stored
 from memserve.core.errors import ConfigError
 from memserve.mempool.events import digest
+from memserve.testing.cache_follower import CacheFollower
 
 from .harness import keys_of, make_pool, store
 
@@ -117,8 +118,8 @@ class ForeignMachine(RuleBasedStateMachine):
         self.pool = make_pool(NUM_SLOTS)
         self.hbm = self.pool.add_external_tier(Tier.HBM)
         self.held: set[tuple[int, ...]] = set()
-        self.follower = Follower()
-        self.late = Follower()
+        self.follower = CacheFollower()
+        self.late = CacheFollower()
 
     @rule(prompt=prompts, start=st.integers(0, 4))
     def told_stored(self, prompt: list[int], start: int) -> None:
@@ -162,7 +163,7 @@ class ForeignMachine(RuleBasedStateMachine):
     @rule()
     def join(self) -> None:
         """Events that were not taken yet are in the snapshot, and old to who has it."""
-        self.late = Follower()
+        self.late = CacheFollower()
         self.late.reset(self.pool.snapshot())
         assert tiers_of(self.late) == self.truth()
         events = self.pool.take_events()
@@ -190,7 +191,7 @@ def prefixes(prompt: Sequence[int]) -> set[tuple[int, ...]]:
     return {tuple(prompt[: i + 1]) for i in range(len(prompt))}
 
 
-def tiers_of(follower: Follower) -> dict[BlockKey, int]:
+def tiers_of(follower: CacheFollower) -> dict[BlockKey, int]:
     return {node.key: node.payload for node in follower.tree}
 
 
@@ -201,7 +202,7 @@ TestForeignTier.settings = settings(max_examples=60, stateful_step_count=30, dea
 def test_events_carry_both_tiers_in_one_sequence() -> None:
     pool = make_pool(4)
     hbm = pool.add_external_tier(Tier.HBM)
-    follower = Follower()
+    follower = CacheFollower()
     hbm.stored([A, B])
     store(pool, [1])
     events: list[CacheEvent] = pool.take_events()

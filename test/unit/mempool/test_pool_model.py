@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from hypothesis.stateful import invariant, precondition, rule
 
 from memserve.core.block_addr import BlockAddr, Tier, slot_of, tier_of
-from memserve.core.cache_events import Follower
 from memserve.core.errors import BlockStateError, OutOfBlocks
 from memserve.mempool.leases import Lease
 from memserve.mempool.records import Match
+from memserve.testing.cache_follower import CacheFollower
 
 from .harness import LAYOUT, FakeDevice, content, keys_of
 from .pool_model import MAX_SLOTS, NUM_SLOTS, PoolModel, TierCounts
@@ -295,7 +295,7 @@ class PoolMachine(PoolModel):
 
     @rule()
     def join_late(self) -> None:
-        late = Follower()
+        late = CacheFollower()
         late.reset(self.pool.snapshot())
         assert {node.key: node.payload for node in late.tree} == self.tiers_of_keys()
         for event in self.pool.take_events():

@@ -8,10 +8,10 @@ import threading
 import pytest
 
 from memserve.core.block_addr import Tier, tier_of
-from memserve.core.cache_events import Follower
 from memserve.core.errors import OutOfBlocks
 from memserve.mempool.pool import MemPool
 from memserve.mempool.tier_pool import Checksum
+from memserve.testing.cache_follower import CacheFollower
 
 from .harness import LAYOUT, FakeDevice, content, keys_of, make_pool, store
 
@@ -110,7 +110,7 @@ def test_blocks_whose_parent_is_not_in_dram_are_not_cached() -> None:
 
 
 def test_a_follower_hears_of_blocks_that_are_swapped_out() -> None:
-    pool, follower = make_pool(4), Follower()
+    pool, follower = make_pool(4), CacheFollower()
     follower.reset(pool.snapshot())
     swap_out(pool, [1, 2])
     assert all(map(follower.apply, pool.take_events()))
@@ -193,7 +193,7 @@ def test_threads_swap_and_read_at_once() -> None:
     assert (stats.leases, stats.corruptions) == (0, 0)
     assert is_all_accounted_for(pool)
     assert stats.evictable == stats.cached
-    late, follower = Follower(), Follower()
+    late, follower = CacheFollower(), CacheFollower()
     late.reset(pool.snapshot())
     assert all(map(follower.apply, pool.take_events()))
     seen = [{node.key: node.payload for node in one.tree} for one in (late, follower)]

@@ -4,7 +4,7 @@
     key                               k0   k1   k2          parent, first child, siblings, set, last use
 
 Nothing here is an object per block but the key and its number in a dict, neither of which the garbage
-collector ever visits: ten million `Node`s of `core.prompt_tree` would stop the loop for seconds.
+collector ever visits: ten million `Node`s of `core.block_tree` would stop the loop for seconds.
 Slot 0 is the parent of every root and holds nothing, so a key that is not here can be read as slot 0.
 Knows no holders: a block has the id of its set. Not thread-safe.
 """

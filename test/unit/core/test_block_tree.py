@@ -1,4 +1,4 @@
-"""PromptTree against a dict of key -> (parent, payload)."""
+"""BlockTree against a dict of key -> (parent, payload)."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
 from memserve.core.block_keys import BlockKey, page_keys
-from memserve.core.prompt_tree import PromptTree
+from memserve.core.block_tree import BlockTree
 
 prompts = st.lists(st.integers(0, 2), max_size=6)
 
@@ -22,7 +22,7 @@ class TreeMachine(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.tree: PromptTree[int] = PromptTree()
+        self.tree: BlockTree[int] = BlockTree()
         self.model: dict[tuple[int, ...], int] = {}
 
     @rule(prompt=prompts, payload=st.integers(0, 9))

@@ -1,12 +1,11 @@
-"""The prefix tree of cached prompts: one node per block, addressed by key.
+"""The prefix tree of cached blocks: one node per block, addressed by key.
 
     keys   k0 <- k1 <- k2 <- k3        a prompt
-                  ^--- k4 <- k5        another that shares its first two blocks
+                  ^--- k4 <- k5        a prompt that shares its first two blocks
 
-Keys chain, so a dict of nodes with parent links *is* the radix tree: nothing is ever split, equal
-keys of two trees are the same node, and merging trees is their union. The tree is prefix-closed: a
-node's parent is in it. Knows no tiers, slots or holders: those are its payload.
-Not thread-safe; its owner locks.
+Keys chain, so a dict of nodes with parent links *is* the radix tree: no node is ever split, equal keys
+of two trees are the same node, and merging trees is their union. The tree is prefix-closed: a node's
+parent is in it. Knows no tiers, slots or holders: those are the payload. Not thread-safe.
 """
 
 from __future__ import annotations
@@ -23,15 +22,15 @@ P = TypeVar("P")
 
 
 class Node(msgspec.Struct, Generic[P], eq=False):
-    """One block. `key` and `parent` never change, also after the node has left its tree.
+    """One block. `key` and `parent` never change, not even after the node has left its tree.
 
-    A Struct, as it is made in C: half the time of inserting is making nodes.
+    A Struct, which C code makes: half the time of an insertion goes into making nodes.
     """
 
     key: BlockKey
     parent: Node[P] | None
     payload: P
-    # The children are a list threaded through them: 24 bytes a node, whatever the shape.
+    # The children of a node are a linked list threaded through them: 24 bytes a node.
     _first_child: Node[P] | None = None
     _next: Node[P] | None = None
     _previous: Node[P] | None = None
@@ -44,21 +43,21 @@ class Node(msgspec.Struct, Generic[P], eq=False):
         return self._first_child is None
 
     def is_leaf_without(self, others: Container[Node[P]]) -> bool:
-        """Whether it would be a leaf, were those gone."""
+        """Whether this node would be a leaf without `others`."""
         child = self._first_child
         while child is not None and child in others:
             child = child._next
         return child is None
 
     def children(self) -> Iterator[Node[P]]:
-        """The nodes right below, newest first. The tree must not change meanwhile."""
+        """The children, newest first. The tree must not change meanwhile."""
         child = self._first_child
         while child is not None:
             yield child
             child = child._next
 
 
-class PromptTree(Generic[P]):
+class BlockTree(Generic[P]):
     """Prefix-closed nodes by key. `keys` arguments chain: each key's parent is the one before it."""
 
     __slots__ = ("_nodes",)
@@ -77,16 +76,16 @@ class PromptTree(Generic[P]):
         return iter(self._nodes.values())
 
     def nodes(self) -> list[Node[P]]:
-        """As iterating, but a copy, made in one step: the caller may read it while the tree changes."""
+        """A copy of all nodes, parents before their children: it stays valid while the tree changes."""
         return list(self._nodes.values())
 
     def get(self, key: BlockKey) -> Node[P] | None:
         return self._nodes.get(key)
 
     def depth(self, keys: Sequence[BlockKey]) -> int:
-        """How many of `keys`, from the front, are here. Pure; O(log n).
+        """How many of `keys`, from the front, are in the tree. Pure; O(log n).
 
-        The first key need not be a root: being here, it stands for all that comes before it.
+        keys[0] need not be a root: if it is in the tree, so are all its ancestors.
         """
         nodes = self._nodes
         if not keys or keys[0] not in nodes:
@@ -96,12 +95,12 @@ class PromptTree(Generic[P]):
         return bisect_left(keys, True, key=lambda key: key not in nodes)
 
     def match(self, keys: Sequence[BlockKey]) -> list[Node[P]]:
-        """The nodes of the longest prefix of `keys` that is here. Pure."""
+        """The nodes of the longest prefix of `keys` in the tree. Pure."""
         depth = self.depth(keys)
         return list(map(self._nodes.__getitem__, keys if depth == len(keys) else keys[:depth]))
 
     def chain_to(self, key: BlockKey) -> list[BlockKey]:
-        """The keys from the root to that one; none if it is not here."""
+        """The keys from the root to `key`; empty if `key` is not in the tree."""
         chain, node = [], self._nodes.get(key)
         while node is not None:
             chain.append(node.key)
@@ -109,7 +108,7 @@ class PromptTree(Generic[P]):
         return chain[::-1]
 
     def add(self, key: BlockKey, parent: Node[P] | None, payload: P) -> Node[P]:
-        """A new node below `parent`, or a root. `key` is not here yet; `parent` is."""
+        """Add a node below `parent`, or a root. `key` is not in the tree yet; `parent` is."""
         node = Node(key, parent, payload)
         self._nodes[key] = node
         if parent is not None:
@@ -123,10 +122,10 @@ class PromptTree(Generic[P]):
     def insert(
         self, keys: Sequence[BlockKey], payloads: Sequence[P], parent: BlockKey | None = None
     ) -> list[Node[P]]:
-        """Add what is missing of a chain below `parent` (None: from the root); returns the new nodes.
+        """Add the missing nodes of a chain below `parent` (None: from the root); returns the new nodes.
 
-        payloads[i] goes with keys[i]; those of keys that are here already are left alone.
-        Raises KeyError, changing nothing, if something is missing and its parent is not here.
+        payloads[i] belongs to keys[i]; nodes in the tree keep their payload.
+        Raises KeyError, changing nothing, if the first missing node's parent is not in the tree.
         """
         depth = self.depth(keys)
         if depth == len(keys):
@@ -143,7 +142,7 @@ class PromptTree(Generic[P]):
         return added
 
     def remove(self, node: Node[P]) -> None:
-        """Take out a leaf. `node` is in this tree and has no children."""
+        """Remove a leaf. `node` is in this tree and has no children."""
         del self._nodes[node.key]
         after, before, parent = node._next, node._previous, node.parent
         if after is not None:
@@ -155,7 +154,7 @@ class PromptTree(Generic[P]):
         node._next = node._previous = None
 
     def remove_subtree(self, top: Node[P]) -> list[Node[P]]:
-        """Take out `top` and all below it; returns them, children before their parents."""
+        """Remove `top` and its descendants; returns them, children before their parents."""
         doomed = [top]
         for node in doomed:  # grows as it goes: breadth first
             doomed.extend(node.children())
