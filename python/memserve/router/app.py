@@ -120,7 +120,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
             ingress.follow,
             lambda: proxy.fetcher.retain(state.pools),
             drains.retain,
-            lambda: proxy.connections.keep(state.cluster.up),
+            lambda: proxy.connections.retain(state.cluster.up),
         ]
         _start(stack, prober.run(), _run_upkeep(state, upkeep))
         if config.discovery is not None:
@@ -140,7 +140,7 @@ async def _open_proxy(
     session = await stack.enter_async_context(open_session(tls, config.auth.api_key))
     connections = ConnectionPool(tls)
     stack.callback(connections.close)
-    state.cluster.on_unresponsive = connections.give_up
+    state.cluster.on_unresponsive = connections.abandon
     upstream = Upstream(connections, session, on_lost=_on_lost(state))
     stack.push_async_callback(upstream.close)
     executor = RequestExecutor(upstream, state.scheduler, fetcher)
@@ -234,7 +234,7 @@ def _serve_control(
         state.pools,
         state.synchronizer,
         asyncio.get_running_loop(),
-        lambda named: state.reader.memory.named(named.rid, named.keys),
+        lambda named: state.reader.text_keys.record_keys(named.rid, named.keys),
     )
     port = config.cluster.control_port
     if port is None:

@@ -1,6 +1,6 @@
-"""How a request ends badly: the errors of one leg and of the router, and how a client reads them.
+"""The errors of a request, its legs and the router, and the HTTP answers that clients get for them.
 
-A failure is what HTTP shows of an error: status, message, whether to try again. Knows no sockets.
+A failure is the HTTP form of an error: status, message, whether to try again. Knows no sockets.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from memserve.core.ids import Epoch, InstanceId
 from memserve.router.request import JsonObject, encode_json
 
 CLIENT_LEFT_STATUS = 499
-"""Seen in logs only."""
+"""The status in logs of a request whose client left."""
 
 _TYPES = {
     401: "authentication_error",
@@ -34,11 +34,11 @@ _TYPES = {
 
 
 class NoRoute(Retryable):
-    """No instance, or no whole pair, can take the request now."""
+    """No colocated instance and no complete pair can take the request now."""
 
 
 class UpstreamFault(Retryable):
-    """An instance did not do its share of a request: another one may."""
+    """An instance did not complete its leg of a request; another instance may."""
 
     kind = "fault"
 
@@ -46,13 +46,15 @@ class UpstreamFault(Retryable):
         super().__init__(message)
         self.instance_id = instance_id
         self.num_attempts = 1
-        """How often the request has been tried, on this instance and others."""
-        self.why_not_resumed: str | None = None
-        """Why nobody goes on with the stream that has begun."""
+        """Attempts of the request so far, on this instance and others."""
+        self.not_resumed_reason: str | None = None
+        """Why no other instance continues the stream."""
 
     def __str__(self) -> str:
         tried = f" (attempt {self.num_attempts}, the last)" if self.num_attempts > 1 else ""
-        resumed = f"; the answer is not continued: {self.why_not_resumed}" if self.why_not_resumed else ""
+        resumed = (
+            f"; the answer is not continued: {self.not_resumed_reason}" if self.not_resumed_reason else ""
+        )
         return super().__str__() + tried + resumed
 
 
@@ -64,7 +66,7 @@ class UpstreamDisconnected(UpstreamFault):
     def __init__(
         self, instance_id: InstanceId, epoch: Epoch, role: str, reason: str, *, was_sent: bool = True
     ) -> None:
-        """`was_sent`: the instance had the request, or part of it, and may have ended for it."""
+        """`was_sent`: the instance had at least a part of the request, which may have ended it."""
         super().__init__(instance_id, f"the {role} server {instance_id} was lost: {reason}")
         self.epoch = epoch
         self.role = role
@@ -73,7 +75,7 @@ class UpstreamDisconnected(UpstreamFault):
 
 
 class UpstreamError(UpstreamFault):
-    """An instance answered with an error of its own (5xx)."""
+    """An instance answered with a server error (5xx)."""
 
     kind = "failed"
 
@@ -83,22 +85,22 @@ class UpstreamError(UpstreamFault):
 
 
 class PoisonRequest(MemServeError):
-    """The request was at several instances when each was lost: it is not tried on one more."""
+    """Several instances were lost while they worked on the request: no other instance gets it."""
 
     def __init__(self, role: str, instances: Sequence[InstanceId]) -> None:
         names = ", ".join(instances)
         super().__init__(
             f"{len(instances)} {role} servers were lost while they worked on this request ({names}): "
-            "it may be what ended them, and is not tried on another one; change it before you send it again"
+            "it may have ended them and is not tried on another server; change it before you send it again"
         )
 
 
 class RequestTimeout(Retryable):
-    """A request took longer than it may."""
+    """A request took longer than its time limit."""
 
 
 class UpstreamRejected(MemServeError):
-    """An instance refused the request as wrong (4xx). The message is its own."""
+    """An instance refused the request (4xx). The message is the instance's."""
 
     def __init__(self, status: int, error: JsonObject) -> None:
         super().__init__(str(error.get("message", "")))
@@ -115,47 +117,47 @@ class TokenizerMismatch(InstanceLost):
 
 
 class ClientLeft(MemServeError):
-    """Nobody waits for the answer any more."""
+    """The client no longer waits for the answer."""
 
 
 class Overloaded(Retryable):
-    """A request that was not let in, as there are too many, or its tenant's rate is used up."""
+    """The request was not admitted: too many requests run, or its tenant's rate is used up."""
 
     def __init__(self, message: str, status: int, after_s: float) -> None:
         super().__init__(message)
         self.status = status
         self.after_s = after_s
-        """When it may be worth another try, in seconds."""
+        """Seconds after which another try may succeed."""
 
 
 class ShuttingDown(Retryable):
-    """The router is stopping and gives up what still runs."""
+    """The router is stopping and ends the requests that still run."""
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What the client is told."""
+    """The HTTP form of an error."""
 
     status: int
     error: JsonObject
     retry_after_s: int | None = None
-    """When it may be worth another try, where that is known."""
+    """Seconds after which another try may succeed, where that is known."""
 
     def headers(self) -> dict[str, str]:
-        """What the response says beside its body."""
+        """The response headers."""
         return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
 
     def body(self) -> bytes:
-        """The JSON of both SGLang's and OpenAI's envelope."""
+        """JSON in the envelope that SGLang and OpenAI share."""
         return encode_json({"error": self.error})
 
     def event(self) -> bytes:
-        """The same, inside a stream."""
+        """The same as an event of a stream."""
         return b"data: " + self.body() + b"\n\n"
 
 
 def failure_of(error: MemServeError) -> Failure:
-    """What a client is told of `error`."""
+    """The failure that the client of a request with `error` gets."""
     if isinstance(error, ClientLeft):
         return failure(CLIENT_LEFT_STATUS, str(error))
     if isinstance(error, UpstreamRejected):
@@ -178,7 +180,7 @@ def failure_of(error: MemServeError) -> Failure:
 def failure(
     status: int, message: str, *, field: str | None = None, code: str | None = None, retryable: bool = False
 ) -> Failure:
-    """A failure in OpenAI's terms; `field` is the request's field at fault."""
+    """A failure in OpenAI's terms; `field` is the wrong field of the request."""
     kind = _TYPES.get(status, "invalid_request_error" if status < 500 else "internal_error")
     error: JsonObject = {
         "message": message,
@@ -191,7 +193,7 @@ def failure(
 
 
 def refusal(status: int, body: bytes) -> UpstreamRejected:
-    """An instance's 4xx, whichever of SGLang's shapes its body has."""
+    """The error for an instance's 4xx; `body` has any of SGLang's shapes."""
     return UpstreamRejected(status, _error_object(status, body))
 
 

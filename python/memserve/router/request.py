@@ -1,4 +1,4 @@
-"""One generation request, as it was read from HTTP and found fit to be sent on. Knows no servers."""
+"""One generation request that was validated. Knows no servers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import msgspec
 from memserve.router.sglang_api import DEFAULT_OUTPUT_TOKENS, OUTPUT_LIMITS
 
 JsonObject: TypeAlias = dict[str, object]
-"""A JSON object whose fields belong to SGLang: the router reads a few and hands on the rest."""
+"""A JSON object with SGLang's fields: the router reads a few and passes on all."""
 
 encode_json = msgspec.json.Encoder().encode
 decode_json = msgspec.json.Decoder().decode
@@ -28,53 +28,53 @@ class Api(StrEnum):
 
 
 class RequestIds:
-    """RequestIds for requests, as no other router process gives them. None is the beginning of another."""
+    """Gives request ids that are unique among router processes; no id is a prefix of another."""
 
     def __init__(self) -> None:
         self._process = secrets.token_hex(10)
         self._counter = itertools.count()
 
     def new(self) -> str:
-        """The next one."""
+        """The next id."""
         return f"{self._process}{next(self._counter):012x}"
 
 
 class LegTrace(Protocol):
-    """Notes when the legs of a call begin and end."""
+    """Records when the legs of a request begin and end."""
 
     def leg(self, instance: str, role: str) -> Mapping[str, str]:
-        """One begins: headers for its server."""
+        """A leg begins; returns trace headers for its server."""
 
     def left(self, instance: str, *, is_answered: bool) -> None:
-        """It has ended."""
+        """A leg has ended."""
 
 
 class GenerationRequest(msgspec.Struct, frozen=True):
-    """A checked request."""
+    """A validated request."""
 
     api: Api
     body: JsonObject
     """As the client sent it. Never changed."""
     rid: str
-    """RequestIds the request in logs, and at every server."""
+    """The request's id in logs and at every server."""
     has_client_rid: bool
-    """The client chose it, and may use it again."""
+    """The client chose the id, and may use it again."""
     rids: tuple[str, ...]
-    """What the servers call its parts: one per prompt."""
+    """The servers' ids: one per prompt."""
     num_prompts: int | None
-    """How many prompts a batch has; None for a single prompt."""
+    """Number of prompts in a batch; None for a single prompt."""
     num_samples: int
-    """Answers wanted per prompt."""
+    """Number of answers per prompt."""
     model: str | None
     body_bytes: int = 0
-    """As it came over the wire."""
+    """Size of the body as the client sent it."""
     authorization: str | None = None
     timeout_s: float | None = None
-    """How long its client waits for the whole answer, if it says so."""
+    """How long the client waits for the whole answer; None: not said."""
     has_tenant: bool = False
-    """It is one tenant's of several: what it calls itself must not meet the names of others."""
+    """Other tenants exist, who may choose the same ids."""
     wants_report: bool = False
-    """A stream ends with a comment that tells what prefill reused."""
+    """Its stream ends with a comment that reports the prompt tokens that prefill reused."""
     trace: LegTrace | None = None
 
     def __repr__(self) -> str:
@@ -115,7 +115,7 @@ class GenerationRequest(msgspec.Struct, frozen=True):
 
     @property
     def wants_input_logprobs(self) -> bool:
-        """Whether the answer has parts that only prefill knows."""
+        """Whether the answer holds logprobs of the prompt, which only prefill knows."""
         if self.api is Api.GENERATE:
             wanted = self.body.get("return_logprob")
             return any(wanted) if isinstance(wanted, list) else bool(wanted)

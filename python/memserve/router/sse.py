@@ -8,7 +8,7 @@ DONE = b"data: [DONE]\n\n"
 
 
 class EventSplitter:
-    """Cuts a byte stream into events; a chunk may end anywhere."""
+    """Splits a byte stream into events; a chunk may end anywhere."""
 
     def __init__(self) -> None:
         self._rest = b""
@@ -20,7 +20,7 @@ class EventSplitter:
             yield event + b"\n\n"
 
     def rest(self) -> bytes:
-        """What has not become an event: b"" after a well-formed stream."""
+        """The bytes after the last event: b"" after a well-formed stream."""
         return self._rest
 
 
@@ -33,6 +33,6 @@ def data_of(event: bytes) -> bytes:
 
 
 def with_data(event: bytes, data: bytes) -> bytes:
-    """`event` with another payload, its other lines kept."""
+    """`event` with the payload `data`; its other lines stay."""
     lines = [b"data: " + data if line.startswith(b"data:") else line for line in event.split(b"\n")]
     return b"\n".join(lines)

@@ -1,7 +1,7 @@
-"""Which decodes can hold a prompt at all. Pure.
+"""The decodes whose cache can hold a prompt. Pure.
 
-SGLang's decode takes a request in when the prompt, in whole pages, and a reserve for the answer are free.
-A prompt for which even an empty cache has no room waits there for ever, and so does everything behind it.
+SGLang's decode admits a request when the prompt, in whole pages, and a reserve for the answer are free.
+A prompt that does not fit an empty cache waits there for ever, and all requests behind it do too.
 Source: SGLang 0.5.23, disaggregation/decode.py (pop_preallocated, _required_admission_tokens).
 """
 
@@ -17,21 +17,21 @@ _FIELDS = {Api.GENERATE: "input_ids", Api.CHAT: "messages", Api.COMPLETIONS: "pr
 
 
 def smallest_capacity(snapshot: ClusterSnapshot) -> int | None:
-    """What fits every decode; None if nothing is known not to."""
+    """The longest prompt that every decode can hold; None if no limit is known."""
     limits = (one.server_info.max_prompt_tokens for one in snapshot.decodes)
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def largest_capacity(snapshot: ClusterSnapshot) -> int | None:
-    """What fits some decode, if no instance is without a known limit; else None."""
-    rooms = [one.server_info.max_prompt_tokens for one in snapshot.decodes]
-    if snapshot.colocated or not rooms or None in rooms:
+    """The longest prompt that some decode can hold; None if an instance has no known limit."""
+    limits = [one.server_info.max_prompt_tokens for one in snapshot.decodes]
+    if snapshot.colocated or not limits or None in limits:
         return None
-    return max(room for room in rooms if room is not None)
+    return max(limit for limit in limits if limit is not None)
 
 
 def instances_that_fit(snapshot: ClusterSnapshot, num_tokens: int) -> ClusterSnapshot:
-    """Without the decodes that have no room for a prompt of `num_tokens`."""
+    """`snapshot` without the decodes that cannot hold a prompt of `num_tokens`."""
     decodes = tuple(
         one
         for one in snapshot.decodes
@@ -41,11 +41,11 @@ def instances_that_fit(snapshot: ClusterSnapshot, num_tokens: int) -> ClusterSna
 
 
 def check_fits(snapshot: ClusterSnapshot, num_tokens: int, api: Api) -> None:
-    """Raises BadRequest if nobody in `snapshot` could ever take a prompt of `num_tokens`."""
-    room = largest_capacity(snapshot)
-    if room is not None and num_tokens > room:
+    """Raises BadRequest if no instance in `snapshot` could ever hold a prompt of `num_tokens`."""
+    limit = largest_capacity(snapshot)
+    if limit is not None and num_tokens > limit:
         raise BadRequest(
-            f"the prompt has {num_tokens} tokens; the cache of the largest decode server has room for {room} "
-            "beside what is reserved for an answer (its --num-reserved-decode-tokens)",
+            f"the prompt has {num_tokens} tokens; the cache of the largest decode server has room for "
+            f"{limit} beside what is reserved for an answer (its --num-reserved-decode-tokens)",
             field=_FIELDS[api],
         )

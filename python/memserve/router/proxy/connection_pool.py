@@ -1,7 +1,7 @@
-"""Kept-alive HTTP connections to instances, as lean as requests for generation allow.
+"""Keep-alive HTTP connections to instances, for generation requests only.
 
-One request at a time on each; the answer's bytes are given out as they come. Knows no calls, no roles
-and no retries: it raises what the network raises.
+One request at a time on each; the answer's bytes are delivered as they come. Knows no requests, roles or
+retries: it raises what the network raises.
 """
 
 from __future__ import annotations
@@ -21,23 +21,23 @@ from memserve.router.errors import MalformedResponse
 
 CONNECT_TIMEOUT_S = 3.0
 KEEPALIVE_S = 2.0
-"""Less than the 5 s after which SGLang closes an idle connection, so that none closes under a request."""
+"""Less than the 5 s after which SGLang closes idle connections: none closes during a request."""
 MAX_UNREAD_BYTES = 256 << 10
-"""What may wait for a slow client until the instance is made to wait as well."""
+"""Unread bytes at which reading from the instance is paused for a slow client."""
 
 
-class UpstreamSilent(MalformedResponse):
-    """Nothing more is expected of an instance, whose connection is still there."""
+class UpstreamUnresponsive(MalformedResponse):
+    """The instance does not answer, though the connection is open."""
 
 
 class Connection(asyncio.Protocol):
-    """One connection. The callbacks below `send` are httptools' and the loop's."""
+    """One connection. Its callbacks are called by httptools and the event loop."""
 
     def __init__(self, loop: asyncio.AbstractEventLoop, on_free: Callable[[Connection], None]) -> None:
         self.idle_since_s = 0.0
         self.is_closed = False
         self.status = 0
-        """Of the answer; 0 while it has not begun."""
+        """The answer's status; 0 until it begins."""
         self._loop = loop
         self._on_free = on_free
         self._is_busy = False
@@ -51,7 +51,7 @@ class Connection(asyncio.Protocol):
         self._wants_all = False
 
     def send(self, request: bytes) -> None:
-        """Begin a request. The connection has to be new or free."""
+        """Begin a request. The connection must be new or free."""
         self.status, self._is_busy, self._is_complete, self._wants_all = 0, True, False, False
         self._ends_with_connection = True
         self._can_be_kept = False
@@ -59,13 +59,13 @@ class Connection(asyncio.Protocol):
         self._transport.write(request)
 
     async def answered(self) -> int:
-        """The status, once the answer's head is there. Raises ConnectionError."""
+        """Wait for the answer's head; its status. Raises ConnectionError."""
         while not self.status:
             await self._wait()
         return self.status
 
     async def next(self) -> bytes:
-        """What came since the last time, as soon as there is any; b"" at the end. Raises ConnectionError."""
+        """The bytes since the last call, as soon as there are any; b"" at the end. Raises ConnectionError."""
         while not self._chunks:
             if self._is_complete:
                 return b""
@@ -74,7 +74,7 @@ class Connection(asyncio.Protocol):
         return self._taken()
 
     async def read(self) -> bytes:
-        """All that is left. Raises ConnectionError."""
+        """All remaining bytes. Raises ConnectionError."""
         self._wants_all = True
         self._go_on()
         while not self._is_complete:
@@ -82,7 +82,7 @@ class Connection(asyncio.Protocol):
         return self._taken()
 
     def release(self) -> None:
-        """Nobody reads on. Free for the next request if the answer was complete, else closed."""
+        """The reader is done: free the connection if the answer was complete, else close it."""
         if self.is_closed:
             return
         if self._is_complete and not self._chunks and self._can_be_kept:
@@ -92,24 +92,24 @@ class Connection(asyncio.Protocol):
         else:
             self.close()
 
-    def give_up(self, reason: str) -> None:
-        """Close it under whoever reads: nothing more is to be expected."""
+    def abandon(self, reason: str) -> None:
+        """Close the connection; its reader gets UpstreamUnresponsive with `reason`."""
         if not self.is_closed:
             self._transport.abort()
-            self._fail(UpstreamSilent(reason))
+            self._fail(UpstreamUnresponsive(reason))
 
     def close(self) -> None:
-        """Drop the connection at once."""
+        """Close the connection at once."""
         self.is_closed = True
         self._transport.abort()
 
     def _go_on(self) -> None:
-        """Let the instance send again, if it was made to wait."""
+        """Resume reading if it was paused."""
         if self._num_unread > MAX_UNREAD_BYTES and not self.is_closed:
             self._transport.resume_reading()
 
     def _taken(self) -> bytes:
-        """All that has come and nobody had yet."""
+        """All unread bytes."""
         data = self._chunks[0] if len(self._chunks) == 1 else b"".join(self._chunks)
         self._chunks.clear()
         self._num_unread = 0
@@ -141,14 +141,14 @@ class Connection(asyncio.Protocol):
         self._transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
-        if not self._is_busy:  # an instance that speaks without being asked
+        if not self._is_busy:  # bytes without a request
             self.close()
             return
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
             self._transport.abort()
-            self._fail(MalformedResponse(f"its answer is no HTTP: {error}"))
+            self._fail(MalformedResponse(f"its answer is not HTTP: {error}"))
 
     def connection_lost(self, error: Exception | None) -> None:
         self.is_closed = True
@@ -192,14 +192,14 @@ class ConnectionPool:
     """The connections to all instances. Event loop thread only."""
 
     def __init__(self, tls: ssl.SSLContext) -> None:
-        """`tls`: how https instances are verified."""
+        """`tls` verifies https instances."""
         self._loop = asyncio.get_running_loop()
         self._tls = tls
         self._free: dict[str, deque[Connection]] = {}
         self._open: dict[str, WeakSet[Connection]] = {}
 
     def free(self, url: str) -> Connection | None:
-        """A connection to the instance at `url` that can be used at once; None if one has to be made."""
+        """An idle connection to the instance at `url`; None if there is none."""
         free = self._free.get(url)
         while free:
             connection = free.pop()
@@ -210,7 +210,7 @@ class ConnectionPool:
         return None
 
     async def connect(self, url: str) -> Connection:
-        """A new one. Raises OSError; TimeoutError after `CONNECT_TIMEOUT_S`."""
+        """A new connection. Raises OSError; TimeoutError after `CONNECT_TIMEOUT_S`."""
         parts = urlsplit(url)
         tls = self._tls if parts.scheme == "https" else None
         free = self._free.setdefault(url, deque())
@@ -224,13 +224,13 @@ class ConnectionPool:
         self._open.setdefault(url, WeakSet()).add(connection)
         return connection
 
-    def give_up(self, url: str, reason: str) -> None:
-        """End all that goes on with the instance at `url`, which will not answer."""
+    def abandon(self, url: str, reason: str) -> None:
+        """Close all connections to the instance at `url`, which does not answer."""
         for connection in list(self._open.pop(url, ())):
-            connection.give_up(reason)
+            connection.abandon(reason)
 
-    def keep(self, up: ClusterSnapshot) -> None:
-        """Close those that have been idle for long, and forget instances that are not up."""
+    def retain(self, up: ClusterSnapshot) -> None:
+        """Close connections that have been idle for long, and forget instances that are not in `up`."""
         urls = {instance.url for instance in up.all()}
         old_s = self._loop.time() - KEEPALIVE_S
         for url, free in list(self._free.items()):
@@ -243,7 +243,7 @@ class ConnectionPool:
             del self._open[url]
 
     def close(self) -> None:
-        """Close all that are free."""
+        """Close all idle connections."""
         for free in self._free.values():
             for connection in free:
                 if not connection.is_closed:

@@ -77,7 +77,7 @@ class Dispatcher:
             resumption = await self._recovery.resume(request, prepared.model, stream, ready)
             if isinstance(resumption, str):
                 self._observer.count_resumed("refused")
-                fault.why_not_resumed = resumption
+                fault.not_resumed_reason = resumption
                 raise fault
             return Attempt.again(resumption.request, resumption)
 

@@ -1,7 +1,7 @@
-"""What the two halves of a pair are sent, and how their answers become one. Pure functions of JSON.
+"""The bodies for the two legs of a pair, and their answers merged into one. Pure functions of JSON.
 
-Prefill computes the prompt and one token; decode's answer is the answer, but what was asked about
-the prompt (its logprobs, what of it was cached) is known to prefill only.
+Prefill computes the prompt and one token. Decode's answer is the client's answer, but only prefill knows
+the prompt's logprobs and its cached tokens.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ _LOGPROB_LISTS = ("tokens", "token_logprobs", "top_logprobs", "text_offset")
 def leg_bodies(request: GenerationRequest, pair: Pair, draw_room: Callable[[], int]) -> tuple[bytes, bytes]:
     """The bodies for prefill and for decode.
 
-    `draw_room` gives a fresh rendezvous number: one for each prompt. Prefill answers whole even if
-    the client wants a stream: its single token would be no stream.
+    `draw_room` gives a new rendezvous number for each prompt. Prefill does not stream its single token,
+    even if the client wants a stream.
     """
     host, port = pair.prefill.bootstrap_host, pair.prefill.bootstrap_port
     body: JsonObject = {**request.body, "rid": rid_field(request)}
@@ -39,12 +39,12 @@ def leg_bodies(request: GenerationRequest, pair: Pair, draw_room: Callable[[], i
 
 
 def rid_field(request: GenerationRequest) -> object:
-    """`rid` as SGLang wants it: a list for a batch."""
+    """The value of SGLang's `rid`: a list for a batch."""
     return request.rid if request.num_prompts is None else list(request.rids)
 
 
 def merge_answers(request: GenerationRequest, prefill: Any, decode: bytes) -> bytes:
-    """Decode's whole answer, with what prefill's, parsed, knows of the prompt."""
+    """Decode's whole answer with the prompt's fields of prefill's answer, which is parsed."""
     theirs, ours = prefill, decode_json(decode)
     if request.api is Api.GENERATE:
         pairs = [(theirs, ours)] if isinstance(ours, dict) else list(zip(theirs, ours, strict=True))
@@ -64,9 +64,9 @@ def merge_answers(request: GenerationRequest, prefill: Any, decode: bytes) -> by
 
 
 def cached_tokens_in(request: GenerationRequest, answer: Any) -> int | list[int] | None:
-    """How many prompt tokens were cached by a parsed answer, for each prompt of a native batch.
+    """The cached prompt tokens that a parsed answer reports, for each prompt of a native batch.
 
-    None if it does not say: OpenAI's endpoints do only with --enable-cache-report.
+    None if it reports none: OpenAI's endpoints do so only with --enable-cache-report.
     """
     if request.api is Api.GENERATE:
         if isinstance(answer, list):
@@ -79,7 +79,7 @@ def cached_tokens_in(request: GenerationRequest, answer: Any) -> int | list[int]
 
 
 def cache_report(request: GenerationRequest, answer: Any) -> JsonObject:
-    """What to tell of prefill's reuse; of one prompt also by tier: `device` is HBM, `host` DRAM."""
+    """Prefill's reused tokens; for a single prompt also by tier: `device` is HBM, `host` DRAM."""
     report: JsonObject = {"prefill_cached_tokens": cached_tokens_in(request, answer)}
     if isinstance(answer, dict) and (tiers := answer.get("meta_info", {}).get("cached_tokens_details")):
         report["prefill_cached_tokens_details"] = tiers
@@ -87,16 +87,16 @@ def cache_report(request: GenerationRequest, answer: Any) -> JsonObject:
 
 
 class LogprobMerger:
-    """Puts prefill's logprobs of the prompt into the events of decode's stream."""
+    """Adds prefill's logprobs of the prompt to the events of decode's stream."""
 
     def __init__(self, request: GenerationRequest, prefill: Any) -> None:
-        """`prefill`: its answer, parsed."""
+        """`prefill` is prefill's parsed answer."""
         self._api = request.api
         self._prefill = prefill
         self._seen: set[int] = set()
 
     def rewrite(self, event: bytes) -> bytes:
-        """The event a client gets in place of decode's."""
+        """The event for the client in place of decode's `event`."""
         data = data_of(event)
         if not data.startswith(b"{"):
             return event
@@ -114,12 +114,12 @@ class LogprobMerger:
 
 
 def _merge_meta(prefill: JsonObject, decode: JsonObject) -> None:
-    """SGLang's names for what it says of the prompt begin with `input_`."""
+    """Copy the prompt's fields, whose names begin with `input_`."""
     decode.update({key: value for key, value in prefill.items() if key.startswith("input_")})
 
 
 def _prepend_logprobs(prefill: JsonObject, decode: JsonObject) -> None:
-    """OpenAI's logprobs are lists over prompt and output; prefill's end with its one output token."""
+    """OpenAI's logprobs are lists over prompt and output; prefill's lists end with its one output token."""
     theirs, ours = prefill.get("logprobs"), decode.get("logprobs")
     if not isinstance(theirs, dict):
         return

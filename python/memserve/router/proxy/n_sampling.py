@@ -1,7 +1,7 @@
-"""`n > 1` on a pair, where SGLang itself would hang: one request becomes several.
+"""Splits requests with `n > 1`, which would hang on a pair of SGLang servers.
 
-/generate becomes a batch that repeats its prompts, which answers in the shape of `n > 1`. OpenAI's
-endpoints become n requests whose answers are joined here. Pure but for `SampleJoiner`'s state.
+A /generate request becomes a batch that repeats its prompts; its answer has the shape of `n > 1`. A request
+to OpenAI's endpoints becomes n requests, whose answers are joined. Pure but for `SampleJoiner`'s state.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def as_batch(request: GenerationRequest) -> GenerationRequest:
 def as_singles(request: GenerationRequest) -> list[GenerationRequest]:
     """An OpenAI request with n samples as n calls for one each.
 
-    A seed counts up from the one given: sample 0 is what a request without n would get.
+    The seed is increased by one per sample: sample 0 is the answer of a request without n.
     """
     return [_single(request, sample) for sample in range(request.num_samples)]
 
@@ -64,7 +64,7 @@ def _single(request: GenerationRequest, sample: int) -> GenerationRequest:
 
 
 def join_answers(request: GenerationRequest, answers: Sequence[bytes]) -> bytes:
-    """The n whole answers as one: choices numbered as SGLang does, usage summed, the prompt counted once."""
+    """The n whole answers as one: choices in SGLang's order; the usage counts the prompt once."""
     parsed = [decode_json(answer) for answer in answers]
     choices = [
         {**choice, "index": choice["index"] * request.num_samples + sample}
@@ -77,7 +77,7 @@ def join_answers(request: GenerationRequest, answers: Sequence[bytes]) -> bytes:
 
 
 class SampleJoiner:
-    """Joins n event streams into one, event by event, in the order they come."""
+    """Joins n event streams into one, event by event, in their order of arrival."""
 
     def __init__(self, request: GenerationRequest) -> None:
         self._call = request
@@ -86,11 +86,11 @@ class SampleJoiner:
         self._usage_event = b""
 
     def feed(self, sample: int, chunk: bytes) -> bytes:
-        """What the client gets for `chunk` of sample number `sample`."""
+        """The events for the client that `chunk` of sample number `sample` completes."""
         return b"".join(self._joined(sample, event) for event in self._splitters[sample].feed(chunk))
 
     def end(self) -> bytes:
-        """What the client gets when every stream has ended: the usage, if it was wanted, and [DONE]."""
+        """The last events, after all streams: the usage, if it was asked for, and [DONE]."""
         if not self._usage_event:
             return DONE
         last = {**decode_json(data_of(self._usage_event)), "id": self._call.rid}

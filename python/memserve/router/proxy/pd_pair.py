@@ -1,9 +1,9 @@
-"""One request on a prefill and a decode server: both or neither.
+"""Runs one request on a prefill and a decode server: both legs complete, or none.
 
     client ──> router ──body──> prefill ──KV──> decode ──> router ──> client
                      └──body────────────────────>┘
-The same body goes to both at once. Decode's answer is the answer. Whichever leg fails, or if the
-client leaves, the other one is closed and aborted at once: SGLang would let it wait.
+The same body goes to both at once. Decode's answer is the answer. If a leg fails, or the client leaves,
+the other leg is closed and aborted at once: SGLang would let it wait.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ from memserve.router.sse import DONE, EventSplitter
 
 T = TypeVar("T")
 OnPrefilled = Callable[[Any], None]
-"""Told of prefill's answer, parsed, as soon as it is there."""
+"""Receives prefill's parsed answer as soon as it has come."""
 
-# What reading an answer of another shape raises.
+# Raised by reading an answer of an unexpected shape.
 _PARSE_ERRORS = (msgspec.DecodeError, ValueError, LookupError, TypeError, AttributeError)
 
 PREFILL_END_S = 1.0
-"""After decode's last byte prefill has nothing left to do but to say so."""
+"""How long prefill's answer is waited for after decode's last byte."""
 
 
 class PairRunner:
-    """Runs calls on pairs. Event loop thread only."""
+    """Runs requests on pairs. Event loop thread only."""
 
     def __init__(self, upstream: Upstream) -> None:
         self._upstream = upstream
@@ -54,9 +54,9 @@ class PairRunner:
     async def stream(
         self, request: GenerationRequest, pair: Pair, on_prefilled: OnPrefilled, write: Write
     ) -> None:
-        """Write decode's events as they come, byte for byte unless prefill has to add to them.
+        """Write decode's events as they come: unchanged bytes, unless prefill's results are added.
 
-        Raises what `Upstream.leg` raises; before the first `write` if the request was refused or not begun.
+        Raises as `Upstream.leg`; before the first `write` if the request was refused or not begun.
         """
         for_prefill, for_decode = leg_bodies(request, pair, _draw_room)
         async with self._prefilling(request, pair.prefill, for_prefill, on_prefilled) as prefill:
@@ -67,7 +67,7 @@ class PairRunner:
     async def _prefilling(
         self, request: GenerationRequest, instance: Instance, body: bytes, on_prefilled: OnPrefilled
     ) -> AsyncIterator[asyncio.Task[Any]]:
-        """Prefill's leg as a task, which gives its answer parsed; taken back if the block is left before."""
+        """A task with prefill's parsed answer; the leg is aborted if the block is left before."""
 
         async def prefill() -> Any:
             answer = parsed(instance, await self._upstream.fetch(instance, request, body))
@@ -81,7 +81,7 @@ class PairRunner:
             task.cancel()
             await asyncio.wait((task,))
             if not task.cancelled():
-                task.exception()  # it was raised above, or no longer matters
+                task.exception()  # retrieve it: it was raised above, or does not matter
 
     async def _relay(
         self,
@@ -98,7 +98,7 @@ class PairRunner:
 
 
 class _Rewriter:
-    """A stream to which prefill has something to add."""
+    """Adds prefill's results to a stream."""
 
     def __init__(self, request: GenerationRequest, prefill: asyncio.Task[Any], write: Write) -> None:
         self._call = request
@@ -121,7 +121,7 @@ class _Rewriter:
         return self._merger.rewrite(event)
 
     async def _report(self) -> bytes:
-        """A comment: clients that did not ask for it would not even see it."""
+        """The report as a comment, which other clients ignore."""
         if not self._call.wants_report:
             return b""
         report = cache_report(self._call, await asyncio.shield(self._prefill))
@@ -129,9 +129,9 @@ class _Rewriter:
 
 
 async def unless_fails(prefill: asyncio.Task[Any], decode: Coroutine[Any, Any, T]) -> T:
-    """The result of `decode`; if `prefill` fails first, its error, with `decode` cancelled.
+    """The result of `decode`. If `prefill` fails first, raises its error and cancels `decode`.
 
-    If both have failed, and one of them was lost, then that is why the other one failed.
+    If both have failed and one connection was lost, raises that loss: it is why the other leg failed.
     """
     task = asyncio.create_task(decode)
     try:
@@ -153,11 +153,11 @@ async def unless_fails(prefill: asyncio.Task[Any], decode: Coroutine[Any, Any, T
             task.cancel()
             await asyncio.wait((task,))
         if not task.cancelled():
-            task.exception()  # it was raised above, or nobody waits any more
+            task.exception()  # retrieve it: it was raised above, or does not matter
 
 
 def parsed(instance: Instance, answer: bytes) -> Any:
-    """Raises UpstreamError for what is no JSON."""
+    """An instance's answer as JSON values. Raises UpstreamError if it is not JSON."""
     try:
         return decode_json(answer)
     except _PARSE_ERRORS as error:
@@ -165,11 +165,11 @@ def parsed(instance: Instance, answer: bytes) -> Any:
 
 
 def malformed(instance: Instance, error: Exception) -> UpstreamError:
-    """What an instance has done that answers 200 with something else than an answer."""
-    message = f"its answer is none of SGLang's: {error!r}"
+    """The error of an instance whose 200 holds no answer."""
+    message = f"its answer has an unexpected shape: {error!r}"
     return UpstreamError(instance.instance_id, instance.role, 502, message)
 
 
 def _draw_room() -> int:
-    """SGLang's rooms are signed 64-bit numbers."""
+    """A new rendezvous number; SGLang's are signed 64-bit numbers."""
     return secrets.randbits(63)

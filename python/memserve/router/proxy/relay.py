@@ -1,4 +1,4 @@
-"""Passes on what an instance streams, as it comes, and raises the errors that it tells inside its stream."""
+"""Passes an instance's stream on as it comes, and raises the errors that the stream reports."""
 
 from __future__ import annotations
 
@@ -25,18 +25,21 @@ class Sink(Protocol):
 
     @property
     def has_begun(self) -> bool:
-        """Whether the client may have seen anything."""
+        """Whether the client may have received a part."""
 
     async def write(self, chunk: bytes) -> None:
         """Send `chunk` now. Raises ClientLeft."""
 
 
 async def relay(leg: Leg, write: Write, on_first: Callable[[bytes], None] | None = None) -> None:
-    """Write what comes. Raises what `Leg` and `write` raise, and UpstreamError for an error (5xx) in between,
-    for what is no event stream, and for one that ends before its end."""
+    """Write the chunks as they come. Raises as `Leg` and `write`.
+
+    Raises UpstreamError for an error event (5xx), for an answer that is no event stream, and for a stream
+    that ends without [DONE].
+    """
     chunk = await leg.first()
     if not chunk or not (chunk.startswith(_FIELDS) or _DATA.startswith(chunk)):
-        raise _failed(leg.instance, 502, "its answer is no event stream")
+        raise _failed(leg.instance, 502, "its answer is not an event stream")
     if on_first is not None:
         on_first(chunk)
     tail = b""
@@ -62,9 +65,9 @@ async def _write_until_fault(instance: Instance, chunk: bytes, write: Write) -> 
 
 
 def _fault_in(instance: Instance, event: bytes) -> UpstreamError | None:
-    """The error of its own that an instance tells of in `event`.
+    """The server error (5xx) that `event` reports, if it does.
 
-    OpenAI's endpoints of SGLang write an error object then, /generate an answer that ends in an abort.
+    SGLang's OpenAI endpoints then write an error object, /generate an answer that ends in an abort.
     """
     data = data_of(event)
     if _ABORT not in data and not event.startswith(_ERROR):

@@ -1,4 +1,4 @@
-"""One request at one instance: sent, read as it comes, and taken back if it is not wanted any more."""
+"""Sends one request to one instance, reads its answer as it comes, and aborts it when told."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from memserve.router.proxy.connection_pool import (
     KEEPALIVE_S,
     Connection,
     ConnectionPool,
-    UpstreamSilent,
+    UpstreamUnresponsive,
 )
 from memserve.router.request import Api, GenerationRequest
 from memserve.router.sse import data_of
@@ -37,14 +37,14 @@ logger = logging.getLogger(__name__)
 
 ABORT_TIMEOUT_S = 3.0
 ABORT_AGAIN_S = 1.0
-"""An abort may overtake the request it means; it is said again after this long."""
+"""An abort may overtake its request; it is sent again after this time."""
 OWN_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
-"""What the router lacks, and no instance is to blame for."""
+"""Shortages of the router itself, which are no fault of an instance."""
 _ERROR = b'data: {"error"'
 
 
 def open_session(tls: ssl.SSLContext, api_key: str | None = None) -> aiohttp.ClientSession:
-    """ConnectionPool for what is not generation: probes, aborts, pages. `tls` verifies, `api_key` admits."""
+    """The client for everything but generation: probes, aborts, pages. `api_key` is for the instances."""
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=60, ssl=tls)
     headers = {"Accept-Encoding": "identity"}
     if api_key is not None:
@@ -53,7 +53,7 @@ def open_session(tls: ssl.SSLContext, api_key: str | None = None) -> aiohttp.Cli
 
 
 class Leg:
-    """A request that an instance is working on. Made by `Upstream.leg`."""
+    """The answer of one instance to one request. Made by `Upstream.leg`."""
 
     __slots__ = ("_connection", "instance", "next")
 
@@ -61,14 +61,14 @@ class Leg:
         self.instance = instance
         self._connection = connection
         self.next = connection.next
-        """What came next, as soon as it came; b"" at the end of the answer."""
+        """The next bytes, as soon as they come; b"" at the end of the answer."""
 
     async def read(self) -> bytes:
         """The whole answer."""
         return await self._connection.read()
 
     async def first(self) -> bytes:
-        """What came first. Raises UpstreamRejected, UpstreamError: SGLang refuses streams inside a 200."""
+        """The first bytes. Raises UpstreamRejected, UpstreamError: SGLang refuses streams inside a 200."""
         chunk = await self.next()
         if chunk.startswith(_ERROR):
             raise _refused(self.instance, chunk)
@@ -76,7 +76,7 @@ class Leg:
 
 
 class Upstream:
-    """Sends requests to instances and reports those that are not there. Event loop thread only."""
+    """Sends requests to instances and reports lost instances. Event loop thread only."""
 
     def __init__(
         self,
@@ -85,7 +85,7 @@ class Upstream:
         *,
         on_lost: Callable[[Instance, str], None],
     ) -> None:
-        """`session`: for aborts. `on_lost` is told of each instance whose connection failed."""
+        """`session` sends aborts. `on_lost` receives each instance whose connection failed."""
         self._connections = connections
         self._session = session
         self._on_lost = on_lost
@@ -94,9 +94,9 @@ class Upstream:
 
     @asynccontextmanager
     async def leg(self, instance: Instance, request: GenerationRequest, body: bytes) -> AsyncIterator[Leg]:
-        """Send `body`, this instance's share of `request`, and wait until it begins to answer 200.
+        """Send `body`, this instance's leg of `request`, and wait until it begins to answer 200.
 
-        Leaving with an exception, cancellation included, closes the connection and aborts the request there.
+        An exception or cancellation that leaves the block closes the connection and aborts the request.
         Raises UpstreamDisconnected, UpstreamError (5xx) or UpstreamRejected (4xx), also inside the block.
         Sets no time limit.
         """
@@ -116,7 +116,7 @@ class Upstream:
             self._leave(instance, request, connection, answered)
 
     async def fetch(self, instance: Instance, request: GenerationRequest, body: bytes) -> bytes:
-        """The whole answer of an instance. Raises and takes back as `leg` does."""
+        """The whole answer of an instance. Raises and aborts as `leg` does."""
         connection: Connection | None = None
         answered = False
         try:
@@ -148,7 +148,7 @@ class Upstream:
             self._abort(instance, request)
 
     async def close(self) -> None:
-        """Wait for the aborts that are still under way; those to be said again are said at once."""
+        """Wait for running aborts; repeated aborts are sent at once."""
         self._closing.set()
         if self._aborting:
             await asyncio.wait(self._aborting, timeout=ABORT_TIMEOUT_S)
@@ -157,8 +157,8 @@ class Upstream:
         reason = describe(error) if was_sent else f"cannot connect ({error.strerror or describe(error)})"
         if error.errno not in OWN_FAULTS:
             self._on_lost(instance, reason)
-        # A process that was stopped, or cut off, was not ended by what it was asked.
-        may_be_cause = was_sent and not isinstance(error, UpstreamSilent)
+        # A process that was stopped, or cut off, was not ended by the request.
+        may_be_cause = was_sent and not isinstance(error, UpstreamUnresponsive)
         name, epoch = instance.instance_id, instance.epoch
         return UpstreamDisconnected(name, epoch, instance.role, reason, was_sent=may_be_cause)
 
@@ -206,14 +206,14 @@ def _request(instance: Instance, request: GenerationRequest, body: bytes) -> byt
 
 
 def _error(instance: Instance, status: int, text: bytes) -> UpstreamRejected | UpstreamError:
-    """What an answer means that is not 200."""
+    """The error for an answer that is not 200."""
     if 400 <= status < 500:
         return refusal(status, text)
     return UpstreamError(instance.instance_id, instance.role, status, message_of(status, text))
 
 
 def _refused(instance: Instance, event: bytes) -> UpstreamRejected | UpstreamError:
-    """The status that is meant is in the event."""
+    """The error for a stream's first event that reports one; the event holds its status."""
     body = data_of(event)
     code = msgspec.json.decode(body)["error"].get("code")
     if isinstance(code, int) and 500 <= code < 600:

@@ -1,7 +1,7 @@
-"""Checks a request before it is sent: bytes in, `GenerationRequest` out, else BadRequest naming the field.
+"""Validates a request: bytes in, `GenerationRequest` out, or BadRequest with the field's name.
 
-Pure. Checks what would otherwise reach only one half of a pair, crash a server, or hang there; what
-every server refuses alike (odd sampling values, texts too long) is checked where it is cheap.
+Pure. Rejects requests that would reach only one leg of a pair, crash a server, or hang there. Values that
+every server refuses alike (odd sampling values, texts too long) are checked where that is cheap.
 """
 
 from __future__ import annotations
@@ -18,17 +18,17 @@ from memserve.router.sglang_api import MAX_SAMPLES, NUMBERS, SAMPLING_FIELDS
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What the model takes; None: not known, not checked."""
+    """The model's limits; None: not known, not checked."""
 
     vocab_size: int | None = None
     context_tokens: int | None = None
     takes_empty_text: bool = False
-    """Otherwise an empty prompt would end the server that gets it."""
+    """False: an empty prompt would end the server that gets it."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Prompts:
-    """What a body says of its prompts: None for a single one, else how many."""
+    """How many prompts a body has; None for a single prompt that is not in a list."""
 
     count: int | None
 
@@ -49,7 +49,7 @@ def read_body(raw: bytes) -> JsonObject:
 
 
 def read_request(api: Api, body: JsonObject, limits: Limits, new_rid: str) -> GenerationRequest:
-    """The request in `body`, which is checked and kept as it is. `new_rid` is used if it names none."""
+    """The request in `body`, which is kept unchanged. `new_rid` is its id if the body gives none."""
     _check_type(body, "stream", "true or false", lambda value: isinstance(value, bool))
     _check_type(body, "model", "a string", lambda value: isinstance(value, str))
     prompts = _PROMPT_READERS[api](body, limits)
@@ -134,7 +134,7 @@ def _check_text(value: object, field: str, limits: Limits) -> _Prompts:
 
 def _check_not_empty(text: str, field: str, limits: Limits) -> None:
     if not text and not limits.takes_empty_text:
-        raise BadRequest(f"{field} is empty: this model's tokenizer makes no token of it", field=field)
+        raise BadRequest(f"{field} is empty: this model's tokenizer gives no token for it", field=field)
 
 
 def _check_ids(value: object, field: str, limits: Limits) -> _Prompts:
@@ -226,7 +226,7 @@ def _check_numbers(values: dict[str, object], prefix: str) -> None:
 
 
 def _read_rid(body: JsonObject, prompts: _Prompts, new_rid: str) -> tuple[str, tuple[str, ...], bool]:
-    """The request's name, those of its parts, and whether the client chose them."""
+    """The request's id, the ids of its prompts, and whether the client chose them."""
     given = body.get("rid")
     if isinstance(given, list) and prompts.count is not None:
         names = [one for one in given if isinstance(one, str) and one]
@@ -253,7 +253,7 @@ def _check_type(body: JsonObject, field: str, wanted: str, fits: Callable[[objec
 
 
 def _kind(value: object) -> str:
-    """`value`'s JSON type, in words."""
+    """The JSON type of `value`, in words."""
     if value is None:
         return "null"
     if isinstance(value, bool):

@@ -35,7 +35,7 @@ class PromptReader:
     def __init__(self, tokenizers: Tokenizers, routing_keys: RoutingKeys = "auto") -> None:
         self._tokenizers = tokenizers
         self._routing_keys = routing_keys
-        self.memory = TextKeyCache()
+        self.text_keys = TextKeyCache()
 
     async def read(
         self,
@@ -44,7 +44,7 @@ class PromptReader:
         page_tokens: int | None,
         headers: Mapping[str, str],
     ) -> tuple[GenerationRequest, Prompt, int | None]:
-        """The request for the servers, its prompts as the scheduler sees them, and the tokens of its longest.
+        """The request for the servers, its prompts for the scheduler, and its longest prompt's tokens.
 
         `model` will serve it. None: the length of a prompt is not known.
         """
@@ -84,8 +84,8 @@ class PromptReader:
         chains = tuple(text_chain(text, request, _namespace(request, i)) for i, text in enumerate(texts))
         if self._routing_keys != "text" or len(chains) > 1:
             return chains, True
-        self.memory.asked(request.rid, chains[0], len(texts[0]))
-        keys = self.memory.keys_of(chains[0])
+        self.text_keys.record_request(request.rid, chains[0], len(texts[0]))
+        keys = self.text_keys.keys_of(chains[0])
         return ((keys,), False) if keys else (chains, True)
 
 

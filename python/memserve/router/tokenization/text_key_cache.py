@@ -1,16 +1,17 @@
-"""Which page keys a text's prompt has, as the instances that tokenized it have told.
+"""Learns the page keys of a text's prompt from the instances that tokenized it.
 
-    asked      rid + the text's keys ──> remembered until its prompt is named
-    named      rid + page keys ──> for each chunk of that text: the pages that every such text begins with
-    keys_of    a text's keys ──> the page keys of as much of it as is known
+    record_request    rid + the text's keys ──> remembered until the prompt's page keys are reported
+    record_keys       rid + page keys ──> for each chunk of the text: the pages that all such texts share
+    keys_of           a text's keys ──> the page keys of the part that is known
 
-So the prompt tree is asked with true keys, evictions and all, though the router tokenizes nothing. Where two
-texts part, their prompts have shown how many pages they share; before that, a part of a text is taken to
-have its share of the tokens. Both bounded, the longest unused goes first. Knows no HTTP. Loop thread only.
+So the prompt tree is asked with true keys, though the router tokenizes nothing. Where two texts part, their
+prompts have shown how many pages they share; until then, a part of a text is taken to have its share of the
+tokens. Both maps are bounded, least recently used first. Knows no HTTP. Event loop thread only.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_left
 from collections import OrderedDict
 from collections.abc import Sequence
 
@@ -20,8 +21,8 @@ from memserve.core.block_keys import BlockKey
 from memserve.router.tokenization.text_keys import BLOCK_TOKENS, BYTES_PER_TOKEN
 
 MAX_CHUNKS = 1 << 18
-"""Of all texts together, about 70 MB with the keys of their pages."""
-MAX_ASKED = 4096
+"""Chunks of all texts together; about 70 MB with the keys of their pages."""
+MAX_REQUESTED = 4096
 
 
 class _RequestedText(msgspec.Struct, frozen=True):
@@ -30,14 +31,14 @@ class _RequestedText(msgspec.Struct, frozen=True):
 
 
 class _Known(msgspec.Struct):
-    """A chunk of text, and with it all that comes before it."""
+    """A chunk of text, together with all text before it."""
 
     keys: Sequence[BlockKey]
-    """Of the prompt that was named last with this beginning."""
+    """The page keys of the last reported prompt with this beginning."""
     num_pages: int
-    """How many of them this beginning has, as far as is known."""
+    """How many of them belong to this beginning, as far as is known."""
     is_shared: bool = False
-    """Another prompt has confirmed it."""
+    """Another prompt has confirmed the number."""
 
 
 class TextKeyCache:
@@ -45,29 +46,29 @@ class TextKeyCache:
 
     def __init__(self, max_chunks: int = MAX_CHUNKS) -> None:
         self._max_chunks = max_chunks
-        self._asked: OrderedDict[str, _RequestedText] = OrderedDict()
+        self._requested: OrderedDict[str, _RequestedText] = OrderedDict()
         self._known: OrderedDict[BlockKey, _Known] = OrderedDict()
 
     def __len__(self) -> int:
-        """Chunks that are known."""
+        """The number of known chunks."""
         return len(self._known)
 
-    def asked(self, rid: str, chain: Sequence[BlockKey], num_bytes: int) -> None:
-        """A prompt of this text goes out under that name."""
+    def record_request(self, rid: str, chain: Sequence[BlockKey], num_bytes: int) -> None:
+        """A prompt of a text of `num_bytes` is sent as request `rid`; `chain` are the text's keys."""
         if chain:
-            self._asked[rid] = _RequestedText(chain, num_bytes)
-            if len(self._asked) > MAX_ASKED:
-                self._asked.popitem(last=False)
+            self._requested[rid] = _RequestedText(chain, num_bytes)
+            if len(self._requested) > MAX_REQUESTED:
+                self._requested.popitem(last=False)
 
-    def named(self, rid: str, keys: Sequence[BlockKey]) -> None:
-        """The prompt of that name has these whole pages. One that nobody asked for is left out."""
-        asked = self._asked.pop(rid, None)
-        if asked is None:
+    def record_keys(self, rid: str, keys: Sequence[BlockKey]) -> None:
+        """The prompt of request `rid` has these whole pages. Unknown requests are ignored."""
+        requested = self._requested.pop(rid, None)
+        if requested is None:
             return
-        parting = self._deepest(asked.chain)
-        for number, chunk in enumerate(asked.chain, 1):
+        parting = self._deepest(requested.chain)
+        for number, chunk in enumerate(requested.chain, 1):
             known = self._known.pop(chunk, None)
-            share = number * BLOCK_TOKENS * BYTES_PER_TOKEN / asked.num_bytes
+            share = number * BLOCK_TOKENS * BYTES_PER_TOKEN / requested.num_bytes
             now = _Known(keys, int(share * len(keys)))
             if known is not None and number == parting:
                 now.num_pages, now.is_shared = _num_common(known.keys, keys), True
@@ -78,7 +79,7 @@ class TextKeyCache:
             self._known.popitem(last=False)
 
     def keys_of(self, chain: Sequence[BlockKey]) -> Sequence[BlockKey]:
-        """The page keys of a text as far as it is known; none if its beginning is not."""
+        """The page keys of the known part of a text; none if its beginning is not known."""
         number = self._deepest(chain)
         if not number:
             return ()
@@ -86,7 +87,7 @@ class TextKeyCache:
         return known.keys[: known.num_pages]
 
     def _deepest(self, chain: Sequence[BlockKey]) -> int:
-        """How many chunks of it, from the first, are known."""
+        """How many chunks, from the first, are known."""
         known = self._known
         for number in range(len(chain), 0, -1):
             if chain[number - 1] in known:
@@ -95,12 +96,6 @@ class TextKeyCache:
 
 
 def _num_common(one: Sequence[BlockKey], other: Sequence[BlockKey]) -> int:
-    """How many keys two chains begin with alike: keys chain, so one that is equal has equals before it."""
-    low, high = 0, min(len(one), len(other))
-    while low < high:
-        middle = (low + high + 1) // 2
-        if one[middle - 1] == other[middle - 1]:
-            low = middle
-        else:
-            high = middle - 1
-    return low
+    """The length of the common beginning of two chains. O(log n): equal keys have equal keys before them."""
+    shorter = range(min(len(one), len(other)))
+    return bisect_left(shorter, True, key=lambda place: one[place] != other[place])

@@ -1,11 +1,12 @@
-"""Keys for a prompt whose tokens nobody here knows: chained hashes of its text, chunk by chunk.
+"""Keys for a prompt whose tokens are not known: chained hashes of its text, chunk by chunk.
 
     chunk i of the text, 512 bytes ── xxh3_128(key[i-1] + chunk i) ──> key[i]
 
-They stand for blocks where a cache is only *believed* in (a worker that reports nothing): a prompt's
-text finds what the same text was sent before. An instance that reports names its blocks by tokens and
-knows none of these. A chat is its messages as JSON, which begin alike as their rendering does.
-Not a cryptographic hash: who makes two texts of one namespace collide has them sent to the same instance.
+They stand for blocks of caches that are inferred from requests (a worker that reports nothing): a prompt's
+text finds the instances that the same text was sent to. An instance that reports its cache uses keys of
+tokens instead. The text of a chat is its messages as JSON; chats that begin alike also render alike.
+The hash is not cryptographic: a client that makes two texts of one namespace collide has them sent to the
+same instance.
 """
 
 from __future__ import annotations
@@ -19,13 +20,13 @@ from memserve.router.request import Api, GenerationRequest, encode_json
 from memserve.router.sglang_api import TEXT_KEY_SEEDS
 
 BYTES_PER_TOKEN = 4
-"""Of English text, about."""
+"""Approximate, for English text."""
 BLOCK_TOKENS = 128
-"""What one key stands for, about. A finer one would cost each request more than it tells."""
+"""Approximate tokens per key. Finer keys would cost each request more than they gain."""
 
 
 def text_of(request: GenerationRequest) -> tuple[bytes, ...] | None:
-    """What stands for each prompt of a request; None if it came as ids, or has more to it than text."""
+    """The text of each prompt of a request; None if it came as ids, or holds more than text."""
     body = request.body
     if request.api is Api.CHAT:
         messages = body.get("messages")
@@ -40,7 +41,7 @@ def text_of(request: GenerationRequest) -> tuple[bytes, ...] | None:
 
 
 def text_chain(text: bytes, request: GenerationRequest, namespace: Namespace | None) -> list[BlockKey]:
-    """The key of each whole chunk of one prompt."""
+    """The key of each whole chunk of one prompt's text."""
     size = BLOCK_TOKENS * BYTES_PER_TOKEN
     body = request.body
     seeds = [(name, body[name]) for name in TEXT_KEY_SEEDS if body.get(name)]

@@ -1,4 +1,4 @@
-"""The files of a model directory that say how its text becomes tokens. Knows no requests.
+"""Reads the tokenizer files of a model directory. Knows no requests.
 
 Source: transformers 5.19, tokenization_utils_base.py (_from_pretrained).
 """
@@ -20,37 +20,37 @@ TOKENIZER = "tokenizer.json"
 _NAMED_TOKENS = ("bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 _MEDIA_FILES = ("preprocessor_config.json", "processor_config.json", "video_preprocessor_config.json")
 _MEDIA_KEYS = ("vision", "audio", "image", "video")
-# Models whose chats SGLang encodes with code of its own, whatever their template says.
+# Models whose chats SGLang encodes with its own code instead of their template.
 _OWN_ENCODERS = ("DeepseekV4", "DeepseekV41", "Glm5Next", "GlmMoeDsa", "Inkling", "KimiK3", "MiniMaxM3")
 
 
 @dataclass(frozen=True, slots=True)
 class TokenizerFiles:
-    """What was found in a model's directory."""
+    """The tokenizer of a model directory."""
 
     backend: Backend
     special_tokens: Mapping[str, str]
     """By their names, such as `bos_token`."""
     all_special_tokens: tuple[str, ...]
-    """Those, further ones that the configuration names, and all that the tokenizer finds in a text."""
+    """`special_tokens`, further ones in the configuration, and all that the tokenizer finds in a text."""
     chat_template: str | None
-    """None also if there are several: which one is used is a flag of the server."""
+    """None also if there are several: a flag of the server chooses one."""
     no_chats: str | None
     """Why chats of this model cannot be rendered here, whatever their template; None if they can."""
 
 
 def read_tokenizer_files(directory: Path) -> TokenizerFiles:
-    """What `directory` holds. Raises ConfigError, in one line, if that is not a fast tokenizer."""
+    """The tokenizer in `directory`. Raises ConfigError, in one line, if it is not a fast tokenizer."""
     path = directory / TOKENIZER
     if not path.is_file():
         raise ConfigError(f"{directory} has no {TOKENIZER}: texts can be tokenized by a fast tokenizer only")
     try:
         backend = Backend.from_str(path.read_text(encoding="utf-8"))
     except Exception as error:  # the library raises nothing narrower
-        raise ConfigError(f"{path} is no tokenizer: {error}") from error
+        raise ConfigError(f"{path} is not a tokenizer: {error}") from error
     model = _read_json(path).get("model")
     if isinstance(model, dict) and model.get("dropout"):
-        raise ConfigError(f"{path} drops merges at random: no two readings of a text are equal")
+        raise ConfigError(f"{path} drops merges at random: one text has many tokenizations")
     config = _read_json(directory / "tokenizer_config.json")
     special_tokens = _special_tokens(config, directory)
     added = [token.content for token in backend.get_added_tokens_decoder().values()]
@@ -78,7 +78,7 @@ def _content(token: object) -> str | None:
 
 
 def _named_in(config: JsonObject) -> list[str]:
-    """Further tokens that transformers adds because the configuration names them."""
+    """Further tokens in the configuration, which transformers adds."""
     decoder, extra = config.get("added_tokens_decoder"), config.get("extra_special_tokens")
     named = list(decoder.values()) if isinstance(decoder, dict) else []
     named += list(extra.values()) if isinstance(extra, dict) else extra if isinstance(extra, list) else []
@@ -111,7 +111,7 @@ def _no_chats(directory: Path) -> str | None:
 
 
 def _read_json(path: Path) -> JsonObject:
-    """The object in a file; empty if there is no such file."""
+    """The JSON object in a file; empty if there is no such file."""
     if not path.is_file():
         return {}
     try:

@@ -1,4 +1,4 @@
-"""What the router knows of a request's tokens, and what it counts. Knows no tokenizer and no HTTP."""
+"""Records: a request's tokens, and the counts of tokenization. Knows no tokenizer and no HTTP."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from memserve.core.block_keys import BlockKey, Namespace, page_keys
 
 @dataclass(frozen=True, slots=True)
 class KnownTokens:
-    """The ids that a server will compute on."""
+    """The token ids that a server will compute."""
 
     prompts: tuple[Sequence[int], ...]
     """The ids of each prompt, in the order of the request; one for a single prompt."""
     replaceable: bool = True
-    """The ids may be sent in place of the text. False if rendering read the clock: a server may
-    read another day, so these are good for keys, where an error costs a miss, and for nothing else."""
+    """The ids may be sent in place of the text. False if rendering read the clock: a server may read another
+    day, so these ids are good for keys only, where an error costs a cache miss."""
 
 
 @dataclass(frozen=True, slots=True)
 class UnknownTokens:
-    """Only the server can tell, so nothing is guessed."""
+    """Only a server can tell the tokens; nothing is guessed."""
 
     reason: str
-    """One of few, in words: a label of a metric."""
+    """One of few texts: a label of a metric."""
 
 
 Tokens: TypeAlias = KnownTokens | UnknownTokens
 
 
 class NotTokenizable(Exception):
-    """Ends the reading of a request whose tokens only the server can tell; never leaves `Tokenizer`."""
+    """Only a server can tell the tokens of a request. Never leaves `Tokenizer`."""
 
     def __init__(self, reason: str) -> None:
         super().__init__(reason)
@@ -45,20 +45,20 @@ class TokenizerStats:
     """Counts since the start. Written by the event loop thread only."""
 
     calls: int = 0
-    """Calls that were tokenized or rendered here; those that came as ids are not."""
+    """Requests that were tokenized or rendered here, not requests with token ids."""
     tokens: int = 0
-    """Tokens of the text of those calls."""
+    """Tokens of the text of those requests."""
     cached_tokens: int = 0
-    """Those of them that were found in the cache."""
+    """The tokens among them that were found in the cache."""
     seconds: float = 0.0
     """Time spent rendering and tokenizing, without the wait for a thread."""
     unknown: Counter[str] = field(default_factory=Counter)
-    """Calls of which nothing is known, by reason."""
+    """Requests whose tokens are not known, by reason."""
 
 
 def keys_of(ids: Sequence[int], page_tokens: int, namespace: Namespace | None = None) -> list[BlockKey]:
     """The key of each whole page of one prompt. Raises as `page_keys`.
 
-    Nothing is left out: that the last token is always computed is the caller's to mind.
+    The last page counts too, though a server always computes the last token.
     """
     return page_keys(ids, page_tokens, namespace)

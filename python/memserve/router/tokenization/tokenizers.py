@@ -1,9 +1,9 @@
-"""The tokenizers of all models served: loaded when an instance comes, confirmed by every instance.
+"""The tokenizers of all served models: loaded when an instance joins, confirmed by every instance.
 
     instance joins ── admit ──> its tokenizer's files, read once per model ── Tokenizer.verify
-    request        ── tokens_of ──> its tokens, or why nobody here can tell
+    request        ── tokens_of ──> its tokens, or why they are not known
 
-An instance that reads texts otherwise than those that serve the same model is refused by name.
+An instance that tokenizes otherwise than the instances of the same model is refused.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from memserve.router.tokenization.tokenizer import Ask, Tokenizer, given_tokens
 logger = logging.getLogger(__name__)
 
 OFF = "none"
-"""The path that means: do not tokenize."""
+"""The path with which the router does not tokenize."""
 NOT_WANTED = f"--tokenizer-path {OFF}"
 NO_MODEL = "a model that no instance has told of"
 
@@ -32,10 +32,10 @@ class Tokenizers:
     """Event loop thread only."""
 
     def __init__(self, path: str | None) -> None:
-        """`path`: a model directory for every model; None: that which its instances name; or `OFF`."""
+        """`path` is the model directory of every model, or `OFF`; None: the path that instances report."""
         self._path = path
         self._by_model: dict[str, Tokenizer | str] = {}
-        """The tokenizer, or why there is none."""
+        """The tokenizer of each model, or why there is none."""
         self._loading = asyncio.Lock()
 
     async def admit(
@@ -60,12 +60,12 @@ class Tokenizers:
             )
 
     def forget(self, instance: InstanceId) -> None:
-        """The instance is not there any more. Idempotent."""
+        """The instance left. Idempotent."""
         for tokenizer in self._tokenizers().values():
             tokenizer.forget(instance)
 
     async def tokens_of(self, request: GenerationRequest, model: str | None) -> Tokens:
-        """The tokens of each prompt of a checked request that `model` will serve."""
+        """The tokens of each prompt of a validated request that `model` will serve."""
         tokenizer = self._by_model.get(model or "", NO_MODEL)
         if isinstance(tokenizer, Tokenizer):
             return await tokenizer.tokens_of(request)
@@ -77,7 +77,7 @@ class Tokenizers:
     def text_after(
         self, model: str | None, prompt: Sequence[int], ids: Sequence[int], *, skips_special: bool
     ) -> str:
-        """As `Tokenizer.text_after`; "" for a model without a tokenizer here."""
+        """As `Tokenizer.text_after`; "" for a model without a tokenizer."""
         tokenizer = self._by_model.get(model or "")
         if not isinstance(tokenizer, Tokenizer):
             return ""
@@ -89,7 +89,7 @@ class Tokenizers:
         return tokenizer.forwardable(request, tokens) if isinstance(tokenizer, Tokenizer) else request
 
     def reasons(self) -> dict[str, str]:
-        """The models of whose requests nothing is known in advance, and why."""
+        """The models whose requests are not tokenized, and why."""
         reasons = {}
         for model, tokenizer in self._by_model.items():
             if isinstance(tokenizer, str):
@@ -99,7 +99,7 @@ class Tokenizers:
         return reasons
 
     def stats(self) -> dict[str, TokenizerStats]:
-        """Of each model with a tokenizer."""
+        """The counts of each model with a tokenizer."""
         return {model: tokenizer.stats for model, tokenizer in self._tokenizers().items()}
 
     def close(self) -> None:

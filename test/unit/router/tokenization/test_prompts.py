@@ -154,7 +154,7 @@ async def test_by_text_nothing_is_tokenized_and_what_servers_tell_is_used(
     assert sent is long
     assert (prompt.by_text, prompt.unknown) == (True, None)
     keys = page_keys(list(range(400)), PAGE)
-    reader.memory.named("rid", keys)
+    reader.text_keys.record_keys("rid", keys)
     _, again, _ = await reader.read(long, "m", PAGE, {})
     assert not again.by_text
     assert again.chains[0] == keys[: len(again.chains[0])]

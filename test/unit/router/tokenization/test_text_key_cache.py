@@ -47,8 +47,8 @@ class Router:
 
     def serve(self, text: Text) -> None:
         self.num_asked += 1
-        self.memory.asked(f"r{self.num_asked}", chain(text), len(written(text)))
-        self.memory.named(f"r{self.num_asked}", pages(text))
+        self.memory.record_request(f"r{self.num_asked}", chain(text), len(written(text)))
+        self.memory.record_keys(f"r{self.num_asked}", pages(text))
 
     def known(self, text: Text) -> list[BlockKey]:
         return list(self.memory.keys_of(chain(text)))
@@ -99,28 +99,28 @@ def test_before_that_a_part_has_its_share() -> None:
 
 def test_only_what_was_asked_for_is_learnt_and_once() -> None:
     memory, text = TextKeyCache(), [(1, 4)]
-    memory.named("stranger", pages(text))
+    memory.record_keys("stranger", pages(text))
     assert memory.keys_of(chain(text)) == ()
-    memory.asked("r", chain(text), CHUNK)
-    memory.named("r", pages(text))
-    memory.named("r", [])
+    memory.record_request("r", chain(text), CHUNK)
+    memory.record_keys("r", pages(text))
+    memory.record_keys("r", [])
     assert list(memory.keys_of(chain(text))) == pages(text)
 
 
 def test_a_text_shorter_than_a_chunk_is_nobodys() -> None:
     memory = TextKeyCache()
-    memory.asked("r", [], 10)
-    memory.named("r", pages([(1, 4)]))
+    memory.record_request("r", [], 10)
+    memory.record_keys("r", pages([(1, 4)]))
     assert len(memory) == 0
 
 
 def test_memory_is_bounded_and_the_latest_stay(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(text_memory, "MAX_ASKED", 3)
+    monkeypatch.setattr(text_memory, "MAX_REQUESTED", 3)
     memory = TextKeyCache(max_chunks=4)
     for number in range(10):
-        memory.asked(f"r{number}", chain([(number, 4), (0, 4)]), 2 * CHUNK)
+        memory.record_request(f"r{number}", chain([(number, 4), (0, 4)]), 2 * CHUNK)
     for number in range(10):
-        memory.named(f"r{number}", pages([(number, 4), (0, 4)]))
+        memory.record_keys(f"r{number}", pages([(number, 4), (0, 4)]))
     assert len(memory) == 4
     assert not memory.keys_of(chain([(6, 4)]))  # nobody remembers having asked
     assert not memory.keys_of(chain([(7, 4)]))
