@@ -1,7 +1,7 @@
-"""A request and the way to answer it, however it came. Knows no sockets and no dispatch.
+"""A request and the way to answer it, independent of the connection. Knows no sockets and no dispatch.
 
-`LeanExchange` is that of the lean connections, `WebExchange` here that of aiohttp's: whoever
-answers does not see which it is.
+`FastExchange` answers on the router's own connections, `WebExchange` (here) on aiohttp's; handlers see only
+the `Exchange` protocol.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ EVENT_STREAM = {"Content-Type": "text/event-stream", "Cache-Control": "no-cache"
 
 
 class Exchange(Protocol):
-    """One request for generation. Answered by one `answer`, or by `write`s and an `end`."""
+    """One request. Answered by one `answer`, or by `write`s and an `end`."""
 
     path: str
     headers: Mapping[str, str]
-    """Names in lower case, or a mapping that does not care."""
+    """Names in lower case, or a mapping that ignores case."""
     reply: dict[str, str]
-    """Headers of the answer; may change until it begins."""
+    """Headers of the answer; may be changed until it begins."""
     begun_s: float | None
-    """When the first part of a stream was sent, by the monotonic clock."""
+    """When the first part of a stream was sent; monotonic clock."""
     num_events: int
-    """How many events of a stream were sent."""
+    """Number of events of a stream that were sent."""
 
     @property
     def has_begun(self) -> bool:
-        """Whether the client may have seen anything."""
+        """True if the client may have received a part of the answer."""
 
     async def body(self) -> bytes:
-        """The request's body. Raises BadRequest (413) if it is too large, Overloaded if all are."""
+        """The request's body. Raises BadRequest (413: too large), Overloaded (no room in the byte budget)."""
 
     def answer(self, body: bytes, status: int = 200) -> None:
-        """The whole answer, which is JSON."""
+        """Send the whole answer, which is JSON."""
 
     async def write(self, chunk: bytes) -> None:
-        """Send a part of a stream now; the first one commits the status 200. Raises ClientLeft."""
+        """Send a part of a stream now; the first part sends status 200. Raises ClientLeft."""
 
     async def end(self) -> None:
-        """The stream is complete."""
+        """Complete the stream."""
 
 
 def json_response(body: bytes, status: int = 200, headers: dict[str, str] | None = None) -> web.Response:
@@ -58,7 +58,7 @@ def json_response(body: bytes, status: int = 200, headers: dict[str, str] | None
 
 
 class Bodies:
-    """Reads bodies that aiohttp receives, within bounds. Event loop thread only."""
+    """Reads bodies from aiohttp within the limits. Event loop thread only."""
 
     def __init__(self, ingress: Ingress) -> None:
         self.limits = ingress.limits
@@ -66,9 +66,9 @@ class Bodies:
         self._out_of_memory = ingress.out_of_memory
 
     async def read(self, request: web.Request) -> bytes:
-        """The body of any request, which counts as held until it is given back.
+        """The body of a request, whose bytes are taken from the budget until `give`.
 
-        Raises BadRequest (413 if it is too large, 408 if it does not come), Overloaded.
+        Raises BadRequest (413 if it is too large, 408 if it does not arrive in time), Overloaded.
         """
         max_bytes, body = self.limits.max_body_bytes, bytearray()
         too_large = BadRequest(f"the body is larger than {max_bytes} bytes", status=413)
@@ -87,7 +87,7 @@ class Bodies:
         return bytes(body)
 
     def give(self, body: bytes) -> None:
-        """Nobody needs what was read any more."""
+        """Return the bytes of a body to the budget."""
         self._budget.give(len(body))
 
     async def _next(self, request: web.Request) -> bytes:
@@ -101,7 +101,7 @@ class Bodies:
 
 
 class WebExchange:
-    """See `Exchange`. To be closed."""
+    """See `Exchange`. The creator calls `close`."""
 
     def __init__(self, request: web.Request, bodies: Bodies) -> None:
         self.path = request.path
@@ -119,7 +119,7 @@ class WebExchange:
         return self._body
 
     def close(self) -> None:
-        """It has been answered."""
+        """Return the body's bytes to the budget."""
         self._bodies.give(self._body)
 
     @property
@@ -141,7 +141,7 @@ class WebExchange:
         except TimeoutError as error:
             if self._request.transport is not None:
                 self._request.transport.abort()
-            raise ClientLeft("the client reads nothing") from error
+            raise ClientLeft("the client stopped reading") from error
         except ConnectionError as error:
             raise ClientLeft("the client left") from error
 

@@ -1,4 +1,4 @@
-"""A request on a lean connection, and its answer: one write for a whole one, one for each part of a stream.
+"""A request on one of the router's own connections: one write per whole answer or part of a stream.
 
 Knows no sockets: a `ClientConnection` sends.
 """
@@ -21,28 +21,30 @@ class ClientConnection(Protocol):
 
     is_lost: bool
     is_full: bool
-    """What was sent has not been read: better to wait until it is `drained`."""
+    """The client reads too slowly: wait until the connection is `drained`."""
 
     @property
     def date(self) -> str:
-        """Now, as HTTP writes it."""
+        """The current time, in HTTP's format."""
 
     def send(self, data: bytes) -> None:
-        """Write, unless nobody is there any more."""
+        """Write, unless the connection is lost."""
 
     async def drained(self) -> None:
-        """Until the client has read enough. Raises ClientLeft."""
+        """Wait until the client has read enough. Raises ClientLeft."""
 
 
 class FastExchange:
-    """See `Exchange`. Made by the connection that it is on."""
+    """See `Exchange`. Made by its connection."""
 
     __slots__ = (
-        *("_body", "_line", "begun_s", "has_begun", "headers", "is_complete", "num_events"),
+        *("_body", "_connection", "begun_s", "has_begun", "headers", "is_complete", "num_events"),
         *("path", "reply"),
     )
 
-    def __init__(self, line: ClientConnection, path: str, headers: Mapping[str, str], body: bytes) -> None:
+    def __init__(
+        self, connection: ClientConnection, path: str, headers: Mapping[str, str], body: bytes
+    ) -> None:
         self.path = path
         self.headers = headers
         self.reply: dict[str, str] = {}
@@ -50,7 +52,7 @@ class FastExchange:
         self.is_complete = False
         self.begun_s: float | None = None
         self.num_events = 0
-        self._line = line
+        self._connection = connection
         self._body = body
 
     async def body(self) -> bytes:
@@ -59,11 +61,11 @@ class FastExchange:
     def answer(self, body: bytes, status: int = 200) -> None:
         self.has_begun = self.is_complete = True
         head = self._head(status, f"Content-Type: {JSON}\r\nContent-Length: {len(body)}\r\n")
-        self._line.send(head + body)
+        self._connection.send(head + body)
 
     async def write(self, chunk: bytes) -> None:
-        line = self._line
-        if line.is_lost:
+        connection = self._connection
+        if connection.is_lost:
             raise ClientLeft("the client left")
         data = b"%x\r\n%b\r\n" % (len(chunk), chunk) if chunk else b""
         self.num_events += chunk.count(EVENT_END)
@@ -72,17 +74,17 @@ class FastExchange:
             self.begun_s = time.monotonic()
             fields = "".join(f"{name}: {value}\r\n" for name, value in EVENT_STREAM.items())
             data = self._head(200, fields + "Transfer-Encoding: chunked\r\n") + data
-        line.send(data)
-        if line.is_full:
-            await line.drained()
+        connection.send(data)
+        if connection.is_full:
+            await connection.drained()
 
     async def end(self) -> None:
         if not self.has_begun:
             await self.write(b"")
         self.is_complete = True
-        self._line.send(b"0\r\n\r\n")
+        self._connection.send(b"0\r\n\r\n")
 
     def _head(self, status: int, fields: str) -> bytes:
         reply = "".join([f"{name}: {value}\r\n" for name, value in self.reply.items()])
-        date = self._line.date
+        date = self._connection.date
         return f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n{fields}{reply}Date: {date}\r\n\r\n".encode()

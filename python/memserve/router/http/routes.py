@@ -1,4 +1,4 @@
-"""The router's HTTP as a whole: which routes, behind which checks, on which sockets."""
+"""Puts the HTTP server together: routes, middleware, sockets."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ async def serve_http(
     app: web.Application,
     ingress: Ingress,
 ) -> int:
-    """Start the HTTP server; its port."""
+    """Start the HTTP server; returns its port."""
     runner = web.AppRunner(
         app, access_log=None, logger=_web_logger(), handler_cancellation=True, shutdown_timeout=1.0
     )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     assert runner.server is not None
-    front = HttpServer(generate.handle, runner.server, ingress)
-    stack.push_async_callback(front.close)
-    return await front.listen(config.host, config.port)
+    server = HttpServer(generate.handle, runner.server, ingress)
+    stack.push_async_callback(server.close)
+    return await server.listen(config.host, config.port)
 
 
-async def serve_metrics(stack: AsyncExitStack, host: str, port: int, pages: InfoHandlers) -> None:
+async def serve_metrics(stack: AsyncExitStack, host: str, port: int, info: InfoHandlers) -> None:
     """Serve /metrics on a port of its own, too."""
     app = web.Application()
-    app.router.add_get("/metrics", pages.metrics)
+    app.router.add_get("/metrics", info.metrics)
     runner = web.AppRunner(app, access_log=None, logger=_web_logger(), shutdown_timeout=1.0)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)

@@ -6,13 +6,14 @@ Required fields have no default. Objects are open: SGLang's own fields pass thro
 from __future__ import annotations
 
 from collections.abc import Mapping
+from math import isfinite
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from memserve.router.records import SeriesPoint
-from memserve.router.sglang_api import MAX_SAMPLES
+from memserve.router.sglang_api import In, Number, fields_of
 
 Schema = dict[str, Any]
 Count = Annotated[int, Meta(ge=0)]
@@ -23,7 +24,6 @@ REF = "#/components/schemas/{name}"
 STRING: Schema = {"type": "string"}
 BOOLEAN: Schema = {"type": "boolean"}
 INTEGER: Schema = {"type": "integer"}
-COUNT: Schema = {"type": "integer", "minimum": 0}
 TEXT: Schema = {"type": "string", "minLength": 1}
 TOKEN_IDS: Schema = {
     "type": "array",
@@ -55,24 +55,20 @@ def or_null(schema: Schema) -> Schema:
 
 # ---- bodies of SGLang and OpenAI: what the router checks, and no more
 
-_SAMPLING = {
-    "max_new_tokens": or_null(COUNT),
-    "temperature": {"type": "number", "minimum": 0, "maximum": 2},
-    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-    "n": {"type": "integer", "minimum": 1, "maximum": MAX_SAMPLES},
-    "stop": {"anyOf": [STRING, array(STRING)]},
-    "ignore_eos": BOOLEAN,
-}
+
+def _kind(kind: Number | type) -> Schema:
+    if not isinstance(kind, Number):
+        return BOOLEAN if kind is bool else STRING
+    bounds = {"minimum": kind.lowest} | ({"maximum": kind.highest} if isfinite(kind.highest) else {})
+    return or_null({"type": "integer" if kind.is_whole else "number", **bounds})
+
+
+def _fields(where: In) -> dict[str, Schema]:
+    """The fields of SGLang that the router checks in `where`."""
+    return {name: _kind(field.kind) for name, field in fields_of(where) if field.kind is not None}
+
+
 MODEL = {"type": "string", "description": "one of /v1/models; may be omitted if there is only one"}
-_OPENAI = {
-    "model": MODEL,
-    "stream": BOOLEAN,
-    "max_tokens": or_null({"type": "integer", "minimum": 1}),
-    "temperature": {"type": "number", "minimum": 0, "maximum": 2},
-    "top_p": {"type": "number", "exclusiveMinimum": 0, "maximum": 1},
-    "n": {"type": "integer", "minimum": 1, "maximum": MAX_SAMPLES},
-    "user": STRING,
-}
 PROMPT = {"anyOf": [TEXT, array(TEXT, at_least=1), TOKEN_IDS, array(TOKEN_IDS, at_least=1)]}
 
 REQUEST_BODIES: dict[str, Schema] = {
@@ -88,13 +84,16 @@ REQUEST_BODIES: dict[str, Schema] = {
             {"required": ["input_embeds"], "properties": {"input_embeds": array({}, at_least=1)}},
         ],
         "properties": {
-            "sampling_params": {"type": "object", "properties": _SAMPLING},
-            "stream": BOOLEAN,
+            **_fields(In.NATIVE),
+            "sampling_params": {"type": "object", "properties": _fields(In.SAMPLING)},
             "rid": {"anyOf": [TEXT, array(TEXT, at_least=1)]},
         },
     },
-    "Chat": obj({"messages": array(obj({"role": STRING}, {"content": {}}), at_least=1)}, _OPENAI),
-    "Completion": obj({"prompt": PROMPT}, {**_OPENAI, "echo": BOOLEAN}),
+    "Chat": obj(
+        {"messages": array(obj({"role": STRING}, {"content": {}}), at_least=1)},
+        {**_fields(In.CHAT), "model": MODEL},
+    ),
+    "Completion": obj({"prompt": PROMPT}, {**_fields(In.COMPLETIONS), "model": MODEL}),
 }
 
 

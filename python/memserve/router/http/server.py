@@ -1,11 +1,11 @@
-"""The router's HTTP port: lean connections for what generates, aiohttp's for everything else.
+"""The router's HTTP port: own connections for plain generation requests, aiohttp's for all other requests.
 
     bytes ── plain POST to an `Api`, its length known ──> FastExchange ── handler
       └───── anything else ──> aiohttp takes the connection, from these bytes on
 
-A plain request costs a regular expression, a task and one write. Whatever is not plain (chunked or
-compressed bodies, `Expect`, repeated headers, odd bytes) is aiohttp's to read or to refuse: the same
-handler answers, through `WebExchange`. Knows no dispatch.
+A plain request costs a regular expression, a task and one write. aiohttp reads or refuses all others (chunked
+or compressed bodies, `Expect`, repeated headers, odd bytes); the same handler answers them, through
+`WebExchange`. Knows no dispatch.
 """
 
 from __future__ import annotations
@@ -28,10 +28,11 @@ logger = logging.getLogger(__name__)
 
 MAX_HEAD_BYTES = 16 << 10
 MAX_PIPELINED_BYTES = 64 << 10
-"""What a client may send ahead, while its last request is being answered."""
+"""Bytes that a client may send ahead while its last request is answered."""
 KEEPALIVE_S = 75.0
-"""How long a connection may be idle."""
-LINGER_S = 2.0  # for a client that is refused to notice
+"""Longest idle time of a connection."""
+LINGER_S = 2.0
+"""Time for a refused client to read its answer before the connection is closed."""
 SWEEP_S = 1.0
 
 _NAME = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
@@ -46,59 +47,59 @@ _NOT_PLAIN = frozenset({"transfer-encoding", "content-encoding", "expect", "upgr
 Handler = Callable[[Exchange], Coroutine[Any, Any, None]]
 
 
-class MakesWeb(Protocol):
-    """Makes connections of aiohttp's, as `web.Server` does."""
+class WebConnectionFactory(Protocol):
+    """Makes aiohttp connections, as `web.Server` does."""
 
     @property
     def connections(self) -> Sized:
-        """Those that are open."""
+        """The open ones."""
 
     def __call__(self) -> asyncio.Protocol:
-        """A new one."""
+        """A new connection."""
 
 
 class _Connection(asyncio.Protocol):
-    """One client, until aiohttp takes it over."""
+    """The connection of one client, until aiohttp takes it over."""
 
     __slots__ = (
         *("_body", "_can_write", "_head", "_held", "_is_refused", "_pending", "_task", "_transport"),
-        *("_wanted", "deadline_s", "front", "is_full", "is_lost"),
+        *("_wanted", "deadline_s", "server", "is_full", "is_lost"),
     )
 
-    def __init__(self, front: HttpServer) -> None:
-        self.front = front
+    def __init__(self, server: HttpServer) -> None:
+        self.server = server
         self.is_full = False
         self.is_lost = False
         self.deadline_s: float | None = None
-        """Until when something has to come; None while it is the router's turn."""
+        """When the connection expires unless the client acts; None while the router works."""
         self._pending = b""
-        """Received and not looked at: a head in part, or requests sent ahead."""
+        """Received and not parsed: a part of a head, or requests sent ahead."""
         self._head: tuple[Api, dict[str, str]] | None = None
         self._body = bytearray()
         self._wanted = 0
-        """Bytes that the body in the making will have."""
+        """Length of the body that is being received."""
         self._task: asyncio.Task[None] | None = None
         self._can_write: asyncio.Future[None] | None = None
         self._is_refused = False
         self._held = 0
-        """Bytes of requests that are taken from the budget."""
+        """Bytes taken from the budget for this connection."""
 
     # ---- called by the loop
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         self._transport = cast(asyncio.Transport, transport)
-        is_full = self.front.num_connections() >= self.front.limits.max_connections
-        self.front.connections.add(self)
-        self.deadline_s = self.front.now_s() + self.front.limits.head_s
+        is_full = self.server.num_connections() >= self.server.limits.max_connections
+        self.server.connections.add(self)
+        self.deadline_s = self.server.now_s() + self.server.limits.head_s
         if is_full:
-            self._refuse(self.front.ingress.admission.refused("connections"))
-            self._transport.close()  # more of them would stay for a while
+            self._refuse(self.server.ingress.admission.refused("connections"))
+            self._transport.close()  # do not linger: there are too many
 
     def data_received(self, data: bytes) -> None:
         if self._is_refused:
             return
-        if not self.front.budget.try_take(len(data)):
-            self._refuse(self.front.ingress.out_of_memory())
+        if not self.server.budget.try_take(len(data)):
+            self._refuse(self.server.ingress.out_of_memory())
             return
         self._held += len(data)
         if self._head is not None:
@@ -114,7 +115,7 @@ class _Connection(asyncio.Protocol):
 
     def connection_lost(self, error: Exception | None) -> None:
         self.is_lost = True
-        self.front.connections.discard(self)
+        self.server.connections.discard(self)
         self._give()
         if self._task is not None:
             self._task.cancel()
@@ -133,26 +134,26 @@ class _Connection(asyncio.Protocol):
     @property
     def date(self) -> str:
         """Now, as HTTP writes it."""
-        return self.front.date
+        return self.server.date
 
     def send(self, data: bytes) -> None:
-        """Write, unless nobody is there any more."""
+        """Write, unless the connection is lost."""
         if not self.is_lost:
             self._transport.write(data)
 
     async def drained(self) -> None:
         """Until the client has read enough. Raises ClientLeft."""
-        self._can_write = self.front.loop.create_future()
-        self.deadline_s = self.front.now_s() + self.front.limits.stall_s
+        self._can_write = self.server.loop.create_future()
+        self.deadline_s = self.server.now_s() + self.server.limits.stall_s
         await self._can_write
         self.deadline_s = None
         if self.is_lost:
             raise ClientLeft("the client left")
 
-    # ---- called by the front
+    # ---- called by the server
 
     def expire(self) -> None:
-        """Nothing came in time, or nothing was read."""
+        """The deadline has passed: the client sent nothing, or read nothing."""
         if self._task is not None or self._is_refused or self._transport.get_write_buffer_size():
             self._transport.abort()
         elif self._pending or self._head is not None:
@@ -161,7 +162,7 @@ class _Connection(asyncio.Protocol):
             self.close()
 
     def close(self) -> None:
-        """End the connection, if nothing is being answered on it."""
+        """Close the connection, unless a request is being answered on it."""
         if self._task is None:
             self._transport.close()
 
@@ -174,15 +175,15 @@ class _Connection(asyncio.Protocol):
             if len(data) > MAX_HEAD_BYTES or not data[:1].isalpha() or b"\n\n" in data:
                 self._hand_over()
             elif self.deadline_s is not None:
-                self.deadline_s = min(self.deadline_s, self.front.now_s() + self.front.limits.head_s)
+                self.deadline_s = min(self.deadline_s, self.server.now_s() + self.server.limits.head_s)
             return
         read = plain_head(data[: end + 2])
-        if read is None or read[2] > self.front.limits.max_body_bytes:
+        if read is None or read[2] > self.server.limits.max_body_bytes:
             self._hand_over()
             return
         if end + 4 + read[2] > len(data):
             try:
-                self.front.ingress.access.authenticate(read[1].get("authorization"))
+                self.server.ingress.access.authenticate(read[1].get("authorization"))
             except BadRequest as error:
                 self._refuse(error)
                 return
@@ -194,7 +195,7 @@ class _Connection(asyncio.Protocol):
 
     def _receive_body(self) -> None:
         if len(self._body) < self._wanted:
-            self.deadline_s = self.front.now_s() + self.front.limits.stall_s
+            self.deadline_s = self.server.now_s() + self.server.limits.stall_s
             return
         assert self._head is not None
         api, headers = self._head
@@ -203,13 +204,13 @@ class _Connection(asyncio.Protocol):
         self._head, self._body = None, bytearray()
         self.deadline_s = None
         exchange = FastExchange(self, api, headers, body)
-        self._task = self.front.loop.create_task(self._serve(exchange))
+        self._task = self.server.loop.create_task(self._serve(exchange))
 
     def _hand_over(self) -> None:
-        """From here on this is a connection of aiohttp's."""
-        self.front.connections.discard(self)
+        """Give the connection to aiohttp, with the bytes received."""
+        self.server.connections.discard(self)
         self._give()
-        web = self.front.make_web()
+        web = self.server.make_web()
         self._transport.set_protocol(web)
         web.connection_made(self._transport)
         web.data_received(self._pending)
@@ -218,36 +219,36 @@ class _Connection(asyncio.Protocol):
 
     async def _serve(self, exchange: FastExchange) -> None:
         try:
-            await self.front.handler(exchange)
+            await self.server.handler(exchange)
         except Exception:
             logger.exception("a request failed inside the router path=%s", exchange.path)
             if not exchange.has_begun:
-                exchange.answer(failure(500, "the router failed; its log says how").body(), 500)
+                exchange.answer(failure(500, "the router failed; see its log").body(), 500)
         finally:
             self._task = None
             if not self.is_lost:
                 self._give(len(self._pending))
-            if not exchange.is_complete or self.front.is_closing:
-                self.deadline_s = self.front.now_s() + self.front.limits.stall_s
+            if not exchange.is_complete or self.server.is_closing:
+                self.deadline_s = self.server.now_s() + self.server.limits.stall_s
                 self._transport.close()
             elif not self.is_lost:
                 self._await_next()
 
     def _await_next(self) -> None:
-        self.deadline_s = self.front.now_s() + KEEPALIVE_S
+        self.deadline_s = self.server.now_s() + KEEPALIVE_S
         if self._pending:
             self._transport.resume_reading()
-            self.front.loop.call_soon(self.data_received, b"")
+            self.server.loop.call_soon(self.data_received, b"")
 
     def _give(self, left: int = 0) -> None:
-        """Only `left` bytes are held any more."""
-        self.front.budget.give(self._held - left)
+        """Return all but `left` bytes to the budget."""
+        self.server.budget.give(self._held - left)
         self._held = left
 
     def _refuse(self, error: BadRequest | Overloaded) -> None:
-        """Tell the client why, if it is not being answered, and end the connection.
+        """Answer with the error, unless a request is being answered, and end the connection.
 
-        What it sends meanwhile is read and dropped: to a reset it would not listen.
+        Bytes that arrive meanwhile are read and dropped: a reset could discard the answer.
         """
         if self._task is not None:
             self._transport.abort()
@@ -259,15 +260,15 @@ class _Connection(asyncio.Protocol):
         self._head, self._body, self._pending = None, bytearray(), b""
         self._give()
         self._is_refused = True
-        self.deadline_s = self.front.now_s() + LINGER_S
+        self.deadline_s = self.server.now_s() + LINGER_S
         if self._transport.can_write_eof():
             self._transport.write_eof()
 
 
 class HttpServer:
-    """A listening socket and its lean connections. Event loop thread only."""
+    """The listening socket and its connections. Event loop thread only."""
 
-    def __init__(self, handler: Handler, make_web: MakesWeb, ingress: Ingress) -> None:
+    def __init__(self, handler: Handler, make_web: WebConnectionFactory, ingress: Ingress) -> None:
         self.handler = handler
         self.make_web = make_web
         self.ingress = ingress
@@ -282,11 +283,11 @@ class HttpServer:
         self._server: asyncio.Server | None = None
 
     def num_connections(self) -> int:
-        """How many clients are connected, aiohttp's too."""
+        """Number of connected clients, those of aiohttp included."""
         return len(self.connections) + len(self.make_web.connections)
 
     async def listen(self, host: str, port: int) -> int:
-        """Begin to serve; the port. Raises ConfigError if the address cannot be had."""
+        """Start to serve; returns the port. Raises ConfigError if the address cannot be used."""
         try:
             self._server = await self.loop.create_server(
                 lambda: _Connection(self),
@@ -303,7 +304,7 @@ class HttpServer:
         return number
 
     async def close(self) -> None:
-        """Accept nobody; end what is idle now, and the rest when it has been answered."""
+        """Accept no connections; close idle ones now, and the others when their request is answered."""
         self.is_closing = True
         if self._sweeper is not None:
             self._sweeper.cancel()

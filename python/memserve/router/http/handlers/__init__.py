@@ -1,1 +1,1 @@
-"""What answers each HTTP endpoint."""
+"""The handlers of the HTTP endpoints."""

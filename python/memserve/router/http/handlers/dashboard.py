@@ -1,12 +1,11 @@
-"""The page at /ui and what it shows, as JSON: the cluster now, hot prefixes, recent requests.
+"""The dashboard at /ui and its data as JSON: the cluster now, hot prefixes, recent requests.
 
-    /ui  /ui/app.js, style.css ...      files of this package: nothing is loaded from anywhere else
-    /ui/state                           everything that the page polls
+    /ui  /ui/app.js, style.css ...      files of this package; the page loads no others
+    /ui/state                           all data that the page polls
     /tree/hottest  /requests            parts of it, for programs
-    /requests/RID                       why a request went where it went
+    /requests/RID                       one request, with the decision that placed it
 
-Nothing here changes anything. The page shows what it gets as text, never as HTML: ids and prompts are what
-strangers sent.
+All of them only read. The page shows values as text, never as HTML: clients choose ids and prompts.
 """
 
 from __future__ import annotations
@@ -56,7 +55,7 @@ SHOWN_REQUESTS = 50
 
 
 class Dashboard:
-    """Serves these pages. Event loop thread only."""
+    """Serves these endpoints. Event loop thread only."""
 
     def __init__(self, state: StateView, policies: Mapping[str, str], admission: AdmissionController) -> None:
         self._state = state
@@ -67,18 +66,18 @@ class Dashboard:
         self._files = {name: folder.joinpath(name).read_bytes() for name in PAGE_FILES}
 
     async def page(self, _: web.Request) -> web.Response:
-        """The page itself."""
+        """The page."""
         return self._file("index.html")
 
     async def file(self, request: web.Request) -> web.Response:
-        """What the page needs; 404 for anything else."""
+        """A file of the page. Raises BadRequest (404) for any other name."""
         name = request.match_info["file"]
         if name not in PAGE_FILES:
             raise BadRequest(f"/ui has no file {name}", status=404)
         return self._file(name)
 
     async def state(self, _: web.Request) -> web.Response:
-        """Everything that the page shows, except for explanations."""
+        """All data of the page but explanations."""
         state, now_s = self._state, time.monotonic()
         stats = state.synchronizer.tree.stats()
         page: JsonObject = {
@@ -92,25 +91,25 @@ class Dashboard:
             "tree_blocks": stats.blocks,
             "instances": self._instances(stats.instances),
             "hottest": self._hottest(SHOWN_PREFIXES, now_s),
-            "requests": [_told(one) for one in state.telemetry.requests.newest(SHOWN_REQUESTS)],
+            "requests": [_described(one) for one in state.telemetry.requests.newest(SHOWN_REQUESTS)],
             "series": state.telemetry.series.points(),
         }
         return _page(page)
 
     async def hottest(self, request: web.Request) -> web.Response:
-        """The prefixes that most prompts had in common lately, and who holds them; `?n=20`."""
+        """The prefixes that most recent prompts share, and their holders; `?n=20`."""
         num = _number(request, "n", 20, MAX_PREFIXES)
         return _page({"prefixes": self._hottest(num, time.monotonic())})
 
     async def requests(self, request: web.Request) -> web.Response:
-        """Requests that ended lately, the last one first; `?n=100`; `?faults=1`: only those with a 5xx."""
+        """Requests that ended recently, newest first; `?n=100`; `?faults=1`: only 5xx answers."""
         num = _number(request, "n", 100, MAX_REQUESTS)
         only_faults = request.query.get("faults", "0") != "0"
         found = self._state.telemetry.requests.newest(num, only_faults=only_faults)
-        return _page({"requests": [_told(one) for one in found]})
+        return _page({"requests": [_described(one) for one in found]})
 
     async def request(self, request: web.Request) -> web.Response:
-        """One of them by its rid or x-request-id, and the decision that placed it; 404 if it is gone."""
+        """One request by rid or x-request-id, and the decision that placed it. Raises BadRequest (404)."""
         name = request.match_info["rid"]
         one = self._state.telemetry.requests.find(name)
         if one is None:
@@ -119,12 +118,12 @@ class Dashboard:
         decision: JsonObject | None = None
         if one.decision is not None:
             decision = explained(one.decision, one.unknown)
-        return _page({**_told(one), "decision": decision})
+        return _page({**_described(one), "decision": decision})
 
     # ---- parts
 
     def _instances(self, held: Mapping[InstanceId, TierCounts]) -> list[JsonObject]:
-        """Everyone known; memory instances too, which hold blocks and serve nobody."""
+        """All instances, memory instances (which hold blocks and serve no requests) included."""
         blocks: dict[InstanceId, TierCounts] = {}
         for name, one in held.items():
             server = server_of(InstanceId(name.partition("#")[0]))
@@ -158,7 +157,7 @@ class Dashboard:
         }
 
     def _drams(self) -> dict[InstanceId, tuple[int, int]]:
-        """Of each server whose pools tell, its ranks together: blocks of DRAM in use, and all of them."""
+        """DRAM blocks in use and in total, by server, summed over the pools that report them."""
         found: dict[InstanceId, tuple[int, int]] = {}
         for pool in self._state.pools.members():
             for tier in pool.tiers:
@@ -174,7 +173,7 @@ class Dashboard:
         held: Mapping[InstanceId, TierCounts],
         drams: Mapping[InstanceId, tuple[int, int]],
     ) -> JsonObject:
-        """By the prompt tree; of DRAM by its pools' own word, where they tell."""
+        """Blocks of an instance, by the prompt tree; in DRAM by its pools' reports, if there are any."""
         one = held.get(name)
         used, total = drams.get(name, (one and one[Tier.DRAM], None))
         return {"hbm_blocks": one and one[Tier.HBM], "dram_blocks": used, "dram_capacity": total}
@@ -205,22 +204,22 @@ class Dashboard:
         )
 
 
-def _told(one: RequestRecord) -> JsonObject:
-    """A request without its decision."""
-    told: JsonObject = msgspec.structs.asdict(one)
-    del told["decision"]
-    told["instances"] = str(told.pop("route"))
+def _described(one: RequestRecord) -> JsonObject:
+    """The JSON of a request, without its decision."""
+    described: JsonObject = msgspec.structs.asdict(one)
+    del described["decision"]
+    described["instances"] = str(described.pop("route"))
     if one.decision is not None:
         chosen = one.decision.chosen
-        told["expected_tokens"] = one.decision.context.cached_tokens(chosen.cached_blocks)
-    return told
+        described["expected_tokens"] = one.decision.context.cached_tokens(chosen.cached_blocks)
+    return described
 
 
 def _number(request: web.Request, name: str, default: int, most: int) -> int:
-    """Raises BadRequest for what is no number from 1 to `most`."""
+    """A parameter of the query. Raises BadRequest if it is not a whole number from 1 to `most`."""
     text = request.query.get(name, str(default))
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= most):
-        raise BadRequest(f"{text[:20]} is not a number from 1 to {most}", field=name)
+        raise BadRequest(f"{text[:20]} is not a whole number from 1 to {most}", field=name)
     return int(text)
 
 

@@ -1,4 +1,4 @@
-"""The router's other HTTP pages: is it well, who is there, what do they serve, flush their caches."""
+"""Endpoints about the router and its servers: health, metrics, models, server info, flushing, aborts."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format."""
 INFO_TIMEOUT_S = 10.0
 FLUSH_WAIT_S = 5
-"""How long a worker may wait for requests that were answered just now to wind down before it flushes."""
+"""How long a server may wait for requests to end before it flushes."""
 
 
 class InfoHandlers:
-    """Serves everything but generation. Event loop thread only."""
+    """Serves these endpoints. Event loop thread only."""
 
     def __init__(
         self,
@@ -64,7 +64,7 @@ class InfoHandlers:
         return web.Response(text="OK")
 
     async def ready(self, request: web.Request) -> web.Response:
-        """200 if a request can be served now, else 503 with the reason; admins also see whose."""
+        """200 if a request can be served now, else 503 with the reason; admins get one per instance."""
         snapshot = self._cluster.snapshot
         reason = snapshot.unavailable_reason()
         unchecked = [str(one.instance_id) for one in snapshot.all() if one.server_info.vocab_size is None]
@@ -94,9 +94,9 @@ class InfoHandlers:
         return json_response(self._document)
 
     async def tree(self, request: web.Request) -> web.Response:
-        """How many blocks the global prompt tree knows of, whose they are, and how true it has been.
+        """The prompt tree: number of blocks, blocks by holder, results of audits.
 
-        `?digest=1`: and, by instance and tier, a digest of them, as a server has it on `/mempool`.
+        `?digest=1` adds a digest of the blocks by instance and tier, as a server has it on `/mempool`.
         """
         tree = self._feed.tree
         stats = tree.stats()
@@ -109,7 +109,7 @@ class InfoHandlers:
         return json_response(encode_json(page))
 
     async def metrics(self, _: web.Request) -> web.Response:
-        """Everything that is counted, for Prometheus."""
+        """All metrics."""
         return web.Response(body=self._exposition(), headers={"Content-Type": METRICS_TYPE})
 
     async def models(self, _: web.Request) -> web.Response:
@@ -128,24 +128,24 @@ class InfoHandlers:
         return json_response(encode_json(card))
 
     async def model_info(self, _: web.Request) -> web.Response:
-        """The model as an instance describes it, an answering one if there is one."""
+        """The model info of an instance that answers clients (colocated or decode) if there is one."""
         instances = self._cluster.snapshot.all()
         if not instances:
             return self._unavailable()
         return json_response(instances[0].server_info.model_info)
 
     async def server_info(self, request: web.Request) -> web.Response:
-        """What an answering instance says of itself, as a stock server would, but for its keys.
+        """The server info of an instance that answers clients, without its secrets.
 
-        Admins see everyone's, under `workers`.
+        Admins get the info of all servers, under `workers`.
         """
         instances = self._cluster.up.all()
         answers = await asyncio.gather(*(self._ask(one, "GET", "/server_info") for one in instances))
         infos = [msgspec.json.decode(body) if status == 200 else {} for status, body in answers]
-        infos = [info if isinstance(info := without_secrets(said), dict) else {} for said in infos]
+        infos = [info if isinstance(info := without_secrets(answer), dict) else {} for answer in infos]
         page: JsonObject = {
             **(infos[0] if infos else {}),
-            "disaggregation_mode": "null",  # whoever asks here gets the whole of it
+            "disaggregation_mode": "null",  # the router answers like a colocated server
             "router": {"version": __version__, "started": self._started_s},
         }
         if self._access.is_admin(request.headers.get("Authorization")):
@@ -157,7 +157,7 @@ class InfoHandlers:
         return json_response(encode_json(page))
 
     async def flush_cache(self, request: web.Request) -> web.Response:
-        """Flush every instance that is up; 200 if all of them did."""
+        """Flush every instance that is up; 200 if all of them flushed."""
         instances = self._cluster.up.all()
         if not instances:
             return self._unavailable()
@@ -175,7 +175,7 @@ class InfoHandlers:
         return web.Response(text=f"Cache flushed on {len(instances)} instances.\n")
 
     async def abort_request(self, request: web.Request) -> web.Response:
-        """Hand SGLang's own abort to every instance that is up; those that do not know the rid ignore it."""
+        """Send SGLang's abort to every instance that is up; instances that do not know the rid ignore it."""
         body = await request.read()
         try:
             msgspec.json.decode(body, type=Abort)
@@ -183,18 +183,18 @@ class InfoHandlers:
             return json_response(failure(400, f"not an abort: {error}").body(), 400)
         instances = self._cluster.up.all()
         answers = await asyncio.gather(*(self._ask(one, "POST", "/abort_request", body) for one in instances))
-        status, said = max(answers, default=(200, b""))
+        status, answer = max(answers, default=(200, b""))
         if status != 200:
             status = status if status < 500 else 502
-            return json_response(failure(status, message_of(status, said)).body(), status)
-        return web.Response(text=said.decode(errors="replace"))
+            return json_response(failure(status, message_of(status, answer)).body(), status)
+        return web.Response(text=answer.decode(errors="replace"))
 
     async def concatenate(self, request: web.Request) -> web.Response:
-        """Accept the frontend language's hint to put forked branches' KV behind one another.
+        """Accept the frontend language's hint to concatenate the KV of forked branches, and do nothing.
 
-        No SGLang server can, and none needs to: the program sends the joined text with its next
-        call, and that is what is cached and computed. Any error would hang the program instead:
-        SGLang's client waits for ever for what it submits after a failed call.
+        No SGLang server can do it, and none needs to: the program sends the joined text with its next
+        call, which is cached and computed then. An error would hang the program: SGLang's client waits
+        forever for its next submission after a failed call.
         """
         try:
             msgspec.json.decode(await request.read(), type=Concatenation)
@@ -239,7 +239,7 @@ class InfoHandlers:
 
 
 def without_secrets(value: object) -> object:
-    """What a server says of itself, but for its keys: SGLang tells those too, as fields and as flags."""
+    """A server's info without its secrets: SGLang includes keys, as fields and as flags."""
     if isinstance(value, list):
         return [without_secrets(one) for one in value]
     if isinstance(value, dict):

@@ -1,16 +1,16 @@
-"""The router's pages about its workers: who is there; name one, drain one, forget one.
+"""Endpoints to list, add, drain, change and remove instances.
 
-    GET    /workers              everyone, their pools, and what is kept
-    POST   /workers              {"url", "role", "bootstrap_port"}: a server that does not register
-    GET    /workers/ID           one of them
-    DELETE /workers/ID           drained briefly and forgotten; named servers only
-    POST   /workers/ID/drain     {"timeout_s"}: no new requests; answered when the last one has ended and
-                                 what it holds is elsewhere
-    DELETE /workers/ID/drain     requests again
-    POST   /workers/ID/role      {"role", "timeout_s", "force"}: drained, and started anew as another
+    GET    /workers              all instances, their pools, and the caching mode
+    POST   /workers              {"url", "role", "bootstrap_port"}: add a server that does not register
+    GET    /workers/ID           one instance
+    DELETE /workers/ID           drain it briefly and remove it; only servers that were added by URL
+    POST   /workers/ID/drain     {"timeout_s"}: send it no new requests; answered when the last one has ended
+                                 and its blocks are evacuated
+    DELETE /workers/ID/drain     send it requests again
+    POST   /workers/ID/role      {"role", "timeout_s", "force"}: drain it, and restart it in another role
     POST   /add_worker?url=  /remove_worker?url=    GET /list_workers    as sglang-router has them
 
-ID is an instance's id or its URL, percent-encoded or not. Knows no instances' own pages.
+ID is an instance's id or its URL, percent-encoded or not. Does not call the instances.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from memserve.wire.messages import InstanceInfo, Role, TierBlocks
 T = TypeVar("T")
 
 REMOVE_S = 10.0
-"""How long a server that is removed may finish what it has, unless the request says otherwise."""
+"""Default time for a removed server to finish its requests."""
 MAX_WAIT_S = 86400
 _FIELD = re.compile(r"(?:field `|at `\$\.)(\w+)")
 
@@ -49,10 +49,10 @@ class AddWorker(msgspec.Struct, forbid_unknown_fields=True):
     url: str
     role: Literal["prefill", "decode", "colocated"] = "colocated"
     bootstrap_port: Annotated[int, msgspec.Meta(ge=1, le=65535)] | None = None
-    """Of a prefill: its --disaggregation-bootstrap-port."""
+    """The --disaggregation-bootstrap-port of a prefill."""
 
     def info(self) -> InstanceInfo:
-        """As the command line would name it. Raises BadRequest with the field at fault."""
+        """The server, as the command line would add it. Raises BadRequest with the field at fault."""
         role, port = Role(self.role), self.bootstrap_port
         if role is Role.PREFILL:
             port = port or DEFAULT_BOOTSTRAP_PORT
@@ -75,13 +75,13 @@ class RoleRequest(msgspec.Struct, forbid_unknown_fields=True):
 
     role: Literal["prefill", "decode", "colocated"]
     timeout_s: Annotated[float, msgspec.Meta(ge=0, le=MAX_WAIT_S)] = 120.0
-    """For its requests to end, and as long again for it to come back."""
+    """For its requests to end, and as long again for its restart."""
     force: bool = False
-    """Also if nobody else can serve meanwhile."""
+    """Change the role even if no other instance can serve meanwhile."""
 
 
 class WorkersApi:
-    """Serves these pages. Event loop thread only."""
+    """Serves these endpoints. Event loop thread only."""
 
     def __init__(self, state: StateView, drains: DrainManager, roles: RoleChanges) -> None:
         self._state = state
@@ -90,7 +90,7 @@ class WorkersApi:
         self._roles = roles
 
     async def show_all(self, _: web.Request) -> web.Response:
-        """Everyone the router knows of, the pools they exchange blocks with, and what they keep."""
+        """All instances, the pools with which they exchange blocks, and the caching mode."""
         pools = self._state.pools
         page: JsonObject = {
             "caching": caching_of(self._cluster, pools),
@@ -101,32 +101,34 @@ class WorkersApi:
         return _page(page)
 
     async def list_urls(self, _: web.Request) -> web.Response:
-        """The URLs alone."""
+        """The URLs of all instances."""
         return _page({"urls": [member.info.url for member in self._cluster.members()]})
 
     async def show(self, request: web.Request) -> web.Response:
-        """One of them; 404 if nobody has that id or URL."""
+        """One instance. Raises BadRequest (404) for an unknown id or URL."""
         return _page(self._describe(self._member(request.match_info["id"])))
 
     async def add(self, request: web.Request) -> web.Response:
-        """Name a server: 201, or 200 if it was. It gets requests when a probe has found it well."""
+        """Add a server: 201, or 200 if it was added before. It gets requests once a probe succeeds."""
         return self._add(_decoded(await request.read(), AddWorker).info())
 
     async def add_url(self, request: web.Request) -> web.Response:
-        """The same for a colocated server."""
+        """Add a colocated server."""
         return self._add(AddWorker(_url_of(request)).info())
 
     async def remove(self, request: web.Request) -> web.Response:
-        """Drain a named server for `?timeout_s=`, and forget it; what it has then may end all the same."""
+        """Drain a server for `?timeout_s=`, and remove it; its running requests may still end."""
         return await self._remove(request, request.match_info["id"])
 
     async def remove_url(self, request: web.Request) -> web.Response:
-        """The same by URL."""
+        """Drain and remove a server, by URL."""
         return await self._remove(request, _url_of(request))
 
     async def drain(self, request: web.Request) -> web.Response:
-        """No new requests; 200 when it has none left and what it holds is elsewhere, or the time is over,
-        with `?wait=0` 202 at once."""
+        """Send an instance no new requests.
+
+        200 when it has none left and its blocks are evacuated, or in time; with `?wait=0`, 202 at once.
+        """
         body = await request.read()
         wanted = _decoded(body, DrainRequest) if body else DrainRequest()
         memory = InstanceId(request.match_info["id"])
@@ -142,14 +144,17 @@ class WorkersApi:
         return _page(page, 200 if is_awaited else 202)
 
     async def undrain(self, request: web.Request) -> web.Response:
-        """Requests for it again. Idempotent."""
+        """Send an instance requests again. Idempotent."""
         member = self._member(request.match_info["id"])
         self._drains.end(member)
         return _page(self._describe(member))
 
     async def change_role(self, request: web.Request) -> web.Response:
-        """Another role for a server that can have one: 200 when it serves so, or it has failed; 202 at
-        once with `?wait=0`; 409 with the reason if it cannot be."""
+        """Change the role of a server.
+
+        200 when it serves in the new role or the change failed; with `?wait=0`, 202 at once. Raises
+        BadRequest (409, with the reason) if the role cannot be changed.
+        """
         member = self._member(request.match_info["id"])
         wanted = _decoded(await request.read(), RoleRequest)
         role = Role(wanted.role)
@@ -174,7 +179,7 @@ class WorkersApi:
         if known != info:
             raise BadRequest(
                 f"{known.url} is known as {known.role}, bootstrap port {known.bootstrap_port}: "
-                "remove it before it is added as another",
+                "remove it before you add it with another role or port",
                 field="role" if known.role is not info.role else "bootstrap_port",
                 status=409,
             )
@@ -185,19 +190,19 @@ class WorkersApi:
         member = self._member(name)
         if not member.is_static:
             raise BadRequest(
-                f"{member.info.instance_id} has registered itself, and would again: drain it with "
+                f"{member.info.instance_id} registers itself, and would do so again: drain it with "
                 "POST /workers/ID/drain, then stop its process",
                 status=409,
             )
         self._drains.begin(member)
         drained = await self._drains.wait(member, timeout_s)
         if self._is_there(member) and not member.is_draining:
-            raise BadRequest(f"{name} was put back meanwhile", status=409)
+            raise BadRequest(f"{name} was undrained meanwhile", status=409)
         self._cluster.remove_static(member.info.url)
         return _page({**_id_of(member), "removed": True, **_describe_drain(drained)})
 
     def _is_there(self, member: Member) -> bool:
-        """Whether it is the process that it was."""
+        """True if the instance is still the same process."""
         return self._cluster.find(member.info.instance_id) is member
 
     def _member(self, name: str) -> Member:
@@ -215,7 +220,7 @@ class WorkersApi:
 
 
 def describe_member(member: Member) -> JsonObject:
-    """What the router knows of an instance."""
+    """The JSON of an instance."""
     info, facts = member.info, member.server_info
     return {
         "instance_id": info.instance_id,
@@ -288,7 +293,7 @@ def _decoded(body: bytes, kind: type[T]) -> T:
 
 def _url_of(request: web.Request) -> str:
     if "url" not in request.query:
-        raise BadRequest("which one? write ?url=http://HOST:PORT", field="url")
+        raise BadRequest("url is missing: write ?url=http://HOST:PORT", field="url")
     return request.query["url"]
 
 

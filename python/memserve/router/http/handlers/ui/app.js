@@ -12,10 +12,10 @@ let timer = null;
 let answered = 0;
 
 async function ask(path) {
-  const answer = await fetch(new URL(path, location.origin), { cache: "no-store" }); // with the key the browser has
+  const answer = await fetch(new URL(path, location.origin), { cache: "no-store" }); // with the browser's key
   if (answer.ok) return answer.json();
-  const told = await answer.json().catch(() => null);
-  const error = new Error(told?.error?.message ?? `the router answered with status ${answer.status}`);
+  const body = await answer.json().catch(() => null);
+  const error = new Error(body?.error?.message ?? `the router answered with status ${answer.status}`);
   error.status = answer.status;
   throw error;
 }
@@ -36,9 +36,9 @@ async function poll() {
 }
 
 function failed(error) {
-  const since = answered ? ` What is below is ${duration((Date.now() - answered) / 1000)} old.` : "";
-  const told = error.status ? error.message : "The router does not answer.";
-  trouble(`${told}${since}`);
+  const since = answered ? ` The data below is ${duration((Date.now() - answered) / 1000)} old.` : "";
+  const message = error.status ? error.message : "The router does not answer.";
+  trouble(`${message}${since}`);
   pill("no contact", "bad");
 }
 
@@ -78,8 +78,8 @@ function tiles(state) {
       faults >= 0.5 ? `${count(Math.round(faults))} failed in two minutes` : "none failed in two minutes", of("requests_s"), 1],
     ["First token, median", seconds(newest("first_token_p50_s")),
       `95 % within ${seconds(newest("first_token_p95_s"))}`, of("first_token_p50_s"), 0.001],
-    ["Prompt tokens from cache", percent(newest("hit_ratio")), "of prefills that tell", of("hit_ratio"), 1],
-    ["Running", count(running), `${count(state.waiting)} not let in yet · ${count(queued)} in prefill`, null, 1],
+    ["Prompt tokens from cache", percent(newest("hit_ratio")), "of prefills that report it", of("hit_ratio"), 1],
+    ["Running", count(running), `${count(state.waiting)} waiting for a slot · ${count(queued)} in prefill`, null, 1],
   ];
   const shape = JSON.stringify(all);
   show($("tiles"), shape, all.map(([title, value, note, values, least]) =>
@@ -88,7 +88,7 @@ function tiles(state) {
       values ? sparkline(values, least, SLOTS) : load(state.instances))));
 }
 
-/** Who works how much: one bar for each instance, as the fourth tile's chart. */
+/** The fourth tile's chart: one bar per instance, its running requests. */
 function load(all) {
   const serving = all.filter((one) => one.running !== undefined);
   const most = Math.max(4, ...serving.map((one) => one.running));
@@ -124,7 +124,7 @@ function instances(all) {
 
 function state(one) {
   const age = one.load?.step_age_s ?? 0;
-  const why = one.reason ?? (age > STUCK_S ? `its scheduler last came round ${duration(age)} ago` : null);
+  const why = one.reason ?? (age > STUCK_S ? `its scheduler made no step for ${duration(age)}` : null);
   const kind = why && one.state === "ready" ? "warn" : STATES[one.state] ?? "idle";
   return { signature: `${one.state} ${why}`, nodes: () => [
     badge(one.state, kind), why ? el("span", { class: "quiet reason", title: why }, why) : null,
@@ -150,7 +150,7 @@ function prefixes(all) {
     { signature: JSON.stringify(one.holders), nodes: () => one.holders.length
       ? one.holders.slice(0, 8).map((it) => el("span", { class: `chip ${it.tier}` }, it.instance, el("small", {}, ` ${it.tier.toUpperCase()}`)))
         .concat(one.holders.length > 8 ? [` and ${one.holders.length - 8} more`] : [])
-      : [el("span", { class: "quiet" }, "nobody now")] },
+      : [el("span", { class: "quiet" }, "no instance")] },
   ]);
 }
 
@@ -180,12 +180,12 @@ function cached(one) {
 function opener(one) {
   const name = one.request_id || one.rid;
   const button = el("button", { type: "button", class: "link", "aria-haspopup": "dialog", title: name }, short(name));
-  button.setAttribute("aria-label", `Why request ${name} went where it went`);
+  button.setAttribute("aria-label", `Decision for request ${name}`);
   button.addEventListener("click", () => open(one.rid));
   return button;
 }
 
-/** The router's own names differ at their end, a client's maybe at the beginning. */
+/** Keeps both ends: ids of the router differ at the end, ids of clients maybe at the beginning. */
 function short(name) {
   return name.length > 16 ? `${name.slice(0, 5)}…${name.slice(-9)}` : name;
 }
@@ -196,7 +196,7 @@ async function open(rid) {
   const dialog = $("why");
   show($("why-title"), rid, `Request ${rid}`);
   $("why-body").dataset.shows = "";
-  $("why-body").replaceChildren(el("p", { class: "quiet" }, "Asking …"));
+  $("why-body").replaceChildren(el("p", { class: "quiet" }, "Loading …"));
   dialog.showModal();
   try {
     $("why-body").replaceChildren(...explain(await ask(`/requests/${encodeURIComponent(rid)}`)));
@@ -210,7 +210,7 @@ $("why").addEventListener("click", (event) => {
   if (event.target === $("why")) $("why").close();
 });
 
-// ---- what a person can do here
+// ---- controls
 
 $("pause").addEventListener("click", () => {
   paused = !paused;

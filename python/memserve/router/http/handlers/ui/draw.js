@@ -1,8 +1,8 @@
-// Elements, rows and small charts. What is shown goes in as text: nothing here parses HTML.
+// Elements, rows and small charts. Values are inserted as text: nothing here parses HTML.
 
 const SVG = "http://www.w3.org/2000/svg";
 
-/** An element with attributes and children; children that are no nodes become text, null ones nothing. */
+/** An element with attributes and children; children that are not nodes become text, null is skipped. */
 export function el(name, attributes = {}, ...children) {
   return filled(document.createElement(name), attributes, children);
 }
@@ -106,7 +106,7 @@ export function stack(parts, most) {
   return chart;
 }
 
-/** A state as a mark and a word: colour alone tells nobody anything. */
+/** A state as a mark and a word: not every reader can tell the colours apart. */
 export function badge(text, kind) {
   const marks = { good: "●", warn: "▲", bad: "✕", idle: "○" };
   return el("span", { class: `badge ${kind}` }, el("span", { "aria-hidden": "true" }, marks[kind] ?? "○"), ` ${text}`);

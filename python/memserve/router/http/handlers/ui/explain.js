@@ -1,13 +1,13 @@
-// Why a request went where it went: the answer of /requests/RID as elements.
+// The decision that placed a request: the answer of /requests/RID as elements.
 
 import { badge, count, el, seconds, stack } from "./draw.js";
 
 const PARTS = [
-  ["queue_s", "queue", "waiting for others"],
+  ["queue_s", "queue", "waiting for queued requests"],
   ["load_s", "load", "loading or receiving blocks"],
-  ["exec_s", "exec", "its own work"],
-  ["others_s", "others", "what others wait for it"],
-  ["recent_s", "recent", "work it got lately"],
+  ["exec_s", "exec", "computing the prompt"],
+  ["others_s", "others", "delay of other requests"],
+  ["recent_s", "recent", "work placed recently"],
 ];
 
 export function explain(one) {
@@ -15,15 +15,15 @@ export function explain(one) {
     ["Endpoint", one.path], ["Status", String(one.status)], ["Took", seconds(one.seconds)],
     ["First token", seconds(one.first_token_s)], ["Request id", one.request_id], ["Attempts", String(one.attempts || "–")],
     ["Prompt", one.prompt_tokens === null ? "–" : `${count(one.prompt_tokens)} tokens`],
-    ["Had of it", one.cached_tokens === null ? "not told" : `${count(one.cached_tokens)} tokens`],
-    ["Expected", one.expected_tokens === undefined ? "–" : `${count(one.expected_tokens)} tokens`],
+    ["Cached", one.cached_tokens === null ? "not reported" : `${count(one.cached_tokens)} tokens`],
+    ["Expected cached", one.expected_tokens === undefined ? "–" : `${count(one.expected_tokens)} tokens`],
   ];
   const shown = [el("dl", {}, facts.map(([name, value]) => el("div", {}, el("dt", {}, name), el("dd", {}, value))))];
   if (one.reason !== "-") shown.push(el("p", { class: "bad" }, one.reason));
   const decision = one.decision;
-  if (!decision) return [...shown, el("p", { class: "quiet" }, "It was sent to nobody.")];
+  if (!decision) return [...shown, el("p", { class: "quiet" }, "Not dispatched.")];
   shown.push(el("p", { class: "reason" }, decision.reason));
-  if (decision.tokens_unknown) shown.push(el("p", { class: "quiet" }, `Placed without its tokens: ${decision.tokens_unknown}`));
+  if (decision.tokens_unknown) shown.push(el("p", { class: "quiet" }, `Placed without token ids: ${decision.tokens_unknown}`));
   shown.push(...candidates("Candidates for its prefill", decision.prefill_candidates, decision.prefill));
   if (decision.decode_candidates.length) shown.push(...candidates("Candidates for its decode", decision.decode_candidates, decision.decode));
   return shown;
