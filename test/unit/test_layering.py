@@ -94,11 +94,6 @@ THIRD_PARTY = {
 IMPURE = {"asyncio", "socket", "threading", "selectors", "argparse"}
 """Of the standard library, what `scheduling/` does without."""
 
-KNOWN = {
-    "router.observability > router.state",
-}
-"""Imports that are still to be turned round. This list only shrinks."""
-
 
 def name_of(path: Path) -> str:
     """`memserve.a.b` of a file."""
@@ -142,7 +137,7 @@ def own_imports(path: Path) -> Iterator[str]:
 
 
 def refused(module: str, other: str) -> str | None:
-    """The edge, as `KNOWN` writes it, that an import makes and no table allows."""
+    """The edge that an import makes and no table allows."""
     part, target = part_of(module), part_of(other)
     if part != target:
         return None if target in ALLOWED[part] | {"__init__"} else f"{part} > {target}"
@@ -160,8 +155,7 @@ def refused(module: str, other: str) -> str | None:
 def test_imports_point_one_way(path: Path) -> None:
     module, part = name_of(path), part_of(name_of(path))
     for name in own_imports(path):
-        edge = refused(module, name)
-        assert edge is None or edge in KNOWN, f"{module} imports {name}"
+        assert refused(module, name) is None, f"{module} imports {name}"
         if (part, part_of(name)) == ("mempool", "wire"):
             assert path.parent.name == "remote", f"{path} imports {name}"
     for name in imports_of(path):
@@ -177,11 +171,6 @@ def test_every_package_has_a_place_in_the_layers() -> None:
     assert {part_of(name) for name in MODULES} <= set(ALLOWED)
     layers = {layer_of(name) for name in MODULES if part_of(name) == "router"} - {"router"}
     assert layers <= {f"router.{name}" for name in {*ROUTER, *COMPOSITION}}
-
-
-def test_known_violations_still_exist() -> None:
-    found = {refused(name_of(path), name) for path in FILES for name in own_imports(path)}
-    assert found - {None} == KNOWN, "remove what is mended from KNOWN"
 
 
 def cycles(edges: dict[str, set[str]]) -> list[set[str]]:
@@ -206,8 +195,6 @@ def test_no_import_cycle_between_layers(level) -> None:  # type: ignore[no-untyp
         module = name_of(path)
         for name in own_imports(path):
             source, target = level(module), level(name)
-            edge = f"{source} > {target}"
-            known = {edge, f"{part_of(module)} > {part_of(name)}"} & KNOWN
-            if source != target and "__init__" not in (source, target) and not known:
+            if source != target and "__init__" not in (source, target):
                 edges.setdefault(source, set()).add(target)
     assert cycles(edges) == []

@@ -1,13 +1,14 @@
-"""The router's end of the control plane: instances and pools come, say that they live, and go."""
+"""The router's end of the control plane: instances and pools register, send heartbeats, and leave."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from concurrent.futures import Future
 from typing import Protocol
 
-from memserve.core.errors import Retryable
-from memserve.router.cluster.caching import rejection_reason
+from memserve.core.caching import CachingMode
+from memserve.core.ids import InstanceId
 from memserve.router.cluster.discovery.static import STATIC_EPOCH
 from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.registry import InstanceRegistry
@@ -31,8 +32,6 @@ from memserve.wire.messages import (
     Unknown,
 )
 
-LOOP_TIMEOUT_S = 5.0
-
 
 class CacheReports(Protocol):
     """Takes what pools report of the blocks they hold. Loop thread only."""
@@ -45,47 +44,52 @@ class CacheReports(Protocol):
 
 
 class ControlHandler:
-    """Answers control messages. Called on the control thread; acts on the loop's."""
+    """Answers control messages, in the order in which they come. Called on the control thread; acts on the
+    loop's."""
 
     def __init__(
         self,
         cluster: InstanceRegistry,
         pools: Pools,
-        feed: CacheReports,
+        reports: CacheReports,
         loop: asyncio.AbstractEventLoop,
-        on_named: Callable[[NamedPrompt], None] = lambda _: None,
+        on_prompt_keys: Callable[[NamedPrompt], None] = lambda _: None,
     ) -> None:
-        """`on_named` is told of prompts' keys, on the loop."""
+        """`on_prompt_keys` gets each reported pair of a request and its prompt's keys, on the loop."""
         self._cluster = cluster
         self._pools = pools
-        self._feed = feed
+        self._reports = reports
         self._loop = loop
-        self._on_named = on_named
+        self._on_prompt_keys = on_prompt_keys
 
-    def __call__(self, message: Message) -> Message:
-        """The answer to one message. Raises Retryable if the loop does not get to it in time."""
-        asked = asyncio.run_coroutine_threadsafe(self._answer(message), self._loop)
-        try:
-            return asked.result(timeout=LOOP_TIMEOUT_S)
-        except TimeoutError as error:
-            asked.cancel()
-            raise Retryable("the router is too busy to answer") from error
+    def __call__(self, message: Message) -> Future[Message]:
+        """The answer to one message, once the loop has handled it."""
+        answered: Future[Message] = Future()
+        self._loop.call_soon_threadsafe(self._resolve, answered, message)
+        return answered
 
-    async def _answer(self, message: Message) -> Message:
+    def answer(self, message: Message) -> Message:
+        """Apply one message. Loop thread only."""
         if isinstance(message, PoolEvents):
             for prompt in message.named:
-                self._on_named(prompt)
-            return self._feed.events(message)
+                self._on_prompt_keys(prompt)
+            return self._reports.events(message)
         if isinstance(message, SnapshotPart):
-            return self._feed.part(message)
+            return self._reports.part(message)
         return answer(self._cluster, self._pools, message)
+
+    def _resolve(self, answered: Future[Message], message: Message) -> None:
+        try:
+            answered.set_result(self.answer(message))
+        except Exception as error:  # the control thread raises it again
+            answered.set_exception(error)
 
 
 def answer(cluster: InstanceRegistry, pools: Pools, message: Message) -> Message:
     """Apply `message` to `cluster` or `pools`. Loop thread only."""
     match message:
         case Register(info, is_draining):
-            reason = _why_not(info) or rejection_reason(cluster, pools, info.instance_id, info.caching)
+            reason = _instance_error(info) or caching_conflict(cluster, pools, info.instance_id, info.caching)
             if reason is not None:
                 return Refused(reason)
             member = cluster.register(info, is_draining=is_draining)
@@ -99,8 +103,8 @@ def answer(cluster: InstanceRegistry, pools: Pools, message: Message) -> Message
             cluster.deregister(instance_id, epoch)
             return Accepted(cluster.heartbeat_s)
         case RegisterPool(pool):
-            reason = _why_no_pool(pool) or pools.rejection_reason(pool)
-            reason = reason or rejection_reason(cluster, pools, pool.instance_id, pool.caching)
+            reason = _pool_error(pool) or pools.rejection_reason(pool)
+            reason = reason or caching_conflict(cluster, pools, pool.instance_id, pool.caching)
             return pools.register(pool) if reason is None else Refused(reason)
         case PoolHeartbeat(epoch, version, tiers):
             return pools.heartbeat(epoch, version, tiers) or Unknown()
@@ -111,19 +115,47 @@ def answer(cluster: InstanceRegistry, pools: Pools, message: Message) -> Message
             return Refused(f"a router does not answer {type(message).__name__}")
 
 
-def _why_not(info: InstanceInfo) -> str | None:
+def _instance_error(info: InstanceInfo) -> str | None:
     if info.epoch == STATIC_EPOCH:
         return "an epoch is never 0"
     if info.role is Role.MEMORY:
-        return "a memory instance takes no requests: it registers its pool only"
+        return "a memory instance serves no requests: it registers its pool only"
     if info.role is Role.PREFILL and info.bootstrap_port is None:
-        return "a prefill instance has to say its bootstrap port"
+        return "a prefill instance has to give its bootstrap port"
     return None
 
 
-def _why_no_pool(info: PoolInfo) -> str | None:
+def _pool_error(info: PoolInfo) -> str | None:
     if info.epoch == STATIC_EPOCH:
         return "an epoch is never 0"
     if info.role is Role.PREFILL and not info.bootstrap:
-        return "the pool of a prefill instance has to say its bootstrap address"
+        return "the pool of a prefill instance has to give its bootstrap address"
     return None
+
+
+def agreed_caching(
+    cluster: InstanceRegistry, pools: Pools, *, besides: InstanceId | None = None
+) -> CachingMode | None:
+    """The caching mode of the registered instances, `besides` one of them; None if there is none.
+
+    Servers named by URL have no mode.
+    """
+    modes = [(info.instance_id, info.caching) for info in pools.infos()]
+    modes += [(it.info.instance_id, it.info.caching) for it in cluster.members() if not it.is_static]
+    return next((mode for instance_id, mode in modes if instance_id != besides), None)
+
+
+def caching_conflict(
+    cluster: InstanceRegistry, pools: Pools, instance_id: InstanceId, caching: CachingMode
+) -> str | None:
+    """Why an instance with this caching mode cannot join; None if it can.
+
+    The first registered instance decides. An instance that comes back may change its mode if it is alone.
+    """
+    agreed = agreed_caching(cluster, pools, besides=instance_id)
+    if agreed is None or agreed is caching:
+        return None
+    return (
+        f"{instance_id} has --caching {caching}, but this cluster runs with --caching {agreed}: "
+        f"restart it with --caching {agreed}, or stop all the others first"
+    )

@@ -11,14 +11,14 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 
 from memserve.core.block_addr import LOCAL_TIERS
+from memserve.router.http.handlers.state import StateView
 from memserve.router.observability.metrics import PREFIX
-from memserve.router.state import RouterState
 
 
 class StateCollector(Collector):
     """Reads the state on the event loop's thread."""
 
-    def __init__(self, state: RouterState) -> None:
+    def __init__(self, state: StateView) -> None:
         self._state = state
 
     def collect(self) -> Iterator[Metric]:

@@ -9,9 +9,8 @@ import pytest
 
 from memserve.core.caching import CachingMode
 from memserve.core.ids import Epoch, InstanceId
-from memserve.router.cluster.caching import caching_of
 from memserve.router.cluster.config import ClusterConfig
-from memserve.router.cluster.control import answer
+from memserve.router.cluster.control import agreed_caching, answer
 from memserve.router.cluster.discovery.static import STATIC_EPOCH
 from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.registry import InstanceRegistry
@@ -239,16 +238,16 @@ def test_the_first_one_decides_how_all_cache(
     cluster: InstanceRegistry, pools: Pools, first: Message, second: Message
 ) -> None:
     answer(cluster, pools, first)
-    assert caching_of(cluster, pools) is FULL
+    assert agreed_caching(cluster, pools) is FULL
     refused = answer(cluster, pools, second)
     assert isinstance(refused, Refused)
     assert "second has --caching both" in refused.reason
     assert "restart it with --caching full" in refused.reason
     answer(cluster, pools, Deregister(InstanceId("first"), Epoch(1)))
     answer(cluster, pools, DeregisterPool(Epoch(1)))
-    assert caching_of(cluster, pools) is None
+    assert agreed_caching(cluster, pools) is None
     assert isinstance(answer(cluster, pools, second), Accepted | Members)
-    assert caching_of(cluster, pools) is BOTH
+    assert agreed_caching(cluster, pools) is BOTH
 
 
 def test_an_instance_that_is_alone_comes_back_with_another_mode(
@@ -258,13 +257,13 @@ def test_an_instance_that_is_alone_comes_back_with_another_mode(
     answer(cluster, pools, Register(decode("a", FULL, 2)))
     assert isinstance(answer(cluster, pools, RegisterPool(pool("a", 3, caching=BOTH))), Members)
     assert isinstance(answer(cluster, pools, Register(decode("a", BOTH, 4))), Accepted)
-    assert caching_of(cluster, pools) is BOTH
+    assert agreed_caching(cluster, pools) is BOTH
 
 
 def test_servers_named_by_url_have_no_say(clock: FakeClock, pools: Pools) -> None:
     static = InstanceInfo(InstanceId("http://s:1"), STATIC_EPOCH, Role.DECODE, "http://s:1")
     cluster = InstanceRegistry(ClusterConfig(heartbeat_secs=1.0, static=(static,)), clock)
-    assert caching_of(cluster, pools) is None
+    assert agreed_caching(cluster, pools) is None
     assert isinstance(answer(cluster, pools, Register(decode("a", BOTH))), Accepted)
 
 

@@ -24,7 +24,7 @@ from aiohttp import web
 
 from memserve.core.errors import BadRequest, ConfigError
 from memserve.core.ids import InstanceId
-from memserve.router.cluster.caching import caching_of
+from memserve.router.cluster.control import agreed_caching
 from memserve.router.cluster.discovery.static import DEFAULT_BOOTSTRAP_PORT, static_server
 from memserve.router.cluster.drain import DrainManager, DrainStatus
 from memserve.router.cluster.member import Member
@@ -93,7 +93,7 @@ class WorkersApi:
         """All instances, the pools with which they exchange blocks, and the caching mode."""
         pools = self._state.pools
         page: JsonObject = {
-            "caching": caching_of(self._cluster, pools),
+            "caching": agreed_caching(self._cluster, pools),
             "workers": [self._describe(member) for member in self._cluster.members()],
             "followed": {name: how.mode for name, how in self._state.subscriptions.stats().items()},
             "pools": [_describe_pool(member, pools.age_s(member)) for member in pools.members()],
