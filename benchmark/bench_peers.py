@@ -27,6 +27,7 @@ import time
 import urllib.request
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -38,13 +39,14 @@ from memserve.core.ids import Epoch, new_epoch
 from memserve.core.kv_layout import KVLayout, Part, TransferMode
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
-from memserve.mempool.remote.config import PeerAddress, PeersConfig
 from memserve.mempool.remote.peers import Peers
+from memserve.peering.endpoint import TransferEndpoint
+from memserve.peering.remote_process import PeerAddress
 from memserve.testing.cluster import Cluster
 from memserve.testing.transport_peer import PeerProcess, open_transport
 from memserve.transport.copies import Copies
 from memserve.transport.regions import Region
-from memserve.transport.registry import TransportName
+from memserve.transport.registry import TransportConfig, TransportName, open_transports
 
 
 def layout_of(page_tokens: int) -> KVLayout:
@@ -143,9 +145,10 @@ def measure_exchange(
 ) -> None:
     """4,096 tokens there and back, and one page there, against memmove of the same bytes."""
     progress(f"push and fetch over {transport}")
-    epoch = new_epoch()
-    pool = MemPool(LAYOUT, Arena(LAYOUT.block_bytes, 2 * NUM_BLOCKS), epoch)
-    peers = Peers(PeersConfig(transport=transport), epoch, lambda _: pool)
+    config = TransportConfig(transport)
+    endpoint = TransferEndpoint(config)
+    pool = MemPool(LAYOUT, Arena(LAYOUT.block_bytes, 2 * NUM_BLOCKS), endpoint.epoch)
+    peers = Peers(endpoint, partial(open_transports, config, None), lambda _: pool)
     chains: list[list[BlockKey]] = []
 
     def push() -> None:

@@ -11,7 +11,7 @@ import argparse
 import os
 import socket
 import sys
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
@@ -30,7 +30,7 @@ from memserve.wire.messages import InstanceInfo, Role
 
 if TYPE_CHECKING:
     from memserve.instance.pool_agent import PoolSettings
-    from memserve.transport.registry import MooncakeProtocol
+    from memserve.transport.registry import MooncakeProtocol, TransportConfig, TransportName
 
 EXAMPLES = """\
 examples:
@@ -111,7 +111,7 @@ def main(argv: list[str] | None = None) -> int:
         config, sglang_argv = parse(argv)
         key = ClusterKey.read(config.cluster_key_file) if config.cluster_key_file else None
         if config.role is Role.MEMORY:
-            lend(config, key, sglang_argv)
+            lend(config, sglang_argv)
         else:
             serve(config, key, sglang_argv, Restart(argv, environ))
     except ConfigError as error:
@@ -150,8 +150,8 @@ def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str]
         on_cpu=is_cpu_machine() or config.role is Role.COLOCATED,
         has_rdma=bool(rdma_devices()),
     )
-    key_file = str(config.cluster_key_file.resolve()) if config.cluster_key_file else None
-    settings = EngineSettings(transfer, protocol, key_file)
+    handoff = transport_config(config, transfer, protocol)
+    settings = EngineSettings(handoff)
     has_pool = config.dram_gib != 0 and server_flags.needs_pool(config.role, config.caching)
     argv = [*(server_flags.pool_flags() if has_pool else []), *sglang_argv]
     server_args = server.prepare(config.role, config.caching, settings, argv)
@@ -162,8 +162,9 @@ def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str]
     info = describe(config, server_args, server.reachable_host(server_args.host))
     roles = other_roles(config.role, sglang_argv, server_args.nnodes)
     info = msgspec.structs.replace(info, roles=roles)
-    if has_pool:
-        msgspec.structs.replace(settings, pool=pool_settings(config, info, protocol)).export()
+    handoff = replace(handoff, host=urlsplit(info.url).hostname or "")
+    pool = pool_settings(config, info, replace(handoff, transport=config.transfer)) if has_pool else None
+    EngineSettings(handoff, pool).export()
     registrar = None
     if config.router is not None:
         client = ControlClient(config.router, key=key)
@@ -175,7 +176,7 @@ def serve(config: InstanceConfig, key: ClusterKey | None, sglang_argv: list[str]
         restart.run_if_wanted()
 
 
-def lend(config: InstanceConfig, key: ClusterKey | None, argv: list[str]) -> None:
+def lend(config: InstanceConfig, argv: list[str]) -> None:
     """Lend this machine's DRAM until stopped, without a model and without SGLang."""
     from memserve.instance import memory_server
     from memserve.transport.mooncake import rdma_devices
@@ -186,20 +187,28 @@ def lend(config: InstanceConfig, key: ClusterKey | None, argv: list[str]) -> Non
     if config.dram_gib is None:
         raise ConfigError("--role memory needs --dram-gib: the amount of memory to lend")
     name = config.instance_id or f"{config.role}-{socket.gethostname()}-{port or os.getpid()}"
+    protocol = config.mooncake_protocol or ("rdma" if rdma_devices() else "tcp")
     memory_server.run(
         memory_server.MemoryConfig(
             instance_id=InstanceId(name),
             router=config.router,
             dram_bytes=int(config.dram_gib * 2**30),
-            host=host,
+            transport=replace(transport_config(config, config.transfer, protocol), host=host),
             port=port,
             caching=config.caching,
             eviction=config.eviction_policy,
-            transfer=config.transfer,
-            mooncake_protocol=config.mooncake_protocol or ("rdma" if rdma_devices() else "tcp"),
-            cluster_key=key,
         )
     )
+
+
+def transport_config(
+    config: InstanceConfig, transport: TransportName, protocol: MooncakeProtocol
+) -> TransportConfig:
+    """How this instance is reached; the host is still to be named."""
+    from memserve.transport.registry import TransportConfig
+
+    key_file = str(config.cluster_key_file.resolve()) if config.cluster_key_file else None
+    return TransportConfig(transport, cluster_key_file=key_file, mooncake_protocol=protocol)
 
 
 def describe(config: InstanceConfig, server_args: Any, host: str) -> InstanceInfo:
@@ -218,22 +227,18 @@ def describe(config: InstanceConfig, server_args: Any, host: str) -> InstanceInf
     )
 
 
-def pool_settings(config: InstanceConfig, info: InstanceInfo, protocol: MooncakeProtocol) -> PoolSettings:
+def pool_settings(config: InstanceConfig, info: InstanceInfo, transport: TransportConfig) -> PoolSettings:
     """The settings of the memory pools of this server's ranks."""
     from memserve.instance.pool_agent import PoolSettings
 
-    host = urlsplit(info.url).hostname or ""
     return PoolSettings(
         instance_id=info.instance_id,
         role=config.role,
         caching=config.caching,
         dram_bytes=None if config.dram_gib is None else int(config.dram_gib * 2**30),
         router=config.router,
-        host=host,
-        bootstrap=f"{host}:{info.bootstrap_port}" if info.bootstrap_port is not None else "",
-        transfer=config.transfer,
-        mooncake_protocol=protocol,
-        cluster_key_file=str(config.cluster_key_file.resolve()) if config.cluster_key_file else None,
+        bootstrap=f"{transport.host}:{info.bootstrap_port}" if info.bootstrap_port is not None else "",
+        transport=transport,
         eviction=config.eviction_policy,
     )
 

@@ -1,13 +1,15 @@
 """The drop-in for SGLang's MooncakeTransferEngine: its interface over our transports.
 
-SGLang's connector speaks of absolute addresses of the two processes and of a session id that the
-receiver has told the sender; here they become regions, offsets and a peer. Return values are
-Mooncake's: 0, or a negative number; `register` and `deregister` raise RuntimeError instead.
+SGLang's connector passes absolute addresses of the two processes and a session id that the receiver
+has told the sender; here they become regions, offsets and a peer. Return values are Mooncake's: 0,
+or a negative number; `register` and `deregister` raise RuntimeError instead.
 
-    control: Open → Opened      (session.py)
-    data:    write              (transport/)
+    prefill                         decode
+    Hello(no layout)             →                        once, and after a region is not found
+                                 ←  Welcome(transports, regions)
+    addresses → (region, offset), then the best transport writes
 
-Knows no SGLang: `engine` gives it the constructor that SGLang calls.
+Knows no SGLang and no blocks: `engine` gives it the constructor that SGLang calls.
 """
 
 from __future__ import annotations
@@ -16,46 +18,52 @@ import logging
 import threading
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
+from functools import partial
 
 import numpy as np
 
-from memserve.core.cluster_key import ClusterKey
-from memserve.core.errors import ConfigError, InstanceLost, MemServeError, OutOfBounds, StaleEpoch
-from memserve.core.ids import new_epoch
-from memserve.disagg.session import HandoffSession, SessionId
-from memserve.transport.regions import AddressMap, Int64s, Region, RegionTable
-from memserve.transport.registry import MooncakeProtocol, TransportConfig, TransportName, open_transports
-from memserve.wire.link import ControlServer
-from memserve.wire.messages import Message, Open, Opened, Refused
-from memserve.wire.peer_messages import Endpoint, MemoryRange
+from memserve.core.errors import (
+    BadRequest,
+    InstanceLost,
+    MemServeError,
+    OutOfBounds,
+    StaleEpoch,
+    TransferFailed,
+    TransferTimeout,
+)
+from memserve.core.ids import Epoch
+from memserve.peering.endpoint import TransferEndpoint
+from memserve.peering.local_regions import LocalRegions
+from memserve.peering.remote_process import OwnSide, PeerAddress, PeerConnection, RemoteProcess
+from memserve.transport.copies import Copies
+from memserve.transport.regions import Int64s, Region
+from memserve.transport.registry import TransportConfig, open_transports
 
 logger = logging.getLogger(__name__)
 
+TIMEOUT_S = 30.0
+"""Of each step of a transfer."""
 _FAILED = -1
 
 
-@dataclass(frozen=True, slots=True)
-class TransferConfig:
-    """How this process moves KV. Without a cluster key everything stays on this host."""
+def session_id(address: PeerAddress) -> str:
+    """`host:port:epoch` as ASCII text, an IPv6 host in brackets: names one life of one engine.
 
-    transport: TransportName = "auto"
-    host: str = "127.0.0.1"
-    """Address to listen on, which peers are told."""
-    control_port: int = 0
-    """0: the system picks one, as for `data_port`."""
-    data_port: int = 0
-    cluster_key_file: Path | None = None
-    timeout_s: float = 30.0
-    mooncake_protocol: MooncakeProtocol = "rdma"
-    ib_device: str = ""
-    """RDMA devices for mooncake, comma-separated; empty: all."""
+    The epoch is decimal: SGLang's connector reads the last part as a number, to spread sessions.
+    """
+    return f"{address.control}:{address.epoch}"
 
-    def __post_init__(self) -> None:
-        if self.timeout_s <= 0:
-            raise ConfigError(f"the transfer timeout is {self.timeout_s:g} s; it must be above 0")
-        if self.host in ("", "0.0.0.0", "::", "[::]", "*"):
-            raise ConfigError(f"peers cannot reach {self.host!r}: name the address they should use")
+
+def parse_session_id(text: str) -> PeerAddress:
+    """The inverse of `session_id`. Raises BadRequest if `text` is no session id."""
+    address, _, epoch = text.rpartition(":")
+    host, _, port = address.rpartition(":")
+    try:
+        if not host or not 0 < int(port) < 65536:
+            raise ValueError
+        return PeerAddress(address, Epoch(int(epoch)))
+    except ValueError as error:
+        raise BadRequest(f"not a session id: {text!r}") from error
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,30 +93,27 @@ class TransferStats:
 
 
 class TransferEngine:
-    """One process's end of every KV transfer. Any thread may call anything; calls block."""
+    """One process's end of every KV transfer. Any thread may call any method; calls block."""
 
-    def __init__(self, config: TransferConfig) -> None:
-        """Open the transports and answer peers. Raises ConfigError if that cannot be."""
-        key = ClusterKey.read(config.cluster_key_file) if config.cluster_key_file is not None else None
+    def __init__(
+        self, endpoint: TransferEndpoint, config: TransportConfig, timeout_s: float = TIMEOUT_S
+    ) -> None:
+        """Open the transports and have the endpoint tell peers of them. `close` closes the endpoint.
+
+        Raises ConfigError if a transport cannot be opened.
+        """
+        self._endpoint = endpoint
         self._config = config
-        self._key = key
-        self._epoch = new_epoch()
+        self._timeout_s = timeout_s
         self._lock = threading.Lock()
-        self._ids = RegionTable()
-        self._memory = AddressMap([])
-        self._sessions: dict[str, HandoffSession] = {}
+        opened = partial(open_transports, config, endpoint.key)
+        self._regions = LocalRegions(opened, endpoint.epoch, timeout_s)
+        self._own = OwnSide(endpoint.epoch, self._regions, endpoint.connect, timeout_s, max_links=0)
+        self._sessions: dict[str, RemoteProcess] = {}
         self._stats = TransferStats()
-        place = TransportConfig(
-            self._epoch, config.host, key, config.data_port, config.mooncake_protocol, config.ib_device
-        )
-        self._transports = open_transports(config.transport, place)
-        try:
-            self._control = ControlServer(config.host, config.control_port, self._answer, key=key)
-        except ConfigError:
-            self._close_transports()
-            raise
-        self._session_id = str(SessionId(self._control.address, self._epoch))
-        offered = ",".join(transport.name for transport in self._transports)
+        self._session_id = session_id(endpoint.address)
+        endpoint.serve_handoff(self._regions)
+        offered = ",".join(transport.name for transport in self._regions.transports)
         logger.info("transfer engine ready session=%s transports=%s", self._session_id, offered)
 
     def register(self, ptr: int, length: int) -> None:
@@ -130,30 +135,28 @@ class TransferEngine:
     def batch_register(self, ptrs: Sequence[int], lengths: Sequence[int]) -> int:
         """As `register` for several ranges, all or none; 0 or negative."""
         added: list[Region] = []
-        with self._lock:
-            try:
-                for ptr, length in zip(ptrs, lengths, strict=True):
-                    added.append(self._add(int(ptr), int(length)))
-            except (MemServeError, ValueError) as error:
-                logger.warning("memory not registered ranges=%d: %s", len(ptrs), error)
-                for region in added:
-                    self._remove(region)
-                return _FAILED
+        try:
+            for ptr, length in zip(ptrs, lengths, strict=True):
+                added.append(self._regions.add(int(ptr), int(length)))
+        except (MemServeError, ValueError) as error:
+            logger.warning("memory not registered ranges=%d: %s", len(ptrs), error)
+            for region in added:
+                self._regions.remove(region)
+            return _FAILED
         return 0
 
     def batch_deregister(self, ptrs: Sequence[int]) -> int:
         """As `deregister` for several ranges; 0, or negative if any of them failed."""
         result = 0
-        with self._lock:
-            for ptr in ptrs:
-                region = self._memory.at(int(ptr))
-                try:
-                    if region is None:
-                        raise OutOfBounds(f"nothing is registered at {int(ptr):#x}")
-                    self._remove(region)
-                except MemServeError as error:
-                    logger.warning("memory not deregistered: %s", error)
-                    result = _FAILED
+        for ptr in ptrs:
+            region = self._regions.addresses.at(int(ptr))
+            try:
+                if region is None:
+                    raise OutOfBounds(f"nothing is registered at {int(ptr):#x}")
+                self._regions.remove(region)
+            except MemServeError as error:
+                logger.warning("memory not deregistered: %s", error)
+                result = _FAILED
         return result
 
     def transfer_sync(self, session_id: str, buffer: int, peer_buffer_address: int, length: int) -> int:
@@ -175,7 +178,10 @@ class TransferEngine:
         done = Traffic(num_failures=1)
         try:
             own, theirs, sizes = _columns(buffers, peer_buffer_addresses, lengths)
-            self._session(session_id).write(self._memory.locate(own, sizes), theirs, sizes)
+            local = self._regions.addresses.locate(own, sizes)
+            self._session(session_id).exchange(
+                lambda connection: self._write(connection, local, theirs, sizes)
+            )
             done = Traffic(1, len(sizes), int(sizes.sum()))
             return 0
         except MemServeError as error:
@@ -205,61 +211,51 @@ class TransferEngine:
         return self._config.ib_device
 
     def stats(self) -> TransferStats:
-        """What this engine has written so far."""
+        """The traffic of this engine so far."""
         with self._lock:
             return TransferStats(self._stats.total, dict(self._stats.sessions))
 
     def close(self) -> None:
-        """Answer no peer any more and let go of all memory. Idempotent."""
-        self._control.close()
+        """Answer no peer any more and release all memory. Idempotent."""
+        self._endpoint.close()
         with self._lock:
             sessions, self._sessions = self._sessions, {}
         for session in sessions.values():
             session.close()
-        self._close_transports()
+        self._regions.close()
 
-    def _close_transports(self) -> None:
-        for transport in self._transports:
-            transport.close()
+    def _write(
+        self, connection: PeerConnection, local: tuple[Int64s, Int64s], addresses: Int64s, lengths: Int64s
+    ) -> None:
+        """Copy ranges of local regions (ids, offsets) over the peer's bytes at `addresses`.
 
-    def _answer(self, message: Message) -> Message:
-        if not isinstance(message, Open):
-            return Refused(f"a transfer engine does not answer {type(message).__name__}")
-        return Opened(
-            epoch=self._epoch,
-            endpoints=tuple(Endpoint(transport.name, transport.address) for transport in self._transports),
-            regions=tuple(
-                MemoryRange(region.region_id, region.address, region.num_bytes)
-                for region in self._memory.regions
-            ),
-        )
+        After an error no byte lands any more, unless the error is TransferTimeout.
+        """
+        copies = Copies(*local, *connection.memory.locate(addresses, lengths), lengths)
+        transport, peer = connection.transport, connection.peer
+        try:
+            transport.write(peer, copies, timeout_s=self._timeout_s)
+        except (TransferTimeout, TransferFailed, InstanceLost) as cause:
+            # SGLang may give the peer's memory to another request as soon as this call has failed.
+            try:
+                transport.settle(peer, timeout_s=self._timeout_s)
+            except (InstanceLost, StaleEpoch):
+                raise cause from None
+            except MemServeError as error:
+                logger.warning("bytes may still land at peer=%s after: %s (%s)", peer.name, cause, error)
+                raise TransferTimeout(peer.name, self._timeout_s) from cause
+            raise
 
-    def _add(self, ptr: int, length: int) -> Region:
-        if self._memory.overlaps(ptr, length):
-            raise OutOfBounds(f"{length} bytes at {ptr:#x} overlap registered memory")
-        region = Region(self._ids.next_id(), ptr, length)
-        self._ids.add(region)
-        for transport in self._transports:
-            transport.register(region)
-        self._memory = AddressMap([*self._memory.regions, region])
-        return region
-
-    def _remove(self, region: Region) -> None:
-        self._memory = AddressMap([kept for kept in self._memory.regions if kept != region])
-        self._ids.remove(region.region_id)
-        for transport in self._transports:
-            transport.deregister(region.region_id, timeout_s=self._config.timeout_s)
-
-    def _session(self, text: str) -> HandoffSession:
+    def _session(self, text: str) -> RemoteProcess:
         session = self._sessions.get(text)
         if session is None:
-            made = HandoffSession(SessionId.parse(text), self._transports, self._key, self._config.timeout_s)
+            made = RemoteProcess(parse_session_id(text), self._own, name=text)
             with self._lock:
                 session = self._sessions.setdefault(text, made)
         return session
 
     def _forget(self, text: str) -> None:
-        """A session whose peer is gone; if the peer is there after all, the next use opens it anew."""
+        """Close the session of a peer that is gone; if it is there after all, the next use opens another."""
         with self._lock:
             session = self._sessions.pop(text, None)
         if session is not None:

@@ -31,7 +31,7 @@ from memserve.core.ids import new_epoch
 from memserve.engine import sglang_internals as seams
 from memserve.engine.hbm_events import HbmPublisher
 from memserve.engine.kv_blocks import KVBlocks, layout_of
-from memserve.engine.settings import EngineSettings
+from memserve.engine.settings import EngineSettings, process_endpoint
 from memserve.instance.pool_agent import MAX_GROWTH, PoolAgent, dram_slots
 from memserve.mempool.arena import Arena
 from memserve.mempool.eviction import EVICTION_POLICIES
@@ -113,9 +113,10 @@ class MemPoolLinker(UnifiedCacheLinker):
         hbm_bytes = layout.block_bytes * (device_pool.size // params.page_size)
         num_slots = dram_slots(settings.dram_bytes, layout, hbm_bytes)
         arena = Arena(layout.block_bytes, num_slots, max_slots=MAX_GROWTH * num_slots)
-        epoch = new_epoch()
+        endpoint = process_endpoint() if settings.router is not None else None
+        epoch = endpoint.epoch if endpoint is not None else new_epoch()
         self._pool = MemPool(layout, arena, epoch, EVICTION_POLICIES[settings.eviction])
-        self.node = PoolAgent(settings, self._pool, epoch)
+        self.node = PoolAgent(settings, self._pool, endpoint)
         self._blocks = KVBlocks(device_pool, layout, arena)
         self.pools = {PoolName.KV: device_pool}
         self.forward_stream = forward_stream

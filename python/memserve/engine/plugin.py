@@ -12,14 +12,13 @@ import os
 import pkgutil
 import signal
 import sys
-from dataclasses import asdict
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Any
 
 from memserve.core.errors import MemServeError
 from memserve.engine import sglang_internals as seams
 from memserve.engine.platform_detect import is_cpu_machine
-from memserve.engine.settings import SETTINGS_VARIABLE, EngineSettings
+from memserve.engine.settings import SETTINGS_VARIABLE, EngineSettings, process_endpoint
 
 
 def register() -> None:
@@ -39,8 +38,7 @@ def register() -> None:
             _send_from_host_memory()
         if launched:
             ignore_signals_in_children()
-            engine = drop_in(EngineSettings.inherited())
-            HookRegistry.register(seams.TRANSFER_ENGINE, engine, HookType.REPLACE)
+            HookRegistry.register(seams.TRANSFER_ENGINE, drop_in(), HookType.REPLACE)
             if seams.SCHEDULER_MODULE in sys.modules:
                 hook_scheduler()
     except MemServeError as error:
@@ -60,23 +58,14 @@ def hook_scheduler() -> None:
     pool_hooks.place()
 
 
-def drop_in(settings: EngineSettings) -> type[Any]:
+def drop_in() -> type[Any]:
     """MemServe's transfer engine with the constructor of SGLang's MooncakeTransferEngine."""
-    from memserve.disagg.transfer_engine import TransferConfig, TransferEngine
-
-    key_file = Path(settings.cluster_key_file) if settings.cluster_key_file else None
+    from memserve.disagg.transfer_engine import TransferEngine
 
     class DropInTransferEngine(TransferEngine):
         def __init__(self, hostname: str, gpu_id: int | None = None, ib_device: str | None = None) -> None:
-            super().__init__(
-                TransferConfig(
-                    transport=settings.transfer,
-                    host=hostname,
-                    cluster_key_file=key_file,
-                    mooncake_protocol=settings.mooncake_protocol,
-                    ib_device=ib_device or "",
-                )
-            )
+            config = replace(EngineSettings.inherited().handoff, host=hostname, ib_device=ib_device or "")
+            super().__init__(process_endpoint(), config)
 
     return DropInTransferEngine
 

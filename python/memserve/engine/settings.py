@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import functools
 import os
 
 import msgspec
 
 from memserve.core.ids import InstanceId
 from memserve.instance.pool_agent import PoolSettings
-from memserve.transport.registry import MooncakeProtocol, TransportName
+from memserve.peering.endpoint import TransferEndpoint
+from memserve.transport.registry import TransportConfig
 
 SETTINGS_VARIABLE = "MEMSERVE_ENGINE"
 
@@ -16,9 +18,7 @@ SETTINGS_VARIABLE = "MEMSERVE_ENGINE"
 class EngineSettings(msgspec.Struct, frozen=True):
     """The settings that all processes of one server share."""
 
-    transfer: TransportName
-    mooncake_protocol: MooncakeProtocol
-    cluster_key_file: str | None
+    handoff: TransportConfig
     pool: PoolSettings | None = None
     """None: there is no memory pool under the radix cache."""
 
@@ -37,3 +37,12 @@ class EngineSettings(msgspec.Struct, frozen=True):
     def inherited(cls) -> EngineSettings:
         """The settings that this process inherited. Raises KeyError if there are none."""
         return msgspec.json.decode(os.environ[SETTINGS_VARIABLE], type=cls)
+
+
+@functools.cache
+def process_endpoint() -> TransferEndpoint:
+    """The one endpoint of this process, for the handoff and the memory pool: the first caller opens it.
+
+    Raises ConfigError if it cannot listen, KeyError if this process inherited no settings.
+    """
+    return TransferEndpoint(EngineSettings.inherited().handoff)

@@ -20,16 +20,16 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
 from types import TracebackType
 from typing import Any, NoReturn
 
 from memserve.core.caching import CachingMode
-from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import ConfigError
 from memserve.core.hosts import bracketed
-from memserve.core.ids import InstanceId, new_epoch
+from memserve.core.ids import InstanceId
 from memserve.core.memory import free_memory_bytes
 from memserve.instance.membership import Membership
 from memserve.instance.memory_budget import LayoutUsage, MemoryBudget
@@ -39,9 +39,9 @@ from memserve.instance.tier_blocks import tier_blocks
 from memserve.mempool.events import digest
 from memserve.mempool.eviction import EVICTION_POLICIES, EvictionName
 from memserve.mempool.pool import MemPool
-from memserve.mempool.remote.config import PeersConfig
 from memserve.mempool.remote.peers import Peers
-from memserve.transport.registry import MooncakeProtocol, TransportName
+from memserve.peering.endpoint import TransferEndpoint
+from memserve.transport.registry import TransportConfig, open_transports
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import PoolInfo, Role
 
@@ -62,15 +62,11 @@ class MemoryConfig:
     router: str
     """Its control address."""
     dram_bytes: int
-    host: str
-    """Address to listen on, which peers are told."""
+    transport: TransportConfig
     port: int
     """Of the HTTP pages; 0: the system picks one."""
     caching: CachingMode = CachingMode.FULL
     eviction: EvictionName = "lru"
-    transfer: TransportName = "auto"
-    mooncake_protocol: MooncakeProtocol = "rdma"
-    cluster_key: ClusterKey | None = None
 
     def __post_init__(self) -> None:
         if self.dram_bytes < 1:
@@ -120,28 +116,24 @@ class MemoryServer:
         """Listens and begins to register. Raises ConfigError if it cannot have the memory or an address."""
         _check_room(config.dram_bytes)
         self._config = config
-        epoch = new_epoch()
-        self.lent = MemoryBudget(
-            config.dram_bytes, epoch, eviction=EVICTION_POLICIES[config.eviction], on_resized=self._resized
-        )
-        peers_config = PeersConfig(
-            host=config.host,
-            transport=config.transfer,
-            cluster_key=config.cluster_key,
-            mooncake_protocol=config.mooncake_protocol,
-        )
+        host = config.transport.host
         self._last_use = LayoutUsage(time.monotonic)
-        self._pages = _Pages(config.host, config.port, self)
+        self._pages = _Pages(host, config.port, self)
         try:
-            self.peers = Peers(peers_config, epoch, self.lent.pool_of)
+            endpoint = TransferEndpoint(config.transport)
+            epoch, self._key = endpoint.epoch, endpoint.key
+            eviction = EVICTION_POLICIES[config.eviction]
+            self.lent = MemoryBudget(config.dram_bytes, epoch, eviction=eviction, on_resized=self._resized)
+            opened = partial(open_transports, config.transport, self._key)
+            self.peers = Peers(endpoint, opened, self.lent.pool_of)
         except BaseException:
             self._pages.server_close()
             raise
-        self.url = f"http://{bracketed(config.host)}:{self._pages.server_port}"
+        self.url = f"http://{bracketed(host)}:{self._pages.server_port}"
         logger.info(
             "memory ready http=%s control=%s dram_gib=%.3g",
             self.url,
-            self.peers.address,
+            endpoint.address.control,
             config.dram_bytes / _GIB,
         )
         info = PoolInfo(
@@ -149,10 +141,10 @@ class MemoryServer:
             epoch=epoch,
             role=Role.MEMORY,
             caching=config.caching,
-            address=self.peers.address,
+            address=endpoint.address.control,
             layout="",
         )
-        client = ControlClient(config.router, key=config.cluster_key)
+        client = ControlClient(config.router, key=self._key)
         self.members = Membership(
             client, info, on_gone=self.peers.gone, tiers=lambda: tier_blocks(self.lent.pools())
         )
@@ -208,7 +200,7 @@ class MemoryServer:
 
     def _publish(self, pool: MemPool) -> Publisher:
         """Tell the router what is in it; the ranks of an instance hold the same, so one of them tells."""
-        client = ControlClient(self._config.router, key=self._config.cluster_key)
+        client = ControlClient(self._config.router, key=self._key)
         layout = pool.layout.digest.hex()
         return Publisher(client, self._epoch, pool.take_events, pool.snapshot, layout)
 

@@ -15,7 +15,7 @@ import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -24,9 +24,8 @@ from xxhash import xxh3_64_intdigest
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey
 from memserve.core.caching import CachingMode
-from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import InstanceLost, LayoutMismatch, MemServeError, OutOfBlocks, PeerDeclined
-from memserve.core.ids import Epoch, InstanceId
+from memserve.core.ids import InstanceId
 from memserve.core.kv_layout import KVLayout
 from memserve.core.memory import free_memory_bytes
 from memserve.instance.membership import Membership
@@ -37,9 +36,10 @@ from memserve.instance.tier_blocks import tier_blocks
 from memserve.mempool.events import digest
 from memserve.mempool.eviction import EvictionName
 from memserve.mempool.pool import Device, MemPool
-from memserve.mempool.remote.config import PeerAddress, PeersConfig
 from memserve.mempool.remote.peers import Peers
-from memserve.transport.registry import MooncakeProtocol, TransportName
+from memserve.peering.endpoint import TransferEndpoint
+from memserve.peering.remote_process import PeerAddress
+from memserve.transport.registry import TransportConfig, open_transports
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import PoolInfo, Role
 
@@ -64,13 +64,9 @@ class PoolSettings(msgspec.Struct, frozen=True):
     """For all ranks together; None: twice the KV memory of the device, if there is room."""
     router: str | None
     """Its control address; None: the pool knows no peers."""
-    host: str
-    """Address to listen on, which peers are told."""
     bootstrap: str
     """`host:port` by which requests name this prefill to decode; empty for other roles."""
-    transfer: TransportName
-    mooncake_protocol: MooncakeProtocol
-    cluster_key_file: str | None
+    transport: TransportConfig
     eviction: EvictionName = "lru"
 
 
@@ -85,8 +81,11 @@ def dram_slots(dram_bytes: int | None, layout: KVLayout, hbm_bytes: int) -> int:
 class PoolAgent:
     """A pool and its ways to others. Any thread may call anything."""
 
-    def __init__(self, settings: PoolSettings, pool: MemPool, epoch: Epoch) -> None:
-        """Joins the cluster, if there is a router. Raises ConfigError if it cannot listen."""
+    def __init__(self, settings: PoolSettings, pool: MemPool, endpoint: TransferEndpoint | None) -> None:
+        """Join the cluster if there is a router, with peers that talk to `endpoint`, which `close` closes.
+
+        Raises ConfigError if a transport cannot be opened.
+        """
         self.pool = pool
         self._settings = settings
         self._peers: Peers | None = None
@@ -97,8 +96,8 @@ class PoolAgent:
         self._resizer = ThreadPoolExecutor(1, thread_name_prefix="mempool-resize")
         self._closing = threading.Event()
         self._outbox = PushQueue(self._send)
-        if settings.router is not None:
-            self._join(settings, settings.router, epoch)
+        if settings.router is not None and endpoint is not None:
+            self._join(settings, settings.router, endpoint)
 
     # ---- what goes out
 
@@ -169,22 +168,17 @@ class PoolAgent:
         if self._peers is not None:
             self._peers.close()
 
-    def _join(self, settings: PoolSettings, router: str, epoch: Epoch) -> None:
-        key = ClusterKey.read(Path(settings.cluster_key_file)) if settings.cluster_key_file else None
-        config = PeersConfig(
-            host=settings.host,
-            transport=settings.transfer,
-            cluster_key=key,
-            mooncake_protocol=settings.mooncake_protocol,
-        )
-        self._peers = Peers(config, epoch, self._pool_of)
+    def _join(self, settings: PoolSettings, router: str, endpoint: TransferEndpoint) -> None:
+        key, epoch = endpoint.key, endpoint.epoch
+        opened = partial(open_transports, settings.transport, key)
+        self._peers = Peers(endpoint, opened, self._pool_of)
         self._peers.add(self.pool)
         info = PoolInfo(
             instance_id=settings.instance_id,
             epoch=epoch,
             role=settings.role,
             caching=settings.caching,
-            address=self._peers.address,
+            address=endpoint.address.control,
             layout=self.pool.layout.digest.hex(),
             bootstrap=settings.bootstrap,
             block_bytes=self.pool.layout.block_bytes * self.pool.layout.num_ranks,

@@ -8,6 +8,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from memserve.core.cluster_key import ClusterKey
@@ -28,39 +29,50 @@ MooncakeProtocol = Literal["rdma", "tcp"]
 
 @dataclass(frozen=True, slots=True)
 class TransportConfig:
-    """What transports need to know of the process they serve."""
+    """How this process is reached and by which transports. Without a cluster key it stays on this host.
 
-    epoch: Epoch
-    host: str
-    """Address that network transports listen on and peers reach."""
-    key: ClusterKey | None
-    port: int = 0
-    """Port of `tcp`; 0: the system picks one."""
-    mooncake_protocol: MooncakeProtocol = "rdma"
-    devices: str = ""
-    """RDMA devices for `mooncake`, comma-separated; empty: all."""
-
-
-def open_transports(wanted: TransportName, place: TransportConfig) -> tuple[Transport, ...]:
-    """The transports that this process offers, best first.
-
-    `auto` offers what the host allows, one log line for what it does not. Raises ConfigError if
-    the one that was named cannot be had.
+    Raises ConfigError for a host that peers cannot reach.
     """
-    if wanted == "local":
-        return (LocalTransport(place.epoch),)
-    if wanted == "tcp":
-        return (_tcp(place),)
-    if wanted == "mooncake":
-        return (_mooncake(place),)
-    offered: list[Transport] = [_tcp(place)]
+
+    transport: TransportName = "auto"
+    host: str = "127.0.0.1"
+    """Address to listen on, which peers are told."""
+    control_port: int = 0
+    """0: the system picks one."""
+    cluster_key_file: str | None = None
+    mooncake_protocol: MooncakeProtocol = "rdma"
+    ib_device: str = ""
+    """RDMA devices for mooncake, comma-separated; empty: all."""
+
+    def __post_init__(self) -> None:
+        if self.host in ("", "0.0.0.0", "::", "[::]", "*"):
+            raise ConfigError(f"peers cannot reach {self.host!r}: name the address they should use")
+
+    def cluster_key(self) -> ClusterKey | None:
+        """The key in the file, None without a file. Raises ConfigError if it cannot be read."""
+        return ClusterKey.read(Path(self.cluster_key_file)) if self.cluster_key_file is not None else None
+
+
+def open_transports(config: TransportConfig, key: ClusterKey | None, epoch: Epoch) -> tuple[Transport, ...]:
+    """The transports that this process offers in a data epoch, best first.
+
+    `auto` offers what the host allows, with one log line for each transport that it does not. Raises
+    ConfigError if a transport was named and cannot be opened.
+    """
+    if config.transport == "local":
+        return (LocalTransport(epoch),)
+    if config.transport == "tcp":
+        return (TcpTransport(epoch, config.host, key=key),)
+    if config.transport == "mooncake":
+        return (_mooncake(config, epoch),)
+    offered: list[Transport] = [TcpTransport(epoch, config.host, key=key)]
     try:
-        offered.insert(0, LocalTransport(place.epoch))
+        offered.insert(0, LocalTransport(epoch))
     except ConfigError as error:
         logger.warning("local transport not offered, tcp takes over: %s", error)
-    if place.mooncake_protocol == "rdma" and rdma_devices() and not is_loopback(place.host):
+    if config.mooncake_protocol == "rdma" and rdma_devices() and not is_loopback(config.host):
         try:
-            offered.insert(-1, _mooncake(place))
+            offered.insert(-1, _mooncake(config, epoch))
         except ConfigError as error:
             logger.warning("mooncake transport not offered, tcp takes over: %s", error)
     return tuple(offered)
@@ -101,9 +113,5 @@ def connect_best(
     raise TransferFailed(name, f"no transport reaches it: here {ours}; there {', '.join(offered)}")
 
 
-def _tcp(place: TransportConfig) -> TcpTransport:
-    return TcpTransport(place.epoch, place.host, place.port, key=place.key)
-
-
-def _mooncake(place: TransportConfig) -> MooncakeTransport:
-    return MooncakeTransport(place.epoch, place.host, place.mooncake_protocol, place.devices)
+def _mooncake(config: TransportConfig, epoch: Epoch) -> MooncakeTransport:
+    return MooncakeTransport(epoch, config.host, config.mooncake_protocol, config.ib_device)

@@ -15,9 +15,9 @@ from memserve.core.cache_events import CacheEvent, Stored
 from memserve.core.caching import CachingMode
 from memserve.core.errors import WireMismatch
 from memserve.core.ids import Epoch, InstanceId
-from memserve.wire.peer_messages import Endpoint, FromPool, MemoryRange, ToPool
+from memserve.wire.peer_messages import FromPool, ToPool
 
-WIRE_VERSION = 8
+WIRE_VERSION = 9
 
 
 class Role(StrEnum):
@@ -101,21 +101,6 @@ class Refused(msgspec.Struct, frozen=True, tag=True):
     """The request makes no sense to the receiver; repeating it cannot help."""
 
     reason: str
-
-
-class Open(msgspec.Struct, frozen=True, tag=True):
-    """Transfer engine → peer: under which transports can your memory be reached?"""
-
-    epoch: Epoch
-    """The epoch the caller believes it talks to."""
-
-
-class Opened(msgspec.Struct, frozen=True, tag=True):
-    """Peer → transfer engine: my life's epoch, my transports and my memory."""
-
-    epoch: Epoch
-    endpoints: tuple[Endpoint, ...]
-    regions: tuple[MemoryRange, ...]
 
 
 class PoolInfo(msgspec.Struct, frozen=True):
@@ -234,7 +219,7 @@ class SnapshotPart(msgspec.Struct, frozen=True, tag=True):
 ToRouter = Register | Heartbeat | Deregister
 PoolToRouter = RegisterPool | PoolHeartbeat | DeregisterPool | PoolEvents | SnapshotPart
 FromRouter = Accepted | Unknown | Members | SnapshotWanted | AuditWanted
-Message = ToRouter | PoolToRouter | FromRouter | Open | Opened | ToPool | FromPool | Done | Refused
+Message = ToRouter | PoolToRouter | FromRouter | ToPool | FromPool | Done | Refused
 
 
 class _Envelope(msgspec.Struct, frozen=True, array_like=True):

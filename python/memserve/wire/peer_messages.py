@@ -29,26 +29,31 @@ class MemoryRange(msgspec.Struct, frozen=True):
 
 
 class Hello(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: who I am, who I think you are, what my blocks are. Answered `Welcome`, `Refused`."""
+    """Process → process: the first message between two. Answered `Welcome`, `Refused`, `Declined`."""
 
     epoch: Epoch
+    """Of the sender."""
     peer_epoch: Epoch
+    """Of the process that the sender expects at this address."""
     data_epoch: Epoch
-    """Under which my transports write to you: `epoch`, until I was fenced and began anew."""
-    layout: KVLayout
+    """Of the sender's transports: `epoch`, or a later one after it was fenced."""
+    layout: KVLayout | None = None
+    """Of the blocks that the sender wants to exchange; None for the prefill/decode handoff."""
 
 
 class Welcome(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: how my memory for such blocks is reached. Of use only if `epoch` is the one you meant."""
+    """Process → process: how the answering process's memory is reached. Void if `epoch` is another one."""
 
     epoch: Epoch
     data_epoch: Epoch
-    """Of my transports."""
+    """Of the answering process's transports."""
     endpoints: tuple[Endpoint, ...]
-    arena: MemoryRange
-    slot_bytes: int
+    regions: tuple[MemoryRange, ...]
+    """The arena of the blocks in question; without a layout, all memory registered for the handoff."""
+    slot_bytes: int = 0
+    """Of the arena; 0 without a layout."""
     is_fenced: bool = False
-    """Your data epoch is refused here for good: say Hello under another."""
+    """The data epoch of the Hello is refused for good: repeat it under another one."""
 
 
 class Reserve(msgspec.Struct, frozen=True, tag=True):

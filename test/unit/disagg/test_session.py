@@ -2,14 +2,15 @@ import pytest
 
 from memserve.core.errors import BadRequest
 from memserve.core.ids import Epoch
-from memserve.disagg.session import SessionId
+from memserve.disagg.transfer_engine import parse_session_id, session_id
+from memserve.peering.remote_process import PeerAddress
 
 
 @pytest.mark.parametrize("address", ["127.0.0.1:41234", "[::1]:1", "host.example:65535"])
 def test_a_session_id_is_text_and_back(address: str) -> None:
-    session_id = SessionId(address, Epoch(243))
-    assert str(session_id) == f"{address}:243"
-    assert SessionId.parse(str(session_id)) == session_id
+    peer = PeerAddress(address, Epoch(243))
+    assert session_id(peer) == f"{address}:243"
+    assert parse_session_id(session_id(peer)) == peer
 
 
 @pytest.mark.parametrize(
@@ -17,4 +18,4 @@ def test_a_session_id_is_text_and_back(address: str) -> None:
 )
 def test_what_is_no_session_id_is_refused(text: str) -> None:
     with pytest.raises(BadRequest, match="not a session id"):
-        SessionId.parse(text)
+        parse_session_id(text)

@@ -9,8 +9,10 @@ import numpy as np
 import pytest
 
 from memserve.core.errors import ConfigError
-from memserve.disagg.transfer_engine import TransferConfig, TransferEngine
+from memserve.disagg.transfer_engine import TransferEngine
+from memserve.peering.endpoint import TransferEndpoint
 from memserve.testing.transport_process import DEADLINE_S, ChildProcess
+from memserve.transport.registry import TransportConfig
 
 NUM_BYTES = 1 << 20
 PAGE = 4096
@@ -20,8 +22,8 @@ class Sender:
     """This process's engine with 1 MiB of registered memory."""
 
     def __init__(self, transport: str, key_file: Path | None = None) -> None:
-        config = TransferConfig(transport=transport, cluster_key_file=key_file, timeout_s=5.0)  # type: ignore[arg-type]
-        self.engine = TransferEngine(config)
+        config = TransportConfig(transport, cluster_key_file=str(key_file) if key_file else None)  # type: ignore[arg-type]
+        self.engine = TransferEngine(TransferEndpoint(config), config, timeout_s=5.0)
         self.memory = np.zeros(NUM_BYTES, np.uint8)
         self.address = self.memory.ctypes.data
         assert self.engine.batch_register([self.address], [NUM_BYTES]) == 0
@@ -81,7 +83,7 @@ def test_the_session_is_logged_once_and_its_traffic_counted(
         assert sender.engine.transfer_sync(receiver.session, sender.address, receiver.address, 100) == 0
     assert sender.engine.transfer_sync(receiver.session, sender.address, receiver.address - 1, 100) < 0
     lines = [record.getMessage() for record in caplog.records if record.levelno == logging.INFO]
-    assert lines == [f"transfer session opened peer={receiver.session} transport={transport}"]
+    assert lines == [f"peer reached peer={receiver.session} transport={transport}"]
     stats = sender.engine.stats()
     assert (stats.total.num_transfers, stats.total.num_copies, stats.total.num_bytes) == (3, 3, 300)
     assert stats.total.num_failures == 1
@@ -202,9 +204,9 @@ def test_ends_without_a_common_transport_cannot_transfer(caplog: pytest.LogCaptu
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", ""])
 def test_a_host_that_peers_cannot_reach_is_refused(host: str) -> None:
     with pytest.raises(ConfigError, match="name the address"):
-        TransferConfig(host=host)
+        TransportConfig(host=host)
 
 
 def test_leaving_the_host_needs_a_key() -> None:
     with pytest.raises(ConfigError, match="cluster-key-file"):
-        TransferEngine(TransferConfig(transport="local", host="10.1.2.3"))
+        TransferEndpoint(TransportConfig("local", host="10.1.2.3"))

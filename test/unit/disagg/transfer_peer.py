@@ -1,26 +1,25 @@
 """A process with a transfer engine and some memory, driven by `test_transfer_engine`."""
 
 import sys
-from pathlib import Path
 
 import numpy as np
 
-from memserve.disagg.transfer_engine import TransferConfig, TransferEngine
+from memserve.disagg.transfer_engine import TransferEngine
+from memserve.peering.endpoint import TransferEndpoint
 from memserve.testing.transport_process import serve
+from memserve.transport.registry import TransportConfig
 
 NUM_BYTES = 1 << 20
 
 
 def main() -> None:
     transport, key_file, port = sys.argv[1:]
-    engine = TransferEngine(
-        TransferConfig(
-            transport=transport,  # type: ignore[arg-type]
-            control_port=int(port),
-            cluster_key_file=Path(key_file) if key_file else None,
-            timeout_s=5.0,
-        )
+    config = TransportConfig(
+        transport,  # type: ignore[arg-type]
+        control_port=int(port),
+        cluster_key_file=key_file or None,
     )
+    engine = TransferEngine(TransferEndpoint(config), config, timeout_s=5.0)
     memory = np.zeros(2 * NUM_BYTES, np.uint8)
     first, second = memory[:NUM_BYTES], memory[NUM_BYTES:]
     engine.register(first.ctypes.data, NUM_BYTES)

@@ -17,6 +17,7 @@ from memserve.instance import memory_server
 from memserve.instance.memory_server import MemoryConfig
 from memserve.launch_server import lend, main, parse, pool_settings
 from memserve.mempool.eviction import EVICTION_POLICIES
+from memserve.transport.registry import TransportConfig
 from memserve.wire.messages import InstanceInfo, Role
 
 
@@ -66,11 +67,11 @@ def test_the_eviction_policy_reaches_servers_and_memory_servers(
     flags = ["--eviction-policy", policy, "--router", "127.0.0.1:1", "--dram-gib", "1"]
     config, _ = parse(["--role", "prefill", *flags])
     info = InstanceInfo(InstanceId("p"), Epoch(1), Role.PREFILL, "http://127.0.0.1:2", 3, CachingMode.FULL)
-    assert pool_settings(config, info, "tcp").eviction == policy
+    assert pool_settings(config, info, TransportConfig()).eviction == policy
     lent: list[MemoryConfig] = []
     monkeypatch.setattr(memory_server, "run", lent.append)
     config, _ = parse(["--role", "memory", *flags])
-    lend(config, None, [])
+    lend(config, [])
     assert lent[0].eviction == policy
 
 
@@ -81,4 +82,4 @@ def test_launcher_passes_sglang_flags_through() -> None:
     assert rest == ["--tp", "2", "--schedule-policy", "lpm"]
 
 
-SETTINGS = EngineSettings(transfer="auto", mooncake_protocol="rdma", cluster_key_file=None)
+SETTINGS = EngineSettings(TransportConfig())

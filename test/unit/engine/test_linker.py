@@ -25,6 +25,7 @@ from memserve.instance.pool_agent import PoolSettings
 from memserve.mempool.arena import Arena
 from memserve.mempool.eviction import EvictionName
 from memserve.testing.cluster import wait_for
+from memserve.transport.registry import TransportConfig
 from memserve.wire.messages import Role
 
 LAYERS, HEADS, DIM, PAGE, TOKENS = 3, 2, 4, 4, 4 * 256
@@ -60,14 +61,11 @@ def make_linker(pool: Any, num_blocks: int = 64, eviction: EvictionName = "lru")
         caching=CachingMode.FULL,
         dram_bytes=num_blocks * BLOCK_BYTES,
         router=None,
-        host="127.0.0.1",
         bootstrap="127.0.0.1:1",
-        transfer="auto",
-        mooncake_protocol="tcp",
-        cluster_key_file=None,
+        transport=TransportConfig(),
         eviction=eviction,
     )
-    EngineSettings("auto", "tcp", None, settings).export()
+    EngineSettings(TransportConfig(), settings).export()
     allocator = SimpleNamespace(get_kvcache=lambda: pool)
     with get_parallel().override(dp_rank=None):
         return _linker(allocator)

@@ -12,6 +12,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,15 +21,18 @@ import pytest
 from memserve.core.block_keys import BlockKey
 from memserve.core.caching import CachingMode
 from memserve.core.errors import MemServeError
-from memserve.core.ids import Epoch, InstanceId, new_epoch
+from memserve.core.ids import Epoch, InstanceId
 from memserve.core.kv_layout import KVLayout, Part
 from memserve.instance.membership import Membership
 from memserve.launch_server import main
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
-from memserve.mempool.remote.config import PeerAddress, PeersConfig
+from memserve.mempool.remote.config import PeersConfig
 from memserve.mempool.remote.peers import Peers
+from memserve.peering.endpoint import TransferEndpoint
+from memserve.peering.remote_process import PeerAddress
 from memserve.testing.cluster import Cluster, ServerProcess, is_ready, wait_for
+from memserve.transport.registry import TransportConfig, open_transports
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import PoolInfo, Role
 
@@ -47,17 +51,20 @@ class Instance:
     """What a serving instance has for its exchange with others, in this process."""
 
     def __init__(self, cluster: Cluster, model: str) -> None:
-        self.epoch = new_epoch()
+        config = TransportConfig()
+        endpoint = TransferEndpoint(config)
+        self.epoch = endpoint.epoch
         blocks = layout(model)
         self.pool = MemPool(blocks, Arena(blocks.block_bytes, NUM_BLOCKS), self.epoch)
-        self.peers = Peers(PeersConfig(timeout_s=1.0), self.epoch, lambda _: self.pool)
+        opened = partial(open_transports, config, None)
+        self.peers = Peers(endpoint, opened, lambda _: self.pool, PeersConfig(timeout_s=1.0))
         self.gone: queue.Queue[Epoch] = queue.Queue()
         info = PoolInfo(
             InstanceId(f"decode-{model}"),
             self.epoch,
             Role.DECODE,
             CachingMode.FULL,
-            self.peers.address,
+            endpoint.address.control,
             blocks.digest.hex(),
         )
         self.members = Membership(ControlClient(cluster.control), info, on_gone=self._gone)

@@ -17,7 +17,9 @@ from memserve.instance.pool_agent import DRAM_PER_HBM, MAX_GROWTH, PoolAgent, Po
 from memserve.instance.push_queue import PushTask
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
+from memserve.peering.endpoint import TransferEndpoint
 from memserve.testing.cluster import Cluster, wait_for
+from memserve.transport.registry import TransportConfig
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import Role
 from memserve.wire.peer_messages import Fetch, Fetched
@@ -52,15 +54,12 @@ def join(cluster: Cluster) -> Iterator[Join]:
             caching=caching,
             dram_bytes=None,
             router=cluster.control,
-            host="127.0.0.1",
             bootstrap=BOOTSTRAP if role is Role.PREFILL else "",
-            transfer="tcp",
-            mooncake_protocol="tcp",
-            cluster_key_file=None,
+            transport=TransportConfig("tcp"),
         )
         arena = Arena(LAYOUT.block_bytes, num_blocks, max_slots=MAX_GROWTH * num_blocks)
-        epoch = new_epoch()
-        nodes.append(PoolAgent(settings, MemPool(LAYOUT, arena, epoch), epoch))
+        endpoint = TransferEndpoint(settings.transport)
+        nodes.append(PoolAgent(settings, MemPool(LAYOUT, arena, endpoint.epoch), endpoint))
         known = len(nodes) - 1
         for node in nodes:
             wait_for(
@@ -102,7 +101,7 @@ def fetch(node: PoolAgent, keys: Sequence[BlockKey]) -> Fetched:
     assert node._members is not None
     (source,) = node._members.pools()
     message = Fetch(LAYOUT.digest, tuple(keys), None, source.address, source.epoch, timeout_s=10)
-    with closing(ControlClient(node._peers.address)) as router:
+    with closing(ControlClient(node._peers.address.control)) as router:
         answer = router.request(message, timeout_s=10)
     assert isinstance(answer, Fetched)
     return answer

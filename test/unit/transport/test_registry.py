@@ -4,13 +4,14 @@ import pytest
 
 from memserve.core.errors import ConfigError
 from memserve.core.ids import new_epoch
+from memserve.transport.base import Transport
 from memserve.transport.local.transport import LocalTransport, host_identity
 from memserve.transport.mooncake import MooncakeTransport, rdma_devices
-from memserve.transport.registry import TransportConfig, open_transports, ranked
+from memserve.transport.registry import TransportConfig, TransportName, open_transports, ranked
 
 
-def place() -> TransportConfig:
-    return TransportConfig(epoch=new_epoch(), host="127.0.0.1", key=None)
+def opened(name: TransportName = "auto", **options: str) -> tuple[Transport, ...]:
+    return open_transports(TransportConfig(name, **options), None, new_epoch())  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize(
@@ -24,7 +25,7 @@ def place() -> TransportConfig:
     ],
 )
 def test_what_two_ends_share_is_ranked(offered: dict[str, str], expected: list[str]) -> None:
-    own = open_transports("auto", place())
+    own = opened("auto")
     there = {name: address.format(here=host_identity()) for name, address in offered.items()}
     assert [transport.name for transport in ranked(own, there)] == expected
     for transport in own:
@@ -38,7 +39,7 @@ def test_auto_goes_on_with_tcp_where_the_host_forbids_local_copies(
         raise ConfigError("this host forbids process_vm_readv: Operation not permitted")
 
     monkeypatch.setattr(LocalTransport, "_probe", forbidden)
-    (only,) = open_transports("auto", place())
+    (only,) = opened("auto")
     assert only.name == "tcp"
     assert [record.getMessage() for record in caplog.records] == [
         "local transport not offered, tcp takes over: "
@@ -46,7 +47,7 @@ def test_auto_goes_on_with_tcp_where_the_host_forbids_local_copies(
     ]
     only.close()
     with pytest.raises(ConfigError, match="forbids"):
-        open_transports("local", place())
+        opened("local")
 
 
 def test_rdma_is_refused_where_there_is_no_device(tmp_path: Path) -> None:

@@ -17,8 +17,6 @@ from memserve.wire.messages import (
     InstanceInfo,
     Load,
     Message,
-    Open,
-    Opened,
     Refused,
     Register,
     Role,
@@ -26,7 +24,7 @@ from memserve.wire.messages import (
     decode,
     encode,
 )
-from memserve.wire.peer_messages import Endpoint, MemoryRange
+from memserve.wire.peer_messages import Endpoint, Hello, MemoryRange, Welcome
 
 words = st.sampled_from(["", "a", "http://h:1", "ü", "x" * 300])
 names = words.map(InstanceId)
@@ -43,9 +41,10 @@ messages: st.SearchStrategy[Message] = st.one_of(
     st.builds(Accepted, st.floats(allow_nan=False), st.booleans()),
     st.builds(Unknown),
     st.builds(Refused, words),
-    st.builds(Open, epochs),
+    st.builds(Hello, epochs, epochs, epochs),
     st.builds(
-        Opened,
+        Welcome,
+        epochs,
         epochs,
         st.lists(st.builds(Endpoint, words, words), max_size=2).map(tuple),
         st.lists(st.builds(MemoryRange, numbers, numbers, numbers), max_size=2).map(tuple),
@@ -91,8 +90,8 @@ def test_another_version_is_refused_by_name(version: int) -> None:
 
 
 def test_another_versions_body_is_not_even_read() -> None:
-    with pytest.raises(WireMismatch, match="version 9"):
-        decode(msgspec.msgpack.encode([9, {"type": "FromTheFuture"}]))
+    with pytest.raises(WireMismatch, match=f"version {WIRE_VERSION + 1}"):
+        decode(msgspec.msgpack.encode([WIRE_VERSION + 1, {"type": "FromTheFuture"}]))
 
 
 @pytest.mark.parametrize(

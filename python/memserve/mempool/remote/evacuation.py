@@ -25,8 +25,8 @@ from memserve.core.block_keys import BlockKey
 from memserve.core.errors import MemServeError, PeerDeclined
 from memserve.core.executor import BoundedExecutor
 from memserve.mempool.pool import MemPool
-from memserve.mempool.remote.config import PeerAddress
 from memserve.mempool.remote.records import Pushed
+from memserve.peering.remote_process import PeerAddress
 from memserve.wire.messages import Message
 from memserve.wire.peer_messages import Evacuate, Evacuated, EvacuationTarget, Located
 

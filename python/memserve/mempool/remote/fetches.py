@@ -14,7 +14,7 @@ from memserve.core.block_keys import BlockKey
 from memserve.core.errors import MemServeError
 from memserve.core.executor import BoundedExecutor
 from memserve.mempool.pool import MemPool
-from memserve.mempool.remote.config import PeerAddress
+from memserve.peering.remote_process import PeerAddress
 from memserve.wire.messages import Message
 from memserve.wire.peer_messages import Fetch, Fetched
 

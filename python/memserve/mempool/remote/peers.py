@@ -21,19 +21,20 @@ from memserve.core.block_keys import BlockKey
 from memserve.core.errors import MemServeError, PeerDeclined, WireMismatch
 from memserve.core.executor import BoundedExecutor
 from memserve.core.ids import Epoch
-from memserve.core.kv_layout import KVLayout, TransferMode
+from memserve.core.kv_layout import TransferMode
 from memserve.mempool.pool import MemPool
-from memserve.mempool.remote.config import PeerAddress, PeersConfig
-from memserve.mempool.remote.connection import Result
+from memserve.mempool.remote.config import PeersConfig
 from memserve.mempool.remote.evacuation import Evacuations
 from memserve.mempool.remote.fetches import Fetches
-from memserve.mempool.remote.local_regions import LocalRegions
-from memserve.mempool.remote.peer_table import PeerFactory, PeerHandle, PeerTable
+from memserve.mempool.remote.peer_table import PeerHandle, PeerTable
+from memserve.mempool.remote.pools import PoolOf, ServedPools
 from memserve.mempool.remote.reader import QuarantinedReads
 from memserve.mempool.remote.records import Counters, PeersStats, Pushed
-from memserve.mempool.remote.server import PeerServer, PoolOf
+from memserve.mempool.remote.server import PeerServer
 from memserve.mempool.remote.sweeper import Sweeper
-from memserve.wire.link import ControlServer
+from memserve.peering.endpoint import TransferEndpoint
+from memserve.peering.local_regions import LocalRegions, OpenTransports
+from memserve.peering.remote_process import OwnSide, PeerAddress, Result
 from memserve.wire.messages import Message
 from memserve.wire.peer_messages import (
     AcquireLease,
@@ -58,46 +59,38 @@ class Peers:
     """One per process. Any thread may call anything; calls block for at most a few `timeout_s`."""
 
     def __init__(
-        self, config: PeersConfig, epoch: Epoch, pool_of: PoolOf, wiring: PeerFactory | None = None
+        self,
+        endpoint: TransferEndpoint,
+        open_transports: OpenTransports,
+        pool_of: PoolOf,
+        config: PeersConfig | None = None,
     ) -> None:
-        """Open the transports and answer peers. Raises ConfigError if that cannot be.
+        """Open the transports and answer peers at `endpoint`, which `close` closes.
 
         `pool_of` is called for each peer that introduces itself, by one thread at a time; it may make a
         pool, which may take a while, and raises LayoutMismatch, naming what differs, if there is none.
+        Raises ConfigError if a transport cannot be opened.
         """
-        self._config = config
-        self.epoch = epoch
-        self._tally = Counters()
-        wiring = wiring or PeerFactory.of(config)
-        self._memory = LocalRegions(wiring.open_transports, epoch, config.timeout_s)
-        self._server = PeerServer(config, epoch, self._memory, pool_of, self._tally, time.monotonic)
-        self._doubtful = QuarantinedReads(self._memory, config.timeout_s)
-        self._remotes = PeerTable(
-            (epoch, self._memory), wiring.connect, self._doubtful, self._tally, config.timeout_s
-        )
+        self._config = config = config or PeersConfig()
+        self._endpoint = endpoint
+        self.address = endpoint.address
+        self._counters = counters = Counters()
+        self._memory = LocalRegions(open_transports, endpoint.epoch, config.timeout_s)
+        self._pools = ServedPools(self._memory, pool_of)
+        self._server = PeerServer(config, endpoint.epoch, self._memory, self._pools, counters, time.monotonic)
+        self._quarantined = QuarantinedReads(self._memory, config.timeout_s)
+        own = OwnSide(endpoint.epoch, self._memory, endpoint.connect, config.timeout_s)
+        self._table = PeerTable(own, self._pools, self._quarantined, counters)
         self._fetches = Fetches(self.fetch)
         self._evacuations = Evacuations(self, time.monotonic)
         self._pool_maker = BoundedExecutor("peer-pools", capacity=MAX_HELLOS)
         self._sweeper = Sweeper(self._sweep)
         self._is_closed = False
-        try:
-            self._control = ControlServer(
-                config.host, config.control_port, self._answer, key=config.cluster_key
-            )
-        except MemServeError:
-            self._sweeper.close()
-            self._memory.close()
-            raise
-        logger.info("pools can be reached address=%s epoch=%016x", self.address, epoch)
-
-    @property
-    def address(self) -> str:
-        """`host:port` of the control server."""
-        return self._control.address
+        endpoint.serve_pools(self._answer)
 
     def add(self, pool: MemPool) -> None:
-        """Know the pool by its layout's digest before it is first used: for Fetch and Locate. Idempotent."""
-        self._server.add(pool)
+        """Serve the pool before it is first used: for Fetch and Locate. Idempotent."""
+        self._pools.add(pool)
 
     # ---- cached chains
 
@@ -122,7 +115,7 @@ class Peers:
         sender = self._use(instance, pool).sender
         pushed = self._counted(lambda: sender.transfer_with_insert(keys, parent, mode))
         blocks, num_bytes = pushed.num_sent, pushed.num_bytes
-        self._tally.add(PeersStats(pushes=1, blocks_pushed=blocks, bytes_pushed=num_bytes))
+        self._counters.add(PeersStats(pushes=1, blocks_pushed=blocks, bytes_pushed=num_bytes))
         return pushed
 
     def fetch(
@@ -143,21 +136,16 @@ class Peers:
         if there is no room here.
         """
         found = self._counted(lambda: self._use(peer, pool).reader.fetch(keys, parent, timeout_s))
-        self._tally.add(PeersStats(fetches=1))
+        self._counters.add(PeersStats(fetches=1))
         return found
 
-    def locate(
-        self, peer: PeerAddress, layout: KVLayout, keys: Sequence[BlockKey], *, timeout_s: float
-    ) -> int:
-        """How many of `keys`, from the front, the peer holds. Asks once; raises as `transfer_with_insert`."""
-        remote = self._use(peer, self._server.pool_for(layout)).remote
-        answer = remote.ask(Locate(layout.digest, tuple(keys)), timeout_s=timeout_s, attempts=1)
-        return _as_located(peer, answer).num_blocks
-
     def room(self, peer: PeerAddress, pool: MemPool, keys: Sequence[BlockKey]) -> Located:
-        """The same, and how much room the peer has for such blocks; makes its pool, if need be."""
+        """How many of `keys`, from the front, the peer holds, and how much room its pool has.
+
+        The peer makes the pool if it has none. Raises as `transfer_with_insert`.
+        """
         remote = self._use(peer, pool).remote
-        remote.reach(self._config.timeout_s)
+        remote.connection()
         return _as_located(peer, remote.ask(Locate(pool.layout.digest, tuple(keys))))
 
     # ---- what happens to others and to us
@@ -165,7 +153,7 @@ class Peers:
     def gone(self, epoch: Epoch) -> None:
         """That process is known to be gone: fence it, then free what it held. Returns at once."""
         self._server.gone(epoch)
-        self._remotes.drop(epoch)
+        self._table.drop(epoch)
         self._sweeper.wake()
 
     def resized(self, pool: MemPool) -> None:
@@ -173,12 +161,12 @@ class Peers:
 
         Raises TransferTimeout if a peer is still copying: the memory that was taken back is not free yet.
         """
-        self._memory.resized(pool)
+        self._pools.resized(pool)
 
     def stats(self) -> PeersStats:
         """All counts of one moment."""
-        quarantined = self._server.num_quarantined() + self._doubtful.num_blocks()
-        return self._tally.stats(quarantined, self._memory.num_reopened)
+        quarantined = self._server.num_quarantined() + self._quarantined.num_blocks()
+        return self._counters.stats(quarantined, self._memory.num_reopened)
 
     def close(self) -> None:
         """Stop answering, finish what was asked for, close the transports. Idempotent.
@@ -188,47 +176,48 @@ class Peers:
         if self._is_closed:
             return
         self._is_closed = True
-        self._control.close()
+        self._endpoint.close()
         self._fetches.close()
         self._evacuations.close()
         self._pool_maker.close()
         self._sweeper.close()
-        self._remotes.close()
+        self._table.close()
         self._memory.close()
         self._server.close()
-        self._doubtful.close()
+        self._quarantined.close()
 
     def _use(self, peer: PeerAddress, pool: MemPool) -> PeerHandle:
-        self._server.add(pool)
-        return self._remotes.use(peer, pool)
+        self._pools.add(pool)
+        return self._table.use(peer, pool)
 
     def _counted(self, action: Callable[[], Result]) -> Result:
         try:
             return action()
         except MemServeError as error:
             if not isinstance(error, PeerDeclined):
-                self._tally.add(PeersStats(failures=1))
+                self._counters.add(PeersStats(failures=1))
             raise
         finally:
-            if self._doubtful.num_blocks():
+            if self._quarantined.num_blocks():
                 self._sweeper.wake()
 
     def _answer(self, message: Message) -> Message | Future[Message]:
         """Control thread."""
-        if isinstance(message, Hello) and self._server.pool(message.layout.digest) is None:
+        layout = message.layout if isinstance(message, Hello) else None
+        if layout is not None and self._pools.get(layout.digest) is None:
             future = self._pool_maker.submit(lambda: self._server.answer(message))
             return Declined(f"{MAX_HELLOS} pools are being made") if future is None else future
         if isinstance(message, Fetch):
-            return self._fetches.answer(message, self._server.pool(message.layout))
+            return self._fetches.answer(message, self._pools.get(message.layout))
         if isinstance(message, Evacuate):
-            return self._evacuations.answer(message, self._server.pool(message.layout))
+            return self._evacuations.answer(message, self._pools.get(message.layout))
         answer = self._server.answer(message)
         if isinstance(message, _WITH_DEADLINE):
             self._sweeper.expect(min(self._config.reservation_s, self._config.lease_s))
         return answer
 
     def _sweep(self) -> float:
-        return min(self._server.sweep(), self._doubtful.sweep())
+        return min(self._server.sweep(), self._quarantined.sweep())
 
 
 def _as_located(peer: PeerAddress, answer: Message) -> Located:

@@ -17,11 +17,12 @@ from memserve.core.errors import InstanceLost, MemServeError, StaleEpoch, WireMi
 from memserve.core.kv_layout import TransferMode
 from memserve.mempool.pool import MemPool
 from memserve.mempool.records import Reservation
-from memserve.mempool.remote.connection import PeerConnection, RemotePool
-from memserve.mempool.remote.local_regions import LocalRegions
+from memserve.mempool.remote.pools import RemotePool
 from memserve.mempool.remote.records import Counters, PeersStats
 from memserve.mempool.remote.sender import chunk_blocks
 from memserve.mempool.remote.write_reservations import indexed, num_equal, pinned
+from memserve.peering.local_regions import LocalRegions
+from memserve.peering.remote_process import PeerConnection
 from memserve.transport.base import Peer
 from memserve.wire.peer_messages import AcquireLease, Leased, ReleaseLease
 
@@ -34,7 +35,7 @@ RETRY_S = 1.0
 class _QuarantinedRead:
     """A read that failed and may still land."""
 
-    reached: PeerConnection
+    connection: PeerConnection
     pool: MemPool
     reservation: Reservation
 
@@ -48,14 +49,14 @@ class QuarantinedReads:
         self._lock = threading.Lock()
         self._waiting: list[_QuarantinedRead] = []
 
-    def give_up(self, reached: PeerConnection, pool: MemPool, reservation: Reservation) -> None:
+    def abandon(self, connection: PeerConnection, pool: MemPool, reservation: Reservation) -> None:
         """Free what a failed read was to fill, or keep it until that is safe."""
-        if self._is_settled(reached):
+        if self._is_settled(connection):
             pool.cancel(reservation)
             return
         pool.quarantine(reservation)
         with self._lock:
-            self._waiting.append(_QuarantinedRead(reached, pool, reservation))
+            self._waiting.append(_QuarantinedRead(connection, pool, reservation))
 
     def num_blocks(self) -> int:
         """Blocks in quarantine."""
@@ -68,14 +69,14 @@ class QuarantinedReads:
             waiting = list(self._waiting)
         silent: set[Peer] = set()  # Asked once in a sweep: each of their answers is waited for.
         for one in waiting:
-            if one.reached.peer in silent:
+            if one.connection.peer in silent:
                 continue
-            if self._is_settled(one.reached):
+            if self._is_settled(one.connection):
                 one.pool.settle(one.reservation)
                 with self._lock:
                     self._waiting.remove(one)
             else:
-                silent.add(one.reached.peer)
+                silent.add(one.connection.peer)
         with self._lock:
             return RETRY_S if self._waiting else float("inf")
 
@@ -86,15 +87,15 @@ class QuarantinedReads:
         for one in waiting:
             one.pool.settle(one.reservation)
 
-    def _is_settled(self, reached: PeerConnection) -> bool:
-        if reached.own_epoch != self._memory.epoch:  # Those transports are closed.
+    def _is_settled(self, connection: PeerConnection) -> bool:
+        if connection.own_epoch != self._memory.epoch:  # Those transports are closed.
             return True
         try:
-            reached.transport.settle(reached.peer, timeout_s=self._timeout_s)
+            connection.transport.settle(connection.peer, timeout_s=self._timeout_s)
         except (InstanceLost, StaleEpoch):
             return True
         except MemServeError as error:
-            logger.warning("a read may still land peer=%s: %s", reached.peer.name, error)
+            logger.warning("a read may still land peer=%s: %s", connection.peer.name, error)
             return False
         return True
 
@@ -103,13 +104,17 @@ class Reader:
     """Fetches from the pool of one peer. Any thread."""
 
     def __init__(
-        self, remote: RemotePool, next_id: Callable[[], int], doubtful: QuarantinedReads, tally: Counters
+        self,
+        remote: RemotePool,
+        next_id: Callable[[], int],
+        quarantined: QuarantinedReads,
+        counters: Counters,
     ) -> None:
         """`next_id` never repeats itself in this process."""
         self._remote = remote
         self._next_id = next_id
-        self._doubtful = doubtful
-        self._tally = tally
+        self._quarantined = quarantined
+        self._counters = counters
 
     def fetch(self, keys: Sequence[BlockKey], parent: BlockKey | None, timeout_s: float) -> int:
         """See `Peers.fetch`."""
@@ -133,7 +138,7 @@ class Reader:
         return pool.num_cached(keys)
 
     def _fetch_some(self, keys: Sequence[BlockKey], parent: BlockKey | None, deadline: float) -> int:
-        def fetch(reached: PeerConnection) -> int:
+        def fetch(connection: PeerConnection) -> int:
             lease_id = self._next_id()
             answer = self._remote.ask(
                 AcquireLease(self._remote.epoch, lease_id, self._remote.pool.layout.digest, tuple(keys)),
@@ -145,7 +150,7 @@ class Reader:
                 return 0
             is_there = True
             try:
-                return self._read(reached, keys, answer, parent, deadline)
+                return self._read(connection, keys, answer, parent, deadline)
             except InstanceLost:
                 is_there = False
                 raise
@@ -157,7 +162,7 @@ class Reader:
 
     def _read(
         self,
-        reached: PeerConnection,
+        connection: PeerConnection,
         keys: Sequence[BlockKey],
         leased: Leased,
         parent: BlockKey | None,
@@ -168,10 +173,10 @@ class Reader:
         reservation = pool.reserve(len(leased.addrs))
         try:
             (extents,) = pool.layout.copy_plan(TransferMode.AGGREGATED)
-            copies = self._remote.copies(reached, reservation.addrs, leased.addrs, extents)
-            reached.transport.read(reached.peer, copies, timeout_s=self._left_s(deadline))
+            copies = self._remote.copies(connection, reservation.addrs, leased.addrs, extents)
+            connection.transport.read(connection.peer, copies, timeout_s=self._left_s(deadline))
         except MemServeError:
-            self._doubtful.give_up(reached, pool, reservation)
+            self._quarantined.abandon(connection, pool, reservation)
             raise
         addrs = pool.commit(reservation)
         good = num_equal(pool.seal(addrs), leased.checksums)
@@ -182,7 +187,7 @@ class Reader:
             )
         num_new = indexed(pool, keys[: len(addrs)], addrs, good, parent)
         num_bytes = len(addrs) * pool.layout.block_bytes
-        self._tally.add(
+        self._counters.add(
             PeersStats(blocks_fetched=num_new, bytes_fetched=num_bytes, corrupt_on_arrival=corrupt)
         )
         return 0 if corrupt else good

@@ -23,9 +23,10 @@ from memserve.core.block_addr import BlockAddr
 from memserve.core.block_keys import BlockKey
 from memserve.core.errors import InstanceLost, MemServeError, PeerDeclined, StaleEpoch, WireMismatch
 from memserve.core.kv_layout import TransferMode
-from memserve.mempool.remote.connection import PeerConnection, RemotePool
+from memserve.mempool.remote.pools import RemotePool
 from memserve.mempool.remote.read_leases import readable
 from memserve.mempool.remote.records import Pushed
+from memserve.peering.remote_process import PeerConnection
 from memserve.wire.messages import Message
 from memserve.wire.peer_messages import Cancel, Commit, Committed, Declined, Reserve, Reserved
 
@@ -54,9 +55,9 @@ class _Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GrantedWrite:
-    """A reservation at a peer, and the way it was reached when it was made."""
+    """A reservation at a peer, and the way it was connection when it was made."""
 
-    reached: PeerConnection
+    connection: PeerConnection
     transfer_id: int
     num_known: int
     addrs: tuple[int, ...]
@@ -103,8 +104,8 @@ class Sender:
     def _send(self, chunk: _Chunk, mode: TransferMode) -> Pushed:
         """Write the blocks of `chunk` that the peer lacks, as one reservation, and have them indexed."""
 
-        def send(reached: PeerConnection) -> Pushed:
-            granted = self.reserve(reached, chunk.keys, chunk.parent)
+        def send(connection: PeerConnection) -> Pushed:
+            granted = self.reserve(connection, chunk.keys, chunk.parent)
             if not granted.addrs:
                 return Pushed(num_known=granted.num_known)
             missing = chunk.addrs[granted.num_known :]
@@ -116,7 +117,7 @@ class Sender:
         return self._remote.exchange(send)
 
     def reserve(
-        self, reached: PeerConnection, keys: Sequence[BlockKey], parent: BlockKey | None
+        self, connection: PeerConnection, keys: Sequence[BlockKey], parent: BlockKey | None
     ) -> GrantedWrite:
         """Reserve slots at the peer for the blocks of a chain that it lacks. Raises PeerDeclined."""
         transfer_id = self._next_id()
@@ -130,15 +131,15 @@ class Sender:
             raise PeerDeclined(self._remote.name, answer.reason, parent_unknown=answer.parent_unknown)
         if not isinstance(answer, Reserved) or answer.num_known + len(answer.addrs) != len(keys):
             raise _unexpected(self._remote.name, answer)
-        return GrantedWrite(reached, transfer_id, answer.num_known, answer.addrs)
+        return GrantedWrite(connection, transfer_id, answer.num_known, answer.addrs)
 
     def write(self, granted: GrantedWrite, addrs: Sequence[BlockAddr], mode: TransferMode) -> None:
         """Copy our blocks to the reserved slots; after an error the reservation is or will be cancelled."""
-        reached = granted.reached
+        connection = granted.connection
         try:
             for extents in self._remote.pool.layout.copy_plan(mode):
-                copies = self._remote.copies(reached, addrs, granted.addrs, extents)
-                reached.transport.write(reached.peer, copies, timeout_s=self._remote.timeout_s)
+                copies = self._remote.copies(connection, addrs, granted.addrs, extents)
+                connection.transport.write(connection.peer, copies, timeout_s=self._remote.timeout_s)
         except MemServeError as error:
             logger.warning("blocks not written peer=%s: %s", self._remote.name, error)
             self.cancel(granted)
@@ -159,10 +160,10 @@ class Sender:
 
     def cancel(self, granted: GrantedWrite) -> None:
         """Settle the copies of a reservation if possible, and tell the peer. Never raises."""
-        transfer_id, reached = granted.transfer_id, granted.reached
+        transfer_id, connection = granted.transfer_id, granted.connection
         settled = True
         try:
-            reached.transport.settle(reached.peer, timeout_s=self._remote.timeout_s)
+            connection.transport.settle(connection.peer, timeout_s=self._remote.timeout_s)
         except (InstanceLost, StaleEpoch):
             self._leave_over(transfer_id, None, True)  # Most likely no process is there to be told.
             return
@@ -172,24 +173,24 @@ class Sender:
         try:
             self._remote.ask(Cancel(self._remote.epoch, transfer_id, settled), attempts=1)
         except MemServeError:
-            self._leave_over(transfer_id, None if settled else reached, settled)
+            self._leave_over(transfer_id, None if settled else connection, settled)
             return
         if not settled:
-            self._leave_over(transfer_id, reached, settled)
+            self._leave_over(transfer_id, connection, settled)
 
-    def _leave_over(self, transfer_id: int, reached: PeerConnection | None, settled: bool) -> None:
+    def _leave_over(self, transfer_id: int, connection: PeerConnection | None, settled: bool) -> None:
         """Something to try once more when the peer answers again. What does not fit is dropped."""
         with self._lock:
             if len(self._left_over) < MAX_LEFT_OVER:
-                self._left_over[transfer_id] = (reached, settled)
+                self._left_over[transfer_id] = (connection, settled)
 
     def _clear_left_over(self) -> None:
         with self._lock:
             left_over, self._left_over = self._left_over, {}
-        for transfer_id, (reached, settled) in left_over.items():
+        for transfer_id, (connection, settled) in left_over.items():
             try:
-                if reached is not None and not settled:
-                    reached.transport.settle(reached.peer, timeout_s=self._remote.timeout_s)
+                if connection is not None and not settled:
+                    connection.transport.settle(connection.peer, timeout_s=self._remote.timeout_s)
                 self._remote.ask(Cancel(self._remote.epoch, transfer_id, True), attempts=1)
             except InstanceLost:
                 return

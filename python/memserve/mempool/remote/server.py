@@ -20,25 +20,24 @@ from memserve.core.errors import (
     TransferTimeout,
 )
 from memserve.core.ids import Epoch
-from memserve.core.kv_layout import KVLayout
 from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.config import PeersConfig
-from memserve.mempool.remote.local_regions import LocalRegions
+from memserve.mempool.remote.pools import ServedPools
 from memserve.mempool.remote.read_leases import ReadLeases
 from memserve.mempool.remote.records import Counters, PeersStats
 from memserve.mempool.remote.sessions import PeerSession, PeerSessions
 from memserve.mempool.remote.write_reservations import PeerReservations
+from memserve.peering.local_regions import LocalRegions
+from memserve.peering.remote_process import welcome_of
 from memserve.wire.messages import Done, Message, Refused, Unknown
 from memserve.wire.peer_messages import (
     AcquireLease,
     Cancel,
     Commit,
     Declined,
-    Endpoint,
     Hello,
     Locate,
     Located,
-    MemoryRange,
     ReleaseLease,
     Reserve,
     Welcome,
@@ -49,9 +48,6 @@ logger = logging.getLogger(__name__)
 RETRY_S = 1.0
 """Between attempts to fence a peer."""
 
-PoolOf = Callable[[KVLayout], MemPool]
-"""The one pool of such blocks. Raises LayoutMismatch, naming what differs, if there is none."""
-
 
 class PeerServer:
     """What this process does for its peers."""
@@ -61,45 +57,26 @@ class PeerServer:
         config: PeersConfig,
         epoch: Epoch,
         memory: LocalRegions,
-        pool_of: PoolOf,
-        tally: Counters,
+        pools: ServedPools,
+        counters: Counters,
         now: Callable[[], float],
     ) -> None:
         self._epoch = epoch
         self._memory = memory
-        self._pool_of = pool_of
-        self._tally = tally
+        self._pools = pools
+        self._counters = counters
         self._now = now
         self._lock = threading.Lock()
-        self._making = threading.Lock()
         self._guests = PeerSessions()
-        self._receiving = PeerReservations(tally, config.reservation_s)
-        self._lending = ReadLeases(tally, config.lease_s)
-        self._pools: dict[bytes, MemPool] = {}
-
-    def add(self, pool: MemPool) -> None:
-        """Serve the pool to whoever names its layout's digest. Idempotent."""
-        with self._lock:
-            self._pools[pool.layout.digest] = pool
-
-    def pool(self, digest: bytes) -> MemPool | None:
-        """The pool of blocks of that layout, if it was ever used or added."""
-        with self._lock:
-            return self._pools.get(digest)
-
-    def pool_for(self, layout: KVLayout) -> MemPool:
-        """The pool of such blocks, made if need be: that may take seconds. Raises what `PoolOf` raises."""
-        with self._making:
-            pool = self._pool_of(layout)
-        self.add(pool)
-        return pool
+        self._receiving = PeerReservations(counters, config.reservation_s)
+        self._lending = ReadLeases(counters, config.lease_s)
 
     def answer(self, message: Message) -> Message:
         """The answer to a peer. Raises BlockStateError if the message makes no sense."""
         if isinstance(message, Hello):
             return self._welcome(message)
         if isinstance(message, Locate):
-            return _located(self.pool(message.layout), message.keys)
+            return _located(self._pools.get(message.layout), message.keys)
         with self._lock:
             if isinstance(message, Cancel | ReleaseLease):
                 guest = self._guests.get(message.epoch)
@@ -177,24 +154,21 @@ class PeerServer:
         return self._receiving.reserve(guest, pool, message, self._now())
 
     def _welcome(self, hello: Hello) -> Message:
-        memory = self._memory
-        nothing = Welcome(self._epoch, memory.epoch, (), MemoryRange(0, 0, 0), 0)
         if hello.peer_epoch != self._epoch:
-            return nothing
+            return Welcome(self._epoch, self._epoch, (), ())
+        if hello.layout is None:
+            return Declined("a pool exchanges blocks of a layout only")
         try:
-            pool = self.pool_for(hello.layout)
+            pool = self._pools.of(hello.layout)
         except LayoutMismatch as error:
             return Refused(str(error))
         except MemServeError as error:
             return Declined(str(error))
         with self._lock:
             if not self._guests.welcome(hello.epoch, hello.data_epoch):
-                return Welcome(self._epoch, memory.epoch, (), nothing.arena, 0, is_fenced=True)
-        served = memory.served(pool)
-        endpoints = tuple(Endpoint(one.name, one.address) for one in served.transports)
-        region = served.region
-        arena = MemoryRange(region.region_id, region.address, region.num_bytes)
-        return Welcome(self._epoch, served.epoch, endpoints, arena, pool.arena.slot_bytes)
+                return Welcome(self._epoch, self._memory.epoch, (), (), is_fenced=True)
+        region = self._pools.region(pool)
+        return welcome_of(self._epoch, self._memory.served(), (region,), pool.arena.slot_bytes)
 
     def _fence(self, guest: PeerSession, transfer_ids: list[int], epochs: frozenset[Epoch]) -> None:
         """Keep a guest's late bytes out, then free what they could have hit."""
@@ -207,7 +181,7 @@ class PeerServer:
                 guest.retry_at = self._now() + RETRY_S
             return
         if epochs:
-            self._tally.add(PeersStats(fenced=len(epochs)))
+            self._counters.add(PeersStats(fenced=len(epochs)))
             logger.warning("fenced peer=%016x settled=%d", guest.epoch, len(transfer_ids))
         with self._lock:
             guest.to_fence -= epochs

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from memserve.core.errors import InstanceLost, MemServeError
 from memserve.core.ids import Epoch
-from memserve.mempool.remote.config import PeerAddress, PeersConfig
-from memserve.mempool.remote.local_regions import LocalRegions
+from memserve.mempool.remote.config import PeersConfig
 from memserve.mempool.remote.peer_table import PeerHandle, PeerTable
+from memserve.mempool.remote.pools import ServedPools
 from memserve.mempool.remote.reader import QuarantinedReads
 from memserve.mempool.remote.records import Counters, PeersStats
 from memserve.mempool.remote.server import PeerServer
+from memserve.peering.local_regions import LocalRegions
+from memserve.peering.remote_process import OwnSide, PeerAddress
 from memserve.testing.fake_clock import FakeClock
 from memserve.testing.faulty_link import Faults, FaultyLink
 from memserve.wire.messages import Message, Refused, decode, encode
@@ -53,12 +55,14 @@ class Node:
         self.pool = make_pool(num_slots)
         self.tally = Counters()
         self.memory = LocalRegions(world.network.opener(name), epoch, TIMEOUT_S)
-        self.server = PeerServer(config, epoch, self.memory, lambda _: self.pool, self.tally, now=world.clock)
+        self.pools = ServedPools(self.memory, lambda _: self.pool)
+        self.server = PeerServer(config, epoch, self.memory, self.pools, self.tally, now=world.clock)
         self.doubtful = QuarantinedReads(self.memory, TIMEOUT_S)
-        self.remotes = PeerTable((epoch, self.memory), world.link, self.doubtful, self.tally, TIMEOUT_S)
+        own = OwnSide(epoch, self.memory, world.link, TIMEOUT_S)
+        self.remotes = PeerTable(own, self.pools, self.doubtful, self.tally)
 
     def to(self, peer: PeerAddress) -> PeerHandle:
-        self.server.add(self.pool)
+        self.pools.add(self.pool)
         return self.remotes.use(peer, self.pool)
 
     def sweep(self) -> None:

@@ -7,15 +7,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from memserve.core.errors import LayoutMismatch
-from memserve.core.ids import new_epoch
+from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout
 from memserve.mempool.pool import MemPool
-from memserve.mempool.remote.config import PeerAddress, PeersConfig
-from memserve.mempool.remote.peer_table import PeerFactory
+from memserve.mempool.remote.config import PeersConfig
 from memserve.mempool.remote.peers import Peers
+from memserve.peering.endpoint import TransferEndpoint
+from memserve.peering.remote_process import PeerAddress
 from memserve.testing.faulty_link import Faults, FaultyLink
 from memserve.transport.base import Peer, Transport
 from memserve.transport.copies import Copies
+from memserve.transport.registry import TransportConfig, open_transports
+from memserve.wire.link import ControlClient
 
 from ..harness import content, keys_of, make_pool
 
@@ -61,7 +64,7 @@ class End:
     """How the other reaches it."""
 
     def __post_init__(self) -> None:
-        self.peer = PeerAddress(self.peers.address, self.peers.epoch)
+        self.peer = self.peers.address
 
     def has(self, prompt: Sequence[int]) -> int:
         """How many blocks of a prompt are cached here, each of them checked."""
@@ -79,20 +82,23 @@ class End:
 
 
 def start(
+    transport: TransportConfig | None = None,
     config: PeersConfig | None = None,
     *,
     pool: MemPool | None = None,
     before_pool_of: Callable[[], object] = nothing,
 ) -> End:
     """A process's end: `tcp` unless the config says otherwise."""
-    config = config or PeersConfig(transport="tcp", timeout_s=TIMEOUT_S)
+    transport = transport or TransportConfig("tcp")
     held = pool or make_pool(NUM_SLOTS)
     faults, hooks = Faults(), Hooks()
-    real = PeerFactory.of(config)
-    wiring = PeerFactory(
-        lambda epoch: [hooked(one, hooks) for one in real.open_transports(epoch)],
-        lambda address: FaultyLink(real.connect(address), faults),
+    key = transport.cluster_key()
+    endpoint = TransferEndpoint(
+        transport, lambda address: FaultyLink(ControlClient(address, key=key), faults)
     )
+
+    def opened(epoch: Epoch) -> list[Transport]:
+        return [hooked(one, hooks) for one in open_transports(transport, key, epoch)]
 
     def pool_of(layout: KVLayout) -> MemPool:
         before_pool_of()
@@ -101,13 +107,14 @@ def start(
             raise LayoutMismatch("; ".join(differences))
         return held
 
-    return End(held, Peers(config, new_epoch(), pool_of, wiring), faults, hooks)
+    peers = Peers(endpoint, opened, pool_of, config or PeersConfig(timeout_s=TIMEOUT_S))
+    return End(held, peers, faults, hooks)
 
 
 def end(transport: str = "tcp", **settings: float) -> End:
     """As `start`, with other settings and less patience."""
-    config = PeersConfig(transport=transport, **{"timeout_s": 1.0, **settings})  # type: ignore[arg-type]
-    return start(config)
+    config = PeersConfig(**{"timeout_s": 1.0, **settings})
+    return start(TransportConfig(transport), config)  # type: ignore[arg-type]
 
 
 def once(hooks: Hooks, name: str, action: Callable[[], None]) -> None:

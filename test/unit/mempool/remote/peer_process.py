@@ -4,29 +4,28 @@ from __future__ import annotations
 
 import sys
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 from mempool.harness import content, keys_of, make_pool, store
 from memserve.core.errors import OutOfBlocks
-from memserve.core.ids import Epoch, new_epoch
-from memserve.mempool.remote.config import PeerAddress, PeersConfig
+from memserve.core.ids import Epoch
+from memserve.mempool.remote.config import PeersConfig
 from memserve.mempool.remote.peers import Peers
+from memserve.peering.endpoint import TransferEndpoint
+from memserve.peering.remote_process import PeerAddress
 from memserve.testing.transport_process import serve
+from memserve.transport.registry import TransportConfig, open_transports
 
 
 def main() -> None:
     transport, num_slots, reservation_s, port = sys.argv[1:]
     pool = make_pool(int(num_slots))
-    config = PeersConfig(
-        transport=transport,  # type: ignore[arg-type]
-        control_port=int(port),
-        timeout_s=2.0,
-        reservation_s=float(reservation_s),
-        lease_s=float(reservation_s),
-    )
-    peers = Peers(config, new_epoch(), lambda _: pool)
+    where = TransportConfig(transport, control_port=int(port))  # type: ignore[arg-type]
+    config = PeersConfig(timeout_s=2.0, reservation_s=float(reservation_s), lease_s=float(reservation_s))
+    peers = Peers(TransferEndpoint(where), partial(open_transports, where, None), lambda _: pool, config)
     peers.add(pool)
 
     def has(prompt: list[int]) -> int:
@@ -66,7 +65,10 @@ def main() -> None:
         return asdict(pool.stats()) | asdict(peers.stats())
 
     verbs = (has, put, fill, flip, reserve, push, stats)
-    serve({"control": peers.address, "epoch": peers.epoch}, {verb.__name__: verb for verb in verbs})
+    serve(
+        {"control": peers.address.control, "epoch": peers.address.epoch},
+        {verb.__name__: verb for verb in verbs},
+    )
 
 
 if __name__ == "__main__":

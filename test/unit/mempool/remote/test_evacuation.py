@@ -12,9 +12,9 @@ from memserve.core.block_keys import BlockKey
 from memserve.core.errors import InstanceLost, PeerDeclined
 from memserve.core.ids import Epoch
 from memserve.mempool.pool import MemPool
-from memserve.mempool.remote.config import PeerAddress
 from memserve.mempool.remote.evacuation import LATE, NO_PEER, NO_ROOM, EvacuationRun
 from memserve.mempool.remote.records import Pushed
+from memserve.peering.remote_process import PeerAddress
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.link import ControlClient
 from memserve.wire.peer_messages import Evacuate, Evacuated, EvacuationTarget, Located

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from concurrent.futures import Future
+from functools import partial
 
 import msgspec
 import pytest
@@ -12,9 +13,11 @@ from hypothesis import strategies as st
 from router.message_strategies import CHAIN, messages
 
 from memserve.core.errors import WireMismatch
-from memserve.core.ids import Epoch, new_epoch
+from memserve.core.ids import Epoch
 from memserve.mempool.remote.config import PeersConfig
 from memserve.mempool.remote.peers import Peers
+from memserve.peering.endpoint import TransferEndpoint
+from memserve.transport.registry import TransportConfig, open_transports
 from memserve.wire.messages import Message, decode, encode
 from memserve.wire.peer_messages import (
     AcquireLease,
@@ -45,7 +48,7 @@ def test_a_pool_answers_or_refuses_any_messages_and_leaks_nothing(
 ) -> None:
     world = World()
     node = world.start("here", 4)
-    node.server.add(node.pool)
+    node.pools.add(node.pool)
     layout = node.pool.layout
     node.answer(Hello(PEER, node.address.epoch, PEER, layout))
     for message in heard:
@@ -64,7 +67,13 @@ def test_a_pool_answers_or_refuses_any_messages_and_leaks_nothing(
 @pytest.fixture(scope="module")
 def peers() -> Iterator[Peers]:
     """Real ones: what a thread of theirs raises would end the process."""
-    peers = Peers(PeersConfig(timeout_s=0.01, transport="tcp"), new_epoch(), lambda _: make_pool(4))
+    config = TransportConfig("tcp")
+    peers = Peers(
+        TransferEndpoint(config),
+        partial(open_transports, config, None),
+        lambda _: make_pool(4),
+        PeersConfig(timeout_s=0.01),
+    )
     yield peers
     peers.close()
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 
-from memserve.core.cluster_key import ClusterKey
 from memserve.core.errors import (
     InstanceLost,
     PeerDeclined,
@@ -19,6 +19,7 @@ from memserve.mempool.remote.config import PeersConfig
 from memserve.mempool.remote.records import Pushed
 from memserve.testing.faulty_link import Fault
 from memserve.testing.transport_process import wait_until
+from memserve.transport.registry import TransportConfig
 from memserve.wire.messages import Message
 from memserve.wire.peer_messages import AcquireLease, Cancel, Commit, Hello, ReleaseLease, Reserve
 
@@ -191,7 +192,7 @@ def test_a_receiver_that_restarts_before_the_commit_is_another_process() -> None
 
     def restart() -> None:
         there.peers.close()
-        later.append(start(PeersConfig(transport="tcp", timeout_s=TIMEOUT_S, control_port=port)))
+        later.append(start(TransportConfig("tcp", control_port=port), PeersConfig(timeout_s=TIMEOUT_S)))
 
     with running(here, there):
         store(here.pool, PROMPT)
@@ -203,10 +204,15 @@ def test_a_receiver_that_restarts_before_the_commit_is_another_process() -> None
             assert here.peers.transfer_with_insert(later[0].peer, here.pool, keys_of(PROMPT)).num_sent == 4
 
 
-def test_another_cluster_key_is_not_heard() -> None:
-    ours = PeersConfig(transport="tcp", timeout_s=0.2, cluster_key=ClusterKey(b"0123456789abcdef"))
-    theirs = PeersConfig(transport="tcp", timeout_s=0.2, cluster_key=ClusterKey(b"fedcba9876543210"))
-    here, there, friend = start(ours), start(theirs), start(ours)
+def test_another_cluster_key_is_not_heard(tmp_path: Path) -> None:
+    def with_key(secret: str) -> End:
+        path = tmp_path / secret
+        path.write_text(secret)
+        path.chmod(0o600)
+        return start(TransportConfig("tcp", cluster_key_file=str(path)), PeersConfig(timeout_s=0.2))
+
+    ours, theirs = "0123456789abcdef", "fedcba9876543210"
+    here, there, friend = with_key(ours), with_key(theirs), with_key(ours)
     with running(here, there, friend):
         store(here.pool, PROMPT)
         with pytest.raises(InstanceLost):

@@ -18,8 +18,8 @@ from memserve.core.errors import (
     TransferTimeout,
 )
 from memserve.core.kv_layout import TransferMode
-from memserve.mempool.remote.config import PeerAddress
 from memserve.mempool.remote.server import RETRY_S
+from memserve.peering.remote_process import PeerAddress
 from memserve.testing.faulty_link import Fault
 from memserve.wire.messages import Message
 from memserve.wire.peer_messages import AcquireLease, Cancel, Commit, Hello, ReleaseLease, Reserve
@@ -253,7 +253,7 @@ class PeersMachine(RuleBasedStateMachine):
             node.end()
             self.world.start(pair[0], NUM_SLOTS)
         elif disaster == "resize":
-            node.memory.resized(node.pool)
+            node.pools.resized(node.pool)
 
     @property
     def is_undisturbed(self) -> bool:

@@ -10,7 +10,7 @@ import pytest
 
 from memserve.core.errors import InstanceLost, MemServeError, StaleEpoch, TransferFailed, TransferTimeout
 from memserve.core.ids import Epoch
-from memserve.mempool.remote.config import PeerAddress
+from memserve.peering.remote_process import PeerAddress
 from memserve.testing.transport_process import ChildProcess, wait_until
 
 from ..harness import keys_of, store

@@ -21,12 +21,12 @@ from memserve.wire.messages import (
     Heartbeat,
     InstanceInfo,
     Load,
-    Opened,
     Refused,
     Register,
     Role,
     Unknown,
 )
+from memserve.wire.peer_messages import Welcome
 
 FACTS = ServerInfo("model", "/model")
 ONE, TWO = Epoch(1), Epoch(2)
@@ -298,7 +298,7 @@ def test_control_messages_are_answered(cluster: InstanceRegistry, pools: Pools) 
     [
         Register(decode(STATIC_EPOCH)),
         Register(InstanceInfo(NAME, ONE, Role.PREFILL, "http://h:1")),
-        Opened(ONE, (), ()),
+        Welcome(ONE, ONE, (), ()),
     ],
 )
 def test_nonsense_is_refused(cluster: InstanceRegistry, pools: Pools, message: Register) -> None:

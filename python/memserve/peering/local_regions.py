@@ -1,8 +1,8 @@
-"""This process's arenas as its transports serve them, and their life: the data epoch.
+"""Memory of this process as its transports serve it, and the life of those transports: the data epoch.
 
     data epoch A:  transports, regions  --- a peer has fenced A --->  data epoch B: all of it anew
 
-Nobody may move bytes while that happens, so whoever does holds the life it began with.
+A thread that copies bytes holds the data epoch it began with, so that no transport closes under it.
 Knows no control messages.
 """
 
@@ -14,13 +14,10 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
-from memserve.core.errors import MemServeError, TransferTimeout
+from memserve.core.errors import MemServeError, OutOfBounds, Retryable, TransferTimeout
 from memserve.core.ids import Epoch, new_epoch
-from memserve.mempool.arena import Arena
-from memserve.mempool.pool import MemPool
-from memserve.mempool.remote.faults import HandshakeRequired
 from memserve.transport.base import Transport
-from memserve.transport.regions import Region, RegionTable
+from memserve.transport.regions import AddressMap, Region, RegionTable
 
 logger = logging.getLogger(__name__)
 
@@ -28,64 +25,76 @@ OpenTransports = Callable[[Epoch], Sequence[Transport]]
 """The transports of a data epoch, best first."""
 
 
+class HandshakeRequired(Retryable):
+    """The two processes' knowledge of each other's memory is out of date: repeat the handshake."""
+
+
 class Served(NamedTuple):
-    """How one arena can be reached at a moment."""
+    """How this process's memory can be reached at one moment."""
 
     epoch: Epoch
     transports: tuple[Transport, ...]
-    region: Region
 
 
 class LocalRegions:
-    """Transports and the regions they serve. Any thread may call anything."""
+    """Transports and the regions they serve. Any thread may call any method."""
 
     def __init__(self, open_transports: OpenTransports, epoch: Epoch, timeout_s: float) -> None:
-        """Raises what `open_transports` raises."""
+        """`timeout_s` bounds each wait for a peer. Raises what `open_transports` raises."""
         self._open = open_transports
         self._timeout_s = timeout_s
         self._changed = threading.Condition()
         self._num_users = 0
         self._is_reopening = False
         self._ids = RegionTable()
-        self._regions: dict[bytes, Region] = {}
+        self.addresses = AddressMap([])
+        """All registered regions; replaced by another map at each change."""
         self.epoch = epoch
-        """Of the transports that are open now; 0 if none are."""
+        """Data epoch of the open transports; 0 after `close`."""
         self.transports = tuple(open_transports(epoch))
         self.num_reopened = 0
 
-    def served(self, pool: MemPool) -> Served:
-        """How the pool's arena can be reached; registers it if it was not."""
-        digest = pool.layout.digest
+    def served(self) -> Served:
+        """The data epoch and its transports, of one moment."""
         with self._changed:
-            if digest not in self._regions:
-                self._register(digest, pool.arena)
-            return Served(self.epoch, self.transports, self._regions[digest])
+            return Served(self.epoch, self.transports)
 
-    def resized(self, pool: MemPool) -> None:
-        """The arena has another size: register it anew. Peers that name the old region are refused.
+    def add(self, address: int, num_bytes: int) -> Region:
+        """Let peers reach `num_bytes` bytes at `address`.
 
-        Raises TransferTimeout if a peer is still copying; the new region is registered all the same,
-        but the bytes that were taken back are not free yet.
+        Raises OutOfBounds, changing nothing, if that is no memory or overlaps a registered region.
         """
-        digest = pool.layout.digest
         with self._changed:
-            before = self._regions.pop(digest, None)
-            if before is None:
-                return
-            late: MemServeError | None = None
+            if self.addresses.overlaps(address, num_bytes):
+                raise OutOfBounds(f"{num_bytes} bytes at {address:#x} overlap registered memory")
+            region = Region(self._ids.next_id(), address, num_bytes)
+            self._ids.add(region)
+            for transport in self.transports:
+                transport.register(region)
+            self.addresses = AddressMap([*self.addresses.regions, region])
+            return region
+
+    def remove(self, region: Region) -> None:
+        """Take a region back; after this returns, no byte of a peer lands there.
+
+        Raises TransferTimeout if a peer is still copying: the region is out of the table, but its
+        memory is not free yet.
+        """
+        late: MemServeError | None = None
+        with self._changed:
+            self.addresses = AddressMap([kept for kept in self.addresses.regions if kept != region])
+            self._ids.remove(region.region_id)
             for transport in self.transports:
                 try:
-                    transport.deregister(before.region_id, timeout_s=self._timeout_s)
+                    transport.deregister(region.region_id, timeout_s=self._timeout_s)
                 except TransferTimeout as error:
                     late = error
-            self._ids.remove(before.region_id)
-            self._register(digest, pool.arena)
         if late is not None:
             raise late
 
     @contextmanager
     def hold(self, epoch: Epoch) -> Iterator[None]:
-        """Keep the transports of that data epoch open. Raises HandshakeRequired if they are not any more."""
+        """Keep the transports of that data epoch open. Raises HandshakeRequired if they are closed."""
         with self._changed:
             if self._is_reopening or self.epoch != epoch:
                 raise HandshakeRequired(f"data epoch {epoch:016x} is over")
@@ -98,9 +107,9 @@ class LocalRegions:
                 self._changed.notify_all()
 
     def reopen(self, seen: Epoch) -> bool:
-        """End the data epoch `seen` and begin another, unless somebody has; returns whether it was us.
+        """End the data epoch `seen` and begin another; False if another thread has done so.
 
-        Waits for those who hold it. Raises TransferTimeout, changing nothing, if they take too long.
+        Waits for the threads that hold it. Raises TransferTimeout, changing nothing, if they take too long.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: not self._is_reopening, self._timeout_s):
@@ -116,7 +125,7 @@ class LocalRegions:
                 self.epoch = new_epoch()
                 self.num_reopened += 1
                 self.transports = tuple(self._open(self.epoch))
-                for region in self._regions.values():
+                for region in self.addresses.regions:
                     for transport in self.transports:
                         transport.register(region)
             finally:
@@ -136,10 +145,3 @@ class LocalRegions:
             self.epoch = Epoch(0)
         for transport in self.transports:
             transport.close()
-
-    def _register(self, digest: bytes, arena: Arena) -> None:
-        region = Region(self._ids.next_id(), arena.address, arena.slot_bytes * arena.num_slots)
-        self._ids.add(region)
-        for transport in self.transports:
-            transport.register(region)
-        self._regions[digest] = region
