@@ -1,4 +1,4 @@
-"""One request, and what became of it: answered right, told a clear error, or lost."""
+"""Sends one request and classifies its end: right answer, clear error, or lost."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ import aiohttp
 from .requests import Ask, Json
 
 CLEAR_STATUSES = {429, 502, 503, 504}
-"""What a request that is in order may be refused with."""
+"""Statuses that may refuse a valid request."""
 
 
 class Outcome(StrEnum):
-    """How a request ended."""
+    """The end of a request."""
 
     RIGHT = "right"
     ERROR = "error"
-    """A status or a last event that says what went wrong, and that it may be tried again."""
+    """A status or a last event that names the error and says that a retry may succeed."""
     BROKEN = "broken"
     """The connection to the router broke: clear only if the router itself was killed."""
     LOST = "lost"
-    """No end in time, an end without a word, or another text."""
+    """No end in time, an end without an error, or a different text."""
     LEFT = "left"
-    """The client went away before the end, on purpose."""
+    """The client disconnected before the end, on purpose."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,31 +39,31 @@ class Answer:
     outcome: Outcome
     why: str
     instances: frozenset[str]
-    """The pair that it was sent to, as far as the answer tells."""
+    """The pair that served it, as far as the answer tells."""
     began_s: float
     ended_s: float
     decision: str = ""
-    """Why it was sent there, as the router explains it."""
+    """The reason of its placement, as the router explains it."""
 
 
 @dataclass(frozen=True, slots=True)
 class Manner:
-    """How a client behaves."""
+    """The behaviour of a client."""
 
     limit_s: float
-    """After so long without an end a request is lost."""
+    """Seconds after which a request without an end is lost."""
     pause_s: float = 0.0
-    """Between two reads of a stream."""
+    """Seconds between two reads of a stream."""
     leaves_after: int | None = None
-    """Reads of a stream, after which it goes away."""
+    """Number of reads of a stream after which the client disconnects."""
 
 
 class Lost(Exception):
-    """What came is no answer and no clear error."""
+    """The bytes are neither an answer nor a clear error."""
 
 
 async def put(session: aiohttp.ClientSession, url: str, ask: Ask, *, stream: bool, manner: Manner) -> Answer:
-    """Send one request, read all of it, and judge it."""
+    """Send one request, read its whole answer, and classify it."""
     began_s = time.monotonic()
     instances, decision = frozenset[str](), ""
     try:
@@ -101,7 +101,7 @@ async def answer_of(session: aiohttp.ClientSession, url: str, ask: Ask) -> tuple
 
 
 def judge(ask: Ask, stream: bool, status: int, body: bytes) -> tuple[Outcome, str]:
-    """What a complete response is. Raises Lost, or what reading nonsense raises."""
+    """Classify a complete response. Raises Lost, or a parser's exception for malformed bytes."""
     if status != 200:
         error = json.loads(body)["error"]
         if status not in CLEAR_STATUSES or not error["message"] or not error["retryable"]:
@@ -166,7 +166,7 @@ def _instances(explained: str) -> frozenset[str]:
 
 
 async def _read_stream(response: aiohttp.ClientResponse, manner: Manner) -> tuple[bytes, bool]:
-    """What came, and whether the client left before the end."""
+    """The bytes received, and whether the client left before the end."""
     body, num_reads = b"", 0
     while chunk := await response.content.readany():
         body += chunk

@@ -41,7 +41,7 @@ LETTERS = "abcdefghijklmnopqrstuvwxyz ABCDEFGHIJKLMNOPQRSTUVWXYZ.,;:!?"
 
 
 class FakeModel:
-    """The next token is a hash of all before it: an answer that is taken up in the middle goes on alike."""
+    """The next token is a hash of all tokens before it, so an answer that is resumed continues equally."""
 
     def __init__(self, directory: Path) -> None:
         self._reader = TextReader.load(directory)
@@ -50,12 +50,12 @@ class FakeModel:
         self._letters = self.encode(LETTERS)
 
     def encode(self, text: str) -> list[int]:
-        """As the model's tokenizer."""
+        """Tokenize as the model's tokenizer."""
         ids: list[int] = self._tokenizer.encode(text).ids
         return ids
 
     async def encode_chat(self, body: Json) -> list[int]:
-        """As the model's chat template."""
+        """Render as the model's chat template."""
         tokens = await self._reader.tokens_of(read_request(Api.CHAT, body, Limits(), "none"))
         if not isinstance(tokens, KnownTokens):
             raise ValueError(tokens.reason)
@@ -70,13 +70,13 @@ class FakeModel:
         return new
 
     def decode(self, ids: list[int]) -> str:
-        """Their text."""
+        """The text of `ids`."""
         text: str = self._tokenizer.decode(ids)
         return text
 
 
 class _Answers(Answers):
-    """Answers whose prompts have texts of their own."""
+    """Answers that depend on their prompts."""
 
     def __init__(self, path: str, body: Json, role: Role, tokens: list[list[int]], model: FakeModel) -> None:
         self._ids = [part[:1] for part in tokens] if role is Role.PREFILL else tokens
@@ -91,7 +91,7 @@ class _Answers(Answers):
 
 
 class ChaosWorker(FakeWorker):
-    """A fake worker that misbehaves when told to."""
+    """A fake worker that misbehaves on request."""
 
     fake_model: FakeModel
     how = "well"
@@ -156,7 +156,7 @@ class ChaosWorker(FakeWorker):
         return response
 
     async def _half(self, request: web.Request, received: Received, answers: _Answers) -> web.StreamResponse:
-        """A proper end of the connection, in the middle of what was to be said."""
+        """Close the connection properly, in the middle of an answer."""
         said = (
             b"".join(answers.events(0))
             if received.body.get("stream")
@@ -186,7 +186,7 @@ class ChaosWorker(FakeWorker):
 
 
 class Host:
-    """Its workers, on a loop of their own."""
+    """The workers, on an event loop of their own."""
 
     def __init__(self, name: str, model: str, control: str, ports: str) -> None:
         self._loop = asyncio.new_event_loop()
@@ -208,12 +208,12 @@ class Host:
             self._register(instance, worker, control, shown[instance])
 
     def behave(self, how: str) -> None:
-        """From the next request on."""
+        """Set the misbehaviour, from the next request on."""
         for worker in self._workers.values():
             worker.how = how
 
     def num_open(self) -> int:
-        """Requests that it has not ended."""
+        """Requests that the workers have not ended."""
         return sum(worker.num_open for worker in self._workers.values())
 
     def _register(self, instance: str, worker: ChaosWorker, control: str, port: int) -> None:

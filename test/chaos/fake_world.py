@@ -20,17 +20,17 @@ from .tcp_link import TcpLink
 HOST = Path(__file__).parent / "fake_host.py"
 NUM_HOSTS = 4
 NUM_WORKERS = 4
-"""Of each host; half of them are prefills."""
+"""Workers of each host; half of them are prefills."""
 SETTLE_S = 5.0
 FLAGS = (
     *("--heartbeat-secs", "0.3", "--request-timeout-secs", "3", "--shutdown-grace-period-secs", "0.3"),
     *("--cb-timeout-secs", "0.3", "--policy", "round_robin"),
 )
-"""Round robin comes to every worker soon; real servers are chosen by the default policy."""
+"""Round robin reaches every worker soon; real servers use the default policy."""
 
 
 class FakeHost:
-    """One process with fake workers, which come back on the ports they had."""
+    """One process with fake workers, which keep their ports over a restart."""
 
     def __init__(self, number: int, model: Path, control: str) -> None:
         self.name = f"host{number}"
@@ -42,7 +42,7 @@ class FakeHost:
         self.workers: frozenset[str] = frozenset()
 
     async def start(self) -> None:
-        """Returns when its workers listen; they register soon after."""
+        """Return when its workers listen; they register soon after."""
         arguments = (str(HOST), self.name, str(self._model), self._proxy.address, ",".join(self._ports))
         self._process = await asyncio.to_thread(ChildProcess, *arguments)
         greeting: dict[str, int] = self._process.greeting
@@ -53,7 +53,7 @@ class FakeHost:
             link.lead_to(port)
 
     async def link_up(self) -> None:
-        """Have the router reach its workers over links of ours; before `start`."""
+        """Put links of the test between the router and its workers. Call before `start`."""
         for _ in range(NUM_WORKERS):
             self.links.append(TcpLink())
             await self.links[-1].open()
@@ -72,7 +72,7 @@ class FakeHost:
         self._process.resume()
 
     async def behave(self, how: str) -> None:
-        """How its workers treat requests from now on."""
+        """Set the misbehaviour of its workers from now on."""
         await asyncio.to_thread(self._process.ask, "behave", how=how)
 
     async def num_open(self) -> int:
@@ -81,16 +81,16 @@ class FakeHost:
         return count
 
     def lose_messages(self, share: float) -> None:
-        """Of its control messages and their answers."""
+        """The faults of its control messages and their answers."""
         self.faults.lose(share, Heartbeat, Register)
 
     async def link(self, how: str) -> None:
-        """How the links to its workers treat what comes."""
+        """Set the state of the links to its workers."""
         for link in self.links:
             link.behave(how)
 
     async def close(self) -> None:
-        """End it for good."""
+        """Stop it for good."""
         await self.kill()
         for link in self.links:
             await link.close()
@@ -113,11 +113,11 @@ class FakeWorld:
         return self.router.url
 
     def workers(self) -> frozenset[str]:
-        """All of them."""
+        """All workers."""
         return frozenset[str]().union(*(host.workers for host in self.hosts))
 
     async def leaks(self) -> list[str]:
-        """Requests that the router or a worker still has."""
+        """Requests that the router or a worker still holds."""
         held: list[str] = []
         async with aiohttp.ClientSession() as session:
             for _ in range(int(SETTLE_S / 0.05)):

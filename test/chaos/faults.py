@@ -1,8 +1,8 @@
-"""One fault after the other under load: begun, ended, waited for until every worker serves again.
+"""Injects one fault after the other under load, and waits after each until every worker serves again.
 
     load ──────────────────────────────────────────────> stop, all requests end ──> nothing is left
           warm_s │ strike ── hold_s ── mend │ every worker has answered right
-Knows no servers: a `World` does.
+Knows no servers: a `World` has them.
 """
 
 from __future__ import annotations
@@ -30,19 +30,19 @@ class World(Protocol):
     url: str
 
     def workers(self) -> frozenset[str]:
-        """The ids of all that should serve when nothing is wrong."""
+        """The ids of all workers that serve without faults."""
 
     async def leaks(self) -> list[str]:
-        """What is still held though nothing runs any more; waits a while for it to go."""
+        """Resources that are still held when nothing runs; waits a while for their release."""
 
 
 async def nothing() -> None:
-    """Does not do anything."""
+    """No fault."""
 
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """Something that goes wrong for a while."""
+    """A fault with a beginning and an end."""
 
     kind: str
     target: str
@@ -50,27 +50,27 @@ class Fault:
     mend: Callable[[], Awaitable[object]] = nothing
     hold_s: float = 0.3
     router_dies: bool = False
-    """Its clients' connections break."""
+    """The fault breaks the connections of its clients."""
     odd: Manner | None = None
-    """How half of the clients behave meanwhile."""
+    """The behaviour of half of the clients during the fault."""
 
 
 @dataclass(frozen=True, slots=True)
 class Pace:
-    """How much is asked, and how long things may take."""
+    """The load and the time limits."""
 
     num_clients: int
     warm_s: float
     recover_s: float
     limit_s: float
-    """After so long without an end a request is lost."""
+    """Seconds after which a request without an end is lost."""
     cold_share: float = 0.0
     """The requests that no worker can have cached: they reach all workers."""
 
 
 @dataclass(slots=True)
 class Load:
-    """Clients that ask one thing after another until they are told to stop."""
+    """Clients that send one request after another until `stop`."""
 
     url: str
     asks: Sequence[Ask]
@@ -80,7 +80,7 @@ class Load:
     _stopped: bool = False
 
     async def run(self, seed: int) -> None:
-        """Ask until `stop`; returns when every request has ended."""
+        """Send requests until `stop`; return when every request has ended."""
         connector = aiohttp.TCPConnector(limit=0)
         async with aiohttp.ClientSession(connector=connector, timeout=aiohttp.ClientTimeout()) as session:
             clients = (
@@ -89,7 +89,7 @@ class Load:
             await asyncio.gather(*clients)
 
     def stop(self) -> None:
-        """Ask nothing more."""
+        """Send no more requests."""
         self._stopped = True
 
     async def _client(self, session: aiohttp.ClientSession, draw: random.Random, number: int) -> None:

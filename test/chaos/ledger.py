@@ -1,4 +1,4 @@
-"""What became of the requests of each fault, as a table and as JSON lines."""
+"""The outcomes of the requests of each fault, as a table and as JSON lines."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Row:
 
     @property
     def is_good(self) -> bool:
-        """Nothing was lost or leaked, and all came back."""
+        """No request was lost, nothing leaked, and all workers recovered."""
         return not self.lost and not self.leaked and self.recovered_s is not None
 
 

@@ -1,6 +1,6 @@
-"""Real SGLang servers and a real router: whatever breaks, every request ends right or with a clear error.
+"""Real SGLang servers and a real router: under any fault, every request ends right or with a clear error.
 
-Takes minutes, so it is run by name: `make chaos`, or `make chaos FAULTS='SIGSTOP|link'` for some.
+Takes minutes, so it runs by name only: `make chaos`, or `make chaos FAULTS='SIGSTOP|link'` for some.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ TO_POOL = (Reserve, Commit, AcquireLease, ReleaseLease, Fetch)
 
 
 def faults(world: RealWorld) -> list[Fault]:
-    """In the order in which they happen."""
+    """The faults, in order."""
     router = world.router
     prefill, decode = world.servers["prefill-0"], world.servers["decode-0"]
     other_prefill, other_decode = world.servers["prefill-1"], world.servers["decode-1"]
@@ -133,7 +133,7 @@ async def _run(directory: Path, model: Path) -> None:
 
 
 async def link(one: TcpLink, how: str) -> None:
-    """Change how it treats what comes."""
+    """Set the state of a link."""
     one.behave(how)
 
 
@@ -143,7 +143,7 @@ async def step(file: Path, ahead_s: float) -> None:
 
 
 def lossy(faults: Faults, share: float, kinds: tuple[type, ...]) -> tuple[Step, Step]:
-    """Lose that share of messages, and of answers; and stop it."""
+    """Lose a share of messages and of answers; end it."""
 
     async def begin() -> None:
         faults.lose(share, *kinds)
@@ -152,7 +152,7 @@ def lossy(faults: Faults, share: float, kinds: tuple[type, ...]) -> tuple[Step, 
 
 
 def each(faults: Faults, fault: LinkFault, kinds: tuple[type, ...]) -> tuple[Step, Step]:
-    """Let that happen to the next messages of each kind; and stop it. What was late arrives then."""
+    """Give the next messages of each type a fault; end it. Delayed messages arrive then."""
 
     async def begin() -> None:
         for kind in kinds:

@@ -1,4 +1,4 @@
-"""A router, two prefills, two decodes and a memory instance: real processes, with our links in between."""
+"""A router, two prefills, two decodes and a memory instance: real processes, with test links between."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from .tcp_link import TcpLink
 
 START_S = 300.0
 SETTLE_S = 40.0
-"""Blocks of a dead peer are kept apart until it is known to be dead."""
+"""Blocks of a dead peer stay in quarantine until it is known to be dead."""
 HELD = ("private", "reserved", "quarantined", "leases")
 HBM_TOKENS = 4096
 DRAM_GIB = 0.05
@@ -36,7 +36,7 @@ ROUTER_FLAGS = ("--heartbeat-secs", "1", "--request-timeout-secs", "60", "--shut
 
 
 class _Rewriting:
-    """A control link to the router that says other addresses than the server does: those of our links."""
+    """A control link to the router that replaces the server's addresses by those of the test's links."""
 
     def __init__(self, server: Server, router: str) -> None:
         self._server = server
@@ -59,17 +59,17 @@ class _Rewriting:
 
 
 class Server:
-    """One process of the cluster, which comes back under its name and its address."""
+    """One process of the cluster, which keeps its name and address over a restart."""
 
     def __init__(self, name: str, role: Role, router: str, directory: Path, flags: list[str]) -> None:
         self.name = name
         self.role = role
         self.link = TcpLink()
-        """From the router to its HTTP server."""
+        """The link from the router to its HTTP server."""
         self.faults = Faults()
-        """Of its messages to the router."""
+        """The faults of its messages to the router."""
         self.pool_faults = Faults()
-        """Of the messages to its pool."""
+        """The faults of the messages to its pool."""
         self._port = free_port()
         self._directory = directory
         self._count = 0
@@ -79,11 +79,11 @@ class Server:
 
     @property
     def url(self) -> str:
-        """Of the server itself, past the link."""
+        """URL of the server itself, without the link."""
         return f"http://127.0.0.1:{self._port}"
 
     async def start(self) -> None:
-        """Begin; see `ready`."""
+        """Start it; see `ready`."""
         if not self.link.port:
             await self.link.open()
             self.link.lead_to(self._port)
@@ -101,7 +101,7 @@ class Server:
         )
 
     async def restart(self) -> None:
-        """Start it, and wait."""
+        """Start it, and wait until it is ready."""
         await self.start()
         await self.ready()
 
@@ -118,27 +118,27 @@ class Server:
         os.killpg(self.process.pid, signal.SIGCONT)
 
     async def fill_disk(self) -> None:
-        """No log of it grows from now on."""
+        """Keep its logs from growing, as on a full disk."""
         for pid in self._pids():
             limit_files(pid, 1)
 
     async def free_disk(self) -> None:
-        """They may again."""
+        """End that."""
         for pid in self._pids():
             limit_files(pid, None)
 
     async def spoil(self) -> None:
-        """Change a byte in every 64 of all DRAM that its pools have."""
+        """Change one byte in every 64 of all DRAM of its pools."""
         await asyncio.to_thread(lambda: [_spoil(arena) for pid in self._pids() for arena in _arenas(pid)])
 
     def pool_address(self, address: str) -> str:
-        """Where others shall reach the pool at `address`. Any thread."""
+        """The address under which other processes reach the pool at `address`. Any thread."""
         if address not in self._pools:
             self._pools[address] = FaultyProxy(FaultyLink(_client(address), self.pool_faults))
         return self._pools[address].address
 
     async def close(self) -> None:
-        """End it for good."""
+        """Stop it for good."""
         await self.kill()
         await self.link.close()
         for proxy in (self._control, *self._pools.values()):
@@ -166,11 +166,11 @@ class RealWorld:
         return self.router.url
 
     def workers(self) -> frozenset[str]:
-        """Those that take requests."""
+        """The servers that take requests."""
         return frozenset(name for name, one in self.servers.items() if one.role is not Role.MEMORY)
 
     async def leaks(self) -> list[str]:
-        """What the router, the servers or their pools still hold."""
+        """Resources that the router, the servers or their pools still hold."""
         async with aiohttp.ClientSession() as session:
             held: list[str] = []
             for _ in range(int(SETTLE_S / 0.25)):
@@ -181,7 +181,7 @@ class RealWorld:
             return held
 
     async def unused_tokens(self) -> dict[str, int]:
-        """KV slots in use, by server, when its cache has been flushed: 0, if it has lost none."""
+        """KV slots in use by server after a flush: 0 if none has leaked."""
         async with aiohttp.ClientSession() as session:
             used = {}
             for name in self.workers():
@@ -193,13 +193,13 @@ class RealWorld:
         return used
 
     async def reports(self) -> dict[str, list[dict[str, Any]]]:
-        """What the pools of each server say."""
+        """The reports of the pools of each server."""
         async with aiohttp.ClientSession() as session:
             pages = {name: await _get(session, f"{one.url}/mempool") for name, one in self.servers.items()}
         return {name: page if isinstance(page, list) else page["pools"] for name, page in pages.items()}
 
     def log_lines(self, pattern: str) -> list[str]:
-        """Of all servers there have been."""
+        """The logs of all servers, also ended ones."""
         found = re.compile(pattern)
         return [
             f"{path.name}: {line}"
@@ -254,7 +254,7 @@ class RealWorld:
         self.servers[name] = Server(name, role, self.router.control, self._directory, flags)
 
     async def _whole(self) -> None:
-        """Everyone is ready, and so are the pools."""
+        """All servers and their pools are ready."""
         async with aiohttp.ClientSession() as session, asyncio.timeout(60):
             while True:
                 page = await _get(session, f"{self.url}/workers")

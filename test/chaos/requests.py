@@ -1,4 +1,4 @@
-"""What is asked while things break: turns of chats, over every endpoint, and their answers in peace."""
+"""The requests during faults: turns of chats, over every endpoint, with their undisturbed answers."""
 
 from __future__ import annotations
 

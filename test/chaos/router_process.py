@@ -1,4 +1,4 @@
-"""A router as a process that is stopped, killed and started again where it was."""
+"""A router process that is stopped, killed and restarted at the same address."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class RouterProcess:
         self._ports = ["--port", "0", "--control-port", "0"]
         self._count = 0
         self.clock = log_dir / "clock"
-        """Seconds that the router's wall clock is ahead."""
+        """Seconds by which the router's wall clock is ahead."""
         self.url = self.control = ""
 
     async def start(self) -> None:
-        """Returns when it serves. Raises ClusterFailed."""
+        """Return when it serves. Raises ClusterFailed."""
         self._count += 1
         self.clock.parent.mkdir(parents=True, exist_ok=True)
         self.clock.write_text("0")
@@ -70,20 +70,20 @@ class RouterProcess:
         self.process.send(signal.SIGCONT)
 
     async def fill_disk(self) -> None:
-        """No file of the router's grows from now on, its log first of all."""
+        """Keep the router's files from growing, first of all its log."""
         limit_files(self.process.pid, self.process.log.stat().st_size)
 
     async def free_disk(self) -> None:
-        """They may again."""
+        """End that."""
         limit_files(self.process.pid, None)
 
     def tracebacks(self) -> list[str]:
-        """The exceptions that any of them has logged."""
+        """The exceptions that the routers have logged."""
         logs = [path.read_text(errors="replace") for path in sorted(self._log_dir.glob("router-*.log"))]
         return [one for log in logs for one in _TRACEBACK.findall(log)]
 
 
 def limit_files(pid: int, num_bytes: int | None) -> None:
-    """Let no file that a process writes to grow beyond that; None: any may."""
+    """Limit the size of the files that a process writes; None: no limit."""
     limit = resource.RLIM_INFINITY if num_bytes is None else num_bytes
     resource.prlimit(pid, resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))

@@ -1,4 +1,4 @@
-"""A TCP link that is cut, falls silent or crawls when told to. Knows no protocol."""
+"""A TCP link that can be cut, silenced or slowed. Knows no protocol."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ SLOW_BYTES = 512
 
 
 class TcpLink:
-    """Passes on what comes to a port of its own. Event loop thread only."""
+    """Forwards the bytes of connections to a port of its own. Event loop thread only."""
 
     def __init__(self) -> None:
         self.how = "well"
@@ -23,16 +23,16 @@ class TcpLink:
         self._changed = asyncio.Event()
 
     async def open(self) -> None:
-        """Begin to listen."""
+        """Start to listen."""
         self._server = await asyncio.start_server(self._accepted, "127.0.0.1", 0)
         self.port = self._server.sockets[0].getsockname()[1]
 
     def lead_to(self, port: int) -> None:
-        """Where connections go."""
+        """Set the target of connections."""
         self._target = port
 
     def behave(self, how: str) -> None:
-        """From now on, for open connections, too."""
+        """Set the state from now on, also of open connections."""
         self.how = how
         self._changed.set()
         self._changed = asyncio.Event()
@@ -41,7 +41,7 @@ class TcpLink:
                 writer.transport.abort()
 
     async def close(self) -> None:
-        """Let everything go."""
+        """Close the link and its connections."""
         if self._server is not None:
             self._server.close()
         self.behave("cut")

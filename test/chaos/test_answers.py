@@ -1,4 +1,4 @@
-"""What counts as answered right, as a clear error, and as lost."""
+"""Classification of answers: right, clear error, lost."""
 
 from __future__ import annotations
 

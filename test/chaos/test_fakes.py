@@ -1,4 +1,4 @@
-"""Many fake workers and one real router: whatever breaks, every request ends right or with a clear error."""
+"""Many fake workers and one real router: under any fault, every request ends right or with a clear error."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ NUM_TOKENS = 24
 
 
 def faults(world: FakeWorld) -> list[Fault]:
-    """In the order in which they happen."""
+    """The faults, in order."""
     one, two, three, linked = world.hosts
     router = world.router
     day_s = 86400
@@ -106,7 +106,7 @@ async def _expect(host: FakeHost, fault: LinkFault) -> None:
 
 
 async def _land(host: FakeHost) -> None:
-    """What was late arrives now, after what was said later."""
+    """Delayed messages arrive now, after later ones."""
     host.faults.clear()
     await asyncio.to_thread(host.faults.land)
 

@@ -1,4 +1,4 @@
-"""Nonsense gets a 4xx with the reason, leaves nothing running, and harms no server."""
+"""Invalid requests get a 4xx with the reason, leave nothing running, and harm no server."""
 
 from __future__ import annotations
 

@@ -22,7 +22,7 @@ def test_bench_client_gets_an_answer_to_every_request(pair: Pair, tmp_path: Path
         *("--random-range-ratio", "1", "--max-concurrency", "3", "--seed", "1", "--flush-cache"),
         *("--output-file", str(results), "--output-details", "--disable-tqdm"),
     ]
-    # It imports Hugging Face's `datasets` whatever the dataset; random token ids need nothing of it.
+    # The client always imports Hugging Face's `datasets`; random token ids do not need it.
     (tmp_path / "datasets.py").write_text("def load_dataset(*_, **__): raise NotImplementedError\n")
     paths = [str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])]
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": os.pathsep.join(paths)}

@@ -43,7 +43,7 @@ WORDS = [
 
 @dataclass(frozen=True)
 class Turn:
-    """What one turn cost: tokens, and whole pages."""
+    """The cost of one turn: tokens, and whole pages."""
 
     computed: int
     to_decode: int
@@ -69,7 +69,7 @@ def expected(mode: CachingMode, prompts: list[int]) -> list[Turn]:
 def converse(
     pair: Pair, between: Callable[[], None] = lambda: None
 ) -> tuple[list[int], list[Turn], list[list[int]]]:
-    """Six turns: tokens of each prompt, what each cost, and the tokens that came back."""
+    """Six turns: tokens of each prompt, the cost of each, and the answered tokens."""
     page = page_bytes(pair.model)
     history, prompts, turns, outputs = "", [], [], []
     for words in WORDS:

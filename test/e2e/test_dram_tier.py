@@ -1,4 +1,4 @@
-"""History that the radix cache has evicted comes back from DRAM, bit for bit, and a flush forgets it."""
+"""History evicted from the radix cache is loaded from DRAM, bit for bit, and a flush drops it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ NUM_PROMPTS = SMALL_HBM_TOKENS // PROMPT_TOKENS * 2
 
 
 def dram_stats(pair: Pair) -> dict[str, int]:
-    """The numbers of prefill's pool."""
+    """The statistics of prefill's pool."""
     workers = requests.get(f"{pair.url}/workers", timeout=REQUEST_TIMEOUT_S).json()["workers"]
     (report,) = pool_reports([worker["url"] for worker in workers if worker["role"] == "prefill"])
     stats: dict[str, int] = report["pool"]

@@ -1,4 +1,4 @@
-"""Servers that die in the middle of a request, come back, and are told to stop."""
+"""Servers that die during a request, restart, and are stopped."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ LONG = {"max_new_tokens": 6000, "temperature": 0, "ignore_eos": True}
 
 
 def wait_registered_again(pair: Pair, role: Role) -> None:
-    """Launch the server of `role` anew and see that it serves soon after it has registered."""
+    """Restart the server of `role` and check that it serves soon after its registration."""
     pair.launch(role)
     pair.cluster.wait_ready()
     body = {"text": "back?", "sampling_params": {"max_new_tokens": 3}}
@@ -107,14 +107,14 @@ def test_stopping_server_leaves_the_router_at_once(expendable_pair: Pair) -> Non
 
 @pytest.fixture(scope="module")
 def alone(tiny_model: Path, new_cluster: NewCluster) -> Iterator[Cluster]:
-    """One colocated server, as a user starts it, while the other tests wait for theirs."""
+    """One colocated server, started as a user does."""
     with new_cluster("alone", start=start_process) as cluster:
         cluster.launch("alone", Role.COLOCATED, tiny_model)
         yield cluster
 
 
 def test_restarted_router_recovers_its_instances(alone: Cluster, tmp_path: Path) -> None:
-    """On a router port that is used twice."""
+    """A cluster on a router port that is used twice."""
     alone.wait_ready()
     server = alone.servers["alone"]
     port, control = alone.url.rsplit(":", 1)[1], alone.control.rsplit(":", 1)[1]
@@ -145,7 +145,7 @@ def _session_pids(leader: int) -> list[int]:
 
 @pytest.fixture(autouse=True)
 def _leave_a_whole_pair(expendable_pair: Pair, alone: Cluster) -> Any:
-    """Nothing has leaked; and if a test failed half-way, bring back what it killed."""
+    """Check that nothing leaked; restart servers that a failed test has killed."""
     yield
     for role in (Role.PREFILL, Role.DECODE):
         process = expendable_pair.cluster.servers.get(str(role))

@@ -1,4 +1,4 @@
-"""SGLang's frontend language, every call of it, against a prefill/decode pair."""
+"""Every call of SGLang's frontend language, against a prefill/decode pair."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def test_frontend_select_takes_the_likeliest_choice() -> None:
 
 
 def test_frontend_select_scores_equal_those_of_one_server(pair: Pair) -> None:
-    """Prefill's input logprobs reach the client whole: as many as were asked, in order."""
+    """Prefill's input logprobs reach the client complete and in order."""
     answers = pair.generate(
         text=["Answer: yes", "Answer: no"],
         return_logprob=True,

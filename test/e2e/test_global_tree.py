@@ -1,7 +1,7 @@
-"""The router's tree is what the servers hold, block for block in each tier, whatever has happened.
+"""The router's tree equals the servers' pools, block for block in each tier, after evictions and faults.
 
-Both servers have little HBM and little DRAM, so both tiers evict. All that the servers say to the router
-goes through a proxy that can lose it.
+Both servers have little HBM and little DRAM, so both tiers evict. All messages of the servers to the router
+go through a proxy that can lose them.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Stage:
     faults: Faults
 
     def ask(self, topic: str) -> None:
-        """Prompts that share a beginning, more of them than there is room for."""
+        """Prompts that share a prefix, more than both tiers can hold."""
         for i in range(NUM_PROMPTS):
             text = f"{topic}: " + "as everybody knows. " * 4 + f"Number {i:02}, at length. " * 30
             self.pair.generate(text=text[:PROMPT_TOKENS], sampling_params={"max_new_tokens": 20})
@@ -56,7 +56,7 @@ class Stage:
         return digests
 
     def reports(self) -> dict[str, Any]:
-        """What each server says of its pool."""
+        """The report of each server's pool."""
         servers = [(worker["instance_id"], worker["url"]) for worker in self.pair.workers()]
         return {name: pool_reports([url])[0] for name, url in servers}
 
@@ -64,7 +64,7 @@ class Stage:
         return {name: report["digest"] for name, report in self.reports().items()}
 
     def wait_agreed(self, *names: str) -> Digests:
-        """Return what all hold once the tree has the same, and these instances are all there are."""
+        """Wait until the tree equals the pools of exactly these instances; return their contents."""
         self.rest()
         held = self.held()
         assert held.keys() == set(names)
@@ -73,7 +73,7 @@ class Stage:
         return held
 
     def counted(self, what: str) -> int:
-        """One of the router's counters of what has happened to the tree."""
+        """One of the router's counters of tree events."""
         page = requests.get(f"{self.pair.url}/metrics", timeout=REQUEST_TIMEOUT_S).text
         found = re.search(rf'tree_events_total{{what="{what}"}} (\d+)', page)
         return int(found[1]) if found else 0
@@ -95,7 +95,7 @@ def stage(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory, start: Sta
         cluster.wait_ready()
         pair.wait_pair()
         yield Stage(pair, faults)
-        cluster.close()  # They still have something to say to the router.
+        cluster.close()  # They still have events to report to the router.
 
 
 def test_tree_equals_the_pools_after_both_tiers_have_evicted(stage: Stage) -> None:
@@ -119,7 +119,7 @@ def test_tree_equals_the_pools_after_a_flush(stage: Stage) -> None:
 
 
 def test_tree_equals_the_pools_after_lost_messages_without_a_snapshot(stage: Stage) -> None:
-    """Ten times as many as may be, as there are only some hundred of them here."""
+    """Ten times the usual share, because there are only about a hundred messages."""
     snapshots = stage.counted("resets")
     stage.faults.lose(0.1, PoolEvents, SnapshotPart)
     stage.ask("first what is lost")

@@ -1,7 +1,7 @@
-"""History that prefill has no room for comes from its peers: decode's DRAM, or a memory instance.
+"""History that prefill cannot hold comes from its peers: decode's DRAM, or a memory instance.
 
-Prefill's HBM and DRAM hold one conversation each, and several take turns. The router has prefill fetch what
-is fetched faster than it is computed.
+Prefill's HBM and DRAM hold one conversation each, and several take turns. The router directs fetches that
+are faster than computing.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ NEW_TOKENS = 24
 NUM_CONVERSATIONS = 3
 TURNS = 6
 CONVERSATION_TOKENS = 900
-"""No conversation grows beyond this."""
+"""Most tokens of a conversation."""
 HBM_TOKENS = 1024
 
 
@@ -47,7 +47,7 @@ def scarce(tiny_model: Path, new_cluster: NewCluster) -> Iterator[Pair]:
 
 
 def converse(pair: Pair, name: str) -> tuple[int, int, list[list[int]]]:
-    """Conversations that take turns: tokens that prefill computed, at best could have, and the answers."""
+    """Run conversations in turn: tokens that prefill computed, the least possible number, and the answers."""
     histories = [
         f"{name} {i}: " + "this is how it began, a long time ago. " * 8 for i in range(NUM_CONVERSATIONS)
     ]
@@ -72,14 +72,14 @@ def converse(pair: Pair, name: str) -> tuple[int, int, list[list[int]]]:
 
 
 def report(pair: Pair, name: str) -> dict[str, Any]:
-    """What one server's pool says."""
+    """The report of one server's pool."""
     urls = {worker["instance_id"]: worker["url"] for worker in pair.workers()}
     (only,) = pool_reports([urls[name]])
     return only
 
 
 def shrink(pair: Pair, name: str, dram_gib: float) -> None:
-    """Give one server that much DRAM from now on."""
+    """Resize the DRAM tier of one server."""
     (url,) = (worker["url"] for worker in pair.workers() if worker["instance_id"] == name)
     before = report(pair, name)["pool"]["total"]
     body = {"server_args": {"memserve_dram_gib": dram_gib}}
@@ -100,7 +100,7 @@ def test_history_lost_by_prefill_comes_from_decode(scarce: Pair, pair: Pair) -> 
 
 
 def test_memory_instance_raises_the_hit_rate_and_its_death_costs_recomputation_only(scarce: Pair) -> None:
-    """Decode's DRAM shrinks while it serves, too: without help most history is lost."""
+    """Decode's DRAM shrinks while it serves, too: without a memory instance most history is lost."""
     shrink(scarce, "decode", float(gib_of(HBM_TOKENS, scarce.model)))
     alone, least, _ = converse(scarce, "b")
     assert alone > least

@@ -16,7 +16,7 @@ from .conftest import Pair
 
 NEW_TOKENS = 120
 CUT_AFTER = 20
-"""Tokens that a client has when decode is killed."""
+"""Tokens that a client has received when decode is killed."""
 SAMPLING = {"max_new_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
 CHAT_SAMPLING = {"max_tokens": NEW_TOKENS, "temperature": 0, "ignore_eos": True}
 MESSAGES = [{"role": "user", "content": "Tell me of the sea, and of those who live by it."}]
@@ -45,7 +45,7 @@ class Reader:
                     self.events.append(line[6:])
 
     def told(self) -> Any:
-        """Text, ids, why it ended, and the usage, when the stream has."""
+        """Text, ids, finish reason and usage, after the end of the stream."""
         self.thread.join(60)
         assert self.events[-1] == b"[DONE]", self.events[-1]
         items = [json.loads(event) for event in self.events[:-1]]
@@ -70,7 +70,7 @@ def test_streams_continue_after_their_decode_dies(expendable_pair: Pair) -> None
         undisturbed = [Reader(pair, path, body).told() for path, body in ASKED]
         pair.cluster.wait_ready()
         wait_for(lambda: len(_ready(pair)) == 3, what="the spare decode", timeout_s=15)
-        # Everything to the other one, until all streams have begun.
+        # All requests go to the other decode until all streams have begun.
         drain = f"{pair.url}/workers/spare/drain"
         assert requests.post(drain, json={"timeout_s": 5}, timeout=10).status_code == 200
         readers = [Reader(pair, path, body) for path, body in ASKED]
@@ -85,12 +85,12 @@ def test_streams_continue_after_their_decode_dies(expendable_pair: Pair) -> None
         assert [reader.told() for reader in readers] == undisturbed
         metrics = requests.get(f"{pair.url}/metrics", timeout=5).text
         counts = dict(re.findall(r'memserve_router_resumed_total{outcome="(\w+)"} (\d+)', metrics))
-        # A penalty depends on the generated tokens; OpenAI's streams do not tell theirs.
+        # A penalty depends on the generated tokens, which OpenAI's streams do not contain.
         assert int(counts["continued"]) == 2
         assert int(counts["repeated"]) == 3
         assert sum(map(int, counts.values())) == len(ASKED)
     finally:
-        # The spare one stays, in the place of the other.
+        # The spare decode replaces the killed one.
         pair.cluster.servers["decode"].kill()
         pair.cluster.servers["decode"] = pair.cluster.servers.pop("spare", spare)
         wait_for(lambda: len(pair.workers()) == 2, what="the dead one to be forgotten", timeout_s=30)

@@ -1,4 +1,4 @@
-"""What a flush does to what prefill and decode keep. What is reused without one: test_caching_modes."""
+"""Effect of a flush on the caches of prefill and decode. test_caching_modes has reuse without a flush."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cluster of two pairs: all restarted under chats that go on, stopped in its tracks, and stuck."""
+"""A cluster of two pairs under running chats: restarted one by one, paused, and stuck."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from .geometry import PAGE
 NUM_CHATS = 6
 NEW_TOKENS = 24
 PAUSE_S = 0.2
-"""Between two turns of the load: the machine has servers to start meanwhile."""
+"""Seconds between two turns of the load: the machine starts servers meanwhile."""
 LOSS = 0.05
 ROUNDS = (("p0", "d0"), ("p1", "d1"))
 NAMES = [name for round in ROUNDS for name in round]
@@ -37,14 +37,14 @@ BACK_S = 2.0
 
 @dataclass
 class Chat:
-    """One conversation, which knows what of its history was found where it was sent."""
+    """One conversation, which counts the cached part of its history."""
 
     url: str
     text: str
     turns: Iterator[int] = field(default_factory=itertools.count)
 
     def turn(self) -> float:
-        """Ask once more; the share of the prompt that prefill did not have to compute."""
+        """Send the next turn; return the share of the prompt that prefill had cached."""
         self.text += f" And then, for the {next(self.turns)}th time, what happened to the two of them?"
         body = {
             "text": self.text,
@@ -61,7 +61,7 @@ class Chat:
 
 @contextmanager
 def load(chats: list[Chat]) -> Iterator[list[float]]:
-    """The chats go on inside the block; every turn that was answered. Fails with the first that was not."""
+    """Run the chats inside the block; yields the answered turns. Fails with the first unanswered turn."""
     over, answered = threading.Event(), list[float]()
 
     def talk() -> None:
@@ -76,7 +76,7 @@ def load(chats: list[Chat]) -> Iterator[list[float]]:
             yield answered
         finally:
             over.set()
-            talking.result()  # what went wrong there is the reason of what went wrong here
+            talking.result()  # a failure there causes the failure here
 
 
 def hit_ratio(chats: list[Chat]) -> float:
@@ -129,7 +129,7 @@ def test_rolling_restart_loses_no_request_and_little_history(pairs_of_two: Clust
             for name in round:
                 drained = drain(cluster, name)
                 assert drained["drained"], drained
-                # What goes home to a prefill after that, its decode still has.
+                # KV that returns to a prefill after that is still at its decode.
                 assert drained["evacuated"]["left"] * PAGE <= 2 * NEW_TOKENS, drained
                 cluster.servers[name].send(signal.SIGTERM)
             assert [cluster.servers[name].wait() for name in round] == [0, 0]

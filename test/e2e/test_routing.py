@@ -1,8 +1,7 @@
-"""The router sends prompts where their history is, moves it where that pays, and answers whatever happens.
+"""The router sends prompts to their history, moves history if that pays, and answers under failures.
 
-Two prefills, a decode and a memory instance behind a router that has been told nothing: it learns what
-work costs from what it sees. It tokenizes nothing: most prompts here are ids; texts it learns from the
-servers.
+Two prefills, a decode and a memory instance behind a router without settings: it learns the cost of work.
+It tokenizes nothing: most prompts here are ids, and servers report the keys of texts.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ class Stage:
         return told
 
     def flush(self) -> None:
-        """All but the memory instance forget everything, and the router knows."""
+        """Flush all servers but the memory instance, and wait until the router knows."""
         wait_settled(self.cluster.server_urls())
         self.post("/flush_cache")
 
@@ -74,7 +73,7 @@ class Stage:
         wait_for(is_empty, what="the router to see the flush", timeout_s=SETTLED_S)
 
     def wait_remembered(self, tokens: Sequence[int]) -> None:
-        """Until the router knows that the memory instance has a prompt's whole pages."""
+        """Wait until the router knows that the memory instance has a prompt's whole pages."""
         known = [{"instance": "memory", "blocks": len(tokens) // PAGE}]
         wait_for(lambda: self.explain(tokens)["memory"] == known, what="the memory", timeout_s=SETTLED_S)
 
@@ -97,7 +96,7 @@ def stage(tiny_model: Path, new_cluster: NewCluster) -> Iterator[Stage]:
         wait_for(lambda: is_ready(cluster.url), what="a pair", timeout_s=SETTLED_S)
         wait_pools_connected(cluster.server_urls())
         stage = Stage(cluster, memory)
-        for length in (40, 400, 1600, 100, 800, 2000, 200, 1200):  # What work costs here.
+        for length in (40, 400, 1600, 100, 800, 2000, 200, 1200):  # Teach the router the cost of work.
             stage.generate(stage.tokens(length))
         yield stage
 
@@ -145,7 +144,7 @@ def test_remote_history_is_fetched_if_faster_and_else_computed(stage: Stage) -> 
 
 
 def test_popular_prefix_is_replicated(stage: Stage) -> None:
-    """One prefill has it; while that one has much to do, the other fetches it and helps."""
+    """One prefill has the prefix; while it is busy, the other fetches the prefix and helps."""
     prefix = stage.tokens(HISTORY_TOKENS)
     stage.generate(prefix)
     wait_settled(stage.cluster.server_urls())
@@ -166,7 +165,7 @@ def test_text_keys_find_a_prompt_by_the_keys_that_a_server_reported(stage: Stage
     text = " ".join(str(stage.draw.randrange(10**6)) for _ in range(400))
     params = {"temperature": 0, "ignore_eos": True, "max_new_tokens": 4}
     first = stage.post("/generate", {"text": text, "sampling_params": params}).json()["meta_info"]
-    # What is less than a whole chunk at a text's end is not looked up.
+    # The last, partial chunk of a text is not looked up.
     num_pages = int(first["prompt_tokens"] // PAGE * (1 - CHUNK / len(text))) - 1
 
     def cached(text: str) -> dict[str, int]:

@@ -1,4 +1,4 @@
-"""The router's token ids are those that running servers compute, and may be sent in place of text."""
+"""The router's token ids equal those of running servers, and may replace the text of a request."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ CHATS: list[dict[str, Any]] = [
 
 @pytest.fixture(scope="module")
 def tokenizer(pair: Pair, tiny_model: Path) -> Tokenizer:
-    """Confirmed by both servers."""
+    """A tokenizer that both servers have confirmed."""
     tokenizer = Tokenizer.load(tiny_model)
     for url in pair.server_urls():
 
@@ -73,7 +73,7 @@ def answer(pair: Pair, api: Api, body: dict[str, Any]) -> Any:
 
 
 def lasting(answer: Any) -> Any:
-    """An answer without its name and its times, and what depends on the cache: numbers but for whole ones."""
+    """An answer without ids, times, cache counts, and floating-point numbers."""
     passing = {"id", "created", "usage"}
     if isinstance(answer, dict):
         return {name: lasting(value) for name, value in answer.items() if name not in passing}
@@ -99,7 +99,7 @@ def test_generate_uses_the_router_token_ids(tokenizer: Tokenizer, pair: Pair, te
 
 
 def _ids_of(answer: Any) -> list[tuple[Any, ...]]:
-    """What an answer to /generate says of its tokens; logprobs move with the batch a prompt is in."""
+    """The token fields of an answer to /generate. Logprobs vary with the batch of a prompt."""
     answers = answer if isinstance(answer, list) else [answer]
     return [
         (

@@ -1,4 +1,4 @@
-"""Through router, prefill and decode come the tokens that transformers computes on the same weights."""
+"""Router, prefill and decode give the tokens that transformers computes on the same weights."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_greedy_tokens_equal_transformers_cold_and_warm(
             answer = pair.generate(input_ids=ids[:length], sampling_params={"max_new_tokens": NEW_TOKENS})
             assert answer["output_ids"] == reference[length], f"{length} tokens, {temperature}"
             cached = answer["meta_info"]["prefill_cached_tokens"]
-            # The last token is always computed, so that there is something to sample from.
+            # The last token is always computed: sampling needs its logits.
             assert cached == (0 if temperature == "cold" else (length - 1) // PAGE * PAGE)
 
 
