@@ -1,4 +1,4 @@
-"""Programs of benchmark/ find their modules beside them; so do their tests."""
+"""Puts benchmark/ on the path: its programs import modules beside them, and so do their tests."""
 
 import sys
 from pathlib import Path

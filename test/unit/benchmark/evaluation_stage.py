@@ -1,4 +1,4 @@
-"""A made-up run directory, as the evaluation writes one. Nothing in it was measured."""
+"""A fictitious run directory in the format of the evaluation. No figure in it was measured."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PARTS = (("steps", STEPS, WORKLOADS), ("stock", STOCK, WORKLOADS), ("policies", 
 
 
 def outcome(ttft_s: float | None = 0.1, **others: Any) -> Outcome:
-    """An answered request, but for what is said."""
+    """An answered request, with the given changes."""
     fields = {
         "session": "s",
         "turn": 0,
@@ -40,7 +40,7 @@ def outcome(ttft_s: float | None = 0.1, **others: Any) -> Outcome:
 
 
 def run_of(outcomes: Sequence[Outcome], *, repeat: int = 0, **cell: Any) -> Run:
-    """Ten seconds of PD-Basic, but for what is said."""
+    """Ten seconds of PD-Basic, with the given changes."""
     fields = {"part": "steps", "system": "pd-basic", "workload": "sharegpt", "rate": 1.0, "load": "below"}
     return Run(Cell(repeat=repeat, **(fields | cell)), 10.0, 1000, tuple(outcomes))
 
@@ -83,7 +83,7 @@ def write_directory(
                 for load in RATES if part != "policies" else ["below"]:
                     for system, factor in systems.items():
                         cell = Cell(part, system, workload, RATES[load], load, repeat)
-                        # One cell that ours loses, so that a reader sees what that looks like.
+                        # One cell that MemServe loses, to show a regression on the page.
                         loses = (part, system, workload, load) == ("stock", "pd-caching-3", "react", "over")
                         write_run(path / "runs.jsonl", serving_run(cell, 0.6 if loses else factor, rng))
     lines = [json.dumps(figure) + "\n" for figure in made_up_figures(rng)]

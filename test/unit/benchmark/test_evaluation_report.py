@@ -1,4 +1,4 @@
-"""The report: statistics by hand, verdicts, what two runs agree in, and a page that needs nothing else."""
+"""The report: statistics checked by hand, verdicts, agreement of two runs, and a self-contained page."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ from report.summary import Estimate, Slo, compare, figures_of, group, summarize,
 
 @pytest.fixture(scope="session")
 def measured(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A whole evaluation, but for two of its workloads."""
+    """A whole evaluation without two of its workloads."""
     return write_directory(tmp_path_factory.mktemp("run"), workloads=["react"])
 
 
 @pytest.fixture(scope="session")
 def html(measured: Path) -> str:
-    """Its page, with causes of its own only."""
+    """The page of that evaluation, with its own causes only."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(evidence, "NOTES", measured / "none.json")
         make_report(measured)

@@ -1,4 +1,4 @@
-"""The load generator: what is planned, what a stream is taken for, what is written down."""
+"""The load generator: plans, parsed streams, records."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def stream(*lines: bytes, status: int = 200) -> Handler:
 
 
 def asked(handler: Handler, plan: Plan) -> list[Outcome]:
-    """What the plan's requests came to on a server that answers so."""
+    """The records of the plan's requests at a server with this handler."""
 
     async def run() -> list[Outcome]:
         app = web.Application()

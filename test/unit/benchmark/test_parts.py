@@ -1,4 +1,4 @@
-"""What the programs of the micro, scale and overhead parts reckon out of what they measure."""
+"""The computations of the micro, scale and overhead programs on their measurements."""
 
 from __future__ import annotations
 

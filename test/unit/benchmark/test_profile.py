@@ -1,4 +1,4 @@
-"""What first tokens are made of: the slope is found through whatever waited, from what was measured only."""
+"""The profile of first tokens: the fit finds the slope despite waiting times, from measured values only."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def asked(computed: int, rest_s: float = 0.1, **others: Any) -> Outcome:
 
 
 def test_profile_fits_one_slope_and_an_offset_per_cell() -> None:
-    """Although one computes little and the other much, and some requests waited for seconds."""
+    """Cells that compute little and much, with requests that waited for seconds."""
     quick = [asked(computed, REST_S["quick"]) for computed in COMPUTED[:6]]
     slow = [asked(computed, REST_S["slow"]) for computed in COMPUTED[6:]]
     waited = [asked(computed, 2.0) for computed in (500, 900)]

@@ -1,4 +1,4 @@
-"""Workloads: the same for a seed, as published at full size, never past the context, shared where meant."""
+"""Workloads: deterministic per seed, as published at full size, within the context, with the intended sharing."""
 
 from __future__ import annotations
 
@@ -233,7 +233,7 @@ def test_workloads_refuse_unknown_names_and_a_trace_without_file() -> None:
 def test_workload_reuse_counts_whole_pages_of_history_and_answers() -> None:
     grown = Session("a", (Turn(tuple(range(20)), 30), Turn(tuple(range(100, 110)), 2)))
     of = statistics_of(Workload("w", (grown,)))
-    # The second prompt has 20 + 30 + 10 tokens; of the first 50, the last is not in any cache: 3 pages.
+    # The second prompt has 20 + 30 + 10 tokens; of the first 50, no cache has the last: 3 pages.
     assert of["reusable"] == pytest.approx(48 / 80)
     assert of["shared"] == pytest.approx(2 * 16 / 80)
     twice = Session("b", (Turn(tuple(range(32)), 2),) * 2, grows=False)

@@ -1,4 +1,4 @@
-"""What launch_server says to a user who got something wrong: one clear line, exit status 2."""
+"""User errors of launch_server: one clear line, exit status 2."""
 
 from __future__ import annotations
 

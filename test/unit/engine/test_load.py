@@ -1,4 +1,4 @@
-"""What schedulers say of themselves, and since when they have not."""
+"""The load that schedulers report, and the age of the report."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A server begins anew as another role: with what command line, and really, in a process of its own."""
+"""Restart of a server in another role: its command line, and a real restart in a process of its own."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ finally:
 
 
 def test_restart_stops_the_process_in_order_and_executes_it_again(tmp_path: Path) -> None:
-    """With SIGTERM turned into an ordinary end, as SGLang does."""
+    """A process that ends normally on SIGTERM, as SGLang does."""
     script = tmp_path / "launcher.py"
     script.write_text("import signal, sys\nsignal.signal(15, lambda *_: sys.exit(0))\n" + LAUNCHER)
     argv = ["--role", "prefill", "--tp", "2"]

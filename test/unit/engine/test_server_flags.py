@@ -1,4 +1,4 @@
-"""Which SGLang flags a role and a machine get, and that the user's own win."""
+"""The SGLang flags of a role and a machine, and the precedence of the user's flags."""
 
 from __future__ import annotations
 
@@ -132,7 +132,10 @@ def test_servers_of_a_pair_share_the_cores(role: Role, cores: int, threads: int)
     [
         (Role.PREFILL, ["prefill", "both", "full"]),
         (Role.COLOCATED, ["prefill", "both", "full"]),
-        (Role.DECODE, ["full"]),  # SGLang's decode never loads from DRAM: its pool is there to send KV home.
+        (
+            Role.DECODE,
+            ["full"],
+        ),  # SGLang's decode never loads from DRAM: its pool only returns KV to prefill.
     ],
 )
 def test_server_flags_add_a_pool_only_for_roles_that_use_it(role: Role, modes: list[str]) -> None:

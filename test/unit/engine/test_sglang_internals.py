@@ -1,4 +1,4 @@
-"""The SGLang internals we rely on are where we left them; a failure names the seam."""
+"""The SGLang internals that MemServe uses are as expected; a failure names the internal."""
 
 from __future__ import annotations
 

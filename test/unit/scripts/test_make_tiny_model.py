@@ -1,4 +1,4 @@
-"""The small models are the same everywhere, and their text survives tokenizing."""
+"""The small models are identical on every machine, and their text survives tokenizing."""
 
 from __future__ import annotations
 

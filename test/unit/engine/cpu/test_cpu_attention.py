@@ -1,4 +1,4 @@
-"""Our CPU attention against SGLang's torch_native, on SGLang's own pools, layers and batches."""
+"""MemServe's CPU attention against SGLang's torch_native, on SGLang's own pools, layers and batches."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ every_order = pytest.mark.parametrize("order", ["contiguous", "pages", "slots"])
 
 @pytest.fixture(scope="module", autouse=True)
 def one_thread() -> Iterator[None]:
-    """Tensors this small are only slowed down by more threads."""
+    """More threads only slow down tensors this small."""
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -49,7 +49,7 @@ def one_thread() -> Iterator[None]:
 class Case:
     """One layer's pools with a batch in them: request i has prefixes[i] tokens cached and news[i] new.
 
-    `order` says how a request's slots lie: one run, whole pages anywhere, or single slots anywhere.
+    `order` is the arrangement of a request's slots: one run, scattered pages, or scattered slots.
     """
 
     prefixes: Sequence[int]
@@ -67,7 +67,7 @@ class Case:
         self.runner = make_runner(len(totals), kv_heads, self.dtype)
         self.layer = RadixAttention(heads, HEAD_DIM, 0.3, kv_heads, layer_id=0, **self.layer_options)
         slots = take_slots(totals, self.order)
-        rows = torch.randperm(len(totals))  # requests do not sit in the table in the batch's order
+        rows = torch.randperm(len(totals))  # the order of requests in the table differs from the batch
         for row, own in zip(rows, slots, strict=True):
             self.runner.req_to_token_pool.req_to_token[row, : len(own)] = own
         self.batch = ForwardBatch(
@@ -104,7 +104,7 @@ class Case:
 
 
 def make_runner(requests: int, kv_heads: int, dtype: torch.dtype) -> SimpleNamespace:
-    """What a backend reads of SGLang's ModelRunner, on real pools full of arbitrary KV."""
+    """The parts of SGLang's ModelRunner that a backend reads, on real pools with arbitrary KV."""
     pool = MHATokenToKVPool(
         size=SLOTS,
         page_size=PAGE_TOKENS,
@@ -164,7 +164,7 @@ def test_single_request_at_every_page_edge_equals_torch_native(prefix, new):
 @every_order
 @pytest.mark.parametrize("decode", [False, True])
 def test_long_prefixes_equal_torch_native(decode, order):
-    """Long enough for runs attended in place, and for more than one gathered piece."""
+    """Prefixes long enough for runs attended in place and for several gathered pieces."""
     Case([GATHERED_TOKENS + 200, 0, MIN_RUN_TOKENS], [1, 1, 1], order=order, decode=decode).assert_same()
 
 
@@ -233,7 +233,7 @@ def test_pool_of_another_dtype_equals_torch_native():
 
 
 def test_extend_never_pads_its_queries(monkeypatch):
-    """The reason this backend exists: queries x keys attended is new x total, not total x total."""
+    """The purpose of the backend: it attends new x total, not total x total."""
     attended = []
 
     def counting(query, key, value, **options):

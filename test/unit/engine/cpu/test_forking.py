@@ -1,4 +1,4 @@
-"""When the other processes of a CPU server are forks of the first."""
+"""Conditions under which a CPU server forks its children."""
 
 from __future__ import annotations
 
@@ -21,9 +21,9 @@ print(multiprocessing.get_start_method())
 
 
 def chosen(num_others: int) -> str:
-    """The start method in a process with that many other threads."""
+    """The start method in a process with this many additional threads."""
     command = [sys.executable, "-c", CHOOSE.format(num_others=num_others)]
-    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # else numpy starts some of its own
+    env = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}  # keeps numpy from starting threads
     return subprocess.run(command, check=True, capture_output=True, text=True, env=env).stdout.strip()
 
 

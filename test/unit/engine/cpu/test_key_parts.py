@@ -1,4 +1,4 @@
-"""Planning which keys are attended in place, which are gathered, and which together."""
+"""The plan of keys attended in place, gathered, and gathered together."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_find_runs_finds_adjacent_slots():
     slots = [
         torch.cat([torch.arange(500, 500 + LONG), torch.arange(100, 110), torch.arange(900, 901 + LONG)]),
         NO_SLOTS,
-        torch.arange(901 + LONG, 900 + 2 * LONG),  # goes on where the first request ended, but is too short
+        torch.arange(901 + LONG, 900 + 2 * LONG),  # continues the first request's run, but is too short
         torch.arange(7, 7 + LONG),
     ]
     first = [KeyRun(0, 500, LONG), KeyRun(LONG + 10, 900, LONG + 1)]
@@ -82,7 +82,7 @@ def test_group_pieces_gathers_pieces_of_similar_length_together():
     kept = together.slots.view(4, 100)[together.mask.view(4, 100) == 0]
     assert kept.tolist() == [at * 5000 + slot for at in (2, 4, 0, 3) for slot in range(lengths[at])]
     padding = together.slots.view(4, 100)[:, -1]
-    assert padding.tolist() == [10_099, 20_000, 0, 15_000]  # never a slot that is not the request's own
+    assert padding.tolist() == [10_099, 20_000, 0, 15_000]  # only slots of the request itself
 
 
 @settings(max_examples=60, deadline=None)

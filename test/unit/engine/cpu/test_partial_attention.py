@@ -121,7 +121,7 @@ def test_partials_of_any_partition_in_any_order_merge_to_full_attention(cuts, or
         at = order.randrange(len(parts) - 1)
         parts[at : at + 2] = [merge(parts[at : at + 2])]
     expected = by_definition(query, key, value)
-    # A log-sum-exp is as large as the scores, so its rounding shows in the weights.
+    # A log-sum-exp is as large as the scores, so its rounding affects the weights.
     tolerance = 5e-6 * max(1.0, magnitude)
     for merged in (at_once, parts[0]):
         torch.testing.assert_close(merged.output.double(), expected.output, rtol=tolerance, atol=tolerance)

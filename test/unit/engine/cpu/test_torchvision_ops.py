@@ -1,4 +1,4 @@
-"""torchvision imports beside a CPU torch, in a process that never heard of MemServe."""
+"""torchvision imports beside a CPU torch, in a process without MemServe."""
 
 from __future__ import annotations
 
