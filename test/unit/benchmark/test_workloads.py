@@ -1,4 +1,4 @@
-"""Workloads: deterministic per seed, as published at full size, within the context, with the intended sharing."""
+"""Workloads: deterministic per seed, as published at full size, within the context, sharing as intended."""
 
 from __future__ import annotations
 
