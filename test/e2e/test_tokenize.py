@@ -63,7 +63,7 @@ def read(tokenizer: Tokenizer, api: Api, body: dict[str, Any]) -> tuple[list[lis
     call = read_request(api, body, Limits(), new_rid="new")
     tokens = asyncio.run(tokenizer.tokens_of(call))
     assert isinstance(tokens, KnownTokens), tokens
-    return [list(ids) for ids in tokens.prompts], tokenizer.forwardable(call, tokens)
+    return [list(ids) for ids in tokens.prompts], tokenizer.with_token_ids(call, tokens)
 
 
 def answer(pair: Pair, api: Api, body: dict[str, Any]) -> Any:

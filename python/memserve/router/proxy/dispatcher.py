@@ -39,8 +39,8 @@ class Dispatcher:
     async def answer(self, prepared: PreparedRequest, on_placed: OnPlaced) -> bytes:
         """The whole answer. Raises as `RetryLoop.run` and `Upstream.leg`."""
 
-        async def execute(attempt: Attempt, placed: Placement) -> bytes:
-            answer = await self._executor.answer(attempt.request, placed)
+        async def execute(attempt: Attempt, placement: Placement) -> bytes:
+            answer = await self._executor.answer(attempt.request, placement)
             return attempt.attempt_id.removed(answer) if attempt.attempt_id else answer
 
         async def next_attempt(_: UpstreamFault) -> Attempt:
@@ -53,11 +53,11 @@ class Dispatcher:
         request = prepared.request
         stream = self._recovery.open(request, sink, self._retries.ready(prepared))
 
-        async def execute(attempt: Attempt, placed: Placement) -> None:
+        async def execute(attempt: Attempt, placement: Placement) -> None:
             resumption = attempt.resumption
             write = stream.writer(attempt.attempt_id, resumption.splicer if resumption else None)
             try:
-                await self._executor.stream(attempt.request, placed, write)
+                await self._executor.stream(attempt.request, placement, write)
             except UpstreamFault:
                 closing = self._recovery.closing_events(request, stream)
                 if closing is None:

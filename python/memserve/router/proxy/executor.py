@@ -1,7 +1,7 @@
-"""One attempt at a request, on the instances it was given to: fetched, run on its legs, settled.
+"""Runs one attempt of a request on its instances: fetch, run the legs, report to the scheduler.
 
 fetch ── legs ── prefilled ── ended
-Knows nothing of other attempts, nor of who asked.
+Knows no other attempts and no client.
 """
 
 from __future__ import annotations
@@ -27,46 +27,46 @@ T = TypeVar("T")
 
 
 class RequestExecutor:
-    """Runs placed calls. Event loop thread only."""
+    """Runs placed requests. Event loop thread only."""
 
-    def __init__(self, upstream: Upstream, placer: GlobalScheduler, fetcher: Fetcher) -> None:
+    def __init__(self, upstream: Upstream, scheduler: GlobalScheduler, fetcher: Fetcher) -> None:
         self._upstream = upstream
         self._pairs = PairRunner(upstream)
-        self._placer = placer
+        self._scheduler = scheduler
         self._fetcher = fetcher
 
-    async def answer(self, request: GenerationRequest, placed: Placement) -> bytes:
-        """The whole answer. Raises what `Upstream.leg` raises."""
+    async def answer(self, request: GenerationRequest, placement: Placement) -> bytes:
+        """The whole answer. Raises as `Upstream.leg`."""
         is_answered = False
         try:
-            on_prefilled = await self._begun(request, placed)
-            answer = await self._answer(request, placed, on_prefilled)
+            on_prefilled = await self._begin(request, placement)
+            answer = await self._answer(request, placement, on_prefilled)
             is_answered = True
             return answer
         finally:
-            self._placer.ended(placed, is_answered=is_answered)
+            self._scheduler.ended(placement, is_answered=is_answered)
 
-    async def stream(self, request: GenerationRequest, placed: Placement, write: Write) -> None:
-        """Write the answer as it comes. Raises what `Upstream.leg` and `write` raise."""
+    async def stream(self, request: GenerationRequest, placement: Placement, write: Write) -> None:
+        """Write the answer as it comes. Raises as `Upstream.leg` and `write`."""
         is_answered = False
         try:
-            on_prefilled = await self._begun(request, placed)
-            await self._stream(request, placed.route, on_prefilled, write)
+            on_prefilled = await self._begin(request, placement)
+            await self._stream(request, placement.route, on_prefilled, write)
             is_answered = True
         finally:
-            self._placer.ended(placed, is_answered=is_answered)
+            self._scheduler.ended(placement, is_answered=is_answered)
 
-    async def _begun(self, request: GenerationRequest, placed: Placement) -> OnPrefilled:
-        """Its history is fetched; what to tell of its prefill."""
-        waited_s = await self._fetcher.wait(placed.assignment.benefits_from)
+    async def _begin(self, request: GenerationRequest, placement: Placement) -> OnPrefilled:
+        """Fetch cached blocks; the callback for prefill's answer."""
+        waited_s = await self._fetcher.wait(placement.assignment.benefits_from)
         if waited_s is not None:
-            self._placer.waited(waited_s)
-        if (plan := placed.assignment.plan) is not None:
-            self._placer.fetched(placed, await self._fetcher.run(plan, placed.links))
-        self._placer.sent(placed)
+            self._scheduler.waited(waited_s)
+        if (plan := placement.assignment.plan) is not None:
+            self._scheduler.fetched(placement, await self._fetcher.run(plan, placement.links))
+        self._scheduler.sent(placement)
 
         def on_prefilled(answer: Any) -> None:
-            self._placer.prefilled(placed, _num_cached(request, answer))
+            self._scheduler.prefilled(placement, _num_cached(request, answer))
 
         return on_prefilled
 
@@ -83,15 +83,15 @@ class RequestExecutor:
             await self._stream_samples(request, route, on_prefilled, write)
 
     async def _answer(
-        self, request: GenerationRequest, placed: Placement, on_prefilled: OnPrefilled
+        self, request: GenerationRequest, placement: Placement, on_prefilled: OnPrefilled
     ) -> bytes:
-        route = placed.route
+        route = placement.route
         if not isinstance(route, Pair):
             whole = await self._upstream.fetch(route.worker, request, _own_body(request))
             answer = parsed(route.worker, whole)
-            # Whatever follows a first token takes its time.
-            is_timely = placed.prompt.output_tokens == 1
-            self._placer.prefilled(placed, _num_cached(request, answer), is_timely=is_timely)
+            # The first token of a longer answer came some time ago.
+            is_timely = placement.prompt.output_tokens == 1
+            self._scheduler.prefilled(placement, _num_cached(request, answer), is_timely=is_timely)
             return whole
         if request.num_samples == 1:
             return await self._pairs.answer(request, route, on_prefilled)
@@ -128,12 +128,12 @@ class RequestExecutor:
 
 
 def _own_body(request: GenerationRequest) -> bytes:
-    """The body for a server that does everything itself."""
+    """The body for a colocated server."""
     return encode_json({**request.body, "rid": rid_field(request)})
 
 
 def _parsed(answer: bytes) -> Any:
-    """None for what is no JSON: an event that has come in part."""
+    """`answer` as JSON values; None if it is not JSON, as an incomplete event."""
     try:
         return decode_json(answer)
     except (msgspec.DecodeError, UnicodeDecodeError):
@@ -141,11 +141,11 @@ def _parsed(answer: bytes) -> Any:
 
 
 def _num_cached(request: GenerationRequest, answer: Any) -> int | None:
-    """Prompt tokens that were cached, all prompts together, by a parsed answer or the first event of one."""
+    """The cached tokens of all prompts that a parsed answer, or its first event, reports."""
     try:
         cached = cached_tokens_in(request, answer)
     except (KeyError, TypeError, AttributeError):
-        return None  # an event that says nothing of it, or has come in part
+        return None  # an event without them, or an incomplete one
     if isinstance(cached, list):
         counts = [one for one in cached if one is not None]
         return sum(counts) if len(counts) == len(cached) else None
@@ -153,7 +153,7 @@ def _num_cached(request: GenerationRequest, answer: Any) -> int | None:
 
 
 async def _all(work: Iterable[Coroutine[Any, Any, T]]) -> list[T]:
-    """Every result; the first failure cancels the rest and is raised."""
+    """All results. The first failure cancels the rest and is raised."""
     tasks = [asyncio.create_task(one) for one in work]
     try:
         return await asyncio.gather(*tasks)

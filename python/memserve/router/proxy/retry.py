@@ -172,13 +172,13 @@ class RetryLoop:
     def __init__(
         self,
         cluster: InstanceRegistry,
-        selector: GlobalScheduler,
+        scheduler: GlobalScheduler,
         breakers: Breakers,
         policy: RetryPolicy,
         observer: RequestObserver,
     ) -> None:
         self._cluster = cluster
-        self._selector = selector
+        self._scheduler = scheduler
         self._breakers = breakers
         self._policy = policy
         self._observer = observer
@@ -190,7 +190,7 @@ class RetryLoop:
     def decide(self, prepared: PreparedRequest) -> Decision:
         """Where the first attempt would go. Raises NoRoute."""
         ready = self.ready(prepared)
-        decision = self._selector.decide(self._breakers.admitted(ready), prepared.prompt)
+        decision = self._scheduler.decide(self._breakers.admitted(ready), prepared.prompt)
         if decision is None:
             raise _no_route(ready)
         return decision
@@ -208,8 +208,8 @@ class RetryLoop:
         Raises NoRoute, PoisonRequest, RequestTimeout, the last fault, and any other error of `execute`.
         """
         attempt, faults = Attempt.first(prepared.request), list[UpstreamFault]()
-        placed = self._place(self.ready(prepared), prepared)
-        if placed is None:
+        placement = self._place(self.ready(prepared), prepared)
+        if placement is None:
             raise _no_route(self.ready(prepared))
         self._observer.count_placed(prepared.prompt, prepared.sample)
         timeout_s = min(self._policy.timeout_s, prepared.request.timeout_s or self._policy.timeout_s)
@@ -217,18 +217,18 @@ class RetryLoop:
         try:
             async with asyncio.timeout_at(ends_s):
                 while True:
-                    on_placed(placed, len(faults) + 1)
+                    on_placed(placement, len(faults) + 1)
                     try:
-                        result = await execute(attempt, placed)
+                        result = await execute(attempt, placement)
                     except UpstreamFault as fault:
                         faults.append(fault)
                         fault.num_attempts = len(faults)
-                        self._count_fault(fault, placed)
+                        self._count_fault(fault, placement)
                         await self._check_poison(faults)
                         attempt = await next_attempt(fault)
-                        placed = await self._place_again(attempt.to_place(prepared), faults, ends_s)
+                        placement = await self._place_again(attempt.to_place(prepared), faults, ends_s)
                     else:
-                        for instance in placed.instances:
+                        for instance in placement.instances:
                             self._breakers.answered(instance)
                         return result
         except TimeoutError as error:
@@ -270,25 +270,25 @@ class RetryLoop:
             await asyncio.sleep(seconds)
             num_tries += 1
             for snapshot in retry_candidates(self.ready(prepared), failed):
-                placed = self._place(snapshot, prepared)
-                if placed is not None:
+                placement = self._place(snapshot, prepared)
+                if placement is not None:
                     self._observer.count_retry(fault.kind)
                     logger.warning(
                         "request retried rid=%s attempt=%d instances=%s reason=%s",
-                        *(prepared.request.rid, len(faults) + 1, placed.route, fault),
+                        *(prepared.request.rid, len(faults) + 1, placement.route, fault),
                     )
-                    return placed
+                    return placement
 
     def _place(self, snapshot: ClusterSnapshot, prepared: PreparedRequest) -> Placement | None:
-        placed = self._selector.place(self._breakers.admitted(snapshot), prepared.prompt)
-        for instance in placed.instances if placed is not None else ():
+        placement = self._scheduler.place(self._breakers.admitted(snapshot), prepared.prompt)
+        for instance in placement.instances if placement is not None else ():
             self._breakers.sent(instance)
-        return placed
+        return placement
 
-    def _count_fault(self, fault: UpstreamFault, placed: Placement) -> None:
+    def _count_fault(self, fault: UpstreamFault, placement: Placement) -> None:
         """Count it against its instance. A lost connection was counted when it was noticed, once for all."""
         if isinstance(fault, UpstreamError):
-            for instance in placed.instances:
+            for instance in placement.instances:
                 if instance.instance_id == fault.instance_id:
                     self._breakers.failed(instance)
 

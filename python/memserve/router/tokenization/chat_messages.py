@@ -1,8 +1,8 @@
 """A chat's body as SGLang hands it to the chat template: its messages, tools and further variables.
 
-Follows the request models of SGLang's OpenAI endpoint and what `OpenAIServingChat` does to their dumps.
-Where a value would need more of pydantic than its type, or comes from a feature that is not followed
-here, it raises NotTokenizable. Pure; knows no template text and no tokenizer.
+Follows the request models of SGLang's OpenAI endpoint and what `OpenAIServingChat` does with their dumps.
+Raises NotTokenizable for a value that needs more of pydantic than its type, and for features that are not
+followed. Pure; knows no template text and no tokenizer.
 Source: SGLang 0.5.23, entrypoints/openai/protocol.py and serving_chat.py (_process_messages,
 _apply_jinja_template), parser/jinja_template_utils.py (process_content_for_template_format).
 """
@@ -24,7 +24,7 @@ MALFORMED = "a chat that is not well formed"
 
 
 class ContentFormat(Enum):
-    """How a template takes a message's content."""
+    """The form in which a template expects a message's content."""
 
     STRING = "string"
     PARTS = "openai"
@@ -32,17 +32,17 @@ class ContentFormat(Enum):
 
 @dataclass(frozen=True, slots=True)
 class Chat:
-    """What a template renders."""
+    """The input of a template."""
 
     messages: list[JsonObject]
     tools: list[JsonObject] | None
     variables: Mapping[str, object]
-    """The request's own, beside those that every template is given."""
+    """The request's variables, beside those that every template gets."""
     answer_start: str | None
-    """What the assistant has said already: to be tokenized after the rendered text."""
+    """The beginning of the answer, which is tokenized after the rendered text."""
 
 
-# As variables they would be arguments of transformers' own functions, not the template's.
+# As variables they would be arguments of transformers' functions, not of the template.
 _RESERVED_VARIABLES = frozenset(
     {
         "add_generation_prompt",
@@ -89,7 +89,7 @@ def read_chat(body: JsonObject, content_format: ContentFormat) -> Chat:
 
 
 def without_wrappers(tools: list[JsonObject] | None) -> list[JsonObject] | None:
-    """The bare functions of `tools`, with which SGLang tries a template again that took no tools."""
+    """The bare functions of `tools`: SGLang renders again with them if a template refuses `tools`."""
     if not tools:
         return None
     functions = [tool["function"] for tool in tools]
@@ -97,7 +97,7 @@ def without_wrappers(tools: list[JsonObject] | None) -> list[JsonObject] | None:
 
 
 def _take_last_answer(messages: list[JsonObject], continues: object) -> tuple[list[JsonObject], str | None]:
-    """Without `continue_final_message` a last answer becomes the user's: an oddity of SGLang."""
+    """Without `continue_final_message` SGLang turns a last assistant message into a user message."""
     if continues not in (None, True, False):
         raise NotTokenizable(MALFORMED)
     last = messages[-1]
@@ -124,9 +124,9 @@ def _message(given: object, content_format: ContentFormat) -> JsonObject:
     if parts is None:
         return message
     if content_format is ContentFormat.PARTS:
-        del message["content"]  # which puts it last: a template may print a message as it is
+        del message["content"]  # which puts it last: a template may print the whole message
         message["content"] = [{"type": "text", "text": text} for text in parts]
-    # A tool's words are joined for every template, others' only for those that take a string.
+    # A tool's texts are joined for every template, other texts only for templates that take a string.
     if content_format is ContentFormat.STRING or message["role"] == "tool":
         message["content"] = " ".join(parts)
     return message
@@ -227,7 +227,7 @@ def _name_of(tool: JsonObject) -> object:
 
 
 def _tool(given: object) -> JsonObject:
-    """The tool with the fields that SGLang's model adds, in its order."""
+    """The tool with the fields that SGLang's model adds, in the model's order."""
     if not isinstance(given, dict) or not isinstance(given.get("function"), dict):
         raise NotTokenizable(MALFORMED)
     function = given["function"]
@@ -246,7 +246,7 @@ def _tool(given: object) -> JsonObject:
 
 
 def _check_schema(schema: object) -> None:
-    """SGLang rewrites types that JSON schema does not have."""
+    """Raises NotTokenizable for types that JSON schema does not have: SGLang rewrites them."""
     if isinstance(schema, list):
         for one in schema:
             _check_schema(one)

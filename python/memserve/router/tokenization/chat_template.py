@@ -24,7 +24,7 @@ from memserve.router.tokenization.token_records import NotTokenizable
 _MEDIA_WORDS = ("image", "audio", "video", "vision")
 _MESSAGE_NAMES = ("message", "msg", "m")
 
-# What a template can raise over a request; SGLang answers 400 or 500.
+# Raised by a template that refuses a request; SGLang answers 400 or 500.
 _REFUSALS = (
     jinja2.TemplateError,
     ArithmeticError,
@@ -42,7 +42,7 @@ class Rendered:
 
     text: str
     read_clock: bool
-    """It may say what day it is: rendered elsewhere, it may be another text."""
+    """The text may hold the date: rendered elsewhere, it may be another text."""
 
 
 class ChatTemplate:
@@ -51,7 +51,7 @@ class ChatTemplate:
     def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
         """`special_tokens` are the variables `bos_token` and the like.
 
-        Raises jinja2.TemplateError for a template that is none.
+        Raises jinja2.TemplateError for a malformed template.
         """
         environment = _environment()
         self._template = environment.from_string(source)
@@ -93,7 +93,7 @@ class _Clock:
 
 
 class _Generation(jinja2.ext.Extension):
-    """`{% generation %}`, which marks an answer for training, and prints it."""
+    """`{% generation %}`, which marks an answer for training and prints its content."""
 
     tags = {"generation"}  # noqa: RUF012 - jinja's way
 
@@ -127,14 +127,14 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Jinja's own would escape HTML."""
+    """The filter of transformers; jinja's `tojson` escapes HTML."""
     return json.dumps(
         value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )
 
 
 def _content_format(source: str, environment: jinja2.Environment) -> ContentFormat:
-    """Parts for a template that loops over a message's content, or that knows media."""
+    """PARTS for a template that loops over a message's content, or that mentions media."""
     if any(word in source for word in _MEDIA_WORDS):
         return ContentFormat.PARTS
     loops = environment.parse(source).find_all(jinja2.nodes.For)

@@ -1,4 +1,4 @@
-"""What the router reads of a request to place it: its tokens, the keys of its blocks, its session.
+"""Reads what the scheduler needs of a request: its tokens, the keys of its blocks, its session.
 
     request ── Tokenizers ──> token ids ── page keys, in the request's namespace ──> Prompt
        │                      └──> the request with ids for text, so that no server tokenizes again
@@ -13,17 +13,17 @@ import asyncio
 from collections.abc import Mapping, Sequence
 from zlib import crc32
 
-from memserve.core.block_keys import BlockKey, Namespace
+from memserve.core.block_keys import BlockKey, Namespace, page_keys
 from memserve.router.request import GenerationRequest, JsonObject
 from memserve.router.tokenization.config import RoutingKeys
 from memserve.router.tokenization.text_key_cache import TextKeyCache
 from memserve.router.tokenization.text_keys import BYTES_PER_TOKEN, text_chain, text_of
-from memserve.router.tokenization.token_records import KnownTokens, Tokens, UnknownTokens, keys_of
+from memserve.router.tokenization.token_records import KnownTokens, Tokens, UnknownTokens
 from memserve.router.tokenization.tokenizers import Tokenizers
 from memserve.scheduling.context import Prompt
 
 LONG_PROMPT = 16384
-"""The keys of a prompt with more tokens are cut on a thread: 40 ns each."""
+"""The keys of a longer prompt, in tokens, are computed on a thread: 40 ns each."""
 SESSION_HEADERS = ("x-session-id", "x-user-id")
 
 NO_PAGES = "instances that do not tell their page size"
@@ -65,10 +65,10 @@ class PromptReader:
         for number, ids in enumerate(tokens.prompts):
             cut = (ids, page_tokens, _namespace(request, number))
             long = len(ids) > LONG_PROMPT
-            cuts.append(await asyncio.to_thread(keys_of, *cut) if long else keys_of(*cut))
+            cuts.append(await asyncio.to_thread(page_keys, *cut) if long else page_keys(*cut))
         num_tokens = max(1, sum(map(len, tokens.prompts)))
         prompt = Prompt(num_tokens, tuple(cuts), False, session, output_tokens)
-        return self._tokenizers.forwardable(request, model, tokens), prompt, longest
+        return self._tokenizers.with_token_ids(request, model, tokens), prompt, longest
 
     async def longest_prompt(self, request: GenerationRequest, model: str | None) -> int | None:
         """The tokens of the longest prompt of a request that `read` did not tokenize; None: not known."""
@@ -98,9 +98,9 @@ def _namespace(request: GenerationRequest, number: int) -> Namespace | None:
 
 
 def namespace_of(body: JsonObject, number: int | None) -> Namespace | None:
-    """What keeps this prompt's blocks apart from equal ones, as SGLang reads it; `number` in a batch.
+    """The namespace of one prompt's blocks, as SGLang reads it; `number` is the prompt's place in a batch.
 
-    Source: SGLang 0.5.23, GenerateReqInput: in a batch one value is every prompt's, and "" is none.
+    Source: SGLang 0.5.23, GenerateReqInput: in a batch a single value counts for all prompts, "" for none.
     """
     parts: list[str | None] = []
     if "extra_key" not in body and "cache_salt" not in body:
@@ -116,7 +116,7 @@ def namespace_of(body: JsonObject, number: int | None) -> Namespace | None:
 
 
 def session_of(body: JsonObject, headers: Mapping[str, str]) -> int | None:
-    """A hash of the session that a header names, or else of the user in the body; None if nothing does."""
+    """A hash of the session in a header, or else of the user in the body; None without either."""
     name: object = next((headers[header] for header in SESSION_HEADERS if header in headers), None)
     name = name or body.get("user")
     return crc32(name.encode()) if isinstance(name, str) and name else None

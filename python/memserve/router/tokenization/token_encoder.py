@@ -1,13 +1,13 @@
 """Text to token ids, with a cache that never changes the result. Knows no chats and no requests.
 
-A fast tokenizer first cuts a text at its added tokens, on the raw text, before it normalizes or merges
-anything; what lies between two of them is tokenized on its own. A chat template writes such tokens
-around every message, so a message that was seen before need not be tokenized again:
+A fast tokenizer first splits the raw text at its added tokens, before it normalizes or merges anything; each
+piece between two added tokens is tokenized on its own. A chat template writes such tokens around every
+message, so a message that was seen before need not be tokenized again:
 
     <|im_start|> user\\nHello <|im_end|> \\n <|im_start|> assistant\\n
-    ^ cut        ^ piece      ^ cut      ^p ^ cut        ^ piece          piece: a key of the cache
+    ^ split      ^ piece      ^ split    ^p ^ split      ^ piece          piece: a key of the cache
 
-Where a tokenizer has a part that looks across a cut (see `_SplitTokens.of`), texts are tokenized whole.
+Texts are tokenized whole if a part of the tokenizer looks across a split (see `_SplitTokens.of`).
 Source: tokenizers, AddedVocabulary::extract_and_normalize; SGLang, parallel_prompt_encode.py.
 """
 
@@ -29,11 +29,11 @@ from memserve.router.tokenization.token_records import NotTokenizable
 DEFAULT_CACHE_TOKENS = 1 << 20
 
 _ENTRY_TOKENS = 32
-"""What an entry costs the cache beside its tokens."""
+"""The cost of an entry beside its tokens, in tokens."""
 _LARGEST_SHARE = 8
-"""A piece larger than this part of the cache is not kept: it would drive out everything else."""
+"""A piece larger than one part in so many of the cache is not kept: it would evict everything else."""
 
-# These treat a piece of text alike wherever it stands.
+# These treat a piece of text alike wherever it stands in a text.
 _LOCAL_PRE_TOKENIZERS = frozenset(
     {
         "BertPreTokenizer",
@@ -47,7 +47,7 @@ _LOCAL_PRE_TOKENIZERS = frozenset(
         "WhitespaceSplit",
     }
 )
-_FRAMING_POST_PROCESSORS = frozenset({"BertProcessing", "ByteLevel", "RobertaProcessing"})
+_AFFIX_POST_PROCESSORS = frozenset({"BertProcessing", "ByteLevel", "RobertaProcessing"})
 
 
 @dataclass(slots=True)
@@ -56,42 +56,37 @@ class Encoded:
 
     ids: array[int]
     cached: int = 0
-    """How many of them came from the cache."""
+    """How many of the ids came from the cache."""
 
 
 class Encoder:
     """One model's tokenizer. Any thread."""
 
     def __init__(self, backend: Backend, *, cache_tokens: int = DEFAULT_CACHE_TOKENS) -> None:
-        """`backend` becomes this object's; `cache_tokens` = 0 keeps nothing."""
+        """`backend` becomes this object's; `cache_tokens` = 0 turns the cache off."""
         backend.no_padding()
         backend.no_truncation()
         self._backend = backend
         description = json.loads(backend.to_str())
-        self._cuts = _SplitTokens.of(backend, description)
-        self._frame = _AffixTokens.of(backend, description)
+        self._split = _SplitTokens.of(backend, description)
+        self._affixes = _AffixTokens.of(backend, description)
         self._cache = _PieceCache(cache_tokens)
-
-    @property
-    def adds_tokens(self) -> bool:
-        """Whether even an empty text has tokens, such as BOS."""
-        return bool(self._backend.num_special_tokens_to_add(False))
 
     def id_of(self, token: str) -> int | None:
         """The id of one token of the vocabulary."""
         token_id: int | None = self._backend.token_to_id(token)
         return token_id
 
-    def encode(self, text: str, *, framed: bool) -> Encoded:
-        """The ids of `text`; `framed` with the tokens that the tokenizer puts around every text.
+    def encode(self, text: str, *, add_special_tokens: bool) -> Encoded:
+        """The ids of `text`; special tokens are those that the tokenizer puts around every text.
 
-        Raises NotTokenizable for a text that is no Unicode.
+        Raises NotTokenizable for a text that is not valid Unicode.
         """
-        if framed and self._frame is None:
-            return Encoded(self._whole(text, framed=True))
+        if add_special_tokens and self._affixes is None:
+            return Encoded(self._whole(text, add_special_tokens=True))
         encoded = self._pieces(text)
-        if framed and self._frame is not None:
-            encoded.ids = self._frame.before + encoded.ids + self._frame.after
+        if add_special_tokens and self._affixes is not None:
+            encoded.ids = self._affixes.before + encoded.ids + self._affixes.after
         return encoded
 
     def decode(self, ids: Sequence[int], *, skips_special: bool) -> str:
@@ -100,14 +95,14 @@ class Encoder:
         return text
 
     def _pieces(self, text: str) -> Encoded:
-        if self._cuts is None:
+        if self._split is None:
             return self._piece(text)
         encoded, position = Encoded(array("I")), 0
-        for cut in self._cuts.pattern.finditer(text):
-            if position < cut.start():
-                self._append_piece(encoded, text[position : cut.start()])
-            encoded.ids.append(self._cuts.ids[cut.group()])
-            position = cut.end()
+        for split in self._split.pattern.finditer(text):
+            if position < split.start():
+                self._append_piece(encoded, text[position : split.start()])
+            encoded.ids.append(self._split.ids[split.group()])
+            position = split.end()
         if position < len(text):
             self._append_piece(encoded, text[position:])
         return encoded
@@ -120,14 +115,14 @@ class Encoder:
     def _piece(self, text: str) -> Encoded:
         if (ids := self._cache.get(text)) is not None:
             return Encoded(ids[:], len(ids))
-        ids = self._whole(text, framed=False)
+        ids = self._whole(text, add_special_tokens=False)
         self._cache.put(text, ids)
         return Encoded(ids[:])
 
-    def _whole(self, text: str, *, framed: bool) -> array[int]:
+    def _whole(self, text: str, *, add_special_tokens: bool) -> array[int]:
         try:
             # `encode` would hold the interpreter lock all the while, and compute offsets.
-            [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=framed)
+            [encoding] = self._backend.encode_batch_fast([text], add_special_tokens=add_special_tokens)
         except (TypeError, UnicodeEncodeError) as error:  # a lone surrogate
             raise NotTokenizable("text that is no Unicode") from error
         return array("I", encoding.ids)
@@ -135,25 +130,25 @@ class Encoder:
 
 @dataclass(frozen=True, slots=True)
 class _SplitTokens:
-    """The added tokens at which a text falls into parts that know nothing of each other."""
+    """The added tokens between which pieces of text are tokenized independently."""
 
     pattern: re.Pattern[str]
     ids: Mapping[str, int]
 
     @classmethod
     def of(cls, backend: Backend, description: JsonObject) -> _SplitTokens | None:
-        """None if some part of the tokenizer looks across the ends of its tokens."""
+        """None if a part of the tokenizer looks across the ends of added tokens."""
         added = backend.get_added_tokens_decoder()
-        # A token that takes the spaces beside it, or wants a word's end there, looks over the cut.
+        # A token that takes the spaces beside it, or needs the end of a word there, looks across the split.
         if any(token.lstrip or token.rstrip or token.single_word for token in added.values()):
             return None
         if not _is_local(description.get("pre_tokenizer")):
             return None
-        # Normalized tokens are found later, in normalized text: they may be part of a piece.
+        # Normalized tokens are found later, in normalized text: they may be a part of a piece.
         ids = {token.content: i for i, token in added.items() if token.content and not token.normalized}
         if not ids:
             return None
-        # The tokenizer takes the longest of the tokens that begin first; so does this order.
+        # Of the tokens that begin first the tokenizer takes the longest; so does this order.
         longest_first = sorted(ids, key=len, reverse=True)
         return cls(re.compile("|".join(map(re.escape, longest_first))), ids)
 
@@ -167,11 +162,11 @@ class _AffixTokens:
 
     @classmethod
     def of(cls, backend: Backend, description: JsonObject) -> _AffixTokens | None:
-        """None if it does more to a text than that."""
-        if not _is_framing(description.get("post_processor")):
+        """None if the tokenizer changes texts in another way."""
+        if not _adds_affixes_only(description.get("post_processor")):
             return None
         encoding = backend.encode("a", add_special_tokens=True)
-        # The mask marks what the post-processor added, not what the text contains.
+        # The mask marks the ids that the post-processor added, not special tokens of the text.
         marks, ids = encoding.special_tokens_mask, array("I", encoding.ids)
         if 0 not in marks:
             return None
@@ -192,22 +187,22 @@ def _is_local(pre_tokenizer: object) -> bool:
     return kind in _LOCAL_PRE_TOKENIZERS
 
 
-def _is_framing(post_processor: object) -> bool:
+def _adds_affixes_only(post_processor: object) -> bool:
     if post_processor is None:
         return True
     if not isinstance(post_processor, dict):
         return False
     kind = post_processor.get("type")
     if kind == "Sequence":
-        return all(map(_is_framing, post_processor["processors"]))
+        return all(map(_adds_affixes_only, post_processor["processors"]))
     if kind == "TemplateProcessing":
         parts: Iterable[JsonObject] = post_processor["single"]
         return [part["Sequence"] for part in parts if "Sequence" in part] == [{"id": "A", "type_id": 0}]
-    return kind in _FRAMING_POST_PROCESSORS
+    return kind in _AFFIX_POST_PROCESSORS
 
 
 class _PieceCache:
-    """Pieces of text and their ids, the least recently used dropped first. Any thread."""
+    """Pieces of text and their ids; drops the least recently used piece first. Any thread."""
 
     def __init__(self, capacity_tokens: int) -> None:
         self._capacity = capacity_tokens
@@ -216,7 +211,7 @@ class _PieceCache:
         self._used = 0
 
     def get(self, text: str) -> array[int] | None:
-        """The ids of `text`, not to be changed."""
+        """The ids of `text`, which the caller must not change."""
         with self._lock:
             ids = self._pieces.get(text)
             if ids is not None:
@@ -224,7 +219,7 @@ class _PieceCache:
             return ids
 
     def put(self, text: str, ids: array[int]) -> None:
-        """Keep `ids`, which nobody changes from now on."""
+        """Keep `ids`, which must not change from now on."""
         cost = len(ids) + _ENTRY_TOKENS
         if cost * _LARGEST_SHARE > self._capacity:
             return

@@ -1,9 +1,8 @@
-"""What servers are asked before their tokenizer is taken to be ours, and what they answered.
+"""Texts and chats that servers must tokenize as we do before requests are tokenized here, and their results.
 
-A server's flags, a class of transformers or a changed file can make it read a text in another way than
-the files in the model's directory say. So nothing is known until a server has read the texts and chats
-below as we do, and nothing is known any more as soon as one reads them differently.
-Knows the endpoint /v1/tokenize; not how to call it.
+A server's flags, a class of transformers or a changed file can make it tokenize in another way than the files
+in the model's directory. So requests are tokenized only while all servers have tokenized the texts and chats
+below as we do. Knows the bodies of /v1/tokenize; not how to send them.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ CHATS: tuple[JsonObject, ...] = (
 )
 """Bodies for /v1/tokenize, each also a body of a chat."""
 
-# For these model paths SGLang takes a conversation of its own in place of the model's chat template.
+# For these model paths SGLang uses a built-in conversation instead of the model's chat template.
 _GUESSED = re.compile(
     r"\bpoints\b|moss.*vl|internvl|janus|vicuna|llava|deepseek.*vl2|minicpm-[vo]|phi-4-multimodal"
     r"|deepseek-ocr|paddleocr|unlimited|whisper",
@@ -62,18 +61,18 @@ _GUESSED = re.compile(
 
 
 def probe_texts(special_tokens: Sequence[str]) -> list[str]:
-    """Texts that tell tokenizers apart; each special token stands between words, spaces and itself.
+    """Texts on which tokenizers differ; each special token stands between words, spaces and itself.
 
-    Of thousands of special tokens, the first are asked about.
+    Of thousands of special tokens only the first are used.
     """
     asked = special_tokens[:_MAX_SPECIAL_TOKENS]
     return [*_TEXTS, *(f"a{token}b {token} c\n{token}{token}" for token in asked)]
 
 
 def renders_chats(server_info: JsonObject) -> bool:
-    """Whether a server says that it renders chats with the model's own template, or one like it.
+    """Whether a server reports that it renders chats with a chat template.
 
-    A conversation that is built into SGLang has stop strings of its own: with ids they would be lost.
+    A conversation that is built into SGLang has stop strings of its own, which a request with ids would lose.
     """
     template = server_info.get("chat_template")
     if template is None:
@@ -83,16 +82,16 @@ def renders_chats(server_info: JsonObject) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class Agreement:
-    """How far one server reads as we do."""
+    """Whether one server tokenizes as we do."""
 
     texts: bool
     chats: bool
     model: str | None = None
-    """What it calls the model it serves."""
+    """The server's name for its model."""
 
 
 class Agreements:
-    """The agreements with all servers that were asked."""
+    """The agreements with all probed servers."""
 
     def __init__(self) -> None:
         self._by_server: dict[str, Agreement] = {}
@@ -101,22 +100,22 @@ class Agreements:
         self._by_server[server] = agreement
 
     def forget(self, server: str) -> None:
-        """Its answers count no more; as if it had not been asked."""
+        """Forget a server, as if it had not been probed."""
         self._by_server.pop(server, None)
 
     @property
     def is_empty(self) -> bool:
-        """Whether no server was asked."""
+        """Whether no server was probed."""
         return not self._by_server
 
     @property
     def confirming(self) -> list[str]:
-        """The servers that read texts as we do."""
+        """The servers that tokenize texts as we do."""
         return [server for server, one in self._by_server.items() if one.texts]
 
     @property
     def texts(self) -> bool:
-        """Whether all servers read texts as we do, and there is one."""
+        """Whether there are servers, and all tokenize texts as we do."""
         return bool(self._by_server) and all(one.texts for one in self._by_server.values())
 
     @property
@@ -125,5 +124,5 @@ class Agreements:
         return self.texts and all(one.chats for one in self._by_server.values())
 
     def serves(self, model: str) -> bool:
-        """Whether that is the whole name of a model that is served."""
+        """Whether `model` is the whole name of a served model."""
         return any(one.model == model for one in self._by_server.values())

@@ -7,8 +7,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from memserve.core.block_keys import BlockKey, Namespace, page_keys
-
 
 @dataclass(frozen=True, slots=True)
 class KnownTokens:
@@ -54,11 +52,3 @@ class TokenizerStats:
     """Time spent rendering and tokenizing, without the wait for a thread."""
     unknown: Counter[str] = field(default_factory=Counter)
     """Requests whose tokens are not known, by reason."""
-
-
-def keys_of(ids: Sequence[int], page_tokens: int, namespace: Namespace | None = None) -> list[BlockKey]:
-    """The key of each whole page of one prompt. Raises as `page_keys`.
-
-    The last page counts too, though a server always computes the last token.
-    """
-    return page_keys(ids, page_tokens, namespace)

@@ -1,12 +1,12 @@
-"""Tokenize once: the token ids of a request, exactly as the servers would compute them, or why not.
+"""Tokenizes once: the token ids of a request, exactly as the servers would compute them, or why not.
 
     request ── ids in it? ─────────────────────────────────────────► KnownTokens
          ── text ── Encoder ── on a thread ─────────────────────► KnownTokens
          ── chat ── read_chat ── ChatTemplate ── Encoder ───────► KnownTokens
-         ── anything that only a server can tell ───────────────► UnknownTokens
+         ── tokens that only a server can tell ─────────────────► UnknownTokens
 
-Never guesses: servers have to confirm that they read texts and chats as the files here say (`verify`).
-Knows SGLang's three endpoints; not the instances, and not what the ids are used for.
+Never guesses: servers must confirm that they tokenize texts and chats as these files do (`verify`).
+Knows SGLang's three endpoints; knows no instances and no use of the ids.
 Source: SGLang 0.5.23, managers/tokenizer_manager.py and entrypoints/openai/serving_{chat,completions}.py.
 """
 
@@ -57,7 +57,7 @@ UNCONFIRMED = "a tokenizer that the servers have not confirmed"
 
 @dataclass(slots=True)
 class _Reading:
-    """What a thread made of a request."""
+    """The tokens of a request, from a thread."""
 
     known: KnownTokens
     num_tokens: int = 0
@@ -66,7 +66,7 @@ class _Reading:
 
 
 class Tokenizer:
-    """The tokenizer of the one model that the cluster serves. Event loop thread only."""
+    """The tokenizer of one model. Event loop thread only."""
 
     def __init__(self, files: TokenizerFiles, *, cache_tokens: int = DEFAULT_CACHE_TOKENS) -> None:
         """`files` become this object's. Starts no thread before the first request."""
@@ -76,7 +76,7 @@ class Tokenizer:
         self._bos_id = None if bos is None else self._encoder.id_of(bos)
         self._template, self._no_chats = _compile(files)
         self.agreements = Agreements()
-        """With the servers that were asked. To be read."""
+        """With the probed servers. Read-only for others."""
         self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenizer")
         self.stats = TokenizerStats()
 
@@ -84,13 +84,13 @@ class Tokenizer:
     def load(cls, path: Path, *, cache_tokens: int = DEFAULT_CACHE_TOKENS) -> Tokenizer:
         """The tokenizer of the model directory `path`. Blocks for as long as it takes to read it.
 
-        `cache_tokens` are the tokens of text that is remembered, at about 10 bytes each.
+        `cache_tokens` bounds the tokens of cached text, at about 10 bytes each.
         Raises ConfigError, in one line, if there is no fast tokenizer in it.
         """
         return cls(read_tokenizer_files(path), cache_tokens=cache_tokens)
 
     async def tokens_of(self, request: GenerationRequest) -> Tokens:
-        """The tokens of each prompt of `request`, which was checked (`read_request`)."""
+        """The tokens of each prompt of `request`, which was validated."""
         try:
             if (given := given_tokens(request, self.agreements.serves)) is not None:
                 return given
@@ -105,11 +105,11 @@ class Tokenizer:
         self.stats.seconds += reading.seconds
         return reading.known
 
-    def forwardable(self, request: GenerationRequest, tokens: Tokens) -> GenerationRequest:
+    def with_token_ids(self, request: GenerationRequest, tokens: Tokens) -> GenerationRequest:
         """`request` with `tokens` for its text, so that no server tokenizes again; else `request` itself.
 
-        The answer is the same in every part. So the text stays where SGLang answers with it (`echo`),
-        and a chat keeps its messages beside the ids: they decide how tools are constrained and parsed.
+        The answer must stay the same: the text stays where SGLang answers with it (`echo`), and a chat keeps
+        its messages beside the ids, as they decide how tools are constrained and parsed.
         """
         if isinstance(tokens, UnknownTokens) or not tokens.replaceable or not all(tokens.prompts):
             return request
@@ -120,16 +120,14 @@ class Tokenizer:
         if request.api is Api.CHAT:
             return structs.replace(request, body={**request.body, "input_ids": ids})
         if request.api is Api.COMPLETIONS:
-            return (
-                request
-                if request.body.get("echo")
-                else structs.replace(request, body={**request.body, "prompt": ids})
-            )
+            if request.body.get("echo"):
+                return request
+            return structs.replace(request, body={**request.body, "prompt": ids})
         body = {name: value for name, value in request.body.items() if name != "text"}
         return structs.replace(request, body={**body, "input_ids": ids})
 
     def text_after(self, prompt: Sequence[int], ids: Sequence[int], *, skips_special: bool) -> str:
-        """The text that `ids` add to `prompt`, as SGLang tells them apart.
+        """The text that `ids` add to `prompt`, as SGLang detokenizes.
 
         Source: SGLang, Req.init_incremental_detokenize, which reads on from the prompt's last tokens.
         """
@@ -138,10 +136,10 @@ class Tokenizer:
         return self._encoder.decode([*before, *ids], skips_special=skips_special)[len(known) :]
 
     async def verify(self, server: str, server_info: JsonObject, ask: Ask) -> Agreement:
-        """Have `server` read some texts and chats, and remember whether it reads them as we do.
+        """Have `server` tokenize texts and chats, and remember whether its tokens are equal to ours.
 
-        To be done whenever a server joins, before it gets a request. `server_info` is its page of that
-        name. Raises what `ask` raises; what was known of the server stays.
+        For every server that joins, before it gets a request. `server_info` is the body of its /server_info.
+        Raises what `ask` raises; an earlier agreement then stays.
         """
         texts = probe_texts(self._special_tokens)
         ours = await self._on_thread(self._text_ids, texts)
@@ -158,15 +156,15 @@ class Tokenizer:
         return agreement
 
     def forget(self, server: str) -> None:
-        """`server` left: its answers to `verify` count no more."""
+        """`server` left: its agreement no longer counts."""
         self.agreements.forget(server)
 
     def close(self) -> None:
-        """End the threads; calls that wait for one are cancelled."""
+        """End the threads; requests that wait for a thread are cancelled."""
         self._threads.shutdown(wait=False, cancel_futures=True)
 
     async def _num_equal_chats(self, ask: Ask) -> int:
-        """How many chats the server reads as we do; 0 if it reads one differently."""
+        """How many chats the server tokenizes as we do; 0 if it differs in one."""
         equal = 0
         for body in CHATS:
             try:
@@ -188,7 +186,7 @@ class Tokenizer:
     async def _on_thread(self, work: Callable[[T], R], argument: T) -> R:
         return await asyncio.get_running_loop().run_in_executor(self._threads, work, argument)
 
-    # From here on: any thread.
+    # ---- any thread
 
     def _read(self, request: GenerationRequest) -> _Reading:
         start = time.perf_counter()
@@ -200,12 +198,14 @@ class Tokenizer:
         return reading
 
     def _text_ids(self, texts: list[str]) -> list[list[int]]:
-        return [list(self._encoder.encode(text, framed=True).ids) for text in texts]
+        return [list(self._encoder.encode(text, add_special_tokens=True).ids) for text in texts]
 
     def _read_texts(self, request: GenerationRequest) -> _Reading:
         value = request.body["text" if request.api is Api.GENERATE else "prompt"]
         texts = value if isinstance(value, list) else [value]
-        encoded = [self._encoder.encode(text, framed=True) for text in texts if isinstance(text, str)]
+        encoded = [
+            self._encoder.encode(text, add_special_tokens=True) for text in texts if isinstance(text, str)
+        ]
         return _Reading(
             KnownTokens(tuple(one.ids for one in encoded)),
             num_tokens=sum(len(one.ids) for one in encoded),
@@ -218,23 +218,23 @@ class Tokenizer:
         chat = read_chat(body, self._template.content_format)
         rendered = self._template.render(chat)
         # The template writes BOS and the like itself.
-        encoded = self._encoder.encode(rendered.text, framed=False)
+        encoded = self._encoder.encode(rendered.text, add_special_tokens=False)
         if chat.answer_start:
             encoded.ids += self._answer_ids(chat.answer_start)
         known = KnownTokens((encoded.ids,), replaceable=not rendered.read_clock)
         return _Reading(known, num_tokens=len(encoded.ids), num_cached=encoded.cached)
 
     def _answer_ids(self, text: str) -> array[int]:
-        """As SGLang: framed like any text, less a BOS at the start."""
-        ids = self._encoder.encode(text, framed=True).ids
+        """As SGLang: with special tokens, like any text, but without a BOS at the start."""
+        ids = self._encoder.encode(text, add_special_tokens=True).ids
         return ids[1:] if ids and ids[0] == self._bos_id else ids
 
 
 def given_tokens(request: GenerationRequest, serves: Callable[[str], bool]) -> KnownTokens | None:
-    """What needs no tokenizer: the ids of a request that came as ids; None if it came as text.
+    """The ids of a request that came as ids, which needs no tokenizer; None if it came as text.
 
-    `serves` tells whether that is the whole name of a model. Raises NotTokenizable for a request that is more
-    than its tokens.
+    `serves` tells whether a name is the whole name of a model. Raises NotTokenizable for a request that is
+    more than its tokens.
     """
     for name in UNKNOWN_TOKENS.keys() & request.body.keys():
         if request.body[name]:
@@ -260,5 +260,5 @@ def _compile(files: TokenizerFiles) -> tuple[ChatTemplate | None, str]:
     try:
         return ChatTemplate(files.chat_template, files.special_tokens), NO_TEMPLATE
     except jinja2.TemplateError as error:
-        logger.warning("chats are not tokenized: the chat template cannot be read: %s", error)
+        logger.warning("chats are not tokenized: the chat template is malformed: %s", error)
         return None, NO_TEMPLATE

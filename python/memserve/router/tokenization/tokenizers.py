@@ -83,10 +83,12 @@ class Tokenizers:
             return ""
         return tokenizer.text_after(prompt, ids, skips_special=skips_special)
 
-    def forwardable(self, request: GenerationRequest, model: str | None, tokens: Tokens) -> GenerationRequest:
-        """As `Tokenizer.forwardable`."""
+    def with_token_ids(
+        self, request: GenerationRequest, model: str | None, tokens: Tokens
+    ) -> GenerationRequest:
+        """As `Tokenizer.with_token_ids`."""
         tokenizer = self._by_model.get(model or "")
-        return tokenizer.forwardable(request, tokens) if isinstance(tokenizer, Tokenizer) else request
+        return tokenizer.with_token_ids(request, tokens) if isinstance(tokenizer, Tokenizer) else request
 
     def reasons(self) -> dict[str, str]:
         """The models whose requests are not tokenized, and why."""

@@ -14,7 +14,7 @@ from memserve.core.errors import ConfigError
 from memserve.router.proxy.validation import Limits, read_request
 from memserve.router.request import Api, GenerationRequest
 from memserve.router.tokenization.token_probes import probe_texts, renders_chats
-from memserve.router.tokenization.token_records import KnownTokens, Tokens, UnknownTokens, keys_of
+from memserve.router.tokenization.token_records import KnownTokens, Tokens, UnknownTokens
 from memserve.router.tokenization.tokenizer import UNCONFIRMED, Tokenizer
 
 from .token_harness import CHATML, MODELS, TODAY, SglangServer, byte_level, write_model, written_model
@@ -250,7 +250,7 @@ def test_ids_are_known_as_they_come(models: dict[str, Path]) -> None:
 
 def test_the_keys_of_a_prompt_are_those_of_its_whole_pages() -> None:
     namespace = Namespace(cache_salt="tenant")
-    assert keys_of(range(40), 16, namespace) == page_keys(list(range(32)), 16, namespace)
+    assert page_keys(range(40), 16, namespace) == page_keys(list(range(32)), 16, namespace)
 
 
 @pytest.mark.parametrize("num_prompts", ["one", "many"])
@@ -260,20 +260,20 @@ def test_a_text_is_forwarded_as_ids(tiny: Tokenizer, num_prompts: str) -> None:
     tokens = asyncio.run(tiny.tokens_of(one))
     assert isinstance(tokens, KnownTokens)
     ids = [list(prompt) for prompt in tokens.prompts]
-    sent = tiny.forwardable(one, tokens)
+    sent = tiny.with_token_ids(one, tokens)
     expected = ids[0] if num_prompts == "one" else ids
     assert sent.body == {"input_ids": expected, "sampling_params": {"n": 2}, "rid": None}
     assert (sent.rids, sent.num_prompts, sent.num_samples) == (one.rids, one.num_prompts, one.num_samples)
     assert one.body["text"] == text
     other = call(Api.COMPLETIONS, prompt=text, max_tokens=3)
-    assert tiny.forwardable(other, tokens).body == {"prompt": expected, "max_tokens": 3}
+    assert tiny.with_token_ids(other, tokens).body == {"prompt": expected, "max_tokens": 3}
 
 
 def test_a_chat_is_forwarded_with_its_messages(tiny: Tokenizer) -> None:
     chat = call(Api.CHAT, messages=[USER], tools=[TOOL])
     tokens = asyncio.run(tiny.tokens_of(chat))
     assert isinstance(tokens, KnownTokens)
-    assert tiny.forwardable(chat, tokens).body == {**chat.body, "input_ids": list(tokens.prompts[0])}
+    assert tiny.with_token_ids(chat, tokens).body == {**chat.body, "input_ids": list(tokens.prompts[0])}
 
 
 def test_what_is_not_the_same_as_ids_is_forwarded_as_it_came(tiny: Tokenizer) -> None:
@@ -282,11 +282,11 @@ def test_what_is_not_the_same_as_ids_is_forwarded_as_it_came(tiny: Tokenizer) ->
     assert isinstance(known, KnownTokens)
     given = call(Api.GENERATE, input_ids=[1, 2])
     text = call(Api.GENERATE, text="hello")
-    assert tiny.forwardable(echo, known) is echo
-    assert tiny.forwardable(given, asyncio.run(tiny.tokens_of(given))) is given
-    assert tiny.forwardable(text, UnknownTokens("x")) is text
-    assert tiny.forwardable(text, KnownTokens(((1,),), replaceable=False)) is text
-    assert tiny.forwardable(text, KnownTokens(((),))) is text
+    assert tiny.with_token_ids(echo, known) is echo
+    assert tiny.with_token_ids(given, asyncio.run(tiny.tokens_of(given))) is given
+    assert tiny.with_token_ids(text, UnknownTokens("x")) is text
+    assert tiny.with_token_ids(text, KnownTokens(((1,),), replaceable=False)) is text
+    assert tiny.with_token_ids(text, KnownTokens(((),))) is text
 
 
 def test_a_chat_that_says_what_day_it_is_gives_keys_only(tmp_path: Path) -> None:
@@ -298,7 +298,7 @@ def test_a_chat_that_says_what_day_it_is_gives_keys_only(tmp_path: Path) -> None
     tokens = asyncio.run(tokenizer.tokens_of(chat))
     assert isinstance(tokens, KnownTokens)
     assert list(tokens.prompts[0]) == server.chat_ids(chat.body)
-    assert tokenizer.forwardable(chat, tokens) is chat
+    assert tokenizer.with_token_ids(chat, tokens) is chat
 
 
 def test_nothing_is_known_before_a_server_confirms_it(models: dict[str, Path]) -> None:

@@ -75,7 +75,9 @@ def test_any_texts_have_the_ids_of_the_whole(model: str, texts: list[str], frame
     for text in [*texts, *texts, "".join(texts)]:
         expected = backend(model).encode(text, add_special_tokens=framed).ids
         for cache_tokens in (0, SMALL_CACHE, 1 << 20):
-            assert encoder(model, cache_tokens).encode(text, framed=framed).ids.tolist() == expected
+            assert (
+                encoder(model, cache_tokens).encode(text, add_special_tokens=framed).ids.tolist() == expected
+            )
 
 
 @pytest.mark.parametrize("model", MODELS)
@@ -88,54 +90,54 @@ def test_any_growing_history_has_the_ids_of_the_whole(model: str, contents: list
         messages.append({"role": ("user", "assistant")[number % 2], "content": content})
         text = template.render(Chat(messages, None, {}, None)).text
         expected = backend(model).encode(text, add_special_tokens=False).ids
-        assert encoder(model, 1 << 20).encode(text, framed=False).ids.tolist() == expected
+        assert encoder(model, 1 << 20).encode(text, add_special_tokens=False).ids.tolist() == expected
 
 
 def test_what_was_seen_is_counted_as_cached() -> None:
     encoder = Encoder(byte_level("<|im_end|>"))
-    first = encoder.encode("one<|im_end|>two", framed=False)
-    second = encoder.encode("one<|im_end|>three", framed=False)
+    first = encoder.encode("one<|im_end|>two", add_special_tokens=False)
+    second = encoder.encode("one<|im_end|>three", add_special_tokens=False)
     assert first.cached == 0
-    assert second.cached == len(encoder.encode("one", framed=False).ids)
+    assert second.cached == len(encoder.encode("one", add_special_tokens=False).ids)
 
 
 def test_the_result_is_the_callers() -> None:
     encoder = Encoder(byte_level("<|im_end|>"))
     for _ in range(2):
-        encoded = encoder.encode("one", framed=False)
+        encoded = encoder.encode("one", add_special_tokens=False)
         expected = encoded.ids.tolist()
         encoded.ids.append(0)
-        assert encoder.encode("one", framed=False).ids.tolist() == expected
+        assert encoder.encode("one", add_special_tokens=False).ids.tolist() == expected
 
 
 def test_a_full_cache_drops_what_was_not_used_longest() -> None:
     encoder = Encoder(byte_level("<|im_end|>"), cache_tokens=400)  # room for ten short pieces
-    encoder.encode("kept", framed=False)
+    encoder.encode("kept", add_special_tokens=False)
     for number in range(30):
-        encoder.encode(f"other {number}", framed=False)
-        assert encoder.encode("kept", framed=False).cached
-    assert not encoder.encode("other 0", framed=False).cached
-    assert encoder.encode("other 29", framed=False).cached
+        encoder.encode(f"other {number}", add_special_tokens=False)
+        assert encoder.encode("kept", add_special_tokens=False).cached
+    assert not encoder.encode("other 0", add_special_tokens=False).cached
+    assert encoder.encode("other 29", add_special_tokens=False).cached
 
 
 def test_a_text_that_would_fill_the_cache_is_not_kept() -> None:
     encoder = Encoder(byte_level("<|im_end|>"), cache_tokens=400)
     for _ in range(2):
-        assert not encoder.encode("".join(CORPUS), framed=False).cached
+        assert not encoder.encode("".join(CORPUS), add_special_tokens=False).cached
 
 
 def test_a_token_that_looks_around_forbids_cuts() -> None:
     encoder = Encoder(byte_level("<|im_end|>", AddedToken("<|user|>", rstrip=True)))
-    encoder.encode("one<|im_end|>two", framed=False)
-    assert encoder.encode("one<|im_end|>three", framed=False).cached == 0
-    assert encoder.encode("one<|im_end|>two", framed=False).cached
+    encoder.encode("one<|im_end|>two", add_special_tokens=False)
+    assert encoder.encode("one<|im_end|>three", add_special_tokens=False).cached == 0
+    assert encoder.encode("one<|im_end|>two", add_special_tokens=False).cached
 
 
 def test_the_frame_of_a_text_stands_around_cached_pieces() -> None:
     backend = framed(byte_level("<s>", "</s>", "<|im_end|>"), "<s> $A </s>", "<s>", "</s>")
     first, last = backend.token_to_id("<s>"), backend.token_to_id("</s>")
     encoder = Encoder(backend)
-    bare = encoder.encode("one<|im_end|>two", framed=False).ids.tolist()
-    encoded = encoder.encode("one<|im_end|>two", framed=True)
+    bare = encoder.encode("one<|im_end|>two", add_special_tokens=False).ids.tolist()
+    encoded = encoder.encode("one<|im_end|>two", add_special_tokens=True)
     assert encoded.ids.tolist() == [first, *bare, last]
     assert encoded.cached == len(bare) - 1
