@@ -282,12 +282,12 @@ def _start(stack: AsyncExitStack, *works: Coroutine[Any, Any, None]) -> None:
 async def _run_upkeep(state: RouterState, others: Sequence[Callable[[], None]]) -> None:
     """Drop the records of instances that have left, and compact the tree, until cancelled."""
     while True:
-        state.subscriptions.follow(state.cluster.up, state.pools)
+        state.subscriptions.update(state.cluster.up, state.pools)
         state.breakers.retain((it.info.instance_id, it.info.epoch) for it in state.cluster.members())
         state.scheduler.retain(state.cluster.working())
         for other in others:
             other()
-        state.synchronizer.tree.tidy()
+        state.synchronizer.synced_tree().tidy()
         state.telemetry.tick(time.monotonic())
         await asyncio.sleep(UPKEEP_S)
 

@@ -9,7 +9,7 @@ from memserve.router.cluster.breaker import Breakers
 from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.registry import InstanceRegistry
 from memserve.router.config import RouterConfig
-from memserve.router.kv_events.subscribers import MAX_NAMED_KEYS, StockSubscriptions
+from memserve.router.kv_events.subscribers import MAX_EVENT_KEYS, StockSubscriptions
 from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.router.observability.metrics import RouterMetrics
 from memserve.router.observability.telemetry import Telemetry
@@ -51,10 +51,9 @@ def new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
     tree = GlobalPromptTree(max_blocks=max_blocks, clock=clock)
     synchronizer = TreeSynchronizer(tree, pools, audit_s=config.tree.tree_audit_secs, clock=clock)
     subscriptions = StockSubscriptions(
-        lambda: synchronizer.tree,
-        lambda one: one.server_info.event_source_info,
-        max_named_keys=max(MAX_NAMED_KEYS, max_blocks // 4),
-        mirror_ttl_s=config.tree.learnt_ttl_secs,
+        synchronizer.synced_tree,
+        max_event_keys=max(MAX_EVENT_KEYS, max_blocks // 4),
+        approximate_ttl_s=config.tree.learnt_ttl_secs,
     )
     settings = SelectorConfig(
         routing.policies["prefill"],

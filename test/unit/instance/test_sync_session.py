@@ -94,13 +94,13 @@ class Stage:
         self._plan.append((self.clock() + seconds, what))
 
     def compare(self) -> AuditResult:
-        return self.feed.tree.compare(PREFILL, self.pool.snapshot())
+        return self.feed.synced_tree().compare(PREFILL, self.pool.snapshot())
 
     def assert_true(self) -> None:
         truth = self.compare()
         assert (truth.behind, truth.phantoms, truth.reported - truth.both) == (0, 0, 0)
         chains = self.pool.snapshot().chains
-        for tier, digest in self.feed.tree.digest(PREFILL).items():
+        for tier, digest in self.feed.synced_tree().digest(PREFILL).items():
             names = [int.from_bytes(key[:8], "big") for one in chains if one.tier == tier for key in one.keys]
             assert digest == (len(names), reduce(xor, names, 0))
 
@@ -153,7 +153,7 @@ class Stage:
         sequence = self.pool.snapshot().sequence
         if sequence > (self._unseen[-1][0] if self._unseen else 0):
             self._unseen.append((sequence, self.clock()))
-        heard = -self.feed.tree.compare(PREFILL, Snapshot(0, ())).behind
+        heard = -self.feed.synced_tree().compare(PREFILL, Snapshot(0, ())).behind
         while self._unseen and self._unseen[0][0] <= heard:
             self._unseen.popleft()
         if self._unseen:
@@ -190,7 +190,7 @@ def test_one_message_in_a_hundred_may_be_lost_and_no_phantom_lives_a_second(stag
     assert stage.num_events > 4000
     assert stage.faults.num_lost > 20
     assert 0.2 < stage.worst_s < PROMISED_S
-    counters = stage.feed.tree.stats().counters
+    counters = stage.feed.synced_tree().stats().counters
     assert counters.resets == 1, "what was lost cost no snapshot"
     assert (counters.orphans, counters.refused) == (0, 0)
     assert stage.feed.counters().audits > 15
@@ -226,7 +226,7 @@ def test_a_router_that_was_away_for_a_minute_needs_no_snapshot(stage: Stage) -> 
     stage.run(67)
     stage.assert_true()
     assert seen[1] - seen[0] < 40, "a router that is away is not called more and more"
-    assert stage.feed.tree.stats().counters.resets == 1
+    assert stage.feed.synced_tree().stats().counters.resets == 1
 
 
 def test_an_audit_finds_a_wrong_tree_and_puts_it_right(
@@ -236,7 +236,7 @@ def test_an_audit_finds_a_wrong_tree_and_puts_it_right(
         quieten(stage)
         held = stage.pool.snapshot()
         chains = (*held.chains[1:], Stored(0, Tier.DRAM, None, tuple(page_keys([99] * 7, 1))))
-        stage.feed.tree.reset(PREFILL, stage.epoch, Snapshot(held.sequence, chains))
+        stage.feed.synced_tree().reset(PREFILL, stage.epoch, Snapshot(held.sequence, chains))
         assert stage.compare().phantoms >= 7
         stage.is_watched = False
 

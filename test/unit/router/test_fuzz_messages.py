@@ -59,12 +59,12 @@ class Router:
         self.clock.advance(3.0)
         self.cluster.watch()
         self.pools.forget_silent()
-        self.feed.tree.tidy()
+        self.feed.synced_tree().tidy()
         self.feed.truth()
-        stats = self.feed.tree.stats()
+        stats = self.feed.synced_tree().stats()
         assert stats.blocks <= 8 + stats.expected
-        self.feed.tree.overlaps(CHAIN)
-        self.feed.tree.digest("a")
+        self.feed.synced_tree().overlaps(CHAIN)
+        self.feed.synced_tree().digest("a")
 
 
 @settings(max_examples=300)

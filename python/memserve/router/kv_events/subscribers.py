@@ -1,14 +1,13 @@
-"""Decides how the cluster's tree learns what each ready instance holds, and sees to it that it does.
+"""Chooses, for each ready instance, how the global prompt tree learns the instance's cache.
 
-    it has a pool of its own      ──> pool      it reports by itself, exactly
-    it publishes SGLang's events  ──> events    `KvEventSubscriber`: one for each of its caches
-    it keeps what it has computed ──> mirror    what it answered is believed to be there, for a while
-    it keeps nothing              ──> none
+    it has a memory pool          ──> pool      the pool reports its blocks itself, exactly
+    it publishes SGLang's events  ──> events    one `KvEventSubscriber` per cache
+    it has a cache                ──> mirror    answered prompts are assumed to stay cached for a while
+    it has no cache               ──> none
 
-An instance with one cache, or with a mirror, is in the tree under its own name; caches that publish for
-themselves are there as NAME/dpN, as their pools would be. Knows no requests and no policy. Event loop
-thread only.
-Source: MemServe (global prompt trees); D10 of the design.
+In the tree an instance with one cache, or with an approximate one, has its own name; several caches that
+publish events are NAME/dpN, like the pools of data-parallel ranks. Knows no requests and no policy. Event
+loop thread only. Source: MemServe (global prompt trees).
 """
 
 from __future__ import annotations
@@ -19,7 +18,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 
-import zmq
+import zmq.asyncio
 
 from memserve.core.block_keys import BlockKey
 from memserve.core.ids import Epoch, InstanceId, server_of
@@ -32,14 +31,14 @@ from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
 
 logger = logging.getLogger(__name__)
 
-MIRROR_TTL_S = 600.0
-"""For how long an answered prompt is believed to be cached where nothing is reported."""
-MAX_NAMED_KEYS = 1 << 20
-"""At 250 bytes each, and only if they come."""
+APPROXIMATE_TTL_S = 600.0
+"""How long an answered prompt is assumed to be cached by an instance that reports nothing."""
+MAX_EVENT_KEYS = 1 << 20
+"""Keys remembered by event hash, at 250 bytes each."""
 
 
 class Mode(StrEnum):
-    """How the tree learns of an instance."""
+    """How the tree learns the cache of an instance."""
 
     POOL = "pool"
     EVENTS = "events"
@@ -49,174 +48,175 @@ class Mode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class SubscriptionStats:
-    """How an instance is followed."""
+    """How the tree learns the cache of one instance."""
 
     mode: Mode
     answered_blocks: int = 0
-    """That a mirror was told of."""
+    """Blocks of answered prompts, in mode MIRROR."""
     sources: Mapping[InstanceId, SourceStats] = field(default_factory=dict)
-    """By name in the tree, where there are events."""
+    """By name in the tree, in mode EVENTS."""
 
 
 @dataclass(frozen=True, slots=True)
 class _Plan:
-    """What to do about an instance: another, when its process is another or says other things of itself."""
+    """How to learn one instance's cache. It differs when the process or its settings differ."""
 
     epoch: Epoch
     url: str
     mode: Mode
-    following: EventSourceInfo
+    source_info: EventSourceInfo
 
 
 @dataclass(slots=True)
 class _Subscription:
     plan: _Plan
-    followers: list[KvEventSubscriber]
+    subscribers: list[KvEventSubscriber]
     answered_blocks: int = 0
 
     @property
     def is_displaced(self) -> bool:
-        return any(follower.is_displaced for follower in self.followers)
+        return any(each.is_displaced for each in self.subscribers)
 
 
 class StockSubscriptions:
-    """Every ready instance, and how it is followed. To be closed."""
+    """The subscriptions to all ready instances. Close it."""
 
     def __init__(
         self,
         tree: Callable[[], GlobalPromptTree],
-        following: Callable[[Instance], EventSourceInfo],
         *,
-        max_named_keys: int = MAX_NAMED_KEYS,
-        mirror_ttl_s: float = MIRROR_TTL_S,
-        patience: SubscriberTimeouts | None = None,
+        max_event_keys: int = MAX_EVENT_KEYS,
+        approximate_ttl_s: float = APPROXIMATE_TTL_S,
+        timeouts: SubscriberTimeouts | None = None,
     ) -> None:
-        """`tree`: with the pools that are registered now in it, those that are not any more out of it.
-        `following`: what an instance says of itself.
+        """`tree`: returns the tree with exactly the registered pools in it.
 
-        `max_named_keys` should be more than the blocks of all caches that publish events.
+        `max_event_keys` should exceed the blocks of all caches that publish events.
         """
         self._tree = tree
-        self._following = following
-        self._mirror_ttl_s = mirror_ttl_s
-        self._patience = patience or SubscriberTimeouts()
-        self._short = EventHashKeys(max_named_keys)
-        self._context = zmq.Context()
-        self._followed: dict[InstanceId, _Subscription] = {}
+        self._approximate_ttl_s = approximate_ttl_s
+        self._timeouts = timeouts or SubscriberTimeouts()
+        self._event_keys = EventHashKeys(max_event_keys)
+        self._context = zmq.asyncio.Context()
+        self._subscriptions: dict[InstanceId, _Subscription] = {}
         self._stopping: set[asyncio.Task[None]] = set()
         self._seen: tuple[ClusterSnapshot, int] | None = None
 
-    def follow(self, snapshot: ClusterSnapshot, pools: Pools) -> None:
-        """Bring what is followed in line with who is ready, and who has a pool. For each change of
-        either; cheap if there was none."""
-        displaced = any(followed.is_displaced for followed in self._followed.values())
+    def update(self, snapshot: ClusterSnapshot, pools: Pools) -> None:
+        """Subscribe to the ready instances and unsubscribe from all others. Cheap without a change."""
+        displaced = any(each.is_displaced for each in self._subscriptions.values())
         if self._seen == (snapshot, pools.version) and not displaced:
             return
         self._seen = snapshot, pools.version
         pool_names = {info.instance_id for info in pools.infos()}
         self._tree()
         with_pools = pool_names | {server_of(name) for name in pool_names}
-        plans = {one.instance_id: self._plan(one, with_pools) for one in snapshot.all()}
-        for instance_id, followed in list(self._followed.items()):
-            if plans.get(instance_id) != followed.plan or followed.is_displaced:
-                del self._followed[instance_id]
-                self._stop(instance_id, followed, pool_names)
+        plans = {one.instance_id: _plan(one, with_pools) for one in snapshot.all()}
+        for instance_id, subscription in list(self._subscriptions.items()):
+            if plans.get(instance_id) != subscription.plan or subscription.is_displaced:
+                del self._subscriptions[instance_id]
+                self._stop(instance_id, subscription, pool_names)
         for instance_id, plan in plans.items():
-            if instance_id not in self._followed:
-                self._followed[instance_id] = _Subscription(plan, self._start(instance_id, plan))
+            if instance_id not in self._subscriptions:
+                self._subscriptions[instance_id] = _Subscription(plan, self._start(instance_id, plan))
 
-    def know(self, keys: Iterable[BlockKey]) -> None:
-        """A prompt of these came by: workers may tell of its blocks by their short names."""
-        if any(followed.followers for followed in self._followed.values()):
-            self._short.add(keys)
+    def record_prompt(self, keys: Iterable[BlockKey]) -> None:
+        """Remember the keys of a placed prompt: events may name its blocks by their hashes."""
+        if any(each.subscribers for each in self._subscriptions.values()):
+            self._event_keys.add(keys)
 
-    def answered(self, instance_id: InstanceId, keys: Sequence[BlockKey]) -> None:
-        """The instance has answered a prompt of these; of use where that is all that is known of it."""
-        followed = self._followed.get(instance_id)
-        if followed is not None and followed.plan.mode is Mode.MIRROR:
-            followed.answered_blocks += len(keys)
+    def record_answer(self, instance_id: InstanceId, keys: Sequence[BlockKey]) -> None:
+        """The instance has answered a prompt of these blocks. Ignored unless its cache is approximate."""
+        subscription = self._subscriptions.get(instance_id)
+        if subscription is not None and subscription.plan.mode is Mode.MIRROR:
+            subscription.answered_blocks += len(keys)
             self._tree().learn(instance_id, keys)
 
-    def flushed(self, instance_id: InstanceId) -> None:
-        """The instance has emptied its cache; whoever reports says so itself."""
-        followed = self._followed.get(instance_id)
-        if followed is not None and followed.plan.mode is Mode.MIRROR:
-            self._mirror(instance_id, followed.plan)
+    def record_flush(self, instance_id: InstanceId) -> None:
+        """The instance has emptied its cache. Ignored unless its cache is approximate."""
+        subscription = self._subscriptions.get(instance_id)
+        if subscription is not None and subscription.plan.mode is Mode.MIRROR:
+            self._join_approximate(instance_id, subscription.plan)
 
-    def believes(self, instance_id: InstanceId) -> bool:
-        """Whether what it answered is all that is known of its cache."""
-        followed = self._followed.get(instance_id)
-        return followed is not None and followed.plan.mode is Mode.MIRROR
+    def is_approximate(self, instance_id: InstanceId) -> bool:
+        """Whether the tree knows the instance's cache by its answers alone."""
+        subscription = self._subscriptions.get(instance_id)
+        return subscription is not None and subscription.plan.mode is Mode.MIRROR
 
     def stats(self) -> dict[InstanceId, SubscriptionStats]:
-        """A copy, by instance; an instance that is not ready is not in it."""
+        """A copy, by ready instance."""
         return {
             instance_id: SubscriptionStats(
-                followed.plan.mode,
-                followed.answered_blocks,
-                {follower.instance: follower.stats for follower in followed.followers},
+                subscription.plan.mode,
+                subscription.answered_blocks,
+                {each.instance: each.stats for each in subscription.subscribers},
             )
-            for instance_id, followed in self._followed.items()
+            for instance_id, subscription in self._subscriptions.items()
         }
 
     @property
     def num_ambiguous(self) -> int:
-        """Short names that are not believed, as two blocks have them."""
-        return self._short.num_ambiguous
+        """The number of event hashes that several keys share; they are ignored."""
+        return self._event_keys.num_ambiguous
 
     async def close(self) -> None:
-        """Follow nobody; the tree stays as it is. Idempotent."""
-        for followed in self._followed.values():
-            self._stopping |= {follower.stop() for follower in followed.followers}
-        self._followed.clear()
+        """End all subscriptions; the tree stays as it is. Idempotent."""
+        for subscription in self._subscriptions.values():
+            self._stopping |= {each.stop() for each in subscription.subscribers}
+        self._subscriptions.clear()
         if self._stopping:
             await asyncio.wait(self._stopping)
         self._context.destroy(linger=0)
 
-    def _plan(self, instance: Instance, with_pools: set[InstanceId]) -> _Plan:
-        following = self._following(instance)
-        if instance.instance_id in with_pools:
-            mode = Mode.POOL
-        elif not following.keeps:
-            mode = Mode.NONE
-        elif following.events is not None and following.events.sources(instance.url):
-            mode = Mode.EVENTS
-        else:
-            mode = Mode.MIRROR
-        return _Plan(instance.epoch, instance.url, mode, following)
-
     def _start(self, instance_id: InstanceId, plan: _Plan) -> list[KvEventSubscriber]:
         logger.info("instance followed instance=%s by=%s", instance_id, plan.mode)
         if plan.mode is Mode.MIRROR:
-            self._mirror(instance_id, plan)
-        if plan.mode is not Mode.EVENTS or plan.following.events is None:
+            self._join_approximate(instance_id, plan)
+        if plan.mode is not Mode.EVENTS or plan.source_info.events is None:
             return []
-        sources = plan.following.events.sources(plan.url)
+        sources = plan.source_info.events.sources(plan.url)
         return [
             KvEventSubscriber(
                 InstanceId(f"{instance_id}/dp{rank}") if len(sources) > 1 else instance_id,
                 source,
                 self._tree,
-                self._short,
+                self._event_keys,
                 self._context,
-                self._patience,
+                self._timeouts,
             )
             for rank, source in enumerate(sources)
         ]
 
-    def _mirror(self, instance_id: InstanceId, plan: _Plan) -> None:
-        """A mirror with nothing in it."""
-        capacity_blocks = plan.following.capacity_blocks
-        self._tree().mirror(instance_id, capacity_blocks=capacity_blocks, ttl_s=self._mirror_ttl_s)
+    def _join_approximate(self, instance_id: InstanceId, plan: _Plan) -> None:
+        """Put an empty approximate cache into the tree."""
+        capacity_blocks = plan.source_info.capacity_blocks
+        self._tree().join_approximate(
+            instance_id, capacity_blocks=capacity_blocks, ttl_s=self._approximate_ttl_s
+        )
 
-    def _stop(self, instance_id: InstanceId, followed: _Subscription, pool_names: set[InstanceId]) -> None:
-        """Forget what was learnt, but not what a pool reports that has taken the place."""
-        names = {follower.instance for follower in followed.followers}
-        if followed.plan.mode is Mode.MIRROR:
+    def _stop(
+        self, instance_id: InstanceId, subscription: _Subscription, pool_names: set[InstanceId]
+    ) -> None:
+        """Remove the caches from the tree, except a pool that has registered under the same name."""
+        names = {each.instance for each in subscription.subscribers}
+        if subscription.plan.mode is Mode.MIRROR:
             names.add(instance_id)
-        for follower in followed.followers:
-            task = follower.stop()
+        for each in subscription.subscribers:
+            task = each.stop()
             self._stopping.add(task)
             task.add_done_callback(self._stopping.discard)
         for name in names - pool_names:
             self._tree().leave(name)
+
+
+def _plan(instance: Instance, with_pools: set[InstanceId]) -> _Plan:
+    source_info = instance.server_info.event_source_info
+    if instance.instance_id in with_pools:
+        mode = Mode.POOL
+    elif not source_info.keeps:
+        mode = Mode.NONE
+    elif source_info.events is not None and source_info.events.sources(instance.url):
+        mode = Mode.EVENTS
+    else:
+        mode = Mode.MIRROR
+    return _Plan(instance.epoch, instance.url, mode, source_info)

@@ -71,9 +71,8 @@ class TreeSynchronizer:
         self._truth: dict[InstanceId, AuditResult] = {}
         self._counters = FeedCounters()
 
-    @property
-    def tree(self) -> GlobalPromptTree:
-        """What the pools hold that are members now."""
+    def synced_tree(self) -> GlobalPromptTree:
+        """The tree, after exactly the registered pools have joined it. Cheap without a change."""
         if self._version != self._pools.version:
             self._version = self._pools.version
             # Of two lives of an instance, the later is meant; the ranks of one life hold the same.
@@ -91,7 +90,7 @@ class TreeSynchronizer:
 
     def events(self, message: PoolEvents) -> Message:
         """Apply what a pool says of its changes."""
-        tree, pool = self.tree, self._find(message)
+        tree, pool = self.synced_tree(), self._find(message)
         if pool is None:
             return Unknown()
         if not pool.heard and not message.events:
@@ -106,7 +105,7 @@ class TreeSynchronizer:
 
         A part that comes again is left out.
         """
-        tree, pool = self.tree, self._find(message)
+        tree, pool = self.synced_tree(), self._find(message)
         if pool is None:
             return Unknown()
         if message.is_audit:

@@ -87,7 +87,7 @@ class StateCollector(Collector):
         yield _gauge("pool_blocks", help, ("instance", "tier", "state"), blocks)
 
     def _tree(self) -> Iterator[Metric]:
-        stats = self._state.synchronizer.tree.stats()
+        stats = self._state.synchronizer.synced_tree().stats()
         held = {
             (name, tier.name.lower()): blocks
             for name, one in stats.instances.items()

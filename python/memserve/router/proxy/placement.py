@@ -31,13 +31,13 @@ from memserve.wire.messages import Role
 class CacheObserver(Protocol):
     """Infers the caches of workers that do not report theirs in full."""
 
-    def know(self, keys: Sequence[BlockKey]) -> None:
+    def record_prompt(self, keys: Sequence[BlockKey]) -> None:
         """A prompt with these blocks was placed."""
 
-    def answered(self, instance: InstanceId, keys: Sequence[BlockKey]) -> None:
+    def record_answer(self, instance: InstanceId, keys: Sequence[BlockKey]) -> None:
         """The instance has computed, or received, these blocks."""
 
-    def believes(self, instance: InstanceId) -> bool:
+    def is_approximate(self, instance: InstanceId) -> bool:
         """Whether the requests that the instance answered are all that is known of its cache."""
 
 
@@ -92,7 +92,7 @@ class GlobalScheduler:
         placements: PlacementObserver,
         clock: Callable[[], float],
     ) -> None:
-        self._selector = InstanceSelector(config, lambda: synchronizer.tree)
+        self._selector = InstanceSelector(config, synchronizer.synced_tree)
         self._pools = pools
         self._observer = observer
         self._placements = placements
@@ -122,7 +122,7 @@ class GlobalScheduler:
         placement = Placement(assignment, _route_of(snapshot, decision), links)
         if not prompt.by_text:
             for chain in prompt.chains:
-                self._observer.know(chain)
+                self._observer.record_prompt(chain)
         self._placements.count_placement(placement.instances, assignment)
         return placement
 
@@ -161,7 +161,7 @@ class GlobalScheduler:
         if is_answered:
             for chain in assignment.prompt.chains:
                 for instance in dict.fromkeys((assignment.prefill, assignment.decode)):
-                    self._observer.answered(instance, chain)
+                    self._observer.record_answer(instance, chain)
 
     def num_running(self, instance: InstanceId) -> int:
         """Number of requests that were placed on the instance and have not ended."""
@@ -194,7 +194,7 @@ class GlobalScheduler:
             info.is_on_cpu,
             BLOCK_TOKENS if prompt.by_text else info.page_size or 1,
             kv_bytes_per_token,
-            not prompt.by_text or self._observer.believes(first.instance_id),
+            not prompt.by_text or self._observer.is_approximate(first.instance_id),
         )
 
 

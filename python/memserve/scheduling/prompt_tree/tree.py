@@ -83,7 +83,7 @@ class GlobalPromptTree:
         if known is None or known.epoch != epoch:
             self._enter(instance, epoch)
 
-    def mirror(self, instance: InstanceId, *, capacity_blocks: int | None, ttl_s: float) -> None:
+    def join_approximate(self, instance: InstanceId, *, capacity_blocks: int | None, ttl_s: float) -> None:
         """It never reports: see `ApproximateCache` for what it is believed to hold. Forgets what was.
 
         Raises ValueError, changing nothing, if the capacity or the TTL is none.

@@ -33,7 +33,7 @@ def stored(sequence: int, keys: tuple[BlockKey, ...], parent: BlockKey | None = 
 
 
 def depth(feed: TreeSynchronizer, keys: tuple[BlockKey, ...], name: InstanceId = DECODE) -> int:
-    return feed.tree.overlaps(keys).get(name, NO_OVERLAP).cached
+    return feed.synced_tree().overlaps(keys).get(name, NO_OVERLAP).cached
 
 
 def audit(epoch: Epoch, sequence: int, *chains: Stored) -> list[SnapshotPart]:

@@ -51,7 +51,7 @@ def test_each_pool_is_audited_now_and_then(feed: TreeSynchronizer, clock: FakeCl
     assert feed.truth() == {DECODE: AuditResult(5, 5, 5, 0)}
     counters = feed.counters()
     assert (counters.audits_asked, counters.audits, counters.untrue_audits) == (3, 3, 0)
-    assert feed.tree.stats().counters.resets == 0, "what is true is left alone"
+    assert feed.synced_tree().stats().counters.resets == 0, "what is true is left alone"
 
 
 @pytest.mark.parametrize("is_heard", [True, False], ids=["", "and its answer is lost"])
@@ -73,9 +73,13 @@ def test_what_an_audit_finds_wrong_is_put_right(
     assert feed.part(snapshot) == feed.events(PoolEvents(ONE, ())) == Done()
     assert (depth(feed, keys), depth(feed, other)) == (2, 3)
     counters = feed.counters()
-    assert (counters.untrue_audits, counters.phantoms, feed.tree.stats().counters.resets) == (1, 3, 1)
+    assert (counters.untrue_audits, counters.phantoms, feed.synced_tree().stats().counters.resets) == (
+        1,
+        3,
+        1,
+    )
     pools.deregister(ONE)
-    assert feed.tree.overlaps(keys) == feed.truth() == {}
+    assert feed.synced_tree().overlaps(keys) == feed.truth() == {}
 
 
 @pytest.mark.parametrize("sequence", [0, 1, 3, 9])
@@ -224,4 +228,4 @@ def test_whatever_one_says_the_others_are_believed_and_the_truth_mends_it(
     pools.register(info(THREE))
     truth = tuple(stored(0, chain(6, seed=8)[:n]) for n in (2, 6))
     assert feed.part(SnapshotPart(THREE, 4, 0, True, truth)) == Done()
-    assert feed.tree.compare(DECODE, Snapshot(4, truth[1:])) == AuditResult(6, 6, 6, 0)
+    assert feed.synced_tree().compare(DECODE, Snapshot(4, truth[1:])) == AuditResult(6, 6, 6, 0)

@@ -15,7 +15,7 @@ from typing import Any
 
 import msgspec
 import pytest
-import zmq
+import zmq.asyncio
 
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey, Namespace, continue_keys, page_keys
@@ -45,8 +45,8 @@ SOON = SubscriberTimeouts(replay_s=0.2, retry_s=0.0)
 class Followed:
     publisher: FakePublisher
     tree: GlobalPromptTree
-    short: EventHashKeys
-    follower: KvEventSubscriber
+    event_keys: EventHashKeys
+    subscriber: KvEventSubscriber
 
     def depth(self, keys: list[BlockKey]) -> int:
         return self.tree.overlaps(keys).get(ANN, NO_OVERLAP).cached
@@ -55,23 +55,23 @@ class Followed:
         await until(lambda: self.depth(keys) == num_blocks)
 
     async def heard(self, num_batches: int) -> None:
-        await until(lambda: self.follower.stats.batches >= num_batches)
+        await until(lambda: self.subscriber.stats.batches >= num_batches)
 
     @property
     def forgotten(self) -> Counter[str]:
-        return self.follower.stats.forgotten
+        return self.subscriber.stats.forgotten
 
 
 @asynccontextmanager
-async def following(publisher: FakePublisher, patience: SubscriberTimeouts = SOON) -> AsyncIterator[Followed]:
-    """A follower whose publisher knows of it."""
-    tree, short, context = GlobalPromptTree(), EventHashKeys(100_000), zmq.Context[zmq.Socket[bytes]]()
-    follower = KvEventSubscriber(ANN, publisher.source, lambda: tree, short, context, patience)
+async def following(publisher: FakePublisher, timeouts: SubscriberTimeouts = SOON) -> AsyncIterator[Followed]:
+    """A subscriber whose publisher knows of it."""
+    tree, event_keys, context = GlobalPromptTree(), EventHashKeys(100_000), zmq.asyncio.Context()
+    subscriber = KvEventSubscriber(ANN, publisher.source, lambda: tree, event_keys, context, timeouts)
     try:
         await publisher.subscribed()
-        yield Followed(publisher, tree, short, follower)
+        yield Followed(publisher, tree, event_keys, subscriber)
     finally:
-        await asyncio.wait([follower.stop()])
+        await asyncio.wait([subscriber.stop()])
         context.destroy(linger=0)
         await publisher.close()
 
@@ -84,7 +84,7 @@ async def test_the_tree_has_what_is_published() -> None:
         await it.publisher.publish(removed(KEYS[:3:-1]), removed(OTHER[:1]))
         await it.has(KEYS, 4)
         assert it.depth(OTHER) == 0, "what comes after a block goes with it"
-        stats = it.follower.stats
+        stats = it.subscriber.stats
         assert (stats.connected, stats.complete, stats.batches) == (True, True, 3)
         assert (stats.stored, stats.unverified, it.forgotten) == (10, 0, Counter())
         await it.publisher.publish(STORED, CLEARED, OTHERS)
@@ -120,7 +120,7 @@ async def test_a_flood_of_messages_leaves_the_loop_to_others() -> None:
         for _ in range(100):
             await it.publisher.publish(*[STORED, removed(KEYS)] * 20)
         num_turns = 0
-        while it.follower.stats.batches < 100:
+        while it.subscriber.stats.batches < 100:
             await asyncio.sleep(0)
             num_turns += 1
         assert num_turns > 1000
@@ -133,14 +133,14 @@ async def test_who_comes_late_knows_what_follows_on_known_prompts() -> None:
     async with following(publisher) as it:
         await it.publisher.publish(TAIL, OTHERS)
         await it.has(OTHER, 4)
-        stats = it.follower.stats
+        stats = it.subscriber.stats
         assert (it.depth(KEYS), stats.unverified, stats.complete) == (0, 2, False)
-        it.short.add(KEYS[:4])
+        it.event_keys.add(KEYS[:4])
         it.tree.expect(ANN, KEYS[:5], time.monotonic() + 60)
         await it.publisher.publish(TAIL)
         await until(lambda: it.tree.overlaps(KEYS) == {ANN: Overlap((6, 6), 0)})
         await it.publisher.publish(CLEARED)
-        await until(lambda: it.follower.stats.complete)
+        await until(lambda: it.subscriber.stats.complete)
 
 
 async def test_who_comes_late_is_told_the_rest_by_a_replay() -> None:
@@ -150,7 +150,7 @@ async def test_who_comes_late_is_told_the_rest_by_a_replay() -> None:
         await it.has(KEYS, 4)
         await publisher.publish(TAIL)
         await it.has(KEYS, 6)
-        stats = it.follower.stats
+        stats = it.subscriber.stats
         assert (stats.replayed, stats.batches, stats.complete) == (1, 2, True)
 
 
@@ -180,7 +180,7 @@ async def test_a_gap_is_filled_by_a_replay() -> None:
         await it.publisher.publish(removed(OTHER))
         await it.heard(7)
         assert (it.depth(KEYS), it.depth(OTHER)) == (6, 0)
-        assert (it.forgotten, it.follower.stats.replayed >= 3) == (Counter(), True)
+        assert (it.forgotten, it.subscriber.stats.replayed >= 3) == (Counter(), True)
 
 
 @pytest.mark.parametrize(("answers", "kept"), [(True, False), (False, True)])
@@ -218,7 +218,7 @@ async def test_a_sequence_that_begins_again_is_another_life() -> None:
         await it.publisher.publish(OTHERS)
         await it.has(OTHER, 4)
         assert (it.depth(KEYS), it.forgotten) == (0, Counter(restart=1))
-        assert it.follower.stats.complete
+        assert it.subscriber.stats.complete
 
 
 @pytest.mark.parametrize("replays", [False, True])
@@ -331,12 +331,12 @@ async def test_names_that_cannot_be_verified_are_left_out_and_counted() -> None:
     pairs = list(pairwise(TOKENS))
     twin = BlockKey(OTHER[1][:8] + bytes(24))
     async with following(FakePublisher()) as it:
-        it.short.add([twin])
+        it.event_keys.add([twin])
         await it.publisher.publish(stored(KEYS[:5], pairs[:10]))
         await it.publisher.publish(stored(KEYS, TOKENS, cache_salt="t"))
         await it.publisher.publish(OTHERS)
         await it.heard(3)
-        stats = it.follower.stats
+        stats = it.subscriber.stats
         assert (it.depth(KEYS), it.depth(OTHER)) == (0, 1), "the twin could be meant"
         assert (stats.stored, stats.unverified, it.forgotten) == (1, 14, Counter())
 
@@ -348,42 +348,42 @@ async def test_it_gives_way_to_who_takes_its_place_in_the_tree() -> None:
         it.tree.join(ANN, Epoch(5))
         it.tree.apply(ANN, Epoch(5), [Stored(1, Tier.HBM, None, tuple(KEYS[:1]))])
         await it.publisher.publish(OTHERS)
-        await until(lambda: it.follower.stats.displaced)
+        await until(lambda: it.subscriber.stats.displaced)
         assert (it.depth(KEYS), it.depth(OTHER)) == (1, 0)
 
 
 async def test_it_gives_way_too_when_its_worker_is_lost() -> None:
     async with following(FakePublisher()) as it:
-        await until(lambda: it.follower.stats.connected)
+        await until(lambda: it.subscriber.stats.connected)
         it.tree.join(ANN, Epoch(5))
         it.tree.apply(ANN, Epoch(5), [Stored(1, Tier.HBM, None, tuple(KEYS[:1]))])
         await it.publisher.restart()
-        await until(lambda: it.follower.stats.displaced)
+        await until(lambda: it.subscriber.stats.displaced)
         assert it.depth(KEYS) == 1
 
 
 async def test_a_worker_whose_events_cannot_be_reached_is_waited_for(caplog: Any) -> None:
     publisher = FakePublisher()
     publisher.vanish()
-    patience = replace(SOON, connect_s=0.01)
-    tree, short, context = GlobalPromptTree(), EventHashKeys(100), zmq.Context[zmq.Socket[bytes]]()
-    follower = KvEventSubscriber(ANN, publisher.source, lambda: tree, short, context, patience)
+    timeouts = replace(SOON, connect_s=0.01)
+    tree, event_keys, context = GlobalPromptTree(), EventHashKeys(100), zmq.asyncio.Context()
+    subscriber = KvEventSubscriber(ANN, publisher.source, lambda: tree, event_keys, context, timeouts)
     await until(lambda: "cannot connect" in caplog.text)
-    assert not follower.stats.connected
+    assert not subscriber.stats.connected
     await publisher.restart()
     await publisher.subscribed()
-    await until(lambda: follower.stats.connected)
-    await asyncio.wait([follower.stop()])
+    await until(lambda: subscriber.stats.connected)
+    await asyncio.wait([subscriber.stop()])
     context.destroy(linger=0)
     await publisher.close()
 
 
 @pytest.mark.parametrize("endpoint", ["tcp://", "nonsense"])
 async def test_an_address_that_is_none_is_tried_again(endpoint: str) -> None:
-    tree, context = GlobalPromptTree(), zmq.Context[zmq.Socket[bytes]]()
+    tree, context = GlobalPromptTree(), zmq.asyncio.Context()
     source = EventSource(endpoint, "", None)
-    follower = KvEventSubscriber(ANN, source, lambda: tree, EventHashKeys(10), context, SOON)
-    await until(lambda: follower.stats.forgotten["lost"] >= 2)
-    assert not follower.stats.connected
-    await asyncio.wait([follower.stop()])
+    subscriber = KvEventSubscriber(ANN, source, lambda: tree, EventHashKeys(10), context, SOON)
+    await until(lambda: subscriber.stats.forgotten["lost"] >= 2)
+    assert not subscriber.stats.connected
+    await asyncio.wait([subscriber.stop()])
     context.destroy(linger=0)

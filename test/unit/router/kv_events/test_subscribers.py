@@ -61,13 +61,13 @@ def instance(name: InstanceId, following: EventSourceInfo, epoch: int = 1) -> In
 class Cast:
     """StockSubscriptions with their tree, and the pools."""
 
-    followers: StockSubscriptions
+    subscriptions: StockSubscriptions
     tree: GlobalPromptTree
     pools: Pools
     clock: FakeClock
 
-    def follow(self, *instances: Instance) -> None:
-        self.followers.follow(ClusterSnapshot.of(instances), self.pools)
+    def update(self, *instances: Instance) -> None:
+        self.subscriptions.update(ClusterSnapshot.of(instances), self.pools)
 
     def register_pool(self, name: str) -> None:
         """As the feed of the tree does: it reports, and has one block."""
@@ -82,18 +82,18 @@ class Cast:
         return {name: depth.cached for name, depth in self.tree.overlaps(KEYS).items()}
 
     def modes(self) -> dict[InstanceId, Mode]:
-        return {name: stats.mode for name, stats in self.followers.stats().items()}
+        return {name: stats.mode for name, stats in self.subscriptions.stats().items()}
 
 
 @asynccontextmanager
 async def cast(*publishers: FakePublisher) -> AsyncIterator[Cast]:
     clock = FakeClock()
     tree, pools = GlobalPromptTree(clock=clock), Pools(ClusterConfig(heartbeat_secs=1.0), clock)
-    followers = StockSubscriptions(lambda: tree, lambda one: one.server_info.event_source_info, patience=SOON)
+    subscriptions = StockSubscriptions(lambda: tree, timeouts=SOON)
     try:
-        yield Cast(followers, tree, pools, clock)
+        yield Cast(subscriptions, tree, pools, clock)
     finally:
-        await followers.close()
+        await subscriptions.close()
         for publisher in publishers:
             await publisher.close()
 
@@ -109,24 +109,24 @@ async def test_each_instance_is_followed_by_the_best_that_it_offers() -> None:
             "forgets": replace(publishing(publisher), keeps=False),
             "silent": EventSourceInfo(),
         }
-        it.follow(*(instance(InstanceId(name), offer) for name, offer in offers.items()))
+        it.update(*(instance(InstanceId(name), offer) for name, offer in offers.items()))
         assert list(it.modes().values()) == [Mode.POOL, Mode.EVENTS, Mode.MIRROR, Mode.NONE, Mode.NONE]
         assert set(it.tree.stats().instances) == {"pooled/dp1", "publishes", "keeps"}
         await publisher.subscribed()
         await publisher.publish(STORED)
         await until(lambda: it.depths().get(InstanceId("publishes")) == 6)
-        sources = it.followers.stats()[InstanceId("publishes")].sources
+        sources = it.subscriptions.stats()[InstanceId("publishes")].sources
         assert sources[InstanceId("publishes")].stored == 6
 
 
 async def test_what_a_mirrored_worker_answered_is_believed_within_its_capacity_for_a_while() -> None:
     async with cast() as it:
-        it.follow(instance(ANN, KEEPS), instance(BOB, EventSourceInfo()))
-        it.followers.answered(ANN, KEYS)
-        it.followers.answered(BOB, KEYS)
-        it.followers.answered(InstanceId("nobody"), KEYS)
+        it.update(instance(ANN, KEEPS), instance(BOB, EventSourceInfo()))
+        it.subscriptions.record_answer(ANN, KEYS)
+        it.subscriptions.record_answer(BOB, KEYS)
+        it.subscriptions.record_answer(InstanceId("nobody"), KEYS)
         assert it.depths() == {ANN: 4}, "as many as it has room for"
-        assert it.followers.stats() == {
+        assert it.subscriptions.stats() == {
             ANN: SubscriptionStats(Mode.MIRROR, 6),
             BOB: SubscriptionStats(Mode.NONE),
         }
@@ -136,13 +136,13 @@ async def test_what_a_mirrored_worker_answered_is_believed_within_its_capacity_f
 
 async def test_a_mirrored_worker_that_was_flushed_is_believed_to_have_nothing() -> None:
     async with cast() as it:
-        it.follow(instance(ANN, KEEPS), instance(BOB, KEEPS))
+        it.update(instance(ANN, KEEPS), instance(BOB, KEEPS))
         for name in (ANN, BOB):
-            it.followers.answered(name, KEYS)
-        it.followers.flushed(ANN)
-        it.followers.flushed(InstanceId("nobody"))
+            it.subscriptions.record_answer(name, KEYS)
+        it.subscriptions.record_flush(ANN)
+        it.subscriptions.record_flush(InstanceId("nobody"))
         assert it.depths() == {BOB: 4}
-        it.followers.answered(ANN, KEYS)
+        it.subscriptions.record_answer(ANN, KEYS)
         assert it.depths() == {ANN: 4, BOB: 4}
 
 
@@ -150,30 +150,30 @@ async def test_who_is_not_ready_any_more_is_forgotten() -> None:
     publisher = FakePublisher()
     async with cast(publisher) as it:
         ann, bob = instance(ANN, publishing(publisher)), instance(BOB, KEEPS)
-        it.follow(ann, bob)
+        it.update(ann, bob)
         await publisher.subscribed()
         await publisher.publish(STORED)
         await until(lambda: it.depths().get(ANN) == 6)
-        it.followers.answered(BOB, KEYS)
-        it.follow(bob)
+        it.subscriptions.record_answer(BOB, KEYS)
+        it.update(bob)
         assert it.depths() == {BOB: 4}
-        it.follow()
+        it.update()
         assert (it.depths(), it.modes(), it.tree.stats().instances) == ({}, {}, {})
 
 
 async def test_a_new_process_is_followed_anew_and_the_same_one_is_not() -> None:
     async with cast() as it:
-        it.follow(instance(ANN, KEEPS))
-        it.followers.answered(ANN, KEYS)
-        it.follow(instance(ANN, KEEPS), instance(BOB, KEEPS))
+        it.update(instance(ANN, KEEPS))
+        it.subscriptions.record_answer(ANN, KEYS)
+        it.update(instance(ANN, KEEPS), instance(BOB, KEEPS))
         assert it.depths() == {ANN: 4}
-        it.follow(instance(ANN, KEEPS, epoch=2), instance(BOB, KEEPS))
+        it.update(instance(ANN, KEEPS, epoch=2), instance(BOB, KEEPS))
         assert it.depths() == {}
-        it.followers.answered(ANN, KEYS)
-        it.follow(instance(ANN, replace(KEEPS, capacity_tokens=6), epoch=2))
+        it.subscriptions.record_answer(ANN, KEYS)
+        it.update(instance(ANN, replace(KEEPS, capacity_tokens=6), epoch=2))
         assert it.depths() == {}
-        it.followers.answered(ANN, KEYS)
-        it.follow(instance(ANN, replace(KEEPS, capacity_tokens=6, start_s=1.5), epoch=2))
+        it.subscriptions.record_answer(ANN, KEYS)
+        it.update(instance(ANN, replace(KEEPS, capacity_tokens=6, start_s=1.5), epoch=2))
         assert it.depths() == {}, "it has started again since, and was never seen down"
 
 
@@ -182,16 +182,16 @@ async def test_a_pool_that_registers_reports_in_place_of_the_events(pool: str) -
     publisher = FakePublisher()
     async with cast(publisher) as it:
         ann = instance(ANN, publishing(publisher))
-        it.follow(ann)
+        it.update(ann)
         await publisher.subscribed()
         await publisher.publish(STORED)
         await until(lambda: it.depths() == {ANN: 6})
         it.register_pool(pool)
-        it.follow(ann)
+        it.update(ann)
         assert (it.modes(), it.depths()) == ({ANN: Mode.POOL}, {pool: 1})
         it.pools.deregister(POOL_EPOCH)
         it.tree.leave(InstanceId(pool))
-        it.follow(ann)
+        it.update(ann)
         await publisher.subscribed()
         await publisher.publish(STORED)
         await until(lambda: it.depths() == {ANN: 6})
@@ -201,7 +201,7 @@ async def test_a_pool_that_registers_reports_in_place_of_the_events(pool: str) -
 async def test_a_pool_of_another_name_is_anothers(pool: str) -> None:
     async with cast() as it:
         it.register_pool(pool)
-        it.follow(instance(ANN, KEEPS))
+        it.update(instance(ANN, KEEPS))
         assert it.modes() == {ANN: Mode.MIRROR}
 
 
@@ -209,12 +209,12 @@ async def test_who_was_displaced_in_the_tree_comes_back_when_the_place_is_free()
     publisher = FakePublisher()
     async with cast(publisher) as it:
         ann = instance(ANN, publishing(publisher))
-        it.follow(ann)
+        it.update(ann)
         await publisher.subscribed()
         it.tree.leave(ANN)
         await publisher.publish(STORED)
-        await until(lambda: it.followers.stats()[ANN].sources[ANN].displaced)
-        it.follow(ann)
+        await until(lambda: it.subscriptions.stats()[ANN].sources[ANN].displaced)
+        it.update(ann)
         await publisher.subscribed()
         await publisher.publish(STORED)
         await until(lambda: it.depths() == {ANN: 6})
@@ -223,37 +223,37 @@ async def test_who_was_displaced_in_the_tree_comes_back_when_the_place_is_free()
 async def test_each_cache_of_an_instance_is_followed_under_a_name_of_its_own() -> None:
     first, second = await neighbours()
     async with cast(first, second) as it:
-        it.follow(instance(ANN, publishing(first, second)))
+        it.update(instance(ANN, publishing(first, second)))
         await first.subscribed()
         await second.subscribed()
         await first.publish(STORED)
         await second.publish(stored(KEYS[:2], TOKENS[:4]))
         await until(lambda: it.depths() == {"ann/dp0": 6, "ann/dp1": 2})
-        it.follow()
+        it.update()
         assert it.tree.stats().instances == {}
 
 
 async def test_prompts_that_came_by_name_the_blocks_of_events_without_tokens() -> None:
     publisher = FakePublisher()
     async with cast(publisher) as it:
-        it.followers.know(KEYS)
-        it.follow(instance(ANN, publishing(publisher)))
+        it.subscriptions.record_prompt(KEYS)
+        it.update(instance(ANN, publishing(publisher)))
         await publisher.subscribed()
         await publisher.publish(stored(KEYS))
-        await until(lambda: it.followers.stats()[ANN].sources[ANN].unverified == 6)
-        it.followers.know(KEYS)
+        await until(lambda: it.subscriptions.stats()[ANN].sources[ANN].unverified == 6)
+        it.subscriptions.record_prompt(KEYS)
         await publisher.publish(stored(KEYS))
         await until(lambda: it.tree.overlaps(KEYS) == {ANN: Overlap((6, 6), 0)})
-        it.followers.know([BlockKey(KEYS[0][:8] + bytes(24))])
-        assert it.followers.num_ambiguous == 1
+        it.subscriptions.record_prompt([BlockKey(KEYS[0][:8] + bytes(24))])
+        assert it.subscriptions.num_ambiguous == 1
 
 
 async def test_after_the_end_nobody_is_followed() -> None:
     publisher = FakePublisher()
     async with cast(publisher) as it:
-        it.follow(instance(ANN, publishing(publisher)))
+        it.update(instance(ANN, publishing(publisher)))
         await publisher.subscribed()
         num_tasks = len(asyncio.all_tasks())
-        await it.followers.close()
+        await it.subscriptions.close()
         assert len(asyncio.all_tasks()) == num_tasks - 1
         assert it.modes() == {}

@@ -86,14 +86,14 @@ def test_a_stranger_is_not_believed(feed: TreeSynchronizer) -> None:
     keys = chain(3)
     assert feed.events(PoolEvents(TWO, (stored(1, keys),))) == Unknown()
     assert feed.part(SnapshotPart(TWO, 1, 0, True, (stored(0, keys),))) == Unknown()
-    assert feed.tree.overlaps(keys) == {}
+    assert feed.synced_tree().overlaps(keys) == {}
 
 
 def test_what_a_pool_held_goes_with_it(feed: TreeSynchronizer, pools: Pools) -> None:
     keys = chain(3)
     feed.events(PoolEvents(ONE, (stored(1, keys),)))
     pools.deregister(ONE)
-    assert feed.tree.overlaps(keys) == {}
+    assert feed.synced_tree().overlaps(keys) == {}
     assert feed.events(PoolEvents(ONE, (stored(2, chain(2, seed=2)),))) == Unknown()
 
 
@@ -101,7 +101,7 @@ def test_a_new_life_begins_with_nothing(feed: TreeSynchronizer, pools: Pools) ->
     keys = chain(3)
     feed.events(PoolEvents(ONE, (stored(1, keys),)))
     pools.register(info(TWO))
-    assert feed.tree.overlaps(keys) == {}
+    assert feed.synced_tree().overlaps(keys) == {}
     assert feed.events(PoolEvents(ONE, (stored(2, keys),))) == Unknown()
     assert feed.events(PoolEvents(TWO, (stored(1, keys[:1]),))) == Done()
     assert depth(feed, keys) == 1
@@ -145,7 +145,7 @@ def test_a_part_that_comes_again_is_left_out(feed: TreeSynchronizer) -> None:
     feed.events(PoolEvents(ONE, (Removed(4, Tier.DRAM, keys[:1:-1]),)))
     assert feed.part(last) == Done()
     assert depth(feed, keys) == 2
-    assert feed.tree.stats().counters.resets == 1
+    assert feed.synced_tree().stats().counters.resets == 1
 
 
 def test_a_memory_instance_tells_of_each_layout_by_itself() -> None:
@@ -166,6 +166,6 @@ def test_a_memory_instance_tells_of_each_layout_by_itself() -> None:
     assert isinstance(feed.events(PoolEvents(epoch, (), "c" * 1000)), Unknown), "no layout's digest"
     for number in range(100):
         feed.part(SnapshotPart(epoch, 1, 0, True, (stored(1, chain(1)),), layout=f"{number:04}"))
-    assert len(feed.tree.overlaps(chain(1))) == MAX_LAYOUTS, "however many it names"
+    assert len(feed.synced_tree().overlaps(chain(1))) == MAX_LAYOUTS, "however many it names"
     pools.deregister(epoch)
-    assert feed.tree.overlaps(chain(9)) == {}
+    assert feed.synced_tree().overlaps(chain(9)) == {}

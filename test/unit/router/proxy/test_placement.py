@@ -61,10 +61,10 @@ class Learner:
 
     answers: list[InstanceId] = field(default_factory=list)
 
-    def know(self, keys: Sequence[BlockKey]) -> None:
+    def record_prompt(self, keys: Sequence[BlockKey]) -> None:
         pass
 
-    def answered(self, instance: InstanceId, keys: Sequence[BlockKey]) -> None:
+    def record_answer(self, instance: InstanceId, keys: Sequence[BlockKey]) -> None:
         self.answers.append(instance)
 
 

@@ -188,7 +188,7 @@ def test_what_is_expected_again_counts_until_the_later_time() -> None:
 def test_a_silent_worker_has_what_it_was_sent_within_capacity_and_ttl() -> None:
     clock = FakeClock()
     tree = GlobalPromptTree(clock=clock)
-    tree.mirror(ANN, capacity_blocks=5, ttl_s=60)
+    tree.join_approximate(ANN, capacity_blocks=5, ttl_s=60)
     assert tree.overlaps(keys("abc")) == {}
     tree.learn(ANN, keys("abc"))
     tree.learn(BOB, keys("abc"))
@@ -210,7 +210,7 @@ def test_a_silent_worker_has_what_it_was_sent_within_capacity_and_ttl() -> None:
     assert tree.stats().blocks == 0
     assert not tree.apply(ANN, EPOCH, [stored(1, "a")]), "until it joins"
     with pytest.raises(ValueError, match="no mirror"):
-        tree.mirror(ANN, capacity_blocks=0, ttl_s=60)
+        tree.join_approximate(ANN, capacity_blocks=0, ttl_s=60)
 
 
 def test_the_tails_used_longest_ago_are_forgotten_first() -> None:
@@ -230,7 +230,7 @@ def test_the_tails_used_longest_ago_are_forgotten_first() -> None:
 
 def test_the_budget_holds_however_many_unique_prompts_come() -> None:
     tree = tree_of((ANN, []), (BOB, []), max_blocks=1000)
-    tree.mirror(CYD, capacity_blocks=None, ttl_s=60)
+    tree.join_approximate(CYD, capacity_blocks=None, ttl_s=60)
     shared = keys("system prompt")
     for n in range(10_000):
         chain = tuple(shared + page_keys([*range(13), n + 5000, n], 1)[13:])
@@ -280,7 +280,7 @@ def test_the_budget_is_of_bytes_whatever_the_blocks_are_there_for() -> None:
     """Reported, learned and expected ones, and each by other holders than the one before."""
     tree = tree_of(*((InstanceId(f"i{n}"), []) for n in range(40)), max_blocks=6000)
     for n in range(4):
-        tree.mirror(InstanceId(f"m{n}"), capacity_blocks=None, ttl_s=60)
+        tree.join_approximate(InstanceId(f"m{n}"), capacity_blocks=None, ttl_s=60)
     rng = random.Random(0)
     tracemalloc.start()
     try:

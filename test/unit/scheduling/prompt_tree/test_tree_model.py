@@ -307,7 +307,7 @@ def test_mirrors_are_lists_of_blocks_in_order_of_use(
     assert tree.apply(cyd, Epoch(1), [Stored(1, Tier.DRAM, None, tuple(keys_of((0, 1, 0, 1))))])
     models: dict[InstanceId, list[tuple[Prompt, float]]] = {ann: [], bob: []}
     for name in models:
-        tree.mirror(name, capacity_blocks=capacity, ttl_s=ttl_s)
+        tree.join_approximate(name, capacity_blocks=capacity, ttl_s=ttl_s)
     for who, prompt, passed_s in steps:
         now_s += passed_s
         tree.learn(NAMES[who], keys_of(prompt))

@@ -79,7 +79,7 @@ class Dashboard:
     async def state(self, _: web.Request) -> web.Response:
         """All data of the page but explanations."""
         state, now_s = self._state, time.monotonic()
-        stats = state.synchronizer.tree.stats()
+        stats = state.synchronizer.synced_tree().stats()
         page: JsonObject = {
             "now_s": time.time(),
             "version": __version__,
@@ -180,7 +180,7 @@ class Dashboard:
 
     def _hottest(self, num: int, now_s: float) -> list[JsonObject]:
         found = self._state.telemetry.prefixes.hottest(num, now_s)
-        return [self._prefix(one, self._state.synchronizer.tree.holders(one.key)) for one in found]
+        return [self._prefix(one, self._state.synchronizer.synced_tree().holders(one.key)) for one in found]
 
     def _prefix(self, one: HotPrefix, holders: Mapping[InstanceId, TierCounts]) -> JsonObject:
         sizes = (it.server_info.page_size for it in self._state.cluster.up.all() if it.instance_id in holders)

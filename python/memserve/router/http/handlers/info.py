@@ -98,7 +98,7 @@ class InfoHandlers:
 
         `?digest=1` adds a digest of the blocks by instance and tier, as a server has it on `/mempool`.
         """
-        tree = self._feed.tree
+        tree = self._feed.synced_tree()
         stats = tree.stats()
         page: JsonObject = asdict(stats)
         if request.query.get("digest") == "1":
@@ -166,7 +166,7 @@ class InfoHandlers:
         failed = []
         for one, (status, body) in zip(instances, answers, strict=True):
             if status == 200:
-                self._state.subscriptions.flushed(one.instance_id)
+                self._state.subscriptions.record_flush(one.instance_id)
             else:
                 failed.append(f"{one.instance_id}: {message_of(status, body)}")
         if failed:
