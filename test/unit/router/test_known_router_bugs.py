@@ -82,14 +82,14 @@ COVERED = {
     9: [
         "unit/instance/test_pool_metrics.py::test_blocks_are_shown_by_tier_and_state",
         "unit/router/cluster/test_drain.py::test_blocks_go_where_they_are_of_use",
-        "unit/router/http/test_workers_api.py::test_a_drained_server_ends_what_it_has_and_gets_nothing_new",
+        "unit/router/http/test_workers_api.py::test_a_draining_server_finishes_its_requests_and_gets_no_new_ones",
         "unit/router/proxy/test_recovery.py::test_another_instance_goes_on",
         "e2e/test_resume.py::test_streams_continue_after_their_decode_dies",
         "unit/router/test_known_router_bugs.py::test_an_instance_with_other_pages_is_not_ready_and_says_why",
     ],
     10: [
-        "unit/router/http/test_tenants.py::test_tenants_share_no_blocks_whatever_they_claim",
-        "unit/router/http/test_tenants.py::test_chats_and_completions_are_salted_too",
+        "unit/router/http/test_tenants.py::test_tenants_share_no_cached_blocks_whatever_salt_they_send",
+        "unit/router/http/test_tenants.py::test_chats_and_completions_are_salted_by_tenant",
     ],
 }
 

@@ -1,4 +1,4 @@
-"""Turns are fair, bounded and in order, whatever is asked for."""
+"""The fair queue is fair between tenants, bounded, and ordered by priority within a tenant."""
 
 from __future__ import annotations
 
@@ -17,22 +17,22 @@ from memserve.testing.fake_clock import FakeClock
 
 
 class Hall:
-    """An admission whose requests the test ends."""
+    """A fair queue whose requests the test ends."""
 
     def __init__(self, max_running: int | None, max_waiting: int = 100, rates: Rates | None = None) -> None:
         self.clock = FakeClock()
-        self.admission = FairQueue(max_running, max_waiting, self.clock, rates=rates)
-        self.shares: dict[str, TenantQueue] = {}
+        self.queue = FairQueue(max_running, max_waiting, self.clock, rates=rates)
+        self.tenants: dict[str, TenantQueue] = {}
         self.running: list[tuple[TenantQueue, float]] = []
         self.waiting: list[Waiter] = []
         self.refused: list[Waiter] = []
 
     def ask(self, name: str, priority: int = 0, rates: Rates | None = None) -> str:
         """running or waiting; raises Refusal."""
-        share = self.admission.tenant(name, rates or Rates())
-        began_s = self.admission.enter(share)
+        tenant = self.queue.tenant(name, rates or Rates())
+        began_s = self.queue.enter(tenant)
         if began_s is not None:
-            self.running.append((share, began_s))
+            self.running.append((tenant, began_s))
             return "running"
         waiter: Waiter
 
@@ -43,34 +43,34 @@ class Hall:
             else:
                 self.refused.append(waiter)
 
-        waiter = self.admission.wait(share, priority, settled)
+        waiter = self.queue.wait(tenant, priority, settled)
         self.waiting.append(waiter)
         return "waiting"
 
     def end(self, name: str | None = None) -> None:
-        """The oldest that runs ends, or the oldest of `name`."""
+        """End the oldest running request, of any tenant or of `name`."""
         one = next(one for one in self.running if name in (None, one[0].name))
         self.running.remove(one)
-        self.admission.leave(*one)
+        self.queue.leave(*one)
 
     def names(self) -> list[str]:
-        return [share.name for share, _ in self.running]
+        return [tenant.name for tenant, _ in self.running]
 
 
-def test_nobody_waits_while_there_is_room() -> None:
+def test_fair_queue_starts_requests_at_once_while_slots_are_free() -> None:
     hall = Hall(2)
     assert [hall.ask("a") for _ in range(3)] == ["running", "running", "waiting"]
     hall.end()
-    assert hall.admission.num_running == 2
-    assert hall.admission.num_waiting == 0
+    assert hall.queue.num_running == 2
+    assert hall.queue.num_waiting == 0
 
 
-def test_without_a_bound_everybody_runs() -> None:
+def test_fair_queue_without_a_bound_starts_every_request() -> None:
     hall = Hall(None)
     assert {hall.ask("a") for _ in range(1000)} == {"running"}
 
 
-def test_one_tenants_crowd_does_not_hold_up_another() -> None:
+def test_fair_queue_serves_a_small_tenant_beside_a_crowd() -> None:
     hall = Hall(2)
     for _ in range(50):
         hall.ask("crowd")
@@ -80,7 +80,7 @@ def test_one_tenants_crowd_does_not_hold_up_another() -> None:
     assert hall.names() == ["crowd", "guest"]
 
 
-def test_a_tenant_that_comes_late_is_owed_nothing_from_before() -> None:
+def test_fair_queue_owes_a_late_tenant_nothing_from_before() -> None:
     hall = Hall(1, 1000)
     for _ in range(400):
         hall.ask("early")
@@ -97,7 +97,7 @@ def test_a_tenant_that_comes_late_is_owed_nothing_from_before() -> None:
     assert abs(served["early"] - served["late"]) <= 2, served
 
 
-def test_what_was_had_while_nobody_waited_counts_no_more() -> None:
+def test_fair_queue_forgets_slot_time_from_before_the_queue_filled() -> None:
     hall = Hall(2)
     hall.ask("a")
     hall.clock.advance(1000)
@@ -124,10 +124,10 @@ def test_what_was_had_while_nobody_waited_counts_no_more() -> None:
         (1, {"long": 20.0, "short": 0.5}, {"long": 1, "short": 1}),
     ],
 )
-def test_slots_are_shared_by_time_and_weight(
+def test_fair_queue_shares_slots_by_time_and_weight(
     slots: int, seconds: dict[str, float], weights: dict[str, float]
 ) -> None:
-    """All want more than there is, all the time."""
+    """All tenants always have waiting requests."""
     draw = random.Random(1)
     hall = Hall(slots, 1000)
     rates = {name: Rates(weight=weight) for name, weight in weights.items()}
@@ -146,20 +146,20 @@ def test_slots_are_shared_by_time_and_weight(
                 heappush(ends, (hall.clock.now_s + lasts_s, number))
                 number += 1
         end_s, ended = heappop(ends)
-        share, began_s = known.pop(ended)
+        tenant, began_s = known.pop(ended)
         hall.clock.now_s = end_s
-        had[share.name] += end_s - began_s
+        had[tenant.name] += end_s - began_s
         hall.running = [
-            one for one in hall.running if one is not (share, began_s) and one != (share, began_s)
+            one for one in hall.running if one is not (tenant, began_s) and one != (tenant, began_s)
         ]
-        hall.admission.leave(share, began_s)
-        hall.ask(share.name, rates=rates[share.name])
+        hall.queue.leave(tenant, began_s)
+        hall.ask(tenant.name, rates=rates[tenant.name])
     total = sum(weights.values())
     for name, weight in weights.items():
         assert had[name] / had.total() == pytest.approx(weight / total, rel=0.1), had
 
 
-def test_priority_orders_within_a_tenant_only() -> None:
+def test_fair_queue_orders_by_priority_within_a_tenant_only() -> None:
     hall = Hall(1)
     for name, priority in (("x", 0), ("a", 0), ("a", 5), ("a", 5), ("b", 0), ("a", -1)):
         hall.ask(name, priority)
@@ -173,7 +173,7 @@ def test_priority_orders_within_a_tenant_only() -> None:
     assert order.index(("b", 0)) <= 1, "a's priorities do not come before b"
 
 
-def test_the_queue_is_bounded_and_says_when_to_come_again() -> None:
+def test_fair_queue_is_bounded_and_refuses_with_a_retry_time() -> None:
     hall = Hall(2, 3)
     for _ in range(5):
         hall.ask("a")
@@ -181,17 +181,17 @@ def test_the_queue_is_bounded_and_says_when_to_come_again() -> None:
         hall.ask("a")
     assert caught.value.reason == "queue_full"
     assert caught.value.after_s == pytest.approx(4 * 1.0 / 2)
-    assert hall.admission.num_waiting == 3
+    assert hall.queue.num_waiting == 3
 
 
-def test_no_queue_means_refused_at_once() -> None:
+def test_fair_queue_of_size_zero_refuses_at_once() -> None:
     hall = Hall(1, 0)
     hall.ask("a")
     with pytest.raises(Refusal, match="queue_full"):
         hall.ask("b")
 
 
-def test_a_full_queue_makes_room_for_whom_it_owes() -> None:
+def test_full_fair_queue_drops_a_request_of_the_longest_sub_queue() -> None:
     hall = Hall(1, 4)
     for _ in range(5):
         hall.ask("crowd")
@@ -204,7 +204,7 @@ def test_a_full_queue_makes_room_for_whom_it_owes() -> None:
     assert all(waiter.rank[1] > 2 for waiter in hall.refused), "the last ones yield"
 
 
-def test_in_a_full_queue_a_tenants_own_lesser_requests_yield() -> None:
+def test_full_fair_queue_drops_a_tenants_own_lower_priority_first() -> None:
     hall = Hall(1, 2)
     for priority in (0, 0, 1):
         hall.ask("a", priority)
@@ -214,20 +214,20 @@ def test_in_a_full_queue_a_tenants_own_lesser_requests_yield() -> None:
         hall.ask("a", 1)
 
 
-def test_who_leaves_the_queue_is_not_called() -> None:
+def test_fair_queue_never_settles_an_abandoned_waiter() -> None:
     hall = Hall(1)
     hall.ask("a")
     hall.ask("a")
     hall.ask("a")
     first = hall.waiting.pop(0)
-    hall.admission.abandon(first)
+    hall.queue.abandon(first)
     hall.end()
     assert first.began_s is None
-    assert hall.admission.num_running == 1
-    assert hall.admission.num_waiting == 0
+    assert hall.queue.num_running == 1
+    assert hall.queue.num_waiting == 0
 
 
-def test_a_rate_lets_a_burst_through_and_tells_the_true_wait() -> None:
+def test_rate_limit_admits_a_burst_and_gives_the_exact_wait() -> None:
     hall, rates = Hall(None), Rates(rps=4)
     for _ in range(4):
         hall.ask("a", rates=rates)
@@ -241,10 +241,10 @@ def test_a_rate_lets_a_burst_through_and_tells_the_true_wait() -> None:
         hall.ask("a", rates=rates)
 
 
-def test_tokens_are_charged_when_known_and_paid_back_in_time() -> None:
+def test_token_rate_is_charged_afterwards_and_refilled_over_time() -> None:
     hall, rates = Hall(None), Rates(tps=100)
     hall.ask("a", rates=rates)
-    hall.admission.charge(hall.running[0][0], 1100)
+    hall.queue.charge(hall.running[0][0], 1100)
     with pytest.raises(Refusal) as caught:
         hall.ask("a", rates=rates)
     assert (caught.value.reason, caught.value.after_s) == ("tokens", pytest.approx(10.01))
@@ -252,7 +252,7 @@ def test_tokens_are_charged_when_known_and_paid_back_in_time() -> None:
     hall.ask("a", rates=rates)
 
 
-def test_a_rate_for_all_holds_for_all() -> None:
+def test_rate_limit_for_all_tenants_counts_every_tenant() -> None:
     hall = Hall(None, rates=Rates(rps=2))
     hall.ask("a")
     hall.ask("b")
@@ -260,7 +260,7 @@ def test_a_rate_for_all_holds_for_all() -> None:
         hall.ask("c")
 
 
-def test_new_rates_hold_at_once() -> None:
+def test_new_tenant_rates_apply_at_once() -> None:
     hall = Hall(None)
     hall.ask("a", rates=Rates(rps=1))
     with pytest.raises(Refusal):
@@ -270,7 +270,7 @@ def test_new_rates_hold_at_once() -> None:
 
 
 class AdmissionModel(RuleBasedStateMachine):
-    """Whatever happens: bounds hold, nobody is forgotten, and no slot stands empty while one waits."""
+    """Bounds hold, no request is lost, and no slot is free while a request waits."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -289,20 +289,20 @@ class AdmissionModel(RuleBasedStateMachine):
     def end(self, which: int, seconds: float) -> None:
         if self.hall.running:
             self.hall.clock.advance(seconds)
-            self.hall.admission.leave(*self.hall.running.pop(which % len(self.hall.running)))
+            self.hall.queue.leave(*self.hall.running.pop(which % len(self.hall.running)))
             self.num_ended += 1
 
     @rule(which=st.integers(0, 10))
     def abandon(self, which: int) -> None:
         if self.hall.waiting:
-            self.hall.admission.abandon(self.hall.waiting.pop(which % len(self.hall.waiting)))
+            self.hall.queue.abandon(self.hall.waiting.pop(which % len(self.hall.waiting)))
             self.num_abandoned += 1
 
     @invariant()
     def holds(self) -> None:
         hall = self.hall
-        assert hall.admission.num_running == len(hall.running) <= 3
-        assert hall.admission.num_waiting == len(hall.waiting) <= 5
+        assert hall.queue.num_running == len(hall.running) <= 3
+        assert hall.queue.num_waiting == len(hall.waiting) <= 5
         assert len(hall.running) == 3 or not hall.waiting
         gone = self.num_ended + self.num_refused + self.num_abandoned + len(hall.refused)
         assert self.num_asked == len(hall.running) + len(hall.waiting) + gone

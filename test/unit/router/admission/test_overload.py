@@ -1,4 +1,4 @@
-"""More than there is room for is refused in time; what is slow holds up nobody else."""
+"""Requests above the limits are refused in time; slow clients delay no other client."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def wired(stage: Stage) -> AsyncIterator[Wire]:
 
 
 def ask(stage: Stage, body: object = ANY, **headers: str) -> asyncio.Task[tuple[int, Any, Any]]:
-    """Status, answer and headers, some day."""
+    """A task that gives status, answer and headers."""
 
     async def asked() -> tuple[int, Any, Any]:
         async with stage.client.post(stage.url("/generate"), json=body, headers=headers) as response:
@@ -45,7 +45,7 @@ def ask(stage: Stage, body: object = ANY, **headers: str) -> asyncio.Task[tuple[
 
 
 def held() -> tuple[FakeWorker, asyncio.Event]:
-    """A worker that answers nothing until the event is set."""
+    """A worker that does not answer until the event is set."""
     gate = asyncio.Event()
     return FakeWorker(script=Script(gates={0: gate})), gate
 
@@ -63,7 +63,7 @@ def secret(path: Path, text: str) -> Path:
 # ---- too many
 
 
-async def test_so_many_run_so_many_wait_and_the_rest_is_told_when_to_come_again() -> None:
+async def test_requests_above_running_and_queue_limits_are_refused_with_retry_after() -> None:
     worker, gate = held()
     async with staged(worker, max_concurrent_requests=2, queue_size=1) as stage:
         asked = [ask(stage) for _ in range(2)]
@@ -80,7 +80,7 @@ async def test_so_many_run_so_many_wait_and_the_rest_is_told_when_to_come_again(
         assert [(await one)[0] for one in asked] == [200] * 3
 
 
-async def test_who_waits_too_long_is_told_so() -> None:
+async def test_a_request_that_waits_too_long_is_answered_503() -> None:
     worker, gate = held()
     async with staged(worker, max_concurrent_requests=1, queue_timeout_secs=0.05) as stage:
         first = ask(stage)
@@ -92,7 +92,7 @@ async def test_who_waits_too_long_is_told_so() -> None:
         assert (await first)[0] == 200
 
 
-async def test_a_client_that_leaves_the_queue_costs_nobody_a_turn() -> None:
+async def test_a_client_that_leaves_the_queue_takes_no_slot() -> None:
     worker, gate = held()
     async with staged(worker, max_concurrent_requests=1) as stage:
         first = ask(stage)
@@ -108,7 +108,7 @@ async def test_a_client_that_leaves_the_queue_costs_nobody_a_turn() -> None:
         assert len(worker.requests) == 2
 
 
-async def test_priorities_order_who_waits() -> None:
+async def test_waiting_requests_run_in_order_of_priority() -> None:
     worker, gate = held()
     async with staged(worker, max_concurrent_requests=1) as stage:
         asked = [ask(stage)]
@@ -131,7 +131,7 @@ async def test_priorities_order_who_waits() -> None:
         assert order == ["header", "field", "none", "odd", "low"]
 
 
-async def test_a_crowd_does_not_hold_up_another_tenant(tmp_path: Path) -> None:
+async def test_many_requests_of_one_tenant_do_not_delay_another_tenant(tmp_path: Path) -> None:
     worker, gate = held()
     keys = secret(tmp_path / "keys", "key-a crowd\nkey-b guest\n")
     async with staged(worker, max_concurrent_requests=1, api_keys_file=keys) as stage:
@@ -144,7 +144,7 @@ async def test_a_crowd_does_not_hold_up_another_tenant(tmp_path: Path) -> None:
         assert [one.body["text"] for one in worker.requests].index("guest") == 1
 
 
-async def test_rates_of_a_tenant_are_kept_and_changed_while_it_runs(tmp_path: Path) -> None:
+async def test_tenant_rates_are_enforced_and_change_with_the_key_file(tmp_path: Path) -> None:
     keys = secret(tmp_path / "keys", "key-a alice rps=0.01\nkey-b bob tps=0.1\nkey-c carol\n")
     async with staged(FakeWorker(), api_keys_file=keys) as stage:
         for name in ("key-a", "key-b"):
@@ -162,7 +162,7 @@ async def test_rates_of_a_tenant_are_kept_and_changed_while_it_runs(tmp_path: Pa
         assert (await ask(stage, Authorization="Bearer key-c"))[0] == 401
 
 
-async def test_a_rate_for_all_is_kept() -> None:
+async def test_the_rate_limit_for_all_tenants_is_enforced() -> None:
     settings = {"max_concurrent_requests": 3, "rate_limit_tokens_per_second": 0.01}
     async with staged(FakeWorker(), **settings) as stage:
         assert [(await ask(stage))[0] for _ in range(5)] == [200, 200, 200, 429, 429]
@@ -177,7 +177,7 @@ def chunked(body: bytes, size: int) -> bytes:
 
 
 async def send_until_told(wire: Wire, head: bytes, chunk: bytes, num_chunks: int) -> tuple[int, int]:
-    """The status, and how many chunks went out before it came."""
+    """The status, and the number of chunks sent before it arrived."""
     wire.send(head)
     answer = asyncio.create_task(wire.answer())
     sent = 0
@@ -206,7 +206,7 @@ HEAD = b"POST /generate HTTP/1.1\r\nHost: h\r\n"
         ),
     ],
 )
-async def test_a_body_of_100_mib_is_refused_before_it_has_come(head: bytes) -> None:
+async def test_a_body_of_100_mib_is_refused_before_it_arrives(head: bytes) -> None:
     worker = FakeWorker()
     async with staged(worker, max_body_bytes=4 * MIB) as stage, wired(stage) as wire:
         status, sent = await send_until_told(wire, head, CHUNK, 100)
@@ -217,7 +217,7 @@ async def test_a_body_of_100_mib_is_refused_before_it_has_come(head: bytes) -> N
 
 
 @pytest.mark.parametrize("length", ["1", "18446744073709551616", "-1", "1e3", "0x10", ""])
-async def test_a_content_length_that_lies_harms_nobody(length: str) -> None:
+async def test_a_wrong_content_length_affects_no_other_client(length: str) -> None:
     worker = FakeWorker()
     async with staged(worker) as stage:
         async with wired(stage) as wire:
@@ -228,7 +228,7 @@ async def test_a_content_length_that_lies_harms_nobody(length: str) -> None:
         await stage.until(lambda: stage.router.ingress.budget.held == 0)
 
 
-async def test_bodies_that_are_held_are_bounded_all_together() -> None:
+async def test_the_byte_budget_bounds_all_bodies_together() -> None:
     worker, gate = held()
     async with staged(worker, max_body_bytes=MIB, max_buffered_mib=20) as stage:
         large = {**ANY, "text": "x" * (MIB - 1000)}
@@ -248,7 +248,7 @@ async def test_bodies_that_are_held_are_bounded_all_together() -> None:
         assert (await ask(stage, large))[0] == 200
 
 
-async def test_bodies_that_do_not_end_are_bounded_too() -> None:
+async def test_the_byte_budget_bounds_unfinished_bodies() -> None:
     async with staged(FakeWorker(), max_body_bytes=8 * MIB, max_buffered_mib=4) as stage:
         for head in (
             HEAD + b"Content-Length: %d\r\n\r\n" % (8 * MIB),
@@ -259,7 +259,7 @@ async def test_bodies_that_do_not_end_are_bounded_too() -> None:
             await stage.until(lambda: stage.router.ingress.budget.held == 0)
 
 
-async def test_nothing_is_held_of_clients_that_have_left() -> None:
+async def test_the_byte_budget_gets_back_the_bytes_of_disconnected_clients() -> None:
     worker, gate = held()
     async with staged(worker) as stage:
         for data in (
@@ -297,7 +297,7 @@ async def test_nothing_is_held_of_clients_that_have_left() -> None:
         pytest.param(b"POST /abort_request HTTP/1.1\r\nHost: h\r\nContent-Length: 9\r\n\r\n{", id="page"),
     ],
 )
-async def test_a_request_that_does_not_come_is_given_up(data: bytes) -> None:
+async def test_an_incomplete_request_is_answered_408_in_time(data: bytes) -> None:
     limits = {"client_header_timeout_secs": 0.05, "client_stall_timeout_secs": 0.05}
     async with staged(FakeWorker(), **limits) as stage, wired(stage) as wire:
         wire.send(data)
@@ -306,7 +306,7 @@ async def test_a_request_that_does_not_come_is_given_up(data: bytes) -> None:
         assert json.loads(told)["error"]["type"] == "timeout"
 
 
-async def test_a_head_in_drops_is_given_up_too() -> None:
+async def test_a_request_head_that_trickles_in_is_answered_408() -> None:
     async with staged(FakeWorker(), client_header_timeout_secs=0.05) as stage, wired(stage) as wire:
         answer = asyncio.create_task(wire.answer())
         wire.send(b"POST /generate HTTP/1.1\r\n")
@@ -317,7 +317,7 @@ async def test_a_head_in_drops_is_given_up_too() -> None:
 
 
 @pytest.mark.parametrize("extra", ["", "Connection: close\r\n"], ids=["lean", "aiohttp"])
-async def test_a_client_that_reads_nothing_is_left_and_holds_up_nobody(extra: str) -> None:
+async def test_a_client_that_reads_nothing_is_disconnected_and_delays_no_other(extra: str) -> None:
     worker = FakeWorker(script=Script(tokens=("x" * 65536,) * 400))
     async with staged(worker, client_stall_timeout_secs=0.2) as stage, wired(stage) as wire:
         body = json.dumps({"prompt": "a", "stream": True, "max_tokens": 400}).encode()
@@ -333,7 +333,7 @@ async def test_a_client_that_reads_nothing_is_left_and_holds_up_nobody(extra: st
 # ---- too many of nothing
 
 
-async def test_connections_are_bounded_whoever_reads_them() -> None:
+async def test_max_connections_counts_connections_of_both_servers() -> None:
     async with staged(FakeWorker(), max_connections=3) as stage, AsyncExitStack() as open_ones:
         wires = [await open_ones.enter_async_context(wired(stage)) for _ in range(3)]
         wires[0].send(b"GET /health HTTP/1.1\r\nHost: h\r\n\r\n")  # this is aiohttp's now
@@ -353,7 +353,7 @@ async def test_connections_are_bounded_whoever_reads_them() -> None:
         pytest.fail("there was no room again")
 
 
-async def test_ten_thousand_idle_connections_leave_room_for_requests() -> None:
+async def test_ten_thousand_idle_connections_do_not_stop_requests() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if hard < NUM_IDLE + 1000:
         pytest.skip(f"a process may have only {hard} open files here")

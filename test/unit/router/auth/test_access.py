@@ -1,4 +1,4 @@
-"""Clients ask, admins see and change; what nobody was named for is off."""
+"""Clients generate, admins see and change; admin access without configured admin keys is refused."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def admins(tmp_path: Path) -> KeyFile[str]:
 
 
 def refusal(access: Access, authorization: str | None) -> tuple[int, str]:
-    """Status and words for who would be an admin; 200 if it is."""
+    """Status and message of an admin check; 200 if it succeeds."""
     try:
         access.check_admin(authorization)
     except BadRequest as error:
@@ -38,14 +38,14 @@ def refusal(access: Access, authorization: str | None) -> tuple[int, str]:
     return 200, ""
 
 
-def test_on_a_laptop_everybody_may_do_everything() -> None:
+def test_access_on_loopback_without_keys_allows_everything() -> None:
     access = Access()
     assert access.authenticate(None) is SOLE_TENANT
     assert access.is_admin(None)
     assert access.upstream_authorization("Bearer own") == "Bearer own"
 
 
-def test_whoever_other_machines_reach_has_no_admins_but_clients() -> None:
+def test_access_of_an_exposed_router_without_keys_allows_clients_only() -> None:
     access = Access(is_exposed=True)
     assert access.authenticate(None) is SOLE_TENANT
     status, words = refusal(access, "Bearer anything")
@@ -53,7 +53,7 @@ def test_whoever_other_machines_reach_has_no_admins_but_clients() -> None:
     assert ADMIN_FLAG in words
 
 
-def test_tenants_are_no_admins(tenants: KeyFile[Tenant]) -> None:
+def test_a_tenants_key_is_no_admin_key(tenants: KeyFile[Tenant]) -> None:
     access = Access(tenants=tenants)
     assert access.authenticate("Bearer key-a").name == "alice"
     for authorization in (None, "Bearer key-a", "Bearer root-key"):
@@ -63,7 +63,7 @@ def test_tenants_are_no_admins(tenants: KeyFile[Tenant]) -> None:
     assert access.upstream_authorization("Bearer key-a") is None
 
 
-def test_admins_are_no_tenants(tenants: KeyFile[Tenant], admins: KeyFile[str]) -> None:
+def test_an_admin_key_is_no_tenants_key(tenants: KeyFile[Tenant], admins: KeyFile[str]) -> None:
     access = Access(tenants=tenants, admins=admins, is_exposed=True)
     assert access.check_admin("Bearer root-key") == "ops"
     for authorization in (None, "Bearer key-a", "Bearer ops"):
@@ -73,7 +73,7 @@ def test_admins_are_no_tenants(tenants: KeyFile[Tenant], admins: KeyFile[str]) -
     assert caught.value.status == 401
 
 
-def test_one_key_for_all_is_the_servers_too() -> None:
+def test_the_single_api_key_is_sent_to_servers() -> None:
     access = Access(api_key="the-key", is_exposed=True)
     assert access.authenticate("Bearer the-key") is SOLE_TENANT
     assert refusal(access, "Bearer the-key")[0] == 200
@@ -83,14 +83,14 @@ def test_one_key_for_all_is_the_servers_too() -> None:
         access.authenticate(None)
 
 
-def test_beside_tenants_it_is_the_servers_alone(tenants: KeyFile[Tenant]) -> None:
+def test_with_tenants_the_api_key_is_the_servers_only(tenants: KeyFile[Tenant]) -> None:
     access = Access(tenants=tenants, api_key="the-key")
     assert access.upstream_authorization("Bearer key-a") == "Bearer the-key"
     with pytest.raises(BadRequest):
         access.authenticate("Bearer the-key")
 
 
-def test_new_keys_hold_without_a_restart(tmp_path: Path, tenants: KeyFile[Tenant]) -> None:
+def test_access_accepts_new_keys_without_a_restart(tmp_path: Path, tenants: KeyFile[Tenant]) -> None:
     access = Access(tenants=tenants)
     secret(tmp_path / "tenants", "key-b bob\n")
     access.follow()
@@ -114,5 +114,5 @@ def test_new_keys_hold_without_a_restart(tmp_path: Path, tenants: KeyFile[Tenant
         (None, None),
     ],
 )
-def test_a_key_comes_as_a_bearer_or_a_password(header: str | None, key: str | None) -> None:
+def test_key_of_reads_bearer_tokens_and_basic_passwords(header: str | None, key: str | None) -> None:
     assert key_of(header) == key

@@ -1,4 +1,4 @@
-"""Key files say who may ask; a file that goes wrong takes nobody's key away."""
+"""Key files give tenants and admins; a file that becomes invalid revokes no key."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def names(file: KeyFile[Tenant], *keys: str) -> list[str | None]:
     return [owner and owner.name for owner in owners]
 
 
-def test_keys_tell_tenants_and_what_they_may(tmp_path: Path) -> None:
+def test_tenant_keys_give_tenants_and_their_rates(tmp_path: Path) -> None:
     file = tenant_keys(write(tmp_path / "keys", KEYS))
     assert names(file, "key-a", "key-b", "key-a2", "key-c", "") == ["alice", "bob", "alice", None, None]
     alice, bob = file.keys.owner("key-a"), file.keys.owner("key-b")
@@ -48,13 +48,13 @@ def test_keys_tell_tenants_and_what_they_may(tmp_path: Path) -> None:
         "s3cret a rps=1\nother a rps=2",
     ],
 )
-def test_a_line_that_says_something_else_is_named_and_not_shown(tmp_path: Path, line: str) -> None:
+def test_key_file_error_names_the_line_and_does_not_show_it(tmp_path: Path, line: str) -> None:
     with pytest.raises(ConfigError, match=r"line \d") as caught:
         tenant_keys(write(tmp_path / "keys", line))
     assert "s3cret" not in str(caught.value)
 
 
-def test_no_keys_no_text_and_no_privacy_are_refused(tmp_path: Path) -> None:
+def test_empty_binary_and_readable_key_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="no API key"):
         tenant_keys(write(tmp_path / "none", "# nothing\n"))
     with pytest.raises(ConfigError, match="chmod 600"):
@@ -68,14 +68,14 @@ def test_no_keys_no_text_and_no_privacy_are_refused(tmp_path: Path) -> None:
     assert caught.value.__cause__ is None, "it would show the file"
 
 
-def test_admin_keys_stand_alone_or_with_a_name(tmp_path: Path) -> None:
+def test_admin_keys_may_have_a_name(tmp_path: Path) -> None:
     file = admin_keys(write(tmp_path / "keys", "one\n# no\ntwo ops\n"))
     assert [file.keys.owner(key) for key in ("one", "two", "ops", "no")] == ["-", "ops", None, None]
     with pytest.raises(ConfigError, match="line 1"):
         admin_keys(write(tmp_path / "keys", "one two three\n"))
 
 
-def test_a_changed_file_is_read_again_and_a_broken_one_is_not(
+def test_key_file_is_read_again_when_it_changes_unless_it_is_invalid(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     path = write(tmp_path / "keys", KEYS)
@@ -100,7 +100,7 @@ def test_a_changed_file_is_read_again_and_a_broken_one_is_not(
     assert "key-" not in caplog.text
 
 
-def test_a_file_is_read_again_if_somebody_asks(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_key_file_is_read_again_on_demand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     file = tenant_keys(write(tmp_path / "keys", KEYS))
     file.follow()
@@ -109,6 +109,6 @@ def test_a_file_is_read_again_if_somebody_asks(tmp_path: Path, caplog: pytest.Lo
     assert "keys=3" in caplog.text
 
 
-def test_strange_bytes_are_nobodys_key(tmp_path: Path) -> None:
+def test_keys_with_invalid_bytes_have_no_owner(tmp_path: Path) -> None:
     file = tenant_keys(write(tmp_path / "keys", KEYS))
     assert names(file, "\udcff", "\x00", "é") == [None, None, None]

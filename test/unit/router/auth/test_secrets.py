@@ -1,4 +1,4 @@
-"""No key is ever logged, told or shown, whatever goes wrong."""
+"""No key is ever logged, answered or shown, whatever fails."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from ..harness import Stage, pair, staged
 from ..test_launch import launched
 
 MARK = "s3cret"
-"""In every key, right or wrong, of these tests; and in prompts, which logs do not show either."""
+"""Part of every key of these tests, valid or not, and of prompts, which logs must not show either."""
 BODY = {"text": f"prompt {MARK}", "sampling_params": {"max_new_tokens": 2}}
 
 
@@ -34,7 +34,7 @@ def secret(path: Path, text: str) -> Path:
 
 
 async def everything(stage: Stage, authorization: str | None) -> list[str]:
-    """What the router answers to all sorts of requests with this header."""
+    """The answers to requests of all kinds with this Authorization header."""
     headers = {} if authorization is None else {"Authorization": authorization}
     bodies: list[object] = [
         BODY,
@@ -68,7 +68,7 @@ async def everything(stage: Stage, authorization: str | None) -> list[str]:
 
 
 @pytest.mark.parametrize("is_pair", [False, True])
-async def test_no_log_line_and_no_answer_has_a_key(
+async def test_no_log_line_and_no_answer_contains_a_key(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, is_pair: bool
 ) -> None:
     caplog.set_level(logging.DEBUG)
@@ -116,7 +116,7 @@ async def test_no_log_line_and_no_answer_has_a_key(
     assert MARK not in said
 
 
-async def test_no_error_at_the_start_has_a_key(tmp_path: Path) -> None:
+async def test_no_startup_error_contains_a_key(tmp_path: Path) -> None:
     errors: list[ConfigError] = []
 
     for text in (f"{MARK}", f"{MARK} a rps={MARK}", f"{MARK} a {MARK}", f"{MARK} a\n{MARK} b", "\xff"):
@@ -134,7 +134,7 @@ async def test_no_error_at_the_start_has_a_key(tmp_path: Path) -> None:
     assert MARK not in "".join(repr(error) + repr(error.__cause__) for error in errors)
 
 
-def test_what_holds_a_key_does_not_show_it() -> None:
+def test_the_repr_of_objects_with_keys_shows_no_key() -> None:
     config = RouterConfig.of(api_key=MARK)
     call = GenerationRequest(
         Api.GENERATE, {"text": MARK}, "r", False, ("r",), None, 1, None, authorization=MARK
@@ -143,7 +143,7 @@ def test_what_holds_a_key_does_not_show_it() -> None:
         assert MARK not in repr(one)
 
 
-def test_a_launch_lines_keys_are_not_said(tmp_path: Path) -> None:
+def test_the_logged_command_line_shows_no_key(tmp_path: Path) -> None:
     flags = [
         "--api-key",
         f"{MARK}-a",
@@ -162,7 +162,7 @@ def test_a_launch_lines_keys_are_not_said(tmp_path: Path) -> None:
     assert MARK not in str(caught.value)
 
 
-def test_a_hangup_has_keys_read_again(tmp_path: Path) -> None:
+def test_sighup_makes_the_router_read_key_files_again(tmp_path: Path) -> None:
     keys = secret(tmp_path / "keys", f"{MARK} alice\n")
     with launched("--api-keys-file", str(keys)) as (process, _):
         assert process.stderr is not None

@@ -1,4 +1,4 @@
-"""The router's own certificate, and the servers' that it believes."""
+"""The router's own certificate, and its verification of servers."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def authority() -> trustme.CA:
 
 
 def written(authority: trustme.CA, folder: Path) -> dict[str, Path]:
-    """A certificate for 127.0.0.1, as flags name it."""
+    """A certificate for 127.0.0.1, as flag values."""
     leaf = authority.issue_cert("127.0.0.1")
     files = {"ssl_certfile": folder / "cert.pem", "ssl_keyfile": folder / "key.pem"}
     files["ssl_keyfile"].touch(0o600)
@@ -46,7 +46,7 @@ def believing(authority: trustme.CA) -> ssl.SSLContext:
 
 
 async def serial(port: int, context: ssl.SSLContext) -> object:
-    """The number of the certificate that a new connection is shown."""
+    """Serial number of the certificate on a new connection."""
     _, writer = await asyncio.open_connection("127.0.0.1", port, ssl=context)
     shown = writer.get_extra_info("peercert")["serialNumber"]
     writer.close()
@@ -70,7 +70,7 @@ async def test_clients_are_served_over_tls(authority: trustme.CA, tmp_path: Path
             await stage.client.get(stage.url("/health").replace("https", "http"))
 
 
-async def test_a_renewed_certificate_is_shown_without_a_restart(
+async def test_a_renewed_certificate_is_used_without_a_restart(
     authority: trustme.CA, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     context = believing(authority)
@@ -88,7 +88,9 @@ async def test_a_renewed_certificate_is_shown_without_a_restart(
         assert "the old certificate stays in use" in caplog.text
 
 
-def test_certificates_that_cannot_be_used_are_named(authority: trustme.CA, tmp_path: Path) -> None:
+def test_unusable_certificates_raise_config_error_with_their_path(
+    authority: trustme.CA, tmp_path: Path
+) -> None:
     files = written(authority, tmp_path)
     cert, key = files["ssl_certfile"], files["ssl_keyfile"]
     key.chmod(0o644)
@@ -128,7 +130,7 @@ async def test_https_servers_are_verified(authority: trustme.CA, tmp_path: Path)
 
 
 @pytest.mark.parametrize("is_encrypted", [False, True])
-async def test_leaving_the_machine_in_the_clear_is_said_once(
+async def test_unencrypted_http_on_an_exposed_address_is_logged_once(
     authority: trustme.CA,
     tmp_path: Path,
     caplog: pytest.LogCaptureFixture,

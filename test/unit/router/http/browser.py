@@ -1,4 +1,4 @@
-"""A headless Chromium, spoken to over its DevTools protocol: what a test needs of it, and no more."""
+"""A headless Chromium, controlled over its DevTools protocol."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ class Page:
         self._credentials = ("", "")
         self._tasks: set[asyncio.Task[object]] = set()
         self.complaints: list[str] = []
-        """What the console, the page's policy and uncaught errors said."""
+        """Messages of the console, of the content policy, and of uncaught errors."""
 
     async def listen(self) -> None:
-        """Take in what the browser says, until it is closed."""
+        """Handle messages of the browser until it is closed."""
         async for message in self._socket:
             told = json.loads(message.data)
             if "id" in told:
@@ -59,7 +59,7 @@ class Page:
                 self.complaints.append(json.dumps(told["params"]["entry"]))
 
     async def send(self, method: str, **params: Any) -> dict[str, Any]:
-        """One command and its result."""
+        """Send one command; its result."""
         number = next(self._ids)
         self._answers[number] = asyncio.get_running_loop().create_future()
         await self._socket.send_json({"id": number, "method": method, "params": params})
@@ -75,7 +75,7 @@ class Page:
         task.add_done_callback(self._tasks.discard)
 
     async def log_in(self, name: str, password: str) -> None:
-        """What a person would type into the browser's own dialog, if that asks."""
+        """Answer the browser's authentication dialog with these credentials."""
         self._credentials = (name, password)
         await self.send("Fetch.enable", handleAuthRequests=True)
 
@@ -84,7 +84,7 @@ class Page:
         await self.until("document.readyState === 'complete' && location.href !== 'about:blank'")
 
     async def value(self, script: str) -> Any:
-        """What an expression is, awaited if it is a promise."""
+        """The value of an expression; promises are awaited."""
         told = await self.send("Runtime.evaluate", expression=script, returnByValue=True, awaitPromise=True)
         assert "exceptionDetails" not in told, (script, told["exceptionDetails"])
         return told["result"].get("value")
@@ -96,7 +96,7 @@ class Page:
                 await asyncio.sleep(0.02)
 
     async def press(self, key: str, code: int) -> None:
-        """A key, as from a keyboard."""
+        """Press a key."""
         text = {"text": "\r"} if key == "Enter" else {"text": " "} if key == " " else {}
         for kind in ("keyDown", "keyUp"):
             await self.send(
@@ -104,7 +104,7 @@ class Page:
             )
 
     async def look(self, width: int, height: int, *, dark: bool = False) -> None:
-        """Be a window of this size, for eyes that like it light or dark."""
+        """Set the window size and the light or dark colour scheme."""
         await self.send(
             "Emulation.setDeviceMetricsOverride",
             width=width, height=height, deviceScaleFactor=1, mobile=width < 600,
@@ -113,14 +113,14 @@ class Page:
         await self.send("Emulation.setEmulatedMedia", features=[scheme])
 
     async def picture(self, path: Path, *, whole: bool = True) -> None:
-        """A PNG of what is to be seen."""
+        """A PNG of the window."""
         shot = await self.send("Page.captureScreenshot", format="png", captureBeyondViewport=whole)
         await asyncio.to_thread(path.write_bytes, base64.b64decode(shot["data"]))
 
 
 @asynccontextmanager
 async def browsing(profile: Path) -> AsyncIterator[Page]:
-    """A browser with one empty tab; `profile` is a folder of its own."""
+    """A browser with one empty tab; `profile` is its own folder."""
     assert CHROMIUM, WHY_NOT
     process = await asyncio.create_subprocess_exec(
         CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank",
@@ -146,7 +146,7 @@ async def browsing(profile: Path) -> AsyncIterator[Page]:
 
 
 async def _port_of(path: Path, process: asyncio.subprocess.Process) -> int:
-    """The port that the browser has written down once it listens."""
+    """The DevTools port, which the browser writes to a file."""
     async with asyncio.timeout(DEADLINE_S):
         while not (path.exists() and path.read_text()):  # noqa: ASYNC240
             assert process.returncode is None, f"the browser ended with {process.returncode}"

@@ -1,4 +1,4 @@
-"""A client's own time: kept over all attempts, and ended for everybody at once."""
+"""The client's deadline covers all attempts and ends every leg at once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memserve.testing.fake_worker import FakeWorker
 from ..harness import pair, staged
 
 
-def test_a_time_is_a_number_of_seconds() -> None:
+def test_timeout_of_reads_a_positive_number_of_seconds() -> None:
     assert timeout_of({}) is None
     assert timeout_of({TIMEOUT: "2.5"}) == 2.5
     for wrong in ("", "soon", "0", "-1", "nan", "inf"):
@@ -23,7 +23,7 @@ def test_a_time_is_a_number_of_seconds() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_both_legs_end_when_the_clients_time_is_over(stream: bool) -> None:
+async def test_the_clients_deadline_ends_both_legs(stream: bool) -> None:
     async with staged(*pair()) as stage:
         for worker in (stage.prefill, stage.decode):
             worker.script = Script(gates={0: asyncio.Event()})
@@ -38,7 +38,7 @@ async def test_both_legs_end_when_the_clients_time_is_over(stream: bool) -> None
             await worker.until(lambda w: w.requests[0].dropped and w.aborts)
 
 
-async def test_a_stream_that_takes_too_long_ends_with_the_error() -> None:
+async def test_the_clients_deadline_ends_a_stream_with_an_error_event() -> None:
     async with staged(*pair()) as stage:
         stage.decode.script = Script(gates={1: asyncio.Event()})
         events = await stage.events("/generate", {"text": "hello", "stream": True}, headers={TIMEOUT: "0.2"})
@@ -46,15 +46,15 @@ async def test_a_stream_that_takes_too_long_ends_with_the_error() -> None:
         assert b"0.2 s" in events[-1]
 
 
-async def test_the_routers_own_limit_holds_all_the_same() -> None:
+async def test_the_routers_request_timeout_holds_beside_a_longer_deadline() -> None:
     async with staged(FakeWorker(), request_timeout_secs=0.2) as stage:
         stage.colocated.script = Script(gates={0: asyncio.Event()})
         status, answer = await stage.post("/generate", {"text": "x"}, headers={TIMEOUT: "60"})
         assert (status, "0.2 s" in answer["error"]["message"]) == (504, True)
 
 
-async def test_it_is_for_all_attempts() -> None:
-    """An attempt that would come after the client's time is not waited for: the fault is told at once."""
+async def test_the_clients_deadline_covers_all_attempts() -> None:
+    """If the backoff would exceed the deadline, the fault is answered at once."""
 
     settings = {"retry_initial_backoff_ms": 60_000, "retry_max_backoff_ms": 60_000}
     async with staged(FakeWorker(), **settings) as stage:
@@ -64,7 +64,7 @@ async def test_it_is_for_all_attempts() -> None:
         assert (status, "out of luck" in answer["error"]["message"]) == (502, True)
 
 
-async def test_a_wrong_time_is_refused_before_anything_is_sent() -> None:
+async def test_an_invalid_deadline_is_refused_before_dispatch() -> None:
     async with staged(FakeWorker()) as stage:
         status, answer = await stage.post("/generate", {"text": "x"}, headers={TIMEOUT: "soon"})
         assert (status, answer["error"]["param"]) == (400, TIMEOUT)

@@ -1,4 +1,4 @@
-"""Whatever is in a body: an answer or a 4xx with the reason, also where the router tokenizes."""
+"""Any body gets an answer or a 4xx with the reason, also where the router tokenizes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def router(tiny_model: Path) -> Iterator[Beside]:
 
 
 @given(st.binary(max_size=200) | ANY.map(lambda body: json.dumps(body).encode()))
-def test_a_body_is_an_object_or_refused(raw: bytes) -> None:
+def test_read_body_returns_an_object_or_raises_bad_request(raw: bytes) -> None:
     try:
         body = read_body(raw)
     except BadRequest:
@@ -39,7 +39,7 @@ def test_a_body_is_an_object_or_refused(raw: bytes) -> None:
 
 @settings(max_examples=400)
 @given(damaged())
-def test_a_call_is_read_or_refused_with_the_reason(asked: tuple[str, Any]) -> None:
+def test_read_call_returns_a_request_or_raises_bad_request_with_a_field(asked: tuple[str, Any]) -> None:
     path, body = asked
     try:
         call = read_request(Api(path), read_body(json.dumps(body).encode()), LIMITS, "rid")
@@ -53,19 +53,21 @@ def test_a_call_is_read_or_refused_with_the_reason(asked: tuple[str, Any]) -> No
 
 
 @pytest.mark.parametrize(("path", "body"), VALID)
-def test_what_is_damaged_below_was_valid(router: Beside, path: str, body: dict[str, Any]) -> None:
+def test_the_undamaged_bodies_of_this_module_are_valid(
+    router: Beside, path: str, body: dict[str, Any]
+) -> None:
     assert ask(router, path, json.dumps(body).encode())[0] == 200
 
 
 @settings(max_examples=250)
 @given(damaged())
-def test_a_router_answers_or_refuses_damaged_bodies(router: Beside, asked: tuple[str, Any]) -> None:
+def test_router_answers_or_refuses_damaged_bodies(router: Beside, asked: tuple[str, Any]) -> None:
     check(router, asked[0], json.dumps(asked[1]).encode())
 
 
 @settings(max_examples=100)
 @given(st.sampled_from(PATHS), st.binary(max_size=100) | ANY.map(lambda body: json.dumps(body).encode()))
-def test_a_router_answers_or_refuses_any_bytes(router: Beside, path: str, raw: bytes) -> None:
+def test_router_answers_or_refuses_any_bytes_as_a_body(router: Beside, path: str, raw: bytes) -> None:
     check(router, path, raw)
 
 
@@ -79,7 +81,7 @@ def ask(router: Beside, path: str, raw: bytes) -> tuple[int, bytes]:
 
 
 def check(router: Beside, path: str, raw: bytes) -> None:
-    """It is answered, or refused in the envelope of all errors, and nothing fails inside."""
+    """The body is answered, or refused in the error envelope, and no error is logged."""
     status, answer = ask(router, path, raw)
     assert status < 500, answer
     if status != 200:

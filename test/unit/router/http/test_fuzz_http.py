@@ -1,4 +1,4 @@
-"""Whatever bytes come to the router's port: answers below 500 or a clean close, soon; and others are served.
+"""Any bytes at the router's port get answers below 500 or a clean close in time; other clients are served.
 
 Every head that two readers could take for different requests has to be refused, or read as RFC 9112 says.
 """
@@ -21,7 +21,7 @@ BODY = b'{"text": "hello", "sampling_params": {"max_new_tokens": 2}}'
 PAGE = b"GET /liveness HTTP/1.1\r\nHost: h\r\n\r\n"
 SEPARATORS = [b"\r\n", b"\n", b"\r", b"\x00", b" ", b":", b"\r\n\r\n"]
 QUIET_S = 0.1
-"""So long after the last byte a client looks what it has got, and leaves."""
+"""Time after its last byte until a client reads the answers and leaves."""
 
 
 def post(body: bytes = BODY, *fields: bytes, path: bytes = b"/generate") -> bytes:
@@ -108,7 +108,7 @@ def router(tiny_model: Path) -> Iterator[Beside]:
 
 
 def sent(router: Beside, *pieces: bytes, ends: bool = False, wanted: int = 0) -> bytes:
-    """What comes back for these bytes, written piece by piece, until its end or until it is quiet.
+    """The bytes received for these pieces, until the end of the connection or until it is quiet.
 
     It is not before as many answers as are `wanted` have begun.
     """
@@ -140,19 +140,19 @@ def sent(router: Beside, *pieces: bytes, ends: bool = False, wanted: int = 0) ->
 
 
 def statuses(answers: bytes) -> list[int]:
-    """Of what may be several answers."""
+    """The statuses of one or more answers."""
     return [int(status) for status in re.findall(rb"HTTP/\d\.\d (\d{3})", answers)]
 
 
 def check(router: Beside, answers: bytes) -> None:
-    """They are answers, none of them says that the router failed, and it serves others."""
+    """The bytes are answers below 500, and the router serves other clients."""
     assert not answers or answers.startswith(b"HTTP/")
     assert all(status < 500 for status in statuses(answers)), answers[:300]
     router.assert_well()
 
 
 @pytest.mark.parametrize("data", AMBIGUOUS)
-def test_what_two_could_read_as_different_requests_is_one_or_none(router: Beside, data: bytes) -> None:
+def test_ambiguous_requests_are_read_as_one_request_or_refused(router: Beside, data: bytes) -> None:
     flushes = [worker.num_flushes for workers in router.stage.workers.values() for worker in workers]
     answers = sent(router, data)
     check(router, answers)
@@ -169,7 +169,7 @@ def test_odd_requests_are_refused_or_answered(router: Beside, data: bytes, ends:
 
 @settings(max_examples=40)
 @given(st.lists(st.sampled_from(GOOD), min_size=1, max_size=4), st.data())
-def test_good_requests_are_answered_in_turn_however_they_are_cut(
+def test_pipelined_requests_are_answered_in_order_however_they_are_split(
     router: Beside, requests: list[bytes], data: st.DataObject
 ) -> None:
     joined = b"".join(requests)
@@ -195,7 +195,7 @@ def test_damaged_requests_are_refused_or_answered(
 
 @settings(max_examples=25)
 @given(st.lists(st.sampled_from(GOOD), max_size=2), st.sampled_from(GOOD), st.data())
-def test_clients_may_leave_anywhere(
+def test_clients_may_disconnect_at_any_byte(
     router: Beside, before: list[bytes], last: bytes, data: st.DataObject
 ) -> None:
     cut = data.draw(st.integers(0, len(last)))
@@ -211,7 +211,7 @@ def test_clients_may_leave_anywhere(
     router.assert_well()
 
 
-def test_nothing_is_left_running(router: Beside) -> None:
+def test_no_request_is_left_running_after_the_fuzzing(router: Beside) -> None:
     async def running() -> int:
         async with router.stage.client.get(router.stage.url("/workers")) as response:
             page = json.loads(await response.read())

@@ -1,4 +1,4 @@
-"""The HTTP API: what is answered when nothing can be dispatched, and the pages around it."""
+"""The HTTP API: answers to requests that cannot be dispatched, and the info endpoints."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 
 @pytest.mark.parametrize("path", ["/generate", "/v1/chat/completions", "/v1/completions"])
 @pytest.mark.parametrize("raw", [b"", b"{", b"[1]", b'{"text": 5, "prompt": 5}', b'{"prompt": [-1]}'])
-async def test_bad_input_reaches_nobody(path: str, raw: bytes) -> None:
+async def test_invalid_requests_are_not_sent_to_a_server(path: str, raw: bytes) -> None:
     async with staged(*pair()) as stage:
         async with stage.client.post(stage.url(path), data=raw) as response:
             answer = await response.json()
@@ -35,7 +35,7 @@ async def test_bad_input_reaches_nobody(path: str, raw: bytes) -> None:
         assert not stage.decode.requests
 
 
-async def test_token_ids_are_held_to_the_models_vocabulary(tmp_path: Path) -> None:
+async def test_token_ids_outside_the_vocabulary_are_refused(tmp_path: Path) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 256}))
     workers = [FakeWorker(role, model_path=str(tmp_path)) for role in (Role.PREFILL, Role.DECODE)]
     async with staged(*workers) as stage:
@@ -51,7 +51,9 @@ async def test_token_ids_are_held_to_the_models_vocabulary(tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(("num_special_tokens", "status"), [(0, 400), (1, 200)])
-async def test_empty_text_depends_on_the_tokenizer(num_special_tokens: int, status: int) -> None:
+async def test_empty_text_is_refused_if_the_tokenizer_makes_no_token_of_it(
+    num_special_tokens: int, status: int
+) -> None:
     workers = [
         FakeWorker(role, num_special_tokens=num_special_tokens) for role in (Role.PREFILL, Role.DECODE)
     ]
@@ -60,7 +62,7 @@ async def test_empty_text_depends_on_the_tokenizer(num_special_tokens: int, stat
         assert len(stage.decode.requests) == (status == 200)
 
 
-async def test_an_enormous_body_is_413() -> None:
+async def test_a_body_above_max_body_bytes_is_answered_413() -> None:
     async with staged(*pair(), max_body_bytes=1000) as stage:
         status, answer = await stage.post("/generate", {"text": "x" * 2000})
         assert (status, answer["error"]["type"]) == (413, "request_too_large")
@@ -75,7 +77,7 @@ async def test_an_enormous_body_is_413() -> None:
 
 
 @pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
-async def test_an_unknown_model_is_404(path: str) -> None:
+async def test_an_unknown_model_is_answered_404(path: str) -> None:
     async with staged(*pair()) as stage:
         status, answer = await stage.post(path, {**CHAT, "prompt": "a", "model": "other"})
         assert (status, answer["error"]["param"]) == (404, "model")
@@ -92,7 +94,9 @@ async def test_an_unknown_model_is_404(path: str) -> None:
         (Role.DECODE, "no prefill server is ready"),
     ],
 )
-async def test_without_a_pair_it_is_503_with_the_reason(role: Role | None, reason: str) -> None:
+async def test_a_request_without_a_ready_pair_is_answered_503_with_the_reason(
+    role: Role | None, reason: str
+) -> None:
     async with staged(*([FakeWorker(role)] if role else [])) as stage:
         status, answer = await stage.post("/generate", {"text": "hello"})
         assert (status, answer["error"]["message"]) == (503, reason)
@@ -104,7 +108,7 @@ async def test_without_a_pair_it_is_503_with_the_reason(role: Role | None, reaso
                 assert response.status == 200
 
 
-async def test_bad_input_is_400_even_if_nobody_is_there() -> None:
+async def test_invalid_requests_are_answered_400_even_without_servers() -> None:
     async with staged() as stage:
         assert (await stage.post("/generate", {"text": 5}))[0] == 400
         assert (await stage.post("/flush_cache", None))[0] == 503
@@ -112,7 +116,7 @@ async def test_bad_input_is_400_even_if_nobody_is_there() -> None:
         assert (await stage.get("/v1/models"))[1]["data"] == []
 
 
-async def test_the_request_id_is_echoed_or_made() -> None:
+async def test_the_answer_has_the_clients_request_id_or_a_new_one() -> None:
     async with staged(*pair()) as stage:
         for body, status in (({"text": "a"}, 200), ({"text": "a", "stream": True}, 200), ({}, 400)):
             for sent in ("mine", None):
@@ -123,7 +127,7 @@ async def test_the_request_id_is_echoed_or_made() -> None:
                     assert got == sent if sent else len(got) == 32
 
 
-async def test_whoever_was_flushed_is_believed_to_have_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_flush_cache_marks_flushed_instances_as_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[str] = []
     monkeypatch.setattr(StockSubscriptions, "flushed", lambda _, name: flushed.append(name))
 
@@ -133,7 +137,7 @@ async def test_whoever_was_flushed_is_believed_to_have_nothing(monkeypatch: pyte
         assert len(set(flushed)) == len(flushed) == 2
 
 
-async def test_the_pages_speak_for_the_workers() -> None:
+async def test_info_endpoints_answer_for_the_servers() -> None:
     async with staged(*pair()) as stage:
         for path in ("/model_info", "/get_model_info"):
             assert (await stage.get(path))[1]["model_path"] == "/nowhere/fake-model"
@@ -163,20 +167,20 @@ async def test_the_pages_speak_for_the_workers() -> None:
         ("GET", "/generate", 405),
     ],
 )
-async def test_what_is_not_there_says_so_in_json(method: str, path: str, status: int) -> None:
+async def test_unknown_paths_are_answered_404_as_json(method: str, path: str, status: int) -> None:
     async with staged() as stage, stage.client.request(method, stage.url(path), json={}) as response:
         assert response.status == status
         assert (await response.json())["error"]["message"]
 
 
-async def test_a_workers_authorization_is_handed_on() -> None:
+async def test_the_clients_authorization_is_sent_to_the_server() -> None:
     async with staged(*pair()) as stage:
         await stage.post("/generate", {"text": "a"}, headers={"Authorization": "Bearer k"})
         for worker in (stage.prefill, stage.decode):
             assert worker.requests[0].headers["Authorization"] == "Bearer k"
 
 
-async def test_a_client_of_a_colocated_server_that_leaves_aborts_it() -> None:
+async def test_a_leaving_client_aborts_its_request_on_a_colocated_server() -> None:
     async with staged(FakeWorker(Role.COLOCATED)) as stage:
         stage.colocated.script = Script(gates={1: asyncio.Event()})
         async with stage.client.post(stage.url("/generate"), json={"text": "a", "stream": True}) as response:
@@ -185,7 +189,7 @@ async def test_a_client_of_a_colocated_server_that_leaves_aborts_it() -> None:
         await stage.colocated.until(lambda w: w.requests[0].dropped and w.aborts)
 
 
-async def test_a_router_that_stops_tells_those_who_wait() -> None:
+async def test_a_stopping_router_answers_running_requests_503() -> None:
     async with FakeWorker(Role.COLOCATED) as worker, aiohttp.ClientSession() as client:
         worker.script = Script(gates={1: asyncio.Event()})
         config = RouterConfig.of(port=0, shutdown_grace_period_secs=0.05)

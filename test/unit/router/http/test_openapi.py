@@ -1,4 +1,4 @@
-"""The OpenAPI document: about the endpoints that there are, with shapes that are true."""
+"""The OpenAPI document lists the routed endpoints, and answers match its schemas."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ OPERATIONS = {(one.method, one.path) for one in ENDPOINTS}
 
 
 def is_valid(schema: Any, value: Any) -> None:
-    """Raises a readable error where `value` is not what the document says."""
+    """Raises a readable error if `value` does not match the schema."""
     whole = {**schema, "components": document()["components"]}
     Draft202012Validator(whole).validate(value)
 
 
-async def test_it_is_about_the_endpoints_that_there_are(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_openapi_document_and_routes_have_the_same_endpoints(monkeypatch: pytest.MonkeyPatch) -> None:
     apps: list[web.Application] = []
     add_routes = web.Application.add_routes
 
@@ -43,7 +43,7 @@ async def test_it_is_about_the_endpoints_that_there_are(monkeypatch: pytest.Monk
     assert routed == OPERATIONS
 
 
-def test_its_schemas_are_schemas() -> None:
+def test_openapi_schemas_are_valid_and_references_resolve() -> None:
     told = document()
     for schema in told["components"]["schemas"].values():
         Draft202012Validator.check_schema(schema)
@@ -54,7 +54,7 @@ def test_its_schemas_are_schemas() -> None:
     assert len(set(identifiers)) == len(identifiers)
 
 
-def test_who_needs_which_key_is_told() -> None:
+def test_openapi_security_follows_the_permissions() -> None:
     paths = document()["paths"]
     assert paths["/health"]["get"]["security"] == []
     assert {"client": []} in paths["/generate"]["post"]["security"]
@@ -62,7 +62,7 @@ def test_who_needs_which_key_is_told() -> None:
 
 
 async def answers(stage: Stage, method: str, path: str, **kwargs: Any) -> None:
-    """Ask, and hold the answer to what the document says of it."""
+    """Send a request, and check the answer against the document."""
     async with stage.client.request(method, stage.url(path), **kwargs) as response:
         kind, status = response.content_type, response.status
         told = await response.json() if kind == "application/json" else await response.text()
@@ -84,7 +84,7 @@ def matches(template: str, path: str) -> bool:
     )
 
 
-async def test_answers_are_what_it_says() -> None:
+async def test_answers_match_the_openapi_schemas() -> None:
     worker = FakeWorker(Role.COLOCATED, cache_tokens=1 << 16)
     async with staged(worker) as stage:
         await stage.until(stage.router.state.subscriptions.stats)
@@ -117,7 +117,7 @@ async def test_answers_are_what_it_says() -> None:
         await answers(stage, "POST", "/generate", json={"text": 5})
 
 
-async def test_answers_without_servers_are_what_it_says() -> None:
+async def test_answers_without_servers_match_the_openapi_schemas() -> None:
     async with staged() as stage:
         for method, path in OPERATIONS:
             if method == "GET" and "{" not in path:

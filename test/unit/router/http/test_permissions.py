@@ -1,4 +1,4 @@
-"""Every page of a router has an owner, and is shown to nobody else."""
+"""Every endpoint accepts only the keys of its permission."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ async def status(stage: Stage, method: str, path: str, **headers: str) -> int:
         return response.status
 
 
-async def test_without_keys_on_loopback_all_is_open() -> None:
+async def test_without_keys_on_loopback_every_endpoint_is_open() -> None:
     async with staged(FakeWorker()) as stage:
         for path in OPEN + CLIENTS + ADMINS:
             assert await status(stage, "GET", path) == 200, path
@@ -66,7 +66,7 @@ async def test_without_keys_on_loopback_all_is_open() -> None:
             assert await status(stage, method, path) not in (401, 403), path
 
 
-async def test_with_tenants_and_no_admin_what_is_an_admins_is_off(keys: dict[str, Path]) -> None:
+async def test_with_tenants_and_no_admin_keys_admin_endpoints_are_refused(keys: dict[str, Path]) -> None:
     async with staged(FakeWorker(), api_keys_file=keys["api_keys_file"]) as stage:
         for headers in ({}, {"Authorization": "Bearer key-a"}, {"Authorization": "Bearer root-key"}):
             for path in ADMINS:
@@ -78,7 +78,7 @@ async def test_with_tenants_and_no_admin_what_is_an_admins_is_off(keys: dict[str
         assert "--admin-api-key-file" in told["error"]["message"]
 
 
-async def test_admins_clients_and_strangers_get_what_is_theirs(keys: dict[str, Path]) -> None:
+async def test_each_endpoint_accepts_only_keys_of_its_permission(keys: dict[str, Path]) -> None:
     async with staged(FakeWorker(), **keys) as stage:
         nobody: dict[str, str] = {}
         wrong = {"Authorization": "Bearer key-b"}
@@ -102,7 +102,7 @@ async def test_admins_clients_and_strangers_get_what_is_theirs(keys: dict[str, P
         assert not stage.colocated.requests
 
 
-async def test_one_key_for_all_opens_everything() -> None:
+async def test_the_single_api_key_opens_every_endpoint() -> None:
     worker = FakeWorker()
     async with staged(worker, api_key="the-key") as stage:
         for path in CLIENTS + ADMINS:
@@ -116,7 +116,7 @@ async def test_one_key_for_all_opens_everything() -> None:
         assert {one.headers["Authorization"] for one in worker.requests} == {"Bearer the-key"}
 
 
-async def test_what_pages_tell_of_the_inside_is_for_admins(keys: dict[str, Path]) -> None:
+async def test_only_admins_see_cluster_details_in_server_info_and_readiness(keys: dict[str, Path]) -> None:
     worker = FakeWorker(server_info={"api_key": "s3cret", "launch_command": "--api-key s3cret", "tp": 1})
     client = {"headers": {"Authorization": "Bearer key-a"}}
     admin = {"headers": {"Authorization": "Bearer root-key"}}
@@ -133,7 +133,7 @@ async def test_what_pages_tell_of_the_inside_is_for_admins(keys: dict[str, Path]
         assert told[0][1]["tp"] == 1
 
 
-async def test_who_changes_what_is_logged(
+async def test_admin_changes_are_logged_with_the_admins_name(
     keys: dict[str, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level("INFO")
@@ -148,7 +148,7 @@ async def test_who_changes_what_is_logged(
     assert line.endswith("method=POST path=/workers/a%20b/drain admin=ops from=127.0.0.1")
 
 
-async def test_a_browser_is_asked_for_the_key(keys: dict[str, Path]) -> None:
+async def test_a_browser_is_asked_for_the_key_by_basic_authentication(keys: dict[str, Path]) -> None:
     async with staged(**keys) as stage:
         async with stage.client.get(stage.url("/tree")) as response:
             assert response.status == 401
@@ -175,20 +175,20 @@ async def test_a_browser_is_asked_for_the_key(keys: dict[str, Path]) -> None:
         ("GET", "/v1/models", {"Host": "rebound.example"}, 200),
     ],
 )
-async def test_other_sites_pages_see_and_change_nothing(
+async def test_web_pages_of_other_sites_cannot_use_admin_endpoints(
     method: str, path: str, headers: dict[str, str], wanted: int
 ) -> None:
     async with staged(FakeWorker()) as stage:
         assert await status(stage, method, path, **headers) == wanted
 
 
-async def test_no_way_of_writing_a_path_leads_around_the_guard(keys: dict[str, Path]) -> None:
+async def test_no_spelling_of_a_path_bypasses_the_guard(keys: dict[str, Path]) -> None:
     async with staged(**keys) as stage:
         for path in ("/nothing", "/v1/nothing", "//workers", "/health/../workers", "/%77orkers/"):
             assert await status(stage, "GET", path) in (401, 404), path
 
 
-def test_a_page_that_nobody_listed_is_an_admins() -> None:
+def test_an_endpoint_without_an_entry_needs_an_admin_key() -> None:
     config = RouterConfig()
     ingress = build_ingress(config.http, config.auth, config.tls, config.admission, RouterMetrics())
     guard = Guard(ingress)

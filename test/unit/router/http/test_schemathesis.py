@@ -1,4 +1,4 @@
-"""The router, held to its own OpenAPI document by requests that Schemathesis makes of it, good and bad."""
+"""The router conforms to its OpenAPI document, by valid and invalid requests from Schemathesis."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from memserve.wire.messages import Role
 from ..fuzz_harness import Beside, beside
 
 CALLING = {("POST", "/workers"), ("POST", "/add_worker")}
-"""These would have the router call on servers that are none of the test's."""
+"""These would make the router contact servers outside the test."""
 PASSED_ON = "/v1/embeddings"
 """It needs a colocated server."""
 CHECKS = [
@@ -61,7 +61,7 @@ def api(router: Beside) -> Any:
 )
 @settings(max_examples=8, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_the_router_does_as_it_says(
+def test_router_conforms_to_its_openapi_document(
     router: Beside, api: Any, method: str, path: str, data: st.DataObject
 ) -> None:
     check(router, api, method, path, data)
@@ -69,7 +69,7 @@ def test_the_router_does_as_it_says(
 
 @settings(max_examples=8, suppress_health_check=list(HealthCheck))
 @given(data=st.data())
-def test_the_router_answers_endpoints_it_passes_on_as_it_says(colocated: Beside, data: st.DataObject) -> None:
+def test_passed_on_endpoints_conform_to_the_openapi_document(colocated: Beside, data: st.DataObject) -> None:
     api = schemathesis.openapi.from_url(colocated.stage.url("/openapi.json"))
     check(colocated, api, "POST", PASSED_ON, data)
 
@@ -80,6 +80,6 @@ def check(router: Beside, api: Any, method: str, path: str, data: st.DataObject)
         strategy = api[path][method].as_strategy(generation_mode=mode)
         case = data.draw(strategy)
     except Unsatisfiable:
-        return  # it takes nothing that could be wrong
+        return  # the endpoint has no input that could be invalid
     case.call_and_validate(checks=CHECKS, timeout=10)
     router.assert_well()

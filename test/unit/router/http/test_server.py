@@ -1,4 +1,4 @@
-"""The router's port as clients' bytes meet it: what is plain, what is not, and both on one connection."""
+"""The router's port: plain requests, all others, and both on one connection."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def request(body: bytes = BODY, *, path: str = "/generate", extra: str = "") -> 
 
 
 class Wire:
-    """A client that says exactly what it is told to."""
+    """A client that sends exactly the given bytes."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.reader = reader
@@ -70,7 +70,7 @@ def run(scene: object) -> None:
     asyncio.run(scene)  # type: ignore[arg-type]
 
 
-async def test_a_plain_request_is_answered_and_the_connection_kept() -> None:
+async def test_server_answers_plain_requests_and_keeps_the_connection() -> None:
     async with wired() as (_, wire):
         for _ in range(3):
             wire.send(request(extra="x-request-id: mine\r\n"))
@@ -80,7 +80,7 @@ async def test_a_plain_request_is_answered_and_the_connection_kept() -> None:
 
 
 @pytest.mark.parametrize("size", [1, 7, 64])
-async def test_bytes_may_come_in_any_pieces(size: int) -> None:
+async def test_server_accepts_a_request_in_any_pieces(size: int) -> None:
     async with wired() as (_, wire):
         data = request() + request(STREAM)
         for start in range(0, len(data), size):
@@ -93,7 +93,7 @@ async def test_bytes_may_come_in_any_pieces(size: int) -> None:
         assert events.endswith(b"data: [DONE]\n\n")
 
 
-async def test_requests_sent_ahead_are_answered_in_turn() -> None:
+async def test_server_answers_pipelined_requests_in_order() -> None:
     async with wired() as (_, wire):
         bodies = [json.dumps({"text": "x", "rid": f"r{i}"}).encode() for i in range(5)]
         wire.send(b"".join(map(request, bodies)))
@@ -102,7 +102,7 @@ async def test_requests_sent_ahead_are_answered_in_turn() -> None:
             assert (status, json.loads(body)["meta_info"]["id"]) == (200, f"r{i}")
 
 
-async def test_more_sent_ahead_than_is_kept_waits_in_the_socket() -> None:
+async def test_server_answers_more_pipelined_bytes_than_it_buffers() -> None:
     async with wired() as (_, wire):
         body = json.dumps({"text": "x" * MAX_PIPELINED_BYTES}).encode()
         count = 6
@@ -111,7 +111,7 @@ async def test_more_sent_ahead_than_is_kept_waits_in_the_socket() -> None:
             assert (await wire.answer())[0] == 200
 
 
-async def test_other_endpoints_and_generation_share_a_connection() -> None:
+async def test_one_connection_serves_generation_and_other_endpoints() -> None:
     async with wired() as (_, wire):
         page = b"GET /v1/models HTTP/1.1\r\nHost: h\r\n\r\n"
         for data in (request(), page, request(), request(STREAM), page):
@@ -137,7 +137,7 @@ async def test_other_endpoints_and_generation_share_a_connection() -> None:
         pytest.param(request(extra="Connection: keep-alive\r\n"), id="keep-alive"),
     ],
 )
-async def test_what_is_not_plain_is_answered_all_the_same(data: bytes) -> None:
+async def test_aiohttp_answers_generation_requests_that_are_not_plain(data: bytes) -> None:
     async with wired() as (_, wire):
         wire.send(data)
         assert (await wire.answer())[0] == 200
@@ -161,19 +161,19 @@ async def test_what_is_not_plain_is_answered_all_the_same(data: bytes) -> None:
         "GET /generate HTTP/1.1\r\nHost: h\r\nContent-Length: 2\r\n",
     ],
 )
-def test_only_plain_heads_are_read_here(head: str) -> None:
+def test_plain_head_returns_none_for_heads_that_are_not_plain(head: str) -> None:
     assert plain_head(head.encode()) is None
 
 
 @given(st.binary())
-def test_any_bytes_are_a_plain_head_or_not(data: bytes) -> None:
+def test_plain_head_accepts_any_bytes_without_an_error(data: bytes) -> None:
     read = plain_head(b"POST /generate HTTP/1.1\r\nHost: h\r\nContent-Length: 12\r\n" + data)
     if read is not None:
         assert (read[0], read[2]) == (Api.GENERATE, 12)
         assert not any("\r" in value or "\n" in value for value in read[1].values())
 
 
-async def test_a_body_that_is_too_large_is_refused_before_it_comes() -> None:
+async def test_server_refuses_a_too_large_body_before_it_arrives() -> None:
     async with staged(FakeWorker(Role.COLOCATED), max_body_bytes=1000) as stage:
         port = int(stage.router.url.rsplit(":", 1)[1])
         wire = Wire(*await asyncio.open_connection("127.0.0.1", port))
@@ -182,7 +182,7 @@ async def test_a_body_that_is_too_large_is_refused_before_it_comes() -> None:
         wire.writer.close()
 
 
-async def test_a_client_that_leaves_takes_its_request_back() -> None:
+async def test_a_disconnecting_client_aborts_its_request() -> None:
     worker = FakeWorker(Role.COLOCATED, Script(gates={0: asyncio.Event()}))
     async with wired(worker) as (_, wire):
         wire.send(request())
@@ -191,13 +191,13 @@ async def test_a_client_that_leaves_takes_its_request_back() -> None:
         await worker.until(lambda it: it.requests[0].dropped and it.aborts)
 
 
-async def test_a_slow_reader_makes_the_worker_wait_and_gets_everything() -> None:
+async def test_a_slow_reader_makes_the_server_wait_and_loses_nothing() -> None:
     worker = FakeWorker(Role.COLOCATED, Script(tokens=("x" * 65536,) * 400))
     async with wired(worker) as (stage, wire):
         body = {"prompt": "a", "stream": True, "max_tokens": 400}
         wire.send(request(json.dumps(body).encode(), path="/v1/completions"))
         await worker.until(lambda it: it.requests and it.requests[0].num_sent > 0)
-        # Others are served meanwhile, and what nobody reads piles up nowhere.
+        # Other clients are served meanwhile, and unread events are not buffered.
         assert (await stage.get("/v1/models"))[0] == 200
         assert worker.requests[0].num_sent < 400
         status, events = await wire.answer()

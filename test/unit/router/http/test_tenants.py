@@ -1,4 +1,4 @@
-"""Tenants are known by their keys, and never meet in a cache."""
+"""Tenants are identified by their keys and share no cached blocks."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ async def depths(stage: Stage, key: str, **fields: Any) -> set[int]:
     return {one["blocks"] for one in told["prefill_candidates"]}
 
 
-async def test_tenants_share_no_blocks_whatever_they_claim(keys_file: Path) -> None:
+async def test_tenants_share_no_cached_blocks_whatever_salt_they_send(keys_file: Path) -> None:
     worker = FakeWorker(Role.COLOCATED, cache_tokens=1 << 16, context_tokens=4096)
     async with staged(worker, api_keys_file=keys_file) as stage:
         await stage.until(stage.router.state.subscriptions.stats)
@@ -60,7 +60,7 @@ async def test_tenants_share_no_blocks_whatever_they_claim(keys_file: Path) -> N
         assert len({salt, *salts}) == 3
 
 
-async def test_chats_and_completions_are_salted_too(keys_file: Path) -> None:
+async def test_chats_and_completions_are_salted_by_tenant(keys_file: Path) -> None:
     worker = FakeWorker(Role.COLOCATED)
     async with staged(worker, api_keys_file=keys_file) as stage:
         chat = {"messages": [{"role": "user", "content": "hello"}]}
@@ -70,8 +70,8 @@ async def test_chats_and_completions_are_salted_too(keys_file: Path) -> None:
         assert len({request.body["cache_salt"] for request in worker.requests}) == 1
 
 
-async def test_what_one_tenant_calls_its_requests_reaches_nobody_elses(keys_file: Path) -> None:
-    """Servers abort by prefix: a name of the client's own could be the beginning of another's."""
+async def test_a_tenants_rid_aborts_no_request_of_another_tenant(keys_file: Path) -> None:
+    """Servers abort by rid prefix: a client's own rid could be a prefix of another tenant's."""
 
     gate = asyncio.Event()
     worker = FakeWorker(Role.COLOCATED, Script(gates={0: gate}))
@@ -93,7 +93,7 @@ async def test_what_one_tenant_calls_its_requests_reaches_nobody_elses(keys_file
         assert (await first)[1]["meta_info"]["id"] == "mine"
 
 
-async def test_a_streams_name_is_the_clients_too(keys_file: Path) -> None:
+async def test_a_stream_shows_the_clients_own_rid(keys_file: Path) -> None:
     worker = FakeWorker(Role.COLOCATED)
     async with staged(worker, api_keys_file=keys_file) as stage:
         body = {"text": "hello", "rid": "mine", "stream": True}
@@ -102,7 +102,7 @@ async def test_a_streams_name_is_the_clients_too(keys_file: Path) -> None:
         assert worker.requests[0].rids != ["mine"]
 
 
-async def test_admins_explain_what_tenants_ask(keys_file: Path, tmp_path: Path) -> None:
+async def test_explain_takes_the_tenant_from_an_admins_header(keys_file: Path, tmp_path: Path) -> None:
     worker = FakeWorker(Role.COLOCATED, cache_tokens=1 << 16, context_tokens=4096)
     admins = write(tmp_path / "admins", "root-key\n")
     async with staged(worker, api_keys_file=keys_file, admin_api_key_file=admins) as stage:

@@ -1,4 +1,4 @@
-"""What /ui shows, as JSON: true, bounded, and without what it may not tell."""
+"""The JSON data of /ui: correct, bounded, and without prompts unless configured."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def decision(stage: Stage, unknown: str | None = None) -> Decision:
 
 
 @pytest.mark.parametrize("path", ["/ui", "/ui/app.js", "/ui/draw.js", "/ui/explain.js", "/ui/style.css"])
-async def test_the_page_is_in_the_package_and_loads_nothing_else(path: str) -> None:
+async def test_dashboard_page_loads_only_files_of_the_package(path: str) -> None:
     async with staged(*pair()) as stage, stage.client.get(stage.url(path)) as response:
         text = await response.text()
         assert response.status == 200
@@ -50,12 +50,12 @@ async def test_the_page_is_in_the_package_and_loads_nothing_else(path: str) -> N
 
 
 @pytest.mark.parametrize("name", ["nothing.js", "..%2fui.py", "%2e%2e/ui.py", "index.html/"])
-async def test_other_files_are_not_served(name: str) -> None:
+async def test_dashboard_answers_404_for_unknown_files(name: str) -> None:
     async with staged(*pair()) as stage:
         assert (await stage.get(f"/ui/{name}"))[0] == 404
 
 
-async def test_the_state_tells_who_is_there() -> None:
+async def test_ui_state_lists_all_instances() -> None:
     async with staged(*pair()) as stage:
         status, page = await stage.get("/ui/state")
         assert status == 200
@@ -70,7 +70,7 @@ async def test_the_state_tells_who_is_there() -> None:
         assert "draining" in {one["state"] for one in page["instances"]}
 
 
-async def test_the_state_tells_what_instances_and_pools_say_of_themselves() -> None:
+async def test_ui_state_shows_the_reports_of_instances_and_pools() -> None:
     async with staged(*pair()) as stage:
         cluster, pools = stage.router.cluster, stage.router.pools
         prefill = cluster.members()[0]
@@ -88,7 +88,7 @@ async def test_the_state_tells_what_instances_and_pools_say_of_themselves() -> N
         assert (told["memory-1"]["role"], told["memory-1"]["dram_capacity"]) == ("memory", 100)
 
 
-async def test_hot_prefixes_tell_who_holds_them() -> None:
+async def test_hottest_prefixes_list_their_holders() -> None:
     worker = FakeWorker(Role.COLOCATED, cache_tokens=1 << 16)
     async with staged(worker) as stage:
         await stage.until(stage.router.state.subscriptions.stats)
@@ -103,7 +103,7 @@ async def test_hot_prefixes_tell_who_holds_them() -> None:
 
 
 @pytest.mark.parametrize("shown", [True, False])
-async def test_prompts_are_shown_only_if_that_is_wanted(shown: bool) -> None:
+async def test_dashboard_shows_prompts_only_with_ui_show_prompts(shown: bool) -> None:
     secret = "the secret plan "
     async with staged(*pair(), ui_show_prompts=shown) as stage:
         prefixes = stage.router.state.telemetry.prefixes
@@ -142,7 +142,7 @@ async def test_recent_requests_are_listed_and_explained() -> None:
 
 @pytest.mark.parametrize("is_lean", [True, False])
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_request_is_remembered_when_it_ends(stream: bool, is_lean: bool) -> None:
+async def test_request_log_keeps_a_request_when_it_ends(stream: bool, is_lean: bool) -> None:
     headers = {"x-request-id": "mine"} | ({} if is_lean else {"upgrade": "nothing"})
     body = {"text": "hello", "stream": stream, "rid": "theirs"}
     async with staged(*pair()) as stage:
@@ -158,7 +158,7 @@ async def test_a_request_is_remembered_when_it_ends(stream: bool, is_lean: bool)
         assert one["decision"]["decode"] == f"decode-{stage.decode.port}"
 
 
-async def test_what_is_refused_is_remembered_too() -> None:
+async def test_request_log_keeps_refused_requests() -> None:
     async with staged(*pair()) as stage:
         await stage.post("/generate", {"text": 5}, headers={"x-request-id": "mine"})
         _, one = await stage.get("/requests/mine")
@@ -167,14 +167,14 @@ async def test_what_is_refused_is_remembered_too() -> None:
         assert "text" in one["reason"]
 
 
-async def test_why_the_tokens_were_not_known_is_told_later_too() -> None:
+async def test_request_log_keeps_why_tokens_were_unknown() -> None:
     async with staged(*pair()) as stage:
         log(stage, "image", decision=decision(stage, "images"), unknown="images")
         assert (await stage.get("/requests/image"))[1]["decision"]["tokens_unknown"] == "images"
 
 
 @pytest.mark.parametrize("path", ["/requests?n=0", "/requests?n=1001", "/tree/hottest?n=x", "/requests?n=²"])
-async def test_a_number_that_is_none_is_refused(path: str) -> None:
+async def test_requests_page_refuses_an_invalid_number(path: str) -> None:
     async with staged(*pair()) as stage:
         status, answer = await stage.get(path)
         assert (status, answer["error"]["param"]) == (400, "n")
@@ -183,7 +183,7 @@ async def test_a_number_that_is_none_is_refused(path: str) -> None:
 @pytest.mark.parametrize(
     "path", ["/ui", "/ui/app.js", "/ui/state", "/tree/hottest", "/requests", "/requests/x"]
 )
-async def test_all_of_it_is_an_admins(path: str) -> None:
+async def test_all_dashboard_endpoints_need_an_admin_key(path: str) -> None:
     async with staged(*pair(), api_key="open sesame") as stage:
         async with stage.client.get(stage.url(path)) as response:
             assert response.status == 401

@@ -1,4 +1,4 @@
-"""The page at /ui in a real browser: it shows what is there, obeys the keyboard, and believes nobody."""
+"""The page at /ui in a real browser: content, keyboard use, and no script from ids or prompts."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ CONTRAST = """(() => {
 
 @asynccontextmanager
 async def shown(folder: Path, **settings: Any) -> AsyncIterator[tuple[Stage, Page]]:
-    """The page of a router that has a pair, an instance with a name to fear, requests and a prefix."""
+    """The page of a router with a pair, an instance whose id is an attack, requests and a prefix."""
     workers = [FakeWorker(role) for role in (Role.PREFILL, Role.DECODE)]
     async with (
         staged(*workers, ui_show_prompts=True, **settings) as stage,
@@ -79,7 +79,7 @@ async def text_of(page: Page, selector: str) -> str:
     return str(await page.value(f"document.querySelector({selector!r}).textContent"))
 
 
-async def test_it_shows_the_cluster_and_keeps_up_with_it(tmp_path: Path) -> None:
+async def test_dashboard_shows_the_cluster_and_follows_its_changes(tmp_path: Path) -> None:
     async with shown(tmp_path) as (stage, page):
         assert await page.value("document.querySelectorAll('#instances tr').length") == 3
         assert "serving" in await text_of(page, "#health")
@@ -91,7 +91,7 @@ async def test_it_shows_the_cluster_and_keeps_up_with_it(tmp_path: Path) -> None
         assert page.complaints == []
 
 
-async def test_names_and_prompts_are_text_and_nothing_else(tmp_path: Path) -> None:
+async def test_dashboard_shows_names_and_prompts_as_text(tmp_path: Path) -> None:
     async with shown(tmp_path) as (_, page):
         await page.until("document.querySelectorAll('#prefixes tr').length === 1")
         for place in ("#instances", "#prefixes"):
@@ -105,7 +105,7 @@ async def test_names_and_prompts_are_text_and_nothing_else(tmp_path: Path) -> No
         assert await page.value("document.title") == "MemServe"
 
 
-async def test_a_keyboard_is_enough(tmp_path: Path) -> None:
+async def test_dashboard_can_be_used_by_keyboard(tmp_path: Path) -> None:
     async with shown(tmp_path) as (stage, page):
         reached = []
         for _ in range(40):
@@ -129,7 +129,7 @@ async def test_a_keyboard_is_enough(tmp_path: Path) -> None:
         assert await page.value("document.activeElement.title") == name
 
 
-async def test_long_names_can_be_told_apart(tmp_path: Path) -> None:
+async def test_dashboard_shortens_long_ids_to_different_texts(tmp_path: Path) -> None:
     async with shown(tmp_path) as (stage, page):
         for end in ("1", "2"):
             log(stage, "a" * 31 + end)
@@ -140,7 +140,7 @@ async def test_long_names_can_be_told_apart(tmp_path: Path) -> None:
         assert max(map(len, told)) <= 16
 
 
-async def test_an_explanation_tells_why(tmp_path: Path) -> None:
+async def test_dashboard_shows_the_decision_of_a_request(tmp_path: Path) -> None:
     async with shown(tmp_path) as (stage, page):
         await page.value("document.querySelector('#requests button[title=x-rid-1]').click()")
         await page.until("document.querySelector('#why-body tbody tr')")
@@ -149,7 +149,7 @@ async def test_an_explanation_tells_why(tmp_path: Path) -> None:
         assert "chosen" in await text_of(page, "#why-body tr.chosen")
 
 
-async def test_paused_it_stands_still(tmp_path: Path) -> None:
+async def test_dashboard_does_not_poll_while_paused(tmp_path: Path) -> None:
     async with shown(tmp_path) as (stage, page):
         await page.value("document.querySelector('#pause').click()")
         assert await page.value("document.querySelector('#pause').getAttribute('aria-pressed')") == "true"
@@ -162,14 +162,14 @@ async def test_paused_it_stands_still(tmp_path: Path) -> None:
         await page.until("document.querySelector('#requests').textContent.includes('x-unseen')")
 
 
-async def test_only_failed_requests_can_be_shown(tmp_path: Path) -> None:
+async def test_dashboard_can_show_only_failed_requests(tmp_path: Path) -> None:
     async with shown(tmp_path) as (_, page):
         await page.value("document.querySelector('#faults').click()")
         await page.until("document.querySelectorAll('#requests tr').length === 1")
         assert "502" in await text_of(page, "#requests")
 
 
-async def test_a_router_that_is_gone_is_told(tmp_path: Path) -> None:
+async def test_dashboard_reports_a_router_that_does_not_answer(tmp_path: Path) -> None:
     async with browsing(tmp_path) as page:
         async with staged(FakeWorker(Role.PREFILL), FakeWorker(Role.DECODE)) as stage:
             await page.open(stage.url("/ui"))
@@ -178,7 +178,7 @@ async def test_a_router_that_is_gone_is_told(tmp_path: Path) -> None:
         assert "does not answer" in await text_of(page, "#trouble")
 
 
-async def test_it_asks_for_the_key_as_browsers_do(tmp_path: Path) -> None:
+async def test_dashboard_loads_with_basic_authentication(tmp_path: Path) -> None:
     async with staged(FakeWorker(), api_key="open sesame") as stage, browsing(tmp_path) as page:
         await page.log_in("anybody", "open sesame")
         await page.open(stage.url("/ui"))
@@ -188,7 +188,9 @@ async def test_it_asks_for_the_key_as_browsers_do(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 1280])
-async def test_it_can_be_read_at_any_width_day_and_night(tmp_path: Path, width: int, dark: bool) -> None:
+async def test_dashboard_is_readable_at_any_width_in_light_and_dark_mode(
+    tmp_path: Path, width: int, dark: bool
+) -> None:
     async with shown(tmp_path) as (_, page):
         await page.look(width, 800, dark=dark)
         await page.until("document.querySelectorAll('#prefixes tr').length === 1")
@@ -200,8 +202,8 @@ async def test_it_can_be_read_at_any_width_day_and_night(tmp_path: Path, width: 
         assert await page.value("document.querySelector('#why').getBoundingClientRect().right") <= width
 
 
-async def test_its_parts_have_names(tmp_path: Path) -> None:
-    """What a screen reader goes by."""
+async def test_dashboard_elements_have_accessible_names(tmp_path: Path) -> None:
+    """Screen readers need a name for each control and table."""
 
     async with shown(tmp_path) as (_, page):
         tree = (await page.send("Accessibility.getFullAXTree"))["nodes"]

@@ -1,4 +1,4 @@
-"""Workers are shown, named, drained and forgotten over HTTP."""
+"""Instances are listed, added, drained and removed over HTTP."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ ANY = {"text": "a", "sampling_params": {"max_new_tokens": 2}}
 
 
 async def ask(stage: Stage, method: str, path: str, body: object = None, **kwargs: Any) -> tuple[int, Any]:
-    """Status and parsed answer; `path` goes out as it is."""
+    """Status and parsed answer; `path` is sent unchanged."""
     url = yarl.URL(stage.url(path), encoded=True)
     async with stage.client.request(method, url, json=body, **kwargs) as response:
         return response.status, await response.json()
@@ -61,7 +61,7 @@ def named(worker: FakeWorker) -> InstanceInfo:
     return InstanceInfo(info.instance_id, STATIC_EPOCH, info.role, info.url, info.bootstrap_port)
 
 
-async def test_a_drained_server_ends_what_it_has_and_gets_nothing_new() -> None:
+async def test_a_draining_server_finishes_its_requests_and_gets_no_new_ones() -> None:
     one, other = FakeWorker(), FakeWorker()
     async with staged(one, other) as stage:
         gate = asyncio.Event()
@@ -92,7 +92,7 @@ async def test_a_drained_server_ends_what_it_has_and_gets_nothing_new() -> None:
             assert (await stage.post("/generate", ANY))[0] == 200
 
 
-async def test_a_drain_waits_no_longer_than_it_may() -> None:
+async def test_a_drain_is_answered_after_its_timeout() -> None:
     async with staged(FakeWorker()) as stage:
         gate = asyncio.Event()
         stage.colocated.script = Script(gates={0: gate})
@@ -113,7 +113,7 @@ async def test_a_drain_waits_no_longer_than_it_may() -> None:
         assert (await request)[0] == 200
 
 
-async def test_a_prefill_is_drained_when_its_requests_are_decoded_elsewhere() -> None:
+async def test_a_prefill_is_drained_once_its_requests_are_only_decoding() -> None:
     async with staged(*pair()) as stage:
         gate = asyncio.Event()
         stage.decode.script = Script(gates={1: gate})
@@ -130,7 +130,7 @@ async def test_a_prefill_is_drained_when_its_requests_are_decoded_elsewhere() ->
         assert (await ask(stage, "POST", path_of(stage.decode) + "/drain"))[1]["drained"]
 
 
-async def test_a_request_that_is_being_read_does_not_go_to_who_drains_meanwhile(
+async def test_a_request_in_tokenization_is_not_sent_to_a_server_drained_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     gate, tokens_of, held = asyncio.Event(), Tokenizers.tokens_of, asyncio.Event()
@@ -150,7 +150,7 @@ async def test_a_request_that_is_being_read_does_not_go_to_who_drains_meanwhile(
         assert not stage.colocated.requests
 
 
-async def test_who_drains_is_told_apart_from_who_is_ready() -> None:
+async def test_readiness_counts_draining_instances_apart() -> None:
     async with staged(*pair()) as stage:
         await ask(stage, "POST", path_of(stage.prefill) + "/drain")
         status, page = await stage.get("/readiness")
@@ -163,7 +163,7 @@ async def test_who_drains_is_told_apart_from_who_is_ready() -> None:
         assert (status, answer["error"]["retryable"]) == (503, True)
 
 
-async def test_aborts_reach_who_drains() -> None:
+async def test_abort_request_reaches_draining_instances() -> None:
     async with staged(*pair()) as stage:
         await ask(stage, "POST", path_of(stage.decode) + "/drain")
         async with stage.client.post(stage.url("/abort_request"), json={"rid": "x"}) as response:
@@ -171,7 +171,7 @@ async def test_aborts_reach_who_drains() -> None:
         assert stage.prefill.aborts == stage.decode.aborts == ["x"]
 
 
-async def test_a_process_that_goes_while_it_drains_is_waited_for_no_more() -> None:
+async def test_a_drain_ends_when_the_draining_process_goes() -> None:
     async with staged(FakeWorker()) as stage:
         gate = asyncio.Event()
         stage.colocated.script = Script(gates={0: gate})
@@ -186,7 +186,7 @@ async def test_a_process_that_goes_while_it_drains_is_waited_for_no_more() -> No
         assert (await request)[0] == 200
 
 
-async def test_a_named_server_drains_through_probes() -> None:
+async def test_a_static_server_stays_draining_through_probes() -> None:
     worker = FakeWorker()
     await worker.start()
     async with staged(static=(named(worker),), health_check_interval_secs=0.01) as stage:
@@ -205,7 +205,7 @@ async def test_a_named_server_drains_through_probes() -> None:
 
 
 @pytest.mark.parametrize("quoted", [True, False])
-async def test_stock_servers_come_and_go(quoted: bool) -> None:
+async def test_stock_servers_can_be_added_and_removed(quoted: bool) -> None:
     prefill, decode = pair()
     async with staged() as stage, prefill, decode:
         body = {"url": prefill.url + "/", "role": "prefill", "bootstrap_port": 9000}
@@ -227,7 +227,7 @@ async def test_stock_servers_come_and_go(quoted: bool) -> None:
         assert (status, answer["error"]["param"]) == (404, "id")
 
 
-async def test_the_older_names_work() -> None:
+async def test_add_worker_remove_worker_and_list_workers_work() -> None:
     async with staged() as stage, FakeWorker() as worker:
         query = f"?url={quote(worker.url, safe='')}"
         assert (await ask(stage, "POST", "/add_worker" + query))[0] == 201
@@ -255,7 +255,7 @@ async def test_the_older_names_work() -> None:
         ([], None),
     ],
 )
-async def test_a_server_that_cannot_be_is_not_added(body: object, field: str | None) -> None:
+async def test_an_invalid_server_is_not_added(body: object, field: str | None) -> None:
     async with staged() as stage:
         status, answer = await ask(stage, "POST", "/workers", body)
         assert (status, answer["error"]["param"]) == (400, field)
@@ -263,7 +263,7 @@ async def test_a_server_that_cannot_be_is_not_added(body: object, field: str | N
 
 
 @pytest.mark.parametrize("body", [{"timeout_s": -1}, {"timeout_s": "x"}, {"timeout_s": 1e9}])
-async def test_a_bad_timeout_drains_nobody(body: object) -> None:
+async def test_an_invalid_timeout_drains_no_instance(body: object) -> None:
     async with staged(FakeWorker()) as stage:
         status, answer = await ask(stage, "POST", path_of(stage.colocated) + "/drain", body)
         assert (status, answer["error"]["param"]) == (400, "timeout_s")
@@ -272,7 +272,7 @@ async def test_a_bad_timeout_drains_nobody(body: object) -> None:
         assert stage.is_ready()
 
 
-async def test_a_server_is_not_added_as_another_nor_one_removed_that_registered() -> None:
+async def test_a_server_cannot_be_added_in_another_role_and_a_registered_one_not_removed() -> None:
     async with staged(FakeWorker()) as stage:
         await ask(stage, "POST", "/workers", {"url": "http://127.0.0.1:1", "role": "prefill"})
         for role, port, field in (("decode", None, "role"), ("prefill", 1, "bootstrap_port")):
@@ -288,7 +288,7 @@ async def test_a_server_is_not_added_as_another_nor_one_removed_that_registered(
             assert (await ask(stage, method, "/workers/nobody" + path))[0] == 404
 
 
-async def test_a_removal_waits_for_what_runs_and_is_not_held_up_for_ever() -> None:
+async def test_a_removal_waits_for_running_requests_up_to_its_timeout() -> None:
     worker = FakeWorker()
     await worker.start()
     async with staged(static=(named(worker),)) as stage:
@@ -305,7 +305,7 @@ async def test_a_removal_waits_for_what_runs_and_is_not_held_up_for_ever() -> No
     await worker.kill()
 
 
-async def test_a_server_that_is_put_back_is_not_removed() -> None:
+async def test_a_server_undrained_during_its_removal_stays() -> None:
     worker = FakeWorker()
     await worker.start()
     async with staged(static=(named(worker),)) as stage:
@@ -324,7 +324,7 @@ async def test_a_server_that_is_put_back_is_not_removed() -> None:
     await worker.kill()
 
 
-async def test_web_pages_change_nobody() -> None:
+async def test_web_pages_cannot_change_workers() -> None:
     async with staged() as stage:
         headers = {"Origin": "http://elsewhere"}
         status, _ = await ask(stage, "POST", "/add_worker?url=http://127.0.0.1:1", headers=headers)
@@ -333,7 +333,7 @@ async def test_web_pages_change_nobody() -> None:
 
 
 async def restarted(stage: Stage, worker: FakeWorker, statuses: list[int]) -> None:
-    """`worker` was drained, ended, missing for a while, and is another process now."""
+    """Replace the process of `worker` after a drain, with a pause between."""
     await worker.until(lambda w: w.requests)
     status, answer = await ask(stage, "POST", path_of(worker) + "/drain")
     assert (status, answer["drained"]) == (200, True)
@@ -371,7 +371,7 @@ async def test_a_rolling_restart_loses_no_request() -> None:
         assert {one.info.epoch for one in stage.router.cluster.members()} == {Epoch(2)}
 
 
-async def test_what_heartbeats_say_is_shown_and_counted() -> None:
+async def test_loads_in_heartbeats_are_shown_and_exported() -> None:
     async with staged(FakeWorker(), stuck_secs=5.0) as stage:
         worker = stage.colocated
         info, cluster, pools = info_of(worker), stage.router.cluster, stage.router.pools
