@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
+from memserve.core.block_addr import LOCAL_TIERS
 from memserve.router.records import SeriesPoint
 from memserve.router.sglang_api import In, Number, fields_of
 
@@ -19,6 +20,7 @@ Schema = dict[str, Any]
 Count = Annotated[int, Meta(ge=0)]
 Object = dict[str, Any]
 RoleName = Literal["prefill", "decode", "colocated"]
+TierName = Annotated[str, Meta(extra_json_schema={"enum": [tier.name.lower() for tier in LOCAL_TIERS]})]
 
 REF = "#/components/schemas/{name}"
 STRING: Schema = {"type": "string"}
@@ -271,7 +273,7 @@ class RequestDetail(RecentRequest, kw_only=True):
 
 class PrefixHolder(Struct):
     instance: str
-    tier: Literal["hbm", "dram"]
+    tier: TierName
 
 
 class PrefixReport(Struct):

@@ -19,7 +19,7 @@ import msgspec
 from aiohttp import web
 
 from memserve import __version__
-from memserve.core.block_addr import LOCAL_TIERS, Tier
+from memserve.core.block_addr import LOCAL_TIERS
 from memserve.core.errors import BadRequest
 from memserve.core.ids import InstanceId, server_of
 from memserve.router.admission.controller import AdmissionController
@@ -129,9 +129,9 @@ class Dashboard:
             server = server_of(InstanceId(name.partition("#")[0]))
             known = blocks.get(server, (0,) * len(one))
             blocks[server] = tuple(map(add, known, one))
-        pools = self._drams()
+        pools = self._reported()
         members = [
-            self._member(it) | self._blocks(it.info.instance_id, blocks, pools)
+            self._blocks(it.info.instance_id, blocks, pools) | self._member(it)
             for it in self._state.cluster.members()
         ]
         memories = [
@@ -156,27 +156,31 @@ class Dashboard:
             "hbm_capacity": tokens // page if tokens and page else None,
         }
 
-    def _drams(self) -> dict[InstanceId, tuple[int, int]]:
-        """DRAM blocks in use and in total, by server, summed over the pools that report them."""
-        found: dict[InstanceId, tuple[int, int]] = {}
+    def _reported(self) -> dict[tuple[InstanceId, str], tuple[int, int]]:
+        """Blocks in use and in total, by server and tier, summed over the pools that report both."""
+        found: dict[tuple[InstanceId, str], tuple[int, int]] = {}
         for pool in self._state.pools.members():
             for tier in pool.tiers:
-                if tier.tier == "dram" and tier.num_total is not None and tier.num_free is not None:
-                    server = server_of(pool.info.instance_id)
-                    used, total = found.get(server, (0, 0))
-                    found[server] = used + tier.num_total - tier.num_free, total + tier.num_total
+                if tier.num_total is not None and tier.num_free is not None:
+                    key = server_of(pool.info.instance_id), tier.tier
+                    used, total = found.get(key, (0, 0))
+                    found[key] = used + tier.num_total - tier.num_free, total + tier.num_total
         return found
 
     def _blocks(
         self,
         name: InstanceId,
         held: Mapping[InstanceId, TierCounts],
-        drams: Mapping[InstanceId, tuple[int, int]],
+        reported: Mapping[tuple[InstanceId, str], tuple[int, int]],
     ) -> JsonObject:
-        """Blocks of an instance, by the prompt tree; in DRAM by its pools' reports, if there are any."""
+        """Blocks and capacity of an instance by tier: as its pools report them, else by the tree."""
         one = held.get(name)
-        used, total = drams.get(name, (one and one[Tier.DRAM], None))
-        return {"hbm_blocks": one and one[Tier.HBM], "dram_blocks": used, "dram_capacity": total}
+        found: JsonObject = {}
+        for tier in LOCAL_TIERS:
+            label = tier.name.lower()
+            used, total = reported.get((name, label), (one and one[tier], None))
+            found |= {f"{label}_blocks": used, f"{label}_capacity": total}
+        return found
 
     def _hottest(self, num: int, now_s: float) -> list[JsonObject]:
         found = self._state.telemetry.prefixes.hottest(num, now_s)
