@@ -14,6 +14,8 @@ from dataclasses import dataclass
 from operator import add
 from typing import Protocol
 
+import msgspec
+
 from memserve.core.ids import InstanceId
 from memserve.scheduling.assignment import Assignment, work_s_of
 from memserve.scheduling.context import Candidate, Prompt, RoutingContext
@@ -55,8 +57,7 @@ class Server(Protocol):
     def instance_id(self) -> InstanceId: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Targets:
+class Targets(msgspec.Struct, frozen=True):
     """The instances that can serve one request. They serve one model, with blocks of one size."""
 
     prefills: Sequence[Server]

@@ -185,11 +185,14 @@ class GlobalScheduler:
         kv_bytes_per_token = None
         if pools and pools[0].block_bytes and info.page_size:
             kv_bytes_per_token = pools[0].block_bytes // info.page_size
-        layouts = {pool.layout for pool in pools if pool.rank == 0}
+        holders = []
+        if memories := self._pools.memories():
+            layouts = {pool.layout for pool in pools if pool.rank == 0}
+            holders = [(name, pool_name(name, layout)) for name in memories for layout in layouts]
         return Targets(
             prefills,
             snapshot.decodes,
-            [(name, pool_name(name, layout)) for name in self._pools.memories() for layout in layouts],
+            holders,
             info.model,
             info.is_on_cpu,
             BLOCK_TOKENS if prompt.by_text else info.page_size or 1,
