@@ -1,1 +1,1 @@
-"""Where a request goes, whether its history is fetched first, and what came of it."""
+"""Scheduling, as a pure library: chooses instances and fetches for requests, and learns from the results."""

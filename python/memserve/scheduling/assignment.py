@@ -1,4 +1,4 @@
-"""A request on its way: the instances that serve it, and what was predicted of it. A plain record."""
+"""A dispatched request: the instances that serve it, and the predictions for it. A plain record."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ class Assignment:
     def benefits_from(self, plan: FetchPlan) -> bool:
         """Whether to wait for `plan`, the fetch of another request, because it brings blocks of this prompt.
 
-        By Eq. 2, with the whole transfer and what it brings of this prompt.
+        By Eq. 2: the cost is the whole transfer, the saving only the blocks of this prompt.
         """
         if plan.target != self.decision.prefill or len(self.prompt.chains) != 1:
             return False
@@ -61,10 +61,8 @@ class Assignment:
         return fetch_gain_s(before - after, plan.transfer_s, self.decision.chosen.queued_s) > 0
 
     def tokens_by_tier(self) -> tuple[tuple[int, ...], int]:
-        """The prompt's tokens that the prefill was believed to have, by tier, and those to be fetched."""
+        """The prompt's tokens in each tier of the prefill, as the tree has it, and the tokens to fetch."""
         context, depths = self.decision.context, self.decision.chosen.depths
-        if not depths[-1] and self.plan is None:
-            return (0,) * len(LOCAL_TIERS), 0
         ends = [0, *map(context.cached_tokens, depths)]
         planned = 0 if self.plan is None else context.cached_tokens(len(self.plan.keys))
         return tuple(ends[i + 1] - ends[i] for i in LOCAL_TIERS), max(planned - ends[-1], 0)
@@ -74,7 +72,7 @@ def work_s_of(decision: Decision, plan: FetchPlan | None) -> float:
     """Predicted time of the request's own prefill, after `plan`."""
     context, costs = decision.context, decision.costs
     depths = decision.chosen.depths
-    if plan is not None:  # what was fetched, and what was there, is loaded from DRAM
+    if plan is not None:  # all cached blocks count as loaded from DRAM, where fetches arrive
         depths = (0,) + (len(plan.keys),) * (len(depths) - 1)
     return costs.exec_s(context.prompt_tokens, context.cached_tokens(depths[-1])) + load_s(
         context, depths, costs

@@ -1,4 +1,4 @@
-"""A decision as JSON, for users who ask why a request went where it went. Pure."""
+"""A decision as JSON: the explanation that users get on demand. Pure."""
 
 from __future__ import annotations
 

@@ -79,7 +79,7 @@ class FetchOutcome:
 
 
 def fetch_gain_s(saved_s: float, transfer_s: float, queued_s: float) -> float:
-    """Eq. 2: what a request gains by waiting for a transfer that saves so much; the queue hides it."""
+    """Eq. 2: the gain of waiting for a transfer that saves `saved_s`, part of which the queue hides."""
     return saved_s - max(0.0, transfer_s - queued_s)
 
 

@@ -1,4 +1,4 @@
-"""What a finished prefill teaches: what work costs, how good the prediction was, and how good the choice.
+"""Evaluates a finished prefill: refines the costs, and measures the prediction and the choice.
 
 Knows no instances and no queue: the assignment holds both as they were when the request was placed.
 """
@@ -19,7 +19,7 @@ ERROR_WEIGHT = 0.02
 
 
 class PrefillReport(NamedTuple):
-    """A finished prefill, compared with what was predicted."""
+    """A finished prefill, compared with its prediction."""
 
     seconds: float
     """From its dispatch to its first token."""

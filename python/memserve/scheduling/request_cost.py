@@ -1,4 +1,4 @@
-"""What a request costs at each candidate: Eq. 1 in its parts, which `prompt_tree` sums and `explain` shows.
+"""The cost of a request at each candidate: Eq. 1 in its parts, which `prompt_tree` sums and `explain` shows.
 
     Eq. 1   cost(p) = sum over p's queue of exec(x_r, y_r) + exec(x, y_p)
 
@@ -36,8 +36,8 @@ where it keeps conversations at their history; a higher weight costs the tail.
 WORK_WEIGHT = 1.25
 """Weight of the request's own work; waiting for queued work has weight 1.
 
-To wait for an instance that is computing a prefix takes as long as to compute it at another one; but the
-one is idle time and the other is work. Without this weight, every instance computes the new prefix of a
+To wait for an instance that is computing a prefix takes as long as to compute it at another one; but
+waiting is idle time, and computing is work. Without this weight, every instance computes the new prefix of a
 burst. On the same trace it saves 7% of the mean at load 0.9 and nothing past the knee; 1.5 costs the tail.
 """
 
@@ -48,7 +48,7 @@ Parts = tuple[float, float, float, float, float]
 
 
 class Score(msgspec.Struct, frozen=True):
-    """What a request would cost at one candidate. All parts are predicted seconds."""
+    """The cost of a request at one candidate. All parts are predicted seconds."""
 
     candidate: Candidate
     queue_s: float

@@ -138,6 +138,18 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="tokens per block of the trace (default: 512)",
     )
+    _add_cluster_flags(parser)
+    _add_routing_flags(parser)
+    _add_time_flags(parser)
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed of all random draws (default: 0)"
+    )
+    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw PNG files into DIR")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _add_cluster_flags(parser: argparse.ArgumentParser) -> None:
     cluster = parser.add_argument_group("the cluster")
     cluster.add_argument(
         "--instances", type=int, default=4, metavar="N", help="prefill instances (default: 4)"
@@ -156,8 +168,11 @@ def _parser() -> argparse.ArgumentParser:
         "--costs",
         default="gpu",
         metavar="gpu|cpu|FILE",
-        help="the cost model; FILE is what benchmark/fit_cost_model.py wrote (default: gpu)",
+        help="the cost model; FILE is an output of benchmark/fit_cost_model.py (default: gpu)",
     )
+
+
+def _add_routing_flags(parser: argparse.ArgumentParser) -> None:
     routing = parser.add_argument_group("routing")
     routing.add_argument(
         "--policy",
@@ -195,6 +210,9 @@ def _parser() -> argparse.ArgumentParser:
         metavar="X",
         help="with --timed: the router's first estimate of prefill costs is X times too high (default: 1)",
     )
+
+
+def _add_time_flags(parser: argparse.ArgumentParser) -> None:
     time = parser.add_argument_group("time")
     time.add_argument(
         "--timed", action="store_true", help="simulate the time of prefills, transfers and decode steps"
@@ -224,12 +242,6 @@ def _parser() -> argparse.ArgumentParser:
         metavar="S",
         help="time between tokens that counts as good (default: 0.05)",
     )
-    parser.add_argument(
-        "--seed", type=int, default=0, metavar="N", help="seed of all random draws (default: 0)"
-    )
-    parser.add_argument("--plots", type=Path, metavar="DIR", help="draw PNG files into DIR")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    return parser
 
 
 if __name__ == "__main__":

@@ -137,7 +137,7 @@ def sharegpt(shape: Shape) -> list[TraceLine]:
 def loogle(shape: Shape) -> list[TraceLine]:
     """Questions about long documents: 23.5K tokens (sd 6.1K), 91% of them shared, 16 tokens of answer.
 
-    Every `share_ratio` sessions ask about one document. Requests come at random, those of a session in order.
+    Every `share_ratio` sessions ask about one document. Sessions take turns at random.
     """
     random, ids = Random(shape.seed), _Ids()
     documents = []

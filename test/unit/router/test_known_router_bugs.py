@@ -39,8 +39,8 @@ COVERED = {
     1: [
         "unit/scheduling/test_policies.py::test_cold_prompts_spread_at_any_concurrency",
         "unit/router/test_routing.py::test_cold_prompts_spread_whatever_the_concurrency",
-        "unit/scheduling/test_policies.py::test_prompt_tree_takes_the_lowest_of_the_scores_it_shows",
-        "unit/scheduling/test_policies.py::test_who_joins_shares_the_work_with_who_did_it_alone",
+        "unit/scheduling/test_policies.py::test_prompt_tree_chooses_the_lowest_of_the_scores_it_shows",
+        "unit/scheduling/test_policies.py::test_new_instance_gets_an_equal_share_of_the_work",
     ],
     2: [
         "unit/scheduling/test_policies.py::test_cold_prompts_spread_at_any_concurrency",

@@ -1,4 +1,4 @@
-"""Who gets a request, as tables: situations and what follows from them."""
+"""Policies and decisions, as tables of contexts and expected choices."""
 
 from __future__ import annotations
 
@@ -84,13 +84,13 @@ def test_prompt_tree_weighs_load_and_locality_in_one_sum(candidates: list[Candid
         ("round_robin", [candidate("a"), candidate("b", 9)], "a"),
     ],
 )
-def test_the_other_policies_look_at_one_thing(
+def test_other_policies_rank_by_their_single_criterion(
     policy: str, candidates: list[Candidate], expected: str
 ) -> None:
     assert chosen(policy, *candidates) == expected
 
 
-def test_round_robin_and_random_come_to_everyone() -> None:
+def test_round_robin_and_random_reach_every_candidate() -> None:
     names = [candidate(name) for name in "abcd"]
     turns = [chosen("round_robin", *names, turn=turn) for turn in range(8)]
     assert turns == list("abcd") * 2
@@ -99,13 +99,13 @@ def test_round_robin_and_random_come_to_everyone() -> None:
     assert drawn != Counter(chosen("random", *names, turn=turn, seed=1) for turn in range(1000))
 
 
-def test_power_of_two_never_takes_the_most_loaded() -> None:
+def test_power_of_two_never_chooses_the_most_loaded() -> None:
     names = [candidate(name, queued_s=load) for name, load in zip("abc", (3.0, 2.0, 1.0), strict=True)]
     drawn = Counter(chosen("power_of_two", *names, turn=turn) for turn in range(300))
     assert set(drawn) == {"b", "c"}
 
 
-def test_a_session_stays_and_moves_only_with_its_instance() -> None:
+def test_session_moves_only_when_its_instance_leaves() -> None:
     names = [candidate(name) for name in "abcd"]
     homes = {session: chosen("session", *names, session=session) for session in range(200)}
     assert min(Counter(homes.values()).values()) > 30
@@ -120,18 +120,20 @@ def test_a_session_stays_and_moves_only_with_its_instance() -> None:
     [
         pytest.param(2, 9, GPU_COSTS, "b", id="moving beats computing"),
         pytest.param(2, 9, SLOW_NETWORK, None, id="a slow network does not"),
-        pytest.param(9, 2, GPU_COSTS, None, id="nobody has more"),
+        pytest.param(9, 2, GPU_COSTS, None, id="no candidate has more"),
         pytest.param(10, 10, GPU_COSTS, None, id="as much is not more"),
     ],
 )
-def test_a_fetch_has_to_pay(own: int, other: int, costs: CostModel, source: str | None) -> None:
+def test_fetch_happens_only_where_moving_beats_computing(
+    own: int, other: int, costs: CostModel, source: str | None
+) -> None:
     decision = decide(context(candidate("a", own), candidate("b", other, queued_s=60.0)), costs)
     if own < other:
         assert decision.prefill == "a"
     assert source_of(decision) == source
 
 
-def test_a_transfer_that_the_queue_hides_costs_nothing() -> None:
+def test_transfer_hidden_by_the_queue_costs_nothing() -> None:
     prefills = [candidate("a", 2), candidate("b", 9, queued_s=600.0)]
     slow_s = SLOW_NETWORK.transfer_s(7 * 512)
     for queued_s, source in ((0.0, None), (0.5 * slow_s, None), (slow_s, "b")):
@@ -140,7 +142,7 @@ def test_a_transfer_that_the_queue_hides_costs_nothing() -> None:
         assert (decision.prefill, source_of(decision)) == ("a", source)
 
 
-def test_the_holder_that_saves_most_is_fetched_from() -> None:
+def test_fetch_takes_the_holder_that_saves_most() -> None:
     holders = (candidate("memory0", 7), candidate("memory1", 9))
     decodes = (candidate("d", 8),)
     prefills = (candidate("a"), candidate("b", 3, queued_s=60.0))
@@ -168,12 +170,12 @@ def test_fetch_takes_the_readable_blocks_of_a_holder_only() -> None:
         ([candidate("a", decode_batch=9), candidate("b", decode_batch=8)], "b"),
     ],
 )
-def test_a_decode_is_chosen_for_what_it_holds_and_its_load(decodes: list[Candidate], expected: str) -> None:
+def test_decode_is_chosen_by_its_blocks_and_its_load(decodes: list[Candidate], expected: str) -> None:
     decision = decide(context(candidate("p"), decodes=tuple(decodes)), GPU_COSTS)
     assert (decision.prefill, decision.decode) == ("p", expected)
 
 
-def test_a_decision_holds_every_candidate_and_says_why() -> None:
+def test_decision_scores_every_candidate_and_gives_a_reason() -> None:
     prefills = (candidate("a", 8, near=3, queued_s=0.01), candidate("b", 2), candidate("c"))
     decision = decide(context(*prefills, decodes=(candidate("d"),)), GPU_COSTS)
     assert [score.candidate for score in decision.scores] == list(prefills)
@@ -184,7 +186,7 @@ def test_a_decision_holds_every_candidate_and_says_why() -> None:
     assert decision.reason.endswith("d decodes by prompt_tree.")
 
 
-def test_nobody_to_choose_from_is_an_error() -> None:
+def test_decide_without_a_prefill_raises() -> None:
     with pytest.raises(ValueError, match="no prefill to choose from"):
         decide(context(), GPU_COSTS)
 
@@ -208,7 +210,7 @@ CANDIDATES = st.lists(
 
 
 @given(CANDIDATES, st.sampled_from(list(all_policies())), st.integers(0, 99), st.none() | st.integers(0))
-def test_every_policy_chooses_one_of_the_candidates_and_again_the_same(
+def test_every_policy_chooses_a_candidate_and_repeats_its_choice(
     candidates: list[Candidate], policy: str, turn: int, session: int | None
 ) -> None:
     given_ = context(*candidates, decodes=tuple(candidates), turn=turn, session=session)
@@ -223,7 +225,9 @@ def test_every_policy_chooses_one_of_the_candidates_and_again_the_same(
 
 
 @given(CANDIDATES, st.integers(0, 99))
-def test_prompt_tree_takes_the_lowest_of_the_scores_it_shows(candidates: list[Candidate], turn: int) -> None:
+def test_prompt_tree_chooses_the_lowest_of_the_scores_it_shows(
+    candidates: list[Candidate], turn: int
+) -> None:
     given_ = context(*candidates, decodes=tuple(candidates), turn=turn)
     decision = decide(given_, GPU_COSTS)
     for name, scores in ((decision.prefill, decision.scores), (decision.decode, decision.decode_scores)):
@@ -261,7 +265,7 @@ def my_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("my_module")
-def test_a_policy_is_loaded_from_a_module_outside_the_package() -> None:
+def test_policy_is_loaded_from_a_module_outside_the_package() -> None:
     names = [candidate(name) for name in "abc"]
     assert chosen("my_policies:last", *names) == "c"
     assert chosen("my_policies:RECORD", *names) == "c"
@@ -285,7 +289,7 @@ def test_a_policy_is_loaded_from_a_module_outside_the_package() -> None:
         ("my_policies:other", "has to take .context, candidates, costs."),
     ],
 )
-def test_a_policy_that_cannot_be_loaded_is_a_config_error(name: str, message: str) -> None:
+def test_policy_that_cannot_be_loaded_is_a_config_error(name: str, message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         find_policy(name)
     with pytest.raises(ConfigError, match=message):
@@ -331,8 +335,8 @@ def test_cold_prompts_spread_at_any_concurrency(
 
 
 @pytest.mark.parametrize("num_before", [0, 1])
-def test_who_joins_shares_the_work_with_who_did_it_alone(num_before: int) -> None:
-    """Also if it was given something before its coming was noted."""
+def test_new_instance_gets_an_equal_share_of_the_work(num_before: int) -> None:
+    """Also if it got a request before `retain` named it."""
     old, new = InstanceId("old"), InstanceId("new")
     load, work_s, now_s = LoadTracker(180.0), GPU_COSTS.exec_s(5120, 0), 0.0
     load.retain({old, new}, now_s)

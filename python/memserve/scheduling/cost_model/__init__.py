@@ -1,1 +1,1 @@
-"""What work costs: the model, where it begins, and what the router learns. Pure but for reading the file."""
+"""The costs of work: the model, first guesses, and the online fit. Pure, except that `file` reads files."""

@@ -1,4 +1,4 @@
-"""What work costs in seconds: prefill, a decode step, moving bytes. Knows no clock and no queue.
+"""Costs in seconds of prefills, decode steps and moved bytes. Knows no clock and no queue.
 
     exec(x, y) = fixed + linear * x(1 - y) + quadratic * x^2(1 - y^2)      y: the cached share of x
 
@@ -75,7 +75,7 @@ def load_paths(dram: PathCost) -> tuple[PathCost, ...]:
 
 @dataclass(frozen=True, slots=True)
 class CostModel:
-    """What the router believes the work of its instances costs."""
+    """The costs of one model on one kind of instance, as the router believes them."""
 
     prefill: PrefillCost
     decode: DecodeCost
@@ -115,7 +115,7 @@ GPU_COSTS = CostModel(
     load=load_paths(PathCost(2e-4, 25e9)),
     remote=PathCost(2e-3, 12e9),
 )
-"""An 8B model with grouped-query attention on one H100-class GPU, reckoned from its FLOPs and bytes
+"""An 8B model with grouped-query attention on one H100-class GPU, computed from its FLOPs and bytes
 at 45% of the peak, PCIe 5 and a 100 Gb/s network. A first guess: not measured."""
 
 CPU_COSTS = CostModel(
@@ -214,7 +214,7 @@ def rls_update_work(state: RlsState, work: Work, seconds: float) -> RlsState:
     """The state after `work` took `seconds`, above 0.
 
     The fit minimizes *relative* errors, so that long prompts do not outweigh short ones. An observation
-    far slower than predicted is scaled by what it took, not by its prediction, so that a hiccup of the
+    far slower than predicted is scaled by its own time, not by its prediction, so that a hiccup of the
     machine changes little.
     """
     predicted = work.seconds(state.cost)

@@ -1,4 +1,4 @@
-"""The cost model of one served model, as far as the router has learned it from what it timed.
+"""The cost model of one served model, learned from the router's own timings.
 
 Begins with given costs (a file fitted to a live instance, or a guess) and follows the observations.
 """
@@ -31,7 +31,7 @@ NOISE = 0.1
 MOST_BYTES_PER_S = 1e11
 BYTE_UNSURE_S = 1e-9
 LATENCY_UNSURE_S = 5e-3
-"""Standard deviations of the first guesses of what loading takes."""
+"""Standard deviations of the first guesses of a load's path."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +60,7 @@ class _Estimate:
 
 @dataclass(slots=True)
 class _LoadEstimate:
-    """What moving blocks from one tier of an instance to its HBM takes."""
+    """The estimated path from one tier of an instance to its HBM."""
 
     byte_s: _Estimate
     latency_s: _Estimate

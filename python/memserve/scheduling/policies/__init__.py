@@ -29,7 +29,7 @@ def all_policies() -> Mapping[str, Policy]:
 
 @cache
 def find_policy(name: str) -> Policy:
-    """The policy that `--policy name` means. Raises ConfigError, naming what is wrong with `name`."""
+    """The policy that `--policy name` means. Raises ConfigError that names the error."""
     policy = all_policies().get(name)
     if policy is not None:
         return policy

@@ -1,4 +1,4 @@
-"""Busy periods: how long an instance took for what it was given, however its answers come."""
+"""Busy periods: the work of an instance that is never idle, and its time."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ A, B = InstanceId("a"), InstanceId("b")
 ONE = Work.of(100, 0)
 
 
-def test_a_period_is_from_the_first_request_until_none_is_left() -> None:
+def test_busy_period_lasts_from_the_first_request_until_none_is_left() -> None:
     busy = BusyPeriods()
     busy.sent(A, 1, 10.0)
     busy.sent(A, 2, 11.0)
@@ -24,10 +24,10 @@ def test_a_period_is_from_the_first_request_until_none_is_left() -> None:
     assert busy.done(A, 4, Work.of(50, 20), 14.0) == (Work(3, 230, 100**2 * 2 + 50**2 - 20**2), 4.0)
     assert busy.done(A, 4, ONE, 15.0) is None
     busy.sent(A, 5, 20.0)
-    assert busy.done(A, 5, ONE, 21.0) is None, "one alone is learnt from elsewhere"
+    assert busy.done(A, 5, ONE, 21.0) is None, "a period of one request has no result"
 
 
-def test_who_says_nothing_of_itself_spoils_its_period_only() -> None:
+def test_prefill_with_unknown_work_voids_its_busy_period_only() -> None:
     busy = BusyPeriods()
     for request in (1, 2):
         busy.sent(A, request, 0.0)
@@ -40,7 +40,7 @@ def test_who_says_nothing_of_itself_spoils_its_period_only() -> None:
 
 
 @pytest.mark.parametrize("batch", [1, 2, 3, 7])
-def test_one_that_is_always_busy_is_cut_between_batches(batch: int) -> None:
+def test_busy_period_without_idle_time_ends_between_batches(batch: int) -> None:
     busy = BusyPeriods()
     seen = Work(), 0.0
     periods = 0
@@ -62,7 +62,7 @@ def test_one_that_is_always_busy_is_cut_between_batches(batch: int) -> None:
     assert seen[1] < now_s - 100
 
 
-def test_who_has_left_is_forgotten() -> None:
+def test_busy_periods_forget_instances_that_left() -> None:
     busy = BusyPeriods()
     for request in (1, 2):
         busy.sent(A, request, 0.0)
@@ -71,7 +71,7 @@ def test_who_has_left_is_forgotten() -> None:
         assert busy.done(A, request, ONE, 1.0) is None
 
 
-def test_costs_that_are_never_seen_alone_are_learnt() -> None:
+def test_prefill_costs_are_learned_from_busy_periods_alone() -> None:
     truth = PrefillCost(2e-2, 3e-4, 2e-9)
     costs = OnlineCostModel(GPU_COSTS)
     for round in range(60):

@@ -1,4 +1,4 @@
-"""What work costs, and how observed prefills refine it."""
+"""The cost model, and its fit to observed prefills."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def seen(random: Random, noise: float = 0.0, cost: PrefillCost = TRUE) -> Observ
 
 
 @pytest.mark.parametrize("costs", [GPU_COSTS, CPU_COSTS])
-def test_exec_has_the_papers_two_terms(costs: CostModel) -> None:
+def test_exec_cost_has_the_two_terms_of_the_paper(costs: CostModel) -> None:
     x, y = 4096, 0.25
     cost = costs.prefill
     expected = cost.fixed_s + cost.token_s * x * (1 - y) + cost.token_pair_s * x**2 * (1 - y**2)
@@ -42,7 +42,7 @@ def test_exec_has_the_papers_two_terms(costs: CostModel) -> None:
 
 
 @given(st.integers(1, 100_000), st.data())
-def test_a_cached_token_never_costs(tokens: int, data: st.DataObject) -> None:
+def test_cached_token_never_increases_the_exec_cost(tokens: int, data: st.DataObject) -> None:
     less = data.draw(st.integers(0, tokens - 1))
     more = data.draw(st.integers(less, tokens - 1))
     assert GPU_COSTS.exec_s(tokens, more) <= GPU_COSTS.exec_s(tokens, less)
@@ -66,7 +66,7 @@ def test_written_costs_are_read_again(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("begin", [GPU_COSTS.prefill, CPU_COSTS.prefill])
-def test_observations_lead_to_the_true_coefficients(begin: PrefillCost) -> None:
+def test_observations_converge_to_the_true_coefficients(begin: PrefillCost) -> None:
     random, refined = Random(1), RlsState.of(begin)
     for _ in range(300):
         refined = rls_update(refined, seen(random, noise=0.05))
@@ -77,7 +77,7 @@ def test_observations_lead_to_the_true_coefficients(begin: PrefillCost) -> None:
     assert refined.num_observed == 300
 
 
-def test_a_certain_beginning_is_hardly_moved_and_an_uncertain_one_is() -> None:
+def test_first_observation_overrules_only_an_uncertain_start() -> None:
     odd = Observation(1000, 0, 1.0)
     unsure, sure = (
         rls_update(RlsState.of(GPU_COSTS.prefill, certainty), odd).cost for certainty in (0.0, 1.0)
@@ -86,7 +86,7 @@ def test_a_certain_beginning_is_hardly_moved_and_an_uncertain_one_is() -> None:
     assert with_prefill(GPU_COSTS, sure).exec_s(1000, 0) < 0.2
 
 
-def test_a_machine_that_changes_is_followed() -> None:
+def test_fit_follows_a_machine_that_changes() -> None:
     random, refined = Random(2), RlsState.of(GPU_COSTS.prefill)
     slower = PrefillCost(TRUE.fixed_s * 2, TRUE.token_s * 2, TRUE.token_pair_s * 2)
     for cost in (TRUE, slower):
@@ -95,7 +95,7 @@ def test_a_machine_that_changes_is_followed() -> None:
     assert refined.cost.token_s == pytest.approx(slower.token_s, rel=0.15)
 
 
-def test_a_hiccup_moves_little() -> None:
+def test_single_outlier_changes_the_fit_little() -> None:
     random, refined = Random(3), RlsState.of(TRUE, 0.5)
     for _ in range(200):
         refined = rls_update(refined, seen(random, 0.05))
@@ -105,7 +105,7 @@ def test_a_hiccup_moves_little() -> None:
 
 
 @given(st.lists(st.tuples(st.integers(1, 200_000), st.floats(0, 0.999), st.floats(1e-6, 1e4)), max_size=60))
-def test_no_observation_makes_work_cost_less_than_nothing(
+def test_fitted_coefficients_are_never_negative(
     observations: list[tuple[int, float, float]],
 ) -> None:
     refined = RlsState.of(GPU_COSTS.prefill)
@@ -116,6 +116,6 @@ def test_no_observation_makes_work_cost_less_than_nothing(
 
 
 @pytest.mark.parametrize("wrong", [(0, 0, 1.0), (5, 5, 1.0), (5, -1, 1.0), (5, 0, 0.0)])
-def test_what_cannot_have_been_observed_is_refused(wrong: tuple[int, int, float]) -> None:
+def test_impossible_observation_is_refused(wrong: tuple[int, int, float]) -> None:
     with pytest.raises(ValueError, match="not a prefill"):
         rls_update(RlsState.of(TRUE), Observation(*wrong))

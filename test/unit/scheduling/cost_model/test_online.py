@@ -1,4 +1,4 @@
-"""What is believed of costs follows what is seen."""
+"""The online cost model follows the observations."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from memserve.scheduling.cost_model.model import GPU_COSTS, Observation
 from memserve.scheduling.cost_model.online import OnlineCostModel
 
 
-def test_it_begins_with_what_it_was_told_and_follows_what_it_sees() -> None:
+def test_online_costs_begin_as_given_and_follow_observations() -> None:
     costs = OnlineCostModel(GPU_COSTS)
     assert costs.model == GPU_COSTS
     for num_tokens in (100, 1000, 4000, 200, 2000, 3000):
@@ -19,7 +19,7 @@ def test_it_begins_with_what_it_was_told_and_follows_what_it_sees() -> None:
     assert costs.prefills.num_observed == 6
 
 
-def test_certain_costs_are_not_overruled_at_once() -> None:
+def test_certain_costs_are_not_overruled_by_one_observation() -> None:
     seen = Observation(1000, 0, 10.0)
     unsure, sure = OnlineCostModel(GPU_COSTS), OnlineCostModel(GPU_COSTS, certainty=1.0)
     for costs in (unsure, sure):
@@ -27,7 +27,7 @@ def test_certain_costs_are_not_overruled_at_once() -> None:
     assert sure.model.exec_s(1000, 0) < 0.1 < unsure.model.exec_s(1000, 0)
 
 
-def test_the_size_of_a_block_is_what_a_pool_says() -> None:
+def test_kv_bytes_per_token_are_taken_from_the_pool() -> None:
     costs = OnlineCostModel(GPU_COSTS)
     costs.set_kv_bytes_per_token(4096)
     assert costs.model.kv_bytes_per_token == 4096
@@ -36,7 +36,7 @@ def test_the_size_of_a_block_is_what_a_pool_says() -> None:
 
 
 @pytest.mark.parametrize(("num_tokens", "seconds"), [(4096, 0.5), (16, 0.02)])
-def test_transfers_teach_bandwidth_or_latency(num_tokens: int, seconds: float) -> None:
+def test_fetches_refine_bandwidth_or_latency_by_their_size(num_tokens: int, seconds: float) -> None:
     costs = OnlineCostModel(GPU_COSTS)
     costs.set_kv_bytes_per_token(4096)
     for _ in range(60):
@@ -46,14 +46,14 @@ def test_transfers_teach_bandwidth_or_latency(num_tokens: int, seconds: float) -
     assert costs.fetches.error < 1.0
 
 
-def test_nothing_is_learnt_from_nothing() -> None:
+def test_empty_fetches_change_nothing() -> None:
     costs = OnlineCostModel(GPU_COSTS)
     costs.fetched(0, 1.0)
     costs.fetched(100, 0.0)
     assert costs.model == GPU_COSTS
 
 
-def test_what_loading_adds_to_a_prefill_is_learnt_apart() -> None:
+def test_load_costs_are_learned_apart_from_prefill_costs() -> None:
     costs = OnlineCostModel(GPU_COSTS)
     costs.set_kv_bytes_per_token(4096)
     for _ in range(60):
@@ -67,7 +67,7 @@ def test_what_loading_adds_to_a_prefill_is_learnt_apart() -> None:
     assert costs.model.prefill == GPU_COSTS.prefill
 
 
-def test_hiccups_of_prefills_are_not_taken_for_what_loading_costs() -> None:
+def test_noise_of_prefills_is_not_learned_as_load_cost() -> None:
     """Prefills of 400 ms that vary by a fifth, of which the load takes 5 ms."""
     costs, draw = OnlineCostModel(GPU_COSTS), Random(0)
     costs.set_kv_bytes_per_token(4096)
