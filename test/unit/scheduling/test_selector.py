@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
+import msgspec
 import pytest
 
 from memserve.core.block_addr import Tier
@@ -125,7 +126,7 @@ def test_policy_that_needs_tokens_gives_way_to_the_session_where_tokens_are_unkn
     assert decision.policies == ("round_robin", "round_robin")
     by_text = Prompt(4100, (KEYS,), by_text=True, session=7)
     for knows_blocks, policy in ((True, "prompt_tree"), (False, "session")):
-        targets = replace(TARGETS, knows_blocks=knows_blocks)
+        targets = msgspec.structs.replace(TARGETS, knows_blocks=knows_blocks)
         decision = Setup().selector.decide(targets, by_text, 0.0)
         assert decision is not None
         assert decision.policies[0] == policy
