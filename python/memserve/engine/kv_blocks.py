@@ -1,10 +1,10 @@
-"""Moves KV between SGLang's device pool (by layer and token) and blocks in an arena (by page).
+"""Copies KV between SGLang's device pool (by layer and token) and blocks in an arena (by page).
 
     device   k_buffer[layer]: [tokens, kv_heads, head_dim], v_buffer alike      or latent attention's
              kv_buffer[layer]: [tokens, 1, latent]
     block    layer by layer, K before V: [page_tokens, heads, width] each       one extent, in DRAM
 
-Works on whatever device the pool is on; copies end before a call returns. Knows no keys.
+Works on the device of the pool. A copy is complete when its call returns. Knows no keys.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from memserve.mempool.arena import Arena
 MAX_BATCH_BLOCKS = 64
 """Blocks copied at a time: bounds the staging memory on the device."""
 MIN_RUN_BLOCKS = 4
-"""Neighbours on average, below which copies by index are the cheaper ones."""
+"""Average length of a run of neighbours below which copies by index are faster."""
 
 
 def layout_of(device_pool: Any, page_tokens: int, *, model: str, rank: int, num_ranks: int) -> KVLayout:
-    """The layout that pages of a device pool have as blocks.
+    """The layout of a device pool's pages as blocks.
 
-    Raises ValueError for a pool that holds anything but a K and a V, or one latent, per layer and token.
+    Raises ValueError unless the pool holds a K and a V, or one latent, per layer and token.
     """
     parts = _buffers(device_pool)
     first = [layers[0] for layers in parts]
@@ -44,12 +44,12 @@ def layout_of(device_pool: Any, page_tokens: int, *, model: str, rank: int, num_
 
 
 class KVBlocks:
-    """The device pool of one rank, and an arena that holds its pages as blocks."""
+    """The device pool of one rank, and the arena that holds its pages as blocks. Implements `pool.Device`."""
 
     def __init__(self, device_pool: Any, layout: KVLayout, arena: Arena) -> None:
-        """`layout` is the pool's (see `layout_of`), and that of the arena's blocks."""
+        """`layout`: of the device pool (see `layout_of`) and of the arena's blocks."""
         self._page = layout.page_tokens
-        # Each buffer by page: [pages, page_tokens * heads * width], as SGLang gives them out.
+        # Each buffer by page, as SGLang allocates them: [pages, page_tokens * heads * width].
         self._parts = [[_by_page(buffer, self._page) for buffer in part] for part in _buffers(device_pool)]
         rows = torch.frombuffer(arena.memory, dtype=torch.uint8).view(-1, arena.slot_bytes)
         dtype = self._parts[0][0].dtype
@@ -58,7 +58,7 @@ class KVBlocks:
             start = layout.offset(layer, part)
             return rows[:, start : start + layout.part_bytes[part]].view(dtype)
 
-        # The same of all slots, for each part of each layer: [slots, page_tokens * heads * width].
+        # Each part of each layer in all slots: [slots, page_tokens * heads * width].
         self._views = [
             [view(layer, part) for layer in range(layout.num_layers)] for part in range(len(layout.parts))
         ]
@@ -66,7 +66,7 @@ class KVBlocks:
     def pages(self, tokens: torch.Tensor) -> torch.Tensor:
         """The device pages of [n * page_tokens] device indices, in order: [n].
 
-        Raises IndexError if they do not make whole pages, which SGLang's allocator sees to.
+        Raises IndexError unless they are whole pages; SGLang's allocator gives out whole pages.
         """
         first = tokens[:: self._page]
         if len(tokens) % self._page or bool((first % self._page).any()):
@@ -74,7 +74,7 @@ class KVBlocks:
         return first // self._page
 
     def pack(self, slots: Sequence[int], pages: torch.Tensor) -> None:
-        """Copy device pages into blocks, one by one."""
+        """Copy pages[i] of the device to the block in slots[i]."""
         for start, stop, rows in _batches(slots):
             index = pages[start:stop]
             for views, buffers in zip(self._views, self._parts, strict=True):
@@ -87,7 +87,7 @@ class KVBlocks:
                         blocks[rows].copy_(buffer.index_select(0, index))
 
     def load_layer(self, layer: int, slots: Sequence[int], pages: torch.Tensor) -> None:
-        """Copy one layer of blocks back to device pages."""
+        """Copy one layer of the block in slots[i] to pages[i] of the device."""
         for start, stop, rows in _batches(slots):
             for views, buffers in zip(self._views, self._parts, strict=True):
                 buffer = buffers[layer]
@@ -95,9 +95,9 @@ class KVBlocks:
 
 
 def _batches(slots: Sequence[int]) -> Iterator[tuple[int, int, slice | torch.Tensor]]:
-    """What to copy in one go: slots[start:stop], as a slice if they are neighbours, or as an index.
+    """Batches of slots[start:stop] to copy in one call: as a slice if they are neighbours, else as an index.
 
-    A pool gives out neighbours as long as it can, and those take one copy instead of two.
+    A pool allocates neighbours as long as it can; a run of them takes one copy instead of two.
     """
     gaps = [i for i in range(1, len(slots)) if slots[i] != slots[i - 1] + 1]
     are_scattered = len(gaps) * MIN_RUN_BLOCKS > len(slots)
@@ -111,7 +111,7 @@ def _batches(slots: Sequence[int]) -> Iterator[tuple[int, int, slice | torch.Ten
 
 
 def _by_page(buffer: torch.Tensor, page_tokens: int) -> torch.Tensor:
-    """The same memory, a row per page; a page that is cut off at the end belongs to nobody."""
+    """The same memory, one row per whole page."""
     num_pages = buffer.shape[0] // page_tokens
     return buffer[: num_pages * page_tokens].view(num_pages, -1)
 

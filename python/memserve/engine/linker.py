@@ -48,7 +48,7 @@ MAX_LOADS = 1024
 
 @dataclass(frozen=True, slots=True)
 class _Load:
-    """Leased blocks on their way into one request's private tokens."""
+    """Leased blocks to be loaded into the private tokens of one request."""
 
     rid: str
     lease: Lease
@@ -71,11 +71,11 @@ class LinkerStats:
 
     offloads_begun: int = 0
     offloads: int = 0
-    """Ended, one way or the other."""
+    """Offloads that have ended, declined ones included."""
     offloaded_blocks: int = 0
     offload_s: float = 0.0
     declined_offloads: int = 0
-    """For want of room, or of the pages before them."""
+    """Offloads without room in DRAM, or without the pages before them."""
     loads: int = 0
     loaded_blocks: int = 0
     load_s: float = 0.0
@@ -83,7 +83,7 @@ class LinkerStats:
 
 
 class MemPoolLinker(UnifiedCacheLinker):
-    """See the module. What the launcher decided comes with the environment, not in `extra_config`."""
+    """See the module. The launcher's settings come in an environment variable, not in `extra_config`."""
 
     def __init__(
         self,
@@ -94,14 +94,14 @@ class MemPoolLinker(UnifiedCacheLinker):
         extra_config: dict[str, Any],
         forward_stream: Any = None,
     ) -> None:
-        """Raises ValueError for a KV pool it does not serve, ConfigError if there is too little DRAM."""
+        """Raises ValueError for a KV pool that is not served, ConfigError if there is too little DRAM."""
         if components != {ComponentType.FULL}:
             names = ", ".join(sorted(component.name for component in components))
             raise ValueError(f"the memory pool serves full attention, not {names}: set --dram-gib 0")
         settings = EngineSettings.inherited().of_rank(pkgutil.resolve_name(seams.PARALLEL_STATE)().dp_rank)
         if settings is None:
             raise ValueError("the memory pool needs memserve.launch_server to start it")
-        pkgutil.resolve_name(seams.PAGE_HASH)([0], None, 1)  # compiles it, the first time on a machine
+        pkgutil.resolve_name(seams.PAGE_HASH)([0], None, 1)  # The first call on a machine compiles it.
         device_pool = params.token_to_kv_pool_allocator.get_kvcache()
         layout = layout_of(
             device_pool,
@@ -130,18 +130,18 @@ class MemPoolLinker(UnifiedCacheLinker):
         logger.info("memory pool ready blocks=%d block_bytes=%d", arena.num_slots, layout.block_bytes)
 
     def stats(self) -> dict[str, Any]:
-        """All numbers of this rank's pool and its ways to others, of this moment."""
-        own = asdict(self._stats)  # First: who sees no offload under way sees all that came of it.
+        """The current numbers of this rank's pool, linker and exchange with other pools."""
+        own = asdict(self._stats)  # First: a report without a running offload has all its effects.
         hbm = self._hbm.stats() if self._hbm is not None else None
         return {**self.node.stats(), "linker": own, "hbm": hbm}
 
     def follow_hbm(self, events: HbmPublisher) -> None:
-        """Have the pool tell the router what these say, too. Once, before the first of them."""
+        """Have the pool report the HBM tier of these events to the router. Once, before the first event."""
         events.join(self._pool.add_external_tier(Tier.HBM))
         self._hbm = events
 
     def name_prompt(self, req: Any) -> None:
-        """Have the router told of the keys of a request's prompt."""
+        """Send the keys of a request's prompt to the router, later."""
         page, tokens = self._pool.layout.page_tokens, req.origin_input_ids
         namespace = Namespace(req.extra_key, req.cache_salt)
 
@@ -155,7 +155,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         return list(range(1, self._pool.num_cached(keys_from_hex(transfers[0].keys)) + 1))
 
     def load(self, rid: str, transfers: list[PoolTransfer]) -> bool:
-        """Queue a load; False, and the pages are recomputed, if a block is gone or corrupt by now."""
+        """Queue a load; False if a block is gone or corrupt by now: SGLang recomputes the pages then."""
         (transfer,) = transfers
         keys = keys_from_hex(transfer.keys)
         lease = self._pool.acquire(self._pool.match(keys))
@@ -166,7 +166,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         return True
 
     def start_layer_wise_loading(self) -> int:
-        """Start what is queued; the index under which the forward waits for it, -1 for nothing."""
+        """Start the queued loads; returns the index by which the forward waits for them, -1 for no load."""
         if not self._queued:
             return -1
         loads, self._queued = self._queued, []
@@ -207,7 +207,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         return self._done.popleft()
 
     def reset(self) -> None:
-        """Wait for what is under way, then forget every block: SGLang's cache is being flushed."""
+        """Wait for running copies, then drop every block: SGLang is flushing its cache."""
         for load in self._queued:
             self._pool.release(load.lease)
         self._queued = []
@@ -219,7 +219,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         self.layer_done_counter.reset()
 
     def close(self) -> None:
-        """Leave the cluster and stop all threads; the memory goes with the process."""
+        """Leave the cluster and stop all threads. The process's end frees the memory."""
         self.reset()
         self.node.close()
         if self._hbm is not None:
@@ -228,7 +228,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         self._loader.close()
 
     def _run_loads(self, index: int, loads: list[_Load]) -> None:
-        """Loader thread. A failure reaches only these requests, through `finish`."""
+        """Run `loads` on the loader thread. A failure reaches only their requests, through `finish`."""
         begun = time.monotonic()
         self._stats.loads += len(loads)
         leases = [load.lease for load in loads]
@@ -248,10 +248,7 @@ class MemPoolLinker(UnifiedCacheLinker):
                 self._pool.release(lease)
 
     def _pack(self, transfer: NodeTransfer, ready: list[Any]) -> bool:
-        """Packer thread. Whether the pages are in DRAM now; False, and counted, if there is no room for them.
-
-        `ready`: device events to wait for.
-        """
+        """Run an offload on the packer thread, after the events `ready`; whether DRAM has the pages now."""
         begun = time.monotonic()
         for event in ready:
             event.synchronize()

@@ -52,8 +52,8 @@ class MemPool(WriteReservations):
 
     One lock guards the metadata. It is held for about a microsecond per block that a call concerns, never
     while bytes move. Each tier is prefix-closed by itself, and a block may be in several tiers.
-    The caller opens the arenas, and closes them after the last use of the pool. The verbs of reservations
-    (reserve, commit, cancel, quarantine, settle) are those of the base class, on the DRAM tier.
+    The caller opens the arenas, and closes them after the last use of the pool. The base class has the verbs
+    of reservations in DRAM: reserve, commit, cancel, quarantine, settle.
     """
 
     def __init__(
@@ -65,10 +65,7 @@ class MemPool(WriteReservations):
         *,
         others: Mapping[Tier, Arena] = MappingProxyType({}),
     ) -> None:
-        """`arena` is the DRAM; `others` are the arenas of further tiers.
-
-        Raises ConfigError if an arena's blocks do not have the layout's size.
-        """
+        """`arena`: DRAM; `others`: further tiers. Raises ConfigError if a block size is not the layout's."""
         self.layout = layout
         self.arena = arena
         self._lock = threading.Lock()
@@ -286,13 +283,15 @@ class MemPool(WriteReservations):
         return {tier: self.stats(tier) for tier in self._tiers}
 
     def _tier(self, tier: Tier) -> TierPool:
+        if tier is Tier.DRAM:  # Hashing an enum takes longer.
+            return self._dram
         if tier not in self._tiers:
             raise BlockStateError(f"this pool has no {tier.name} tier")
         return self._tiers[tier]
 
     def _home(self, addrs: Sequence[BlockAddr]) -> TierPool:
         """The tier of the first address; DRAM, which refuses it, if the address is foreign."""
-        if addrs:
+        if addrs and not self._dram.holds(addrs[0]):
             for tier in self._tiers.values():
                 if tier.holds(addrs[0]):
                     return tier

@@ -1,12 +1,13 @@
-"""Repairs of SGLang's handoff from prefill to decode, put around its own methods.
+"""Hooks that repair two races in SGLang's handoff from prefill to decode.
 
-The scheduler opens a request while the thread that hears from decode notes that decode is ready for it.
-Each looks whether the request is known, then writes; the later one may undo the other, and the request
-waits, its decode with it, until SGLang gives it up after five minutes.
+Status update: the scheduler opens a request while the thread that receives messages of decode records that
+decode is ready for it. Both check whether the request is known, then write. The later write can undo the
+earlier one; the request and its decode then wait until SGLang gives up after five minutes.
 
-A sending thread asks whether a request is known and then for its status, while the scheduler, who sees that
-all is sent, forgets the request: a KeyError, once in some hundred requests on a busy machine. It ended the
-thread, one of a few, and every later request that fell to it waited for ever, on a server that seemed well.
+Status query: a sending thread checks that a request is known, then reads its status. Between the two the
+scheduler, after the last send, can forget the request: a KeyError, once in some hundred requests on a busy
+machine. The error ended the thread, one of a few, and every later request of that thread waited for ever on
+a server that looked healthy.
 """
 
 from __future__ import annotations
@@ -33,14 +34,14 @@ def place() -> None:
 
 
 def update_alone(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """One thread at a time looks at a request's status and changes it."""
+    """Let only one thread at a time read and change a request's status."""
     with _updating:
         return original(*args, **kwargs)
 
 
 def status_of_room(original: Callable[..., Any], manager: Any, bootstrap_room: int) -> Any:
-    """A request that was forgotten a moment ago has failed, as SGLang has it where it looks first: nothing
-    more is sent for it, and what is left of it is cleared."""
+    """Report a request that was just forgotten as failed, as SGLang's first check does: SGLang then sends no
+    more for it and clears the rest of its state."""
     try:
         return original(manager, bootstrap_room)
     except KeyError:
@@ -50,7 +51,7 @@ def status_of_room(original: Callable[..., Any], manager: Any, bootstrap_room: i
 
 
 def end_with_thread(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """A server that cannot send any more is no server: the router does its requests elsewhere."""
+    """End the process with the thread: a server that cannot send must leave, so that the router uses others."""
     try:
         return original(*args, **kwargs)
     except Exception:

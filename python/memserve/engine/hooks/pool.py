@@ -1,6 +1,6 @@
-"""What SGLang's scheduler does for the memory pool, put around its own methods.
+"""Hooks that the memory pool puts around methods of SGLang's scheduler and cache.
 
-Each hook does nothing in a server whose cache has no `MemPoolLinker`. Placed by `plugin.py`.
+A hook does nothing in a server whose cache has no `MemPoolLinker`. `plugin.py` calls `place`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def place() -> None:
 
 
 def linker_of(tree_cache: Any) -> MemPoolLinker | None:
-    """Ours, if that is what is under this radix cache."""
+    """The `MemPoolLinker` under this radix cache, or None."""
     linker = getattr(getattr(tree_cache, "linker", None), "cache_linker", None)
     return linker if isinstance(linker, MemPoolLinker) else None
 
@@ -90,26 +90,26 @@ def offer_resize(handlers: Any, controller: Any) -> Any:
 
 
 def name_extra_keys(_: Any, scheduler: Any) -> None:
-    """Have the events of the cache that is about to be made carry the extra key of their blocks."""
+    """Make the events of the cache, which SGLang creates next, carry the extra key of their blocks."""
     if is_ours(pkgutil.resolve_name(seams.OBSERVABILITY)().kv_events_config):
         scheduler.kv_event_lora_names = ExtraKeys()
 
 
 def join_hbm_events(_: Any, scheduler: Any) -> None:
-    """Have the pool told what is in HBM, on the rank that publishes events."""
+    """Report the blocks in HBM to the pool, on the rank that publishes events."""
     linker, events = linker_of(scheduler.tree_cache), scheduler.kv_events_publisher
     if linker is None:
         return
     if isinstance(events.kv_event_publisher, HbmPublisher):
         linker.follow_hbm(events.kv_event_publisher)
-        # SGLang sends numbers of its own with its events, to a socket that nobody reads.
+        # SGLang sends numbers of its own with its events, to a socket without a reader.
         events.send_metrics_from_scheduler = SimpleNamespace(closed=True)
     elif not is_ours(events.kv_events_config):
         logger.info("hbm is not reported: --kv-events-config asks for something else")
 
 
 def publish_hbm_events(_: Any, scheduler: Any, *__: Any) -> None:
-    """Publish what a batch has changed: SGLang does so for each prefill, but every 40th decode."""
+    """Publish the changes of each batch: SGLang publishes after each prefill, but only every 40th decode."""
     if isinstance(scheduler.kv_events_publisher.kv_event_publisher, HbmPublisher):
         scheduler.kv_events_publisher.publish_kv_events()
 
