@@ -1,4 +1,4 @@
-"""What a cluster keeps of the KV it has computed: the paper's caching steps as one value.
+"""Which computed KV a cluster keeps: the paper's caching steps as one value.
 
     step               prefill keeps   decode keeps   decode's KV goes home
     none     PD-Basic       -               -                 -
@@ -15,16 +15,16 @@ from enum import StrEnum
 
 
 class CachingMode(StrEnum):
-    """Ordered: each value does what the one before it does, and one thing more."""
+    """Ordered: each mode adds one step to the mode before it."""
 
     NONE = "none"
-    """Nothing is kept after a request: every turn is computed, and moved, in full."""
+    """No KV is kept after a request: every turn is computed, and moved, in full."""
     PREFILL = "prefill"
-    """Prefill keeps what it has computed; decode gets the whole prompt's KV every time."""
+    """Prefill keeps the KV it has computed; decode receives the whole prompt's KV every time."""
     BOTH = "both"
-    """Decode keeps its KV, too, and is sent only what it lacks."""
+    """Decode keeps its KV, too, and receives only the pages that it lacks."""
     FULL = "full"
-    """When a request ends, decode sends the pages that prefill lacks home to prefill's DRAM."""
+    """When a request ends, decode sends the pages that prefill lacks to prefill's DRAM."""
 
     @property
     def prefill_keeps(self) -> bool:

@@ -16,7 +16,7 @@ MIN_KEY_BYTES = 16
 
 
 class ClusterKey:
-    """A cluster's shared secret. Its repr and errors never show it."""
+    """A cluster's shared secret. Its repr and its errors never show the secret."""
 
     def __init__(self, secret: bytes) -> None:
         """`secret` is at least 16 bytes. Raises ConfigError if it is shorter."""
@@ -26,14 +26,14 @@ class ClusterKey:
 
     @classmethod
     def read(cls, path: Path) -> ClusterKey:
-        """The key in a file, surrounding white space removed.
+        """Read the key from a file, without surrounding white space.
 
         Raises ConfigError if the file cannot be read, is too short, or is readable by others.
         """
         return cls(read_secret_file(path, "cluster key").strip())
 
     def derive(self, label: str) -> bytes:
-        """32 bytes for one use, named by `label`; other labels give unrelated keys."""
+        """32 bytes for one use, named by `label`. Other labels give unrelated keys."""
         return hmac.digest(self._root, label.encode(), hashlib.sha256)
 
     def __repr__(self) -> str:

@@ -1,9 +1,9 @@
-"""Every error MemServe raises on purpose, ordered by what the caller can do about it.
+"""Every error that MemServe raises on purpose, ordered by what the caller can do about it.
 
 MemServeError
 ├── Retryable            the same call may succeed later, or elsewhere
 │   ├── OutOfBlocks      a tier is full of blocks that cannot be evicted; nothing has changed
-│   ├── PeerDeclined     another instance's pool has no use or no room for it now; nothing has changed
+│   ├── PeerDeclined     another instance's pool has no use or no room for the blocks now; nothing has changed
 │   ├── TransferTimeout  bytes may still be in flight: the memory is not free yet
 │   └── InstanceLost     the other process is gone
 ├── Rejected             the caller must change the request
@@ -13,7 +13,7 @@ MemServeError
 │   ├── LayoutMismatch   the peer's blocks are of another model, shape or precision
 │   └── WireMismatch     the peer speaks another protocol version, or holds another key
 ├── TransferFailed       the transport gave up; what has landed is undefined
-├── StaleEpoch           the peer restarted: whatever was known of it is void
+├── StaleEpoch           the peer restarted: its addresses are void
 ├── ConfigError          a flag, file or environment the user has to change
 └── InvariantViolated    our bug: log the state and end the process
 """
@@ -30,7 +30,7 @@ class Retryable(MemServeError):
 
 
 class OutOfBlocks(Retryable):
-    """A tier has not that many blocks free or evictable; nothing was allocated, nothing evicted."""
+    """A tier has too few free and evictable blocks. Nothing was allocated or evicted."""
 
     def __init__(self, wanted: int, free: int, evictable: int) -> None:
         super().__init__(f"{wanted} blocks wanted, {free} free and {evictable} evictable")
@@ -40,14 +40,14 @@ class OutOfBlocks(Retryable):
 
 
 class PeerDeclined(Retryable):
-    """Another instance's pool turned a request down, as it may at any time; nothing has changed there."""
+    """Another instance's pool declined a request, as it may at any time. Nothing has changed there."""
 
     def __init__(self, peer: str, reason: str, *, parent_unknown: bool = False) -> None:
         super().__init__(f"{peer}: {reason}")
         self.peer = peer
         self.reason = reason
         self.parent_unknown = parent_unknown
-        """What the blocks come after is not there: sent from its root, the chain may be taken."""
+        """The parent of the blocks is not cached there: the pool may accept the whole chain from its root."""
 
 
 class TransferTimeout(Retryable):
@@ -63,7 +63,7 @@ class TransferTimeout(Retryable):
 
 
 class InstanceLost(Retryable):
-    """The process at the other end is gone, or was never there."""
+    """The process at the other end has ended, or never existed."""
 
     def __init__(self, peer: str, reason: str) -> None:
         super().__init__(f"{peer}: {reason}")
@@ -76,7 +76,7 @@ class Rejected(MemServeError):
 
 
 class BadRequest(Rejected):
-    """An HTTP request that is refused before anything is dispatched."""
+    """An HTTP request that is refused before it is dispatched."""
 
     def __init__(self, message: str, *, field: str | None = None, status: int = 400) -> None:
         super().__init__(message)
@@ -86,11 +86,11 @@ class BadRequest(Rejected):
 
 
 class BlockStateError(Rejected):
-    """A block that is not the caller's to use so: freed, cached, foreign, or named twice."""
+    """A block that the caller may not use in this way: freed, cached, foreign, or named twice."""
 
 
 class OutOfBounds(Rejected):
-    """A copy reaches outside a registered region. Checked before a byte moves."""
+    """A copy reaches outside a registered region. Raised before a byte moves."""
 
 
 class LayoutMismatch(Rejected):
@@ -111,7 +111,7 @@ class TransferFailed(MemServeError):
 
 
 class StaleEpoch(MemServeError):
-    """The peer is not the process that was spoken to before: its addresses are void."""
+    """The peer is another process than before: the addresses of the earlier process are void."""
 
     def __init__(self, peer: str, expected: int, actual: int | None) -> None:
         now = "gone" if actual is None else f"epoch {actual:016x}"
@@ -122,8 +122,8 @@ class StaleEpoch(MemServeError):
 
 
 class ConfigError(MemServeError):
-    """Something the user set has to change; the text is one line that says what."""
+    """The user has to change a setting. The text is one line and names the setting."""
 
 
 class InvariantViolated(MemServeError):
-    """A state that cannot be: a bug of ours."""
+    """A state that must not occur: a bug in MemServe."""

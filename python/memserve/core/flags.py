@@ -1,4 +1,4 @@
-"""Command-line flags from a configuration record, so that a setting is written down once.
+"""Command-line flags from a configuration record, so that a setting is declared once.
 
 A record is a frozen dataclass whose fields carry `setting(default, help)`. Knows no component.
 """

@@ -1,4 +1,4 @@
-"""What a host's name says by itself, without asking the network; and ports of this one."""
+"""Host names, read without asking the network; free ports of this machine."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ _kept: list[socket.socket] = []
 
 
 def is_loopback(host: str) -> bool:
-    """Whether `host` names this machine to itself only."""
+    """Whether only this machine can reach itself as `host`."""
     if host == "localhost":
         return True
     try:
@@ -19,12 +19,12 @@ def is_loopback(host: str) -> bool:
 
 
 def bracketed(host: str) -> str:
-    """`host` as it stands before `:port`: an IPv6 address in brackets."""
+    """`host` as written before `:port`: an IPv6 address in brackets."""
     return f"[{host}]" if ":" in host and not host.startswith("[") else host
 
 
 def can_listen(host: str, port: int) -> bool:
-    """Whether a server could listen there now."""
+    """Whether a server could listen at `host` and `port` now."""
     with _sharing_socket(host) as probe:
         try:
             probe.bind((host, port))
@@ -34,7 +34,7 @@ def can_listen(host: str, port: int) -> bool:
 
 
 def keep_port(host: str = "127.0.0.1") -> int:
-    """A free TCP port that the system offers nobody else, nor uses for connections, while this process lives.
+    """A free TCP port that the system gives to no other socket or connection while this process lives.
 
     A server of this process or of a child can still listen on it, if it sets SO_REUSEADDR as asyncio does.
     """
@@ -46,7 +46,7 @@ def keep_port(host: str = "127.0.0.1") -> int:
 
 
 def _sharing_socket(host: str) -> socket.socket:
-    """A TCP socket whose port another may have too, as long as only one of them listens."""
+    """A TCP socket that shares its port with other sockets, of which one may listen."""
     made = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_STREAM)
     made.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     return made

@@ -1,4 +1,4 @@
-"""Names for the things that cross process borders. Knows nothing of what they identify."""
+"""Identifiers that cross process borders."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import secrets
 from typing import NewType
 
 InstanceId = NewType("InstanceId", str)
-"""One server, unique in the cluster; stays the same over restarts if the operator names it."""
+"""The name of one server, unique in the cluster. Survives restarts if the operator sets it."""
 
 Epoch = NewType("Epoch", int)
-"""One process's life: 63 random bits, new at every start. Never 0."""
+"""Identifies one run of one process: 63 random bits, new at every start. Never 0."""
 
 
 def new_epoch() -> Epoch:

@@ -17,14 +17,14 @@ from typing import NamedTuple
 
 
 class TransferMode(StrEnum):
-    """How the parts of a block travel. Source: MemServe, "by-layer", "by-request", "aggregated"."""
+    """How the parts of a block are copied. Source: MemServe, "by-layer", "by-request", "aggregated"."""
 
     BY_LAYER = "by-layer"
-    """A call per layer, as soon as that layer is there: overlaps with compute."""
+    """One call per layer, as soon as the layer is complete: overlaps with compute."""
     BY_REQUEST = "by-request"
-    """One call, every part its own copy: what discrete HBM buffers need."""
+    """One call with one copy per part: for discrete HBM buffers."""
     AGGREGATED = "aggregated"
-    """One call, the block as a single copy: both ends hold it as one extent."""
+    """One call with one copy per block: for blocks that are one extent at both ends."""
 
 
 class Part(NamedTuple):
@@ -44,17 +44,17 @@ class Extents(NamedTuple):
 
 @dataclass(frozen=True)
 class KVLayout:
-    """What every block of a pool is. Two pools may exchange blocks iff their `digest` is equal.
+    """Model, shape and type of a pool's blocks. Two pools may exchange blocks iff their digests are equal.
 
     Raises ValueError if a number is not positive.
     """
 
     model: str
-    """Which weights computed the KV: name, revision and quantization, however the operator calls it."""
+    """The weights that computed the KV, by the operator's name: name, revision and quantization."""
     num_layers: int
     page_tokens: int
     parts: tuple[Part, ...]
-    """Of each layer, in order: (K, V), with widths of their own, or one part for latent attention."""
+    """Parts of each layer: K and V, which may differ in width, or one part for latent attention."""
     dtype: str
     dtype_bytes: int
     rank: int = 0
@@ -86,7 +86,7 @@ class KVLayout:
 
     @cached_property
     def digest(self) -> bytes:
-        """32 bytes that differ where any field does: the fingerprint that blocks and peers carry."""
+        """32 bytes that differ if any field differs: the fingerprint that checksums and peers use."""
         identity = (
             self.model,
             self.num_layers,
@@ -100,7 +100,7 @@ class KVLayout:
         return sha256(f"memserve-kv-layout-v1:{identity!r}".encode()).digest()
 
     def differences(self, other: KVLayout) -> list[str]:
-        """What keeps blocks of the two apart, field by field: "page_tokens 16 here, 64 there"."""
+        """The fields in which two layouts differ, as in "page_tokens 16 here, 64 there"."""
         names = [each.name for each in fields(self)]
         return [
             f"{name} {getattr(self, name)} here, {getattr(other, name)} there"
@@ -109,16 +109,16 @@ class KVLayout:
         ]
 
     def offset(self, layer: int, part: int) -> int:
-        """Where a part begins in its block. Raises IndexError if there is no such layer or part."""
+        """Offset of a part in its block. Raises IndexError if there is no such layer or part."""
         if not (0 <= layer < self.num_layers and 0 <= part < len(self.parts)):
             raise IndexError(f"layer {layer}, part {part} of {self}")
         return layer * self.layer_bytes + sum(self.part_bytes[:part])
 
     def copy_plan(self, mode: TransferMode) -> list[Extents]:
-        """The calls that move one block, in order, and what each of them moves.
+        """The calls that copy one block, in order, each with its extents.
 
-        For several blocks, each call takes its extents of all of them: by-layer makes num_layers
-        calls, the others one. Together the extents cover the block exactly once.
+        For several blocks, each call copies its extents of all blocks: BY_LAYER makes num_layers calls,
+        the other modes one. Together the extents cover the block exactly once.
         """
         if mode is TransferMode.AGGREGATED:
             return [Extents(array("q", [0]), array("q", [self.block_bytes]))]

@@ -51,7 +51,7 @@ def status_of_room(original: Callable[..., Any], manager: Any, bootstrap_room: i
 
 
 def end_with_thread(original: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """End the process with the thread: a server that cannot send must leave, so that the router uses others."""
+    """End the process with the thread: the router then uses other servers than one that cannot send."""
     try:
         return original(*args, **kwargs)
     except Exception:
