@@ -64,9 +64,9 @@ COVERED = {
         "e2e/test_global_tree.py::test_tree_audits_never_found_an_error",
     ],
     6: [
-        "unit/router/proxy/test_pair_atomic.py::test_the_other_leg_ends_with_the_one_that_is_lost",
-        "unit/router/proxy/test_pair_atomic.py::test_the_other_leg_ends_with_the_one_that_refuses",
-        "unit/router/proxy/test_pair_atomic.py::test_a_client_that_leaves_frees_both_legs",
+        "unit/router/proxy/test_pair_atomic.py::test_lost_leg_aborts_the_other_leg",
+        "unit/router/proxy/test_pair_atomic.py::test_refusing_leg_aborts_the_other_leg",
+        "unit/router/proxy/test_pair_atomic.py::test_leaving_client_frees_both_legs",
         "unit/router/cluster/test_breaker.py::test_half_open_it_is_given_one_request_at_a_time",
         "unit/router/cluster/test_breaker.py::"
         "test_requests_of_a_worker_that_fails_go_elsewhere_and_soon_are_not_sent_there",
@@ -83,7 +83,7 @@ COVERED = {
         "unit/instance/test_pool_metrics.py::test_blocks_are_shown_by_tier_and_state",
         "unit/router/cluster/test_drain.py::test_blocks_go_where_they_are_of_use",
         "unit/router/http/test_workers_api.py::test_a_draining_server_finishes_its_requests_and_gets_no_new_ones",
-        "unit/router/proxy/test_recovery.py::test_another_instance_goes_on",
+        "unit/router/proxy/test_recovery.py::test_broken_stream_is_continued_by_another_instance",
         "e2e/test_resume.py::test_streams_continue_after_their_decode_dies",
         "unit/router/test_known_router_bugs.py::test_an_instance_with_other_pages_is_not_ready_and_says_why",
     ],

@@ -31,7 +31,7 @@ def printable(text: str) -> str:
 
 @dataclass
 class GreedyServer:
-    """Says `script` over and over, as its position in a sequence tells."""
+    """Repeats `script`; the position in the sequence selects the token."""
 
     tokenizer: Tokenizer
     script: Sequence[int]
@@ -56,7 +56,7 @@ class GreedyServer:
     def _steps(
         self, call: GenerationRequest, prompt: Sequence[int], groups: Sequence[int]
     ) -> Iterator[tuple[list[int], str, dict[str, Any] | None]]:
-        """What has come so far: ids, text, why it ended."""
+        """The answer so far, step by step: ids, text, finish reason."""
         params: Any = call.body.get("sampling_params", call.body)
         most = params.get("max_new_tokens") or params.get("max_tokens") or DEFAULT_NEW_TOKENS
         stops = params.get("stop") or []

@@ -1,4 +1,4 @@
-"""Greedy requests, a server that answers them, and what a client has seen of it."""
+"""Greedy requests, a server that answers them, and the events that a client received."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Requests that run while something happens to the workers."""
+"""Requests that run while a test changes the workers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..harness import Stage, info_of
 
 
 class Ask:
-    """A request that runs while the test does something to the workers."""
+    """A request that runs while the test changes the workers."""
 
     def __init__(self, stage: Stage, path: str = "/generate", body: dict[str, Any] | None = None) -> None:
         self._stage = stage
@@ -21,7 +21,7 @@ class Ask:
         self._body = body or {"text": "hello"}
         self.headers: Any = {}
         self.begun = asyncio.Event()
-        """The client has its status."""
+        """Set when the client has the status."""
         self.task = asyncio.create_task(self._run())
 
     async def _run(self) -> tuple[int, str]:
@@ -32,7 +32,7 @@ class Ask:
 
 
 def texts(answer: str, stream: bool) -> list[str]:
-    """What a client reads in an answer, per choice."""
+    """The text of each choice of an answer."""
     parts: dict[int, str] = {}
     if stream:
         assert answer.endswith("data: [DONE]\n\n")

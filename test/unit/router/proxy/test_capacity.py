@@ -1,4 +1,4 @@
-"""A prompt that no decode could ever hold is refused with the numbers, and goes only where it fits."""
+"""Capacity: prompts go to decodes that can hold them; a prompt that fits no decode is refused."""
 
 from __future__ import annotations
 
@@ -45,12 +45,14 @@ def decode(name: str, room: int | None, role: Role = Role.DECODE) -> Instance:
         ({"disaggregation_decode_host_receive_threshold": 0.9}, None),
     ],
 )
-def test_room_is_what_a_decode_has_beside_its_reserve_in_whole_pages(said: Any, room: int | None) -> None:
+def test_max_prompt_tokens_is_the_cache_without_the_reserve_in_whole_pages(
+    said: Any, room: int | None
+) -> None:
     assert read_max_prompt_tokens({**INFO, **said}, 16) == room
     assert read_max_prompt_tokens({**INFO, **said}, None) is None
 
 
-def test_only_decodes_with_room_are_chosen_from() -> None:
+def test_instances_that_fit_leaves_out_decodes_with_a_smaller_cache() -> None:
     snapshot = ClusterSnapshot.of([decode("a", 100), decode("b", 200), decode("c", None)])
     assert [one.instance_id for one in instances_that_fit(snapshot, 150).decodes] == ["b", "c"]
     assert instances_that_fit(snapshot, 100) is snapshot
@@ -60,7 +62,7 @@ def test_only_decodes_with_room_are_chosen_from() -> None:
     assert largest_capacity(snapshot) is None, "one does not say"
 
 
-def test_nobody_is_refused_what_a_colocated_server_could_take() -> None:
+def test_check_fits_refuses_only_prompts_that_no_instance_can_hold() -> None:
     check_fits(ClusterSnapshot.of([decode("a", 100), decode("b", None, Role.COLOCATED)]), 150, Api.CHAT)
     check_fits(ClusterSnapshot(), 150, Api.CHAT)
     snapshot = ClusterSnapshot.of([decode("a", 100), decode("b", 200)])
@@ -69,7 +71,7 @@ def test_nobody_is_refused_what_a_colocated_server_could_take() -> None:
         check_fits(snapshot, 201, Api.CHAT)
 
 
-async def test_a_long_prompt_goes_where_it_fits() -> None:
+async def test_long_prompt_goes_to_a_decode_that_can_hold_it() -> None:
     small, large = (
         FakeWorker(Role.DECODE, cache_tokens=tokens, context_tokens=8192) for tokens in (1024, 4096)
     )
@@ -93,8 +95,8 @@ async def test_a_long_prompt_goes_where_it_fits() -> None:
         assert len(large.requests) == 10
 
 
-async def test_a_decode_that_has_room_may_come_back_meanwhile() -> None:
-    """What was taken in once is not refused since the only decode for it is away."""
+async def test_retry_answers_503_while_the_only_decode_with_room_is_away() -> None:
+    """The request was admitted once: it is not refused because its only decode is away."""
 
     small, large = (
         FakeWorker(Role.DECODE, cache_tokens=tokens, context_tokens=8192) for tokens in (1024, 4096)

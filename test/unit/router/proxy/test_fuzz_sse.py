@@ -1,4 +1,4 @@
-"""Streams that come in any pieces, with anything in them."""
+"""Streams in any chunks, with any events."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from memserve.wire.messages import Role
 
 from ..json_strategies import ANY
 
-ALIAS = AttemptId("mark-")
+ATTEMPT_ID = AttemptId("mark-")
 EVENTS = st.one_of(
     st.binary(max_size=30),
     st.sampled_from(
@@ -47,7 +47,7 @@ CALLS = [GenerationRequest(api, {"stream": True}, "x", False, ("x",), None, 1, N
 
 
 @given(st.lists(st.binary(max_size=12) | st.sampled_from([b"\n", b"\n\n", b"\r\n", DONE])))
-def test_events_are_the_same_however_a_stream_is_cut(chunks: list[bytes]) -> None:
+def test_event_splitter_gives_equal_events_for_any_chunks(chunks: list[bytes]) -> None:
     whole, cut = EventSplitter(), EventSplitter()
     joined = b"".join(chunks)
     events = list(whole.feed(joined))
@@ -57,7 +57,7 @@ def test_events_are_the_same_however_a_stream_is_cut(chunks: list[bytes]) -> Non
 
 
 class _Leg:
-    """An instance that says `chunks`."""
+    """A leg that delivers `chunks`."""
 
     def __init__(self, chunks: list[bytes]) -> None:
         facts = ServerInfo("m", "/m")
@@ -72,7 +72,7 @@ class _Leg:
 
 
 class _Client:
-    """Keeps what it gets."""
+    """A client that keeps its chunks."""
 
     def __init__(self) -> None:
         self.chunks: list[bytes] = []
@@ -86,16 +86,16 @@ class _Client:
 
 
 def streamed(call: GenerationRequest, chunks: list[bytes]) -> tuple[bool, bytes]:
-    """What a client gets of a stream, and whether that was all of it."""
+    """The bytes that a client gets of a stream, and whether the stream was complete."""
     client = _Client()
 
     async def run() -> bool:
         state = StreamState(call)
-        outlet = ResumableStream(client, state)
+        stream = ResumableStream(client, state)
         leg: Any = _Leg(chunks)
         try:
-            await relay(leg, outlet.writer(ALIAS, None))
-            await outlet.end()
+            await relay(leg, stream.writer(ATTEMPT_ID, None))
+            await stream.end()
         except (MemServeError, Diverged):
             return False
         finally:
@@ -107,7 +107,7 @@ def streamed(call: GenerationRequest, chunks: list[bytes]) -> tuple[bool, bytes]
 
 
 @given(st.sampled_from(CALLS), st.lists(EVENTS, max_size=6), st.data())
-def test_a_client_gets_whole_events_of_any_stream_and_an_end_or_a_fault(
+def test_relay_of_any_stream_sends_whole_events_and_ends_or_raises(
     call: GenerationRequest, events: list[bytes], data: st.DataObject
 ) -> None:
     joined = b"".join(events)

@@ -1,4 +1,4 @@
-"""Instances that answer 200 with something else than an answer have failed, and another one is asked."""
+"""An instance that answers 200 without an answer has failed; another instance gets the request."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 BODIES = [("/generate", {"text": "hello"}), ("/v1/chat/completions", CHAT)]
 NO_JSON = [b"", b"\xcf\xff", b"hello", b'{"text": "Hel', b"[1, 2"]
 OTHERS = [b"{}", b"[]", b"7", b'{"meta_info": 1}']
-"""JSON of another shape: noticed where something is read from it."""
+"""JSON of another shape, which is detected where the router reads it."""
 STREAM = [b"", b"\xcf\xff", b"hello", b'data: {"te', b'{"text": "Hello, world"}']
 
 
 class _Nonsense(FakeWorker):
-    """Ends its answers properly, whatever is in them."""
+    """Answers 200 with any body, and ends it properly."""
 
     said = b""
 
@@ -45,7 +45,9 @@ def team(role: Role, said: bytes) -> list[FakeWorker]:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("path", "body"), BODIES)
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE, Role.COLOCATED])
-async def test_another_instance_answers(role: Role, path: str, body: dict[str, Any], stream: bool) -> None:
+async def test_request_with_a_malformed_answer_is_retried_on_another_instance(
+    role: Role, path: str, body: dict[str, Any], stream: bool
+) -> None:
     streams = stream and role is not Role.PREFILL  # which answers whole
     is_merged = role is Role.DECODE and path == "/generate"
     nonsense = STREAM if streams else [*NO_JSON, *(OTHERS if is_merged else [])]
@@ -62,7 +64,7 @@ async def test_another_instance_answers(role: Role, path: str, body: dict[str, A
 
 
 @pytest.mark.parametrize("role", [Role.DECODE, Role.COLOCATED])
-async def test_a_stream_that_ends_early_goes_on_or_says_so(role: Role) -> None:
+async def test_stream_without_its_end_is_resumed_or_ends_with_an_error(role: Role) -> None:
     workers = team(role, b'data: {"text": "Hel", "meta_info": {}}\n\n')
     async with staged(*workers, policy="round_robin") as stage:
         while not workers[0].requests:
@@ -71,7 +73,7 @@ async def test_a_stream_that_ends_early_goes_on_or_says_so(role: Role) -> None:
         assert '"retryable":true' in answer
 
 
-async def test_with_nobody_else_it_is_a_bad_gateway() -> None:
+async def test_malformed_answer_of_the_only_instance_is_a_502() -> None:
     bad = _Nonsense()
     bad.said = b'{"text": '
     async with staged(bad) as stage:

@@ -1,4 +1,4 @@
-"""Several models behind one router: each request goes to its own, and what is known of one is of no other."""
+"""Several models behind one router: requests go to servers of their model; caches are kept per model."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ async def followed(stage: Stage, count: int) -> None:
     await stage.until(lambda: len(stage.router.state.subscriptions.stats()) == count)
 
 
-async def test_the_model_chooses_the_servers() -> None:
+async def test_request_goes_to_a_server_of_its_model() -> None:
     one, other = worker("one"), worker("other")
     pair = worker("pair", Role.PREFILL), worker("pair", Role.DECODE)
     workers = (one, other, *pair)
@@ -53,8 +53,8 @@ async def test_the_model_chooses_the_servers() -> None:
         assert (await ask(stage, "nothing"))[0] == 404
 
 
-async def test_what_one_model_holds_is_no_other_models() -> None:
-    """Their blocks have equal keys where their tokens are equal."""
+async def test_cached_blocks_count_for_their_own_model_only() -> None:
+    """Blocks of both models have equal keys where their tokens are equal."""
 
     one, other = worker("one"), worker("other")
     async with staged(one, other) as stage:
@@ -76,7 +76,7 @@ async def test_what_one_model_holds_is_no_other_models() -> None:
         assert set(observed) == {"one", "other"}
 
 
-async def test_a_model_whose_servers_are_away_is_not_unknown() -> None:
+async def test_model_whose_servers_are_away_is_a_503_not_a_404() -> None:
     one, other = worker("one"), worker("other")
     async with staged(one, other) as stage:
         cluster = stage.router.cluster

@@ -1,4 +1,4 @@
-"""n > 1 on a pair."""
+"""Requests for n > 1 samples on a pair."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def batch(**body: Any) -> dict[str, Any]:
     return as_batch(read_request(Api.GENERATE, body, Limits(), "r")).body
 
 
-def test_a_single_prompt_becomes_a_batch_of_itself() -> None:
+def test_as_batch_repeats_a_single_prompt() -> None:
     body = batch(text="a", sampling_params={"n": 2, "temperature": 1}, image_data=["i", "j"], lora_path="l")
     assert body["text"] == ["a", "a"]
     assert body["sampling_params"] == {"n": 1, "temperature": 1}
@@ -32,19 +32,19 @@ def test_a_single_prompt_becomes_a_batch_of_itself() -> None:
     assert body["lora_path"] == "l"
 
 
-def test_a_batchs_samples_lie_side_by_side() -> None:
+def test_as_batch_puts_the_samples_of_a_prompt_side_by_side() -> None:
     body = batch(input_ids=[[1], [2]], sampling_params=[{"n": 2}, {"n": 2, "top_k": 3}], extra_key=["x", "y"])
     assert body["input_ids"] == [[1], [1], [2], [2]]
     assert body["sampling_params"] == [{"n": 1}, {"n": 1}, {"n": 1, "top_k": 3}, {"n": 1, "top_k": 3}]
     assert body["extra_key"] == ["x", "x", "y", "y"]
 
 
-def test_a_list_of_another_length_is_refused() -> None:
+def test_as_batch_refuses_a_list_of_another_length() -> None:
     with pytest.raises(BadRequest):
         batch(text=["a", "b"], sampling_params={"n": 2}, extra_key=["x"])
 
 
-def test_a_seed_counts_up() -> None:
+def test_as_singles_increases_the_seed_per_sample() -> None:
     call = read_request(Api.CHAT, {**CHAT, "n": 3, "seed": 5}, Limits(), "r")
     assert [(one.body["n"], one.body["seed"], one.rid) for one in as_singles(call)] == [
         (1, 5, "r_0"),
@@ -53,7 +53,7 @@ def test_a_seed_counts_up() -> None:
     ]
 
 
-async def test_generate_answers_a_list() -> None:
+async def test_generate_with_n_samples_answers_a_list() -> None:
     async with staged(*pair()) as stage:
         body = {"text": ["a", "b"], "sampling_params": {"n": 2}, "rid": ["x", "y"]}
         status, answers = await stage.post("/generate", body)
@@ -67,7 +67,7 @@ async def test_generate_answers_a_list() -> None:
         assert events[-1] == b"data: [DONE]"
 
 
-async def test_openai_choices_are_joined() -> None:
+async def test_openai_answer_with_n_samples_joins_their_choices() -> None:
     async with staged(*pair()) as stage:
         status, answer = await stage.post("/v1/chat/completions", {**CHAT, "n": 3})
         assert status == 200
@@ -80,7 +80,7 @@ async def test_openai_choices_are_joined() -> None:
         assert all(len(worker.requests) == 5 for worker in (stage.prefill, stage.decode))
 
 
-async def test_openai_streams_are_joined() -> None:
+async def test_openai_stream_with_n_samples_joins_their_events() -> None:
     async with staged(*pair()) as stage:
         body = {"prompt": ["a", "b"], "n": 2, "stream": True, "stream_options": {"include_usage": True}}
         events = await stage.events("/v1/completions", body)
@@ -99,14 +99,14 @@ async def test_openai_streams_are_joined() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_one_sample_that_fails_ends_all(stream: bool) -> None:
+async def test_failed_sample_ends_the_request_and_aborts_the_others(stream: bool) -> None:
     async with staged(*pair()) as stage:
         stage.decode.script = Script(status=400, message="no")
         status, answer = await stage.post("/v1/chat/completions", {**CHAT, "n": 2, "stream": stream})
         assert (status, answer["error"]["message"]) == (400, "no")
 
 
-async def test_a_colocated_server_does_it_itself() -> None:
+async def test_colocated_server_gets_a_request_for_n_samples_unchanged() -> None:
     async with staged(FakeWorker(Role.COLOCATED)) as stage:
         await stage.post("/v1/chat/completions", {**CHAT, "n": 3})
         (received,) = stage.colocated.requests

@@ -1,4 +1,4 @@
-"""The legs of a pair end together: within 50 ms of one failing, or of the client's leaving."""
+"""The legs of a pair end together: within 50 ms after a leg fails or the client leaves."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from ..harness import Stage, pair, staged
 
 WITHIN_S = 0.05
 ATTEMPTS = 5
-"""The machine may be busy: the router is fast if it is fast once."""
+"""Tries on a busy machine: the router is fast if one try is fast."""
 
 ROLES = [Role.PREFILL, Role.DECODE]
 
 
 async def under_way(stage: Stage, *, stream: bool, num_tokens: int = 0) -> asyncio.Task[Any]:
-    """A request that both legs have; decode has sent `num_tokens` of it."""
+    """A request that both legs have; decode has sent `num_tokens` tokens."""
     for worker in (stage.prefill, stage.decode):
         worker.requests.clear()
         worker.aborts.clear()
@@ -36,7 +36,7 @@ async def under_way(stage: Stage, *, stream: bool, num_tokens: int = 0) -> async
 
 
 async def ends_s(happens: Callable[[], Awaitable[Any]], *workers: FakeWorker) -> float:
-    """How long after `happens` all of `workers` have lost the connection and been told to abort."""
+    """Seconds from `happens` until all `workers` have lost the connection and got the abort."""
     loop = asyncio.get_running_loop()
     begun_s = loop.time()
     await happens()
@@ -49,9 +49,7 @@ async def ends_s(happens: Callable[[], Awaitable[Any]], *workers: FakeWorker) ->
 @pytest.mark.parametrize("num_tokens", [0, 1])
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("failing", ROLES)
-async def test_the_other_leg_ends_with_the_one_that_is_lost(
-    failing: Role, stream: bool, num_tokens: int
-) -> None:
+async def test_lost_leg_aborts_the_other_leg(failing: Role, stream: bool, num_tokens: int) -> None:
     took_s = []
     for _ in range(ATTEMPTS):
         async with staged(*pair(), retry_max_retries=0) as stage:
@@ -65,7 +63,7 @@ async def test_the_other_leg_ends_with_the_one_that_is_lost(
 
 
 class _Refusing(FakeWorker):
-    """Answers with an error when it is told to."""
+    """Answers with an error on command."""
 
     status = 500
     refuses: asyncio.Event
@@ -77,7 +75,7 @@ class _Refusing(FakeWorker):
 
 @pytest.mark.parametrize("status", [400, 500])
 @pytest.mark.parametrize("failing", ROLES)
-async def test_the_other_leg_ends_with_the_one_that_refuses(failing: Role, status: int) -> None:
+async def test_refusing_leg_aborts_the_other_leg(failing: Role, status: int) -> None:
     took_s = []
     bad, good = _Refusing(failing), FakeWorker(_other(failing))
     bad.status = status
@@ -98,7 +96,7 @@ async def test_the_other_leg_ends_with_the_one_that_refuses(failing: Role, statu
 
 @pytest.mark.parametrize("num_tokens", [0, 1])
 @pytest.mark.parametrize("stream", [False, True])
-async def test_a_client_that_leaves_frees_both_legs(stream: bool, num_tokens: int) -> None:
+async def test_leaving_client_frees_both_legs(stream: bool, num_tokens: int) -> None:
     took_s = []
     async with staged(*pair()) as stage:
         for _ in range(ATTEMPTS):

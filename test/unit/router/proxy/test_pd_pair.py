@@ -1,4 +1,4 @@
-"""One request on two servers: relayed at once, both or neither."""
+"""One request on a pair: events are relayed at once, and both legs complete or none."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def payloads(events: list[bytes]) -> list[Any]:
 
 
 @pytest.mark.parametrize(("path", "body"), PATHS)
-async def test_both_legs_get_the_same_rendezvous(path: str, body: dict[str, Any]) -> None:
+async def test_both_legs_get_the_same_bootstrap_room(path: str, body: dict[str, Any]) -> None:
     async with staged(*pair()) as stage:
         status, _ = await stage.post(path, {**body, "bootstrap_room": 7, "user": "kept"})
         assert status == 200
@@ -50,7 +50,7 @@ async def test_both_legs_get_the_same_rendezvous(path: str, body: dict[str, Any]
 
 
 @pytest.mark.parametrize(("path", "body"), PATHS)
-async def test_the_first_byte_is_relayed_before_the_second_token_exists(
+async def test_stream_relays_the_first_token_before_the_second_exists(
     path: str, body: dict[str, Any]
 ) -> None:
     async with staged(*pair()) as stage:
@@ -65,7 +65,7 @@ async def test_the_first_byte_is_relayed_before_the_second_token_exists(
         assert stage.prefill.requests[0].body["stream"] is False
 
 
-async def test_a_stream_is_decodes_byte_for_byte() -> None:
+async def test_stream_has_the_bytes_of_decodes_stream() -> None:
     async with staged(*pair()) as stage:
         body = {"text": "hello", "stream": True, "rid": "same"}
         relayed = await stage.events("/generate", body)
@@ -75,7 +75,7 @@ async def test_a_stream_is_decodes_byte_for_byte() -> None:
         assert b"\n\n".join(relayed) + b"\n\n" == direct
 
 
-async def test_prefills_reuse_is_reported() -> None:
+async def test_report_tells_the_cached_tokens_of_prefill() -> None:
     async with staged(*pair()) as stage:
         stage.prefill.script = Script(cached_tokens=16)
         stage.decode.script = Script(cached_tokens=32)
@@ -90,7 +90,7 @@ async def test_prefills_reuse_is_reported() -> None:
             assert events[-2:] == [b': memserve {"prefill_cached_tokens":16}', b"data: [DONE]"]
 
 
-def test_prefills_reuse_is_reported_by_tier_where_it_says() -> None:
+def test_report_tells_cached_tokens_by_tier_if_prefill_does() -> None:
     call: Any = SimpleNamespace(api=Api.GENERATE)
     tiers = {"device": 16, "host": 32}
     answer = {"meta_info": {"cached_tokens": 48, "cached_tokens_details": tiers}}
@@ -100,7 +100,7 @@ def test_prefills_reuse_is_reported_by_tier_where_it_says() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_input_logprobs_come_from_prefill(stream: bool) -> None:
+async def test_answer_has_the_input_logprobs_of_prefill(stream: bool) -> None:
     async with staged(*pair()) as stage:
         body = {"text": ["a", "b"], "return_logprob": True, "stream": stream}
         if stream:
@@ -117,7 +117,7 @@ async def test_input_logprobs_come_from_prefill(stream: bool) -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_echoed_logprobs_begin_with_prefills(stream: bool) -> None:
+async def test_echoed_logprobs_begin_with_those_of_prefill(stream: bool) -> None:
     async with staged(*pair()) as stage:
         body = {"prompt": ["a", "b"], "echo": True, "logprobs": 1, "stream": stream}
         tokens: dict[int, list[str]] = {0: [], 1: []}
@@ -134,7 +134,7 @@ async def test_echoed_logprobs_begin_with_prefills(stream: bool) -> None:
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(("path", "body"), PATHS)
-async def test_a_client_that_leaves_aborts_both_legs(path: str, body: dict[str, Any], stream: bool) -> None:
+async def test_leaving_client_aborts_both_legs(path: str, body: dict[str, Any], stream: bool) -> None:
     async with staged(*pair()) as stage:
         stage.prefill.script = Script(gates={0: asyncio.Event()})
         stage.decode.script = Script(gates={1: asyncio.Event()})
@@ -149,7 +149,7 @@ async def test_a_client_that_leaves_aborts_both_legs(path: str, body: dict[str, 
         assert stage.is_ready()
 
 
-async def test_every_prompt_of_a_batch_is_aborted() -> None:
+async def test_leaving_client_aborts_every_prompt_of_a_batch() -> None:
     async with staged(*pair()) as stage:
         stage.decode.script = Script(gates={0: asyncio.Event()})
         leaving = asyncio.create_task(stage.post("/generate", {"text": ["a", "b"], "rid": ["x", "y"]}))
@@ -170,7 +170,7 @@ FAILURES = [
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("failing", [Role.PREFILL, Role.DECODE])
 @pytest.mark.parametrize(("script", "status", "retryable"), FAILURES)
-async def test_a_leg_that_fails_takes_the_other_one_back(
+async def test_failed_leg_aborts_the_other_leg(
     script: Script, status: int, retryable: bool, failing: Role, stream: bool
 ) -> None:
     async with staged(*pair()) as stage:
@@ -197,7 +197,7 @@ async def test_a_leg_that_fails_takes_the_other_one_back(
 
 
 @pytest.mark.parametrize(("path", "body"), PATHS)
-async def test_a_stream_that_breaks_ends_with_an_error_event(path: str, body: dict[str, Any]) -> None:
+async def test_broken_stream_ends_with_an_error_event(path: str, body: dict[str, Any]) -> None:
     async with staged(*pair()) as stage:
         stage.prefill.script = Script(gates={0: asyncio.Event()})
         stage.decode.script = Script(drop_before=2)
@@ -208,8 +208,8 @@ async def test_a_stream_that_breaks_ends_with_an_error_event(path: str, body: di
 
 
 @pytest.mark.parametrize("lost", [Role.PREFILL, Role.DECODE])
-async def test_a_leg_that_was_lost_is_to_blame_for_the_error_of_the_other(lost: Role) -> None:
-    """SGLang answers 500 when its partner in a transfer has died."""
+async def test_lost_leg_is_raised_instead_of_the_error_of_the_other_leg(lost: Role) -> None:
+    """SGLang answers 500 when its peer in a transfer has died."""
 
     async def leg(role: Role) -> bytes:
         if role is lost:
@@ -222,7 +222,7 @@ async def test_a_leg_that_was_lost_is_to_blame_for_the_error_of_the_other(lost: 
     assert caught.value.instance_id == lost
 
 
-async def test_a_prefill_killed_while_decode_waits_answers_at_once() -> None:
+async def test_prefill_killed_while_decode_waits_fails_the_request_at_once() -> None:
     async with staged(*pair()) as stage:
         stage.prefill.script = Script(gates={0: asyncio.Event()})
         stage.decode.script = Script(gates={0: asyncio.Event()})
@@ -239,7 +239,7 @@ async def test_a_prefill_killed_while_decode_waits_answers_at_once() -> None:
 
 
 class _RefusingInStream(FakeWorker):
-    """SGLang's /generate answers a bad stream with 200 and an error event."""
+    """SGLang's /generate answers a wrong stream request with 200 and an error event."""
 
     async def _answer(self, request: Any, received: Any) -> Any:
         response = aiohttp.web.StreamResponse(headers={"Content-Type": "text/event-stream"})
@@ -249,13 +249,13 @@ class _RefusingInStream(FakeWorker):
         return response
 
 
-async def test_a_stream_refused_inside_a_200_becomes_a_400() -> None:
+async def test_stream_refused_inside_a_200_is_answered_400() -> None:
     async with staged(FakeWorker(Role.PREFILL), _RefusingInStream(Role.DECODE)) as stage:
         status, answer = await stage.post("/generate", {"text": "hello", "stream": True})
         assert (status, answer["error"]["message"]) == (400, "too long")
 
 
-async def test_a_request_that_takes_too_long_is_ended() -> None:
+async def test_request_that_exceeds_the_time_limit_is_answered_504() -> None:
     async with staged(*pair(), request_timeout_secs=0.1) as stage:
         stage.decode.script = Script(gates={0: asyncio.Event()})
         status, answer = await stage.post("/generate", {"text": "hello"})
@@ -263,7 +263,7 @@ async def test_a_request_that_takes_too_long_is_ended() -> None:
         assert stage.is_ready()
 
 
-async def test_pairs_and_colocated_servers_share_the_work() -> None:
+async def test_requests_spread_over_pairs_and_colocated_servers() -> None:
     workers = [*pair(), FakeWorker(Role.PREFILL), FakeWorker(Role.COLOCATED)]
     async with staged(*workers) as stage:
         for _ in range(9):
@@ -275,7 +275,7 @@ async def test_pairs_and_colocated_servers_share_the_work() -> None:
             assert ports == {prefill.bootstrap_port}
 
 
-async def test_small_writes_on_a_kept_alive_connection_do_not_wait_for_each_other() -> None:
+async def test_small_writes_on_a_kept_alive_connection_are_not_delayed() -> None:
     """Nagle's algorithm would hold the second event back for the 40 ms of a delayed ACK."""
 
     waits_s = []

@@ -1,4 +1,4 @@
-"""A request that ends the servers it comes to does not come to all of them."""
+"""A request that ends its servers is rejected before it reaches all servers."""
 
 from __future__ import annotations
 
@@ -38,13 +38,15 @@ def lost(name: str, role: str = "decode", *, was_sent: bool = True) -> UpstreamF
         ([lost("a"), UpstreamError(InstanceId("b"), "decode", 500, "")], False),
     ],
 )
-def test_two_of_one_role_are_enough(faults: list[UpstreamFault], is_harmful: bool) -> None:
+def test_find_poison_needs_two_lost_instances_of_one_role(
+    faults: list[UpstreamFault], is_harmful: bool
+) -> None:
     assert (find_poison(faults) is not None) is is_harmful
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE, Role.COLOCATED])
-async def test_it_is_given_up_when_two_servers_were_lost_with_it(role: Role, stream: bool) -> None:
+async def test_poison_request_is_rejected_after_two_lost_servers(role: Role, stream: bool) -> None:
     others = [FakeWorker(one) for one in (Role.PREFILL, Role.DECODE) if Role.COLOCATED not in (role, one)]
     workers = [FakeWorker(role, script=Script(drop_before=0), is_mortal=True) for _ in range(4)]
     others = [one for one in others if one.role is not role]
@@ -62,7 +64,7 @@ async def test_it_is_given_up_when_two_servers_were_lost_with_it(role: Role, str
             await other.until(lambda w: all(one.dropped for one in w.requests))
 
 
-async def test_a_stream_that_ends_two_servers_is_not_continued_on_a_third() -> None:
+async def test_poison_stream_is_not_resumed_after_two_lost_servers() -> None:
     workers = [FakeWorker(script=Script(drop_before=1), is_mortal=True) for _ in range(3)]
     async with staged(*workers, retry_initial_backoff_ms=1) as stage:
         body = {"text": "poison", "stream": True, "sampling_params": GREEDY}
@@ -72,7 +74,7 @@ async def test_a_stream_that_ends_two_servers_is_not_continued_on_a_third() -> N
         assert sum(len(one.requests) for one in workers) == 2
 
 
-async def test_servers_that_cannot_be_reached_are_no_proof() -> None:
+async def test_unreachable_servers_do_not_make_a_poison_request() -> None:
     workers = [FakeWorker() for _ in range(3)]
     async with staged(*workers, policy="round_robin", retry_initial_backoff_ms=1) as stage:
         for worker in workers[:2]:
@@ -83,8 +85,8 @@ async def test_servers_that_cannot_be_reached_are_no_proof() -> None:
 
 
 @pytest.mark.parametrize("is_heard", [False, True])
-async def test_servers_that_live_on_were_not_ended_by_it(is_heard: bool) -> None:
-    """Their connections broke: they are found again by a probe, or say that they live."""
+async def test_surviving_servers_do_not_make_a_poison_request(is_heard: bool) -> None:
+    """The connections broke, but a probe finds the servers again, or they send heartbeats."""
     requests = itertools.count()
 
     class Cut(FakeWorker):
@@ -108,7 +110,7 @@ async def test_servers_that_live_on_were_not_ended_by_it(is_heard: bool) -> None
         assert await metric(stage, "memserve_router_harmful_total 0.0")
 
 
-async def test_servers_of_which_nothing_is_heard_may_have_been_ended_by_it() -> None:
+async def test_servers_of_unknown_status_count_for_a_poison_request() -> None:
     workers = [FakeWorker(script=Script(drop_before=0)) for _ in range(3)]
     async with staged(*workers, retry_initial_backoff_ms=1, heartbeat_secs=0.3) as stage:
         for worker in workers:
@@ -118,7 +120,7 @@ async def test_servers_of_which_nothing_is_heard_may_have_been_ended_by_it() -> 
         assert sum(len(one.requests) for one in workers) == 2
 
 
-async def test_servers_that_fall_silent_were_not_ended_by_it() -> None:
+async def test_unresponsive_servers_do_not_make_a_poison_request() -> None:
     gate = asyncio.Event()
     workers = [FakeWorker(Role.COLOCATED, script=Script(gates={0: gate})) for _ in range(3)]
     async with staged(*workers, retry_initial_backoff_ms=1) as stage:

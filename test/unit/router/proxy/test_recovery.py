@@ -1,4 +1,4 @@
-"""A stream survives the instance that feeds it."""
+"""Recovery of streams whose instance was lost, over HTTP."""
 
 from __future__ import annotations
 
@@ -36,13 +36,13 @@ BODIES = [
 
 
 def team(role: Role, kind: type[FakeWorker] = FakeWorker) -> list[FakeWorker]:
-    """Two of `role`, and a prefill if they need one."""
+    """Two workers of `role`, and a prefill if the role needs one."""
     others = [FakeWorker(Role.PREFILL, script=SCRIPT)] if role is Role.DECODE else []
     return [*others, kind(role, script=SCRIPT), kind(role, script=SCRIPT)]
 
 
 async def broken(stage: Stage, ask: Ask, role: Role, hold: asyncio.Event) -> FakeWorker:
-    """Kill the instance of `role` that feeds the stream of `ask`, after two tokens; who goes on."""
+    """Kill the instance of `role` that feeds the stream after two tokens; returns the other instance."""
     workers = stage.workers[role]
     await stage.until(lambda: any(one.requests and one.requests[-1].num_sent == 2 for one in workers))
     victim = next(one for one in workers if one.requests and one.requests[-1].num_sent == 2)
@@ -53,7 +53,7 @@ async def broken(stage: Stage, ask: Ask, role: Role, hold: asyncio.Event) -> Fak
 
 
 def held(stage: Stage, role: Role, token: int = 2) -> asyncio.Event:
-    """Have the instances of `role` hold a token back."""
+    """Have the instances of `role` hold back a token until the event is set."""
     hold = asyncio.Event()
     for worker in stage.workers[role]:
         worker.script = replace(SCRIPT, gates={token: hold})
@@ -62,7 +62,7 @@ def held(stage: Stage, role: Role, token: int = 2) -> asyncio.Event:
 
 @pytest.mark.parametrize("role", [Role.COLOCATED, Role.DECODE])
 @pytest.mark.parametrize(("path", "body", "num_answers"), BODIES)
-async def test_another_instance_goes_on(
+async def test_broken_stream_is_continued_by_another_instance(
     path: str, body: dict[str, Any], num_answers: int, role: Role
 ) -> None:
     async with staged(*team(role)) as stage:
@@ -87,7 +87,9 @@ def _names(answer: str) -> list[str]:
     return [item["id"] if "id" in item else item["meta_info"]["id"] for item in items]
 
 
-async def test_tokens_that_are_known_are_not_generated_again(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_resumed_native_stream_puts_streamed_tokens_into_the_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     def text_after(self: Any, model: Any, prompt: Any, ids: Any, *, skips_special: bool) -> str:
         return "".join(TOKENS[one - FIRST_ID] for one in ids)
 
@@ -118,7 +120,7 @@ async def test_tokens_that_are_known_are_not_generated_again(monkeypatch: pytest
     ("settings", "params", "reason"),
     [({}, {"temperature": 0.7}, "it is sampled"), ({"resume": "never"}, GREEDY, "--resume never")],
 )
-async def test_a_stream_that_cannot_go_on_ends_with_the_reason(
+async def test_stream_that_is_not_resumable_ends_with_the_reason(
     settings: Any, params: Any, reason: str
 ) -> None:
     async with staged(*team(Role.DECODE), **settings) as stage:
@@ -134,7 +136,7 @@ async def test_a_stream_that_cannot_go_on_ends_with_the_reason(
         assert await metric(stage, 'memserve_router_resumed_total{outcome="refused"} 1.0')
 
 
-async def test_a_stream_may_break_more_than_once() -> None:
+async def test_stream_is_resumed_more_than_once() -> None:
     workers = [_Failing(script=SCRIPT), _Failing(script=SCRIPT), FakeWorker(script=SCRIPT)]
     async with staged(*workers, policy="round_robin", retry_initial_backoff_ms=1) as stage:
         for number, worker in enumerate(workers[:2], start=2):
@@ -145,7 +147,7 @@ async def test_a_stream_may_break_more_than_once() -> None:
 
 
 class _Failing(FakeWorker):
-    """Tells of an error of its own in the middle of a stream, then ends it."""
+    """Sends an error event in the middle of a stream, then ends it."""
 
     fails_before = 2
 
@@ -168,7 +170,9 @@ class _Failing(FakeWorker):
 
 @pytest.mark.parametrize("is_greedy", [True, False])
 @pytest.mark.parametrize(("path", "body"), [("/generate", NATIVE), ("/v1/chat/completions", CHAT)])
-async def test_an_error_inside_a_stream_is_no_answer(path: str, body: Any, is_greedy: bool) -> None:
+async def test_error_event_inside_a_stream_is_a_fault_of_the_instance(
+    path: str, body: Any, is_greedy: bool
+) -> None:
     workers = [_Failing(script=SCRIPT), FakeWorker(script=SCRIPT)]
     if not is_greedy:
         sampled = {**body, "temperature": 1, "sampling_params": {}, "stream": True}
@@ -198,7 +202,7 @@ class _Cutting(FakeWorker):
 
 
 @pytest.mark.parametrize("is_greedy", [True, False])
-async def test_a_client_gets_whole_events_only(is_greedy: bool) -> None:
+async def test_client_of_a_cut_stream_gets_whole_events_only(is_greedy: bool) -> None:
     workers = [_Cutting(script=SCRIPT), FakeWorker(script=SCRIPT)]
     params = GREEDY if is_greedy else {}
     async with staged(*workers, policy="round_robin") as stage:
@@ -211,7 +215,7 @@ async def test_a_client_gets_whole_events_only(is_greedy: bool) -> None:
         assert ('"error"' in answer) is not is_greedy
 
 
-async def test_an_answer_that_lacks_only_its_end_is_ended() -> None:
+async def test_complete_answer_without_done_is_closed_by_the_router() -> None:
     async with staged(*team(Role.COLOCATED)) as stage:
         workers = stage.workers[Role.COLOCATED]
         for worker in workers:
@@ -221,7 +225,7 @@ async def test_an_answer_that_lacks_only_its_end_is_ended() -> None:
         assert sum(len(one.requests) for one in workers) == 1
 
 
-async def test_a_stream_that_nobody_is_left_to_continue_ends_with_the_error() -> None:
+async def test_broken_stream_without_another_instance_ends_with_the_error() -> None:
     workers = [FakeWorker(Role.PREFILL, script=SCRIPT), FakeWorker(Role.DECODE, script=SCRIPT)]
     async with staged(*workers) as stage:
         held(stage, Role.DECODE)

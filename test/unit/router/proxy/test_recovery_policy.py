@@ -1,4 +1,4 @@
-"""A stream that broke anywhere goes on as if it had not."""
+"""Recovery policy and splicers: a stream that broke anywhere continues as an undisturbed one."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ from .recovery_harness import (
 
 
 def told(call: GenerationRequest, events: Sequence[bytes]) -> Any:
-    """What a client makes of whole events: each choice's text, ids, end; and what it was charged."""
+    """The content of whole events: each choice's text, ids and end, and the usage."""
     state = StreamState(call)
     for event in events:
         state.note(event)
@@ -60,7 +60,7 @@ def broken(
     cuts: Sequence[tuple[int, Sequence[int]]],
     last: Sequence[int],
 ) -> tuple[list[bytes], list[int]]:
-    """What a client gets if servers leave it after so many events each; and what each next one kept."""
+    """The events if servers are lost after so many each, and the accepted tokens of each resumption."""
     got, num_accepted = list[bytes](), list[int]()
     state, asked, rewrite = StreamState(call), call, None
     for count, groups in [*cuts, (1 << 30, last)]:
@@ -84,7 +84,7 @@ def broken(
 
 
 def one_by_one(cuts: list[tuple[int, list[int]]]) -> list[tuple[int, list[int]]]:
-    """A stream of what is new may have told the begin of a stop string, or not, by how its tokens came."""
+    """Whether an incremental stream holds the beginning of a stop string depends on its token groups."""
     return [(count, [1]) for count, _ in cuts]
 
 
@@ -97,7 +97,7 @@ STOPS = st.lists(
 
 
 @given(CUTS, GROUPS, STOPS, st.integers(1, 60), st.booleans())
-def test_a_native_stream_goes_on_as_if_undisturbed(
+def test_resumed_native_stream_equals_an_undisturbed_one(
     cuts: list[tuple[int, list[int]]], last: list[int], stops: list[str], most: int, incremental: bool
 ) -> None:
     if stops and incremental:
@@ -117,7 +117,7 @@ def test_a_native_stream_goes_on_as_if_undisturbed(
     st.sampled_from([Api.CHAT, Api.COMPLETIONS]),
     st.booleans(),
 )
-def test_an_openai_stream_goes_on_as_if_undisturbed(
+def test_resumed_openai_stream_equals_an_undisturbed_one(
     cuts: list[tuple[int, list[int]]],
     last: list[int],
     stops: list[str],
@@ -133,7 +133,7 @@ def test_an_openai_stream_goes_on_as_if_undisturbed(
     assert told(call, got) == told(call, whole)
 
 
-def test_what_was_streamed_becomes_a_part_of_the_prompt() -> None:
+def test_streamed_tokens_become_a_part_of_the_prompt() -> None:
     call = native(max_new_tokens=30, min_new_tokens=12, ignore_eos=True)
     server = GreedyServer(TOKENIZER, LETTERS)
     seen = seen_of(call, server.stream(call, PROMPT, [1])[:10])
@@ -162,8 +162,10 @@ def test_what_was_streamed_becomes_a_part_of_the_prompt() -> None:
         ({"something_new": True}, 0),
     ],
 )
-def test_requests_that_look_back_are_done_again_from_the_prompt(params: Any, num_accepted: int) -> None:
-    """The stop string is five characters: those of the last four may be its begin."""
+def test_request_whose_next_token_needs_more_than_tokens_resumes_from_the_prompt(
+    params: Any, num_accepted: int
+) -> None:
+    """The stop string has five characters: the last four may be its beginning."""
     call = native(**params)
     server = GreedyServer(TOKENIZER, LETTERS)
     seen = seen_of(call, server.stream(call, PROMPT, [1])[:12])
@@ -174,7 +176,7 @@ def test_requests_that_look_back_are_done_again_from_the_prompt(params: Any, num
 
 
 @pytest.mark.parametrize("field", ["lora_path", "image_data", "return_logprob", "return_prompt_token_ids"])
-def test_requests_that_are_more_than_their_tokens_are_done_again_from_the_prompt(field: str) -> None:
+def test_request_with_more_than_tokens_resumes_from_the_prompt(field: str) -> None:
     call = native()
     seen = seen_of(call, SERVER.stream(call, PROMPT, [1])[:12])
     more = structs.replace(call, body={**call.body, field: True})
@@ -182,7 +184,7 @@ def test_requests_that_are_more_than_their_tokens_are_done_again_from_the_prompt
     assert plan_resumption(call, seen, PromptTokens()).request is call
 
 
-def test_half_a_character_is_not_kept() -> None:
+def test_accepted_prefix_ends_at_a_whole_character() -> None:
     ids = TOKENIZER.encode(" 🐍").ids
     halves = [SERVER.text_after(PROMPT, ids[: count + 1]) for count in range(len(ids))]
     assert [half.endswith("�") for half in halves].count(True) >= 2, "a character of several tokens"
@@ -193,7 +195,7 @@ def test_half_a_character_is_not_kept() -> None:
     )
 
 
-def test_no_tokens_are_kept_whose_text_is_another() -> None:
+def test_accepted_prefix_is_empty_if_its_text_differs() -> None:
     assert accepted_prefix([1, 2, 3], "abc", [], lambda ids: "x" * len(ids)) == AcceptedPrefix()
     assert accepted_prefix([1, 2, 3], "abc", [], lambda ids: "") == AcceptedPrefix(), "nobody knows"
 
@@ -213,13 +215,13 @@ def test_no_tokens_are_kept_whose_text_is_another() -> None:
         ({"beam_width": 4}, "beam_width is set"),
     ],
 )
-def test_greedy_requests_can_be_continued(params: Any, reason: str | None) -> None:
+def test_greedy_requests_are_resumable(params: Any, reason: str | None) -> None:
     assert not_resumable(native(**params), is_deterministic=False) == reason
     expected = None if reason is SAMPLES else reason
     assert not_resumable(native(**params), is_deterministic=True) == expected
 
 
-def test_every_prompt_of_a_batch_has_to_be_greedy() -> None:
+def test_batch_is_resumable_only_if_every_prompt_is_greedy() -> None:
     params = [{"temperature": 0}, {"temperature": 0}]
     body = {"input_ids": [[1], [2]], "sampling_params": params}
     call = GenerationRequest(Api.GENERATE, body, "x", False, ("x", "y"), 2, 1, None)
@@ -229,7 +231,7 @@ def test_every_prompt_of_a_batch_has_to_be_greedy() -> None:
     assert not_resumable(openai(Api.CHAT, temperature=None), is_deterministic=False) is SAMPLES
 
 
-def test_what_a_server_remembers_is_not_continued_by_another() -> None:
+def test_request_with_a_session_is_not_resumable() -> None:
     call = native()
     call = structs.replace(call, body={**call.body, "session_params": {"id": "s"}})
     assert not_resumable(call, is_deterministic=True) == "session_params is set"
@@ -238,7 +240,7 @@ def test_what_a_server_remembers_is_not_continued_by_another() -> None:
 # ---- what follows
 
 
-def test_a_client_that_has_it_all_is_only_told_the_end() -> None:
+def test_closing_events_are_what_a_client_with_the_whole_answer_lacks() -> None:
     for call in (native(), openai(Api.CHAT), openai(Api.COMPLETIONS)):
         *events, done = SERVER.stream(call, PROMPT, [1])
         assert closing_events(call, seen_of(call, events)) == done
@@ -251,7 +253,7 @@ def test_a_client_that_has_it_all_is_only_told_the_end() -> None:
 
 
 @pytest.mark.parametrize("call", [native(presence_penalty=1), openai(Api.CHAT), openai(Api.COMPLETIONS)])
-def test_a_server_that_answers_differently_is_not_listened_to(call: GenerationRequest) -> None:
+def test_splicer_raises_diverged_for_a_different_answer(call: GenerationRequest) -> None:
     other = GreedyServer(TOKENIZER, SCRIPT[::-1])
     seen = seen_of(call, SERVER.stream(call, PROMPT, [1])[:8])
     rewrite = plan_resumption(call, seen, PromptTokens(PROMPT)).splicer.rewrite
@@ -261,7 +263,7 @@ def test_a_server_that_answers_differently_is_not_listened_to(call: GenerationRe
 
 
 @pytest.mark.parametrize("call", [native(presence_penalty=1), openai(Api.CHAT), openai(Api.COMPLETIONS)])
-def test_a_server_that_ends_too_soon_is_not_believed(call: GenerationRequest) -> None:
+def test_splicer_raises_diverged_for_a_shorter_answer(call: GenerationRequest) -> None:
     seen = seen_of(call, SERVER.stream(call, PROMPT, [1])[:20])
     short = native(max_new_tokens=3) if call.api is Api.GENERATE else openai(call.api, max_tokens=3)
     rewrite = plan_resumption(call, seen, PromptTokens(PROMPT)).splicer.rewrite
@@ -281,7 +283,7 @@ def tool(number: int, arguments: str, name: str | None = None, call_id: str | No
     }
 
 
-def test_reasoning_and_tool_calls_go_on_where_they_were() -> None:
+def test_splicer_continues_reasoning_and_tool_calls() -> None:
     call = openai(Api.CHAT, tools=[{}])
     first = [
         chunk({"role": "assistant", "content": ""}),
@@ -312,7 +314,7 @@ def test_reasoning_and_tool_calls_go_on_where_they_were() -> None:
     ]
 
 
-def test_each_choice_goes_on_by_itself() -> None:
+def test_splicer_continues_each_choice_by_itself() -> None:
     call = structs.replace(openai(Api.CHAT, n=2), num_samples=2)
     first = [chunk({"content": "a"}, 0), chunk({"content": "bcd"}, 1), chunk({}, 1, finish_reason="stop")]
     again = [
@@ -327,7 +329,7 @@ def test_each_choice_goes_on_by_itself() -> None:
     assert rest == [json.loads(event[6:]) for event in (chunk({"content": "b"}, 0), again[-1])]
 
 
-def test_logprobs_are_told_once() -> None:
+def test_splicer_sends_logprobs_once() -> None:
     call = openai(Api.COMPLETIONS, logprobs=1)
 
     def event(text: str, *values: float) -> bytes:

@@ -1,4 +1,4 @@
-"""A request survives the instances that fail it, as long as its client has seen nothing."""
+"""Retries: a request survives failed instances as long as its client has received nothing."""
 
 from __future__ import annotations
 
@@ -39,30 +39,30 @@ BODIES = [
 # ---- the policy
 
 
-def patience(draw: float = 1.0, **settings: Any) -> RetryPolicy:
+def policy(draw: float = 1.0, **settings: Any) -> RetryPolicy:
     return RetryPolicy(**{"initial_backoff_s": 0.05, "max_backoff_s": 0.3, **settings}, draw=lambda: draw)
 
 
-def test_backoffs_double_up_to_a_limit() -> None:
-    forever = patience(max_retries=10_000)
+def test_backoff_doubles_up_to_a_limit() -> None:
+    forever = policy(max_retries=10_000)
     assert [backoff_s(forever, n, 9.0) for n in (1, 2, 3, 4, 9999)] == pytest.approx(
         [0.05, 0.1, 0.2, 0.3, 0.3]
     )
 
 
-def test_jitter_takes_up_to_half_of_it() -> None:
-    assert backoff_s(patience(0.0), 1, 9.0) == pytest.approx(0.025)
-    assert backoff_s(patience(0.5), 1, 9.0) == pytest.approx(0.0375)
+def test_backoff_jitter_takes_up_to_half() -> None:
+    assert backoff_s(policy(0.0), 1, 9.0) == pytest.approx(0.025)
+    assert backoff_s(policy(0.5), 1, 9.0) == pytest.approx(0.0375)
 
 
-def test_it_is_given_up_when_tries_or_time_are_over() -> None:
-    assert backoff_s(patience(max_retries=3), 3, 9.0) is not None
-    assert backoff_s(patience(max_retries=3), 4, 9.0) is None
-    assert backoff_s(patience(max_retries=0), 1, 9.0) is None
-    assert backoff_s(patience(), 1, 0.04) is None, "it would be over before"
+def test_backoff_is_none_when_retries_or_time_run_out() -> None:
+    assert backoff_s(policy(max_retries=3), 3, 9.0) is not None
+    assert backoff_s(policy(max_retries=3), 4, 9.0) is None
+    assert backoff_s(policy(max_retries=0), 1, 9.0) is None
+    assert backoff_s(policy(), 1, 0.04) is None, "it would be over before"
 
 
-def test_those_that_failed_are_chosen_last() -> None:
+def test_retry_candidates_put_failed_instances_last() -> None:
     names = [InstanceId(name) for name in "abc"]
     a, b, c = (
         Instance(name, Epoch(1), Role.COLOCATED, f"http://{name}:1", None, ServerInfo("m", "/m"))
@@ -72,18 +72,18 @@ def test_those_that_failed_are_chosen_last() -> None:
     assert got == [(c,), (a, c), (a, b, c)]
 
 
-def test_an_alias_has_no_name_that_an_abort_of_the_old_one_could_mean() -> None:
+def test_attempt_id_shares_no_prefix_with_the_request_id() -> None:
     call = GenerationRequest(Api.GENERATE, {}, "x", True, ("x", "y"), 2, 1, None)
-    alias = AttemptId()
-    named = alias.of(call)
+    attempt_id = AttemptId()
+    named = attempt_id.of(call)
     assert not any(new.startswith(old) for new in (named.rid, *named.rids) for old in call.rids)
     assert not named.has_client_rid, "an abort of it may be repeated"
     answer = json.dumps([{"id": rid, "text": 'say "x"'} for rid in named.rids]).encode()
-    assert json.loads(alias.removed(answer)) == [{"id": rid, "text": 'say "x"'} for rid in call.rids]
+    assert json.loads(attempt_id.removed(answer)) == [{"id": rid, "text": 'say "x"'} for rid in call.rids]
 
 
-async def test_an_alias_leaves_streams_however_they_are_cut() -> None:
-    alias, written = AttemptId(), list[bytes]()
+async def test_attempt_id_is_removed_from_streams_in_any_chunks() -> None:
+    attempt_id, written = AttemptId(), list[bytes]()
 
     class Client:
         has_begun = False
@@ -91,8 +91,8 @@ async def test_an_alias_leaves_streams_however_they_are_cut() -> None:
         async def write(self, chunk: bytes) -> None:
             written.append(chunk)
 
-    stream = b'data: {"id":"%sme"}\n\ndata: [DONE]\n\n' % alias.mark.encode()
-    write_own = ResumableStream(Client(), None).writer(alias, None)
+    stream = b'data: {"id":"%sme"}\n\ndata: [DONE]\n\n' % attempt_id.mark.encode()
+    write_own = ResumableStream(Client(), None).writer(attempt_id, None)
     for i in range(len(stream)):
         await write_own(stream[i : i + 1])
     assert b"".join(written) == b'data: {"id":"me"}\n\ndata: [DONE]\n\n'
@@ -106,7 +106,7 @@ def team() -> list[FakeWorker]:
 
 
 async def victim_of(stage: Stage, role: Role) -> FakeWorker:
-    """The one of `role` that got the request."""
+    """The worker of `role` that got the request."""
     workers = stage.workers[role]
     await stage.until(lambda: any(one.requests for one in workers))
     return next(one for one in workers if one.requests)
@@ -115,7 +115,7 @@ async def victim_of(stage: Stage, role: Role) -> FakeWorker:
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE])
 @pytest.mark.parametrize(("path", "body"), BODIES)
-async def test_another_pair_serves_what_a_killed_one_had(
+async def test_request_of_a_killed_pair_is_retried_on_another(
     path: str, body: dict[str, Any], role: Role, stream: bool
 ) -> None:
     async with staged(*team()) as stage:
@@ -144,7 +144,7 @@ async def test_another_pair_serves_what_a_killed_one_had(
         assert len(names) == len(rooms) >= 2, "each attempt is new to the servers"
 
 
-async def test_both_legs_are_taken_back_before_it_is_done_again() -> None:
+async def test_both_legs_are_aborted_before_a_retry() -> None:
     workers = [FakeWorker(Role.PREFILL), FakeWorker(Role.PREFILL), FakeWorker(Role.DECODE)]
     async with staged(*workers) as stage:
         hold = asyncio.Event()
@@ -164,7 +164,7 @@ async def test_both_legs_are_taken_back_before_it_is_done_again() -> None:
 
 
 @pytest.mark.parametrize("stream", [False, True])
-async def test_an_answer_bears_the_clients_own_name(stream: bool) -> None:
+async def test_answer_of_a_retry_has_the_clients_rid(stream: bool) -> None:
     async with staged(FakeWorker(), FakeWorker(), policy="round_robin") as stage:
         bad, good = stage.workers[Role.COLOCATED]
         bad.script = Script(status=500)
@@ -191,7 +191,7 @@ class _FailingInStream(FakeWorker):
 
 
 @pytest.mark.parametrize("role", [Role.COLOCATED, Role.DECODE])
-async def test_a_stream_that_fails_inside_a_200_is_done_again(role: Role) -> None:
+async def test_stream_that_fails_inside_a_200_is_retried(role: Role) -> None:
     workers = [_FailingInStream(role), FakeWorker(role)]
     workers += [FakeWorker(Role.PREFILL)] if role is Role.DECODE else []
     async with staged(*workers, policy="round_robin") as stage:
@@ -201,7 +201,7 @@ async def test_a_stream_that_fails_inside_a_200_is_done_again(role: Role) -> Non
         assert await metric(stage, 'memserve_router_retries_total{reason="failed"} 1.0')
 
 
-async def test_a_stream_that_has_begun_is_not_done_again() -> None:
+async def test_sampled_stream_that_has_begun_is_not_retried() -> None:
     async with staged(FakeWorker(), FakeWorker()) as stage:
         workers = stage.workers[Role.COLOCATED]
         for worker in workers:
@@ -213,7 +213,7 @@ async def test_a_stream_that_has_begun_is_not_done_again() -> None:
 
 
 @pytest.mark.parametrize("max_retries", [0, 3])
-async def test_when_all_fail_the_last_error_tells_of_the_attempts(max_retries: int) -> None:
+async def test_last_error_tells_the_number_of_attempts(max_retries: int) -> None:
     settings = {"retry_max_retries": max_retries, "retry_initial_backoff_ms": 1}
     async with staged(FakeWorker(), FakeWorker(), **settings) as stage:
         workers = stage.workers[Role.COLOCATED]
@@ -229,7 +229,7 @@ async def test_when_all_fail_the_last_error_tells_of_the_attempts(max_retries: i
         assert sum(len(one.requests) for one in workers) == max_retries + 1
 
 
-async def test_a_client_may_leave_while_the_next_attempt_is_waited_for() -> None:
+async def test_client_that_leaves_during_a_backoff_ends_the_request() -> None:
     settings = {"retry_initial_backoff_ms": LONG_MS, "retry_max_backoff_ms": LONG_MS}
     async with staged(FakeWorker(), cb_failure_threshold=1, **settings) as stage:
         stage.colocated.script = Script(status=500)
@@ -242,7 +242,7 @@ async def test_a_client_may_leave_while_the_next_attempt_is_waited_for() -> None
         assert len(stage.colocated.requests) == 1
 
 
-async def test_no_attempt_is_waited_for_that_would_come_too_late() -> None:
+async def test_request_whose_time_ends_before_the_retry_fails_at_once() -> None:
     settings = {"retry_initial_backoff_ms": LONG_MS, "retry_max_backoff_ms": LONG_MS}
     async with staged(FakeWorker(), request_timeout_secs=5.0, **settings) as stage:
         stage.colocated.script = Script(status=500, message="out of luck")
@@ -250,7 +250,7 @@ async def test_no_attempt_is_waited_for_that_would_come_too_late() -> None:
         assert (status, "out of luck" in answer) == (502, True)
 
 
-async def test_the_time_of_a_request_is_for_all_its_attempts() -> None:
+async def test_time_limit_covers_all_attempts() -> None:
     async with staged(FakeWorker(), FakeWorker(), request_timeout_secs=0.3, policy="round_robin") as stage:
         bad, slow = stage.workers[Role.COLOCATED]
         bad.script, slow.script = Script(status=500), Script(gates={0: asyncio.Event()})
@@ -262,7 +262,7 @@ async def test_the_time_of_a_request_is_for_all_its_attempts() -> None:
         await slow.until(lambda w: all(one.dropped for one in w.requests))
 
 
-async def test_the_only_worker_may_be_started_anew_meanwhile() -> None:
+async def test_retry_reaches_the_only_worker_after_its_restart() -> None:
     async with staged(FakeWorker(), retry_initial_backoff_ms=500) as stage:
         worker = stage.colocated
         worker.script = Script(gates={0: asyncio.Event()})
@@ -275,7 +275,7 @@ async def test_the_only_worker_may_be_started_anew_meanwhile() -> None:
         assert (status, texts(answer, False)) == (200, ["Hello, world"])
 
 
-async def test_nobody_is_kept_waiting_for_a_worker_that_stays_dead() -> None:
+async def test_request_fails_soon_if_its_only_worker_stays_dead() -> None:
     async with staged(FakeWorker()) as stage:
         stage.colocated.script = Script(gates={0: asyncio.Event()})
         ask = Ask(stage)

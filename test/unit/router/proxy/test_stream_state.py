@@ -1,4 +1,4 @@
-"""What a client has seen of a stream is known when it is asked for, and takes little memory until then."""
+"""StreamState: reads a stream's chunks only when needed, in bounded memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .recovery_harness import PROMPT, SERVER, native, openai, seen_of
 
 
 @pytest.mark.parametrize("incremental", [False, True])
-def test_a_long_stream_is_remembered_in_little_memory(incremental: bool) -> None:
+def test_stream_state_of_a_long_stream_takes_little_memory(incremental: bool) -> None:
     server = replace(SERVER, is_incremental=incremental)
     call = native(max_new_tokens=900)
     events = server.stream(call, PROMPT, [1])
@@ -28,7 +28,7 @@ def test_a_long_stream_is_remembered_in_little_memory(incremental: bool) -> None
     assert state.received().is_done
 
 
-def test_a_stream_that_is_too_long_is_forgotten() -> None:
+def test_stream_state_forgets_a_stream_that_is_too_long() -> None:
     call = openai(Api.COMPLETIONS)
     event = json.dumps({"id": "x", "choices": [{"index": 0, "text": "x" * 100_000}]}).encode()
     with pytest.raises(Unreadable, match="longer"):
@@ -39,6 +39,6 @@ def test_a_stream_that_is_too_long_is_forgotten() -> None:
     "event",
     [b"data: {}\n\n", b"data: {oops\n\n", b'data: {"meta_info": {"completion_tokens": 1}, "text": "x"}\n\n'],
 )
-def test_events_of_another_kind_are_not_continued(event: bytes) -> None:
+def test_stream_state_raises_unreadable_for_unknown_events(event: bytes) -> None:
     with pytest.raises(Unreadable):
         seen_of(native(), [event])

@@ -1,4 +1,4 @@
-"""What is refused before anything is sent."""
+"""Requests that the router refuses before it sends anything."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def generate(**body: Any) -> GenerationRequest:
         b"[" * 10**6,
     ],
 )
-def test_a_body_that_is_no_json_object_is_refused(raw: bytes) -> None:
+def test_body_that_is_not_a_json_object_is_refused(raw: bytes) -> None:
     with pytest.raises(BadRequest) as caught:
         read_body(raw)
     assert caught.value.status == 400
@@ -104,7 +104,7 @@ def test_a_body_that_is_no_json_object_is_refused(raw: bytes) -> None:
         ({"text": ["a", "b"], "rid": ["x", "x"]}, "rid"),
     ],
 )
-def test_generate_refuses(body: dict[str, Any], field: str) -> None:
+def test_generate_body_with_a_wrong_field_is_refused(body: dict[str, Any], field: str) -> None:
     with pytest.raises(BadRequest) as caught:
         read(Api.GENERATE, body)
     assert caught.value.field == field
@@ -128,7 +128,7 @@ def test_generate_refuses(body: dict[str, Any], field: str) -> None:
         ({"messages": HELLO, "input_ids": [[5]]}, "input_ids"),
     ],
 )
-def test_chat_refuses(body: dict[str, Any], field: str) -> None:
+def test_chat_body_with_a_wrong_field_is_refused(body: dict[str, Any], field: str) -> None:
     with pytest.raises(BadRequest) as caught:
         read(Api.CHAT, body)
     assert caught.value.field == field
@@ -150,7 +150,7 @@ def test_chat_refuses(body: dict[str, Any], field: str) -> None:
         ({"prompt": "a", "echo": "yes"}, "echo"),
     ],
 )
-def test_completions_refuses(body: dict[str, Any], field: str) -> None:
+def test_completions_body_with_a_wrong_field_is_refused(body: dict[str, Any], field: str) -> None:
     with pytest.raises(BadRequest) as caught:
         read(Api.COMPLETIONS, body)
     assert caught.value.field == field
@@ -173,13 +173,15 @@ def test_completions_refuses(body: dict[str, Any], field: str) -> None:
         ({"text": "a", "some_new_field": 1}, None, 1),
     ],
 )
-def test_generate_takes(body: dict[str, Any], num_prompts: int | None, num_samples: int) -> None:
+def test_generate_body_with_valid_fields_is_accepted(
+    body: dict[str, Any], num_prompts: int | None, num_samples: int
+) -> None:
     call = read(Api.GENERATE, body)
     assert (call.num_prompts, call.num_samples) == (num_prompts, num_samples)
     assert call.body is body
 
 
-def test_parts_are_named_as_sglang_names_them() -> None:
+def test_prompts_of_a_batch_have_sglangs_rids() -> None:
     assert generate(text="a").rids == ("new",)
     assert generate(text="a", rid="mine").rids == ("mine",)
     assert generate(text=["a", "b"]).rids == ("new_0", "new_1")
@@ -188,11 +190,11 @@ def test_parts_are_named_as_sglang_names_them() -> None:
     assert not generate(text="a").has_client_rid
 
 
-def test_empty_text_is_taken_where_a_token_is_put_before_it() -> None:
+def test_empty_text_is_accepted_if_the_tokenizer_adds_a_token() -> None:
     assert read(Api.GENERATE, {"text": ""}, Limits(takes_empty_text=True)).num_prompts is None
 
 
-def test_what_is_not_known_is_not_checked() -> None:
+def test_unknown_limits_are_not_checked() -> None:
     unknown = Limits()
     assert read(Api.GENERATE, {"input_ids": [10**6] * 1000}, unknown).num_prompts is None
     with pytest.raises(BadRequest):
@@ -212,7 +214,7 @@ fields = st.sampled_from(
 
 
 @given(st.sampled_from(list(Api)), st.dictionaries(fields, json_values))
-def test_any_json_is_taken_or_refused_with_a_reason(api: Api, body: dict[str, Any]) -> None:
+def test_any_json_is_accepted_or_refused_with_a_reason(api: Api, body: dict[str, Any]) -> None:
     try:
         call = read(api, body)
     except BadRequest:
@@ -220,7 +222,7 @@ def test_any_json_is_taken_or_refused_with_a_reason(api: Api, body: dict[str, An
     assert len(call.rids) == (1 if call.num_prompts is None else call.num_prompts)
 
 
-def test_the_sampling_parameters_are_sglangs() -> None:
+def test_sampling_fields_equal_sglangs() -> None:
     spec = importlib.util.find_spec("sglang")
     if spec is None or spec.origin is None:
         pytest.skip("sglang is not installed")

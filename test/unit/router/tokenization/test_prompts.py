@@ -1,4 +1,4 @@
-"""What the router reads of a request: tokens, namespaces, sessions; and who confirms its tokenizer."""
+"""PromptReader: tokens, namespaces and sessions of requests; servers confirm the tokenizer."""
 
 from __future__ import annotations
 
@@ -51,7 +51,9 @@ async def admitted(server: SglangServer, model: Path, *names: InstanceId) -> Tok
     return tokenizers
 
 
-async def test_a_text_becomes_the_servers_ids_and_their_keys(server: SglangServer, model: Path) -> None:
+async def test_prompt_reader_turns_text_into_the_servers_ids_and_keys(
+    server: SglangServer, model: Path
+) -> None:
     tokenizers = await admitted(server, model, A)
     text = "The quick brown fox jumps over the lazy dog"
     forwarded, prompt, _ = await PromptReader(tokenizers).read(call({"text": text}), "m", PAGE, {})
@@ -63,7 +65,9 @@ async def test_a_text_becomes_the_servers_ids_and_their_keys(server: SglangServe
     tokenizers.close()
 
 
-async def test_an_instance_that_reads_otherwise_is_refused_by_name(server: SglangServer, model: Path) -> None:
+async def test_instance_with_another_tokenizer_is_refused_with_the_others_id(
+    server: SglangServer, model: Path
+) -> None:
     tokenizers = await admitted(server, model, A)
     with pytest.raises(TokenizerMismatch, match="tokenizer is not that of a"):
         await tokenizers.admit(B, "m", str(model), {}, nobody)
@@ -72,7 +76,7 @@ async def test_an_instance_that_reads_otherwise_is_refused_by_name(server: Sglan
     tokenizers.close()
 
 
-async def test_without_anybody_to_confirm_it_nothing_is_guessed(server: SglangServer, model: Path) -> None:
+async def test_unconfirmed_tokenizer_leaves_tokens_unknown(server: SglangServer, model: Path) -> None:
     tokenizers = Tokenizers(str(model))
     await tokenizers.admit(A, "m", "/nowhere", {}, nobody)
     original = call({"text": "hello"})
@@ -86,7 +90,7 @@ async def test_without_anybody_to_confirm_it_nothing_is_guessed(server: SglangSe
     tokenizers.close()
 
 
-async def test_ids_need_no_tokenizer() -> None:
+async def test_request_with_ids_needs_no_tokenizer() -> None:
     tokenizers = Tokenizers(OFF)
     await tokenizers.admit(A, "m", "/nowhere", {}, nobody)
     assert tokenizers.reasons() == {"m": NOT_WANTED}
@@ -98,7 +102,7 @@ async def test_ids_need_no_tokenizer() -> None:
     assert (await reader.read(image, "m", PAGE, {}))[1].unknown
 
 
-async def test_of_a_batch_each_prompt_has_its_keys_and_salt() -> None:
+async def test_each_prompt_of_a_batch_has_its_own_keys_and_salt() -> None:
     body = {"input_ids": [[1] * 8, [1] * 8, [1] * 8], "cache_salt": ["x", "", "x"]}
     _, prompt, _ = await PromptReader(Tokenizers(OFF)).read(call(body), "m", PAGE, {})
     plain, salted = page_keys([1] * 8, PAGE), page_keys([1] * 8, PAGE, Namespace(None, "x"))
@@ -119,13 +123,13 @@ async def test_of_a_batch_each_prompt_has_its_keys_and_salt() -> None:
         ({"cache_salt": 5}, None, None),
     ],
 )
-def test_namespaces_are_read_as_sglang_reads_them(
+def test_namespaces_follow_sglangs_rules(
     body: dict[str, Any], number: int | None, namespace: Namespace | None
 ) -> None:
     assert namespace_of(body, number) == namespace
 
 
-def test_a_header_names_the_session_or_else_the_user() -> None:
+def test_session_is_of_a_header_or_else_of_the_user() -> None:
     assert session_of({}, {}) is None
     assert session_of({"user": "u"}, {}) == session_of({}, {"x-session-id": "u"}) is not None
     assert session_of({"user": "u"}, {"x-session-id": "s"}) == session_of({}, {"x-user-id": "s"})
@@ -141,11 +145,13 @@ def test_a_header_names_the_session_or_else_the_user() -> None:
         (Api.COMPLETIONS, {"prompt": "a", "max_tokens": 10**9}, DEFAULT_OUTPUT_TOKENS),
     ],
 )
-def test_the_answers_length_is_what_the_request_allows(api: Api, body: dict[str, Any], expected: int) -> None:
+def test_expected_output_tokens_follow_the_requests_limit(
+    api: Api, body: dict[str, Any], expected: int
+) -> None:
     assert call(body, api).expected_output_tokens == expected
 
 
-async def test_by_text_nothing_is_tokenized_and_what_servers_tell_is_used(
+async def test_text_routing_tokenizes_nothing_and_uses_reported_keys(
     server: SglangServer, model: Path
 ) -> None:
     reader = PromptReader(await admitted(server, model, A), "text")
@@ -163,7 +169,7 @@ async def test_by_text_nothing_is_tokenized_and_what_servers_tell_is_used(
     assert (await reader.read(ids, "m", PAGE, {}))[1].chains == (page_keys([1, 2, 3, 4], PAGE),)
 
 
-async def test_unknown_tokens_are_looked_up_by_text_unless_that_is_not_wanted() -> None:
+async def test_unknown_tokens_get_text_keys_unless_token_keys_are_required() -> None:
     long = call({"text": "word " * 500})
     for keys, by_text in (("auto", True), ("tokens", False)):
         reader = PromptReader(Tokenizers(OFF), keys)  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""What the router knows of texts whose tokens only the servers know."""
+"""TextKeyCache: page keys of texts that only the servers tokenize."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ CHUNK = BLOCK_TOKENS * BYTES_PER_TOKEN
 PAGE = 16
 CALL = read_request(Api.GENERATE, {"text": "x"}, Limits(), "rid")
 DENSITIES = (1, 4, 16)
-"""Bytes per token: a text's chunks need not be alike."""
+"""Bytes per token: the chunks of a text may differ."""
 
 Text = list[tuple[int, int]]
-"""Chunks: which one, and its density."""
+"""Chunks: number and density."""
 texts = st.lists(st.tuples(st.integers(0, 2), st.sampled_from(DENSITIES)), min_size=1, max_size=6)
 
 
@@ -29,7 +29,7 @@ def written(text: Text) -> bytes:
 
 
 def pages(text: Text) -> list[BlockKey]:
-    """As a server with a tokenizer would name them."""
+    """The page keys that a server with a tokenizer reports."""
     ids = [16 * which + density for which, density in text for _ in range(CHUNK // density)]
     return page_keys(ids, PAGE)
 
@@ -39,7 +39,7 @@ def chain(text: Text) -> list[BlockKey]:
 
 
 class Router:
-    """A memory, and prompts that went by it."""
+    """A cache, and the prompts that it has seen."""
 
     def __init__(self) -> None:
         self.memory = TextKeyCache()
@@ -61,7 +61,7 @@ def shared(one: list[BlockKey], other: list[BlockKey]) -> int:
 
 
 @given(texts)
-def test_a_text_that_was_named_is_known_whole(text: Text) -> None:
+def test_reported_text_is_known_whole(text: Text) -> None:
     router = Router()
     assert router.known(text) == []
     router.serve(text)
@@ -69,7 +69,7 @@ def test_a_text_that_was_named_is_known_whole(text: Text) -> None:
 
 
 @given(texts, texts)
-def test_the_next_turn_is_known_as_far_as_the_last(first: Text, more: Text) -> None:
+def test_next_turn_is_known_as_far_as_the_last_turn(first: Text, more: Text) -> None:
     router = Router()
     router.serve(first)
     known = router.known(first + more)
@@ -80,7 +80,7 @@ def test_the_next_turn_is_known_as_far_as_the_last(first: Text, more: Text) -> N
 
 
 @given(texts, texts, texts, texts)
-def test_where_texts_part_is_learnt_from_two_of_them(begin: Text, one: Text, two: Text, three: Text) -> None:
+def test_two_texts_tell_how_many_pages_they_share(begin: Text, one: Text, two: Text, three: Text) -> None:
     one, two, three = [(3, 4), *one], [(4, 4), *two], [(5, 4), *three]
     router = Router()
     router.serve(begin + one)
@@ -90,14 +90,14 @@ def test_where_texts_part_is_learnt_from_two_of_them(begin: Text, one: Text, two
     assert len(known) == shared(pages(begin + one), pages(begin + two))
 
 
-def test_before_that_a_part_has_its_share() -> None:
+def test_part_of_one_text_has_its_share_of_the_pages() -> None:
     router = Router()
     whole: Text = [(i % 3, 4) for i in range(4)]
     router.serve([*whole, *whole])
     assert router.known([*whole, (9, 4)]) == pages(whole)
 
 
-def test_only_what_was_asked_for_is_learnt_and_once() -> None:
+def test_only_keys_of_requested_texts_are_recorded_and_once() -> None:
     memory, text = TextKeyCache(), [(1, 4)]
     memory.record_keys("stranger", pages(text))
     assert memory.keys_of(chain(text)) == ()
@@ -107,14 +107,14 @@ def test_only_what_was_asked_for_is_learnt_and_once() -> None:
     assert list(memory.keys_of(chain(text))) == pages(text)
 
 
-def test_a_text_shorter_than_a_chunk_is_nobodys() -> None:
+def test_text_shorter_than_a_chunk_is_not_recorded() -> None:
     memory = TextKeyCache()
     memory.record_request("r", [], 10)
     memory.record_keys("r", pages([(1, 4)]))
     assert len(memory) == 0
 
 
-def test_memory_is_bounded_and_the_latest_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_cache_is_bounded_and_keeps_the_latest(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(text_memory, "MAX_REQUESTED", 3)
     memory = TextKeyCache(max_chunks=4)
     for number in range(10):

@@ -1,4 +1,4 @@
-"""Keys of texts: equal as far as the texts are, apart where anything else makes the prompts differ."""
+"""Text keys: equal as far as the texts are, different where other fields change the prompt."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def common(one: list[BlockKey], other: list[BlockKey]) -> int:
 
 
 @given(st.binary(max_size=4 * CHUNK), st.binary(max_size=2 * CHUNK), st.binary(max_size=2 * CHUNK))
-def test_keys_are_equal_exactly_as_far_as_the_texts_are(shared: bytes, one: bytes, other: bytes) -> None:
+def test_text_keys_are_equal_exactly_as_far_as_the_texts(shared: bytes, one: bytes, other: bytes) -> None:
     any_call = call({"text": "x"})
     ours, theirs = text_chain(shared + one, any_call, None), text_chain(shared + other, any_call, None)
     assert len(ours) == len(shared + one) // CHUNK
@@ -45,7 +45,7 @@ def test_keys_are_equal_exactly_as_far_as_the_texts_are(shared: bytes, one: byte
         assert (a == b) == ((shared + one)[:end] == (shared + other)[:end])
 
 
-def test_the_next_turn_of_a_chat_begins_as_the_last() -> None:
+def test_next_turn_of_a_chat_has_the_text_keys_of_the_last() -> None:
     first = [{"role": "system", "content": LONG}, {"role": "user", "content": "hello"}]
     second = [*first, {"role": "assistant", "content": "hi"}, {"role": "user", "content": LONG}]
     one, other = (chain({"messages": messages}, Api.CHAT) for messages in (first, second))
@@ -68,13 +68,13 @@ def test_the_next_turn_of_a_chat_begins_as_the_last() -> None:
         ),
     ],
 )
-def test_what_changes_a_prompt_from_its_start_changes_every_key(
+def test_field_that_changes_the_prompts_beginning_changes_every_text_key(
     body: dict[str, Any], other: dict[str, Any], api: Api
 ) -> None:
     assert common(chain(body, api), chain(other, api)) == 0
 
 
-def test_namespaces_share_no_key() -> None:
+def test_namespaces_share_no_text_key() -> None:
     namespaces = [None, Namespace(None, "salt"), Namespace("salt", None), Namespace("", None)]
     chains = [chain({"text": LONG}, namespace=one) for one in namespaces]
     assert len({keys[0] for keys in chains}) == len(chains)
@@ -88,10 +88,10 @@ def test_namespaces_share_no_key() -> None:
         ({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, Api.CHAT),
     ],
 )
-def test_what_is_more_or_less_than_text_has_no_text_keys(body: dict[str, Any], api: Api) -> None:
+def test_request_with_more_or_less_than_text_has_no_text_keys(body: dict[str, Any], api: Api) -> None:
     assert text_of(call(body, api)) is None
 
 
-def test_text_in_parts_is_text() -> None:
+def test_chat_with_text_parts_has_text_keys() -> None:
     parts = [{"type": "text", "text": LONG}]
     assert text_of(call({"messages": [{"role": "user", "content": parts}]}, Api.CHAT)) is not None

@@ -1,4 +1,4 @@
-"""The router's token ids are SGLang's, and where they might not be, it says so."""
+"""Tokenizer: its ids equal SGLang's, or are unknown."""
 
 from __future__ import annotations
 
@@ -138,7 +138,7 @@ def ids_of(tokenizer: Tokenizer, api: Api, **body: Any) -> list[list[int]]:
 
 
 @pytest.mark.parametrize("model", ALL)
-def test_texts_have_the_ids_of_the_server(
+def test_tokenizer_gives_the_servers_ids_of_texts(
     tokenizers: dict[str, Tokenizer], servers: dict[str, SglangServer], model: str
 ) -> None:
     expected = [servers[model].text_ids(text) for text in TEXTS]
@@ -151,7 +151,7 @@ def test_texts_have_the_ids_of_the_server(
 
 @pytest.mark.parametrize("chat", CHATS)
 @pytest.mark.parametrize("model", ALL)
-def test_chats_have_the_ids_of_the_server(
+def test_tokenizer_gives_the_servers_ids_of_chats(
     tokenizers: dict[str, Tokenizer], servers: dict[str, SglangServer], model: str, chat: str
 ) -> None:
     try:
@@ -221,7 +221,7 @@ def test_chats_have_the_ids_of_the_server(
         ),
     ],
 )
-def test_what_only_a_server_can_tell_is_unknown(
+def test_tokens_that_only_a_server_can_tell_are_unknown(
     models: dict[str, Path], tiny: Tokenizer, api: Api, body: dict[str, Any], reason: str
 ) -> None:
     before = tiny.stats.unknown[reason]
@@ -229,17 +229,17 @@ def test_what_only_a_server_can_tell_is_unknown(
     assert tiny.stats.unknown[reason] == before + 1
 
 
-def test_a_model_may_have_a_colon_in_its_name(tiny: Tokenizer) -> None:
+def test_model_with_a_colon_in_its_name_is_no_adapter(tiny: Tokenizer) -> None:
     assert ids_of(tiny, Api.COMPLETIONS, prompt=[1, 2], model="tiny:latest") == [[1, 2]]
 
 
-def test_a_chat_that_the_template_refuses_is_unknown(tokenizers: dict[str, Tokenizer]) -> None:
+def test_tokens_of_a_chat_that_the_template_refuses_are_unknown(tokenizers: dict[str, Tokenizer]) -> None:
     assert tokens_of(tokenizers["mistral"], Api.CHAT, messages=[USER, USER]) == UnknownTokens(
         "a chat that the template refuses"
     )
 
 
-def test_ids_are_known_as_they_come(models: dict[str, Path]) -> None:
+def test_given_ids_are_the_tokens(models: dict[str, Path]) -> None:
     tokenizer = Tokenizer.load(models["tiny"])  # confirmed by nobody
     assert ids_of(tokenizer, Api.GENERATE, input_ids=[1, 2]) == [[1, 2]]
     assert ids_of(tokenizer, Api.GENERATE, input_ids=[[1, 2], [3]]) == [[1, 2], [3]]
@@ -248,13 +248,13 @@ def test_ids_are_known_as_they_come(models: dict[str, Path]) -> None:
     assert tokenizer.stats.calls == 0
 
 
-def test_the_keys_of_a_prompt_are_those_of_its_whole_pages() -> None:
+def test_page_keys_leave_out_a_partial_page() -> None:
     namespace = Namespace(cache_salt="tenant")
     assert page_keys(range(40), 16, namespace) == page_keys(list(range(32)), 16, namespace)
 
 
 @pytest.mark.parametrize("num_prompts", ["one", "many"])
-def test_a_text_is_forwarded_as_ids(tiny: Tokenizer, num_prompts: str) -> None:
+def test_text_is_forwarded_as_ids(tiny: Tokenizer, num_prompts: str) -> None:
     text: Any = "hello" if num_prompts == "one" else ["hello", "you"]
     one = call(Api.GENERATE, text=text, sampling_params={"n": 2}, rid=None)
     tokens = asyncio.run(tiny.tokens_of(one))
@@ -269,14 +269,14 @@ def test_a_text_is_forwarded_as_ids(tiny: Tokenizer, num_prompts: str) -> None:
     assert tiny.with_token_ids(other, tokens).body == {"prompt": expected, "max_tokens": 3}
 
 
-def test_a_chat_is_forwarded_with_its_messages(tiny: Tokenizer) -> None:
+def test_chat_is_forwarded_with_ids_and_messages(tiny: Tokenizer) -> None:
     chat = call(Api.CHAT, messages=[USER], tools=[TOOL])
     tokens = asyncio.run(tiny.tokens_of(chat))
     assert isinstance(tokens, KnownTokens)
     assert tiny.with_token_ids(chat, tokens).body == {**chat.body, "input_ids": list(tokens.prompts[0])}
 
 
-def test_what_is_not_the_same_as_ids_is_forwarded_as_it_came(tiny: Tokenizer) -> None:
+def test_request_that_ids_cannot_replace_is_forwarded_unchanged(tiny: Tokenizer) -> None:
     echo = call(Api.COMPLETIONS, prompt="hello", echo=True)
     known = asyncio.run(tiny.tokens_of(echo))
     assert isinstance(known, KnownTokens)
@@ -289,7 +289,7 @@ def test_what_is_not_the_same_as_ids_is_forwarded_as_it_came(tiny: Tokenizer) ->
     assert tiny.with_token_ids(text, KnownTokens(((),))) is text
 
 
-def test_a_chat_that_says_what_day_it_is_gives_keys_only(tmp_path: Path) -> None:
+def test_ids_of_a_chat_with_the_date_are_for_keys_only(tmp_path: Path) -> None:
     special = {"eos_token": "<|im_end|>"}
     path = write_model(tmp_path / "today", byte_level("<|im_start|>", "<|im_end|>"), TODAY, special)
     server = SglangServer(path)
@@ -301,13 +301,13 @@ def test_a_chat_that_says_what_day_it_is_gives_keys_only(tmp_path: Path) -> None
     assert tokenizer.with_token_ids(chat, tokens) is chat
 
 
-def test_nothing_is_known_before_a_server_confirms_it(models: dict[str, Path]) -> None:
+def test_tokens_are_unknown_before_a_server_confirms(models: dict[str, Path]) -> None:
     tokenizer = Tokenizer.load(models["tiny"])
     assert tokens_of(tokenizer, Api.GENERATE, text="x") == UnknownTokens(UNCONFIRMED)
     assert tokens_of(tokenizer, Api.CHAT, messages=[USER]) == UnknownTokens(UNCONFIRMED)
 
 
-def test_one_server_that_reads_otherwise_is_enough_to_know_nothing(
+def test_tokens_are_unknown_if_one_server_disagrees(
     models: dict[str, Path], servers: dict[str, SglangServer]
 ) -> None:
     tokenizer = confirmed(models["qwen"], servers["qwen"])
@@ -319,7 +319,7 @@ def test_one_server_that_reads_otherwise_is_enough_to_know_nothing(
     assert tokens_of(tokenizer, Api.GENERATE, text="x") == UnknownTokens(UNCONFIRMED)
 
 
-def test_a_server_with_another_template_is_noticed(
+def test_verify_detects_another_chat_template(
     models: dict[str, Path], servers: dict[str, SglangServer], tmp_path: Path
 ) -> None:
     tokenizer, _, special = MODELS["qwen"]()
@@ -332,7 +332,7 @@ def test_a_server_with_another_template_is_noticed(
     "server_info",
     [{"chat_template": "chatml"}, {"model_path": "models/vicuna-7b"}, {"chat_template": "x.json"}],
 )
-def test_chats_are_unknown_where_sglang_has_a_conversation_of_its_own(
+def test_chats_are_unknown_where_sglang_uses_a_builtin_conversation(
     models: dict[str, Path], servers: dict[str, SglangServer], server_info: dict[str, Any]
 ) -> None:
     tokenizer = Tokenizer.load(models["tiny"])
@@ -360,7 +360,7 @@ def test_chats_are_unknown_where_sglang_has_a_conversation_of_its_own(
         "OpenMOSS/MOSS-VL",
     ],
 )
-def test_sglang_guesses_a_conversation_where_we_think_so(model_path: str) -> None:
+def test_guessed_conversations_equal_sglangs(model_path: str) -> None:
     from sglang.srt.parser.conversation import get_conv_template_by_model_path
 
     guessed = get_conv_template_by_model_path(model_path)
@@ -380,7 +380,7 @@ def test_sglang_guesses_a_conversation_where_we_think_so(model_path: str) -> Non
         ({}, "{% for x %}", "a model without one chat template"),
     ],
 )
-def test_chats_of_some_models_are_unknown(
+def test_chats_of_multimodal_and_specially_encoded_models_are_unknown(
     tmp_path: Path, config: dict[str, Any], template: str | None, reason: str
 ) -> None:
     tokenizer = Tokenizer.load(write_model(tmp_path, byte_level("<|im_end|>"), template, {}, **config))
@@ -389,12 +389,12 @@ def test_chats_of_some_models_are_unknown(
     assert tokens.reason.startswith(reason)
 
 
-def test_thousands_of_special_tokens_are_not_all_asked_about() -> None:
+def test_probe_texts_bound_the_number_of_special_tokens() -> None:
     assert len(probe_texts([f"<{number}>" for number in range(5000)])) < 600
 
 
 @pytest.mark.parametrize("found", ["nothing", "no tokenizer", "no JSON", "dropout"])
-def test_a_directory_without_a_fast_tokenizer_is_refused_in_one_line(tmp_path: Path, found: str) -> None:
+def test_directory_without_a_fast_tokenizer_is_a_config_error_in_one_line(tmp_path: Path, found: str) -> None:
     file = tmp_path / "tokenizer.json"
     if found == "no JSON":
         file.write_text("{")
@@ -411,7 +411,7 @@ def test_a_directory_without_a_fast_tokenizer_is_refused_in_one_line(tmp_path: P
     assert "\n" not in str(refused.value)
 
 
-def test_the_second_turn_of_a_chat_is_found_in_the_cache(
+def test_cache_holds_the_first_turn_of_a_chat(
     models: dict[str, Path], servers: dict[str, SglangServer]
 ) -> None:
     tokenizer = confirmed(models["llama3"], servers["llama3"])

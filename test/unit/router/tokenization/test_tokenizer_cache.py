@@ -1,4 +1,4 @@
-"""A cache of pieces never changes what a text is tokenized to."""
+"""The encoder's cache of pieces never changes the ids of a text."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ SMALL_CACHE = 8 * 64
 
 @cache
 def backend(model: str) -> Backend:
-    """What the encoders are held against; they have one each of their own."""
+    """The reference tokenizer; each encoder has its own."""
     return MODELS[model]()[0]
 
 
@@ -71,7 +71,7 @@ def encoder(model: str, cache_tokens: int) -> Encoder:
 @pytest.mark.parametrize("model", MODELS)
 @settings(max_examples=150, deadline=None)
 @given(texts=st.lists(TEXTS, min_size=1, max_size=4), framed=st.booleans())
-def test_any_texts_have_the_ids_of_the_whole(model: str, texts: list[str], framed: bool) -> None:
+def test_cached_encoding_of_any_texts_equals_the_whole(model: str, texts: list[str], framed: bool) -> None:
     for text in [*texts, *texts, "".join(texts)]:
         expected = backend(model).encode(text, add_special_tokens=framed).ids
         for cache_tokens in (0, SMALL_CACHE, 1 << 20):
@@ -83,7 +83,7 @@ def test_any_texts_have_the_ids_of_the_whole(model: str, texts: list[str], frame
 @pytest.mark.parametrize("model", MODELS)
 @settings(max_examples=50, deadline=None)
 @given(contents=st.lists(TEXTS, min_size=1, max_size=8))
-def test_any_growing_history_has_the_ids_of_the_whole(model: str, contents: list[str]) -> None:
+def test_cached_encoding_of_a_growing_history_equals_the_whole(model: str, contents: list[str]) -> None:
     template = ChatTemplate(CHATML, {})
     messages: list[dict[str, object]] = []
     for number, content in enumerate(contents):
@@ -93,7 +93,7 @@ def test_any_growing_history_has_the_ids_of_the_whole(model: str, contents: list
         assert encoder(model, 1 << 20).encode(text, add_special_tokens=False).ids.tolist() == expected
 
 
-def test_what_was_seen_is_counted_as_cached() -> None:
+def test_encoder_counts_tokens_of_cached_pieces() -> None:
     encoder = Encoder(byte_level("<|im_end|>"))
     first = encoder.encode("one<|im_end|>two", add_special_tokens=False)
     second = encoder.encode("one<|im_end|>three", add_special_tokens=False)
@@ -101,7 +101,7 @@ def test_what_was_seen_is_counted_as_cached() -> None:
     assert second.cached == len(encoder.encode("one", add_special_tokens=False).ids)
 
 
-def test_the_result_is_the_callers() -> None:
+def test_changing_an_encoded_result_leaves_the_cache_unchanged() -> None:
     encoder = Encoder(byte_level("<|im_end|>"))
     for _ in range(2):
         encoded = encoder.encode("one", add_special_tokens=False)
@@ -110,7 +110,7 @@ def test_the_result_is_the_callers() -> None:
         assert encoder.encode("one", add_special_tokens=False).ids.tolist() == expected
 
 
-def test_a_full_cache_drops_what_was_not_used_longest() -> None:
+def test_full_cache_drops_the_least_recently_used_piece() -> None:
     encoder = Encoder(byte_level("<|im_end|>"), cache_tokens=400)  # room for ten short pieces
     encoder.encode("kept", add_special_tokens=False)
     for number in range(30):
@@ -120,20 +120,20 @@ def test_a_full_cache_drops_what_was_not_used_longest() -> None:
     assert encoder.encode("other 29", add_special_tokens=False).cached
 
 
-def test_a_text_that_would_fill_the_cache_is_not_kept() -> None:
+def test_piece_that_would_fill_the_cache_is_not_kept() -> None:
     encoder = Encoder(byte_level("<|im_end|>"), cache_tokens=400)
     for _ in range(2):
         assert not encoder.encode("".join(CORPUS), add_special_tokens=False).cached
 
 
-def test_a_token_that_looks_around_forbids_cuts() -> None:
+def test_added_token_that_looks_around_forbids_splitting() -> None:
     encoder = Encoder(byte_level("<|im_end|>", AddedToken("<|user|>", rstrip=True)))
     encoder.encode("one<|im_end|>two", add_special_tokens=False)
     assert encoder.encode("one<|im_end|>three", add_special_tokens=False).cached == 0
     assert encoder.encode("one<|im_end|>two", add_special_tokens=False).cached
 
 
-def test_the_frame_of_a_text_stands_around_cached_pieces() -> None:
+def test_special_tokens_stand_around_cached_pieces() -> None:
     backend = framed(byte_level("<s>", "</s>", "<|im_end|>"), "<s> $A </s>", "<s>", "</s>")
     first, last = backend.token_to_id("<s>"), backend.token_to_id("</s>")
     encoder = Encoder(backend)

@@ -151,7 +151,7 @@ def sentence_piece(*special: str) -> Tokenizer:
 
 
 def framed(tokenizer: Tokenizer, template: str, *special: str) -> Tokenizer:
-    """`tokenizer`, which puts tokens around every text."""
+    """`tokenizer` with special tokens around every text."""
     ids = [(token, tokenizer.token_to_id(token)) for token in special]
     frame = processors.TemplateProcessing(single=template, special_tokens=ids)
     tokenizer.post_processor = processors.Sequence([processors.ByteLevel(trim_offsets=False), frame])
@@ -189,14 +189,14 @@ def _llama2() -> tuple[Tokenizer, str, dict[str, Any]]:
 
 
 def _phi() -> tuple[Tokenizer, str, dict[str, Any]]:
-    """Its special tokens take the spaces after them."""
+    """A tokenizer whose special tokens take the spaces after them."""
     names = ("<|endoftext|>", "<|user|>", "<|assistant|>", "<|end|>")
     tokenizer = byte_level(*(AddedToken(name, rstrip=True) for name in names), split=False)
     return tokenizer, PARTS, {"bos_token": "<|endoftext|>", "eos_token": "<|end|>"}
 
 
 def _nested() -> tuple[Tokenizer, str, dict[str, Any]]:
-    """Special tokens that begin and end alike, or lie in each other."""
+    """A tokenizer whose special tokens overlap or contain each other."""
     names = ("<|im", "<|im_start|>", "<|im_end|>", "|>", "a|>b", "\n<|im")
     tokenizer = byte_level(*names, "<|endoftext|>")
     return tokenizer, CHATML, {"bos_token": "<|endoftext|>", "eos_token": "<|im_end|>"}
@@ -242,7 +242,7 @@ class SglangServer:
         return ids
 
     def chat_ids(self, body: dict[str, Any]) -> list[int]:
-        """As OpenAIServingChat. Raises ValueError or a jinja error for what it answers with an error."""
+        """As OpenAIServingChat. Raises ValueError or a jinja error where it answers an error."""
         from sglang.srt.entrypoints.openai.protocol import ChatCompletionRequest
 
         # The models change what they are built from.
@@ -290,5 +290,5 @@ def _serving(tokenizer: Any) -> Any:
 
 @cache
 def written_model(directory: Path, name: str) -> Path:
-    """One of MODELS, made once for each directory."""
+    """The files of one of MODELS, made once per directory."""
     return write_model(directory / name, *MODELS[name]())

@@ -1,4 +1,4 @@
-"""What a client gets of a stream, and of which streams is remembered what it got."""
+"""ResumableStream passes events on; StreamRecovery decides which streams are remembered."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memserve.wire.messages import Role
 
 
 class _Kept:
-    """A client that keeps what it gets."""
+    """A client that keeps its chunks."""
 
     has_begun = True
 
@@ -28,18 +28,18 @@ class _Kept:
 @pytest.mark.parametrize(
     "stream", [b"data: 1\r\n\r\ndata: 2\r\n\r\n", b"data: " + b"x" * 2 * MAX_EVENT_BYTES, b"data: 1"]
 )
-async def test_events_of_another_kind_are_handed_on_as_they_come(stream: bytes) -> None:
+async def test_resumable_stream_passes_on_unknown_events_unchanged(stream: bytes) -> None:
     client = _Kept()
     call = GenerationRequest(Api.GENERATE, {}, "me", False, ("me",), None, 1, None)
-    outlet = ResumableStream(client, StreamState(call))
+    resumable = ResumableStream(client, StreamState(call))
     for start in range(0, len(stream), 1 << 16):
-        await outlet.write(stream[start : start + (1 << 16)])
-    assert outlet.state is None or len(stream) < 10
-    await outlet.end()
+        await resumable.write(stream[start : start + (1 << 16)])
+    assert resumable.state is None or len(stream) < 10
+    await resumable.end()
     assert b"".join(client.chunks) == stream
 
 
-def test_a_stream_of_a_deterministic_server_is_continued_by_another() -> None:
+def test_sampled_stream_is_remembered_only_with_deterministic_servers() -> None:
     def ready(*deterministic: bool) -> ClusterSnapshot:
         return ClusterSnapshot.of(
             Instance(InstanceId(str(n)), Epoch(1), Role.COLOCATED, "http://a:1", None, facts)
