@@ -13,7 +13,7 @@ import socket
 import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
 
 import msgspec
@@ -25,12 +25,13 @@ from memserve.core.flags import add_flags, from_namespace, setting
 from memserve.core.hosts import bracketed, is_loopback
 from memserve.core.ids import InstanceId, new_epoch
 from memserve.engine.restarting import Restart, other_roles
+from memserve.mempool.eviction import EvictionName
+from memserve.transport.registry import MooncakeProtocol, TransportConfig, TransportName
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import InstanceInfo, Role
 
 if TYPE_CHECKING:
     from memserve.instance.pool_agent import PoolSettings
-    from memserve.transport.registry import MooncakeProtocol, TransportConfig, TransportName
 
 EXAMPLES = """\
 examples:
@@ -60,12 +61,12 @@ class InstanceConfig:
     router: str | None = setting(
         None, "control address of the router; without it the server runs alone", metavar="HOST:PORT"
     )
-    transfer: Literal["auto", "local", "tcp", "mooncake"] = setting(
+    transfer: TransportName = setting(
         "auto",
         "transport of KV between servers; auto selects mooncake for GPU memory; for host memory it selects "
         "local on one host, else mooncake over RDMA, else tcp",
     )
-    mooncake_protocol: Literal["rdma", "tcp"] | None = setting(
+    mooncake_protocol: MooncakeProtocol | None = setting(
         None, "protocol of mooncake (default: rdma if the machine has an RDMA device, else tcp)"
     )
     caching: CachingMode = setting(
@@ -80,7 +81,7 @@ class InstanceConfig:
         "memory of the device, at most a quarter of the free memory)",
         metavar="GIB",
     )
-    eviction_policy: Literal["lru", "lfu", "cost"] = setting(
+    eviction_policy: EvictionName = setting(
         "lru",
         "which cached block the DRAM tier evicts first: lru: the least recently used; lfu: the least often "
         "used; cost: the cheapest to compute again, by its uses, its place in the prompt and its age",
@@ -205,8 +206,6 @@ def transport_config(
     config: InstanceConfig, transport: TransportName, protocol: MooncakeProtocol
 ) -> TransportConfig:
     """How this instance is reached; the host is still to be named."""
-    from memserve.transport.registry import TransportConfig
-
     key_file = str(config.cluster_key_file.resolve()) if config.cluster_key_file else None
     return TransportConfig(transport, cluster_key_file=key_file, mooncake_protocol=protocol)
 

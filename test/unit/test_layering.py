@@ -34,7 +34,7 @@ ALLOWED: dict[str, set[str]] = {
     "simulation": {"core", "scheduling"},
     "router": {"core", "wire", "scheduling"},
     "launch_router": {"core", "router"},
-    "launch_server": {"core", "wire", "transport", "instance", "engine"},
+    "launch_server": {"core", "wire", "transport", "mempool", "instance", "engine"},
     "testing": {"core", "wire", "transport", "mempool", "instance", "disagg", "router", "launch_server"},
     "__init__": set(),
 }
