@@ -254,7 +254,7 @@ class InstanceSelector:
         until_s = assignment.begun_s + queued_s + assignment.work_s + EXPECT_S
         tree = self._tree()
         for instance in (prefill, decode) if decode != prefill else (prefill,):
-            if tree.follows(instance):
+            if instance in tree:
                 for chain in prompt.chains:
                     tree.expect(instance, chain, until_s)
 

@@ -98,7 +98,7 @@ class Stage:
 
     def assert_true(self) -> None:
         truth = self.compare()
-        assert (truth.behind, truth.phantoms, truth.reported - truth.both) == (0, 0, 0)
+        assert (truth.lag, truth.phantoms, truth.reported - truth.both) == (0, 0, 0)
         chains = self.pool.snapshot().chains
         for tier, digest in self.feed.synced_tree().digest(PREFILL).items():
             names = [int.from_bytes(key[:8], "big") for one in chains if one.tier == tier for key in one.keys]
@@ -153,13 +153,13 @@ class Stage:
         sequence = self.pool.snapshot().sequence
         if sequence > (self._unseen[-1][0] if self._unseen else 0):
             self._unseen.append((sequence, self.clock()))
-        heard = -self.feed.synced_tree().compare(PREFILL, Snapshot(0, ())).behind
+        heard = -self.feed.synced_tree().compare(PREFILL, Snapshot(0, ())).lag
         while self._unseen and self._unseen[0][0] <= heard:
             self._unseen.popleft()
         if self._unseen:
             self.worst_s = max(self.worst_s, self.clock() - self._unseen[0][1])
         truth = self.compare()
-        assert truth.behind or (truth.precision, truth.recall) == (1.0, 1.0)
+        assert truth.lag or (truth.precision, truth.recall) == (1.0, 1.0)
 
 
 @pytest.fixture
@@ -242,7 +242,7 @@ def test_an_audit_finds_a_wrong_tree_and_puts_it_right(
 
     found: list[AuditResult] = []
     stage.at(stage.audit_s + 1, invent)
-    stage.at(2 * stage.audit_s + 2, lambda: found.append(stage.feed.truth()[PREFILL]))
+    stage.at(2 * stage.audit_s + 2, lambda: found.append(stage.feed.audit_results()[PREFILL]))
     stage.run(2 * stage.audit_s + 3)
     stage.assert_true()
     assert found[0].phantoms >= 7

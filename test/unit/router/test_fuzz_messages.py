@@ -60,7 +60,7 @@ class Router:
         self.cluster.watch()
         self.pools.forget_silent()
         self.feed.synced_tree().tidy()
-        self.feed.truth()
+        self.feed.audit_results()
         stats = self.feed.synced_tree().stats()
         assert stats.blocks <= 8 + stats.expected
         self.feed.synced_tree().overlaps(CHAIN)

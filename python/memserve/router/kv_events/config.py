@@ -1,4 +1,4 @@
-"""Settings of the prompt tree and of what keeps it up to date."""
+"""Settings of the prompt tree and its synchronization."""
 
 from __future__ import annotations
 

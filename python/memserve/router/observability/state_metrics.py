@@ -101,7 +101,7 @@ class StateCollector(Collector):
         yield _counter("tree_events", "What has happened to the prompt tree.", ("what",), counts)
 
     def _truth(self) -> Iterator[Metric]:
-        truths = self._state.synchronizer.truth()
+        truths = self._state.synchronizer.audit_results()
         for name, help in (
             ("precision", "Of what the tree had of an instance at its last audit, the share that was there."),
             ("recall", "Of what was there, the share that the tree had."),

@@ -1,8 +1,8 @@
-"""What a worker that reports nothing probably holds: what it was sent, within its capacity and a TTL.
+"""The assumed cache of a worker that reports nothing: the prompts it answered, up to a capacity and a TTL.
 
-The worker is taken to evict the least recently used block first, tails before heads. A use of a prompt
-is noted at its last block first, so a block is always older than all that come before it.
-Knows no tree. Loop thread only. Source: MemServe ("index updates ride on responses"; TTL in minutes).
+The worker is assumed to evict the least recently used block first, tails before heads. A use of a prompt
+is recorded from its last block to its first, so a block is always older than the blocks before it.
+Knows no tree. Event loop thread only. Source: MemServe ("index updates ride on responses"; TTL in minutes).
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ class ApproximateCache:
     __slots__ = ("_capacity_blocks", "_ttl_s", "_used")
 
     def __init__(self, capacity_blocks: int | None, ttl_s: float) -> None:
-        """`capacity_blocks`: None if it is not known. Raises ValueError if it is no capacity, or no TTL."""
+        """`capacity_blocks`: None if unknown. Raises ValueError unless both are positive."""
         if ttl_s <= 0 or (capacity_blocks is not None and capacity_blocks < 1):
-            raise ValueError(f"no mirror of {capacity_blocks} blocks for {ttl_s} s")
+            raise ValueError(f"no approximate cache of {capacity_blocks} blocks for {ttl_s} s")
         self._capacity_blocks = capacity_blocks
         self._ttl_s = ttl_s
         self._used: OrderedDict[BlockKey, float] = OrderedDict()
@@ -30,7 +30,7 @@ class ApproximateCache:
         return len(self._used)
 
     def use(self, keys: Sequence[BlockKey], now_s: float) -> list[BlockKey]:
-        """A prompt was served; returns what had to go for it, tails first, if it is too long its own too."""
+        """Record a served prompt; returns the evicted keys, tails first, which may be its own."""
         used = self._used
         for key in reversed(keys):
             used.pop(key, None)
@@ -41,18 +41,18 @@ class ApproximateCache:
         return gone
 
     def due_s(self) -> float:
-        """When the next block is too old to be believed in."""
+        """The time at which the oldest block expires."""
         for since_s in self._used.values():
             return since_s + self._ttl_s
         return float("inf")
 
     def expire(self, now_s: float) -> list[BlockKey]:
-        """Forget what is too old; returns it, tails first."""
+        """Remove and return the expired keys, tails first."""
         gone = []
         while self.due_s() <= now_s:
             gone.append(self._used.popitem(last=False)[0])
         return gone
 
     def discard(self, key: BlockKey) -> bool:
-        """The tree has forgotten this block; whether it was here."""
+        """Remove a key; whether it was in the cache."""
         return self._used.pop(key, None) is not None

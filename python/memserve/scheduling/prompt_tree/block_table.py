@@ -1,12 +1,12 @@
-"""The blocks of the cluster's prompt tree in columns, and the order in which their tails are forgotten.
+"""The blocks of the prompt tree in columns, and the order in which their tails are forgotten.
 
     slot    0 (before every prompt)   1    2    3   ...     a block's number in every column
     key                               k0   k1   k2          parent, first child, siblings, set, last use
 
-Nothing here is an object per block but the key and its number in a dict, neither of which the garbage
-collector ever visits: ten million `Node`s of `core.block_tree` would stop the loop for seconds.
-Slot 0 is the parent of every root and holds nothing, so a key that is not here can be read as slot 0.
-Knows no holders: a block has the id of its set. Not thread-safe.
+The only objects per block are its key and its slot number in a dict, which the garbage collector never
+visits: ten million `Node`s of `core.block_tree` would stop the event loop for seconds.
+Slot 0 is the parent of every root and holds no block, so an unknown key can be read as slot 0.
+Knows no holders: a block has the id of a set of holders. Not thread-safe.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ _SLOT_BITS = 32
 
 
 class BlockTable:
-    """Prefix-closed blocks by key. The columns are for reading, `sets` also for writing."""
+    """Prefix-closed blocks by key. Callers may read the columns and write `sets`."""
 
     __slots__ = (
         "_free", "_keys", "_previous", "_queue", "_queued", "_tick", "_used",
@@ -32,12 +32,12 @@ class BlockTable:
     )  # fmt: skip
 
     def __init__(self, *, with_order: bool) -> None:
-        """`with_order`: keep what `oldest_tail` needs."""
+        """`with_order`: maintain the order for `oldest_tail`."""
         self.index: dict[BlockKey, int] = {}
         self.sets = array("I", [0])
         self.parents = array("I", [0])
         self.children = array("I", [0])
-        """The newest child of each."""
+        """The newest child of each block."""
         self.siblings = array("I", [0])
         """The next older child of the same parent."""
         self._previous = array("I", [0])
@@ -54,15 +54,15 @@ class BlockTable:
 
     @property
     def num_slots(self) -> int:
-        """Rows of the columns: slots are less than that."""
+        """The number of rows of the columns."""
         return len(self.sets)
 
     def key_of(self, slot: int) -> BlockKey:
-        """The key of a block that is here."""
+        """The key of the block in a slot."""
         return BlockKey(bytes(self._keys[slot * KEY_BYTES : (slot + 1) * KEY_BYTES]))
 
     def children_of(self, slot: int) -> Iterator[int]:
-        """The blocks right after one. They may be removed meanwhile, once they have been named."""
+        """The children of a block. A child may be removed once it has been yielded."""
         child = self.children[slot]
         while child:
             following = self.siblings[child]
@@ -70,7 +70,7 @@ class BlockTable:
             child = following
 
     def add(self, keys: Sequence[BlockKey], parent: int, set_id: int) -> None:
-        """A chain of new blocks below `parent`, all with one set. None of `keys` is here; at least one."""
+        """Add a chain of new blocks below `parent`, all with one set. At least one key; none is known yet."""
         num = len(keys)
         self._tick += 1
         if len(self._free) >= num:
@@ -102,7 +102,7 @@ class BlockTable:
         self._offer(last)
 
     def remove(self, slot: int, key: BlockKey) -> int:
-        """Take out a block that has none after it; returns its parent, which is as young as it was."""
+        """Remove a leaf; returns its parent, which inherits its last use."""
         del self.index[key]
         after, before, parent = self.siblings[slot], self._previous[slot], self.parents[slot]
         if after:
@@ -124,12 +124,12 @@ class BlockTable:
         return parent
 
     def use(self, slot: int) -> None:
-        """The block, and so all before it, has been of use now."""
+        """Record a use of a block, and thereby of all blocks before it."""
         self._tick += 1
         self._used[slot] = self._tick
 
     def oldest_tail(self) -> int:
-        """The block used longest ago of those that have none after them; TOP if there is no block."""
+        """The least recently used leaf; TOP if there is no block."""
         queue, queued, used = self._queue, self._queued, self._used
         assert queued is not None
         mask = (1 << _SLOT_BITS) - 1
@@ -149,13 +149,13 @@ class BlockTable:
         return self.index.get(self.key_of(slot)) == slot
 
     def _offer(self, slot: int) -> None:
-        """A block has none after it now."""
+        """Queue a block that has become a leaf."""
         if self._queued is not None and not self._queued[slot]:
             self._queued[slot] = 1
             heapq.heappush(self._queue, self._used[slot] << _SLOT_BITS | slot)
 
     def _fill(self, keys: Sequence[BlockKey], slots: Sequence[int], parent: int, set_id: int) -> None:
-        """As `add` into slots that were in use before, up to the siblings of the first."""
+        """Fill reused slots as `add` does, except for the siblings of the first block."""
         self.index.update(zip(keys, slots, strict=True))
         above = parent
         for key, slot in zip(keys, slots, strict=True):

@@ -1,10 +1,10 @@
-"""Which holder has which blocks: prefixes only, so that along a prompt the holders become fewer.
+"""The holders of each block. Holders have prefixes, so that along a prompt the holders become fewer.
 
     prompt     k0   k1   k2   k3   k4   k5
-    set id      7    7    7    2    2    0       found by doubling and bisecting, not block by block
+    set id      7    7    7    2    2    0       found by doubling and bisection, not block by block
 
-A holder is a number, the place of its bit in the sets; what it has is prefix-closed, whatever it says:
-a chain whose parent it does not have is refused, and a block takes with it what comes after it.
+A holder is the number of its bit in the sets. Its blocks are prefix-closed, whatever it reports: a chain
+whose parent it does not hold is rejected, and removing a block removes its descendants.
 Knows no instances, tiers, events or clocks. Not thread-safe.
 """
 
@@ -19,35 +19,35 @@ from memserve.scheduling.prompt_tree.block_table import TOP, BlockTable
 from memserve.scheduling.prompt_tree.interned_sets import EMPTY, InternedSets, members_of
 
 SWEEP_SLOTS = 256
-"""How many blocks are looked at in passing, for each change, after a holder has gone."""
+"""Slots swept per change after a holder has left."""
 
 
 class HolderIndex:
-    """Blocks and their holders."""
+    """The blocks and their holders."""
 
     def __init__(self, max_sets: int | None) -> None:
-        """`max_sets`: distinct sets of holders that `forget_until` leaves; None: it will not be called."""
+        """`max_sets`: distinct sets of holders that `forget_until` keeps; None: it is never called."""
         self._max_sets = max_sets
         self._table = BlockTable(with_order=max_sets is not None)
         self._sets = InternedSets()
         self.held: Counter[int] = Counter()
-        """How many blocks each holder has."""
+        """The number of blocks of each holder."""
         self._unswept = 0
-        """Slots below this may be of blocks that nobody has since `clear`, or have a stale set."""
+        """Slots below this may have no holder since `clear`, or a stale set."""
 
     def __len__(self) -> int:
-        """Blocks in memory: a few of them may be nobody's any more."""
+        """The number of blocks in memory; a few of them may have no holder any more."""
         return len(self._table)
 
     @property
     def num_sets(self) -> int:
-        """Distinct sets of holders, the empty one included."""
+        """The number of distinct sets of holders, the empty set included."""
         return len(self._sets)
 
     def store(self, holder: int, parent: BlockKey | None, keys: Sequence[BlockKey]) -> int:
-        """The holder has `keys`, a chain below `parent`; returns how many, from the front, it has now.
+        """Store `keys`, a chain below `parent`, for a holder; returns how many, from the front, it has now.
 
-        Fewer than it says if they are no keys, no chain, or one that contradicts what is known of them.
+        Fewer than all if the rest are not keys, not a chain, or contradict the parents of known keys.
         """
         table, bit, num_keys = self._table, 1 << holder, len(keys)
         above = TOP
@@ -79,11 +79,11 @@ class HolderIndex:
         return end
 
     def remove(self, holder: int, keys: Sequence[BlockKey]) -> None:
-        """The holder does not have these any more, nor what comes after them."""
+        """Remove blocks and their descendants from a holder."""
         table, sets, bit = self._table, self._sets, 1 << holder
         masks, get, set_of, children = sets.masks, table.index.get, table.sets, table.children
         removed, run = 0, 0
-        last, changed = -1, EMPTY  # most keys have the set of the one before: count them together
+        last, changed = -1, EMPTY  # most keys have the same set as the key before: count them together
         for key in keys:
             slot = get(key, TOP)
             set_id = set_of[slot]
@@ -111,7 +111,7 @@ class HolderIndex:
         self.held[holder] -= removed
 
     def clear(self, holders: Sequence[int]) -> None:
-        """These have nothing any more; at once, the memory follows bit by bit."""
+        """Remove all blocks of the holders at once; `sweep` frees the memory later."""
         if any(self.held[holder] for holder in holders):
             self._sets.clear(sum(1 << holder for holder in holders))
             self._unswept = self._table.num_slots
@@ -119,10 +119,11 @@ class HolderIndex:
             del self.held[holder]
 
     def ends(self, keys: Sequence[BlockKey]) -> list[tuple[int, int]]:
-        """(bits of holders, how many of `keys`, from the front, they have), fewest blocks first.
+        """(set of holders, how many of `keys`, from the front, they have), fewest blocks first.
 
-        Who has none is in none; of who is in several, the last is true: where nearly all end at once,
-        all are named, as that set comes again and again. Counts as a use. O(changes x log n).
+        Holders of no block are in no set. For a holder in several sets the last one counts: where most
+        holders end at one place, the whole set is returned, because it recurs. Counts as a use.
+        O(changes x log n).
         """
         get, set_of = self._table.index.get, self._table.sets
         masks, sizes = self._sets.masks, self._sets.sizes
@@ -136,7 +137,7 @@ class HolderIndex:
             if last == set_id:
                 end = num_keys
             else:
-                low, step = end, 1  # keys[low] has this set, keys[high] has not
+                low, step = end, 1  # keys[low] has this set, keys[high] has another
                 high = num_keys - 1
                 while low + step < high:
                     if set_of[get(keys[low + step], TOP)] != set_id:
@@ -162,12 +163,12 @@ class HolderIndex:
         return result
 
     def num_held(self, holders: int, keys: Sequence[BlockKey]) -> int:
-        """How many of `keys`, a chain from wherever, one of these bits has. O(n)."""
+        """How many of `keys` at least one of the holders has. O(n)."""
         get, set_of, masks = self._table.index.get, self._table.sets, self._sets.masks
         return sum(1 for key in keys if masks[set_of[get(key, TOP)]] & holders)
 
     def depth(self, holders: int, keys: Sequence[BlockKey]) -> int:
-        """How many of `keys`, from the front, one of these bits has. O(log n)."""
+        """How many of `keys`, from the front, at least one of the holders has. O(log n)."""
         get, set_of, masks = self._table.index.get, self._table.sets, self._sets.masks
         low, high = 0, len(keys)
         while low < high:
@@ -179,7 +180,7 @@ class HolderIndex:
         return low
 
     def digest(self, holder: int) -> tuple[int, int]:
-        """How many blocks it has, and the first 8 bytes of their keys, xored. O(all blocks)."""
+        """The number of its blocks and the xor of the first 8 bytes of their keys. O(all blocks)."""
         set_of, masks, bit, xor, count = self._table.sets, self._sets.masks, 1 << holder, 0, 0
         for key, slot in self._table.index.items():
             if masks[set_of[slot]] & bit:
@@ -188,12 +189,12 @@ class HolderIndex:
         return count, xor
 
     def fits(self, max_blocks: int) -> bool:
-        """Whether `forget_until` has nothing to do."""
+        """Whether `forget_until` would forget nothing."""
         assert self._max_sets is not None
         return len(self._table.index) <= max_blocks and len(self._sets) <= self._max_sets
 
     def forget_until(self, max_blocks: int) -> list[tuple[BlockKey, int]]:
-        """Forget what was used longest ago, tails first, until it fits: (key, bits of who had it)."""
+        """Forget the least recently used tails until the rest fits; returns (key, holders) of each."""
         table, sets = self._table, self._sets
         assert self._max_sets is not None
         forgotten: list[tuple[BlockKey, int]] = []
@@ -214,7 +215,7 @@ class HolderIndex:
         return forgotten
 
     def sweep(self, num_slots: int) -> None:
-        """Free what nobody has any more, looking at so many blocks."""
+        """Free blocks without holders among the next `num_slots` slots, and replace their stale sets."""
         table, sets = self._table, self._sets
         if not sets.stale:
             self._unswept = 0
@@ -231,13 +232,13 @@ class HolderIndex:
                     self._remove_unheld(slot)
 
     def _move(self, before: int, after: int, num_blocks: int) -> None:
-        """So many blocks have another set now."""
+        """Count `num_blocks` blocks that change from one set to another."""
         if num_blocks:
             self._sets.use(after, num_blocks)
             self._sets.use(before, -num_blocks)
 
     def _mark(self, holder: int, slots: Sequence[int]) -> None:
-        """The holder has these blocks, which are here and chain."""
+        """Add a holder to known blocks that form a chain."""
         set_of, sets, bit, start = self._table.sets, self._sets, 1 << holder, 0
         for set_id, run in groupby(map(set_of.__getitem__, slots)):
             end = start + sum(1 for _ in run)
@@ -253,7 +254,7 @@ class HolderIndex:
             self._table.use(slots[-1])
 
     def _below(self, top: int, bit: int) -> list[int]:
-        """The blocks after one that the holder has too, children before their parents."""
+        """The descendants of a block that the holder has, too; children before their parents."""
         table, masks = self._table, self._sets.masks
         found = [top]
         for slot in found:  # grows as it goes
@@ -261,7 +262,7 @@ class HolderIndex:
         return found[:0:-1]
 
     def _remove_unheld(self, slot: int) -> None:
-        """Take out a block that nobody has, if none come after it, and then those before it alike."""
+        """Remove a leaf without holders, and then its ancestors in the same way."""
         table, sets = self._table, self._sets
         while slot and not table.children[slot] and not sets.masks[table.sets[slot]]:
             sets.use(table.sets[slot], -1)

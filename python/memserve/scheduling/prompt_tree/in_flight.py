@@ -1,6 +1,6 @@
-"""Blocks that instances are about to hold: dispatched to them, not yet reported. Each until a time.
+"""Blocks of dispatched prompts that the instances have not reported yet. Each block expires.
 
-Knows which blocks, and of whom; not what is held already, nor the clock. Loop thread only.
+Knows neither the blocks that instances hold nor the clock. Event loop thread only.
 """
 
 from __future__ import annotations
@@ -18,27 +18,27 @@ from memserve.scheduling.prompt_tree.records import NO_OVERLAP, Overlap
 class _Dispatched(NamedTuple):
     until_s: float
     keys: Sequence[BlockKey]
-    """The whole prompt, not only what is expected of it."""
+    """All blocks of the prompt, not only the expected ones."""
 
 
 class InFlightBlocks:
-    """Tails of dispatched prompts, by instance. Forgotten when reported, when late, or with the instance."""
+    """The expected tails of prompts, by instance. Removed when reported, expired, or with the instance."""
 
     def __init__(self, max_blocks: int | None) -> None:
-        """`max_blocks`: of prompts with more than that, over all instances, no more are remembered."""
+        """`max_blocks`: limit for the blocks of all remembered prompts; None: no limit."""
         self._max_blocks = max_blocks
         self._expected: dict[InstanceId, dict[BlockKey, _Dispatched]] = {}
         self._due: list[tuple[float, int, InstanceId, _Dispatched]] = []
         self._order = 0
         self.num_kept = 0
-        """Blocks of all dispatched prompts that are not late, reported or not: what takes memory."""
+        """Blocks of all prompts that have not expired, reported or not: they take memory."""
 
     def __len__(self) -> int:
-        """Blocks that are expected, late ones included if `expire` has not come by."""
+        """The number of expected blocks; includes expired blocks until `expire` is called."""
         return sum(map(len, self._expected.values()))
 
     def add(self, instance: InstanceId, keys: Sequence[BlockKey], depth: int, until_s: float) -> bool:
-        """Expect `keys`, a prompt, from `depth` on; False, changing nothing, if there is no room."""
+        """Expect the blocks of a prompt from `depth` on; False, changing nothing, beyond `max_blocks`."""
         if self._max_blocks is not None and self.num_kept + len(keys) > self._max_blocks:
             return False
         tail = keys[depth:]
@@ -57,23 +57,23 @@ class InFlightBlocks:
         return True
 
     def chain_to(self, instance: InstanceId, key: BlockKey) -> Sequence[BlockKey]:
-        """The blocks of a prompt up to this one, if it is expected of the instance; else none."""
+        """The prompt up to `key`, if `key` is expected of the instance; otherwise empty."""
         prompt = self._expected.get(instance, {}).get(key)
         return () if prompt is None else prompt.keys[: prompt.keys.index(key) + 1]
 
     def reported(self, instance: InstanceId, keys: Iterable[BlockKey]) -> None:
-        """The instance has told of these: what it says from now on is what counts."""
+        """The instance has reported these blocks: they are no longer expected."""
         mine = self._expected.get(instance)
         if mine:
             for key in keys:
                 mine.pop(key, None)
 
     def forget(self, instance: InstanceId) -> None:
-        """Expect nothing of it any more."""
+        """Remove all expected blocks of an instance."""
         self._expected.pop(instance, None)
 
     def expire(self, now_s: float) -> None:
-        """Drop what is late."""
+        """Remove the blocks that have expired."""
         while self._due and self._due[0][0] <= now_s:
             _, _, instance, prompt = heapq.heappop(self._due)
             self.num_kept -= len(prompt.keys)
@@ -87,7 +87,7 @@ class InFlightBlocks:
                 del self._expected[instance]
 
     def lengthen(self, overlaps: dict[InstanceId, Overlap], keys: Sequence[BlockKey], now_s: float) -> None:
-        """Add to what each instance holds of `keys` the blocks expected right after that, as if in DRAM."""
+        """Extend each overlap by the expected blocks that follow it, counted as if in DRAM."""
         num_keys = len(keys)
         for instance, mine in self._expected.items():
             held = overlaps.get(instance, NO_OVERLAP)

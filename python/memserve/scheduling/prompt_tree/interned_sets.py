@@ -1,41 +1,41 @@
-"""Sets of holders, each kept once and named by a small number, so that a block stores only that number.
+"""Sets of holders, each stored once under a small id, so that a block stores only the id.
 
     ids      0    1        2          a holder is a bit; a set is an int of bits
     masks   {}   {a, b}   {a}
 
-Of a million blocks few have sets of their own: whoever leaves is taken out of the sets, not of the
-blocks. Two ids may then name equal sets; the one that is not canonical is stale, and its users are to
+A million blocks have few distinct sets: a holder that leaves is removed from the sets, not from the
+blocks. Two ids may then have equal sets; the id that is not canonical is stale, and its users have to
 move. Knows no instances, tiers or blocks. Not thread-safe.
 """
 
 from __future__ import annotations
 
 EMPTY = 0
-"""The id of the set of nobody."""
+"""The id of the empty set."""
 
 
 class InternedSets:
-    """Interned sets, counted by use. A set that nothing uses any more gives its id back."""
+    """Interned sets with use counts. An unused set gives its id back."""
 
     __slots__ = ("_free", "_ids", "_uses", "masks", "sizes", "stale")
 
     def __init__(self) -> None:
         self.masks = [0]
-        """By id. For reading."""
+        """The sets by id. Read only."""
         self.sizes = [0]
-        """How many are in each set, by id. For reading."""
+        """The sizes of the sets by id. Read only."""
         self.stale: set[int] = set()
-        """Ids in use whose set has another, canonical id: `id_of` their mask. For reading."""
+        """Ids in use whose set has another, canonical id: `id_of` their mask. Read only."""
         self._uses = [0]
         self._ids = {0: EMPTY}
         self._free: list[int] = []
 
     def __len__(self) -> int:
-        """Ids in use."""
+        """The number of ids in use."""
         return len(self.masks) - len(self._free)
 
     def id_of(self, mask: int) -> int:
-        """The canonical id of a set. A new one lasts until its uses have come and gone."""
+        """The canonical id of a set. A new id lasts until its use count returns to 0."""
         known = self._ids.get(mask)
         if known is not None:
             return known
@@ -52,7 +52,7 @@ class InternedSets:
         return new
 
     def use(self, set_id: int, num_uses: int) -> None:
-        """So many more (or fewer, if negative) blocks have this set."""
+        """Add `num_uses`, which may be negative, to the use count of a set."""
         if set_id == EMPTY:
             return
         self._uses[set_id] += num_uses
@@ -66,7 +66,7 @@ class InternedSets:
             self._free.append(set_id)
 
     def clear(self, bits: int) -> None:
-        """Nobody of `bits` is in any set any more. O(sets), however many blocks there are."""
+        """Remove the holders `bits` from all sets. O(sets), independent of the number of blocks."""
         free = set(self._free)
         keep = ~bits
         self.masks = masks = [mask & keep for mask in self.masks]
@@ -79,7 +79,7 @@ class InternedSets:
 
 
 def members_of(mask: int) -> list[int]:
-    """The numbers of the bits of a set, lowest first."""
+    """The numbers of the holders in a set, lowest first."""
     numbers = []
     while mask:
         lowest = mask & -mask

@@ -1,4 +1,4 @@
-"""What the cluster's prompt tree tells of itself. Plain records."""
+"""The results and counters of the prompt tree. Plain records."""
 
 from __future__ import annotations
 
@@ -47,78 +47,79 @@ def by_server(overlaps: Mapping[InstanceId, Overlap]) -> Mapping[InstanceId, Ove
 
 @dataclass(frozen=True, slots=True)
 class AuditResult:
-    """The tree's word on one instance against the instance's own, in (block, tier) pairs."""
+    """The tree's blocks of one instance compared with the instance's own, in (block, tier) pairs."""
 
     held: int
-    """That the tree has."""
+    """Pairs in the tree."""
     reported: int
-    """That the snapshot has."""
+    """Pairs in the snapshot."""
     both: int
-    behind: int
-    """Events that the snapshot has seen and the tree has not; negative if it is the other way round.
-    Unless it is 0, the two need not agree."""
+    """Pairs in both."""
+    lag: int
+    """Events in the snapshot that the tree has not applied; negative if the tree is ahead. Unless it is 0,
+    the tree and the snapshot may differ."""
 
     @property
     def phantoms(self) -> int:
-        """In the tree, but not there: each costs a miss."""
+        """Pairs only in the tree: each costs a cache miss."""
         return self.held - self.both
 
     @property
     def precision(self) -> float:
-        """Of what the tree has, the share that is there."""
+        """The share of the tree's pairs that the instance holds."""
         return self.both / self.held if self.held else 1.0
 
     @property
     def recall(self) -> float:
-        """Of what is there, the share that the tree has."""
+        """The share of the instance's pairs that the tree has."""
         return self.both / self.reported if self.reported else 1.0
 
 
 @dataclass(slots=True)
 class TreeCounters:
-    """What has happened to a tree since it was made."""
+    """Counts since the tree was made."""
 
     gaps: int = 0
-    """Batches of events that stopped at a missing one."""
+    """Batches of events with a missing event."""
     resets: int = 0
-    """Snapshots taken in."""
+    """Snapshots applied."""
     repeated: int = 0
-    """Events, snapshots that came when what they say was known."""
+    """Events and snapshots that had been applied before."""
     unknown: int = 0
-    """Calls with an instance that is not there, or an epoch that is over."""
+    """Calls with an unknown instance, or an epoch that has ended."""
     orphans: int = 0
-    """Blocks refused because what comes before them is not known to be held."""
+    """Blocks rejected because the instance does not hold their parent."""
     refused: int = 0
-    """Blocks refused because they are no keys, too many, or contradict the tree."""
+    """Blocks rejected because they are not keys, are too many, or contradict the tree."""
     forgotten: int = 0
-    """Blocks forgotten, or not even taken in, to keep the budget."""
+    """Blocks forgotten, or not stored, to keep the budget."""
 
 
 @dataclass(slots=True)
-class FeedCounters:
-    """What has come of audits since the router began, and what was not let in."""
+class SyncCounters:
+    """Counts of audits, and of blocks left out of snapshots, since the router began."""
 
     audits_asked: int = 0
     audits: int = 0
-    """That came to a verdict."""
+    """Audits with a result."""
     void_audits: int = 0
-    """That came to none: a part was missing, or the tree was not of the same moment."""
+    """Audits without a result: a part was missing, or the tree had applied other events."""
     untrue_audits: int = 0
-    """That found the tree wrong; a snapshot has put it right."""
+    """Audits that found the tree wrong and asked for a snapshot."""
     phantoms: int = 0
-    """Blocks that the tree had and the instance had not."""
+    """Blocks found only in the tree."""
     unasked_parts: int = 0
-    """Of audits that nobody had asked for."""
+    """Parts of audits that the router had not asked for."""
     left_out: int = 0
-    """Blocks of snapshots that were too large."""
+    """Blocks left out of snapshots that were too large."""
 
 
 @dataclass(frozen=True, slots=True)
 class TreeStats:
-    """A tree at one moment."""
+    """The counts of a tree at one moment."""
 
     blocks: int
-    """In memory; a few of them may be nobody's any more."""
+    """Blocks in memory; a few of them may have no holder any more."""
     holdings: int
     """(block, instance, tier) triples."""
     holder_sets: int

@@ -1,9 +1,9 @@
-"""The instances of the cluster's prompt tree, and which holder in the tree is whose tier.
+"""The instances of the prompt tree. Each tier of an instance is one holder with a number.
 
     place     0           1                  numbers of holders: NUM_TIERS x place + tier
-    member    ann         bob                a place is taken again when its member has left
+    member    ann         bob                a place is reused when its member has left
 
-Knows no blocks. Loop thread only.
+Knows no blocks. Event loop thread only.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from memserve.scheduling.prompt_tree.interned_sets import members_of
 NUM_TIERS = len(LOCAL_TIERS)
 
 _MAX_GROUPED = 1 << 16
-"""Names that are remembered by the sets of holders that they are in."""
+"""Names in the remembered groups."""
 
 Group = tuple[dict[InstanceId, None], dict[InstanceId, None], list[tuple[InstanceId, int, bool]]]
 """The instances of a set of holders: with their HBM in it; with their HBM and a readable tier; all others,
@@ -28,24 +28,24 @@ each with its nearest tier in the set and whether a readable tier is in the set.
 
 @dataclass(slots=True)
 class Holder:
-    """An instance. Its holders are numbers[tier] of LOCAL_TIERS."""
+    """An instance; numbers[tier] is its holder of that tier."""
 
     instance: InstanceId
     epoch: Epoch | None
     numbers: tuple[int, ...]
     sequence: int = 0
-    """The last event that is in the tree."""
-    mirror: ApproximateCache | None = None
-    """Of a worker that sends none."""
+    """The number of the last event applied."""
+    approximate: ApproximateCache | None = None
+    """For a worker that sends no events."""
 
     @property
     def bits(self) -> int:
-        """Of all its holders."""
+        """The bit mask of all its holders."""
         return sum(1 << number for number in self.numbers)
 
 
 class HolderRegistry:
-    """Members by name and by holder."""
+    """The members by name and by holder."""
 
     def __init__(self) -> None:
         self._members: dict[InstanceId, Holder] = {}
@@ -59,27 +59,27 @@ class HolderRegistry:
     def get(self, instance: InstanceId) -> Holder | None:
         return self._members.get(instance)
 
-    def enter(self, instance: InstanceId, epoch: Epoch | None) -> Holder:
-        """A new member, in a place of its own. It is not here yet."""
+    def add(self, instance: InstanceId, epoch: Epoch | None) -> Holder:
+        """Add a member that is not in the registry yet."""
         place = self._places.index(None) if None in self._places else len(self._places)
         member = Holder(instance, epoch, tuple(range(place * NUM_TIERS, (place + 1) * NUM_TIERS)))
         self._places[place : place + 1] = [member]
         self._members[instance] = member
         return member
 
-    def leave(self, member: Holder) -> None:
-        """It is here; nobody holds anything by its numbers any more."""
+    def remove(self, member: Holder) -> None:
+        """Remove a member. No block has its holders any more."""
         del self._members[member.instance]
         self._places[member.numbers[0] // NUM_TIERS] = None
         self._forget_groups()
 
-    def of(self, holders: int) -> list[Holder]:
-        """Whose the bits of a set are, once for each bit."""
+    def members_of(self, holders: int) -> list[Holder]:
+        """The members of a set of holders, once for each of their holders in it."""
         members = [self._places[number // NUM_TIERS] for number in members_of(holders)]
         return [member for member in members if member is not None]
 
     def group(self, holders: int) -> Group:
-        """The instances of a set by tier. Remembered, as a few large sets come again and again."""
+        """The instances of a set, by tier. Remembered, because a few large sets recur; not to be changed."""
         group = self._groups.get(holders)
         if group is None:
             nearest: dict[InstanceId, int] = {}

@@ -1,13 +1,13 @@
-"""The one prompt tree of the cluster: which instance has how much of a prompt, by tier.
+"""The global prompt tree: how much of a prompt each instance has cached, by tier.
 
     events, snapshots ──> GlobalPromptTree.apply, reset     exact: instances that report
     dispatched        ──> expect                       until they have reported
-    answered          ──> mirror, learn                approximate: workers that report nothing
+    answered          ──> join_approximate, learn      approximate: workers that report nothing
                           overlaps(keys) ──> {instance: Overlap}
 
-Within `max_blocks` it forgets the tails used longest ago. A wrong entry costs a miss, never a wrong
-answer. Knows no sockets and no policy. Files: `holdings` (prefixes by holder), `block_table` (columns),
-`holders` (interned sets), `roster` (instances), `expected`, `mirror`, `tree_records`.
+Within `max_blocks` the tree forgets the least recently used tails. A wrong entry costs a cache miss, never
+a wrong answer. Knows no sockets and no policy. Files: `holder_index` (prefixes by holder), `block_table`
+(columns), `interned_sets`, `registry` (instances), `in_flight`, `approximate`, `records`.
 Source: MemServe (global prompt trees, TTL); sequence numbers, epochs and tiers are ours.
 """
 
@@ -48,70 +48,68 @@ __all__ = [
 logger = logging.getLogger(__name__)
 
 BYTES_PER_BLOCK = 256
-"""Memory of one block, key and all. Measured; a test holds it true."""
+"""Memory of one block with its key. Measured; a test checks it."""
 
 MAX_CHAIN_BLOCKS = 1 << 20
-"""An event of more blocks than this is no prompt's."""
+"""An event with more blocks than this is rejected."""
 
 BLOCKS_PER_SET = 16
-"""Within a budget there is at most one distinct set of holders for so many blocks, or `MIN_SETS`."""
+"""With a budget there is at most one distinct set of holders per so many blocks, but at least MIN_SETS."""
 MIN_SETS = 1024
 
 
 class GlobalPromptTree:
-    """Loop thread only. No call raises for what an instance sent."""
+    """The tree. Event loop thread only. No call raises for what an instance sent."""
 
     def __init__(self, *, max_blocks: int | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        """`max_blocks`: bytes of the budget // BYTES_PER_BLOCK. A block counts once more for each
-        worker that it is learned of, and each prompt in which it is expected."""
+        """`max_blocks`: budget in bytes // BYTES_PER_BLOCK; None: no limit. A block counts again for each
+        worker that it was learned from, and for each prompt in which it is expected."""
         if max_blocks is not None and max_blocks < 1:
-            raise ValueError(f"a tree has at least one block, not {max_blocks}")
+            raise ValueError(f"max_blocks is at least 1, not {max_blocks}")
         self._max_blocks = max_blocks
         self._clock = clock
-        self._holdings = HolderIndex(
-            None if max_blocks is None else max(MIN_SETS, max_blocks // BLOCKS_PER_SET)
-        )
-        self._expected = InFlightBlocks(None if max_blocks is None else max(1, max_blocks // 4))
-        self._roster = HolderRegistry()
+        self._index = HolderIndex(None if max_blocks is None else max(MIN_SETS, max_blocks // BLOCKS_PER_SET))
+        self._in_flight = InFlightBlocks(None if max_blocks is None else max(1, max_blocks // 4))
+        self._registry = HolderRegistry()
         self._learned = 0
         self._learned_due_s = float("inf")
         self._counters = TreeCounters()
 
     def join(self, instance: InstanceId, epoch: Epoch) -> None:
-        """It reports from now on, and has nothing yet. Idempotent; a new epoch forgets the old one."""
-        known = self._roster.get(instance)
+        """Add an instance that reports its blocks. Idempotent; a new epoch starts without blocks."""
+        known = self._registry.get(instance)
         if known is None or known.epoch != epoch:
-            self._enter(instance, epoch)
+            self._add(instance, epoch)
 
     def join_approximate(self, instance: InstanceId, *, capacity_blocks: int | None, ttl_s: float) -> None:
-        """It never reports: see `ApproximateCache` for what it is believed to hold. Forgets what was.
+        """Add an instance that never reports, with an empty `ApproximateCache`; replaces an earlier one.
 
-        Raises ValueError, changing nothing, if the capacity or the TTL is none.
+        Raises ValueError, changing nothing, if the capacity or the TTL is not positive.
         """
-        mirror = ApproximateCache(capacity_blocks, ttl_s)
-        self._enter(instance, None).mirror = mirror
+        approximate = ApproximateCache(capacity_blocks, ttl_s)
+        self._add(instance, None).approximate = approximate
 
     def leave(self, instance: InstanceId) -> None:
-        """All its holdings go, at once: O(sets of holders), not O(blocks). Idempotent."""
-        member = self._roster.get(instance)
+        """Remove an instance with all its blocks: O(sets of holders), not O(blocks). Idempotent."""
+        member = self._registry.get(instance)
         if member is None:
             return
-        self._learned -= len(member.mirror or ())
-        self._holdings.clear(member.numbers)
-        self._expected.forget(instance)
-        self._roster.leave(member)
+        self._learned -= len(member.approximate or ())
+        self._index.clear(member.numbers)
+        self._in_flight.forget(instance)
+        self._registry.remove(member)
 
-    def follows(self, instance: InstanceId) -> bool:
-        """Whether it has joined, or is mirrored."""
-        return self._roster.get(instance) is not None
+    def __contains__(self, instance: InstanceId) -> bool:
+        """Whether the instance has joined."""
+        return self._registry.get(instance) is not None
 
     def apply(self, instance: InstanceId, epoch: Epoch, events: Sequence[CacheEvent]) -> bool:
-        """Bring the instance's holdings up to the last of `events`, leaving out those that are in already.
+        """Apply the events of an instance in order; events applied before are skipped.
 
-        False if one is missing, or the instance or its epoch is not known: what comes before the gap is
-        in, nothing after it; then `reset` helps, or the missing events.
+        False if an event is missing, or the instance or its epoch is unknown. The events before the gap
+        are applied then, those after it are not: send the missing events, or call `reset`.
         """
-        member = self._of(instance, epoch)
+        member = self._find(instance, epoch)
         if member is None:
             return False
         for event in events:
@@ -127,14 +125,14 @@ class GlobalPromptTree:
         return True
 
     def reset(self, instance: InstanceId, epoch: Epoch, snapshot: Snapshot) -> None:
-        """It holds what the snapshot says, and nothing else. Left out if the tree knows of later events."""
-        member = self._of(instance, epoch)
+        """Replace the instance's blocks by a snapshot. Ignored if the tree has applied later events."""
+        member = self._find(instance, epoch)
         if member is None:
             return
         if snapshot.sequence < member.sequence:
             self._counters.repeated += 1
             return
-        self._holdings.clear(member.numbers)
+        self._index.clear(member.numbers)
         for chain in snapshot.chains:
             self._change(member, chain)
         member.sequence = snapshot.sequence
@@ -146,54 +144,52 @@ class GlobalPromptTree:
         )  # fmt: skip
 
     def expect(self, instance: InstanceId, keys: Sequence[BlockKey], until_s: float) -> None:
-        """A prompt is on its way there: it counts as held until reported, or until that time of the clock.
+        """A prompt was dispatched to the instance: count its blocks as held until reported, or `until_s`.
 
-        What it holds already is not expected. Left out if it is not known, or too much is expected.
+        `until_s`: on the tree's clock. Ignored if the instance is unknown or too many blocks are expected.
         """
-        member = self._roster.get(instance)
+        member = self._registry.get(instance)
         if member is None:
             self._counters.unknown += 1
             return
         now_s = self._clock()
-        self._expected.expire(now_s)
-        depth = self._holdings.depth(member.bits, keys)
-        if until_s > now_s and not self._expected.add(instance, keys, depth, until_s):
+        self._in_flight.expire(now_s)
+        depth = self._index.depth(member.bits, keys)
+        if until_s > now_s and not self._in_flight.add(instance, keys, depth, until_s):
             self._counters.forgotten += len(keys) - depth
         self._keep_budget()
 
     def learn(self, instance: InstanceId, keys: Sequence[BlockKey]) -> None:
-        """A worker that never reports has answered: it has `keys`, from a prompt's first on, in HBM."""
-        member = self._roster.get(instance)
-        if member is None or member.mirror is None:
+        """An approximate instance has answered a prompt: it holds all `keys` of it in HBM."""
+        member = self._registry.get(instance)
+        if member is None or member.approximate is None:
             self._counters.unknown += 1
             return
         now_s = self._clock()
-        self._expected.expire(now_s)
+        self._in_flight.expire(now_s)
         if self._learned_due_s <= now_s:
             self._expire_learned(now_s)
-        number, mirror = member.numbers[Tier.HBM], member.mirror
-        before = len(mirror)
-        taken = self._holdings.store(number, None, keys[: self._max_blocks])
-        if gone := mirror.use(keys[:taken], now_s):
-            self._holdings.remove(number, gone)
-        self._learned += len(mirror) - before
-        self._learned_due_s = min(self._learned_due_s, mirror.due_s())
-        self._expected.reported(instance, keys)
+        number, approximate = member.numbers[Tier.HBM], member.approximate
+        before = len(approximate)
+        taken = self._index.store(number, None, keys[: self._max_blocks])
+        if gone := approximate.use(keys[:taken], now_s):
+            self._index.remove(number, gone)
+        self._learned += len(approximate) - before
+        self._learned_due_s = min(self._learned_due_s, approximate.due_s())
+        self._in_flight.reported(instance, keys)
         self._keep_budget()
 
     def overlaps(self, keys: Sequence[BlockKey]) -> dict[InstanceId, Overlap]:
-        """How much of a prompt each instance has; only those that have, or expect, its first block.
+        """The overlap of a prompt with each instance that holds, or is expected to hold, its first block.
 
-        Counts as a use, for the order of forgetting. O(instances that have some + changes x log keys).
+        Counts as a use for the order of forgetting. O(instances found + changes of holders x log keys).
         """
         now_s = self._clock()
         if self._learned_due_s <= now_s:
             self._expire_learned(now_s)
         result: dict[InstanceId, Overlap] = {}
-        get, group, any_readable = result.get, self._roster.group, False
-        for holders, depth in self._holdings.ends(
-            keys
-        ):  # ascending depth: a later set extends an earlier one
+        get, group, any_readable = result.get, self._registry.group, False
+        for holders, depth in self._index.ends(keys):  # ascending depth: a later set extends an earlier one
             in_hbm, in_both, further = group(holders)
             every = (depth,) * NUM_TIERS
             if in_hbm:
@@ -213,65 +209,58 @@ class GlobalPromptTree:
                     known = get(instance, NO_OVERLAP)
                     readable = depth if is_readable else known.readable
                     result[instance] = Overlap(known.depths[:tier] + every[tier:], readable)
-        self._expected.lengthen(result, keys, now_s)
+        self._in_flight.lengthen(result, keys, now_s)
         return result
 
-    def depth_in(self, instance: InstanceId, tier: Tier, keys: Sequence[BlockKey]) -> int:
-        """How many of a prompt's blocks, from the first, one instance has in one tier. O(log keys)."""
-        member = self._roster.get(instance)
-        if member is None or tier >= NUM_TIERS:
-            return 0
-        return self._holdings.depth(1 << member.numbers[tier], keys)
-
     def holders(self, key: BlockKey) -> dict[InstanceId, TierCounts]:
-        """Who has one block, by tier: 1 or 0. Not a use. O(instances)."""
+        """The instances that hold one block, by tier 1 or 0. Not a use. O(instances)."""
         found = {
-            member.instance: tuple(self._holdings.num_held(1 << number, (key,)) for number in member.numbers)
-            for member in self._roster
+            member.instance: tuple(self._index.num_held(1 << number, (key,)) for number in member.numbers)
+            for member in self._registry
         }
         return {instance: held for instance, held in found.items() if any(held)}
 
     def stats(self) -> TreeStats:
-        """The tree now; a copy."""
-        held = self._holdings.held
+        """A copy of the tree's counts."""
+        held = self._index.held
         return TreeStats(
-            blocks=len(self._holdings),
+            blocks=len(self._index),
             holdings=held.total(),
-            holder_sets=self._holdings.num_sets,
-            expected=len(self._expected),
+            holder_sets=self._index.num_sets,
+            expected=len(self._in_flight),
             instances={
-                member.instance: tuple(held[number] for number in member.numbers) for member in self._roster
+                member.instance: tuple(held[number] for number in member.numbers) for member in self._registry
             },
             counters=replace(self._counters),
         )
 
     def compare(self, instance: InstanceId, snapshot: Snapshot) -> AuditResult:
-        """The tree's word on an instance against a snapshot of it, or a part of one. Pure."""
-        member = self._roster.get(instance)
+        """Compare the tree's blocks of an instance with its snapshot, or with a part of it. Pure."""
+        member = self._registry.get(instance)
         chains = [chain for chain in snapshot.chains if chain.tier < NUM_TIERS]
         reported = sum(len(chain.keys) for chain in chains)
         if member is None:
             return AuditResult(0, reported, 0, snapshot.sequence)
-        held = sum(self._holdings.held[number] for number in member.numbers)
-        both = sum(self._holdings.num_held(1 << member.numbers[one.tier], one.keys) for one in chains)
+        held = sum(self._index.held[number] for number in member.numbers)
+        both = sum(self._index.num_held(1 << member.numbers[one.tier], one.keys) for one in chains)
         return AuditResult(held, reported, both, snapshot.sequence - member.sequence)
 
     def digest(self, instance: InstanceId) -> dict[Tier, tuple[int, int]]:
-        """By tier, how many blocks it holds, and the first 8 bytes of their keys xored. O(all blocks)."""
-        member = self._roster.get(instance)
+        """By tier, the number of blocks and the xor of the first 8 bytes of their keys. O(all blocks)."""
+        member = self._registry.get(instance)
         numbers = member.numbers if member is not None else ()
-        return {Tier(tier): self._holdings.digest(number) for tier, number in enumerate(numbers)}
+        return {Tier(tier): self._index.digest(number) for tier, number in enumerate(numbers)}
 
     def tidy(self, num_blocks: int = 65536) -> None:
-        """Give back memory of what is late or nobody's. For a timer; events do it in passing, too."""
+        """Free expired and unheld blocks, looking at `num_blocks`. For a timer; events do a little of it."""
         self._tidy(num_blocks)
 
-    def _enter(self, instance: InstanceId, epoch: Epoch | None) -> Holder:
+    def _add(self, instance: InstanceId, epoch: Epoch | None) -> Holder:
         self.leave(instance)
-        return self._roster.enter(instance, epoch)
+        return self._registry.add(instance, epoch)
 
-    def _of(self, instance: InstanceId, epoch: Epoch) -> Holder | None:
-        member = self._roster.get(instance)
+    def _find(self, instance: InstanceId, epoch: Epoch) -> Holder | None:
+        member = self._registry.get(instance)
         if member is None or member.epoch != epoch:
             self._counters.unknown += 1
             return None
@@ -290,11 +279,11 @@ class GlobalPromptTree:
             if self._max_blocks is not None and len(keys) > self._max_blocks:
                 self._counters.forgotten += len(keys) - self._max_blocks
                 keys = keys[: self._max_blocks]
-            if event.parent is not None and not self._holdings.num_held(1 << number, [event.parent]):
-                # It has been forgotten, yet who has a block has all that comes before it.
-                chain = self._expected.chain_to(member.instance, event.parent)
-                self._expected.reported(member.instance, chain[: self._holdings.store(number, None, chain)])
-            taken = self._holdings.store(number, event.parent, keys)
+            if event.parent is not None and not self._index.num_held(1 << number, [event.parent]):
+                # The tree has forgotten the parent; a holder of a block holds all blocks before it.
+                chain = self._in_flight.chain_to(member.instance, event.parent)
+                self._in_flight.reported(member.instance, chain[: self._index.store(number, None, chain)])
+            taken = self._index.store(number, event.parent, keys)
             if taken < len(keys):
                 if taken or event.parent is None:
                     self._counters.refused += len(keys) - taken
@@ -302,39 +291,39 @@ class GlobalPromptTree:
                     self._counters.orphans += len(keys)
             self._keep_budget()
         else:
-            self._holdings.remove(number, keys)
-        self._expected.reported(member.instance, event.keys)
+            self._index.remove(number, keys)
+        self._in_flight.reported(member.instance, event.keys)
 
     def _keep_budget(self) -> None:
-        """Block by block where something is learned, as then a block may count several times."""
+        """Forget blocks beyond the budget, one by one if learned blocks may count several times."""
         if self._max_blocks is None:
             return
-        holdings = self._holdings
-        if holdings.fits(self._max_blocks - self._learned - self._expected.num_kept):
+        index = self._index
+        if index.fits(self._max_blocks - self._learned - self._in_flight.num_kept):
             return
         while True:
-            over = len(holdings) + self._learned + self._expected.num_kept - self._max_blocks
-            gone = holdings.forget_until(len(holdings) - max(0, min(over, 1) if self._learned else over))
+            over = len(index) + self._learned + self._in_flight.num_kept - self._max_blocks
+            gone = index.forget_until(len(index) - max(0, min(over, 1) if self._learned else over))
             self._counters.forgotten += len(gone)
             for key, holders in gone if self._learned else ():
-                for member in self._roster.of(holders):
-                    if member.mirror is not None:
-                        self._learned -= member.mirror.discard(key)
+                for member in self._registry.members_of(holders):
+                    if member.approximate is not None:
+                        self._learned -= member.approximate.discard(key)
             if over <= 1 or not self._learned or not gone:
                 return
 
     def _tidy(self, num_blocks: int) -> None:
         now_s = self._clock()
-        self._expected.expire(now_s)
+        self._in_flight.expire(now_s)
         if self._learned_due_s <= now_s:
             self._expire_learned(now_s)
-        self._holdings.sweep(num_blocks)
+        self._index.sweep(num_blocks)
 
     def _expire_learned(self, now_s: float) -> None:
         self._learned_due_s = float("inf")
-        for member in self._roster:
-            if member.mirror is not None:
-                gone = member.mirror.expire(now_s)
+        for member in self._registry:
+            if member.approximate is not None:
+                gone = member.approximate.expire(now_s)
                 self._learned -= len(gone)
-                self._holdings.remove(member.numbers[Tier.HBM], gone)
-                self._learned_due_s = min(self._learned_due_s, member.mirror.due_s())
+                self._index.remove(member.numbers[Tier.HBM], gone)
+                self._learned_due_s = min(self._learned_due_s, member.approximate.due_s())

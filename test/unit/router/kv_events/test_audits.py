@@ -40,7 +40,7 @@ def feed(pools: Pools, clock: FakeClock) -> TreeSynchronizer:
 def test_each_pool_is_audited_now_and_then(feed: TreeSynchronizer, clock: FakeClock) -> None:
     keys = chain(5)
     assert feed.events(PoolEvents(ONE, (stored(1, keys),))) == Done()
-    assert feed.truth() == {}
+    assert feed.audit_results() == {}
     for _ in range(3):
         clock.advance(AUDIT_S - 1)
         assert feed.events(PoolEvents(ONE, ())) == Done()
@@ -48,7 +48,7 @@ def test_each_pool_is_audited_now_and_then(feed: TreeSynchronizer, clock: FakeCl
         assert feed.events(PoolEvents(ONE, ())) == AuditWanted()
         assert feed.events(PoolEvents(ONE, ())) == Done(), "asked once"
         assert hear(feed, audit(ONE, 1, stored(0, keys[:2]), stored(0, keys[2:], keys[1]))) == {"Done"}
-    assert feed.truth() == {DECODE: AuditResult(5, 5, 5, 0)}
+    assert feed.audit_results() == {DECODE: AuditResult(5, 5, 5, 0)}
     counters = feed.counters()
     assert (counters.audits_asked, counters.audits, counters.untrue_audits) == (3, 3, 0)
     assert feed.synced_tree().stats().counters.resets == 0, "what is true is left alone"
@@ -64,7 +64,7 @@ def test_what_an_audit_finds_wrong_is_put_right(
     assert feed.events(PoolEvents(ONE, ())) == AuditWanted()
     truth = audit(ONE, 1, stored(0, keys[:2]), stored(0, other))
     assert [feed.part(one) for one in truth] == [Done(), SnapshotWanted()]
-    assert feed.truth() == {DECODE: AuditResult(5, 5, 2, 0)}
+    assert feed.audit_results() == {DECODE: AuditResult(5, 5, 2, 0)}
     assert "phantoms=3 missing=3 of=5" in caplog.text
     if not is_heard:
         assert feed.part(truth[-1]) == Done()
@@ -79,7 +79,7 @@ def test_what_an_audit_finds_wrong_is_put_right(
         1,
     )
     pools.deregister(ONE)
-    assert feed.synced_tree().overlaps(keys) == feed.truth() == {}
+    assert feed.synced_tree().overlaps(keys) == feed.audit_results() == {}
 
 
 @pytest.mark.parametrize("sequence", [0, 1, 3, 9])
@@ -90,7 +90,7 @@ def test_an_audit_of_another_moment_is_no_verdict(
     clock.advance(AUDIT_S)
     feed.events(PoolEvents(ONE, ()))
     assert hear(feed, audit(ONE, sequence, stored(0, chain(1)))) == {"Done"}
-    assert feed.truth() == {}
+    assert feed.audit_results() == {}
     assert (feed.counters().void_audits, feed.counters().audits) == (1, 0)
     assert depth(feed, chain(5)) == 5
 
@@ -120,7 +120,7 @@ def test_audits_nobody_has_asked_for_come_to_nothing(feed: TreeSynchronizer) -> 
     assert feed.part(SnapshotPart(TWO, 1, 0, True, (), True)) == Unknown()
     assert depth(feed, keys) == 4
     assert feed.counters().unasked_parts == 10
-    assert feed.truth() == {}
+    assert feed.audit_results() == {}
 
 
 def test_large_pools_are_audited_less_often_all_together(
@@ -134,7 +134,7 @@ def test_large_pools_are_audited_less_often_all_together(
     clock.advance(AUDIT_S)
     assert feed.events(PoolEvents(ONE, ())) == AuditWanted()
     hear(feed, audit(ONE, 1, stored(0, large)))
-    assert feed.truth()[DECODE].precision == 1
+    assert feed.audit_results()[DECODE].precision == 1
     clock.advance(1.9)
     assert feed.events(PoolEvents(TWO, ())) == Done(), "2 MiB stand for 2 s"
     clock.advance(0.2)
@@ -147,7 +147,7 @@ def test_a_tree_that_forgets_for_want_of_room_is_not_wrong(pools: Pools, clock: 
     clock.advance(AUDIT_S)
     assert feed.events(PoolEvents(ONE, ())) == AuditWanted()
     hear(feed, audit(ONE, 2, stored(0, chain(6)), stored(0, chain(6, seed=2))))
-    truth = feed.truth()[DECODE]
+    truth = feed.audit_results()[DECODE]
     assert (truth.phantoms, truth.recall) == (0, 8 / 12)
     assert feed.counters().untrue_audits == 0
 
@@ -187,7 +187,9 @@ def test_of_an_enormous_snapshot_the_beginning_is_taken_in(pools: Pools, clock: 
     clock.advance(AUDIT_S)
     assert feed.events(PoolEvents(ONE, ())) == AuditWanted()
     assert hear(feed, audit(ONE, 10, stored(0, keys[:7]), stored(0, other))) == {"Done"}
-    assert feed.truth()[DECODE].recall == 7 / 11, "it is not asked for again, as it would not fit again"
+    assert feed.audit_results()[DECODE].recall == 7 / 11, (
+        "the snapshot would not fit again, so none is requested"
+    )
 
 
 @pytest.mark.parametrize("seed", range(20))

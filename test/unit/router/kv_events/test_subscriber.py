@@ -108,11 +108,21 @@ async def test_tiers_come_from_the_medium() -> None:
 async def test_a_long_event_is_taken_in_by_pieces() -> None:
     tokens = list(range(2 * PIECE_BLOCKS + 2))
     keys = page_keys(tokens, 1)
+
+    async def depths_until(it: Followed, num_blocks: int) -> set[int]:
+        """The depths that another task sees, which runs once in each turn of the event loop."""
+        depths = set[int]()
+        async with asyncio.timeout(10):
+            while it.depth(keys) != num_blocks:
+                depths.add(it.depth(keys))
+                await asyncio.sleep(0)
+        return depths
+
     async with following(FakePublisher()) as it:
         await it.publisher.publish(stored(keys, tokens))
-        await it.has(keys, len(keys))
+        assert await depths_until(it, len(keys)) == {0, PIECE_BLOCKS, 2 * PIECE_BLOCKS}
         await it.publisher.publish(removed(keys[:0:-1]))
-        await it.has(keys, 1)
+        assert await depths_until(it, 1) == {len(keys), PIECE_BLOCKS + 2, 2}
 
 
 async def test_a_flood_of_messages_leaves_the_loop_to_others() -> None:

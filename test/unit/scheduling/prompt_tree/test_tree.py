@@ -209,7 +209,7 @@ def test_a_silent_worker_has_what_it_was_sent_within_capacity_and_ttl() -> None:
     assert tree.overlaps(keys("qrstuvw")) == {}
     assert tree.stats().blocks == 0
     assert not tree.apply(ANN, EPOCH, [stored(1, "a")]), "until it joins"
-    with pytest.raises(ValueError, match="no mirror"):
+    with pytest.raises(ValueError, match="no approximate cache"):
         tree.join_approximate(ANN, capacity_blocks=0, ttl_s=60)
 
 
@@ -287,7 +287,7 @@ def test_the_budget_is_of_bytes_whatever_the_blocks_are_there_for() -> None:
         for n in range(800):
             chain = tuple(BlockKey(rng.randbytes(32)) for _ in range(20))
             for name in (f"i{n % 40}", f"i{n % 37}"):
-                sequence = tree.compare(InstanceId(name), Snapshot(0, ())).behind * -1 + 1
+                sequence = tree.compare(InstanceId(name), Snapshot(0, ())).lag * -1 + 1
                 assert tree.apply(InstanceId(name), EPOCH, [Stored(sequence, DRAM, None, chain)])
             tree.learn(InstanceId(f"m{n % 4}"), chain[:10])
             tree.expect(ANN, chain, 0.0)
@@ -371,18 +371,18 @@ def test_lies_of_one_instance_never_lengthen_anothers_depth() -> None:
 def test_a_snapshot_tells_how_true_the_tree_is() -> None:
     tree = tree_of((ANN, [stored(1, "abcd"), stored(2, "ab", DRAM)]), (BOB, [stored(1, "abcdxyz")]))
     exact = tree.compare(ANN, Snapshot(2, (stored(0, "abcd"), stored(0, "ab", DRAM), stored(0, "x", REMOTE))))
-    assert (exact.precision, exact.recall, exact.phantoms, exact.behind) == (1.0, 1.0, 0, 0)
+    assert (exact.precision, exact.recall, exact.phantoms, exact.lag) == (1.0, 1.0, 0, 0)
     other = tree.compare(ANN, Snapshot(2, (stored(0, "abxy"), stored(0, "abcd", DRAM))))
     assert (other.held, other.reported, other.both, other.phantoms) == (6, 8, 4, 2)
     assert (other.precision, other.recall) == (4 / 6, 4 / 8)
     later = tree.compare(ANN, Snapshot(5, ()))
-    assert (later.behind, later.phantoms) == (3, 6)
+    assert (later.lag, later.phantoms) == (3, 6)
     assert tree.compare(CYD, Snapshot(1, (stored(0, "a"),))).recall == 0
     assert tree.compare(BOB, Snapshot(1, (stored(0, "abcdxyz"),))).precision == 1
 
 
 def test_a_tree_of_no_blocks_is_refused() -> None:
-    with pytest.raises(ValueError, match="at least one block"):
+    with pytest.raises(ValueError, match="max_blocks is at least 1"):
         GlobalPromptTree(max_blocks=0)
 
 
