@@ -190,7 +190,7 @@ class Evacuate(msgspec.Struct, frozen=True, tag=True):
     """
 
     layout: bytes
-    shelters: tuple[EvacuationTarget, ...]
+    targets: tuple[EvacuationTarget, ...]
     timeout_s: Seconds
 
 

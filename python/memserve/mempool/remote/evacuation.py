@@ -1,12 +1,12 @@
-"""What a pool holds goes to others before it does: hottest first, what nobody has, for so long and no longer.
+"""Saves a pool's blocks before its instance stops: sends other pools the blocks that no pool has.
 
-    for each prompt, the last used first:   Locate at every shelter ── it is there: done
-                                            else push what is lacking to the one that lacks least
+    for each prompt, the last used first:   Locate at every target ── one has all of it: done
+                                            else push the missing blocks to the target that lacks least
 
-How hot two pools' blocks are does not compare, so each of k shelters is taken to be as busy as this pool: of
-what they and it hold, the coldest 1 / (k + 1) goes, and no shelter evicts more than that share for it.
-What was sent is used there once more, the hottest last, so that it is not the first to be evicted.
-Knows no transports: locating and pushing are calls it was given.
+The recency of blocks of two pools does not compare, so each of k targets is taken to be as busy as this
+pool: of all blocks of a target and this pool, the coldest 1 / (k + 1) goes, and no target evicts more
+than that share. Sent chains are touched once more at the end, the most recent last, so that they are not
+the first to be evicted there. Knows no transports: locating and sending are calls it was given.
 """
 
 from __future__ import annotations
@@ -33,16 +33,16 @@ from memserve.wire.peer_messages import Evacuate, Evacuated, EvacuationTarget, L
 logger = logging.getLogger(__name__)
 
 PIECE_BLOCKS = 256
-"""Sent between two looks at the clock."""
+"""Blocks sent between two checks of the deadline."""
 NICENESS = 10
-"""Of the sending thread: requests that have begun come first."""
+"""Of the sending thread: running requests come first."""
 MAX_WAITING = 4
-"""Evacuations, the running one included."""
+"""Evacuations, running or waiting."""
 LATE, NO_PEER, NO_ROOM = "the time was over", "no pool takes such blocks", "the others have no room"
 
 
 class EvacuationPeers(Protocol):
-    """What of `Peers` is needed."""
+    """The part of `Peers` in use here."""
 
     def room(self, peer: PeerAddress, pool: MemPool, keys: Sequence[BlockKey]) -> Located: ...
 
@@ -58,7 +58,7 @@ class EvacuationPeers(Protocol):
 
 @dataclass(slots=True, eq=False)
 class _EvacuationTarget:
-    """One of the others, and how much it may still take."""
+    """A target pool, and how many blocks it may still take."""
 
     name: str
     address: PeerAddress
@@ -67,168 +67,166 @@ class _EvacuationTarget:
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """Where the rest of a chain goes, and what of it is there."""
+    """Where the rest of a chain goes, and how much of it is there."""
 
-    shelter: _EvacuationTarget
+    target: _EvacuationTarget
     start: int
-    """Of the chain: what comes before is there, as far as anybody knows."""
+    """Index in the chain: the blocks before it are there, as far as this pool knows."""
     num_lacking: int
 
 
 class EvacuationRun:
-    """One pool's way out. One thread."""
+    """One evacuation of one pool. One thread."""
 
     def __init__(
         self,
-        exchange: EvacuationPeers,
+        peers: EvacuationPeers,
         pool: MemPool,
-        shelters: Sequence[EvacuationTarget],
+        targets: Sequence[EvacuationTarget],
         now: Callable[[], float],
     ) -> None:
-        self._exchange = exchange
+        self._peers = peers
         self._pool = pool
         self._now = now
-        self._shelters = [
-            _EvacuationTarget(one.name, PeerAddress(one.address, one.epoch)) for one in shelters
-        ]
-        self._homes: dict[BlockKey, _EvacuationTarget] = {}
-        """Of each block that is elsewhere, where. Prefix-closed."""
+        self._targets = [_EvacuationTarget(one.name, PeerAddress(one.address, one.epoch)) for one in targets]
+        self._locations: dict[BlockKey, _EvacuationTarget] = {}
+        """The target of each block that is elsewhere. Prefix-closed."""
         self._sent = Pushed()
-        self._ends: list[tuple[_EvacuationTarget, BlockKey, BlockKey | None]] = []
-        """Of the prompts that were sent, in order: where, the last block, and the one before it."""
+        self._sent_ends: list[tuple[_EvacuationTarget, BlockKey, BlockKey | None]] = []
+        """Of the sent prompts, in order: the target, the last block, and the block before it."""
 
     def run(self, timeout_s: float) -> Evacuated:
-        """Send for so long. What a shelter does wrong costs the blocks it was to get, never more."""
+        """Send for at most `timeout_s`. A fault of a target costs the blocks it was to get, no more."""
         deadline = self._now() + timeout_s
-        self._measure()
+        self._measure_room()
         num_saved = -1
-        while num_saved < len(self._homes):  # Requests that end meanwhile leave more behind.
-            num_saved = len(self._homes)
+        while num_saved < len(self._locations):  # Requests that end meanwhile leave more behind.
+            num_saved = len(self._locations)
             for key in self._pool.recent_leaves():
-                if not self._shelters or self._now() >= deadline:
+                if not self._targets or self._now() >= deadline:
                     break
                 if not self._save(self._pool.chain_to(key), deadline):
                     break
-        self._use_again(deadline)
-        num_left = max(0, self._pool.stats().cached - len(self._homes))
-        num_known = len(self._homes) - self._sent.num_sent
-        reason = self._why_left(deadline) if num_left else ""
+        self._touch_lru(deadline)
+        num_left = max(0, self._pool.stats().cached - len(self._locations))
+        num_known = len(self._locations) - self._sent.num_sent
+        reason = self._reason_left(deadline) if num_left else ""
         return Evacuated(self._sent.num_sent, self._sent.num_bytes, num_known, num_left, reason)
 
-    def _why_left(self, deadline: float) -> str:
-        if not self._shelters:
+    def _reason_left(self, deadline: float) -> str:
+        if not self._targets:
             return NO_PEER
         if self._now() >= deadline:
             return LATE
-        return "not all were taken" if any(shelter.room > 0 for shelter in self._shelters) else NO_ROOM
+        return "not all were taken" if any(target.room > 0 for target in self._targets) else NO_ROOM
 
-    def _measure(self) -> None:
-        """Ask all how much room they have; who does not answer is none."""
-        num_pools = len(self._shelters) + 1
-        for shelter in list(self._shelters):
-            located = self._located(shelter, ())
+    def _measure_room(self) -> None:
+        """Ask all targets for their room; a target that does not answer is dropped."""
+        num_pools = len(self._targets) + 1
+        for target in list(self._targets):
+            located = self._located(target, ())
             if located is not None:
-                shelter.room = located.num_free + located.num_evictable // num_pools
+                target.room = located.num_free + located.num_evictable // num_pools
 
     def _save(self, chain: Sequence[BlockKey], deadline: float) -> bool:
-        """Have the whole chain elsewhere, as far as can be; False if nobody has room for any of it."""
-        num_saved = bisect_left(chain, True, key=lambda key: key not in self._homes)
+        """Get the whole chain elsewhere, as far as possible; False if no target has room for any of it."""
+        num_saved = bisect_left(chain, True, key=lambda key: key not in self._locations)
         if num_saved == len(chain):
             return True
         choices = self._choices(chain, num_saved)
         if choices and not choices[0].num_lacking:
-            self._settle(chain, len(chain), choices[0].shelter)
+            self._note_location(chain, len(chain), choices[0].target)
             return True
-        fitting = [one for one in choices if one.shelter.room >= one.num_lacking]
-        choice = next(iter(fitting), max(choices, key=lambda one: one.shelter.room, default=None))
+        fitting = [one for one in choices if one.target.room >= one.num_lacking]
+        choice = next(iter(fitting), max(choices, key=lambda one: one.target.room, default=None))
         if choice is None:
             return True
-        if choice.shelter.room < 1:
+        if choice.target.room < 1:
             return False
         self._push(chain, choice, deadline)
         return True
 
     def _choices(self, chain: Sequence[BlockKey], num_saved: int) -> list[_Choice]:
-        """All shelters, those that lack least first; of equals, each prompt has a favourite."""
-        home = self._homes[chain[num_saved - 1]] if num_saved else None
+        """All targets, those that lack least first; equal ones in the prompt's own order."""
+        location = self._locations[chain[num_saved - 1]] if num_saved else None
         choices = []
-        for shelter in list(self._shelters):
-            located = self._located(shelter, chain[num_saved:])
+        for target in list(self._targets):
+            located = self._located(target, chain[num_saved:])
             if located is None:
                 continue
-            # Who has the block after those that are saved has these, too.
-            start = num_saved + located.num_blocks if located.num_blocks or shelter is home else 0
-            choices.append(_Choice(shelter, start, len(chain) - start))
+            # A target that has the block after the saved ones has the saved ones as well.
+            start = num_saved + located.num_blocks if located.num_blocks or target is location else 0
+            choices.append(_Choice(target, start, len(chain) - start))
         root = chain[0]
-        return sorted(choices, key=lambda one: (one.num_lacking, _preference(root, one.shelter.name)))
+        return sorted(choices, key=lambda one: (one.num_lacking, _preference(root, one.target.name)))
 
     def _push(self, chain: Sequence[BlockKey], choice: _Choice, deadline: float) -> None:
-        shelter, at = choice.shelter, choice.start
-        self._settle(chain, at, shelter)
-        while at < len(chain) and shelter.room > 0 and self._now() < deadline:
-            piece = chain[at : at + min(PIECE_BLOCKS, shelter.room)]
-            pushed = self._pushed(shelter, piece, chain[at - 1] if at else None)
+        target, at = choice.target, choice.start
+        self._note_location(chain, at, target)
+        while at < len(chain) and target.room > 0 and self._now() < deadline:
+            piece = chain[at : at + min(PIECE_BLOCKS, target.room)]
+            pushed = self._pushed(target, piece, chain[at - 1] if at else None)
             if pushed is None:
                 return
             self._sent += pushed
-            shelter.room -= pushed.num_sent
+            target.room -= pushed.num_sent
             taken = pushed.num_known + pushed.num_sent
             at += taken
-            self._settle(chain, at, shelter)
+            self._note_location(chain, at, target)
             if taken < len(piece):
                 return
         if at:
-            self._ends.append((shelter, chain[at - 1], chain[at - 2] if at > 1 else None))
+            self._sent_ends.append((target, chain[at - 1], chain[at - 2] if at > 1 else None))
 
-    def _use_again(self, deadline: float) -> None:
-        """Offer the ends of what was sent, which are known there by now: each is a use."""
-        while self._ends and self._now() < deadline:
-            shelter, key, parent = self._ends.pop()
-            if shelter in self._shelters:
-                self._pushed(shelter, [key], parent)
+    def _touch_lru(self, deadline: float) -> None:
+        """Offer the last blocks of what was sent: each offer counts as a use there."""
+        while self._sent_ends and self._now() < deadline:
+            target, key, parent = self._sent_ends.pop()
+            if target in self._targets:
+                self._pushed(target, [key], parent)
 
     def _pushed(
-        self, shelter: _EvacuationTarget, keys: Sequence[BlockKey], parent: BlockKey | None
+        self, target: _EvacuationTarget, keys: Sequence[BlockKey], parent: BlockKey | None
     ) -> Pushed | None:
         try:
-            return self._exchange.transfer_with_insert(shelter.address, self._pool, keys, parent=parent)
+            return self._peers.transfer_with_insert(target.address, self._pool, keys, parent=parent)
         except PeerDeclined as error:
             if not error.parent_unknown:
-                shelter.room = 0
+                target.room = 0
         except MemServeError as error:
-            self._lost(shelter, error)
+            self._drop_target(target, error)
         return None
 
-    def _located(self, shelter: _EvacuationTarget, keys: Sequence[BlockKey]) -> Located | None:
+    def _located(self, target: _EvacuationTarget, keys: Sequence[BlockKey]) -> Located | None:
         try:
-            return self._exchange.room(shelter.address, self._pool, keys)
+            return self._peers.room(target.address, self._pool, keys)
         except MemServeError as error:
-            self._lost(shelter, error)
+            self._drop_target(target, error)
             return None
 
-    def _lost(self, shelter: _EvacuationTarget, error: MemServeError) -> None:
-        logger.warning("evacuation goes on without peer=%s: %s", shelter.name, error)
-        self._shelters.remove(shelter)
+    def _drop_target(self, target: _EvacuationTarget, error: MemServeError) -> None:
+        logger.warning("evacuation goes on without peer=%s: %s", target.name, error)
+        self._targets.remove(target)
 
-    def _settle(self, chain: Sequence[BlockKey], num_blocks: int, shelter: _EvacuationTarget) -> None:
+    def _note_location(self, chain: Sequence[BlockKey], num_blocks: int, target: _EvacuationTarget) -> None:
         for key in chain[:num_blocks]:
-            self._homes.setdefault(key, shelter)
+            self._locations.setdefault(key, target)
 
 
 class Evacuations:
-    """Those that a router asks for: one after the other, answered when over. Any thread may ask."""
+    """The evacuations that a router requests: one at a time, each answered at its end. Any thread may ask."""
 
-    def __init__(self, exchange: EvacuationPeers, now: Callable[[], float]) -> None:
-        self._exchange = exchange
+    def __init__(self, peers: EvacuationPeers, now: Callable[[], float]) -> None:
+        self._peers = peers
         self._closing = threading.Event()
         self._now = lambda: float("inf") if self._closing.is_set() else now()
         self._executor = BoundedExecutor("peer-evacuation", capacity=MAX_WAITING, niceness=NICENESS)
 
     def answer(self, message: Evacuate, pool: MemPool | None) -> Message | Future[Message]:
-        """What has become of the blocks. Returns at once."""
+        """The outcome for the blocks. Returns at once."""
         if pool is None:
             return Evacuated(0, 0, 0, 0, "there is no pool of such blocks here")
-        run = EvacuationRun(self._exchange, pool, message.shelters, self._now)
+        run = EvacuationRun(self._peers, pool, message.targets, self._now)
         future: Future[Message] | None = self._executor.submit(lambda: run.run(message.timeout_s))
         if future is None:
             reason = f"{MAX_WAITING} evacuations are running or waiting"
@@ -236,11 +234,11 @@ class Evacuations:
         return future
 
     def close(self) -> None:
-        """End the running evacuation at its next look at the clock, drop the others."""
+        """End the running evacuation at its next check of the deadline, drop the others."""
         self._closing.set()
         self._executor.close()
 
 
 def _preference(root: BlockKey, name: str) -> int:
-    """Rendezvous hashing: the blocks of all ranks, and all that begins alike, come together."""
+    """Rendezvous hashing: the blocks of all ranks, and prompts with a common start, come together."""
     return xxh3_64_intdigest(root + name.encode())

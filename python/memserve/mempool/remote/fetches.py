@@ -1,4 +1,4 @@
-"""Fetches that a router asks for: each answered when it is over, a few at a time, a bounded number in all.
+"""The fetches that a router directs: a few at a time, a bounded number in all, each answered at its end.
 
 Knows no transports: fetching is a call it was given.
 """
@@ -40,7 +40,7 @@ class FetchCall(Protocol):
 
 
 class Fetches:
-    """Any thread may ask."""
+    """Any thread may call any method."""
 
     def __init__(self, fetch: FetchCall) -> None:
         self._fetch = fetch

@@ -1,4 +1,4 @@
-"""Peers: how one process's pools exchange blocks with those of others.
+"""Peers: the exchange of blocks between the pools of this process and those of other processes.
 
     transfer_with_insert   cached chain of this pool → the blocks of it that a peer lacks
     fetch                  cached chain of a peer → the blocks of it that this pool lacks
@@ -6,8 +6,8 @@
     threads: control server (answers), sweeper (deadlines, fencing), a few for the fetches that a
     router directs, one for evacuations, one to make pools; the rest runs on the caller's thread
 
-What a peer does wrong, late or not at all costs a miss or an error here: never a block, never a
-byte in the wrong place. Knows no SGLang, no HBM and no membership; source of the verbs: MemServe.
+A fault of a peer costs a miss or an error here: never a block, never a byte in the wrong place.
+Knows no SGLang, no HBM and no membership. Source of the verbs: MemServe.
 """
 
 from __future__ import annotations
@@ -50,13 +50,13 @@ from memserve.wire.peer_messages import (
 logger = logging.getLogger(__name__)
 
 MAX_HELLOS = 256
-"""Peers that wait at a time for the pool of their blocks to be made."""
+"""Peers that wait at a time until the pool of their blocks is made."""
 _WITH_DEADLINE = (Reserve, AcquireLease)
-"""Messages after which something may have to be ended in time."""
+"""Messages that begin a reservation or a lease, which has a deadline."""
 
 
 class Peers:
-    """One per process. Any thread may call anything; calls block for at most a few `timeout_s`."""
+    """One per process. Any thread may call any method; calls block for at most a few `timeout_s`."""
 
     def __init__(
         self,
@@ -75,11 +75,13 @@ class Peers:
         self._endpoint = endpoint
         self.address = endpoint.address
         self._counters = counters = Counters()
-        self._memory = LocalRegions(open_transports, endpoint.epoch, config.timeout_s)
-        self._pools = ServedPools(self._memory, pool_of)
-        self._server = PeerServer(config, endpoint.epoch, self._memory, self._pools, counters, time.monotonic)
-        self._quarantined = QuarantinedReads(self._memory, config.timeout_s)
-        own = OwnSide(endpoint.epoch, self._memory, endpoint.connect, config.timeout_s)
+        self._regions = LocalRegions(open_transports, endpoint.epoch, config.timeout_s)
+        self._pools = ServedPools(self._regions, pool_of)
+        self._server = PeerServer(
+            config, endpoint.epoch, self._regions, self._pools, counters, time.monotonic
+        )
+        self._quarantined = QuarantinedReads(self._regions, config.timeout_s)
+        own = OwnSide(endpoint.epoch, self._regions, endpoint.connect, config.timeout_s)
         self._table = PeerTable(own, self._pools, self._quarantined, counters)
         self._fetches = Fetches(self.fetch)
         self._evacuations = Evacuations(self, time.monotonic)
@@ -89,7 +91,7 @@ class Peers:
         endpoint.serve_pools(self._answer)
 
     def add(self, pool: MemPool) -> None:
-        """Serve the pool before it is first used: for Fetch and Locate. Idempotent."""
+        """Serve the pool from now on, not only from its first use: for Fetch and Locate. Idempotent."""
         self._pools.add(pool)
 
     # ---- cached chains
@@ -127,13 +129,12 @@ class Peers:
         parent: BlockKey | None = None,
         timeout_s: float,
     ) -> int:
-        """Get what `pool` lacks of a chain from the peer; returns how many of `keys` are cached here then.
+        """Copy the blocks of a chain that `pool` lacks from the peer, and index them here.
 
-        The mirror of `transfer_with_insert`: this pool copies the blocks and indexes them.
-
-        keys[0] comes after `parent`, or begins a prompt. A block that does not sum to what the peer
-        said is a miss and ends the chain. Raises as `transfer_with_insert`, and OutOfBlocks
-        if there is no room here.
+        The mirror of `transfer_with_insert`. Returns how many of `keys`, from the front, are cached here
+        at the end. keys[0] follows `parent`, or begins a prompt. A block with another checksum than the
+        peer sent is a miss and ends the chain. Raises as `transfer_with_insert`, and OutOfBlocks if
+        there is no room here.
         """
         found = self._counted(lambda: self._use(peer, pool).reader.fetch(keys, parent, timeout_s))
         self._counters.add(PeersStats(fetches=1))
@@ -148,7 +149,7 @@ class Peers:
         remote.connection()
         return _as_located(peer, remote.ask(Locate(pool.layout.digest, tuple(keys))))
 
-    # ---- what happens to others and to us
+    # ---- events
 
     def gone(self, epoch: Epoch) -> None:
         """That process is known to be gone: fence it, then free what it held. Returns at once."""
@@ -157,7 +158,7 @@ class Peers:
         self._sweeper.wake()
 
     def resized(self, pool: MemPool) -> None:
-        """The arena of `pool` has another size: peers have to name it anew.
+        """The arena of `pool` has another size: register it anew.
 
         Raises TransferTimeout if a peer is still copying: the memory that was taken back is not free yet.
         """
@@ -166,12 +167,12 @@ class Peers:
     def stats(self) -> PeersStats:
         """All counts of one moment."""
         quarantined = self._server.num_quarantined() + self._quarantined.num_blocks()
-        return self._counters.stats(quarantined, self._memory.num_reopened)
+        return self._counters.stats(quarantined, self._regions.num_reopened)
 
     def close(self) -> None:
-        """Stop answering, finish what was asked for, close the transports. Idempotent.
+        """Stop answering, end the running exchanges, close the transports and the endpoint. Idempotent.
 
-        Nothing of a peer's is left in the pools, which stay the caller's.
+        The pools stay the caller's, without any reservation or lease of a peer.
         """
         if self._is_closed:
             return
@@ -182,7 +183,7 @@ class Peers:
         self._pool_maker.close()
         self._sweeper.close()
         self._table.close()
-        self._memory.close()
+        self._regions.close()
         self._server.close()
         self._quarantined.close()
 

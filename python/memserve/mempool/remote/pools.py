@@ -25,9 +25,9 @@ class ServedPools:
     Any thread may call any method. The pools stay the caller's.
     """
 
-    def __init__(self, memory: LocalRegions, pool_of: PoolOf) -> None:
+    def __init__(self, local: LocalRegions, pool_of: PoolOf) -> None:
         """`pool_of` is called by one thread at a time; it may make a pool, which may take seconds."""
-        self._memory = memory
+        self._local = local
         self._pool_of = pool_of
         self._making = threading.Lock()
         self._lock = threading.Lock()
@@ -70,13 +70,13 @@ class ServedPools:
             if before is None:
                 return
             try:
-                self._memory.remove(before)
+                self._local.remove(before)
             finally:
                 self._register(pool)
 
     def _register(self, pool: MemPool) -> None:
         num_bytes = pool.arena.slot_bytes * pool.arena.num_slots
-        self._regions[pool.layout.digest] = self._memory.add(pool.arena.address, num_bytes)
+        self._regions[pool.layout.digest] = self._local.add(pool.arena.address, num_bytes)
 
 
 class RemotePool(RemoteProcess):

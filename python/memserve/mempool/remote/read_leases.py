@@ -1,7 +1,7 @@
-"""Leases that peers read by: on what is cached here, for as long as they read, and not for ever.
+"""Leases on blocks of this process while peers read them, each with a deadline.
 
-A reader that outstays its lease reads whatever is there; it compares checksums and takes nothing
-that does not fit. Knows no sockets and no clock. Not thread-safe: its server locks.
+A reader that outlives its lease may read other bytes; it compares checksums and rejects those blocks.
+Knows no sockets and no clock. Not thread-safe: the server locks.
 """
 
 from __future__ import annotations
@@ -31,47 +31,46 @@ def readable(match: Match) -> Match:
 class ReadLeases:
     """The holder's half of a fetch."""
 
-    def __init__(self, tally: Counters, lease_s: float) -> None:
-        self._tally = tally
+    def __init__(self, counters: Counters, lease_s: float) -> None:
+        self._counters = counters
         self._lease_s = lease_s
 
-    def acquire(self, guest: PeerSession, pool: MemPool, message: AcquireLease, now: float) -> Message:
-        """Hold the longest prefix that is here."""
-        lent = guest.lent.get(message.lease_id)
-        if lent is not None:
-            return lent.answer
-        over = guest.leases.get(message.lease_id)
-        if over is not None:
+    def acquire(self, session: PeerSession, pool: MemPool, message: AcquireLease, now: float) -> Message:
+        """Lease the longest prefix that is cached here."""
+        read = session.reads.get(message.lease_id)
+        if read is not None:
+            return read.answer
+        if session.leases.get(message.lease_id) is not None:
             return _NOTHING
         lease = pool.acquire(readable(pool.match(message.keys)))
         if not len(lease):
             pool.release(lease)
-            guest.leases.add(message.lease_id, CompletedExchange(_NOTHING))
+            session.leases.add(message.lease_id, CompletedExchange(_NOTHING))
             return _NOTHING
         answer = Leased(tuple(lease.addrs), tuple(pool.checksums(lease)))
-        guest.lent[message.lease_id] = OutgoingRead(pool, lease, answer, now + self._lease_s)
+        session.reads[message.lease_id] = OutgoingRead(pool, lease, answer, now + self._lease_s)
         return answer
 
-    def release(self, guest: PeerSession, message: ReleaseLease) -> Message:
-        """End a lease. One that ends before it began never begins."""
-        self._end(guest, message.lease_id)
+    def release(self, session: PeerSession, message: ReleaseLease) -> Message:
+        """End a lease. A lease that is released before it is acquired is never acquired."""
+        self._end(session, message.lease_id)
         return Done()
 
-    def expire(self, guest: PeerSession, now: float) -> None:
-        """End the leases whose time is over."""
-        for lease_id, lent in list(guest.lent.items()):
-            if lent.deadline <= now:
-                self._end(guest, lease_id)
-                self._tally.add(PeersStats(expired_leases=1))
-                logger.warning("lease ran out peer=%016x blocks=%d", guest.epoch, len(lent.lease))
+    def expire(self, session: PeerSession, now: float) -> None:
+        """End the leases that have passed their deadline."""
+        for lease_id, read in list(session.reads.items()):
+            if read.deadline <= now:
+                self._end(session, lease_id)
+                self._counters.add(PeersStats(expired_leases=1))
+                logger.warning("lease ran out peer=%016x blocks=%d", session.epoch, len(read.lease))
 
-    def abandon(self, guest: PeerSession) -> None:
-        """Its process is gone: end all its leases."""
-        for lease_id in list(guest.lent):
-            self._end(guest, lease_id)
+    def abandon(self, session: PeerSession) -> None:
+        """The peer's process is gone: end all its leases."""
+        for lease_id in list(session.reads):
+            self._end(session, lease_id)
 
-    def _end(self, guest: PeerSession, lease_id: int) -> None:
-        lent = guest.lent.pop(lease_id, None)
-        if lent is not None:
-            lent.pool.release(lent.lease)
-        guest.leases.add(lease_id, CompletedExchange(_NOTHING))
+    def _end(self, session: PeerSession, lease_id: int) -> None:
+        read = session.reads.pop(lease_id, None)
+        if read is not None:
+            read.pool.release(read.lease)
+        session.leases.add(lease_id, CompletedExchange(_NOTHING))

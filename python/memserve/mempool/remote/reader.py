@@ -1,7 +1,7 @@
-"""Reads blocks from a peer: lease there, read one-sidedly, compare, index here, release.
+"""Reads blocks from a peer: lease there, read one-sidedly, compare checksums, index here, release.
 
-The blocks that are read into are a reservation of our own pool, so that a read which may still
-land has its quarantine, too. Knows no sockets; any thread.
+The target blocks are a reservation of our own pool, so that a failed read that may still land has a
+quarantine, as a peer's write has. Knows no sockets. Any thread.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ RETRY_S = 1.0
 
 @dataclass(eq=False, frozen=True, slots=True)
 class _QuarantinedRead:
-    """A read that failed and may still land."""
+    """A failed read whose bytes may still land."""
 
     connection: PeerConnection
     pool: MemPool
@@ -41,16 +41,16 @@ class _QuarantinedRead:
 
 
 class QuarantinedReads:
-    """Reads that may still land, until it is known that they cannot. Any thread; one sweeps."""
+    """Failed reads, each until its bytes cannot land any more. Any thread; one thread sweeps."""
 
-    def __init__(self, memory: LocalRegions, timeout_s: float) -> None:
-        self._memory = memory
+    def __init__(self, regions: LocalRegions, timeout_s: float) -> None:
+        self._regions = regions
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
         self._waiting: list[_QuarantinedRead] = []
 
     def abandon(self, connection: PeerConnection, pool: MemPool, reservation: Reservation) -> None:
-        """Free what a failed read was to fill, or keep it until that is safe."""
+        """Free the blocks that a failed read was to fill, or quarantine them until that is safe."""
         if self._is_settled(connection):
             pool.cancel(reservation)
             return
@@ -64,10 +64,12 @@ class QuarantinedReads:
             return sum(len(one.reservation.addrs) for one in self._waiting)
 
     def sweep(self) -> float:
-        """Try again to settle; returns the seconds until there may be more to do, or infinity."""
+        """Try again to settle; returns the seconds until the next attempt, or infinity."""
         with self._lock:
             waiting = list(self._waiting)
-        silent: set[Peer] = set()  # Asked once in a sweep: each of their answers is waited for.
+        silent: set[Peer] = (
+            set()
+        )  # Ask a peer that does not answer once per sweep: each question takes its timeout.
         for one in waiting:
             if one.connection.peer in silent:
                 continue
@@ -81,14 +83,14 @@ class QuarantinedReads:
             return RETRY_S if self._waiting else float("inf")
 
     def close(self) -> None:
-        """The transports are closed: nothing lands any more."""
+        """The transports are closed, so nothing lands any more: free all blocks."""
         with self._lock:
             waiting, self._waiting = self._waiting, []
         for one in waiting:
             one.pool.settle(one.reservation)
 
     def _is_settled(self, connection: PeerConnection) -> bool:
-        if connection.own_epoch != self._memory.epoch:  # Those transports are closed.
+        if connection.own_epoch != self._regions.epoch:  # Those transports are closed.
             return True
         try:
             connection.transport.settle(connection.peer, timeout_s=self._timeout_s)
@@ -101,7 +103,7 @@ class QuarantinedReads:
 
 
 class Reader:
-    """Fetches from the pool of one peer. Any thread."""
+    """Fetches from the pool of one peer. Any thread may call any method."""
 
     def __init__(
         self,
@@ -110,7 +112,7 @@ class Reader:
         quarantined: QuarantinedReads,
         counters: Counters,
     ) -> None:
-        """`next_id` never repeats itself in this process."""
+        """`next_id` gives ascending ids, never one twice in this process."""
         self._remote = remote
         self._next_id = next_id
         self._quarantined = quarantined
@@ -125,7 +127,7 @@ class Reader:
         while num_here < len(keys) and time.monotonic() < deadline:
             last = keys[num_here - 1] if num_here else parent
             pin = pinned(pool, last) if last is not None else None
-            if last is not None and pin is None:  # Nobody would find what comes after it.
+            if last is not None and pin is None:  # Without its parent a block cannot be found.
                 break
             try:
                 num_new = self._fetch_some(keys[num_here : num_here + step], last, deadline)
@@ -168,7 +170,7 @@ class Reader:
         parent: BlockKey | None,
         deadline: float,
     ) -> int:
-        """Read, compare and index the leased blocks; returns how many were taken."""
+        """Read, compare and index the leased blocks; returns their number, 0 if one is corrupt."""
         pool = self._remote.pool
         reservation = pool.reserve(len(leased.addrs))
         try:

@@ -1,4 +1,4 @@
-"""What the exchange of blocks answers with and counts. Values only, but for the tally."""
+"""Results and counters of the exchange of blocks."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from dataclasses import dataclass, fields, replace
 
 @dataclass(frozen=True, slots=True)
 class Pushed:
-    """What became of a chain that was sent. What is in neither count was not taken."""
+    """The outcome of a sent chain. Blocks in neither count were not taken."""
 
     num_known: int = 0
-    """Blocks that the peer had already."""
+    """Blocks that the peer had before."""
     num_sent: int = 0
-    """Blocks that were written there and that it has taken."""
+    """Blocks that were written there and that the peer has indexed."""
     num_bytes: int = 0
 
     def __add__(self, other: Pushed) -> Pushed:
@@ -26,7 +26,7 @@ class Pushed:
 
 @dataclass(frozen=True, slots=True)
 class PeersStats:
-    """One moment of a process's exchange with its peers; the counters run from its start."""
+    """The exchange of a process with its peers: counters since its start, and one gauge."""
 
     pushes: int = 0
     """Chains sent, in whole or in part."""
@@ -38,39 +38,39 @@ class PeersStats:
     blocks_fetched: int = 0
     bytes_fetched: int = 0
     declined: int = 0
-    """Requests of peers that were turned down here."""
+    """Requests of peers that were declined here."""
     corrupt_in_flight: int = 0
-    """Blocks that peers wrote here which did not sum to what they said."""
+    """Writes of peers that ended at a block with another checksum than the peer sent."""
     corrupt_on_arrival: int = 0
-    """Blocks that were read from peers which did not sum to what they said."""
+    """Reads from peers that ended at a block with another checksum than the peer sent."""
     quarantined: int = 0
-    """Blocks that a peer, or a read of ours, may still write: now, not in all."""
+    """Gauge: blocks that a peer, or a read of this process, may still write to."""
     fenced: int = 0
-    """Peers that were refused for good, each for one life of its transports."""
+    """Data epochs of peers that were refused for good."""
     expired_reservations: int = 0
     expired_leases: int = 0
     reopened: int = 0
-    """Times that a peer had fenced us and our transports began anew."""
+    """Times that this process opened its transports anew because a peer had fenced them."""
     failures: int = 0
-    """Pushes and fetches that raised, but for those that were declined."""
+    """Pushes and fetches that raised an error, declined ones not counted."""
 
     def __add__(self, other: PeersStats) -> PeersStats:
         return PeersStats(*(getattr(self, one.name) + getattr(other, one.name) for one in fields(self)))
 
 
 class Counters:
-    """Counts, from any thread."""
+    """Any thread may call any method."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._counts = PeersStats()
 
     def add(self, counted: PeersStats) -> None:
-        """Add up what happened."""
+        """Add these counts."""
         with self._lock:
             self._counts += counted
 
     def stats(self, quarantined: int, reopened: int) -> PeersStats:
-        """All counts of one moment, with those that others keep."""
+        """All counts of one moment, with the two that other objects keep."""
         with self._lock:
             return replace(self._counts, quarantined=quarantined, reopened=reopened)

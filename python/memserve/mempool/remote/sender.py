@@ -34,8 +34,9 @@ logger = logging.getLogger(__name__)
 
 MAX_CHUNK_BYTES = 8 << 20
 MAX_CHUNK_BLOCKS = 64
-"""What one reservation or lease holds: longer chains go in several."""
-MAX_LEFT_OVER = 64
+"""Of one reservation or lease; longer chains take several."""
+MAX_PENDING_CANCELS = 64
+"""Per peer; further ones are left to the peer's deadline."""
 
 
 def chunk_blocks(block_bytes: int) -> int:
@@ -55,7 +56,7 @@ class _Chunk(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class GrantedWrite:
-    """A reservation at a peer, and the way it was connection when it was made."""
+    """A reservation at a peer, and the connection under which it was made."""
 
     connection: PeerConnection
     transfer_id: int
@@ -64,14 +65,14 @@ class GrantedWrite:
 
 
 class Sender:
-    """Writes to the pool of one peer. Any thread."""
+    """Writes to the pool of one peer. Any thread may call any method."""
 
     def __init__(self, remote: RemotePool, next_id: Callable[[], int]) -> None:
-        """`next_id` never repeats itself in this process."""
+        """`next_id` gives ascending ids, never one twice in this process."""
         self._remote = remote
         self._next_id = next_id
         self._lock = threading.Lock()
-        self._left_over: dict[int, tuple[PeerConnection | None, bool]] = {}
+        self._pending_cancels: dict[int, tuple[PeerConnection | None, bool]] = {}
 
     def transfer_with_insert(
         self, keys: Sequence[BlockKey], parent: BlockKey | None, mode: TransferMode
@@ -113,7 +114,7 @@ class Sender:
             num_new = self.commit(granted, chunk.checksums[granted.num_known :])
             return Pushed(granted.num_known, num_new, len(missing) * self._remote.pool.layout.block_bytes)
 
-        self._clear_left_over()
+        self._send_pending_cancels()
         return self._remote.exchange(send)
 
     def reserve(
@@ -125,7 +126,7 @@ class Sender:
         try:
             answer = self._remote.ask(Reserve(self._remote.epoch, transfer_id, digest, tuple(keys), parent))
         except InstanceLost:
-            self._leave_over(transfer_id, None, True)
+            self._cancel_later(transfer_id, None, True)
             raise
         if isinstance(answer, Declined):
             raise PeerDeclined(self._remote.name, answer.reason, parent_unknown=answer.parent_unknown)
@@ -150,7 +151,7 @@ class Sender:
         try:
             answer = self._remote.ask(Commit(self._remote.epoch, granted.transfer_id, tuple(checksums)))
         except InstanceLost:
-            self._leave_over(granted.transfer_id, None, True)
+            self._cancel_later(granted.transfer_id, None, True)
             raise
         if isinstance(answer, Declined):
             raise PeerDeclined(self._remote.name, answer.reason)
@@ -165,7 +166,7 @@ class Sender:
         try:
             connection.transport.settle(connection.peer, timeout_s=self._remote.timeout_s)
         except (InstanceLost, StaleEpoch):
-            self._leave_over(transfer_id, None, True)  # Most likely no process is there to be told.
+            self._cancel_later(transfer_id, None, True)  # Most likely the peer's process has ended.
             return
         except MemServeError as error:
             logger.warning("bytes may still land peer=%s: %s", self._remote.name, error)
@@ -173,21 +174,21 @@ class Sender:
         try:
             self._remote.ask(Cancel(self._remote.epoch, transfer_id, settled), attempts=1)
         except MemServeError:
-            self._leave_over(transfer_id, None if settled else connection, settled)
+            self._cancel_later(transfer_id, None if settled else connection, settled)
             return
         if not settled:
-            self._leave_over(transfer_id, connection, settled)
+            self._cancel_later(transfer_id, connection, settled)
 
-    def _leave_over(self, transfer_id: int, connection: PeerConnection | None, settled: bool) -> None:
-        """Something to try once more when the peer answers again. What does not fit is dropped."""
+    def _cancel_later(self, transfer_id: int, connection: PeerConnection | None, settled: bool) -> None:
+        """Send the Cancel before the next exchange, settled first if it was not."""
         with self._lock:
-            if len(self._left_over) < MAX_LEFT_OVER:
-                self._left_over[transfer_id] = (connection, settled)
+            if len(self._pending_cancels) < MAX_PENDING_CANCELS:
+                self._pending_cancels[transfer_id] = (connection, settled)
 
-    def _clear_left_over(self) -> None:
+    def _send_pending_cancels(self) -> None:
         with self._lock:
-            left_over, self._left_over = self._left_over, {}
-        for transfer_id, (connection, settled) in left_over.items():
+            pending, self._pending_cancels = self._pending_cancels, {}
+        for transfer_id, (connection, settled) in pending.items():
             try:
                 if connection is not None and not settled:
                     connection.transport.settle(connection.peer, timeout_s=self._remote.timeout_s)

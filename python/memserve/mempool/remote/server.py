@@ -1,7 +1,7 @@
-"""Answers the control messages of peers, and sees to it that what they hold here ends.
+"""Answers the control messages of peers, and ends their reservations and leases in time.
 
-`answer` runs on the control server's thread, `sweep` on the sweeper's, anything else on any. One
-lock is held for microseconds, and while the blocks of one commit are summed; fencing, which may
+`answer` runs on the control server's thread, `sweep` on the sweeper's, other methods on any thread. One
+lock is held for microseconds, and while the checksums of one commit are computed; fencing, which may
 take seconds, happens outside it. Knows no sockets and moves no bytes.
 """
 
@@ -50,108 +50,108 @@ RETRY_S = 1.0
 
 
 class PeerServer:
-    """What this process does for its peers."""
+    """The receiver of writes and the holder of leases."""
 
     def __init__(
         self,
         config: PeersConfig,
         epoch: Epoch,
-        memory: LocalRegions,
+        regions: LocalRegions,
         pools: ServedPools,
         counters: Counters,
         now: Callable[[], float],
     ) -> None:
         self._epoch = epoch
-        self._memory = memory
+        self._regions = regions
         self._pools = pools
         self._counters = counters
         self._now = now
         self._lock = threading.Lock()
-        self._guests = PeerSessions()
-        self._receiving = PeerReservations(counters, config.reservation_s)
-        self._lending = ReadLeases(counters, config.lease_s)
+        self._sessions = PeerSessions()
+        self._writes = PeerReservations(counters, config.reservation_s)
+        self._leases = ReadLeases(counters, config.lease_s)
 
     def answer(self, message: Message) -> Message:
-        """The answer to a peer. Raises BlockStateError if the message makes no sense."""
+        """The answer to a peer. Raises BlockStateError for a message that is not one to a pool."""
         if isinstance(message, Hello):
             return self._welcome(message)
         if isinstance(message, Locate):
             return _located(self._pools.get(message.layout), message.keys)
         with self._lock:
             if isinstance(message, Cancel | ReleaseLease):
-                guest = self._guests.get(message.epoch)
-                if guest is None:
+                session = self._sessions.get(message.epoch)
+                if session is None:
                     return Done()
                 if isinstance(message, Cancel):
-                    return self._receiving.cancel(guest, message)
-                return self._lending.release(guest, message)
+                    return self._writes.cancel(session, message)
+                return self._leases.release(session, message)
             if isinstance(message, Commit):
-                guest = self._guests.get(message.epoch)
-                return self._receiving.commit(guest, message) if guest is not None else Unknown()
+                session = self._sessions.get(message.epoch)
+                return self._writes.commit(session, message) if session is not None else Unknown()
             if isinstance(message, Reserve | AcquireLease):
-                return self._begun(message)
+                return self._begin(message)
         raise BlockStateError(f"not a message to a pool: {type(message).__name__}")
 
     def gone(self, epoch: Epoch) -> None:
-        """That process is gone: have it fenced, then free what it held, at the next `sweep`."""
+        """That process is gone: the next `sweep` fences it and frees what it held."""
         with self._lock:
-            guest = self._guests.gone(epoch)
-            self._receiving.abandon(guest, self._now())
-            self._lending.abandon(guest)
+            session = self._sessions.gone(epoch)
+            self._writes.abandon(session, self._now())
+            self._leases.abandon(session)
 
     def num_quarantined(self) -> int:
-        """Blocks that a peer may still write."""
+        """Blocks that a peer may still write to."""
         with self._lock:
             return sum(
-                len(incoming.reservation.addrs)
-                for guest in self._guests
-                for incoming in guest.incoming.values()
-                if incoming.is_quarantined
+                len(write.reservation.addrs)
+                for session in self._sessions
+                for write in session.writes.values()
+                if write.is_quarantined
             )
 
     def sweep(self) -> float:
-        """End what is overdue; returns the seconds until there may be more to do, or infinity."""
+        """End overdue reservations and leases; returns the seconds until the next is due, or infinity."""
         with self._lock:
             now = self._now()
-            for guest in self._guests:
-                self._receiving.expire(guest, now)
-                self._lending.expire(guest, now)
-                if guest.is_overdue(now):
-                    self._guests.refuse(guest)
-            # Once all its data epochs are refused, fencing them settles all that is in quarantine.
+            for session in self._sessions:
+                self._writes.expire(session, now)
+                self._leases.expire(session, now)
+                if session.is_overdue(now):
+                    self._sessions.refuse(session)
+            # When all data epochs of a session are refused, fencing them settles its whole quarantine.
             overdue = [
-                (guest, [] if guest.data_epochs else guest.quarantined(), frozenset(guest.to_fence))
-                for guest in self._guests
-                if (guest.to_fence or guest.is_overdue(now)) and guest.retry_at <= now
+                (session, [] if session.data_epochs else session.quarantined(), frozenset(session.to_fence))
+                for session in self._sessions
+                if (session.to_fence or session.is_overdue(now)) and session.retry_at <= now
             ]
-        for guest, transfer_ids, epochs in overdue:
-            self._fence(guest, transfer_ids, epochs)
+        for session, transfer_ids, epochs in overdue:
+            self._fence(session, transfer_ids, epochs)
         with self._lock:
-            self._guests.forget_gone()
+            self._sessions.forget_gone()
             now = self._now()
-            deadlines = [deadline for guest in self._guests for deadline in guest.deadlines(now)]
+            deadlines = [deadline for session in self._sessions for deadline in session.deadlines(now)]
             return max(0.0, min(deadlines, default=float("inf")) - now)
 
     def close(self) -> None:
-        """The transports are closed: nobody writes or reads here any more, so everything is free."""
+        """The transports are closed, so no peer writes or reads here: free everything."""
         with self._lock:
-            for guest in self._guests:
-                self._receiving.abandon(guest, self._now())
-                self._receiving.settle(guest, guest.quarantined())
-                self._lending.abandon(guest)
+            for session in self._sessions:
+                self._writes.abandon(session, self._now())
+                self._writes.settle(session, session.quarantined())
+                self._leases.abandon(session)
 
-    def _begun(self, message: Reserve | AcquireLease) -> Message:
+    def _begin(self, message: Reserve | AcquireLease) -> Message:
         """Holds the lock."""
         pool = self._pools.get(message.layout)
         if isinstance(message, AcquireLease):
-            guest = self._guests.get(message.epoch)
-            if guest is None or pool is None:
+            session = self._sessions.get(message.epoch)
+            if session is None or pool is None:
                 return Unknown()
-            return self._lending.acquire(guest, pool, message, self._now())
-        guest = self._guests.writer(message.epoch)
-        if guest is None or pool is None:
+            return self._leases.acquire(session, pool, message, self._now())
+        session = self._sessions.writer(message.epoch)
+        if session is None or pool is None:
             return Unknown()
-        return self._receiving.reserve(guest, pool, message, self._now())
+        return self._writes.reserve(session, pool, message, self._now())
 
     def _welcome(self, hello: Hello) -> Message:
         if hello.peer_epoch != self._epoch:
@@ -165,27 +165,27 @@ class PeerServer:
         except MemServeError as error:
             return Declined(str(error))
         with self._lock:
-            if not self._guests.welcome(hello.epoch, hello.data_epoch):
-                return Welcome(self._epoch, self._memory.epoch, (), (), is_fenced=True)
+            if not self._sessions.admit(hello.epoch, hello.data_epoch):
+                return Welcome(self._epoch, self._regions.epoch, (), (), is_fenced=True)
         region = self._pools.region(pool)
-        return welcome_of(self._epoch, self._memory.served(), (region,), pool.arena.slot_bytes)
+        return welcome_of(self._epoch, self._regions.served(), (region,), pool.arena.slot_bytes)
 
-    def _fence(self, guest: PeerSession, transfer_ids: list[int], epochs: frozenset[Epoch]) -> None:
-        """Keep a guest's late bytes out, then free what they could have hit."""
+    def _fence(self, session: PeerSession, transfer_ids: list[int], epochs: frozenset[Epoch]) -> None:
+        """Keep late bytes of a peer out, then free the blocks that they could have hit."""
         try:
             for epoch in epochs:
-                self._memory.fence(epoch)
+                self._regions.fence(epoch)
         except (TransferTimeout, TransferFailed) as error:
-            logger.warning("not fenced, will try again peer=%016x: %s", guest.epoch, error)
+            logger.warning("not fenced, will try again peer=%016x: %s", session.epoch, error)
             with self._lock:
-                guest.retry_at = self._now() + RETRY_S
+                session.retry_at = self._now() + RETRY_S
             return
         if epochs:
             self._counters.add(PeersStats(fenced=len(epochs)))
-            logger.warning("fenced peer=%016x settled=%d", guest.epoch, len(transfer_ids))
+            logger.warning("fenced peer=%016x settled=%d", session.epoch, len(transfer_ids))
         with self._lock:
-            guest.to_fence -= epochs
-            self._receiving.settle(guest, transfer_ids)
+            session.to_fence -= epochs
+            self._writes.settle(session, transfer_ids)
 
 
 def _located(pool: MemPool | None, keys: Sequence[BlockKey]) -> Located:

@@ -1,4 +1,4 @@
-"""A thread that ends what is overdue, and sleeps until something is. Knows not what that is."""
+"""A thread that runs a sweep whenever one is due. Knows nothing of what is swept."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ LONGEST_S = 3600.0
 
 
 class Sweeper:
-    """Runs `sweep`, which says how many seconds it may wait before the next time."""
+    """Runs `sweep`, which returns the seconds until it is due again."""
 
     def __init__(self, sweep: Callable[[], float]) -> None:
         self._sweep = sweep
@@ -25,16 +25,16 @@ class Sweeper:
         self._thread.start()
 
     def wake(self) -> None:
-        """There may be an earlier deadline than the last sweep knew of. Any thread."""
+        """Sweep now: there may be an earlier deadline than the last sweep knew of. Any thread."""
         self._woken.set()
 
     def expect(self, seconds: float) -> None:
-        """There will be something to end in so many seconds. Any thread."""
+        """A sweep is due in so many seconds at the latest. Any thread."""
         if time.monotonic() + seconds < self._next:
             self._woken.set()
 
     def close(self) -> None:
-        """Stop, after a sweep that is running. Idempotent."""
+        """Stop after the running sweep. Idempotent."""
         self._is_closing = True
         self._woken.set()
         self._thread.join()
@@ -43,7 +43,7 @@ class Sweeper:
         try:
             while not self._is_closing:
                 self._woken.clear()
-                self._next = float("inf")  # Whoever expects something during the sweep wakes the next.
+                self._next = float("inf")  # A call of `expect` during the sweep triggers the next one.
                 wait_s = min(self._sweep(), LONGEST_S)
                 self._next = time.monotonic() + wait_s
                 self._woken.wait(wait_s)

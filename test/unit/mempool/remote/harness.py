@@ -53,27 +53,27 @@ class Node:
         config = PeersConfig(timeout_s=TIMEOUT_S, reservation_s=RESERVATION_S, lease_s=LEASE_S)
         self.address = PeerAddress(name, epoch)
         self.pool = make_pool(num_slots)
-        self.tally = Counters()
-        self.memory = LocalRegions(world.network.opener(name), epoch, TIMEOUT_S)
-        self.pools = ServedPools(self.memory, lambda _: self.pool)
-        self.server = PeerServer(config, epoch, self.memory, self.pools, self.tally, now=world.clock)
-        self.doubtful = QuarantinedReads(self.memory, TIMEOUT_S)
-        own = OwnSide(epoch, self.memory, world.link, TIMEOUT_S)
-        self.remotes = PeerTable(own, self.pools, self.doubtful, self.tally)
+        self.counters = Counters()
+        self.regions = LocalRegions(world.network.opener(name), epoch, TIMEOUT_S)
+        self.pools = ServedPools(self.regions, lambda _: self.pool)
+        self.server = PeerServer(config, epoch, self.regions, self.pools, self.counters, now=world.clock)
+        self.quarantined_reads = QuarantinedReads(self.regions, TIMEOUT_S)
+        own = OwnSide(epoch, self.regions, world.link, TIMEOUT_S)
+        self.table = PeerTable(own, self.pools, self.quarantined_reads, self.counters)
 
     def to(self, peer: PeerAddress) -> PeerHandle:
         self.pools.add(self.pool)
-        return self.remotes.use(peer, self.pool)
+        return self.table.use(peer, self.pool)
 
     def sweep(self) -> None:
         self.server.sweep()
-        self.doubtful.sweep()
+        self.quarantined_reads.sweep()
 
     def num_quarantined(self) -> int:
-        return self.server.num_quarantined() + self.doubtful.num_blocks()
+        return self.server.num_quarantined() + self.quarantined_reads.num_blocks()
 
     def stats(self) -> PeersStats:
-        return self.tally.stats(self.num_quarantined(), self.memory.num_reopened)
+        return self.counters.stats(self.num_quarantined(), self.regions.num_reopened)
 
     def answer(self, message: Message) -> Message:
         """As a control server does, through bytes and back."""
@@ -85,7 +85,7 @@ class Node:
 
     def end(self) -> None:
         """The process is gone, its memory with it."""
-        for transport in self.memory.transports:
+        for transport in self.regions.transports:
             transport.close()
 
 

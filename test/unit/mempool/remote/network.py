@@ -106,8 +106,8 @@ class MemoryTransport(Transport):
         self._move(peer, copies, is_write=False)
 
     def settle(self, peer: Peer, *, timeout_s: float) -> None:
-        doubtful = [copy for copy in self._network.late if copy.initiator is self]
-        if doubtful and not self._network.can_settle:
+        quarantined_reads = [copy for copy in self._network.late if copy.initiator is self]
+        if quarantined_reads and not self._network.can_settle:
             raise TransferTimeout(peer.name, timeout_s)
         self._drop(lambda copy: copy.initiator is self and copy.owner.address == peer.address)
 

@@ -56,7 +56,7 @@ def main() -> None:
         """Reserve blocks and leave it at that."""
         peer = peers._use(PeerAddress(control, Epoch(epoch)), pool)
         keys = keys_of([9] * num_blocks)
-        return len(peer.remote.exchange(lambda reached: peer.sender.reserve(reached, keys, None)).addrs)
+        return len(peer.remote.exchange(lambda connection: peer.sender.reserve(connection, keys, None)).addrs)
 
     def push(control: str, epoch: int, prompt: list[int]) -> int:
         return peers.transfer_with_insert(PeerAddress(control, Epoch(epoch)), pool, keys_of(prompt)).num_sent

@@ -34,7 +34,7 @@ class FakePeers:
         self.clock = FakeClock()
         self.pushed: list[tuple[str, int]] = []
 
-    def shelters(self) -> list[EvacuationTarget]:
+    def targets(self) -> list[EvacuationTarget]:
         return [EvacuationTarget(name, name, Epoch(1)) for name in self.pools]
 
     def room(self, peer: PeerAddress, pool: MemPool, keys: Sequence[BlockKey]) -> Located:
@@ -67,7 +67,7 @@ class FakePeers:
         return Pushed(len(inserted.duplicates), len(inserted.new), 10 * len(inserted.new))
 
     def take_in(self, pool: MemPool, timeout_s: float = 100.0) -> Evacuated:
-        return EvacuationRun(self, pool, self.shelters(), self.clock).run(timeout_s)
+        return EvacuationRun(self, pool, self.targets(), self.clock).run(timeout_s)
 
 
 def full(*prompts: Sequence[int], num_slots: int = 16) -> MemPool:

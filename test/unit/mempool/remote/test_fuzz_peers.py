@@ -88,8 +88,8 @@ def test_errands_to_nowhere_end_with_an_answer(peers: Peers, address: str, timeo
     peers.add(pool)
     layout = pool.layout.digest
     fetch = Fetch(layout, CHAIN, None, address, Epoch(5), timeout_s)
-    shelter = EvacuationTarget("other", address, Epoch(5))
-    for message in (fetch, Evacuate(layout, (shelter,), timeout_s)):
+    target = EvacuationTarget("other", address, Epoch(5))
+    for message in (fetch, Evacuate(layout, (target,), timeout_s)):
         try:
             answer = peers._answer(decode(encode(message)))
         except WireMismatch:

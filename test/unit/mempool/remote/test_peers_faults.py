@@ -41,7 +41,7 @@ def two(**settings: float) -> Iterator[tuple[End, End]]:
 def reserve_and_forget(here: End, there: End) -> None:
     """Reserve blocks at a peer and neither write, commit nor cancel."""
     peer = here.peers._use(there.peer, here.pool)
-    peer.remote.exchange(lambda reached: peer.sender.reserve(reached, keys_of([8, 9]), None))
+    peer.remote.exchange(lambda connection: peer.sender.reserve(connection, keys_of([8, 9]), None))
 
 
 # ---- bytes

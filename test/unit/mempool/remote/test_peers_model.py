@@ -212,7 +212,7 @@ class PeersMachine(RuleBasedStateMachine):
             self.world.faults.expect(kind, fault)
 
         def attempt() -> None:
-            granted = peer.remote.exchange(lambda reached: peer.sender.reserve(reached, keys, None))
+            granted = peer.remote.exchange(lambda connection: peer.sender.reserve(connection, keys, None))
             if not is_kept:
                 peer.sender.cancel(granted)
 
@@ -247,7 +247,7 @@ class PeersMachine(RuleBasedStateMachine):
         node = self.world.nodes[pair[0]]
         if disaster == "gone":  # Membership says so; it need not be true.
             node.server.gone(self.known[pair].epoch)
-            node.remotes.drop(self.known[pair].epoch)
+            node.table.drop(self.known[pair].epoch)
             node.sweep()
         elif disaster == "restart":
             node.end()

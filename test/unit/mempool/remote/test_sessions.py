@@ -9,9 +9,9 @@ from memserve.core.ids import Epoch
 from memserve.core.kv_layout import TransferMode
 from memserve.mempool.remote.server import RETRY_S
 from memserve.mempool.remote.sessions import (
-    MAX_OVER,
+    EXCHANGE_OVER,
+    MAX_COMPLETED,
     MAX_SESSIONS,
-    OVER,
     CompletedExchange,
     IdempotencyLog,
     PeerSessions,
@@ -51,27 +51,27 @@ def reserve(transfer_id: int) -> Reserve:
 
 def test_the_ledger_knows_the_last_ones_and_that_the_others_are_over() -> None:
     ledger = IdempotencyLog()
-    answer = CompletedExchange(OVER, Committed(3))
-    for exchange_id in range(1, MAX_OVER + 10):
+    answer = CompletedExchange(EXCHANGE_OVER, Committed(3))
+    for exchange_id in range(1, MAX_COMPLETED + 10):
         ledger.add(exchange_id, answer)
-    assert ledger.get(MAX_OVER) == answer
-    assert ledger.get(3) == CompletedExchange(OVER)
-    assert ledger.get(MAX_OVER + 10) is None
-    ledger.add(MAX_OVER, CompletedExchange(OVER))
-    assert ledger.get(MAX_OVER) == answer, "it ended once"
+    assert ledger.get(MAX_COMPLETED) == answer
+    assert ledger.get(3) == CompletedExchange(EXCHANGE_OVER)
+    assert ledger.get(MAX_COMPLETED + 10) is None
+    ledger.add(MAX_COMPLETED, CompletedExchange(EXCHANGE_OVER))
+    assert ledger.get(MAX_COMPLETED) == answer, "it ended once"
 
 
 def test_idle_guests_are_forgotten_and_busy_ones_are_not() -> None:
-    guests = PeerSessions()
-    guests.welcome(Epoch(1), Epoch(1))
-    busy = guests.get(Epoch(1))
+    sessions = PeerSessions()
+    sessions.admit(Epoch(1), Epoch(1))
+    busy = sessions.get(Epoch(1))
     assert busy is not None
     busy.to_fence.add(Epoch(1))
     for epoch in range(2, MAX_SESSIONS + 10):
-        assert guests.welcome(Epoch(epoch), Epoch(epoch))
-    assert guests.get(Epoch(1)) is busy
-    assert guests.get(Epoch(2)) is None
-    assert sum(1 for _ in guests) == MAX_SESSIONS
+        assert sessions.admit(Epoch(epoch), Epoch(epoch))
+    assert sessions.get(Epoch(1)) is busy
+    assert sessions.get(Epoch(2)) is None
+    assert sum(1 for _ in sessions) == MAX_SESSIONS
 
 
 def test_a_stranger_is_asked_to_introduce_itself() -> None:
@@ -84,7 +84,7 @@ def test_a_stranger_is_asked_to_introduce_itself() -> None:
 def test_a_reserve_after_its_cancel_reserves_nothing() -> None:
     _, node = greeted()
     assert node.answer(Cancel(WRITER, 1, True)) == Done()
-    assert node.answer(reserve(1)) == OVER
+    assert node.answer(reserve(1)) == EXCHANGE_OVER
     assert node.pool.stats().reserved == 0
 
 

@@ -53,7 +53,7 @@ READY = {InstanceId(name) for name in ("p0", "p1", "p2", "d0", "c")}
 )
 def test_blocks_go_where_they_are_of_use(own: PoolInfo, names: list[str]) -> None:
     """The same blocks, not decode's DRAM, not the ranks of one server, not who drains or is down."""
-    assert [shelter.name for shelter in evacuation_targets(own, own.layout, POOLS, READY)] == names
+    assert [target.name for target in evacuation_targets(own, own.layout, POOLS, READY)] == names
 
 
 def test_what_was_sent_at_first_is_not_counted_as_known_later() -> None:
@@ -158,8 +158,8 @@ async def test_a_memory_instance_is_emptied_layout_by_layout() -> None:
         assert (status, answer["drained"], answer["evacuated"]["blocks"]) == (200, True, 5)
         asked = {message.layout: message for message in fake.asked if isinstance(message, Evacuate)}
         names = [str(info_of(worker).instance_id) for worker in stage.workers[Role.COLOCATED]]
-        assert [shelter.name for shelter in asked[b"\xaa"].shelters] == names
-        assert asked[b"\xbb"].shelters == (), "its server is not there"
+        assert [target.name for target in asked[b"\xaa"].targets] == names
+        assert asked[b"\xbb"].targets == (), "its server is not there"
         fake.server.close()
 
 
