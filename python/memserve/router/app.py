@@ -117,7 +117,7 @@ async def running_router(config: RouterConfig) -> AsyncIterator[Router]:
             state.cluster, state.pools, state.tokenizers, proxy.session, config.health, time.monotonic
         )
         upkeep = [
-            ingress.follow,
+            ingress.reload,
             lambda: proxy.fetcher.retain(state.pools),
             drains.retain,
             lambda: proxy.connections.retain(state.cluster.up),
@@ -203,7 +203,7 @@ async def serve(config: RouterConfig) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stopped.set)
     async with running_router(config) as router:
-        loop.add_signal_handler(signal.SIGHUP, lambda: router.ingress.follow(is_asked=True))
+        loop.add_signal_handler(signal.SIGHUP, lambda: router.ingress.reload(is_forced=True))
         logger.info("router ready http=%s control=%s", router.url, router.control_address)
         hint = (
             "python -m memserve.launch_server --role prefill|decode|colocated --router %s --model-path MODEL"

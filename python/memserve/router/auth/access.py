@@ -111,11 +111,11 @@ class Access:
         """True if admins are identified by a key."""
         return self._admins is not None or self._single is not None
 
-    def follow(self, *, is_asked: bool = False) -> None:
-        """Read changed key files again; all of them if `is_asked`."""
+    def reload(self, *, is_forced: bool = False) -> None:
+        """Read changed key files again; all of them if `is_forced`."""
         for file in (self._tenants, self._admins):
             if file is not None:
-                file.follow(is_asked=is_asked)
+                file.reload(is_forced=is_forced)
 
 
 def key_of(authorization: str | None) -> str | None:

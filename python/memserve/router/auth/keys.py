@@ -63,13 +63,13 @@ class KeyFile(Generic[T]):
         self._seen = self._stamp()
         self.keys = self._read()
 
-    def follow(self, *, is_asked: bool = False) -> None:
-        """Read the file again if it has changed, or if `is_asked`.
+    def reload(self, *, is_forced: bool = False) -> None:
+        """Read the file again if it has changed, or if `is_forced`.
 
         If the new file is invalid, the old keys stay and one error is logged.
         """
         stamp = self._stamp()
-        if stamp == self._seen and not is_asked:
+        if stamp == self._seen and not is_forced:
             return
         self._seen = stamp
         try:

@@ -26,10 +26,10 @@ class Certificate:
         self._seen = self._stamp()
         self._load()
 
-    def follow(self, *, is_asked: bool = False) -> None:
+    def reload(self, *, is_forced: bool = False) -> None:
         """Use changed files for new connections. If they are invalid, keep the old ones and log it once."""
         stamp = self._stamp()
-        if stamp == self._seen and not is_asked:
+        if stamp == self._seen and not is_forced:
             return
         self._seen = stamp
         try:

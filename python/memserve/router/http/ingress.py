@@ -63,11 +63,11 @@ class Ingress:
         """The error for a request that the byte budget has no room for; counts it."""
         return self.admission.refused("memory")
 
-    def follow(self, *, is_asked: bool = False) -> None:
-        """Read changed key files and certificates again; all of them if `is_asked`."""
-        self.access.follow(is_asked=is_asked)
+    def reload(self, *, is_forced: bool = False) -> None:
+        """Read changed key files and certificates again; all of them if `is_forced`."""
+        self.access.reload(is_forced=is_forced)
         if self.certificate is not None:
-            self.certificate.follow(is_asked=is_asked)
+            self.certificate.reload(is_forced=is_forced)
 
 
 def build_ingress(

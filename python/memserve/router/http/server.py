@@ -3,7 +3,7 @@
     bytes ── plain POST to an `Api`, its length known ──> FastExchange ── handler
       └───── anything else ──> aiohttp takes the connection, from these bytes on
 
-A plain request costs a regular expression, a task and one write. aiohttp reads or refuses all others (chunked
+A plain request costs a parsed head, a task and one write. aiohttp reads or refuses all others (chunked
 or compressed bodies, `Expect`, repeated headers, odd bytes); the same handler answers them, through
 `WebExchange`. Knows no dispatch.
 """
@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import re
 from collections.abc import Callable, Coroutine, Sized
 from email.utils import formatdate
 from typing import Any, Protocol, cast
+
+from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
 
 from memserve.core.errors import BadRequest, ConfigError
 from memserve.router.errors import ClientLeft, Overloaded, failure, failure_of
@@ -35,13 +36,8 @@ LINGER_S = 2.0
 """Time for a refused client to read its answer before the connection is closed."""
 SWEEP_S = 1.0
 
-_NAME = rb"[!#$%&'*+\-.^_`|~0-9A-Za-z]+"
-_VALUE = rb"[\t\x20-\x7e\x80-\xff]*"
-_LINE = re.compile(rb"(%b):[ \t]*(%b)\r\n" % (_NAME, _VALUE))
-_HEAD = re.compile(
-    rb"(?:POST|PUT(?= /generate )) (%b) HTTP/1\.1\r\n((?:%b:%b\r\n)+)"
-    % (b"|".join(re.escape(api.encode()) for api in Api), _NAME, _VALUE)
-)
+_REQUEST_LINES = {f"POST {api} HTTP/1.1".encode(): api for api in Api}
+_REQUEST_LINES[f"PUT {Api.GENERATE} HTTP/1.1".encode()] = Api.GENERATE
 _NOT_PLAIN = frozenset({"transfer-encoding", "content-encoding", "expect", "upgrade"})
 
 Handler = Callable[[Exchange], Coroutine[Any, Any, None]]
@@ -322,16 +318,29 @@ class HttpServer:
         self._sweeper = self.loop.call_later(SWEEP_S, self._sweep)
 
 
+class _Headers(dict[str, str]):
+    """Headers as httptools reports them: names in lower case."""
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        self[str(name, "latin-1").lower()] = str(value, "latin-1").strip(" \t")
+
+
 def plain_head(head: bytes) -> tuple[Api, dict[str, str], int] | None:
     """Endpoint, headers and body length; None if not plain. `head` ends before the blank line."""
-    match = _HEAD.fullmatch(head)
-    if match is None:
+    api = _REQUEST_LINES.get(head[: head.find(b"\r\n")])
+    if api is None:
         return None
-    lines = _LINE.findall(match[2])
-    headers = {str(name, "latin-1").lower(): str(value, "latin-1").rstrip(" \t") for name, value in lines}
+    headers = _Headers()
+    try:
+        HttpRequestParser(headers).feed_data(head + b"\r\n")
+    except (HttpParserError, HttpParserUpgrade):
+        return None
     length = headers.get("content-length", "")
-    if len(headers) != len(lines) or not (length.isdecimal() and length.isascii()) or "host" not in headers:
+    # Fewer headers than lines: repeated, empty or folded ones.
+    if len(headers) != head.count(b"\r\n") - 1 or not (length.isdecimal() and length.isascii()):
         return None
-    if not _NOT_PLAIN.isdisjoint(headers) or headers.get("connection", "keep-alive").lower() != "keep-alive":
+    if "host" not in headers or not _NOT_PLAIN.isdisjoint(headers):
         return None
-    return Api(str(match[1], "latin-1")), headers, int(length)
+    if headers.get("connection", "keep-alive").lower() != "keep-alive":
+        return None
+    return api, headers, int(length)

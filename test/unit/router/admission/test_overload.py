@@ -157,7 +157,7 @@ async def test_tenant_rates_are_enforced_and_change_with_the_key_file(tmp_path: 
         for _ in range(5):
             assert (await ask(stage, Authorization="Bearer key-c"))[0] == 200
         secret(keys, "key-a alice rps=1000\n")
-        stage.router.ingress.follow(is_asked=True)
+        stage.router.ingress.reload(is_forced=True)
         assert (await ask(stage, Authorization="Bearer key-a"))[0] == 200
         assert (await ask(stage, Authorization="Bearer key-c"))[0] == 401
 

@@ -93,7 +93,7 @@ def test_with_tenants_the_api_key_is_the_servers_only(tenants: KeyFile[Tenant]) 
 def test_access_accepts_new_keys_without_a_restart(tmp_path: Path, tenants: KeyFile[Tenant]) -> None:
     access = Access(tenants=tenants)
     secret(tmp_path / "tenants", "key-b bob\n")
-    access.follow()
+    access.reload()
     assert access.authenticate("Bearer key-b").name == "bob"
     with pytest.raises(BadRequest):
         access.authenticate("Bearer key-a")

@@ -81,21 +81,21 @@ def test_key_file_is_read_again_when_it_changes_unless_it_is_invalid(
     path = write(tmp_path / "keys", KEYS)
     file = tenant_keys(path)
     write(path, "key-c carol\n")
-    file.follow()
+    file.reload()
     assert names(file, "key-a", "key-c") == [None, "carol"]
     caplog.set_level(logging.INFO)
     for text, mode in (("key-d\n", 0o600), ("", 0o600), ("key-d dave\n", 0o640)):
         caplog.clear()
         write(path, text, mode)
-        file.follow()
-        file.follow()
+        file.reload()
+        file.reload()
         assert names(file, "key-c", "key-d") == ["carol", None]
         assert [record.levelname for record in caplog.records] == ["ERROR"], "it is said once"
     path.unlink()
-    file.follow()
+    file.reload()
     assert names(file, "key-c") == ["carol"]
     write(path, "key-d dave\n")
-    file.follow()
+    file.reload()
     assert names(file, "key-c", "key-d") == [None, "dave"]
     assert "key-" not in caplog.text
 
@@ -103,9 +103,9 @@ def test_key_file_is_read_again_when_it_changes_unless_it_is_invalid(
 def test_key_file_is_read_again_on_demand(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO)
     file = tenant_keys(write(tmp_path / "keys", KEYS))
-    file.follow()
+    file.reload()
     assert not caplog.records
-    file.follow(is_asked=True)
+    file.reload(is_forced=True)
     assert "keys=3" in caplog.text
 
 

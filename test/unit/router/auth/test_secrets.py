@@ -103,7 +103,7 @@ async def test_no_log_line_and_no_answer_contains_a_key(
         for text in (f"{MARK}-a", f"{MARK}-a alice {MARK}=1", f"{MARK}-a alice rps={MARK}", ""):
             secret(keys, text)
             secret(admins, f"{MARK} {MARK} {MARK}")
-            stage.router.ingress.follow()
+            stage.router.ingress.reload()
         for worker in workers:
             await worker.kill()
         answers += await everything(stage, f"Bearer {MARK}-a")

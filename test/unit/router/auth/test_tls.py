@@ -79,11 +79,11 @@ async def test_a_renewed_certificate_is_used_without_a_restart(
         port = int(stage.router.url.rsplit(":", 1)[1])
         first = await serial(port, context)
         written(authority, tmp_path)
-        stage.router.ingress.follow(is_asked=True)
+        stage.router.ingress.reload(is_forced=True)
         second = await serial(port, context)
         assert first != second
         files["ssl_certfile"].write_text("nonsense")
-        stage.router.ingress.follow(is_asked=True)
+        stage.router.ingress.reload(is_forced=True)
         assert await serial(port, context) == second
         assert "the old certificate stays in use" in caplog.text
 
