@@ -3,7 +3,7 @@
 Validation, tokenization, text keys, stream recovery and the OpenAPI document are derived from this table.
 A field without a row is passed on as it is, and a stream whose request has one is resumed from its prompt.
 Data only. Source: SGLang 0.5.23, managers/io_struct.py (GenerateReqInput), sampling/sampling_params.py
-(SamplingParams), entrypoints/openai/protocol.py; a test holds the sampling fields equal.
+(SamplingParams), entrypoints/openai/protocol.py; a test compares the names.
 """
 
 from __future__ import annotations
@@ -104,11 +104,11 @@ FIELDS = {
     # ---- prompts
     "text": Field(NATIVE, resume=FROM_TOKENS, is_per_prompt=True, is_prompt=True),
     "input_ids": Field(NATIVE | In.CHAT, resume=FROM_TOKENS, is_per_prompt=True, is_prompt=True),
-    "input_embeds": Field(BODY, unknown_tokens=_EMBEDDINGS, is_per_prompt=True, is_prompt=True),
-    "positional_embed_overrides": Field(BODY, unknown_tokens=_EMBEDDINGS),
-    "image_data": Field(BODY, unknown_tokens=MULTIMODAL, is_per_prompt=True, is_prompt=True),
-    "video_data": Field(BODY, unknown_tokens=MULTIMODAL, is_per_prompt=True, is_prompt=True),
-    "audio_data": Field(BODY, unknown_tokens=MULTIMODAL, is_per_prompt=True, is_prompt=True),
+    "input_embeds": Field(NATIVE, unknown_tokens=_EMBEDDINGS, is_per_prompt=True, is_prompt=True),
+    "positional_embed_overrides": Field(NATIVE, unknown_tokens=_EMBEDDINGS),
+    "image_data": Field(NATIVE, unknown_tokens=MULTIMODAL, is_per_prompt=True, is_prompt=True),
+    "video_data": Field(NATIVE, unknown_tokens=MULTIMODAL, is_per_prompt=True, is_prompt=True),
+    "audio_data": Field(NATIVE, unknown_tokens=MULTIMODAL, is_per_prompt=True, is_prompt=True),
     "prompt": Field(In.COMPLETIONS, is_prompt=True),
     "suffix": Field(In.COMPLETIONS, seeds_text_keys=True, unknown_tokens="a suffix"),
     "echo": Field(In.COMPLETIONS, BOOLEAN),
@@ -135,7 +135,7 @@ FIELDS = {
     "max_new_tokens": Field(SAMPLING, COUNT, FROM_TOKENS),
     "min_new_tokens": Field(SAMPLING, COUNT, FROM_TOKENS),
     "max_tokens": Field(OPENAI, POSITIVE),
-    "max_completion_tokens": Field(OPENAI, POSITIVE),
+    "max_completion_tokens": Field(In.CHAT, POSITIVE),
     "min_tokens": Field(OPENAI, COUNT),
     "stop": Field(SAMPLING | OPENAI, resume=FROM_TOKENS),
     "stop_token_ids": Field(SAMPLING | OPENAI, resume=FROM_TOKENS),
@@ -155,7 +155,7 @@ FIELDS = {
     "presence_penalty": Field(SAMPLING | OPENAI, PENALTY),
     "repetition_penalty": Field(SAMPLING | OPENAI, Number(0, 2), neutral=1),
     "beam_width": Field(SAMPLING, resume=NEVER, neutral=1),
-    "use_beam_search": Field(BODY, resume=NEVER),
+    "use_beam_search": Field(OPENAI, resume=NEVER),
     "custom_logit_processor": Field(BODY, resume=NEVER, is_per_prompt=True),
     "custom_params": Field(SAMPLING),
     "watermark": Field(SAMPLING),
@@ -172,9 +172,9 @@ FIELDS = {
     "logprob_start_len": Field(NATIVE, is_per_prompt=True),
     "top_logprobs_num": Field(NATIVE, is_per_prompt=True),
     "return_hidden_states": Field(BODY, resume=NEVER),
-    "return_indexer_topk": Field(BODY, resume=NEVER),
+    "return_indexer_topk": Field(NATIVE, resume=NEVER),
     "return_routed_experts": Field(BODY, resume=NEVER),
-    "return_sampling_mask": Field(BODY, resume=NEVER),
+    "return_sampling_mask": Field(NATIVE | In.CHAT, resume=NEVER),
 }
 
 OUTPUT_LIMITS = ("max_new_tokens", "max_completion_tokens", "max_tokens")

@@ -50,12 +50,12 @@ async def test_request_with_a_malformed_answer_is_retried_on_another_instance(
 ) -> None:
     streams = stream and role is not Role.PREFILL  # which answers whole
     is_merged = role is Role.DECODE and path == "/generate"
-    nonsense = STREAM if streams else [*NO_JSON, *(OTHERS if is_merged else [])]
+    malformed = STREAM if streams else [*NO_JSON, *(OTHERS if is_merged else [])]
     workers = team(role, b"")
     async with staged(*workers, policy="round_robin", cb_failure_threshold=1000) as stage:
         bad = workers[0]
         assert isinstance(bad, _Nonsense)
-        for said in nonsense:
+        for said in malformed:
             bad.said, before = said, len(bad.requests)
             while len(bad.requests) == before:
                 ask = Ask(stage, path, {**body, "stream": stream})

@@ -197,7 +197,7 @@ def test_accepted_prefix_ends_at_a_whole_character() -> None:
 
 def test_accepted_prefix_is_empty_if_its_text_differs() -> None:
     assert accepted_prefix([1, 2, 3], "abc", [], lambda ids: "x" * len(ids)) == AcceptedPrefix()
-    assert accepted_prefix([1, 2, 3], "abc", [], lambda ids: "") == AcceptedPrefix(), "nobody knows"
+    assert accepted_prefix([1, 2, 3], "abc", [], lambda ids: "") == AcceptedPrefix(), "the text is not known"
 
 
 # ---- who is continued

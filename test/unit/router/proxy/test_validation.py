@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from memserve.core.errors import BadRequest
 from memserve.router.proxy.validation import Limits, read_body, read_request
 from memserve.router.request import Api, GenerationRequest
-from memserve.router.sglang_api import SAMPLING_FIELDS
+from memserve.router.sglang_api import SAMPLING_FIELDS, In, fields_of
 
 LIMITS = Limits(vocab_size=100, context_tokens=8)
 HELLO = [{"role": "user", "content": "hello"}]
@@ -222,19 +222,47 @@ def test_any_json_is_accepted_or_refused_with_a_reason(api: Api, body: dict[str,
     assert len(call.rids) == (1 if call.num_prompts is None else call.num_prompts)
 
 
-def test_sampling_fields_equal_sglangs() -> None:
+def fields_of_class(path: str, name: str) -> list[str]:
+    """The annotated fields of a class of SGLang, those of its bases first."""
     spec = importlib.util.find_spec("sglang")
     if spec is None or spec.origin is None:
         pytest.skip("sglang is not installed")
-    source = Path(spec.origin).parent / "srt" / "sampling" / "sampling_params.py"
-    tree = ast.parse(source.read_text())
-    record = next(
-        node for node in tree.body if isinstance(node, ast.ClassDef) and node.name == "SamplingParams"
-    )
-    names = [
-        node.target.id
-        for node in record.body
-        if isinstance(node, ast.AnnAssign) and isinstance(node.target, ast.Name)
-    ]
+    tree = ast.parse((Path(spec.origin).parent / "srt" / path).read_text())
+    classes = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef)}
+
+    def fields(name: str) -> list[str]:
+        if name not in classes:
+            return []
+        record = classes[name]
+        bases = [field for base in record.bases if isinstance(base, ast.Name) for field in fields(base.id)]
+        own = (node.target for node in record.body if isinstance(node, ast.AnnAssign))
+        return bases + [target.id for target in own if isinstance(target, ast.Name)]
+
+    return fields(name)
+
+
+def test_sampling_fields_equal_sglangs() -> None:
+    names = fields_of_class("sampling/sampling_params.py", "SamplingParams")
     public = names[: names.index("stop_strs")]
     assert set(public) == SAMPLING_FIELDS
+
+
+@pytest.mark.parametrize(
+    ("where", "path", "name", "others"),
+    [
+        # The router's own, which SGLang ignores.
+        (In.NATIVE, "managers/io_struct.py", "GenerateReqInput", {"model", "user"}),
+        # Read before the model is built; known to other servers only.
+        (
+            In.CHAT,
+            "entrypoints/openai/protocol.py",
+            "ChatCompletionRequest",
+            {"reasoning", "use_beam_search"},
+        ),
+        (In.COMPLETIONS, "entrypoints/openai/protocol.py", "CompletionRequest", {"use_beam_search"}),
+    ],
+)
+def test_field_table_names_fields_of_sglangs_requests(
+    where: In, path: str, name: str, others: set[str]
+) -> None:
+    assert {field for field, _ in fields_of(where)} - set(fields_of_class(path, name)) == others

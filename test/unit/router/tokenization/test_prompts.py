@@ -30,7 +30,7 @@ def call(body: dict[str, Any], api: Api = Api.GENERATE) -> GenerationRequest:
     return read_request(api, body, Limits(takes_empty_text=True), "rid")
 
 
-async def nobody(_: object) -> object:
+async def answer_no_tokens(_: object) -> object:
     return {"tokens": []}
 
 
@@ -70,7 +70,7 @@ async def test_instance_with_another_tokenizer_is_refused_with_the_others_id(
 ) -> None:
     tokenizers = await admitted(server, model, A)
     with pytest.raises(TokenizerMismatch, match="tokenizer is not that of a"):
-        await tokenizers.admit(B, "m", str(model), {}, nobody)
+        await tokenizers.admit(B, "m", str(model), {}, answer_no_tokens)
     _, prompt, _ = await PromptReader(tokenizers).read(call({"text": "hello"}), "m", PAGE, {})
     assert prompt.unknown is None, "the others are not touched by it"
     tokenizers.close()
@@ -78,7 +78,7 @@ async def test_instance_with_another_tokenizer_is_refused_with_the_others_id(
 
 async def test_unconfirmed_tokenizer_leaves_tokens_unknown(server: SglangServer, model: Path) -> None:
     tokenizers = Tokenizers(str(model))
-    await tokenizers.admit(A, "m", "/nowhere", {}, nobody)
+    await tokenizers.admit(A, "m", "/nowhere", {}, answer_no_tokens)
     original = call({"text": "hello"})
     forwarded, prompt, _ = await PromptReader(tokenizers).read(original, "m", PAGE, {})
     assert forwarded is original
@@ -92,7 +92,7 @@ async def test_unconfirmed_tokenizer_leaves_tokens_unknown(server: SglangServer,
 
 async def test_request_with_ids_needs_no_tokenizer() -> None:
     tokenizers = Tokenizers(OFF)
-    await tokenizers.admit(A, "m", "/nowhere", {}, nobody)
+    await tokenizers.admit(A, "m", "/nowhere", {}, answer_no_tokens)
     assert tokenizers.reasons() == {"m": NOT_WANTED}
     reader = PromptReader(tokenizers)
     assert (await reader.read(call({"input_ids": [1] * 9}), "m", PAGE, {}))[1].num_tokens == 9

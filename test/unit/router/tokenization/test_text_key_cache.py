@@ -122,6 +122,6 @@ def test_cache_is_bounded_and_keeps_the_latest(monkeypatch: pytest.MonkeyPatch) 
     for number in range(10):
         memory.record_keys(f"r{number}", pages([(number, 4), (0, 4)]))
     assert len(memory) == 4
-    assert not memory.keys_of(chain([(6, 4)]))  # nobody remembers having asked
+    assert not memory.keys_of(chain([(6, 4)]))  # the request is forgotten
     assert not memory.keys_of(chain([(7, 4)]))
     assert memory.keys_of(chain([(9, 4)]))

@@ -240,7 +240,7 @@ def test_tokens_of_a_chat_that_the_template_refuses_are_unknown(tokenizers: dict
 
 
 def test_given_ids_are_the_tokens(models: dict[str, Path]) -> None:
-    tokenizer = Tokenizer.load(models["tiny"])  # confirmed by nobody
+    tokenizer = Tokenizer.load(models["tiny"])  # no server confirmed it
     assert ids_of(tokenizer, Api.GENERATE, input_ids=[1, 2]) == [[1, 2]]
     assert ids_of(tokenizer, Api.GENERATE, input_ids=[[1, 2], [3]]) == [[1, 2], [3]]
     assert ids_of(tokenizer, Api.COMPLETIONS, prompt=[[1, 2], [3]]) == [[1, 2], [3]]
