@@ -139,13 +139,13 @@ def resident_bytes() -> int:
 class _NoObserver:
     """Every instance reports its cache."""
 
-    def know(self, keys: Sequence[BlockKey]) -> None:
+    def record_prompt(self, keys: Sequence[BlockKey]) -> None:
         pass
 
-    def answered(self, instance: InstanceId, keys: Sequence[BlockKey]) -> None:
+    def record_answer(self, instance: InstanceId, keys: Sequence[BlockKey]) -> None:
         pass
 
-    def believes(self, instance: InstanceId) -> bool:
+    def is_approximate(self, instance: InstanceId) -> bool:
         return False
 
 

@@ -179,7 +179,9 @@ class Simulation:
             self._queue(job)
 
     def _decide(self, request: Request) -> tuple[Decision, dict[InstanceId, Overlap]]:
-        overlaps = self._tree.overlaps(request.keys)
+        overlaps = {  # simulated caches have one tier, which all instances can read
+            name: Overlap(it.depths, it.cached) for name, it in self._tree.overlaps(request.keys).items()
+        }
         prefills, decodes = (
             tuple(
                 self._load.candidate(it.instance_id, overlaps.get(it.instance_id, NO_OVERLAP), self._now_s)
