@@ -84,10 +84,9 @@ def fetch_gain_s(saved_s: float, transfer_s: float, queued_s: float) -> float:
 
 
 def best_fetch(context: RoutingContext, prefill: Candidate, costs: CostModel) -> FetchChoice | None:
-    """The fetch to `prefill` that gains most by Eq. 2; None if no fetch gains anything.
+    """The fetch to `prefill` from the holder that offers most blocks; None if it gains nothing by Eq. 2.
 
-    All transfers cost the same for each token, and a token saves more the later its place: the holder
-    that offers most blocks is the best one.
+    All transfers cost the same for each token, and a token saves more the later its place in the prompt.
     """
     most = prefill.cached_blocks
     holder: Candidate | None = None
