@@ -1,8 +1,8 @@
-"""The flags of `sglang-router`, so that a launch line that was written for it starts this router.
+"""The flags of `sglang-router`: a launch line written for it starts this router.
 
     same name, same meaning     the router's own flags; not in these tables
     same meaning, other name    ALIASES, SWITCHES
-    nothing to do here          ELSEWHERE: accepted, and said what does that job instead
+    no effect here              ELSEWHERE: accepted, and logged what replaces the flag
 
 Source: sglang-router 0.3.2, router_args.py.
 """
@@ -19,7 +19,7 @@ from typing import Any, NoReturn
 from memserve.core.errors import ConfigError
 
 POLICY_SYNONYMS = {"cache_aware": "prompt_tree", "manual": "session", "bucket": "least_load"}
-"""Its policies with another name here; `bucket` spreads prompts by length, `least_load` by their work."""
+"""Policies with another name here; `bucket` spreads prompts by length, `least_load` by work."""
 
 ALIASES = {
     "--max-payload-size": "--max-body-bytes",
@@ -34,16 +34,16 @@ SWITCHES: dict[str, tuple[str, object]] = {
     "--disable-circuit-breaker": ("cb_failure_threshold", sys.maxsize),
     "--pd-disaggregation": ("pd_disaggregation", True),
 }
-"""Flags without a value, and what they set. That there are pairs is seen from the servers."""
+"""Flags without a value, and the setting they change. Pairs are recognized from the servers' roles."""
 
-_TREE = "the prompt tree weighs queues and caches in one prediction: no thresholds; see --policy"
-_FORGETS = "the prompt tree forgets what instances evict, and what was used longest ago: --tree-budget-mib"
-_JOINS = "the router serves at once, and each server as soon as it answers, however long that takes"
-_HEALTH = "a server that a request finds gone is out at once, and in again when a probe finds it well"
-_ENGINE = "the servers do this: give the flag to them"
-_CACHED = "what was tokenized is always remembered"
-_STATELESS = "no conversations are stored here: there is no /v1/responses or /v1/conversations"
-_ADMIN = "management is for who has a key of --admin-api-key-file"
+_TREE = "the prompt tree weighs queues and caches in one prediction, without thresholds; see --policy"
+_FORGETS = "the prompt tree drops evicted and least recently used blocks; see --tree-budget-mib"
+_JOINS = "the router starts at once, and uses each server as soon as it answers"
+_HEALTH = "a server that fails a connection is out at once, and back after a successful probe"
+_ENGINE = "the servers do this: give them the flag"
+_CACHED = "tokenized texts are always cached"
+_STATELESS = "this router stores no conversations: no /v1/responses, no /v1/conversations"
+_ADMIN = "management needs a key of --admin-api-key-file"
 
 ELSEWHERE: dict[str, tuple[str | None, str]] = {
     "--cache-threshold": (None, _TREE),
@@ -52,27 +52,27 @@ ELSEWHERE: dict[str, tuple[str | None, str]] = {
     "--bucket-adjust-interval-secs": (None, _TREE),
     "--eviction-interval-secs": (None, _FORGETS),
     "--max-tree-size": (None, _FORGETS),
-    "--max-idle-secs": (None, "sessions are hashed to instances, and nothing is kept of them"),
-    "--assignment-mode": (None, "sessions are hashed to instances, and nothing is kept of them"),
+    "--max-idle-secs": (None, "sessions are hashed to instances, without state"),
+    "--assignment-mode": (None, "sessions are hashed to instances, without state"),
     "--dp-aware": (
         "0",
-        "a server has its data-parallel ranks share its requests; their caches are told apart",
+        "a server distributes requests over its data-parallel ranks; the tree has their caches apart",
     ),
-    "--enable-igw": ("0", "several models are served always, by the field `model`"),
-    "--mini-lb": ("0", "there is one router, for one machine as for many"),
+    "--enable-igw": ("0", "several models are always served, by the field `model`"),
+    "--mini-lb": ("0", "there is one router, for one machine or many"),
     "--worker-startup-timeout-secs": (None, _JOINS),
     "--worker-startup-check-interval": (None, _JOINS),
-    "--retry-backoff-multiplier": (None, "the wait doubles with each try"),
-    "--retry-jitter-factor": (None, "a wait is drawn between half of the backoff and all of it"),
-    "--cb-success-threshold": (None, "one request that is answered closes a breaker"),
-    "--cb-window-duration-secs": (None, "a breaker counts failures in a row"),
+    "--retry-backoff-multiplier": (None, "the backoff always doubles"),
+    "--retry-jitter-factor": (None, "the wait is always drawn between half of the backoff and all of it"),
+    "--cb-success-threshold": (None, "one answered request closes a breaker"),
+    "--cb-window-duration-secs": (None, "a breaker counts consecutive failures"),
     "--health-failure-threshold": (None, _HEALTH),
     "--health-success-threshold": (None, _HEALTH),
-    "--health-check-endpoint": (None, "servers are asked at /health"),
-    "--disable-health-check": ("0", "a server is checked before it is used: --health-check-interval-secs"),
+    "--health-check-endpoint": (None, "the router always asks /health"),
+    "--disable-health-check": ("0", "servers are checked before use; see --health-check-interval-secs"),
     "--chat-template": (
         None,
-        "the servers' own is used, if they confirm that chats are read as they do",
+        "the servers' own template is used, once they confirm that the router renders it as they do",
     ),
     "--tokenizer-cache-enable-l0": ("0", _CACHED),
     "--tokenizer-cache-l0-max-entries": (None, _CACHED),
@@ -96,22 +96,22 @@ ELSEWHERE: dict[str, tuple[str | None, str]] = {
     "--redis-pool-max": (None, _STATELESS),
     "--redis-retention-days": (None, _STATELESS),
     "--control-plane-api-keys": ("*", _ADMIN),
-    "--control-plane-audit-enabled": ("0", "changes of the cluster are logged always"),
+    "--control-plane-audit-enabled": ("0", "cluster changes are always logged"),
     "--jwt-issuer": (None, _ADMIN),
     "--jwt-audience": (None, _ADMIN),
     "--jwt-jwks-uri": (None, _ADMIN),
     "--jwt-role-mapping": ("*", _ADMIN),
 }
-"""By flag: how many values it has (argparse's nargs; "0": it is a switch), and what does that job here."""
+"""By flag: its number of values (argparse's nargs; "0": a switch), and what replaces it here."""
 
 _PREFIX = "_sglang_router_"
 
 
 class CompatParser(argparse.ArgumentParser):
-    """Takes both routers' flags, and suggests one for what is neither's."""
+    """Accepts both routers' flags, and suggests a flag for an unknown one."""
 
     def add_compatible(self) -> None:
-        """Take the other router's flags too, once all of one's own are there."""
+        """Add sglang-router's flags; to be called after the router's own are added."""
         by_name = {name: action for action in self._actions for name in action.option_strings}
         hidden: dict[str, Any] = {"default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
         for flag, meant in ALIASES.items():
@@ -127,7 +127,7 @@ class CompatParser(argparse.ArgumentParser):
             self.add_argument(flag, dest=_PREFIX + flag, **how, **hidden)
 
     def error(self, message: str) -> NoReturn:
-        """End the process, with a suggestion where a flag is not known."""
+        """Exit the process; suggest a flag for an unknown one."""
         kind, _, rest = message.partition("unrecognized arguments: ")
         flag = rest.split(" ")[0].partition("=")[0]
         known = [name for action in self._actions for name in action.option_strings]
@@ -137,26 +137,26 @@ class CompatParser(argparse.ArgumentParser):
 
 
 def settle(namespace: argparse.Namespace) -> tuple[str, ...]:
-    """Bring what was said in the other router's words into this one's; what is to be logged of it.
+    """Translate sglang-router's flags in `namespace` to the router's own; return remarks for the log.
 
-    Raises ConfigError for what cannot be done without.
+    Raises ConfigError for a flag with no equivalent.
     """
     values = vars(namespace).items()
     said = {name.removeprefix(_PREFIX): value for name, value in values if name.startswith(_PREFIX)}
-    remarks = [f"{flag} has nothing to do here: {ELSEWHERE[flag][1]}" for flag in said if flag in ELSEWHERE]
+    remarks = [f"{flag} has no effect: {ELSEWHERE[flag][1]}" for flag in said if flag in ELSEWHERE]
     if said.get("--backend", "sglang") != "sglang":
-        raise ConfigError(f"--backend {said['--backend']}: servers here are SGLang's")
+        raise ConfigError(f"--backend {said['--backend']}: this router supports sglang only")
     if (paths := said.get("--ca-cert-paths")) and namespace.ssl_ca_certs is None:
         namespace.ssl_ca_certs = _one_file(paths)
     if (path := said.get("--model-path")) is not None and namespace.tokenizer_path is None:
         if Path(path).is_dir():
             namespace.tokenizer_path = path
         else:
-            remarks.append(f"--model-path {path} is no folder: the servers' own --model-path is used")
+            remarks.append(f"--model-path {path} is not a folder: the servers' own --model-path is used")
     return tuple(remarks)
 
 
 def _one_file(paths: Sequence[str]) -> Path:
     if len(paths) > 1:
-        raise ConfigError("--ca-cert-paths takes one file here: put all certificates into it")
+        raise ConfigError("--ca-cert-paths takes one file: put all certificates into it")
     return Path(paths[0])

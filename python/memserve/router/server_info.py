@@ -1,4 +1,4 @@
-"""What a server says of itself in /server_info, /model_info and /v1/models, read into one record. Pure.
+"""Reads a server's /server_info, /model_info and /v1/models into one record. Pure.
 
 Source: SGLang 0.5.23, disaggregation/decode.py (pop_preallocated, _required_admission_tokens): a decode
 admits a request when the prompt, in whole pages, and a reserve for the answer are free.
@@ -21,7 +21,7 @@ from memserve.wire.messages import Role
 RESERVED_TOKENS = 512
 """SGLang's default of --num-reserved-decode-tokens."""
 MAX_DP_SIZE = 1024
-"""More caches than this no server has."""
+"""Upper bound on the caches of one server."""
 MAX_NUMBER = 1 << 40
 
 _MODES = {"prefill": Role.PREFILL, "decode": Role.DECODE, "null": Role.COLOCATED}
@@ -30,27 +30,27 @@ _WILDCARDS = frozenset({"*", "0.0.0.0", "::", ""})
 
 @dataclass(frozen=True, slots=True)
 class EventSource:
-    """Where one cache tells of its changes; as ZMQ writes addresses."""
+    """The addresses where one cache publishes its events, as ZMQ writes them."""
 
     endpoint: str
     topic: str
     replay: str | None
-    """Who repeats what was missed; None if nobody does."""
+    """Repeats missed events; None: not available."""
 
 
 @dataclass(frozen=True, slots=True)
 class EventPublisher:
-    """The sockets that a server has bound for its events: one port for each of its caches."""
+    """The sockets that a server has bound for its cache events: one port per cache."""
 
     host: str | None
-    """None: on all addresses of the machine."""
+    """None: all addresses of the machine."""
     port: int
     replay_port: int | None
     topic: str
     num_caches: int
 
     def sources(self, url: str) -> tuple[EventSource, ...]:
-        """One for each cache of the server at `url`; none if there is no host in it."""
+        """One source per cache of the server at `url`; empty if the URL has no host."""
         host = bracketed(self.host or urlsplit(url).hostname or "")
         if not host:
             return ()
@@ -66,21 +66,21 @@ class EventPublisher:
 
 @dataclass(frozen=True, slots=True)
 class EventSourceInfo:
-    """A server's cache as seen from outside; None where it does not say."""
+    """A server's radix cache as /server_info describes it; None: not reported."""
 
     keeps: bool = False
-    """Whether it has a radix cache. A server that does not say is one that is not SGLang's."""
+    """The server has a radix cache. False if it does not report one, as servers other than SGLang."""
     page_tokens: int | None = None
-    """Of one block of its radix cache."""
+    """Tokens per block."""
     capacity_tokens: int | None = None
-    """Of all its caches."""
+    """Tokens in all its caches."""
     events: EventPublisher | None = None
     start_s: float | None = None
-    """How long its scheduler took to start, to the nanosecond: what tells one life from another."""
+    """Start time of its scheduler, to the nanosecond: differs between two processes."""
 
     @property
     def capacity_blocks(self) -> int | None:
-        """Of all its caches; at least 1."""
+        """Blocks in all its caches; at least 1."""
         if self.page_tokens is None or self.capacity_tokens is None:
             return None
         return max(1, self.capacity_tokens // self.page_tokens)
@@ -88,37 +88,39 @@ class EventSourceInfo:
 
 @dataclass(frozen=True, slots=True)
 class ServerInfo:
-    """What an instance says of the model it serves; None where it does not say."""
+    """A server's model and limits; None: not reported."""
 
     model: str
     model_path: str
     context_tokens: int | None = None
-    """None also where longer prompts are cut to fit."""
+    """None also if the server truncates longer prompts."""
     vocab_size: int | None = None
     page_size: int | None = None
     takes_empty_text: bool = False
-    """Its tokenizer makes at least one token of "": a prompt of none ends an SGLang server."""
+    """Its tokenizer makes at least one token of "". A prompt without tokens ends an SGLang server."""
     model_info: bytes = field(default=b"{}", repr=False)
-    """Its own /model_info, as JSON."""
+    """The body of its /model_info, JSON."""
     event_source_info: EventSourceInfo = field(default_factory=EventSourceInfo)
-    """How its cache can be followed, if it has no memory pool."""
+    """How to follow its cache if it has no memory pool."""
     max_prompt_tokens: int | None = None
-    """The longest prompt that a decode can ever take."""
+    """The longest prompt that this decode server can admit."""
     is_deterministic: bool = False
-    """It draws each token from the request's seed and the token's position."""
+    """Each token depends only on the request's seed and the token's position."""
     is_on_cpu: bool = False
-    """It computes without a GPU."""
+    """It has no GPU."""
 
     def serves(self, model: str) -> bool:
-        """Whether a request for `model` is for this one; also for `model:adapter`, as SGLang names LoRA."""
+        """True if requests for `model` may come here; `model:adapter`, SGLang's LoRA syntax, counts."""
         return f"{model}:".startswith(f"{self.model}:")
 
 
 def read_server_info(
     url: str, role: Role, model_info: bytes, server_info: bytes, models: bytes
 ) -> ServerInfo:
-    """What SGLang's three info pages say. Raises InstanceLost for a server with another role,
-    ValueError for pages that are no SGLang's."""
+    """The record of SGLang's three information pages.
+
+    Raises InstanceLost for a server with another role, ValueError for pages of another program.
+    """
     model, server, cards = json.loads(model_info), json.loads(server_info), json.loads(models)
     if not (isinstance(model, dict) and isinstance(server, dict) and isinstance(cards, dict)):
         raise ValueError(f"{url} does not describe itself as SGLang does")
@@ -143,7 +145,7 @@ def read_server_info(
 
 
 def read_vocab_size(model_path: str) -> int | None:
-    """The size of the embedding of a model directory on this machine; None if it cannot be known."""
+    """The embedding size of a model directory on this machine; None if there is none."""
     try:
         config = json.loads((Path(model_path) / "config.json").read_bytes())
     except (OSError, ValueError):
@@ -153,7 +155,7 @@ def read_vocab_size(model_path: str) -> int | None:
 
 
 def read_max_prompt_tokens(server_info: Mapping[str, object], page_tokens: int | None) -> int | None:
-    """The longest prompt that a decode with this /server_info takes; None if it does not say."""
+    """The longest prompt that a decode with this /server_info admits; None: not reported."""
     size, reserved = (
         server_info.get("max_total_num_tokens"),
         server_info.get("num_reserved_decode_tokens", RESERVED_TOKENS),
@@ -162,12 +164,12 @@ def read_max_prompt_tokens(server_info: Mapping[str, object], page_tokens: int |
         return None
     threshold = server_info.get("disaggregation_decode_host_receive_threshold", 1)
     if server_info.get("enable_hisparse") or threshold != 1 or not isinstance(reserved, int):
-        return None  # what does not fit the device may be in host memory
+        return None  # host memory may hold what exceeds the device
     return max(0, size - reserved) // page_tokens * page_tokens
 
 
 def read_event_sources(server_info: Mapping[str, object]) -> EventSourceInfo:
-    """What /server_info, parsed, says; what is not as SGLang writes it counts as not said. Never raises."""
+    """The cache in a parsed /server_info. Never raises: malformed values count as not reported."""
     page = _number(server_info.get("page_size"))
     shards = _number(server_info.get("dcp_size")) or 1
     num_caches = (_number(server_info.get("dp_size")) or 1) * (_number(server_info.get("attn_dp_size")) or 1)
@@ -185,7 +187,7 @@ def read_event_sources(server_info: Mapping[str, object]) -> EventSourceInfo:
 
 
 def _publisher(server_info: Mapping[str, object], page_tokens: int | None) -> EventPublisher | None:
-    """None also if it cannot be followed: it connects, instead of being connected to."""
+    """None also if its sockets connect instead of bind: the router cannot connect to those."""
     said = server_info.get("kv_events")
     if not isinstance(said, dict) or said.get("publisher") != "zmq":
         return None
@@ -203,12 +205,12 @@ def _publisher(server_info: Mapping[str, object], page_tokens: int | None) -> Ev
 
 
 def _is_text(value: object) -> TypeGuard[str]:
-    """Something that ZMQ takes for a part of an address, or a topic."""
+    """A text that is valid in a ZMQ address or topic."""
     return isinstance(value, str) and value.isprintable()
 
 
 def _binds(config: object) -> bool:
-    """Whether a publisher of one address listens there: SGLang's own default is that it connects."""
+    """True if a publisher with one address binds it; SGLang's default is to connect."""
     if not isinstance(config, str):
         return False
     try:
@@ -219,7 +221,7 @@ def _binds(config: object) -> bool:
 
 
 def _number(value: object) -> int | None:
-    """A positive number."""
+    """A positive integer below MAX_NUMBER, else None."""
     if isinstance(value, int) and not isinstance(value, bool) and 0 < value < MAX_NUMBER:
         return value
     return None

@@ -132,7 +132,7 @@ def test_its_own_example_of_a_pd_launch_line() -> None:
 @pytest.mark.parametrize(
     ("argv", "says"),
     [
-        ("--backend openai", "SGLang's"),
+        ("--backend openai", "supports sglang only"),
         ("--ca-cert-paths a b", "one file"),
         ("--cors-allowed-origins example.org", "SCHEME://"),
         ("--prometheus-port 70000", "not a port"),

@@ -57,7 +57,7 @@ class Router:
     def look(self) -> None:
         """As the router does from time to time, and those who ask it."""
         self.clock.advance(3.0)
-        self.cluster.watch()
+        self.cluster.check_heartbeats()
         self.pools.forget_silent()
         self.feed.synced_tree().tidy()
         self.feed.audit_results()

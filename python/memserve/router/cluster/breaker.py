@@ -1,10 +1,10 @@
-"""Which instances have failed too many requests in a row to be given more. Pure; the clock is given.
+"""Circuit breakers: an instance that fails several requests in a row gets no more for a while. Pure.
 
     closed ──`threshold` faults in a row──> open ──`timeout_s`──> half open ──an answer──> closed
                                               ^                       │ a request sent, or a fault
                                               └───────────────────────┘
-Beside `Cluster`, not instead of it: an instance whose connection broke is down there until a probe
-finds it well. Here are those that are well by their own account, and fail what they are sent.
+`InstanceRegistry` takes out instances whose connection broke, until a probe succeeds. Breakers are for
+instances that pass their probes and still fail requests.
 """
 
 from __future__ import annotations
@@ -22,24 +22,24 @@ logger = logging.getLogger(__name__)
 
 
 class BreakerState(StrEnum):
-    """Whether an instance is given requests."""
+    """Whether an instance gets requests."""
 
     CLOSED = "closed"
     OPEN = "open"
     HALF_OPEN = "half_open"
-    """The next request tells."""
+    """The next request is a trial."""
 
 
 @dataclass(slots=True)
 class _Breaker:
     num_faults: int = 0
-    """Since the last answer."""
+    """Faults since the last answer."""
     try_s: float = 0.0
-    """When it may be given a request again, once open."""
+    """When an open breaker becomes half open."""
 
 
 class Breakers:
-    """The faults in a row of each process. Event loop thread only."""
+    """One breaker per process. Event loop thread only."""
 
     def __init__(self, config: HealthConfig, clock: Callable[[], float]) -> None:
         self._threshold = config.cb_failure_threshold
@@ -48,14 +48,15 @@ class Breakers:
         self._faulty: dict[tuple[InstanceId, Epoch], _Breaker] = {}
 
     def state(self, instance_id: InstanceId, epoch: Epoch) -> BreakerState:
-        """Of the process of that epoch."""
+        """The state of the breaker of that process."""
         breaker = self._faulty.get((instance_id, epoch))
         if breaker is None or breaker.num_faults < self._threshold:
             return BreakerState.CLOSED
         return BreakerState.OPEN if self._clock() < breaker.try_s else BreakerState.HALF_OPEN
 
     def admitted(self, snapshot: ClusterSnapshot) -> ClusterSnapshot:
-        """The instances that are not open; of a role without any, or if no route is whole so, all."""
+        """The instances whose breaker is not open; all instances of a role in which every breaker is open, if
+        no request could be served otherwise."""
         if not self._faulty or not any(self._is_open(one) for one in snapshot.all()):
             return snapshot
         kept = ClusterSnapshot.of(one for one in snapshot.all() if not self._is_open(one))
@@ -68,17 +69,17 @@ class Breakers:
         )
 
     def sent(self, instance: Instance) -> None:
-        """It has got a request. Half open, it gets no other for a while unless it answers."""
+        """Record a request to `instance`. A half-open breaker opens again until the request is answered."""
         if self.state(instance.instance_id, instance.epoch) is BreakerState.HALF_OPEN:
             self._faulty[instance.instance_id, instance.epoch].try_s = self._clock() + self._timeout_s
 
     def answered(self, instance: Instance) -> None:
-        """It did its share of a request."""
+        """Record that `instance` completed its share of a request: its breaker closes."""
         if self._faulty.pop((instance.instance_id, instance.epoch), None) is not None:
             logger.info("instance answers again instance=%s", instance.instance_id)
 
     def failed(self, instance: Instance) -> None:
-        """A request failed by its fault: not the client's, and not another instance's."""
+        """Record a fault of `instance` itself, not of the client or another instance."""
         breaker = self._faulty.setdefault((instance.instance_id, instance.epoch), _Breaker())
         breaker.num_faults += 1
         if breaker.num_faults == self._threshold:
@@ -89,7 +90,7 @@ class Breakers:
         breaker.try_s = self._clock() + self._timeout_s
 
     def retain(self, processes: Iterable[tuple[InstanceId, Epoch]]) -> None:
-        """Forget all others."""
+        """Drop the breakers of all other processes."""
         for gone in self._faulty.keys() - set(processes):
             del self._faulty[gone]
 

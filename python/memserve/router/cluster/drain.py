@@ -1,9 +1,9 @@
-"""An instance's way out: nothing new, what it has ends, and what it holds goes to others first.
+"""Drains instances: no new requests, KV blocks sent to other instances, running requests finished.
 
-    drain ──> no new requests ──> evacuate ──> its last request ends ──> evacuate what that has left ──> done
+    drain ──> no new requests ──> evacuate ──> its last request ends ──> evacuate the new blocks ──> done
 
-An evacuation that fails, or has no time, costs recomputation and nothing else. Of an instance with several
-ranks each pool sends to its likes. HTTP and who may ask for it are others' business.
+An evacuation that fails, or runs out of time, costs recomputation and nothing else. Each rank's pool sends
+to pools of the same layout. Knows no HTTP and no permissions.
 """
 
 from __future__ import annotations
@@ -27,28 +27,28 @@ from memserve.wire.peer_messages import Evacuate, Evacuated, EvacuationTarget
 logger = logging.getLogger(__name__)
 
 LOOK_S = 0.02
-"""How often it is seen whether a drain is done."""
+"""Poll period of a drain."""
 ANSWER_S = 5.0
-"""How much later than an evacuation has to end its answer may come: a peer may be slow just then."""
+"""Time for the answer after an evacuation's time limit: a peer may be slow then."""
 USES_DRAM = frozenset((Role.PREFILL, Role.COLOCATED, Role.MEMORY))
-"""Who can make use of what is in its DRAM. SGLang's decode never loads from there."""
+"""Roles that reuse blocks in their DRAM. SGLang's decode never loads from there."""
 
 
 @dataclass(frozen=True, slots=True)
 class EvacuationResult:
-    """What has become of what an instance held, its ranks together."""
+    """The outcome of an evacuation, all ranks of the instance together."""
 
     num_blocks: int = 0
     num_bytes: int = 0
     num_known: int = 0
-    """Blocks that others had already."""
+    """Blocks that other instances had already."""
     num_left: int = 0
     seconds: float = 0.0
     reason: str = ""
-    """Why blocks are left."""
+    """Why blocks were left."""
 
     def then(self, later: EvacuationResult) -> EvacuationResult:
-        """This one and the one after it: only what that one says of the whole still holds."""
+        """This evacuation followed by `later`, whose totals are the newer ones."""
         return EvacuationResult(
             self.num_blocks + later.num_blocks,
             self.num_bytes + later.num_bytes,
@@ -61,16 +61,16 @@ class EvacuationResult:
 
 @dataclass(frozen=True, slots=True)
 class DrainStatus:
-    """How far a drain has come."""
+    """The progress of a drain."""
 
     num_running: int
     evacuation: EvacuationResult | None
-    """None: not over yet, or there is nothing to evacuate."""
+    """None: still running, or there is nothing to evacuate."""
     is_done: bool
 
 
 class DrainManager:
-    """The drains under way. Event loop thread only."""
+    """All running drains. Event loop thread only."""
 
     def __init__(
         self,
@@ -82,7 +82,7 @@ class DrainManager:
         evacuate_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """`evacuate_s`: how long an evacuation may take; 0: there are none."""
+        """`evacuate_s`: time limit of an evacuation; 0: do not evacuate."""
         self._cluster = cluster
         self._pools = pools
         self._num_running = num_running
@@ -92,23 +92,23 @@ class DrainManager:
         self._leaving: dict[tuple[InstanceId, Epoch], asyncio.Task[EvacuationResult | None]] = {}
 
     def begin(self, member: Member) -> None:
-        """No new requests for `member`, one of the cluster's; what it holds goes to others. Idempotent."""
+        """Start to drain `member`, one of the cluster's. Idempotent."""
         self._cluster.drain(member)
-        who = _process(member)
-        if who not in self._leaving:
-            self._leaving[who] = asyncio.create_task(self._leave(member))
+        process = _process(member)
+        if process not in self._leaving:
+            self._leaving[process] = asyncio.create_task(self._leave(member))
 
     async def wait(self, member: Member, timeout_s: float) -> DrainStatus:
-        """How it stands when the drain is done, ended by somebody, or the time is over."""
+        """The status when the drain is done or was ended, or when the time is over."""
         until_s = self._clock() + timeout_s
-        while not (drained := self.look(member)).is_done and self._goes_on(member):
+        while not (drained := self.status(member)).is_done and self._goes_on(member):
             if (left_s := until_s - self._clock()) <= 0:
                 break
             await asyncio.sleep(min(LOOK_S, left_s))
         return drained
 
-    def look(self, member: Member) -> DrainStatus:
-        """How it stands now."""
+    def status(self, member: Member) -> DrainStatus:
+        """The current status."""
         running = self._num_running(member.info.instance_id)
         leaving = self._leaving.get(_process(member))
         is_evacuated = leaving is not None and leaving.done() and not leaving.cancelled()
@@ -116,26 +116,26 @@ class DrainManager:
         return DrainStatus(running, evacuation, member.is_draining and is_evacuated and not running)
 
     async def empty(self, memory: InstanceId) -> DrainStatus:
-        """Send what a memory instance holds to others. It has no requests; others go on storing there."""
+        """Evacuate a memory instance. It has no requests; pools may go on storing there."""
         evacuation = await self._evacuate(memory) if self._evacuate_s else None
         return DrainStatus(0, evacuation, True)
 
     def end(self, member: Member) -> None:
-        """Requests for it again. Idempotent."""
+        """End the drain: `member` gets requests again. Idempotent."""
         self._cluster.undrain(member)
         leaving = self._leaving.pop(_process(member), None)
         if leaving is not None:
             leaving.cancel()
 
     def retain(self) -> None:
-        """Forget the drains of processes that are not there any more, and connections to them."""
+        """Drop the drains of processes that have left, and the connections to them."""
         there = {_process(member) for member in self._cluster.members()}
         for gone in self._leaving.keys() - there:
             self._leaving.pop(gone).cancel()
         self._client.keep({info.address for info in self._pools.infos()})
 
     def close(self) -> None:
-        """Wait for nobody any more."""
+        """Cancel all drains."""
         for leaving in self._leaving.values():
             leaving.cancel()
         self._client.close()
@@ -144,7 +144,7 @@ class DrainManager:
         return member.is_draining and self._cluster.find(member.info.instance_id) is member
 
     async def _leave(self, member: Member) -> EvacuationResult | None:
-        """None if nobody would have to go anywhere."""
+        """Evacuate `member` while its requests end; None if there is nothing to evacuate."""
         name = member.info.instance_id
         if not self._evacuate_s or not self._pools.of(name):
             return None
@@ -194,9 +194,9 @@ class DrainManager:
 def evacuation_targets(
     own: PoolInfo, layout: str, pools: Sequence[PoolInfo], ready: set[InstanceId]
 ) -> tuple[EvacuationTarget, ...]:
-    """Those of `pools` that may take in blocks of `layout` that `own` holds, and make use of them. Pure.
+    """The pools that can store blocks of `layout` from `own`, and reuse them. Pure.
 
-    `ready`: the servers that are.
+    `ready`: the ids of the servers that are ready.
     """
     server = server_of(own.instance_id)
     return tuple(

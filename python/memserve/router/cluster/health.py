@@ -1,4 +1,4 @@
-"""Looks at instances over HTTP: are they well, and what do they serve? Decides nothing."""
+"""Probes instances over HTTP: health, model, limits. `InstanceRegistry` decides what follows."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from memserve.wire.messages import InstanceInfo
 logger = logging.getLogger(__name__)
 
 RETRY_S = 0.3
-"""How soon an instance that is not ready is looked at again."""
+"""Time between two probes of an instance that is not ready."""
 SUSPECT_S = 1.0
-"""How soon one is that no longer says that it lives."""
+"""Time between two probes of an instance without heartbeats."""
 AWAY_S = 1.0
-"""A look that comes so late was not the instances' fault: this process has been stopped, or busy."""
+"""A round of probes that starts this late: the router itself was stopped or busy."""
 
 _PROBE_ERRORS = (aiohttp.ClientError, OSError, ValueError, InstanceLost)
 
@@ -56,7 +56,7 @@ class TokenizerCheck(Protocol):
 
 
 class HealthProber:
-    """Brings members of a cluster to ready, checks those that send no heartbeats, forgets the silent."""
+    """Probes new members until they are ready, and static ones regularly. Event loop thread only."""
 
     def __init__(
         self,
@@ -75,12 +75,12 @@ class HealthProber:
         self._clock = clock
         self._probed_s: dict[InstanceId, float] = {}
         self._unfit: set[InstanceId] = set()
-        """Those that serve, but not what the others do: looked at again, only not so soon."""
+        """Instances that serve, but do not fit their model's others: probed as seldom as ready ones."""
         self._running: dict[tuple[InstanceId, Epoch], asyncio.Task[None]] = {}
         self._begun_s: dict[tuple[InstanceId, Epoch], float] = {}
 
     async def run(self) -> None:
-        """Probe until cancelled; a slow instance delays no other."""
+        """Probe until cancelled. A slow instance delays no other."""
         looked_s = self._clock()
         try:
             while True:
@@ -91,7 +91,7 @@ class HealthProber:
                     logger.warning("this router was away for seconds=%.1f", away_s)
                     self._cluster.shift_deadlines(away_s)
                     self._pools.shift_deadlines(away_s)
-                self._cluster.watch()
+                self._cluster.check_heartbeats()
                 self._pools.forget_silent()
                 self._start_due()
                 try:
@@ -112,7 +112,7 @@ class HealthProber:
             self._tokenizers.forget(gone)
         slow_s = self._config.slow_health_check_secs
         for member in members.values():
-            # A process that takes the place of one whose probe hangs does not wait for that.
+            # A new process is probed although the probe of its predecessor hangs.
             process = (member.info.instance_id, member.info.epoch)
             is_slow = process in self._running and self._clock() > self._begun_s[process] + slow_s
             if member.is_static and is_slow:
@@ -132,7 +132,7 @@ class HealthProber:
     async def _probe(self, member: Member) -> None:
         info = member.info
         try:
-            # An instance registers when it serves; the others have to show it.
+            # Registered instances have shown that they serve.
             if member.is_static or member.state is State.DOWN:
                 await self._get(info.url, "/health", self._config.health_check_timeout_secs)
             server_info = await self._server_info(info, is_new=not member.is_up)
@@ -150,7 +150,7 @@ class HealthProber:
             self._probed_s[info.instance_id] = self._clock()
 
     async def _server_info(self, info: InstanceInfo, *, is_new: bool) -> ServerInfo:
-        """What the instance says of itself. Raises TokenizerMismatch if that does not go with the others."""
+        """The server's information. Raises TokenizerMismatch if it does not fit its model's other servers."""
         url = info.url
         model_page, server_page, models_page, takes_empty_text = await asyncio.gather(
             self._get(url, "/model_info", self._config.server_info_timeout_secs),
@@ -172,13 +172,13 @@ class HealthProber:
         return replace(server_info, takes_empty_text=takes_empty_text)
 
     async def _tokenize(self, url: str, body: JsonObject) -> object:
-        """The answer of a server's own tokenizer; None if it refuses."""
+        """The answer of the server's /v1/tokenize; None if it refuses."""
         timeout = aiohttp.ClientTimeout(total=self._config.server_info_timeout_secs)
         async with self._session.post(url + "/v1/tokenize", json=body, timeout=timeout) as response:
             return await response.json() if response.status == 200 else None
 
     async def _takes_empty_text(self, url: str) -> bool:
-        """Whether the tokenizer puts a token, such as BOS, before every text; False if it cannot be asked."""
+        """True if the tokenizer adds a token, such as BOS, to every text; False if unknown."""
         timeout = aiohttp.ClientTimeout(total=self._config.server_info_timeout_secs)
         async with self._session.post(url + "/v1/tokenize", json={"prompt": ""}, timeout=timeout) as response:
             return response.status == 200 and bool((await response.json())["count"])
@@ -193,7 +193,7 @@ class HealthProber:
 
 
 def incompatibility(instance: InstanceId, server_info: ServerInfo, ready: ClusterSnapshot) -> str | None:
-    """Why an instance cannot serve its model beside those that do; None if it can."""
+    """Why an instance cannot serve its model together with the ready instances; None if it can."""
     for other in ready.serving(server_info.model).all():
         known = None not in (server_info.page_size, other.server_info.page_size)
         if known and other.instance_id != instance and server_info.page_size != other.server_info.page_size:

@@ -1,4 +1,4 @@
-"""Instances as the router's decisions see them: immutable, with what is known of their model."""
+"""Immutable records of the instances that can serve requests, and of the cluster at one moment."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from memserve.wire.messages import Role
 
 @dataclass(frozen=True, slots=True)
 class Instance:
-    """One server that can take a request now."""
+    """A server that can take requests."""
 
     instance_id: InstanceId
     epoch: Epoch
@@ -24,13 +24,13 @@ class Instance:
 
     @property
     def bootstrap_host(self) -> str:
-        """Where a decode server finds this prefill."""
+        """The host that decode servers connect to for this prefill's KV."""
         return urlsplit(self.url).hostname or ""
 
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """A prefill and a decode server that share a request."""
+    """The prefill and the decode server of one request."""
 
     prefill: Instance
     decode: Instance
@@ -41,7 +41,7 @@ class Pair:
 
 @dataclass(frozen=True, slots=True)
 class Single:
-    """A colocated server, which does both."""
+    """The colocated server of one request."""
 
     worker: Instance
 
@@ -54,7 +54,7 @@ Route = Pair | Single
 
 @dataclass(frozen=True, slots=True)
 class ClusterSnapshot:
-    """The instances that could take a request at one moment. Everything a policy decides on."""
+    """The instances that could take a request at one moment."""
 
     prefills: tuple[Instance, ...] = ()
     decodes: tuple[Instance, ...] = ()
@@ -71,31 +71,33 @@ class ClusterSnapshot:
         return cls(tuple(by_role[Role.PREFILL]), tuple(by_role[Role.DECODE]), tuple(by_role[Role.COLOCATED]))
 
     def all(self) -> tuple[Instance, ...]:
-        """Every instance, those that give answers first."""
+        """Every instance; those that answer clients first."""
         return self.colocated + self.decodes + self.prefills
 
     def get(self, instance_id: InstanceId) -> Instance:
-        """The instance of that name. Raises KeyError."""
+        """The instance with that id. Raises KeyError."""
         if not self._by_id:
             self._by_id.update((it.instance_id, it) for it in self.all())
         return self._by_id[instance_id]
 
     def models(self) -> tuple[str, ...]:
-        """The names served here, each once."""
+        """The models served, each once."""
         return tuple(dict.fromkeys(instance.server_info.model for instance in self.all()))
 
     def serving(self, model: str) -> ClusterSnapshot:
-        """Only the instances that serve `model`; also under `model:adapter`, as SGLang names LoRA."""
+        """The instances that serve `model`, or the model of a `model:adapter` (SGLang's LoRA syntax)."""
         serving = self._serving.get(model)
         if serving is None:
             chosen = [it for it in self.all() if it.server_info.serves(model)]
             serving = self if len(chosen) == len(self.all()) else ClusterSnapshot.of(chosen)
-            if any(it.server_info.model == model for it in chosen):  # the names of adapters are without end
+            if any(
+                it.server_info.model == model for it in chosen
+            ):  # adapter names are unbounded: do not keep them
                 self._serving[model] = serving
         return serving
 
     def unavailable_reason(self) -> str | None:
-        """Why no request can be served; None if one can."""
+        """Why no request can be served; None if requests can be served."""
         if self.colocated or (self.prefills and self.decodes):
             return None
         if self.prefills:

@@ -1,48 +1,49 @@
-"""What is known of one instance: its state, and why. A plain record."""
+"""The state of one member of the cluster, and its reason. A plain record."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
 
+from memserve.router.cluster.instance import Instance
 from memserve.router.server_info import ServerInfo
 from memserve.wire.messages import InstanceInfo, Load, Role
 
 
 class SuspectReason(StrEnum):
-    """Why an instance that has registered is suspect."""
+    """Why a registered instance is suspect."""
 
     SILENT = "silent"
-    """Its heartbeats have stopped."""
+    """No heartbeats arrive."""
     STUCK = "stuck"
-    """They come, but its scheduler makes no step."""
+    """Heartbeats arrive, but its scheduler makes no step."""
 
 
 class State(StrEnum):
-    """What the router believes of a member."""
+    """The state of a member; the diagram is in `registry`."""
 
     JOINING = "joining"
     READY = "ready"
     SUSPECT = "suspect"
-    """It may be on its way out, or hang."""
+    """It may be leaving, or hang."""
     DRAINING = "draining"
-    """It ends what it has, and gets nothing new."""
+    """It finishes its requests and gets no new ones."""
     DOWN = "down"
 
 
 class ProcessStatus(StrEnum):
-    """What became of a process that was lost."""
+    """Whether a process still runs after contact was lost."""
 
     ALIVE = "alive"
-    """It has been heard of since, or answers again."""
+    """It sent a heartbeat, or answered a probe, after the loss."""
     EXITED = "exited"
-    """Nobody listens at its port, or it is known no more."""
+    """Its port refuses connections, or it is not a member any more."""
     UNKNOWN = "unknown"
 
 
 @dataclass(slots=True)
 class Member:
-    """One instance the cluster knows of. Changed by `Cluster` only."""
+    """One instance. Changed by `InstanceRegistry` only."""
 
     info: InstanceInfo
     is_static: bool
@@ -50,29 +51,39 @@ class Member:
     state: State = State.JOINING
     server_info: ServerInfo | None = None
     reason: str = "not seen yet"
-    """Why it does not answer."""
+    """Why it is not ready."""
     is_draining: bool = False
-    """It gets nothing new, also when it answers again."""
+    """It gets no new requests, also after lost contact."""
     suspect_reason: SuspectReason | None = None
     new_role: Role | None = None
-    """It is to start anew as this; told with each heartbeat."""
+    """The role to restart in; sent with each heartbeat's answer."""
     load: Load | None = None
-    """As of its last heartbeat."""
+    """From its last heartbeat."""
     answered_s: float = float("-inf")
-    """When a probe last found it serving."""
+    """Time of the last successful probe."""
     lost_s: float = float("inf")
-    """When it went down."""
+    """Time when it went down."""
     has_exited: bool = False
-    """Nobody listens at its port."""
+    """Its port refuses connections."""
 
     @property
     def is_up(self) -> bool:
-        """It answers, or did a moment ago, and may have requests to end."""
+        """It answers, or did a moment ago, and may have running requests."""
         return self.state in (State.READY, State.SUSPECT, State.DRAINING)
 
     @property
+    def instance(self) -> Instance | None:
+        """What requests are sent to; None while it is not up."""
+        info = self.info
+        if not self.is_up or self.server_info is None:
+            return None
+        return Instance(
+            info.instance_id, info.epoch, info.role, info.url, info.bootstrap_port, self.server_info
+        )
+
+    @property
     def process_status(self) -> ProcessStatus:
-        """What became of it if it was lost."""
+        """Whether its process runs, if contact was lost."""
         if self.is_up or self.seen_s > self.lost_s:
             return ProcessStatus.ALIVE
         return ProcessStatus.EXITED if self.has_exited else ProcessStatus.UNKNOWN

@@ -1,9 +1,9 @@
-"""Which memory pools exist, so that instances can exchange blocks. Does no I/O; the clock is given.
+"""The registered memory pools, so that instances can exchange blocks. No I/O; the clock is passed in.
 
     register ──> member ──deregister, no heartbeat──> forgotten
                     └──another in its place──> replaced, and refused as long as that one is there
 
-Holds no more than the pools say of themselves: what is in them is no business of this module.
+Knows what pools report of themselves, not which blocks they hold.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ logger = logging.getLogger(__name__)
 
 @dataclass(slots=True)
 class PoolMember:
-    """One pool the router knows of. Changed by `Pools` only."""
+    """One registered pool. Changed by `Pools` only."""
 
     info: PoolInfo
     since_s: float
     seen_s: float
     tiers: tuple[TierBlocks, ...] = ()
-    """What it last said of them."""
+    """Block counts from its last heartbeat."""
 
 
 class Pools:
-    """The registered pools, one per epoch, and a number for each change. Event loop thread only."""
+    """The registered pools, one per epoch, with a version. Event loop thread only."""
 
     def __init__(
         self,
@@ -50,7 +50,7 @@ class Pools:
         self._wants_prompt_keys = wants_prompt_keys
         self._members: dict[Epoch, PoolMember] = {}
         self._successors: dict[Epoch, Epoch] = {}
-        """Of pools that were replaced, who is in their place."""
+        """By replaced pool, the pool that replaced it."""
         self._version = secrets.randbits(62)
         """Random at first: the members of a router that restarted never seem unchanged."""
         self._suspect = frozenset[InstanceId]()
@@ -60,7 +60,7 @@ class Pools:
 
     @property
     def version(self) -> int:
-        """Another number whenever somebody has come or gone."""
+        """Changes whenever a pool joins or leaves."""
         return self._version
 
     def members(self) -> list[PoolMember]:
@@ -68,25 +68,27 @@ class Pools:
         return list(self._members.values())
 
     def infos(self) -> tuple[PoolInfo, ...]:
-        """What they said of themselves, in the same order."""
+        """The registration of every pool, in the same order."""
         return tuple(member.info for member in self._members.values())
 
     def of(self, server: InstanceId) -> tuple[PoolInfo, ...]:
-        """Those of one server's ranks, tensor and data parallel."""
+        """The pools of one server's ranks, tensor and data parallel."""
         return self._by_server().get(server, ())
 
     def memories(self) -> tuple[InstanceId, ...]:
-        """The names of memory instances, but for those that have missed heartbeats."""
+        """The memory instances, except those that have missed heartbeats."""
         self._by_server()
         return self._memories
 
     def age_s(self, member: PoolMember) -> float:
-        """For how long it has been a member."""
+        """Time since it registered."""
         return self._clock() - member.since_s
 
     def rejection_reason(self, info: PoolInfo) -> str | None:
-        """Why the pool cannot register; None if it can. Two that want one place would replace each other
-        for ever, and each time all others would take one of them for dead."""
+        """Why the pool cannot register; None if it can.
+
+        Two pools with one id and layout would replace each other for ever.
+        """
         successor = self._successors.get(info.epoch)
         if successor is None:
             return None
@@ -96,7 +98,7 @@ class Pools:
         )
 
     def register(self, info: PoolInfo) -> Members:
-        """`info` can be reached. Idempotent; replaces who had its instance and layout, or its address."""
+        """Add a pool. Idempotent; replaces one with the same instance and layout, or address."""
         now_s = self._clock()
         known = self._members.get(info.epoch)
         if known is not None and known.info == info:
@@ -111,7 +113,7 @@ class Pools:
         return self._all()
 
     def heartbeat(self, epoch: Epoch, version: int, tiers: tuple[TierBlocks, ...] = ()) -> Members | None:
-        """The pool lives: who is there, unless that is what it knows. None if it has to register again."""
+        """Record a heartbeat; the members if `version` is old. None if the pool has to register again."""
         member = self._members.get(epoch)
         if member is None:
             return None
@@ -121,17 +123,17 @@ class Pools:
         return self._all()
 
     def deregister(self, epoch: Epoch) -> None:
-        """The pool goes. Idempotent."""
+        """Remove the pool. Idempotent."""
         if epoch in self._members:
             self._forget(self._members[epoch].info, "it deregistered")
 
     def shift_deadlines(self, seconds: float) -> None:
-        """For so long the router itself could hear nobody."""
+        """Extend all heartbeat deadlines: the router itself could not receive for that time."""
         for member in self.members():
             member.seen_s += seconds
 
     def forget_silent(self) -> None:
-        """Forget the pools whose heartbeats have stopped; to be called all the time."""
+        """Forget the pools whose heartbeats have stopped. Called several times per heartbeat."""
         deadline = self._clock() - self._config.forget_heartbeats * self.heartbeat_s
         heard_s = self._clock() - self._config.suspect_heartbeats * self.heartbeat_s
         suspect = frozenset(it.info.instance_id for it in self.members() if it.seen_s < heard_s)
@@ -177,7 +179,7 @@ class Pools:
 
 
 def _replaces(new: PoolInfo, old: PoolInfo) -> bool:
-    """Whether `old` cannot be there any more when `new` is."""
+    """True if `new` takes the place of `old`."""
     same_place = (new.instance_id, new.layout) == (old.instance_id, old.layout)
     return new.epoch == old.epoch or same_place or new.address == old.address
 

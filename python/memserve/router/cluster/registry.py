@@ -1,15 +1,15 @@
-"""Which instances exist and which of them can take a request. Does no I/O; the clock is given.
+"""The members of the cluster, and which of them can take requests. No I/O; the clock is passed in.
 
-register, name ──> JOINING ──joined──> READY <─────────> SUSPECT     silent or stuck, and well again
+register, add_static ──> JOINING ──joined──> READY <─────────> SUSPECT     silent or stuck, and well again
                       ^                 │ ^                 │
                       │           drain v │ undrain         │
                       │               DRAINING ─────────────┴──lost_contact, silent for longer──> DOWN
                       └──joined: as before; re-register, heartbeat after silence: JOINING─────────┘
                          deregister, silent for even longer: forgotten
 
-A suspect gets new requests only where nobody else serves its model in its role. A drain is the
-process's: it lasts through lost contact, and ends with `undrain`, with the process, or when the instance
-is forgotten. Of a server that was named nobody knows when its process is another.
+A suspect instance gets new requests only if no other instance serves its model in its role. A drain belongs
+to a process: it lasts through lost contact, and ends with `undrain`, with the process, or when the instance
+is forgotten. A restart of a static server (added by URL) cannot be noticed.
 """
 
 from __future__ import annotations
@@ -31,21 +31,13 @@ logger = logging.getLogger(__name__)
 class InstanceRegistry:
     """The members and their states. Event loop thread only."""
 
-    def __init__(
-        self,
-        config: ClusterConfig,
-        clock: Callable[[], float],
-    ) -> None:
-        """`static` are servers that do not register: they are forgotten by `unname` only.
-
-        `stuck_s`: a scheduler that has made no step for so long is stuck.
-        """
+    def __init__(self, config: ClusterConfig, clock: Callable[[], float]) -> None:
         self._config = config
         self.heartbeat_s = config.heartbeat_secs
         self.probe_needed = asyncio.Event()
-        """Set whenever a member needs a probe."""
+        """Set when a member needs a probe."""
         self.on_unresponsive: Callable[[str, str], None] = lambda url, reason: None
-        """Called with the URL of who is down for its silence, and why: it is waited for in vain."""
+        """Called with the URL of an instance that is down for its silence, and the reason."""
         self._clock = clock
         self._static = {info.url: info for info in config.static}
         self._members: dict[InstanceId, Member] = {}
@@ -61,36 +53,35 @@ class InstanceRegistry:
 
     @property
     def snapshot(self) -> ClusterSnapshot:
-        """Those that get requests: the ready, or else the suspect. A new object whenever they change."""
+        """The instances that get requests: ready ones, or else suspect. A new object after a change."""
         return self._snapshot
 
     @property
     def up(self) -> ClusterSnapshot:
-        """All that are up, the draining ones, too."""
+        """All instances that are up, draining ones included."""
         return self._up
 
     def working(self) -> list[InstanceId]:
-        """Who may have requests to end: those that are up, and those that drain and have lost contact."""
+        """Instances that may have running requests: up, or draining after lost contact."""
         members = self._members.values()
         return [one.info.instance_id for one in members if one.is_up or one.is_draining]
 
     def find(self, name: str) -> Member | None:
-        """Who has that id, or that URL."""
+        """The member with that id, or with that URL."""
         members = self.members()
         by_id = (one for one in members if one.info.instance_id == name)
         return next(by_id, None) or next((one for one in members if one.info.url == name), None)
 
     def members(self) -> list[Member]:
-        """Everyone known, ready or not."""
+        """All members, ready or not."""
         return list(self._members.values())
 
     def knows(self, model: str) -> bool:
-        """Whether anybody serves `model`, now or before it drained or lost contact."""
+        """True if a member serves `model`, or did before it drained or lost contact."""
         return any(one.server_info is not None and one.server_info.serves(model) for one in self.members())
 
     def add_static(self, info: InstanceInfo) -> InstanceInfo:
-        """Know `info`, a server that does not register, from now on; what was named at its URL before,
-        and stays, if there is such a server."""
+        """Add a server that does not register; return it, or the static server that its URL has already."""
         known = self._static.setdefault(info.url, info)
         if known is info and self.find(info.url) is None:
             logger.info("server named role=%s url=%s", info.role, info.url)
@@ -98,32 +89,32 @@ class InstanceRegistry:
         return known
 
     def static_urls(self) -> frozenset[str]:
-        """The URLs of the servers that were named; one may have registered since."""
+        """The URLs of the static servers; a server may have registered there since."""
         return frozenset(self._static)
 
     def remove_static(self, url: str) -> None:
-        """Forget the server that was named at `url`; not one that has registered there. Idempotent."""
+        """Forget the static server at `url`; an instance registered there stays. Idempotent."""
         self._static.pop(url, None)
         member = self.find(url)
         if member is not None and member.is_static:
-            self._forget(member.info.instance_id, "it is named no more")
+            self._forget(member.info.instance_id, "it was removed")
 
     def drain(self, member: Member) -> None:
-        """No new requests for `member`, one of `members`; those it has may end. Idempotent."""
+        """Send `member` no new requests; running ones may end. Idempotent."""
         if not member.is_draining:
             logger.info("instance draining instance=%s", member.info.instance_id)
         self._set_draining(member, True)
 
     def undrain(self, member: Member) -> None:
-        """Requests for it again, as soon as it is ready. Idempotent."""
+        """Send `member` requests again as soon as it is ready. Idempotent."""
         if member.is_draining:
             logger.info("instance drains no more instance=%s", member.info.instance_id)
         self._set_draining(member, False)
 
     def register(self, info: InstanceInfo, *, is_draining: bool = False) -> Member:
-        """`info` is ready to serve. Idempotent; a new epoch, or a new id at its URL, replaces the old.
+        """Add a server that can serve. Idempotent; replaces an old epoch, and another id at its URL.
 
-        `is_draining`: a router has told it so; of a process that is known this one knows better.
+        `is_draining`: it drains at another router; ignored for a process that is a member already.
         """
         known = self._members.get(info.instance_id)
         if known is not None and known.info == info:
@@ -139,7 +130,7 @@ class InstanceRegistry:
         return self._add(info, static=False, is_draining=is_draining)
 
     def heartbeat(self, instance_id: InstanceId, epoch: Epoch, load: Load | None = None) -> Member | None:
-        """The instance lives. None if it is not known under that epoch and has to register again."""
+        """Record a heartbeat. None if no member has that epoch: the instance has to register again."""
         member = self._find(instance_id, epoch)
         if member is None:
             return None
@@ -151,12 +142,12 @@ class InstanceRegistry:
         return member
 
     def deregister(self, instance_id: InstanceId, epoch: Epoch) -> None:
-        """The instance wants no more requests; those it has may end. Idempotent."""
+        """Remove the instance; running requests may end. Idempotent."""
         if self._find(instance_id, epoch) is not None:
             self._forget(instance_id, "it deregistered")
 
     def joined(self, instance_id: InstanceId, epoch: Epoch, server_info: ServerInfo) -> None:
-        """A probe found the instance serving. Ignored if it is another process by now."""
+        """Record a successful probe. Ignored if the process was replaced since."""
         member = self._find(instance_id, epoch)
         if member is None:
             return
@@ -164,26 +155,21 @@ class InstanceRegistry:
             self._set_suspect(member, None)
         state = _up_state(member)
         if member.state is not state:
-            logger.info(
-                "instance %s instance=%s role=%s model=%s",
-                state,
-                instance_id,
-                member.info.role,
-                server_info.model,
-            )
+            values = (state, instance_id, member.info.role, server_info.model)
+            logger.info("instance %s instance=%s role=%s model=%s", *values)
         member.state, member.server_info, member.answered_s = state, server_info, self._clock()
         member.reason = "" if member.suspect_reason is None else self._why(member)
         self._refresh()
 
     def suspect(self, member: Member, reason: str) -> None:
-        """A named server that is up may not be any more: suspect until it has `joined` again. Idempotent."""
+        """Make a static server that is up suspect, until it has `joined` again. Idempotent."""
         if member.is_up and member.suspect_reason is None:
             self._set_suspect(member, SuspectReason.SILENT, reason)
 
     def lost_contact(
         self, instance_id: InstanceId, epoch: Epoch, reason: str, *, has_exited: bool = False
     ) -> None:
-        """The instance did not answer: no requests until a probe succeeds. Idempotent."""
+        """Take the instance down: no requests until a probe succeeds. Idempotent."""
         member = self._find(instance_id, epoch)
         if member is None:
             return
@@ -195,17 +181,17 @@ class InstanceRegistry:
         self._refresh()
 
     def process_status(self, instance_id: InstanceId, epoch: Epoch) -> ProcessStatus:
-        """What became of an instance that was lost."""
+        """Whether the process of a lost instance still runs."""
         member = self._find(instance_id, epoch)
         return ProcessStatus.EXITED if member is None else member.process_status
 
     def shift_deadlines(self, seconds: float) -> None:
-        """For so long the router itself could hear nobody."""
+        """Extend all heartbeat deadlines: the router itself could not receive for that time."""
         for member in self.members():
             member.seen_s += seconds
 
-    def watch(self) -> None:
-        """Suspect, take down and in the end forget the registered instances whose heartbeats have stopped."""
+    def check_heartbeats(self) -> None:
+        """Make registered instances without heartbeats suspect, then down; forget them in the end."""
         now_s = self._clock()
         for member in self.members():
             if member.is_static:
@@ -234,7 +220,7 @@ class InstanceRegistry:
         self._consider(member)
 
     def _consider(self, member: Member) -> None:
-        """Whether `member`, which has registered, is suspect, or no longer."""
+        """Update the suspect reason of a registered member."""
         why = None
         if self._clock() - member.seen_s > self.suspect_after_s:
             why = SuspectReason.SILENT
@@ -257,7 +243,7 @@ class InstanceRegistry:
         self._refresh()
 
     def _why(self, member: Member) -> str:
-        """The reason of its doubt."""
+        """The reason why `member` is suspect or down, for logs."""
         if member.suspect_reason is SuspectReason.STUCK and member.load is not None:
             return f"its scheduler has made no step for {member.load.step_age_s:.1f} s"
         return f"no heartbeat for {self._clock() - member.seen_s:.1f} s"
@@ -277,13 +263,7 @@ class InstanceRegistry:
         self._refresh()
 
     def _refresh(self) -> None:
-        up = {
-            info.instance_id: Instance(
-                info.instance_id, info.epoch, info.role, info.url, info.bootstrap_port, member.server_info
-            )
-            for member in self._members.values()
-            if (info := member.info) and member.is_up and member.server_info is not None
-        }
+        up = {name: one for name, member in self._members.items() if (one := member.instance) is not None}
         ready = [one for name, one in up.items() if not self._members[name].is_draining]
         suspect = {name for name in up if self._members[name].suspect_reason is not None}
         self._up, self._snapshot = (
@@ -299,7 +279,7 @@ def _up_state(member: Member) -> State:
 
 
 def _trusted(instances: Sequence[Instance], suspect: Container[InstanceId]) -> list[Instance]:
-    """Those that are not suspect, and those beside whom nobody else serves their model in their role."""
+    """The instances that are not suspect, and those that alone serve their model in their role."""
     sound = [one for one in instances if one.instance_id not in suspect]
     served = {(one.role, one.server_info.model) for one in sound}
     return [one for one in instances if one in sound or (one.role, one.server_info.model) not in served]

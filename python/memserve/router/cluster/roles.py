@@ -1,10 +1,10 @@
-"""An instance becomes another role's while the cluster serves: drained, started anew in its place, back.
+"""Changes an instance's role while the cluster serves: drain, restart at the same address, register.
 
-    drain, evacuate ──> told with its next heartbeat ──> it ends, and starts in the other role
-                                                          at the same address ──> registers ──> ready
+    drain, evacuate ──> the next heartbeat's answer names the role ──> the instance exits and restarts
+                                          in that role at the same address ──> registers ──> ready
 
-SGLang's disaggregation mode is that of a process: nothing less than a new one has another role. What it held
-in DRAM is elsewhere by then, as far as the drain could see to it. HTTP is others' business.
+A process has one disaggregation mode in SGLang, so another role needs another process. The drain has sent
+its DRAM blocks to other instances by then. Knows no HTTP.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ logger = logging.getLogger(__name__)
 
 
 class Phase(StrEnum):
-    """How far a change has come."""
+    """The progress of a role change."""
 
     DRAINING = "draining"
     RESTARTING = "restarting"
     DONE = "done"
     FAILED = "failed"
-    """It was not drained in time, and serves again in the role it had; or it has not come back."""
+    """The drain timed out, and the instance serves in its old role; or it did not come back."""
 
 
 @dataclass(slots=True)
 class RoleChange:
-    """One instance's way into another role. Changed by `RoleChanges` only."""
+    """One role change. Changed by `RoleChanges` only."""
 
     url: str
     role: Role
@@ -52,7 +52,7 @@ class RoleChange:
 
 
 class RoleChanges:
-    """The changes of role under way, and the last one at each address. Event loop thread only."""
+    """The running role changes, and the last one at each address. Event loop thread only."""
 
     def __init__(
         self, cluster: InstanceRegistry, drains: DrainManager, clock: Callable[[], float] = time.monotonic
@@ -64,12 +64,12 @@ class RoleChanges:
         self._running: dict[str, asyncio.Task[None]] = {}
 
     def rejection_reason(self, member: Member, role: Role, *, is_forced: bool) -> str | None:
-        """Why `member` cannot become a `role` now; None if it can."""
+        """Why `member` cannot change to `role` now; None if it can."""
         info = member.info
         if member.is_static:
             return (
-                "a server that was named by URL has no other role than the one it was started in "
-                "(SGLang's --disaggregation-mode): start it anew, and name it anew"
+                "a server named by URL keeps the role it was started in "
+                "(SGLang's --disaggregation-mode): restart it, and add it again"
             )
         if role not in info.roles:
             able = ", ".join(info.roles) or "nothing else"
@@ -77,14 +77,14 @@ class RoleChanges:
         change = self._changes.get(info.url)
         if change is not None and not change.is_over:
             return f"it is becoming {change.role} already"
-        if not is_forced and (reason := self._why_needed(member)):
+        if not is_forced and (reason := self._gap_without(member)):
             return f'without it {reason}; {{"force": true}} does it all the same'
         return None
 
     def begin(self, member: Member, role: Role, timeout_s: float) -> RoleChange:
-        """Have `member`, to whom nothing stands against it, become a `role`.
+        """Start to change `member` to `role`; `rejection_reason` was None.
 
-        `timeout_s` for its requests to end, and as long again for it to come back.
+        `timeout_s` limits the drain, and then the restart.
         """
         change = self._changes[member.info.url] = RoleChange(member.info.url, role)
         logger.info("instance changes its role instance=%s to=%s", member.info.instance_id, role)
@@ -94,17 +94,17 @@ class RoleChanges:
         return change
 
     def change_of(self, url: str) -> RoleChange | None:
-        """The last one at that address."""
+        """The last change at that URL."""
         return self._changes.get(url)
 
     async def wait(self, change: RoleChange) -> None:
-        """Return when it is over."""
+        """Return when `change` is over."""
         task = self._running.get(change.url)
         if task is not None:
             await asyncio.shield(task)
 
     def close(self) -> None:
-        """Wait for nobody any more."""
+        """Cancel all changes."""
         for task in self._running.values():
             task.cancel()
 
@@ -140,8 +140,8 @@ class RoleChanges:
         logger.warning("instance keeps its role url=%s wanted=%s: %s", change.url, change.role, reason)
         change.phase, change.reason = Phase.FAILED, reason
 
-    def _why_needed(self, member: Member) -> str | None:
-        """Why nobody could serve its model while it is away; None if others can, or nobody can as it is."""
+    def _gap_without(self, member: Member) -> str | None:
+        """Why its model could not be served without `member`; None if it could, or cannot be now."""
         if member.server_info is None:
             return None
         ready = self._cluster.snapshot.serving(member.server_info.model)

@@ -101,7 +101,7 @@ def test_a_silent_instance_is_suspect_then_down_then_forgotten(
     seen = []
     for _ in range(11):
         cluster.heartbeat(InstanceId("other"), ONE)
-        cluster.watch()
+        cluster.check_heartbeats()
         seen.append((states(cluster).get(NAME), len(cluster.snapshot.decodes), len(cluster.up.decodes)))
         clock.advance(DEFAULTS.forget_heartbeats / 10 + 0.01)
     assert list(dict.fromkeys(seen)) == [
@@ -117,7 +117,7 @@ def test_a_suspect_that_is_heard_again_is_ready_at_once(cluster: InstanceRegistr
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     clock.advance(DEFAULTS.suspect_heartbeats + 0.1)
-    cluster.watch()
+    cluster.check_heartbeats()
     (member,) = cluster.members()
     assert (member.state, member.reason) == (State.SUSPECT, "no heartbeat for 2.1 s")
     assert cluster.heartbeat(NAME, ONE)
@@ -130,7 +130,7 @@ def test_who_is_down_for_its_silence_joins_when_it_is_heard_again(
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     clock.advance(DEFAULTS.down_heartbeats + 0.1)
-    cluster.watch()
+    cluster.check_heartbeats()
     assert states(cluster) == {NAME: State.DOWN}
     cluster.probe_needed.clear()
     assert cluster.heartbeat(NAME, ONE)
@@ -148,7 +148,7 @@ def test_who_answers_but_is_not_heard_is_suspect_and_no_worse(
     cluster.joined(NAME, ONE, FACTS)
     for _ in range(20):
         clock.advance(1.0)
-        cluster.watch()
+        cluster.check_heartbeats()
         cluster.joined(NAME, ONE, FACTS)
     assert states(cluster) == {NAME: State.SUSPECT}
 
@@ -160,7 +160,7 @@ def test_silence_of_which_the_router_is_the_cause_is_excused(
     cluster.joined(NAME, ONE, FACTS)
     clock.advance(20.0)
     cluster.shift_deadlines(19.5)
-    cluster.watch()
+    cluster.check_heartbeats()
     assert states(cluster) == {NAME: State.READY}
 
 
@@ -189,7 +189,7 @@ def test_a_suspect_that_is_drained_is_draining(cluster: InstanceRegistry, clock:
     cluster.joined(NAME, ONE, FACTS)
     cluster.drain(cluster.members()[0])
     clock.advance(DEFAULTS.suspect_heartbeats + 0.1)
-    cluster.watch()
+    cluster.check_heartbeats()
     assert states(cluster) == {NAME: State.DRAINING}
     assert not cluster.snapshot.decodes
     cluster.undrain(cluster.members()[0])
@@ -262,7 +262,7 @@ def test_a_loss_seen_on_the_old_process_does_not_touch_the_new_one(cluster: Inst
 def test_a_named_server_is_never_forgotten(clock: FakeClock) -> None:
     cluster = InstanceRegistry(ClusterConfig(heartbeat_secs=1.0, static=(decode(STATIC_EPOCH),)), clock)
     clock.advance(1000)
-    cluster.watch()
+    cluster.check_heartbeats()
     assert states(cluster) == {NAME: State.JOINING}
 
 

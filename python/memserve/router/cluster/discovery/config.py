@@ -1,4 +1,4 @@
-"""How servers are found among Kubernetes' pods, and the flags that say so: those of sglang-router. Pure."""
+"""Settings and flags of Kubernetes discovery, named as in sglang-router. Pure."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ _LABEL = re.compile(r"[A-Za-z0-9]([-A-Za-z0-9_./]*[A-Za-z0-9])?=[-A-Za-z0-9_.]*"
 
 @dataclass(frozen=True, slots=True)
 class DiscoveryConfig:
-    """Where to look for which pods. Raises ConfigError for what cannot be."""
+    """Which pods to find, and where. Checked when built; raises ConfigError."""
 
     selectors: Mapping[Role, tuple[str, ...]]
-    """Labels, each as NAME=VALUE, that the pods of a role have all of."""
+    """Per role, the labels NAME=VALUE that its pods all have."""
     port: int = 80
-    """Of the servers' HTTP, the same for all."""
+    """HTTP port of all servers."""
     namespace: str | None = None
-    """None: the router's own, or all of them where it runs in no pod."""
+    """None: the router's own, or all if it does not run in a pod."""
     bootstrap_annotation: str = BOOTSTRAP_ANNOTATION
-    """Of a prefill's pod: its bootstrap port."""
+    """Annotation of a prefill pod with its bootstrap port."""
     api_server: str | None = None
-    """URL; None: that of the cluster whose pod the router runs in."""
+    """URL; None: the API of the cluster that the router runs in."""
     token_file: Path | None = None
     ca_file: Path | None = None
 
     def __post_init__(self) -> None:
         if not self.selectors:
             raise ConfigError(
-                "--service-discovery needs to know whom to look for: give --selector NAME=VALUE, or "
+                "--service-discovery needs labels to look for: give --selector NAME=VALUE, or "
                 "--prefill-selector and --decode-selector"
             )
         for label in (label for labels in self.selectors.values() for label in labels):
@@ -50,40 +50,47 @@ class DiscoveryConfig:
 def add_discovery_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags that `read_discovery` reads."""
     flags = parser.add_argument_group("servers found among Kubernetes' pods (stock SGLang)")
-    flags.add_argument("--service-discovery", action="store_true", help="look for servers there")
-    for flag, who in (
-        ("--selector", "servers that do both prefill and decode"),
+    flags.add_argument("--service-discovery", action="store_true", help="find servers among the pods")
+    for flag, servers in (
+        ("--selector", "colocated servers"),
         ("--prefill-selector", "prefill servers"),
         ("--decode-selector", "decode servers"),
     ):
         flags.add_argument(
-            flag, nargs="+", default=[], metavar="NAME=VALUE", help=f"labels that the pods of {who} have"
+            flag, nargs="+", default=[], metavar="NAME=VALUE", help=f"labels of the pods of {servers}"
         )
     flags.add_argument(
-        "--service-discovery-port", type=int, default=80, metavar="N", help="their HTTP port (default: 80)"
+        "--service-discovery-port",
+        type=int,
+        default=80,
+        metavar="N",
+        help="HTTP port of the servers (default: 80)",
     )
     flags.add_argument(
         "--service-discovery-namespace",
         metavar="NAME",
-        help="where they are (default: the router's own namespace, or all if it runs in no pod)",
+        help="namespace of the pods (default: the router's own, or all if it does not run in a pod)",
     )
     flags.add_argument(
         "--bootstrap-port-annotation",
         default=BOOTSTRAP_ANNOTATION,
         metavar="NAME",
-        help=f"annotation of a prefill's pod with its bootstrap port (default: {BOOTSTRAP_ANNOTATION})",
+        help=f"annotation of a prefill pod with its bootstrap port (default: {BOOTSTRAP_ANNOTATION})",
     )
     flags.add_argument(
-        "--kube-api-server", metavar="URL", help="Kubernetes' API (default: that of the pod's own cluster)"
+        "--kube-api-server", metavar="URL", help="Kubernetes' API (default: the API of the pod's own cluster)"
     )
-    for name, what in (("token", "token to show there"), ("ca", "authority that vouches for it")):
+    for name, what in (
+        ("token", "file with the token for the API"),
+        ("ca", "file with the API's certificate authority"),
+    ):
         flags.add_argument(
             f"--kube-{name}-file", type=Path, metavar="FILE", help=f"{what} (default: the pod's own)"
         )
 
 
 def read_discovery(namespace: argparse.Namespace) -> DiscoveryConfig | None:
-    """What the parsed flags ask for; None if it is not asked for. Raises ConfigError."""
+    """The discovery that the parsed flags ask for; None: no discovery. Raises ConfigError."""
     by_role = {
         Role.COLOCATED: tuple(namespace.selector),
         Role.PREFILL: tuple(namespace.prefill_selector),

@@ -1,12 +1,12 @@
-"""Finds servers among Kubernetes' pods: lists them, watches what changes, names and removes workers.
+"""Finds servers among Kubernetes' pods: lists pods, watches changes, adds and removes static servers.
 
     list ──> watch ──the stream ends──> watch on      410 Gone ──> list again
-      ^        └──broken, refused, malformed──> later, and later each time
+      ^        └──broken, refused, malformed──> wait, longer each time
       └────────────────────────────────────────────────┘
-    ready ──> named, as by POST /workers      not ready, deleted ──> drained, then forgotten
+    ready ──> added, as by POST /workers      not ready, deleted ──> drained, then removed
 
-While the API cannot be reached, those that were found stay. Knows the pods' form by `pods`; what is named
-by others is theirs to remove.
+While the API is unreachable, the servers found before stay. `pods` parses pods. Servers that others have
+added are not removed here.
 """
 
 from __future__ import annotations
@@ -33,22 +33,22 @@ from memserve.wire.messages import InstanceInfo, Role
 logger = logging.getLogger(__name__)
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
-"""What Kubernetes gives each pod to talk to its API."""
+"""Where Kubernetes mounts a pod's credentials for its API."""
 LIST_TIMEOUT_S = 30.0
 WATCH_S = 240
-"""After which the API ends a watch, and it is begun anew."""
+"""Time after which the API ends a watch."""
 SILENCE_S = WATCH_S + 30.0
-"""A watch that says nothing for so long is broken."""
+"""A watch that is silent for this long is broken."""
 MAX_LINE_BYTES = 16 << 20
 FIRST_RETRY_S, LAST_RETRY_S = 0.5, 30.0
 REMOVE_S = 30.0
-"""How long a server that goes may finish what it has: Kubernetes gives it as long by default."""
+"""Time limit of a leaving server's drain: Kubernetes' default termination grace period."""
 
 _FAULTS = (aiohttp.ClientError, OSError, TimeoutError, ValueError, msgspec.MsgspecError)
 
 
 class PodApi:
-    """Kubernetes' API, as far as pods are concerned. Raises ConfigError if it is not told where that is."""
+    """Client of Kubernetes' pod API. Raises ConfigError if its address is not known."""
 
     def __init__(self, config: DiscoveryConfig, account: Path = ACCOUNT) -> None:
         self._base = config.api_server.rstrip("/") if config.api_server else _own_api()
@@ -62,13 +62,13 @@ class PodApi:
             raise ConfigError(f"--kube-ca-file {ca_file}: {error}") from error
 
     async def list(self, session: aiohttp.ClientSession, labels: str) -> tuple[str, list[Pod]]:
-        """All pods with these labels, and the version to watch on from."""
+        """All pods with these labels, and the version to watch from."""
         timeout = aiohttp.ClientTimeout(total=LIST_TIMEOUT_S)
         async with self._get(session, {"labelSelector": labels}, timeout) as response:
             return read_list(await response.read())
 
     async def watch(self, session: aiohttp.ClientSession, labels: str, version: str) -> AsyncIterator[bytes]:
-        """One line for each change since `version`. Raises ListExpired."""
+        """One line per change since `version`. Raises ListExpired."""
         params = {
             "labelSelector": labels,
             "watch": "1",
@@ -89,7 +89,7 @@ class PodApi:
     def _get(
         self, session: aiohttp.ClientSession, params: Mapping[str, str], timeout: aiohttp.ClientTimeout
     ) -> _Answer:
-        # Read each time: Kubernetes changes it now and then.
+        # Read each time: Kubernetes rotates it.
         token = _read(self._token_file)
         headers = {"Authorization": f"Bearer {token}"} if token else {}
         url = self._base + self._path
@@ -99,7 +99,7 @@ class PodApi:
 
 
 class _Answer:
-    """An answer of 200; any other is an error."""
+    """Context of an answer; a status other than 200 is an error."""
 
     def __init__(self, request: aiohttp.client._RequestContextManager) -> None:
         self._request = request
@@ -119,7 +119,7 @@ class _Answer:
 
 
 class Discovery:
-    """Keeps the cluster's named servers to those that Kubernetes runs. Event loop thread only."""
+    """Keeps static servers in step with Kubernetes' pods. Event loop thread only."""
 
     def __init__(
         self, config: DiscoveryConfig, cluster: InstanceRegistry, drains: DrainManager, api: PodApi
@@ -129,13 +129,13 @@ class Discovery:
         self._drains = drains
         self._api = api
         self._found: dict[Role, dict[str, InstanceInfo]] = {role: {} for role in config.selectors}
-        """By pod."""
-        self._named: dict[str, InstanceInfo] = {}
-        """By URL: what was named here, and is to be removed here."""
+        """By role and pod key."""
+        self._added: dict[str, InstanceInfo] = {}
+        """By URL: the servers added here, which are removed here."""
         self._removing: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Watch until cancelled. With a session of its own: workers' keys are not for this API."""
+        """Watch until cancelled. Uses an own session: the servers' API key is not for Kubernetes."""
         try:
             async with aiohttp.ClientSession() as session, asyncio.TaskGroup() as group:
                 for role, labels in self._config.selectors.items():
@@ -182,17 +182,17 @@ class Discovery:
         self._apply()
 
     def _apply(self) -> None:
-        """Name those that are found and not named; drain and forget those that are found no more."""
+        """Add the servers that were found; drain and remove those that were not."""
         wanted = {info.url: info for found in self._found.values() for info in found.values()}
-        for url, info in list(self._named.items()):
+        for url, info in list(self._added.items()):
             if wanted.get(url) == info:
                 self._undrain(url)
             elif url not in self._removing:
                 logger.info("pod gone url=%s", url)
                 self._removing[url] = asyncio.create_task(self._remove(url))
         for url, info in wanted.items():
-            if url not in self._named and url not in self._cluster.static_urls():
-                self._named[url] = self._cluster.add_static(info)
+            if url not in self._added and url not in self._cluster.static_urls():
+                self._added[url] = self._cluster.add_static(info)
 
     def _undrain(self, url: str) -> None:
         removing, member = self._removing.pop(url, None), self._cluster.find(url)
@@ -207,12 +207,12 @@ class Discovery:
             self._drains.begin(member)
             await self._drains.wait(member, REMOVE_S)
         self._cluster.remove_static(url)
-        del self._named[url], self._removing[url]
-        self._apply()  # Its place may have been taken, in another role.
+        del self._added[url], self._removing[url]
+        self._apply()  # Another pod may have its URL now, in another role.
 
 
 def retry_s(num_failures: int, chance: float) -> float:
-    """How long to wait after so many failures in a row; `chance`, 0 to 1, spreads many routers."""
+    """Wait after `num_failures` in a row; `chance`, 0 to 1, spreads several routers."""
     return min(LAST_RETRY_S, FIRST_RETRY_S * 2.0 ** min(num_failures - 1, 20)) * (0.5 + chance / 2)
 
 
@@ -224,7 +224,7 @@ def _own_api() -> str:
 
 
 def _if_there(path: Path, config: DiscoveryConfig) -> Path | None:
-    """The pod's own account is for the pod's own cluster."""
+    """The path, if the file exists and the API is that of the pod's own cluster."""
     return path if config.api_server is None and path.is_file() else None
 
 

@@ -1,4 +1,4 @@
-"""Kubernetes' pods as its API shows them, and which of them is a server to send requests to. Pure.
+"""Parses pods of Kubernetes' API, and says which of them are servers. Pure.
 
 Source: Kubernetes API reference, core/v1 Pod and PodList; API concepts, "Efficient detection of changes".
 """
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 
 
 class ListExpired(MemServeError):
-    """What was listed is too old to be watched on from: list again."""
+    """The listed version is too old to watch from: list again."""
 
 
 class _Condition(msgspec.Struct):
@@ -42,19 +42,19 @@ class _Status(msgspec.Struct):
 
 
 class Pod(msgspec.Struct):
-    """What of a pod is needed."""
+    """The needed fields of a pod."""
 
     metadata: _Meta
     status: _Status = msgspec.field(default_factory=_Status)
 
     @property
     def key(self) -> str:
-        """Another one's is another, whatever its name."""
+        """Unique per pod: its UID, or its name if it has none."""
         return self.metadata.uid or self.metadata.name
 
     @property
     def is_ready(self) -> bool:
-        """Whether it takes requests, and means to go on doing so."""
+        """True if it takes requests and is not being deleted."""
         conditions = self.status.conditions or []
         return (
             self.status.phase == "Running"
@@ -87,9 +87,9 @@ class PodChange(msgspec.Struct):
     """One event of a watch."""
 
     version: str
-    """To watch on from."""
+    """The version to watch from."""
     pod: Pod | None = None
-    """None: nothing has changed but the version."""
+    """None: only the version has changed."""
     is_deleted: bool = False
 
 
@@ -100,9 +100,9 @@ _failure = msgspec.json.Decoder(_Failure)
 
 
 def read_list(body: bytes) -> tuple[str, list[Pod]]:
-    """The version of a list, to watch on from, and its pods; those that are malformed are left out.
+    """The version of a list, to watch from, and its pods, without malformed ones.
 
-    Raises msgspec.MsgspecError if it is no list.
+    Raises msgspec.MsgspecError if `body` is not a list.
     """
     listed = _list.decode(body)
     pods = []
@@ -115,9 +115,9 @@ def read_list(body: bytes) -> tuple[str, list[Pod]]:
 
 
 def read_change(line: bytes) -> PodChange | None:
-    """What one line of a watch says; None if it is malformed.
+    """The change in one line of a watch; None if it is malformed.
 
-    Raises ListExpired, or ConnectionError for any other failure that the API tells of.
+    Raises ListExpired, or ConnectionError for any other failure that the API reports.
     """
     try:
         event = _event.decode(line)
@@ -137,7 +137,7 @@ def read_change(line: bytes) -> PodChange | None:
 
 
 def server_in(pod: Pod, role: Role, config: DiscoveryConfig) -> InstanceInfo | None:
-    """The server of `role` that a pod is; None if it is not ready, or says of itself what cannot be."""
+    """The server of `role` in a pod; None if it is not ready, or its annotation is invalid."""
     if not pod.is_ready:
         return None
     bootstrap_port = None
@@ -145,7 +145,7 @@ def server_in(pod: Pod, role: Role, config: DiscoveryConfig) -> InstanceInfo | N
         said = (pod.metadata.annotations or {}).get(config.bootstrap_annotation, str(DEFAULT_BOOTSTRAP_PORT))
         if not said.isascii() or not said.isdigit() or not 0 < int(said) < 65536:
             logger.warning(
-                "pod left out name=%s: its annotation %s is no port: %.20s",
+                "pod left out name=%s: its annotation %s is not a port: %.20s",
                 *(pod.metadata.name, config.bootstrap_annotation, said),
             )
             return None

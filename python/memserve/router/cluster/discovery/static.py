@@ -1,4 +1,4 @@
-"""Servers that the operator names by URL. They do not register and tell no epoch."""
+"""Static servers: named by URL, they do not register and report no epoch."""
 
 from __future__ import annotations
 

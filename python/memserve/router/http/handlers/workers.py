@@ -213,7 +213,7 @@ class WorkersApi:
 
     def _describe(self, member: Member) -> JsonObject:
         breaker = self._state.breakers.state(member.info.instance_id, member.info.epoch)
-        drained = _describe_drain(self._drains.look(member))
+        drained = _describe_drain(self._drains.status(member))
         change = self._roles.change_of(member.info.url)
         becoming = None if change is None else _describe_change(change)
         return {**describe_member(member), "breaker": breaker, **drained, "role_change": becoming}
