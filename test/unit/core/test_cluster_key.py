@@ -18,7 +18,7 @@ def written(path: Path, content: bytes = SECRET, mode: int = 0o600) -> Path:
     return path
 
 
-def test_labels_and_secrets_give_unrelated_keys() -> None:
+def test_cluster_keys_of_other_labels_or_secrets_are_unrelated() -> None:
     keys = {
         ClusterKey(secret).derive(label) for secret in (SECRET, SECRET + b"x") for label in ("a", "b", "")
     }
@@ -27,11 +27,11 @@ def test_labels_and_secrets_give_unrelated_keys() -> None:
     assert SECRET not in keys
 
 
-def test_the_same_secret_gives_the_same_key() -> None:
+def test_cluster_keys_of_one_secret_are_equal() -> None:
     assert ClusterKey(SECRET).derive("a") == ClusterKey(SECRET).derive("a")
 
 
-def test_a_key_never_shows_itself() -> None:
+def test_cluster_key_does_not_show_its_secret() -> None:
     key = ClusterKey(SECRET)
     shown = f"{key!r}{key}{key.__dict__.keys()}"
     assert SECRET.decode() not in shown
@@ -41,23 +41,23 @@ def test_a_key_never_shows_itself() -> None:
     assert str(MIN_KEY_BYTES) in str(caught.value)
 
 
-def test_white_space_around_the_key_does_not_count(tmp_path: Path) -> None:
+def test_cluster_key_ignores_white_space_around_it(tmp_path: Path) -> None:
     key = ClusterKey.read(written(tmp_path / "key", b"\n " + SECRET + b"\n"))
     assert key.derive("a") == ClusterKey(SECRET).derive("a")
 
 
 @pytest.mark.parametrize("mode", [0o640, 0o604, 0o666, 0o620])
-def test_a_file_that_others_can_open_is_refused(tmp_path: Path, mode: int) -> None:
+def test_cluster_key_refuses_a_file_that_other_users_can_read(tmp_path: Path, mode: int) -> None:
     with pytest.raises(ConfigError, match="chmod 600"):
         ClusterKey.read(written(tmp_path / "key", mode=mode))
 
 
 @pytest.mark.parametrize("content", [b"", b"short", b" " * 40])
-def test_a_file_with_too_little_is_refused(tmp_path: Path, content: bytes) -> None:
+def test_cluster_key_refuses_a_short_secret(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(ConfigError, match="at least"):
         ClusterKey.read(written(tmp_path / "key", content))
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path: Path) -> None:
+def test_cluster_key_error_names_a_missing_file(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="missing"):
         ClusterKey.read(tmp_path / "missing")

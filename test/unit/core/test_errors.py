@@ -1,4 +1,4 @@
-"""The tree of errors, and its drawing."""
+"""The class tree of errors, and its diagram."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memserve.core.ids import new_epoch
 
 
 def drawn_tree() -> dict[str, str]:
-    """Each error in the module's docstring and the one it hangs under."""
+    """Each error in the diagram of the module's docstring, with its parent."""
     parents: dict[str, str] = {}
     path: list[str] = []
     for line in (errors.__doc__ or "").splitlines():
@@ -25,7 +25,7 @@ def drawn_tree() -> dict[str, str]:
     return parents
 
 
-def test_the_drawing_is_the_tree() -> None:
+def test_error_diagram_equals_the_class_tree() -> None:
     actual = {
         name: one.__base__.__name__
         for name, one in inspect.getmembers(errors, inspect.isclass)
@@ -44,18 +44,18 @@ def test_the_drawing_is_the_tree() -> None:
         (errors.StaleEpoch("p", 1, None), {"peer": "p", "expected": 1, "actual": None}),
     ],
 )
-def test_errors_carry_fields_and_say_them(error: Exception, fields: dict[str, object]) -> None:
+def test_errors_have_fields_and_name_them_in_their_text(error: Exception, fields: dict[str, object]) -> None:
     assert {name: getattr(error, name) for name in fields} == fields
     assert "\n" not in str(error)
     assert str(error)
 
 
-def test_a_stale_epoch_tells_the_two_lives_apart() -> None:
+def test_stale_epoch_error_names_both_epochs() -> None:
     assert "gone" in str(errors.StaleEpoch("p", 1, None))
     assert "000000000000002a" in str(errors.StaleEpoch("p", 1, 42))
 
 
-def test_epochs_are_never_zero_and_fit_63_bits() -> None:
+def test_epochs_are_positive_and_fit_63_bits() -> None:
     epochs = [new_epoch() for _ in range(1000)]
     assert len(set(epochs)) == 1000
     assert all(0 < epoch < 2**63 for epoch in epochs)

@@ -32,33 +32,33 @@ def parse(*argv: str, **others: Any) -> Example:
     return from_namespace(Example, parser.parse_args(argv), **others)
 
 
-def test_no_flags_give_the_records_defaults() -> None:
+def test_flags_default_to_the_values_of_the_record() -> None:
     assert parse() == Example()
 
 
-def test_each_kind_of_field_is_read() -> None:
+def test_flags_are_parsed_by_the_type_of_their_field() -> None:
     argv = "--host h --num-threads 2 --wait-secs 1.5 --mode fast --verbose --key-file k --limit 7"
     assert parse(*argv.split(), extra=("x",)) == Example("h", 2, 1.5, "fast", True, Path("k"), 7, ("x",))
 
 
-def test_a_bool_can_be_turned_off() -> None:
+def test_bool_flags_can_be_turned_off() -> None:
     assert parse("--verbose", "--no-verbose").verbose is False
 
 
-def test_a_field_without_setting_has_no_flag() -> None:
+def test_fields_without_setting_have_no_flag() -> None:
     with pytest.raises(SystemExit):
         parse("--extra", "x")
 
 
 @pytest.mark.parametrize("argv", ["--num-threads x", "--mode other", "--limit 1.5", "--unknown 1"])
-def test_a_value_that_does_not_fit_exits_with_2(argv: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_invalid_flag_value_exits_with_status_2(argv: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse(*argv.split())
     assert caught.value.code == 2
     assert argv.split()[0] in capsys.readouterr().err
 
 
-def test_help_shows_each_setting_with_its_default() -> None:
+def test_help_lists_each_setting_with_its_default() -> None:
     parser = argparse.ArgumentParser()
     add_flags(parser, Example)
     text = " ".join(parser.format_help().split())

@@ -1,4 +1,4 @@
-"""Ports that are kept, and ports that others have."""
+"""Free ports that a process keeps, and ports in use."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from memserve.core.hosts import can_listen, keep_port
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "0.0.0.0", "::1"])
-def test_a_kept_port_can_be_listened_on(host: str) -> None:
+def test_a_server_can_listen_on_a_kept_port(host: str) -> None:
     async def listen(port: int) -> None:
         server = await asyncio.get_running_loop().create_server(asyncio.Protocol, host, port)
         server.close()
@@ -22,12 +22,12 @@ def test_a_kept_port_can_be_listened_on(host: str) -> None:
     asyncio.run(listen(port))
 
 
-def test_a_kept_port_is_nobody_elses() -> None:
+def test_a_kept_port_is_given_to_no_other_socket() -> None:
     with socket.socket() as other, pytest.raises(OSError, match="in use"):
         other.bind(("127.0.0.1", keep_port()))
 
 
-def test_nobody_listens_where_another_does() -> None:
+def test_can_listen_is_false_for_a_port_in_use() -> None:
     with socket.socket() as other:
         other.bind(("127.0.0.1", 0))
         other.listen()

@@ -25,14 +25,14 @@ LLAMA_13B = KVLayout("llama2-13b", 40, 16, (Part(40, 128),) * 2, "float16", 2)
 LATENT = KVLayout("deepseek-v3", 61, 64, (Part(1, 576),), "bfloat16", 2)
 
 
-def test_sizes_of_known_models() -> None:
+def test_layout_sizes_equal_those_of_known_models() -> None:
     assert LLAMA_13B.block_bytes == 40 * 2 * 16 * 40 * 128 * 2
     assert LATENT.block_bytes == 61 * 64 * 576 * 2
     assert KVLayout("m", 2, 16, (Part(8, 192), Part(8, 128)), "f16", 2).part_bytes == (49152, 32768)
 
 
 @given(layouts, st.sampled_from(TransferMode))
-def test_every_plan_covers_the_block_exactly_once(layout: KVLayout, mode: TransferMode) -> None:
+def test_copy_plans_cover_the_block_exactly_once(layout: KVLayout, mode: TransferMode) -> None:
     extents = [extent for call in layout.copy_plan(mode) for extent in zip(*call, strict=True)]
     end = 0
     for offset, length in extents:
@@ -43,7 +43,7 @@ def test_every_plan_covers_the_block_exactly_once(layout: KVLayout, mode: Transf
 
 
 @given(layouts)
-def test_plans_have_the_papers_numbers_of_calls_and_copies(layout: KVLayout) -> None:
+def test_copy_plans_have_the_numbers_of_calls_and_copies_of_the_paper(layout: KVLayout) -> None:
     counts = {mode: [len(call.offsets) for call in layout.copy_plan(mode)] for mode in TransferMode}
     parts = len(layout.parts)
     assert counts[TransferMode.BY_LAYER] == [parts] * layout.num_layers
@@ -52,7 +52,7 @@ def test_plans_have_the_papers_numbers_of_calls_and_copies(layout: KVLayout) -> 
 
 
 @given(layouts)
-def test_offsets_are_those_of_an_array_of_layers_and_parts(layout: KVLayout) -> None:
+def test_layout_offsets_equal_those_of_an_array(layout: KVLayout) -> None:
     offset = 0
     for layer in range(layout.num_layers):
         for part, part_bytes in enumerate(layout.part_bytes):
@@ -61,7 +61,7 @@ def test_offsets_are_those_of_an_array_of_layers_and_parts(layout: KVLayout) -> 
 
 
 @pytest.mark.parametrize(("layer", "part"), [(-1, 0), (40, 0), (0, 2), (0, -1)])
-def test_no_offset_outside_the_block(layer: int, part: int) -> None:
+def test_layout_refuses_offsets_outside_the_block(layer: int, part: int) -> None:
     with pytest.raises(IndexError):
         LLAMA_13B.offset(layer, part)
 
@@ -79,7 +79,7 @@ def test_no_offset_outside_the_block(layer: int, part: int) -> None:
         {"num_ranks": 2, "rank": 1},
     ],
 )
-def test_the_digest_tells_every_field(change: dict[str, object]) -> None:
+def test_layout_digest_depends_on_every_field(change: dict[str, object]) -> None:
     other = dataclasses.replace(LLAMA_13B, **change)
     assert other.digest != LLAMA_13B.digest
     assert len(other.digest) == 32
@@ -89,12 +89,12 @@ def test_the_digest_tells_every_field(change: dict[str, object]) -> None:
 @pytest.mark.parametrize(
     "change", [{"num_layers": 0}, {"parts": ()}, {"parts": (Part(0, 1),)}, {"rank": 1}, {"dtype_bytes": 0}]
 )
-def test_what_is_no_layout_is_refused(change: dict[str, object]) -> None:
+def test_layout_refuses_impossible_values(change: dict[str, object]) -> None:
     with pytest.raises(ValueError, match="not a layout"):
         dataclasses.replace(LATENT, **change)
 
 
-def test_differences_name_each_field_that_keeps_blocks_apart() -> None:
+def test_layout_differences_name_each_field() -> None:
     here = KVLayout("m", 2, 16, (Part(2, 8),) * 2, "float32", 4)
     there = KVLayout("m", 2, 64, (Part(2, 8),) * 2, "bfloat16", 2)
     assert here.differences(here) == []

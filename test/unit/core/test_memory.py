@@ -31,7 +31,7 @@ def put(directory: Path, **numbers: object) -> None:
         (directory / name.replace("memory_", "memory.")).write_text(f"{number}\n")
 
 
-def test_without_limits_what_is_available_is_free(machine: Path) -> None:
+def test_free_memory_without_limits_is_the_available_memory(machine: Path) -> None:
     assert free(machine) == 8
     put(machine / "sys", memory_max="max", memory_current=5 * GIB)
     assert free(machine) == 8
@@ -39,7 +39,7 @@ def test_without_limits_what_is_available_is_free(machine: Path) -> None:
     assert free(machine) == 8
 
 
-def test_the_tightest_cgroup_above_binds_and_its_page_cache_is_free(machine: Path) -> None:
+def test_free_memory_is_bounded_by_the_tightest_cgroup_without_its_page_cache(machine: Path) -> None:
     (machine / "proc" / "self" / "cgroup").write_text("0::/job/step\n")
     put(machine / "sys" / "job" / "step", memory_max="max", memory_current=GIB, memory_stat="inactive_file 0")
     put(
@@ -51,7 +51,7 @@ def test_the_tightest_cgroup_above_binds_and_its_page_cache_is_free(machine: Pat
     assert free(machine) == 3
 
 
-def test_old_cgroups_bind_as_well(machine: Path) -> None:
+def test_free_memory_is_bounded_by_version_1_cgroups(machine: Path) -> None:
     (machine / "proc" / "self" / "cgroup").write_text("5:cpu,cpuacct:/\n4:memory:/job\n0::/\n")
     put(
         machine / "sys" / "memory" / "job",
@@ -62,22 +62,22 @@ def test_old_cgroups_bind_as_well(machine: Path) -> None:
     assert free(machine) == 1
 
 
-def test_a_limit_that_is_exceeded_leaves_nothing(machine: Path) -> None:
+def test_free_memory_is_zero_above_a_limit(machine: Path) -> None:
     put(machine / "sys", memory_max=GIB, memory_current=2 * GIB, memory_stat="")
     assert free(machine) == 0
 
 
-def test_this_machine_has_some() -> None:
+def test_this_machine_has_free_memory() -> None:
     assert 0 < free_memory_bytes() < total_memory_bytes()
 
 
-def test_total_memory_is_the_machines_without_limits(machine: Path) -> None:
+def test_total_memory_without_limits_is_that_of_the_machine(machine: Path) -> None:
     assert total_memory_bytes(machine / "proc", machine / "sys") == 16 * GIB
     put(machine / "sys", memory_max="max")
     assert total_memory_bytes(machine / "proc", machine / "sys") == 16 * GIB
 
 
-def test_total_memory_is_the_tightest_limit_of_the_own_cgroups(machine: Path) -> None:
+def test_total_memory_is_the_tightest_limit_of_the_cgroups(machine: Path) -> None:
     (machine / "proc" / "self" / "cgroup").write_text("4:memory:/job\n0::/job/step\n")
     put(machine / "sys" / "job" / "step", memory_max=5 * GIB)
     put(machine / "sys" / "job", memory_max=4 * GIB)

@@ -61,7 +61,7 @@ def test_launcher_reports_a_flag_that_sglang_refuses_in_one_line(tiny_model: Pat
 
 
 @pytest.mark.parametrize("policy", EVICTION_POLICIES)
-def test_the_eviction_policy_reaches_servers_and_memory_servers(
+def test_eviction_policy_flag_reaches_servers_and_memory_servers(
     policy: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     flags = ["--eviction-policy", policy, "--router", "127.0.0.1:1", "--dram-gib", "1"]

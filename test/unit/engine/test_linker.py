@@ -42,7 +42,7 @@ def device_pool(dtype: torch.dtype = torch.float32) -> Any:
 
 
 def latent_pool(dtype: torch.dtype = torch.float32) -> Any:
-    """One buffer per layer, as multi-head latent attention keeps it."""
+    """One buffer per layer, as for multi-head latent attention."""
     latents = [torch.randn(TOKENS, 1, 9).to(dtype) for _ in range(LAYERS)]
     return SimpleNamespace(kv_buffer=latents, layer_num=LAYERS, size=TOKENS)
 
@@ -82,7 +82,7 @@ def _linker(allocator: Any) -> MemPoolLinker:
 
 @pytest.fixture(autouse=True)
 def environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a test exports ends with it."""
+    """Restore the environment after a test."""
     monkeypatch.setenv(SETTINGS_VARIABLE, "")
 
 
@@ -132,7 +132,7 @@ def buffers_of(pool: Any) -> list[torch.Tensor]:
 @pytest.mark.parametrize("make", [device_pool, latent_pool, uneven_pool])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("num_pages", [1, 3, MAX_BATCH_BLOCKS, MAX_BATCH_BLOCKS + 1])
-def test_pages_survive_a_round_trip_through_blocks(
+def test_kv_blocks_keep_pages_through_a_round_trip(
     make: Callable[[torch.dtype], Any], dtype: torch.dtype, num_pages: int, scattered: bool
 ) -> None:
     pool = make(dtype)
@@ -150,7 +150,7 @@ def test_pages_survive_a_round_trip_through_blocks(
     assert torch.equal(kv_at(pool, target.flatten()), before)
 
 
-def test_what_was_offloaded_is_found_and_loaded_elsewhere(linker: MemPoolLinker, pool: Any) -> None:
+def test_linker_loads_offloaded_pages_to_other_tokens(linker: MemPoolLinker, pool: Any) -> None:
     stored = transfer(5)
     assert linker.lookup("rid", [stored]) == []
     assert offload(linker, stored)
@@ -162,28 +162,28 @@ def test_what_was_offloaded_is_found_and_loaded_elsewhere(linker: MemPoolLinker,
     assert torch.equal(kv_at(pool, target.device_indices), kv_at(pool, stored.device_indices))
 
 
-def test_a_later_node_joins_the_chain_of_its_parent(linker: MemPoolLinker) -> None:
+def test_linker_offloads_a_node_only_after_its_parent(linker: MemPoolLinker) -> None:
     whole = transfer(6)
     assert whole.keys is not None
     head = NodeTransfer(name=PoolName.KV, keys=whole.keys[:4], device_indices=torch.arange(16))
     tail = NodeTransfer(name=PoolName.KV, keys=whole.keys[4:], device_indices=torch.arange(16, 24))
-    assert not offload(linker, tail, parent=whole.keys[3]), "nobody could find it"
+    assert not offload(linker, tail, parent=whole.keys[3]), "no lookup could find it"
     assert linker._pool.stats().cached == 0
     assert offload(linker, head)
     assert offload(linker, tail, parent=whole.keys[3])
     assert linker.lookup("rid", [whole])[-1] == 6
-    # What the device still has is left out of a lookup.
+    # A lookup leaves out the pages that the device still has.
     assert linker.lookup("rid", [tail]) == [1, 2]
 
 
-def test_pages_that_are_there_already_are_not_stored_twice(linker: MemPoolLinker) -> None:
+def test_linker_does_not_copy_pages_that_dram_has(linker: MemPoolLinker) -> None:
     assert offload(linker, transfer(3))
     assert offload(linker, transfer(5))
     assert linker._pool.stats().cached == 5
     assert linker._pool.stats().bytes_sealed == 5 * BLOCK_BYTES
 
 
-def test_a_flipped_bit_is_a_miss_and_never_loaded(linker: MemPoolLinker, pool: Any) -> None:
+def test_linker_does_not_load_a_block_with_a_flipped_bit(linker: MemPoolLinker, pool: Any) -> None:
     pages = transfer(4)
     assert offload(linker, pages)
     slot = linker._pool.slots(linker._pool.match(page_keys([0] * 4 * PAGE, PAGE)).addrs)[2]
@@ -197,7 +197,7 @@ def test_a_flipped_bit_is_a_miss_and_never_loaded(linker: MemPoolLinker, pool: A
     assert load(linker, transfer(2, first_token=400))
 
 
-def test_a_full_tier_evicts_and_one_too_small_declines() -> None:
+def test_linker_evicts_in_a_full_tier_and_declines_in_one_too_small() -> None:
     linker = make_linker(device_pool(), num_blocks=4)
     assert offload(linker, transfer(3, seed=1))
     assert offload(linker, transfer(3, seed=2))
@@ -208,7 +208,7 @@ def test_a_full_tier_evicts_and_one_too_small_declines() -> None:
 
 
 @pytest.mark.parametrize(("eviction", "kept"), [("lru", 2), ("lfu", 1), ("cost", 1)])
-def test_the_eviction_policy_reaches_the_pool(eviction: EvictionName, kept: int) -> None:
+def test_linker_gives_the_pool_the_eviction_policy_of_the_settings(eviction: EvictionName, kept: int) -> None:
     """Prompt 1 is used often, prompt 2 last; the third prompt takes the place of one of them."""
     linker = make_linker(device_pool(), num_blocks=2, eviction=eviction)
     assert offload(linker, transfer(1, seed=1))
@@ -221,7 +221,7 @@ def test_the_eviction_policy_reaches_the_pool(eviction: EvictionName, kept: int)
     linker.close()
 
 
-def test_a_cancelled_load_gives_its_blocks_back(linker: MemPoolLinker) -> None:
+def test_linker_releases_the_blocks_of_a_cancelled_load(linker: MemPoolLinker) -> None:
     assert offload(linker, transfer(3))
     assert linker.load("rid", [transfer(3)])
     assert linker._pool.stats().leases == 1
@@ -231,14 +231,14 @@ def test_a_cancelled_load_gives_its_blocks_back(linker: MemPoolLinker) -> None:
     assert linker.start_layer_wise_loading() == -1
 
 
-def test_a_load_that_fails_says_so_and_releases_its_blocks(linker: MemPoolLinker) -> None:
+def test_linker_reports_a_failed_load_and_releases_its_blocks(linker: MemPoolLinker) -> None:
     assert offload(linker, transfer(3))
     beyond = transfer(3, first_token=TOKENS)
     assert not load(linker, beyond)
     wait_for(lambda: linker._pool.stats().leases == 0, what="the lease to end", timeout_s=10)
 
 
-def test_reset_forgets_everything_and_goes_on(linker: MemPoolLinker) -> None:
+def test_linker_reset_drops_all_blocks_and_offloads_again(linker: MemPoolLinker) -> None:
     linker.offload([transfer(3)])
     assert linker.load("rid", [transfer(3)]) in (True, False)
     linker.reset()
@@ -247,7 +247,7 @@ def test_reset_forgets_everything_and_goes_on(linker: MemPoolLinker) -> None:
     assert offload(linker, transfer(3))
 
 
-def test_what_is_in_hbm_is_told_beside_what_is_in_dram(linker: MemPoolLinker) -> None:
+def test_linker_reports_blocks_in_hbm_beside_those_in_dram(linker: MemPoolLinker) -> None:
     assert linker.stats()["hbm"] is None
     publisher = HbmPublisher()
     linker.follow_hbm(publisher)
@@ -261,14 +261,14 @@ def test_what_is_in_hbm_is_told_beside_what_is_in_dram(linker: MemPoolLinker) ->
     assert stats["hbm"] == {"blocks": 3, "events": 1, "left_out": 0}
     assert stats["digest"]["hbm"] == stats["digest"]["dram"] != (0, "0" * 16)
     linker.reset()
-    assert linker.stats()["hbm"]["blocks"] == 3, "SGLang says when these are gone"
+    assert linker.stats()["hbm"]["blocks"] == 3, "only SGLang removes these"
     publisher.publish(KVEventBatch(ts=0.0, events=[AllBlocksCleared()]))
     publisher.drain()
     assert linker.stats()["digest"]["hbm"] == (0, "0" * 16)
 
 
 @pytest.mark.parametrize("component", [ComponentType.SWA, ComponentType.MAMBA])
-def test_a_model_it_cannot_serve_is_refused(component: ComponentType) -> None:
+def test_linker_refuses_models_that_it_cannot_serve(component: ComponentType) -> None:
     with pytest.raises(ValueError, match="--dram-gib"):
         MemPoolLinker(None, None, components={ComponentType.FULL, component}, extra_config={})
     with pytest.raises(ValueError, match="--dram-gib"):
@@ -276,7 +276,7 @@ def test_a_model_it_cannot_serve_is_refused(component: ComponentType) -> None:
 
 
 @pytest.mark.parametrize("tokens", [range(PAGE - 1), range(1, PAGE + 1)], ids=["part of a page", "askew"])
-def test_tokens_that_are_no_pages_are_refused(pool: Any, tokens: range) -> None:
+def test_kv_blocks_refuse_tokens_that_are_not_whole_pages(pool: Any, tokens: range) -> None:
     layout = layout_of(pool, PAGE, model="model", rank=0, num_ranks=1)
     blocks = KVBlocks(pool, layout, Arena(layout.block_bytes, 1))
     with pytest.raises(IndexError, match="whole pages"):

@@ -1,4 +1,4 @@
-"""A small pool, and shorthand for writing blocks into it."""
+"""A small pool, a fake device, and helpers that write blocks."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_pool(
 
 
 class FakeDevice:
-    """An engine's HBM: pages of bytes by number, and what was copied."""
+    """An engine's HBM: pages of bytes by number, and the pages that were copied out."""
 
     def __init__(self, pool: MemPool) -> None:
         self.pages: dict[int, bytes] = {}
@@ -79,7 +79,7 @@ def write(pool: MemPool, keys: Sequence[BlockKey], tier: Tier = Tier.DRAM) -> li
 
 
 def store(pool: MemPool, prompt: Sequence[int], tier: Tier = Tier.DRAM) -> None:
-    """Have a prompt cached, the way an engine does it."""
+    """Cache a prompt as an engine does."""
     keys = keys_of(prompt)
     inserted = pool.insert(keys, write(pool, keys, tier))
     pool.free_mem([*inserted.duplicates, *inserted.orphans])

@@ -1,4 +1,4 @@
-"""What a MemPool ought to hold, in plain dicts: the state that the machines' rules keep."""
+"""The expected content of a MemPool in plain dicts, which the rules of the state machines update."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ Prompt = tuple[int, ...]
 
 
 @dataclass
-class TierCounts:
-    """A lease, and the prompts of the blocks it pins: those it names and all before them."""
+class HeldLease:
+    """A lease, and the prompts of the blocks it pins: the leased ones and all before them."""
 
     lease: Lease
     pinned: list[Prompt]
     addrs: set[BlockAddr]
     near: list[Prompt] = field(default_factory=list)
-    """Those pinned in HBM."""
+    """The prompts of blocks that it pins in HBM."""
 
 
 class PoolModel(RuleBasedStateMachine):
-    """Who owns which address, and which prefix is cached where."""
+    """The owner of each address, and the address of each cached prefix."""
 
     @initialize(eviction=st.sampled_from(sorted(EVICTION_POLICIES)))
     def open(self, eviction: EvictionName) -> None:
@@ -45,8 +45,8 @@ class PoolModel(RuleBasedStateMachine):
         self.cached: dict[tuple[int, ...], BlockAddr] = {}
         self.reserved: dict[int, Reservation] = {}
         self.quarantined: dict[int, Reservation] = {}
-        self.held: list[TierCounts] = []
-        self.dropped: dict[BlockAddr, int] = {}  # cached no longer, but leased so many times
+        self.held: list[HeldLease] = []
+        self.dropped: dict[BlockAddr, int] = {}  # not cached any more -> number of leases
         self.follower = CacheFollower()
         self.everyone: list[BlockAddr] = []
         self.corruptions = 0
@@ -70,7 +70,7 @@ class PoolModel(RuleBasedStateMachine):
         assert stats.evictable == stats.cached
         self.pool.arena.close()
 
-    # ---- what the model knows
+    # ---- state of the model
 
     def pinned(self) -> set[Prompt]:
         return {prompt for held in self.held for prompt in held.pinned if prompt in self.cached}
@@ -82,11 +82,11 @@ class PoolModel(RuleBasedStateMachine):
         return depth
 
     def reach(self, prompt: list[int]) -> int:
-        """How much of a prompt some tier has."""
+        """How many blocks of a prompt are in some tier."""
         return self.depth(prompt)
 
     def observe_evictions(self, num_blocks: int) -> None:
-        """Take over what the pool evicted, which must be what it may, and no more than it has to."""
+        """Remove the evicted blocks, which must be evictable and `num_blocks` in number."""
         kept = {prompt: addr for prompt, addr in self.cached.items() if self.is_cached(prompt)}
         gone = set(self.cached) - set(kept)
         assert len(gone) == num_blocks
@@ -95,15 +95,15 @@ class PoolModel(RuleBasedStateMachine):
         self.cached = kept
 
     def is_cached(self, prompt: Prompt) -> bool:
-        """In DRAM."""
+        """Whether the block is in DRAM."""
         return keys_of(prompt)[-1] in self.pool._dram.cache.index.tree
 
     def where(self, prompt: Prompt) -> BlockAddr:
-        """The nearest place of a cached block."""
+        """The address of a cached block in the nearest tier."""
         return self.cached[prompt]
 
     def tiers_of_keys(self) -> dict[BlockKey, int]:
-        """What a follower has to know."""
+        """Tiers of each key, as a follower must know them."""
         return {keys_of(prompt)[-1]: 1 << Tier.DRAM for prompt in self.cached}
 
     def fixed(self) -> set[BlockAddr]:
@@ -115,7 +115,7 @@ class PoolModel(RuleBasedStateMachine):
         return {*self.private, *self.dropped, *promised, *leased}
 
     def expect_resizing(self, num_slots: int) -> tuple[int, int]:
-        """The size that can be reached, and the evictions that takes."""
+        """The size that a resize reaches, and its evictions."""
         if num_slots >= self.num_slots:
             return num_slots, 0
         used = self.fixed() | set(self.cached.values())
@@ -130,7 +130,7 @@ class PoolModel(RuleBasedStateMachine):
         return self.num_slots - len(self.private) - len(self.cached) - promised - len(self.dropped)
 
     def expect_taking(self, num_blocks: int) -> int | None:
-        """How many evictions that takes; None if it cannot be."""
+        """Evictions for `num_blocks` new blocks; None if there is no room."""
         evictable = len(self.cached) - len(self.pinned())
         missing = max(0, num_blocks - self.num_free())
         return None if missing > evictable else missing

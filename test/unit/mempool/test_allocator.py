@@ -21,7 +21,9 @@ def array(slots: list[int]) -> Slots:
 
 
 @given(st.lists(st.one_of(st.integers(0, 6), moves), max_size=20))
-def test_states_are_those_of_a_dict(steps: list[int | tuple[list[int], SlotState, SlotState]]) -> None:
+def test_allocator_states_equal_those_of_a_dict(
+    steps: list[int | tuple[list[int], SlotState, SlotState]],
+) -> None:
     allocator = Allocator(6, 6)
     model = dict.fromkeys(range(6), FREE)
     for step in steps:
@@ -57,7 +59,7 @@ def test_states_are_those_of_a_dict(steps: list[int | tuple[list[int], SlotState
         ([0, 2], "FREE, not PRIVATE"),
     ],
 )
-def test_a_refusal_says_why(slots: list[int], says: str) -> None:
+def test_allocator_errors_name_the_reason(slots: list[int], says: str) -> None:
     allocator = Allocator(3, 3)
     allocator.take(2, PRIVATE)
     with pytest.raises(BlockStateError, match=says):

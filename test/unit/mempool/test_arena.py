@@ -1,4 +1,4 @@
-"""The arena, and what it believes is free."""
+"""The arena: size, memory and errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from memserve.mempool.arena import Arena
 GIB = 1 << 30
 
 
-def test_slots_are_apart_aligned_and_reached_by_view_address_and_file() -> None:
+def test_arena_slots_are_disjoint_aligned_and_reachable_by_view_address_and_file() -> None:
     arena = Arena(100, 5)
     assert arena.slot_bytes == 128
     for slot in range(5):
@@ -33,12 +33,12 @@ def test_slots_are_apart_aligned_and_reached_by_view_address_and_file() -> None:
 
 
 @pytest.mark.parametrize("slot", [-1, 5])
-def test_there_is_no_slot_beyond_the_ends(slot: int) -> None:
+def test_arena_has_no_slot_beyond_its_ends(slot: int) -> None:
     with pytest.raises(IndexError):
         Arena(64, 5).block(slot)
 
 
-def test_nobody_can_resize_the_file() -> None:
+def test_arena_file_cannot_be_resized() -> None:
     arena = Arena(64, 64)
     for size in (0, arena.num_bytes * 2):
         with pytest.raises(PermissionError):
@@ -47,12 +47,12 @@ def test_nobody_can_resize_the_file() -> None:
         fcntl.fcntl(arena.fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_WRITE)
 
 
-def test_all_of_it_is_allocated_before_it_is_used() -> None:
+def test_arena_memory_is_allocated_before_first_use() -> None:
     arena = Arena(4096, 16)
     assert os.fstat(arena.fd).st_blocks * 512 >= arena.num_bytes
 
 
-def test_resizing_takes_and_returns_memory_and_moves_nothing() -> None:
+def test_arena_resize_takes_and_returns_memory_and_moves_nothing() -> None:
     arena = Arena(4096, 16, max_slots=64)
     place = (arena.address, arena.fd, arena.num_bytes)
 
@@ -70,11 +70,11 @@ def test_resizing_takes_and_returns_memory_and_moves_nothing() -> None:
     arena.resize(64)
     assert (resident(), arena.num_slots) == (64, 64)
     assert arena.block(3) == b"x" * 4096
-    assert arena.block(15) == bytes(4096), "what was given back is gone"
+    assert arena.block(15) == bytes(4096), "returned memory reads as zeros"
     assert (arena.address, arena.fd, arena.num_bytes) == place
 
 
-def test_slots_beyond_the_mark_are_none() -> None:
+def test_arena_refuses_slots_beyond_its_size() -> None:
     arena = Arena(64, 2, max_slots=4)
     with pytest.raises(IndexError):
         arena.block(2)
@@ -84,10 +84,10 @@ def test_slots_beyond_the_mark_are_none() -> None:
     with pytest.raises(IndexError):
         arena.block(1)
     arena.resize(4)
-    assert arena.block(2)[0] == 0, "also within a page that stays"
+    assert arena.block(2)[0] == 0, "also within a page that stays resident"
 
 
-def test_a_size_that_cannot_be_changes_nothing() -> None:
+def test_arena_resize_to_an_impossible_size_changes_nothing() -> None:
     arena = Arena(4096, 2, max_slots=8)
     for num_slots in (0, 9):
         with pytest.raises(ConfigError, match="up to 8"):
@@ -97,7 +97,7 @@ def test_a_size_that_cannot_be_changes_nothing() -> None:
     assert (arena.num_slots, os.fstat(arena.fd).st_blocks * 512) == (2, 2 * 4096)
 
 
-def test_an_arena_that_does_not_fit_says_how_much_is_free() -> None:
+def test_arena_that_does_not_fit_reports_the_free_memory() -> None:
     with pytest.raises(ConfigError, match=r"3\.00 GiB DRAM does not fit: 2\.00 GiB are free"):
         Arena(GIB, 3, free_bytes=2 * GIB)
     with pytest.raises(ConfigError, match=r"may take 0\.90 GiB"):
@@ -105,12 +105,12 @@ def test_an_arena_that_does_not_fit_says_how_much_is_free() -> None:
 
 
 @pytest.mark.parametrize(("block_bytes", "num_slots"), [(0, 1), (1, 0), (1, 1 << 33)])
-def test_what_is_no_arena_is_refused(block_bytes: int, num_slots: int) -> None:
+def test_arena_refuses_impossible_sizes(block_bytes: int, num_slots: int) -> None:
     with pytest.raises(ConfigError, match="at least one slot"):
         Arena(block_bytes, num_slots)
 
 
-def test_closing_twice_or_under_a_view_is_fine() -> None:
+def test_arena_can_be_closed_twice_and_while_a_view_exists() -> None:
     arena = Arena(64, 2)
     view = arena.block(1)
     array = np.frombuffer(arena.memory, np.uint8)

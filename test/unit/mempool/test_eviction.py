@@ -1,4 +1,4 @@
-"""Orderings as tables, and the queue that follows one."""
+"""Eviction policies as tables, and the queue ordered by one."""
 
 from __future__ import annotations
 
@@ -34,12 +34,12 @@ uses = st.builds(BlockUse, st.integers(1, 10**9), st.integers(0, 10**6), st.inte
         (cost_aware(100, attention_blocks=64), BlockUse(200, 1, 0), BlockUse(100, 2, 64)),
     ],
 )
-def test_which_goes_first(ordering: EvictionPolicy, first: BlockUse, then: BlockUse) -> None:
+def test_eviction_policies_order_blocks(ordering: EvictionPolicy, first: BlockUse, then: BlockUse) -> None:
     assert ordering(first) < ordering(then)
 
 
 @given(use=uses, later=st.integers(1, 1000), name=st.sampled_from(sorted(EVICTION_POLICIES)))
-def test_a_use_never_lowers_a_blocks_value(use: BlockUse, later: int, name: str) -> None:
+def test_a_use_never_lowers_the_value_of_a_block(use: BlockUse, later: int, name: str) -> None:
     ordering = EVICTION_POLICIES[name]
     assert ordering(BlockUse(use.last_used + later, use.uses + 1, use.depth)) >= ordering(use)
 
@@ -56,20 +56,20 @@ def drain(queue: EvictionQueue, values: dict[int, float]) -> list[int]:
     st.dictionaries(st.integers(0, 19), st.integers(0, 5)),
     st.dictionaries(st.integers(0, 19), st.integers(0, 5)),
 )
-def test_slots_leave_in_the_order_of_their_values_now(
+def test_eviction_queue_takes_slots_in_the_order_of_their_current_values(
     before: dict[int, float], grown: dict[int, float]
 ) -> None:
     queue = EvictionQueue(20)
     for slot, value in before.items():
         queue.offer(slot, value)
-        queue.offer(slot, value + 1)  # waits once
+        queue.offer(slot, value + 1)  # is in the queue once
     values = {slot: value + grown.get(slot, 0) for slot, value in before.items()}
     taken = drain(queue, dict(values))
     assert sorted(taken) == sorted(before)
     assert [values[slot] for slot in taken] == sorted(values.values())
 
 
-def test_a_slot_that_may_not_go_waits_again_only_when_it_is_offered() -> None:
+def test_eviction_queue_forgets_a_pinned_slot_until_it_is_offered_again() -> None:
     queue = EvictionQueue(2)
     queue.offer(0, 1)
     assert queue.take(lambda slot: None) is None
@@ -78,7 +78,7 @@ def test_a_slot_that_may_not_go_waits_again_only_when_it_is_offered() -> None:
     assert queue.take(lambda slot: 1) == 0
 
 
-def test_a_slot_that_was_withdrawn_and_given_to_another_block_goes_by_its_new_value() -> None:
+def test_eviction_queue_uses_the_new_value_of_a_withdrawn_and_reused_slot() -> None:
     queue = EvictionQueue(2)
     queue.offer(0, 1)
     queue.withdraw(0)
@@ -87,7 +87,7 @@ def test_a_slot_that_was_withdrawn_and_given_to_another_block_goes_by_its_new_va
     assert drain(queue, {0: 9, 1: 5}) == [1, 0]
 
 
-def test_withdrawn_entries_do_not_pile_up() -> None:
+def test_eviction_queue_drops_withdrawn_entries() -> None:
     queue = EvictionQueue(4)
     for turn in range(10_000):
         queue.offer(turn % 4, turn)

@@ -20,7 +20,7 @@ from memserve.mempool.tier_pool import Checksum
 from .harness import EPOCH, LAYOUT, content, keys_of, make_pool, store, write
 
 
-def test_a_flipped_byte_is_a_miss_a_counter_and_a_log_line(caplog: pytest.LogCaptureFixture) -> None:
+def test_pool_counts_and_logs_a_flipped_byte_as_a_miss(caplog: pytest.LogCaptureFixture) -> None:
     pool = make_pool(8)
     store(pool, [1, 2, 3, 4])
     keys = keys_of([1, 2, 3, 4])
@@ -28,7 +28,7 @@ def test_a_flipped_byte_is_a_miss_a_counter_and_a_log_line(caplog: pytest.LogCap
         pool.block(lease.addrs[2])[5] ^= 1
         assert pool.verify(lease) == 2
         assert pool.num_cached(keys) == 2
-        assert pool.stats().quarantined == 2, "its reader still looks at it"
+        assert pool.stats().quarantined == 2, "its reader still holds it"
     assert pool.stats().quarantined == 0
     assert pool.stats().corruptions == 1
     (record,) = caplog.records
@@ -39,7 +39,7 @@ def test_a_flipped_byte_is_a_miss_a_counter_and_a_log_line(caplog: pytest.LogCap
         assert [pool.block(addr) for addr in lease.addrs] == [content(key) for key in keys]
 
 
-def test_two_readers_of_a_corrupt_block_count_it_once() -> None:
+def test_pool_counts_a_corrupt_block_with_two_readers_once() -> None:
     pool = make_pool(4)
     store(pool, [1, 2])
     match = pool.match(keys_of([1, 2]))
@@ -51,12 +51,12 @@ def test_two_readers_of_a_corrupt_block_count_it_once() -> None:
     assert pool.stats().free == 4
 
 
-def test_a_block_of_another_layout_fails_its_checksum() -> None:
+def test_checksum_differs_between_layouts() -> None:
     other = dataclasses.replace(LAYOUT, model="other")
     assert Checksum(other).of(b"x" * 64) != Checksum(LAYOUT).of(b"x" * 64)
 
 
-def test_bytes_written_after_the_seal_are_corrupt() -> None:
+def test_pool_finds_bytes_written_after_the_seal_corrupt() -> None:
     pool = make_pool(2)
     addrs = write(pool, keys_of([1]))
     pool.block(addrs[0])[0] ^= 1
@@ -65,7 +65,7 @@ def test_bytes_written_after_the_seal_are_corrupt() -> None:
         assert pool.verify(lease) == 0
 
 
-def test_a_new_owner_has_to_seal_again() -> None:
+def test_pool_requires_a_new_seal_from_a_new_owner() -> None:
     pool = make_pool(1)
     pool.free_mem(write(pool, keys_of([1])))
     addrs = pool.alloc_mem(1)
@@ -73,7 +73,7 @@ def test_a_new_owner_has_to_seal_again() -> None:
         pool.insert(keys_of([1]), addrs)
 
 
-def test_a_full_pool_says_what_it_has() -> None:
+def test_out_of_blocks_reports_wanted_free_and_evictable_blocks() -> None:
     pool = make_pool(4)
     store(pool, [1, 2])
     private = pool.alloc_mem(1)
@@ -86,7 +86,7 @@ def test_a_full_pool_says_what_it_has() -> None:
 
 
 @pytest.mark.parametrize("num_blocks", [1, 3])
-def test_addresses_that_are_not_ours_are_refused(num_blocks: int) -> None:
+def test_pool_refuses_foreign_addresses(num_blocks: int) -> None:
     pool = make_pool(4)
     addrs = pool.alloc_mem(num_blocks)
     stranger = MemPool(LAYOUT, Arena(LAYOUT.block_bytes, 4), Epoch(EPOCH >> 1)).alloc_mem(1)
@@ -105,7 +105,7 @@ def test_addresses_that_are_not_ours_are_refused(num_blocks: int) -> None:
     assert pool.stats().free == 4
 
 
-def test_addresses_tell_tier_slot_and_epoch() -> None:
+def test_addresses_contain_tier_slot_and_epoch() -> None:
     addrs = make_pool(4).alloc_mem(4)
     assert sorted(map(slot_of, addrs)) == [0, 1, 2, 3]
     assert {tier_of(addr) for addr in addrs} == {Tier.DRAM}
@@ -113,7 +113,7 @@ def test_addresses_tell_tier_slot_and_epoch() -> None:
     assert all(0 <= addr < 1 << 63 for addr in addrs)
 
 
-def test_less_than_no_blocks_are_refused() -> None:
+def test_pool_refuses_negative_numbers_of_blocks() -> None:
     pool = make_pool(1)
     for verb in (pool.alloc_mem, pool.reserve):
         with pytest.raises(BlockStateError):
@@ -121,7 +121,7 @@ def test_less_than_no_blocks_are_refused() -> None:
     assert pool.stats().free == 1
 
 
-def test_what_is_used_is_evicted_last() -> None:
+def test_pool_evicts_used_blocks_last() -> None:
     pool = make_pool(4)
     store(pool, [1, 2])
     store(pool, [3, 4])
@@ -131,7 +131,7 @@ def test_what_is_used_is_evicted_last() -> None:
     assert pool.stats().evictions == 2
 
 
-def test_a_block_passed_over_while_it_was_leased_can_be_evicted_later() -> None:
+def test_pool_evicts_a_block_after_its_lease_ended() -> None:
     pool = make_pool(2)
     store(pool, [1])
     with pool.acquire(pool.match(keys_of([1]))):
@@ -141,7 +141,7 @@ def test_a_block_passed_over_while_it_was_leased_can_be_evicted_later() -> None:
     assert len(pool.alloc_mem(2)) == 2
 
 
-def test_a_block_whose_last_follower_was_dropped_can_be_evicted() -> None:
+def test_pool_evicts_a_block_whose_children_were_dropped() -> None:
     pool = make_pool(2)
     store(pool, [1, 2])
     with pool.acquire(pool.match(keys_of([1, 2]))) as lease:
@@ -150,13 +150,13 @@ def test_a_block_whose_last_follower_was_dropped_can_be_evicted() -> None:
     assert len(pool.alloc_mem(2)) == 2
 
 
-def test_a_slot_does_not_inherit_the_rank_of_the_block_it_had() -> None:
+def test_slot_does_not_inherit_the_eviction_value_of_its_last_block() -> None:
     pool = make_pool(2, lfu)
     store(pool, [1])
     for _ in range(9):
         pool.release(pool.acquire(pool.match(keys_of([1]))))
     store(pool, [4])
-    pool.free_mem(pool.alloc_mem(1))  # ranks [1] anew, and evicts [4]
+    pool.free_mem(pool.alloc_mem(1))  # updates the value of [1], and evicts [4]
     with pool.acquire(pool.match(keys_of([1]))) as lease:  # drops [1]
         pool.block(lease.addrs[0])[0] ^= 1
         assert pool.verify(lease) == 0
@@ -167,7 +167,7 @@ def test_a_slot_does_not_inherit_the_rank_of_the_block_it_had() -> None:
     assert (pool.num_cached(keys_of([2])), pool.num_cached(keys_of([3]))) == (0, 1)
 
 
-def test_a_head_inherits_the_uses_of_its_tail() -> None:
+def test_head_of_a_chain_inherits_the_uses_of_its_evicted_tail() -> None:
     pool = make_pool(4, lfu)
 
     def use(prompt: list[int], times: int) -> None:
@@ -188,7 +188,7 @@ def test_a_head_inherits_the_uses_of_its_tail() -> None:
     assert (pool.num_cached(keys_of([1])), pool.num_cached(keys_of([5]))) == (1, 0)
 
 
-def test_hits_and_misses_are_counted_by_acquire_alone() -> None:
+def test_only_acquire_counts_hits_and_misses() -> None:
     pool = make_pool(4)
     store(pool, [1, 2])
     match = pool.match(keys_of([1, 2, 3, 4, 5]))
@@ -200,7 +200,7 @@ def test_hits_and_misses_are_counted_by_acquire_alone() -> None:
     assert (pool.stats().hits, pool.stats().misses) == (2, 4)
 
 
-def test_a_lease_ends_once_and_also_after_an_error() -> None:
+def test_lease_ends_once_and_also_after_an_error() -> None:
     pool = make_pool(2)
     store(pool, [1])
     with pytest.raises(ZeroDivisionError), pool.acquire(pool.match(keys_of([1]))) as lease:
@@ -212,7 +212,7 @@ def test_a_lease_ends_once_and_also_after_an_error() -> None:
         make_pool(1).release(lease)
 
 
-def test_a_quarantined_reservation_is_nobodys_until_it_is_settled() -> None:
+def test_quarantined_blocks_have_no_owner_until_the_reservation_is_settled() -> None:
     pool = make_pool(3)
     reservation = pool.reserve(2)
     pool.quarantine(reservation)
@@ -224,7 +224,7 @@ def test_a_quarantined_reservation_is_nobodys_until_it_is_settled() -> None:
     assert len(pool.alloc_mem(3)) == 3
 
 
-def test_a_committed_reservation_is_written_sealed_and_found() -> None:
+def test_committed_reservation_can_be_sealed_inserted_and_matched() -> None:
     pool = make_pool(2)
     reservation = pool.reserve(2)
     keys = keys_of([1, 2])
@@ -237,21 +237,21 @@ def test_a_committed_reservation_is_written_sealed_and_found() -> None:
         pool.settle(reservation)
 
 
-def test_a_tier_that_the_pool_does_not_own_is_refused() -> None:
+def test_pool_refuses_a_tier_that_it_does_not_own() -> None:
     pool = make_pool(2)
     for verb in (lambda: pool.alloc_mem(1, Tier.HBM), lambda: pool.stats(Tier.REMOTE)):
         with pytest.raises(BlockStateError):
             verb()
 
 
-def test_stats_by_tier_list_the_tiers_of_the_pool_nearest_first() -> None:
+def test_stats_by_tier_lists_the_nearest_tier_first() -> None:
     assert list(make_pool(2).stats_by_tier()) == [Tier.DRAM]
     pool = make_pool(2, hbm_slots=3)
     assert list(pool.stats_by_tier()) == [Tier.HBM, Tier.DRAM]
     assert [stats.total for stats in pool.stats_by_tier().values()] == [3, 2]
 
 
-def test_blocks_of_two_tiers_are_not_freed_as_one() -> None:
+def test_free_mem_refuses_blocks_of_two_tiers() -> None:
     pool = make_pool(2, hbm_slots=2)
     far, near = pool.alloc_mem(1), pool.alloc_mem(1, Tier.HBM)
     for addrs in ([*far, *near], [*near, *far]):
@@ -261,13 +261,13 @@ def test_blocks_of_two_tiers_are_not_freed_as_one() -> None:
     pool.free_mem(near)
 
 
-def test_keys_and_blocks_have_to_agree_in_number() -> None:
+def test_insert_refuses_different_numbers_of_keys_and_blocks() -> None:
     pool = make_pool(2)
     with pytest.raises(BlockStateError, match="2 keys for 1"):
         pool.insert(keys_of([1, 2]), write(pool, keys_of([1])))
 
 
-def test_nothing_is_nothing() -> None:
+def test_pool_verbs_accept_empty_arguments() -> None:
     pool = make_pool(1)
     pool.free_mem(pool.alloc_mem(0))
     pool.seal([])
@@ -277,7 +277,7 @@ def test_nothing_is_nothing() -> None:
     assert pool.snapshot().chains == ()
 
 
-def test_an_arena_of_another_layout_is_refused() -> None:
+def test_pool_refuses_an_arena_with_another_block_size() -> None:
     with pytest.raises(ConfigError):
         MemPool(LAYOUT, Arena(LAYOUT.block_bytes + 1, 1), EPOCH)
     other = Arena(LAYOUT.block_bytes + 64, 1)
@@ -285,8 +285,8 @@ def test_an_arena_of_another_layout_is_refused() -> None:
         MemPool(LAYOUT, Arena(LAYOUT.block_bytes, 1), EPOCH, others={Tier.HBM: other})
 
 
-def test_threads_share_a_pool_too_small_for_them() -> None:
-    """Readers verify what writers push out; in the end every block is accounted for."""
+def test_pool_stays_consistent_under_threads_that_overfill_it() -> None:
+    """Readers verify blocks while writers evict; in the end every block is accounted for."""
     pool = make_pool(24)
     prompts = [[first, *range(5)] for first in range(8)]
     failures: list[BaseException] = []

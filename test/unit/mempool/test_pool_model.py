@@ -16,7 +16,7 @@ from memserve.mempool.records import Match
 from memserve.testing.cache_follower import CacheFollower
 
 from .harness import LAYOUT, FakeDevice, content, keys_of
-from .pool_model import MAX_SLOTS, NUM_SLOTS, PoolModel, TierCounts
+from .pool_model import MAX_SLOTS, NUM_SLOTS, HeldLease, PoolModel
 
 prompts = st.lists(st.integers(0, 1), min_size=1, max_size=6)
 picks = st.integers(0, 99)
@@ -90,7 +90,7 @@ class PoolMachine(PoolModel):
 
     @rule(pick=picks, tail=prompts)
     def store_a_longer_one(self, pick: int, tail: list[int]) -> None:
-        """What a conversation does: a prompt that begins with one that is cached."""
+        """Store a prompt that begins with a cached one, as a conversation does."""
         head = self.pick(pick) if self.cached else ()
         self.store_some([*head, *tail], len(head), finished=True)
 
@@ -217,7 +217,7 @@ class PoolMachine(PoolModel):
         depth = self.depth(prompt) if tuple(prompt[: start + 1]) in self.cached else start
         assert list(lease.addrs) == [self.cached[tuple(prompt[: i + 1])] for i in range(start, depth)]
         pinned = [tuple(prompt[: i + 1]) for i in range(depth)] if len(lease) else []
-        self.held.append(TierCounts(lease, pinned, {self.cached[one] for one in pinned}))
+        self.held.append(HeldLease(lease, pinned, {self.cached[one] for one in pinned}))
 
     @precondition(lambda self: self.held)
     @rule(pick=picks)

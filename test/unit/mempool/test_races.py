@@ -1,4 +1,4 @@
-"""What others do to blocks while their bytes move, at the very moment between copy and index."""
+"""Changes of blocks while `resize` moves them, between the copy and the update of the index."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ Action = Callable[[], object]
 
 
 def while_moving(pool: MemPool, monkeypatch: pytest.MonkeyPatch, action: Action) -> None:
-    """Have something happen once, after the first copy of blocks that a resize moves."""
+    """Call `action` once, after the first copy of blocks that a resize moves."""
     copy, actions = pool._dram._copy, [action]
 
     def copy_and_act(sources: Slots, targets: Slots) -> None:
@@ -37,7 +37,9 @@ def nothing_is_lost(pool: MemPool) -> bool:
     )
 
 
-def test_a_block_leased_while_it_moves_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_resize_leaves_a_block_that_is_leased_during_the_copy(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     pool = make_pool(8, hbm_slots=1)
     filler = pool.alloc_mem(4)
     store(pool, [1])
@@ -54,7 +56,7 @@ def test_a_block_leased_while_it_moves_stays(monkeypatch: pytest.MonkeyPatch) ->
     assert nothing_is_lost(pool)
 
 
-def test_a_slot_given_to_another_block_while_it_moves_is_not_mistaken(
+def test_resize_drops_the_copy_of_a_block_that_left_its_slot_meanwhile(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     pool = make_pool(8, hbm_slots=1)
@@ -70,7 +72,7 @@ def test_a_slot_given_to_another_block_while_it_moves_is_not_mistaken(
     assert nothing_is_lost(pool)
 
 
-def test_two_blocks_of_a_chain_move_and_stay_a_chain() -> None:
+def test_resize_keeps_the_parent_links_of_a_chain_that_moves() -> None:
     pool = make_pool(8, hbm_slots=1)
     filler = pool.alloc_mem(4)
     store(pool, [1, 2, 3])

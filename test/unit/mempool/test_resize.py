@@ -1,4 +1,4 @@
-"""Resizing a pool: what moves, what is evicted, what stays; test_pool_model.py has the contract."""
+"""Resizing a pool: blocks that move, are evicted or stay; test_pool_model.py has the contract."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from memserve.mempool.pool import MemPool
 from .harness import content, keys_of, make_pool, store
 
 
-def test_a_smaller_pool_keeps_all_that_fits_and_tells_nobody() -> None:
+def test_shrinking_keeps_blocks_that_fit_and_sends_no_event() -> None:
     pool = make_pool(16)
     private = pool.alloc_mem(8)
     store(pool, [1, 2, 3, 4])
@@ -33,7 +33,7 @@ def test_a_smaller_pool_keeps_all_that_fits_and_tells_nobody() -> None:
     assert (pool.stats().total, pool.stats().cached, pool.stats().evictions) == (4, 4, 0)
 
 
-def test_what_does_not_fit_is_evicted_in_the_order_of_eviction() -> None:
+def test_shrinking_evicts_by_the_eviction_policy() -> None:
     pool = make_pool(6)
     store(pool, [1, 2, 3])
     store(pool, [4, 5, 6])
@@ -42,7 +42,7 @@ def test_what_does_not_fit_is_evicted_in_the_order_of_eviction() -> None:
     assert (pool.num_cached(keys_of([1, 2, 3])), pool.num_cached(keys_of([4, 5, 6]))) == (3, 1)
 
 
-def test_a_block_in_use_holds_the_size_until_it_is_free() -> None:
+def test_shrinking_stops_at_a_block_in_use_until_it_is_free() -> None:
     pool = make_pool(8)
     first, *rest = sorted(pool.alloc_mem(8))
     pool.free_mem([first, *rest[:3], *rest[4:]])
@@ -56,7 +56,7 @@ def test_a_block_in_use_holds_the_size_until_it_is_free() -> None:
         pool.alloc_mem(1)
 
 
-def test_a_block_that_moved_is_ranked_as_before() -> None:
+def test_moved_block_keeps_its_eviction_value() -> None:
     pool = make_pool(8, lambda use: use.depth)
     filler = pool.alloc_mem(4)
     store(pool, [1, 2])
@@ -67,7 +67,7 @@ def test_a_block_that_moved_is_ranked_as_before() -> None:
     assert (pool.num_cached(keys_of([1, 2])), pool.num_cached(keys_of([3]))) == (2, 0)
 
 
-def test_a_leased_block_stays_where_its_reader_looks() -> None:
+def test_shrinking_does_not_move_a_leased_block() -> None:
     pool = make_pool(8)
     private = pool.alloc_mem(4)
     store(pool, [1, 2])
@@ -81,7 +81,7 @@ def test_a_leased_block_stays_where_its_reader_looks() -> None:
     assert pool.num_cached(keys_of([1, 2])) == 1
 
 
-def test_a_pool_grows_up_to_its_arenas_end_and_no_further() -> None:
+def test_pool_grows_at_most_to_the_maximum_of_its_arena() -> None:
     pool = make_pool(2, max_slots=5)
     with pytest.raises(OutOfBlocks):
         pool.alloc_mem(3)
@@ -93,12 +93,12 @@ def test_a_pool_grows_up_to_its_arenas_end_and_no_further() -> None:
     assert pool.stats().total == 5
 
 
-def test_a_slot_that_is_about_to_go_is_no_room_for_anybody() -> None:
+def test_retiring_slots_are_not_allocated() -> None:
     pool = make_pool(4)
     store(pool, [1, 2])
     store(pool, [3, 4])
     cache = pool._dram.cache
-    cache.allocator.set_limit(2)  # as while a resize is under way
+    cache.allocator.set_limit(2)  # as during a resize
     with pytest.raises(OutOfBlocks) as caught:
         pool.alloc_mem(3)
     assert (caught.value.free, caught.value.evictable) == (0, 2)
@@ -106,7 +106,7 @@ def test_a_slot_that_is_about_to_go_is_no_room_for_anybody() -> None:
     assert sorted(map(slot_of, pool.alloc_mem(2))) == [0, 1]
 
 
-def test_memory_goes_back_to_the_system() -> None:
+def test_shrinking_returns_memory_to_the_system() -> None:
     layout = KVLayout("pages", 1, 1, (Part(1, 4096),) * 2, "int8", 1)
     pool = MemPool(layout, Arena(layout.block_bytes, 32), Epoch(1 << 60))
     assert os.fstat(pool.arena.fd).st_blocks * 512 == 32 * layout.block_bytes
@@ -114,8 +114,8 @@ def test_memory_goes_back_to_the_system() -> None:
     assert os.fstat(pool.arena.fd).st_blocks * 512 == 8 * layout.block_bytes
 
 
-def test_threads_go_on_while_the_pool_shrinks_and_grows() -> None:
-    """Whoever leases finds the right bytes, and whoever allocates is given slots that are there."""
+def test_threads_use_the_pool_while_it_shrinks_and_grows() -> None:
+    """Readers find the right bytes, and writers get slots that have memory."""
     pool = make_pool(64)
     prompts = [[first, *range(5)] for first in range(12)]
     done = threading.Event()

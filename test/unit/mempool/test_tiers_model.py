@@ -16,14 +16,14 @@ from memserve.mempool.leases import Lease
 from memserve.mempool.pool import MemPool
 
 from .harness import content, keys_of, make_pool, write
-from .pool_model import MAX_SLOTS, NUM_SLOTS, Prompt, TierCounts
+from .pool_model import MAX_SLOTS, NUM_SLOTS, HeldLease, Prompt
 from .test_pool_model import PoolMachine, picks, prompts
 
 HBM_SLOTS = 7
 
 
 class TiersMachine(PoolMachine):
-    """What is cached in HBM, besides what PoolModel knows of DRAM."""
+    """The content of HBM, beside that of DRAM in PoolModel."""
 
     def make(self, eviction: EvictionName) -> MemPool:
         return make_pool(NUM_SLOTS, EVICTION_POLICIES[eviction], max_slots=MAX_SLOTS, hbm_slots=HBM_SLOTS)
@@ -33,7 +33,7 @@ class TiersMachine(PoolMachine):
         self.near: dict[Prompt, BlockAddr] = {}
         self.near_dropped: dict[BlockAddr, int] = {}
 
-    # ---- what the model knows
+    # ---- state of the model
 
     def near_depth(self, prompt: list[int]) -> int:
         depth = 0
@@ -60,7 +60,7 @@ class TiersMachine(PoolMachine):
         return HBM_SLOTS - len(self.near) - len(self.near_dropped)
 
     def observe_near(self, num_gone: int) -> set[Prompt]:
-        """Take over what left HBM, which must be what may, and as much as has to."""
+        """Remove the evicted blocks of HBM, which must be evictable and `num_gone` in number."""
         tree = self.pool._tiers[Tier.HBM].cache.index.tree
         gone = {prompt for prompt in self.near if keys_of(prompt)[-1] not in tree}
         assert len(gone) == num_gone
@@ -100,7 +100,7 @@ class TiersMachine(PoolMachine):
         in_near = chain[:near] if near > start else []
         in_far = chain[:far] if far > near else []
         addrs = {self.near[one] for one in in_near} | {self.cached[one] for one in in_far}
-        self.held.append(TierCounts(lease, in_far, addrs, in_near))
+        self.held.append(HeldLease(lease, in_far, addrs, in_near))
         assert self.pool.verify(lease) == len(lease)
 
     @precondition(lambda self: self.held)

@@ -73,8 +73,8 @@ COVERED = {
     ],
     7: ["unit/router/cluster/test_breaker.py::test_a_client_that_errs_says_nothing_of_the_worker"],
     8: [
-        "unit/mempool/test_pool.py::test_a_flipped_byte_is_a_miss_a_counter_and_a_log_line",
-        "unit/engine/test_linker.py::test_a_flipped_bit_is_a_miss_and_never_loaded",
+        "unit/mempool/test_pool.py::test_pool_counts_and_logs_a_flipped_byte_as_a_miss",
+        "unit/engine/test_linker.py::test_linker_does_not_load_a_block_with_a_flipped_bit",
         "unit/mempool/remote/test_peers_faults.py::test_a_byte_flipped_in_the_holders_arena_is_a_miss",
         "e2e/test_dram_tier.py::test_blocks_evicted_from_hbm_are_found_in_dram",
         "e2e/test_remote_memory.py::test_history_lost_by_prefill_comes_from_decode",

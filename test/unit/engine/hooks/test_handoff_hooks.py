@@ -1,4 +1,4 @@
-"""SGLang's own classes, with our repairs around their methods."""
+"""The handoff hooks around methods of SGLang's own classes."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from memserve.engine.hooks.handoff import end_with_thread, status_of_room, updat
 OTHER_WITHIN_S = 0.5
 
 
-def test_a_request_that_is_forgotten_between_two_looks_has_failed() -> None:
+def test_status_of_a_request_forgotten_between_two_reads_is_failed() -> None:
     manager = SimpleNamespace(request_status={7: KVPoll.Transferring})
     assert status_of_room(CommonKVManager.check_status, manager, 7) == KVPoll.Transferring
     with pytest.raises(KeyError):
-        CommonKVManager.check_status(manager, 8)  # or else the repair is not needed any more
+        CommonKVManager.check_status(manager, 8)  # otherwise the hook is not needed any more
     assert status_of_room(CommonKVManager.check_status, manager, 8) == KVPoll.Failed
 
 
 class Interrupted(dict[int, Any]):
-    """Statuses of which another thread hears when the first has looked, and before it writes."""
+    """Statuses that another thread updates between the first thread's read and write."""
 
     def __init__(self, other: Callable[[], Any]) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Interrupted(dict[int, Any]):
 
 
 def status_after(update: Callable[..., Any]) -> Any:
-    """Of a request that the scheduler opens while a thread hears that decode is ready for it."""
+    """Status of a request that the scheduler opens while another thread records that decode is ready."""
     manager = SimpleNamespace(
         deferred_bootstrap=None,
         _deferred_ack_targets={},
@@ -55,13 +55,13 @@ def status_after(update: Callable[..., Any]) -> Any:
     return manager.request_status[7]
 
 
-def test_decode_is_ready_for_a_request_that_is_being_opened() -> None:
+def test_status_update_keeps_the_readiness_of_decode_during_open() -> None:
     original = CommonKVManager.update_status
-    assert status_after(original) == KVPoll.Bootstrapping  # or else the repair is not needed any more
+    assert status_after(original) == KVPoll.Bootstrapping  # otherwise the hook is not needed any more
     assert status_after(partial(update_alone, original)) == KVPoll.WaitingForInput
 
 
-def test_a_server_whose_sending_thread_fails_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_ends_when_its_sending_thread_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     ended: list[int] = []
     monkeypatch.setattr(os, "_exit", ended.append)
 
