@@ -1,10 +1,10 @@
-"""Where a block is: instance, tier and slot in one number, so that an address costs no object.
+"""The address of a block: instance, tier and slot in one integer, so that an address needs no object.
 
      62 ........ 34  33 32  31 ......... 0
     [ tag: 29 bits |  tier |     slot      ]     an int64 on the wire and in arrays
 
-The tag is cut from the epoch of the pool's process, so an address of an earlier life is foreign to
-the next one. Knows nothing of what a slot holds. Source: MemServe ("addresses carry the instance").
+The tag is a part of the epoch of the pool's process, so the address of an earlier epoch is invalid in the
+next one. Knows no contents of slots. Source: MemServe ("addresses carry the instance").
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ BlockAddr = NewType("BlockAddr", int)
 MAX_SLOTS = (1 << 32) - 1
 
 NO_SLOT = MAX_SLOTS
-"""Of 32 bits, the one number that is no slot."""
+"""The one 32-bit number that is not a slot."""
 
 _TIER_SHIFT, _TAG_SHIFT, _TAG_BITS = 32, 34, 29
 
 
 class Tier(IntEnum):
-    """Where bytes are, nearest to the compute first. A further local tier goes before REMOTE."""
+    """The place of a block's bytes, nearest to the compute first. A further local tier goes before REMOTE."""
 
     HBM = 0
     DRAM = 1
@@ -41,12 +41,12 @@ READABLE_TIERS = frozenset({Tier.DRAM})
 
 
 def first_addr(epoch: Epoch, tier: Tier) -> BlockAddr:
-    """The address of slot 0; slot i is that plus i."""
+    """The address of slot 0; the address of slot i is i more."""
     return BlockAddr(tag_of(epoch) << _TAG_SHIFT | tier << _TIER_SHIFT)
 
 
 def tag_of(epoch: Epoch) -> int:
-    """What the addresses of that process have in common."""
+    """The tag of all addresses of that process."""
     return epoch >> (63 - _TAG_BITS)
 
 

@@ -1,10 +1,10 @@
-"""Names of KV blocks: SGLang's chained page hash, computed without SGLang and without torch.
+"""Keys of KV blocks: SGLang's chained page hash, computed without SGLang and without torch.
 
     key[0] = sha256(seed   + page 0)        seed: nothing, or the hash of a namespace
     key[i] = sha256(key[i-1] + page i)      page: 4 bytes per token, little endian
 
 A key names a block *and everything before it*: equal keys mean equal prefixes, in every process.
-Knows token ids and namespaces; not tokenizers, nor where a block is kept.
+Knows token ids and namespaces; no tokenizers and no storage.
 Source: SGLang 0.5.23, mem_cache/utils.py (get_storage_hash_str) and cpp_utils/hash_binding.cpp.
 """
 
@@ -18,16 +18,16 @@ from hashlib import sha256
 from typing import NewType, cast
 
 BlockKey = NewType("BlockKey", bytes)
-"""32 bytes. Compared, hashed and sent as they are."""
+"""32 bytes, compared, hashed and sent as they are."""
 
 KEY_BYTES = 32
 
-_WIDE_TAG = b"\xff"  # An odd length tells a page of 8-byte tokens from any page of 4-byte ones.
+_WIDE_TAG = b"\xff"  # The odd length distinguishes a page of 8-byte tokens from pages of 4-byte tokens.
 
 
 @dataclass(frozen=True, slots=True)
 class Namespace:
-    """What keeps equal tokens apart: an adapter or cache class (`extra_key`), a tenant (`cache_salt`).
+    """Separates equal tokens: by adapter or cache class (`extra_key`) and by tenant (`cache_salt`).
 
     None and "" are different extra keys; an empty salt is no salt, as in SGLang.
     """
@@ -36,7 +36,7 @@ class Namespace:
     cache_salt: str | None = None
 
     def seed(self, version: bytes = b"sglang-cache-namespace-v1") -> bytes:
-        """What goes before the first page: nothing for the namespace of requests that name none."""
+        """The bytes before the first page: empty for requests without a namespace."""
         salt = self.cache_salt or None
         if self.extra_key is None and salt is None:
             return b""
@@ -53,7 +53,7 @@ class Namespace:
 def page_keys(
     token_ids: Sequence[int], page_tokens: int, namespace: Namespace | None = None
 ) -> list[BlockKey]:
-    """The key of each whole page of `token_ids`; the tokens of a last, partial page name nothing.
+    """The key of each whole page of `token_ids`; the tokens of a last, partial page are ignored.
 
     Raises ValueError if a token id is negative or does not fit 63 bits, or `page_tokens` < 1.
     """
@@ -69,7 +69,7 @@ def continue_keys(parent: BlockKey, token_ids: Sequence[int], page_tokens: int) 
 
 
 def key_from_hex(text: str) -> BlockKey:
-    """The key that SGLang writes as 64 hex digits. Raises ValueError if it is none."""
+    """The key of 64 hex digits, as SGLang writes it. Raises ValueError for any other text."""
     key = bytes.fromhex(text)
     if len(key) != KEY_BYTES:
         raise ValueError(f"a block key has {KEY_BYTES} bytes, not {len(key)}")
@@ -86,7 +86,7 @@ def keys_from_hex(texts: Iterable[str]) -> list[BlockKey]:
 
 
 def event_hash(key: BlockKey) -> int:
-    """The name of this block in SGLang's KV events: the key's first 64 bits, signed, big endian."""
+    """The hash of this block in SGLang's KV events: the key's first 64 bits, signed, big endian."""
     return int.from_bytes(key[:8], "big", signed=True)
 
 
@@ -111,7 +111,7 @@ def _chain(previous: bytes, token_ids: Sequence[int], page_tokens: int) -> list[
 
 
 def _chain_wide(previous: bytes, token_ids: Sequence[int], page_tokens: int) -> list[BlockKey]:
-    """As `_chain` where some id needs more than 32 bits: such a page is tagged and has 8 bytes per token."""
+    """As `_chain`; a page with an id above 32 bits is tagged and has 8 bytes per token."""
     keys = []
     for start in range(0, len(token_ids), page_tokens):
         page = token_ids[start : start + page_tokens]

@@ -1,6 +1,6 @@
-"""Tells a pool what SGLang's radix cache holds in HBM, from the KV events that SGLang publishes.
+"""Reports the blocks of SGLang's radix cache in HBM to the pool, from SGLang's KV events.
 
-    scheduler ── publish ──> worker: names -> keys ──> the pool's foreign tier ──> its events and snapshots
+    scheduler ── publish ──> worker: hashes -> keys ──> the pool's external tier ──> its events and snapshots
 
 SGLang makes the publisher named in `--kv-events-config`; `pool_hooks.py` joins it to the pool. Of
 SGLang's events it wants the format "dynamo", and in place of an adapter's name the whole extra key.
@@ -33,14 +33,14 @@ from memserve.mempool.external_tier import ExternalTier
 
 @dataclass(slots=True)
 class HbmStats:
-    """What the pool was told of the engine's HBM."""
+    """Counts of the blocks and events reported to the pool."""
 
     blocks: int = 0
-    """That it holds now."""
+    """Blocks in HBM now."""
     events: int = 0
-    """Of SGLang's that were translated."""
+    """SGLang events applied."""
     left_out: int = 0
-    """Blocks that could not be named for certain, or came after one of these."""
+    """Blocks without a certain key, or after such a block."""
 
 
 class EventBlocks:
@@ -81,7 +81,7 @@ class EventBlocks:
 
 
 class HbmReport:
-    """Turns events into changes of a foreign tier. One thread at a time; anybody may read `stats`."""
+    """Applies events to an external tier. One thread at a time; any thread may read `stats`."""
 
     def __init__(self, hbm: ExternalTier) -> None:
         self._hbm = hbm
@@ -89,7 +89,7 @@ class HbmReport:
         self._stats = HbmStats()
 
     def apply(self, events: Sequence[Any]) -> None:
-        """In the order in which they happened. Of other memory than HBM they are left out."""
+        """Apply events in order. Events of other memory than HBM are ignored."""
         for event in events:
             if isinstance(event, AllBlocksCleared):
                 self._known.clear()
@@ -115,14 +115,14 @@ class HbmReport:
 
 
 class HbmPublisher(EventPublisher):
-    """SGLang's side: takes events on the scheduler's thread and hands them on. Silent until joined."""
+    """Takes events on SGLang's scheduler thread and queues them. Ignores them until `join`."""
 
     def __init__(self, attn_dp_rank: int = 0, **_: Any) -> None:
         self._report: HbmReport | None = None
         self._executor = BoundedExecutor("mempool-hbm-events", capacity=sys.maxsize)  # No event may be lost.
 
     def join(self, hbm: ExternalTier) -> None:
-        """Tell this tier from the first event on."""
+        """Report to this tier from now on."""
         self._report = HbmReport(hbm)
 
     def publish(self, events: Any) -> None:
@@ -131,11 +131,11 @@ class HbmPublisher(EventPublisher):
             self._executor.execute(lambda: report.apply(events.events))
 
     def drain(self) -> None:
-        """Return when the pool knows of everything published so far."""
+        """Return when all events published so far are applied."""
         self._executor.drain()
 
     def shutdown(self) -> None:
-        """Tell the rest, then nothing more. Idempotent."""
+        """Apply the queued events and end. Idempotent."""
         self._executor.drain()
         self._executor.close()
 
@@ -145,17 +145,17 @@ class HbmPublisher(EventPublisher):
 
 
 class ExtraKeys(KvEventLoraNames):
-    """Makes SGLang put into an event's `lora_name` the extra key, which events lack otherwise."""
+    """Makes SGLang send the extra key in an event's `lora_name`; events lack it otherwise."""
 
     def resolve(self, extra_key: str | None) -> str | None:
         return extra_key
 
 
 def register_publisher() -> None:
-    """Once in each process that has a scheduler."""
+    """Register the publisher with SGLang, once in each scheduler process."""
     EventPublisherFactory.register_publisher(HBM_PUBLISHER, HbmPublisher)
 
 
 def is_ours(kv_events_config: str | None) -> bool:
-    """Whether this flag names our publisher."""
+    """Whether the flag --kv-events-config names our publisher."""
     return bool(kv_events_config) and KVEventsConfig.from_cli(kv_events_config).publisher == HBM_PUBLISHER

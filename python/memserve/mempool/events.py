@@ -1,8 +1,8 @@
-"""The pool's own record of what it stored and removed, for those who follow it.
+"""The pool's log of stored and removed blocks, for its publisher.
 
-Changes are kept as their net effect until somebody takes them: a block that came and went in
-between is not mentioned, and the record is never larger than the index has been. Taken events get
-their sequence numbers, removals first. Knows no sockets. Not thread-safe: its pool locks.
+The log keeps the net effect of all changes until they are taken: a block that was stored and removed in
+between is left out, and the log is never larger than the index has been. Taken events get their sequence
+numbers, removals first. Knows no sockets. Not thread-safe: its pool locks.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ CachedNodes = tuple[Tier, Sequence[Node[int]]]
 
 
 class EventLog:
-    """The changes of all tiers' indexes since they were last taken, under one sequence."""
+    """The changes of all tiers since they were last taken, in one sequence."""
 
     def __init__(self) -> None:
         self._sequence = 0
@@ -30,11 +30,11 @@ class EventLog:
         self._ready: list[CacheEvent] = []
 
     def __len__(self) -> int:
-        """Blocks whose change has no number yet."""
+        """The number of blocks whose change has no sequence number yet."""
         return sum(len(changes.stored) + len(changes.removed) for changes in self._changes.values())
 
     def stored(self, tier: Tier, nodes: Iterable[Node[int]]) -> None:
-        """These are in the tier's index now; parents first."""
+        """Log blocks that were added to a tier; parents first."""
         stored, removed = self._changes[tier].stored, self._changes[tier].removed
         if not removed:
             stored.update({node.key: node for node in nodes})
@@ -46,7 +46,7 @@ class EventLog:
                 stored[node.key] = node
 
     def removed(self, tier: Tier, nodes: Iterable[Node[int]]) -> None:
-        """These have left it; children first."""
+        """Log blocks that were removed from a tier; children first."""
         stored, removed = self._changes[tier].stored, self._changes[tier].removed
         for node in nodes:
             if node.key in stored:
@@ -55,19 +55,19 @@ class EventLog:
                 removed[node.key] = None
 
     def take(self) -> list[CacheEvent]:
-        """The events since the last call; the caller sends them to every follower, in order."""
+        """The events since the last call; the caller publishes them in order."""
         self._close()
         ready, self._ready = self._ready, []
         return ready
 
     def sequence(self) -> int:
-        """The number of the last event, all changes so far included: what a snapshot made now carries."""
+        """Number all changes so far; returns the last number, which a snapshot made now carries."""
         self._close()
         return self._sequence
 
     def _close(self) -> None:
-        """Turn the net changes into numbered events: far tiers first, as a block that is swapped out
-        is stored there before it leaves here."""
+        """Turn the net changes into numbered events, far tiers first: a block that is swapped out is stored
+        in the far tier before it leaves the near one."""
         for tier, changes in self._changes.items():
             if changes.removed:
                 self._ready.append(Removed(self._next(), tier, tuple(changes.removed)))
@@ -83,7 +83,7 @@ class EventLog:
 
 
 class _Changes:
-    """Of one tier. Parents first in `stored`, children first in `removed`; no key is in both."""
+    """The changes of one tier. `stored`: parents first; `removed`: children first; no key is in both."""
 
     def __init__(self) -> None:
         self.stored: dict[BlockKey, Node[int]] = {}
@@ -91,7 +91,7 @@ class _Changes:
 
 
 def snapshot(sequence: int, cached: Iterable[CachedNodes]) -> Snapshot:
-    """All that each tier has (parents first) as of event `sequence`.
+    """The snapshot of all tiers' blocks (parents first) after event `sequence`.
 
     Any thread: keys and parents of nodes never change.
     """
@@ -102,15 +102,15 @@ def snapshot(sequence: int, cached: Iterable[CachedNodes]) -> Snapshot:
 
 
 class Digest(NamedTuple):
-    """Equal for equal sets of blocks, in whatever order, and hardly ever for others."""
+    """Equal for equal sets of blocks, whatever their order; other sets hardly ever have equal digests."""
 
     num_blocks: int
     xor: str
-    """Of the first 8 bytes of each key, as 16 hex digits."""
+    """The xor of the first 8 bytes of each key, as 16 hex digits."""
 
 
 def digest(nodes: Sequence[Node[int]]) -> Digest:
-    """Any thread, as keys never change."""
+    """The digest of a set of blocks. Any thread: keys never change."""
     keys = np.frombuffer(b"".join([node.key for node in nodes]), ">u8").reshape(-1, KEY_BYTES // 8)
     return Digest(len(nodes), f"{np.bitwise_xor.reduce(keys[:, 0]):016x}")
 
@@ -122,7 +122,7 @@ def _pairs(nodes: Iterable[Node[int]]) -> list[tuple[BlockKey, BlockKey | None]]
 def chains(
     pairs: Sequence[tuple[BlockKey, BlockKey | None]],
 ) -> list[tuple[BlockKey | None, tuple[BlockKey, ...]]]:
-    """(key, parent) pairs as (parent, keys): neighbours where each comes after the one before it."""
+    """(key, parent) pairs joined to (parent, keys): runs in which each key is the parent of the next."""
     result = []
     start = 0
     for i in range(1, len(pairs) + 1):

@@ -1,7 +1,7 @@
-"""A tier that somebody else owns, as it is told: an engine's HBM, beside the pool's own tiers.
+"""A tier that the pool does not own, such as an engine's HBM: the pool is told what it holds.
 
-Its blocks are in the pool's events and snapshots, and nowhere else: nobody finds, leases or evicts
-them here. Knows no engine.
+Its blocks appear in the pool's events and snapshots alone: the pool does not match, lease or evict them.
+Knows no engine.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from memserve.mempool.events import EventLog
 
 
 class ExternalTier:
-    """Which keys the tier holds; prefix-closed, as any. Any thread: it has its pool's lock."""
+    """The keys that the tier holds; prefix-closed. Any thread: takes its pool's lock."""
 
     def __init__(self, tier: Tier, events: EventLog, lock: AbstractContextManager[object]) -> None:
         self.tier = tier
@@ -28,9 +28,9 @@ class ExternalTier:
         return len(self._tree)
 
     def stored(self, keys: Sequence[BlockKey], parent: BlockKey | None = None) -> int:
-        """A chain is in the tier now, after `parent`, or from the root; returns how many of its blocks count.
+        """Record a chain below `parent`, or from the root; returns how many of its blocks are recorded.
 
-        All, or none if what they come after is not in the tier: nobody could reach them.
+        All blocks, or none if the parent is not in the tier: then no prompt could reach them.
         """
         with self._lock:
             try:
@@ -41,26 +41,26 @@ class ExternalTier:
         return len(keys)
 
     def removed(self, keys: Sequence[BlockKey]) -> int:
-        """These have left it, in whatever order they are named, and with them all that come after them.
+        """Remove blocks, in any order, and their descendants; unknown keys are ignored.
 
-        Those that it does not have are ignored. Returns how many have left.
+        Returns how many blocks were removed.
         """
         with self._lock:
             tops = (self._tree.get(key) for key in keys)
             return self._drop([top for top in tops if top is not None])
 
     def clear(self) -> int:
-        """Nothing is left in it; returns how many there were."""
+        """Remove all blocks; returns how many."""
         with self._lock:
             return self._drop([node for node in self._tree.nodes() if node.parent is None])
 
     def nodes(self) -> list[Node[int]]:
-        """All of its blocks, parents first. The caller holds the lock."""
+        """All blocks, parents first. The caller holds the lock."""
         return self._tree.nodes()
 
     def _drop(self, tops: Sequence[Node[int]]) -> int:
         before = len(self._tree)
         for top in tops:
-            if top.key in self._tree:  # One before it may have taken it along.
+            if top.key in self._tree:  # it may have left as a descendant of an earlier one
                 self._events.removed(self.tier, self._tree.remove_subtree(top))
         return before - len(self._tree)

@@ -1,8 +1,8 @@
-"""Which keys are cached in which slots: prefix-closed, with pins, uses and an order of eviction.
+"""The index of a tier, keys -> slots: prefix-closed, with pins, uses and an order of eviction.
 
-A use is noted at the last block of the chain alone: what is evicted hands its uses on to its parent,
-which is thereby as young as its youngest descendant was. Where a chain is, is told by slots alone,
-from its end, as the keys chain: the nodes of a million blocks are in nobody's cache.
+A use is recorded at the last block of a chain alone: an evicted block hands its uses on to its parent,
+which is thereby as young as its youngest descendant was. The slots of a chain are read from columns, from
+the last slot backwards: the nodes of a million blocks would miss the processor's caches.
 
 Knows no states, bytes or addresses. Not thread-safe: its pool locks.
 """
@@ -27,11 +27,11 @@ CachedNode = Node[int]
 
 
 class BlockIndex:
-    """keys -> slots. A slot is in at most one node."""
+    """The cached blocks by key. A slot is in at most one node."""
 
     def __init__(self, num_slots: int, ordering: EvictionPolicy) -> None:
         self.tree: BlockTree[int] = BlockTree()
-        """For reading."""
+        """Read only."""
         self._ordering = ordering
         self._queue = EvictionQueue(num_slots)
         self._nodes: list[CachedNode | None] = [None] * num_slots
@@ -43,24 +43,24 @@ class BlockIndex:
         self._depths_of = np.frombuffer(self._depths, np.uint32)
         self._last_used_of = np.frombuffer(self._last_used, np.uint64)
         self._num_pinned = 0
-        self._dropped: set[int] = set()  # slots of pinned blocks that are not to be found again
+        self._dropped: set[int] = set()  # slots of pinned blocks that have left the index
         self._tick = 0
 
     @property
     def num_evictable(self) -> int:
-        """Blocks that `evict` could take, given time: neither leased nor before a leased one."""
+        """The number of blocks without a pin on them or on a descendant: `evict` can take them all."""
         return len(self.tree) - self._num_pinned
 
     def locate(self, keys: Sequence[BlockKey], start: int) -> tuple[list[int], CachedNode | None]:
-        """The slots of keys[start:], as far as all of `keys` up to there are cached, and the last node."""
+        """The slots of keys[start:] up to the first key that is not cached, and the last node."""
         depth = self.tree.depth(keys)
         last = self.tree.get(keys[depth - 1]) if depth > start else None
         return ([], None) if last is None else (self._pins.chain_to(last.payload, depth - start), last)
 
     def insert(self, keys: Sequence[BlockKey], slots: Slots, parent: BlockKey | None) -> list[CachedNode]:
-        """Add what is missing below `parent`, and use the chain; returns the new nodes, parents first.
+        """Add the missing blocks of a chain below `parent`, and use it; returns new nodes, parents first.
 
-        Raises KeyError, changing nothing, if something is missing and its parent is too.
+        Raises KeyError, changing nothing, if the parent of the first missing block is missing, too.
         """
         added = self.tree.insert(keys, slots.tolist(), parent)
         self._tick += 1
@@ -83,13 +83,13 @@ class BlockIndex:
         return added
 
     def pin(self, node: CachedNode) -> None:
-        """Keep a node of the tree, and all before it, until as many `unpin`. Counts as a use."""
+        """Keep a node and its ancestors until a matching `unpin`. Counts as a use."""
         self._tick += 1
         self._use(node)
         self._num_pinned += self._pins.pin(node.payload)
 
     def unpin(self, node: CachedNode) -> list[int]:
-        """End one pin. Returns slots of dropped blocks that nobody holds any more."""
+        """End one pin. Returns the slots of dropped blocks that have no pin any more."""
         released = []
         for slot in self._pins.unpin(node.payload):
             if self._dropped and slot in self._dropped:
@@ -103,33 +103,33 @@ class BlockIndex:
         return released
 
     def evict(self, num_blocks: int) -> list[CachedNode]:
-        """Take out that many blocks, in the order of eviction; fewer if there are not that many."""
+        """Remove up to `num_blocks` blocks, in the order of eviction."""
         chosen = self._choose(num_blocks)
         self.remove(chosen)
         return chosen
 
     def remove(self, nodes: Sequence[CachedNode]) -> None:
-        """Take out unleased blocks; each has no others after it, or only ones named before it."""
+        """Remove unpinned blocks; each block comes after its descendants in `nodes`."""
         for node in nodes:
-            self._take_out(node)
+            self._remove(node)
         for node in nodes:
             if node.parent is not None:
                 self._offer(node.parent)
 
     def at(self, slot: int) -> CachedNode | None:
-        """The block that is cached in a slot."""
+        """The block in a slot; None if the slot is not in the index."""
         return self._nodes[slot]
 
     def is_pinned(self, node: CachedNode) -> bool:
-        """Whether a block is leased, or before one that is."""
+        """Whether a block or a descendant of it is pinned."""
         return self._pins.is_pinned(node.payload)
 
     def are_pinned(self, slots: Slots) -> npt.NDArray[np.bool_]:
-        """The same, for the blocks in these slots."""
+        """As `is_pinned`, for the blocks in these slots."""
         return self._pins.are_pinned(slots)
 
     def relocate(self, before: int, after: int) -> None:
-        """A block that nobody leases is in another slot from now on; nothing else changes."""
+        """Move an unpinned block to another slot; nothing else changes."""
         node = self._nodes[before]
         assert node is not None
         self._queue.withdraw(before)
@@ -143,9 +143,9 @@ class BlockIndex:
         self._offer(node)
 
     def drop(self, top: CachedNode) -> tuple[list[CachedNode], list[CachedNode]]:
-        """Take out a block and all that come after it, leased or not: they are not to be found again.
+        """Remove a block and its descendants, pinned or not.
 
-        Returns (free, held), children first: of `held`, `unpin` gives the slots back one day.
+        Returns (free, held), children first: the slots of `held` come back from later `unpin` calls.
         """
         free, held = [], []
         parent = top.parent
@@ -164,12 +164,11 @@ class BlockIndex:
         return free, held
 
     def last_use(self, node: CachedNode) -> int:
-        """The tick at which a prompt last ended with this block; 0 if none has. Of a node that has left
-        its slot meanwhile, that of another one."""
+        """The tick of the last use of this block; 0 if never used. Wrong once the node has left its slot."""
         return self._last_used[node.payload] if self._uses[node.payload] else 0
 
     def roots(self) -> list[CachedNode]:
-        """Blocks that begin a prompt."""
+        """The first blocks of prompts."""
         return [node for node in self.tree if node.parent is None]
 
     def _use(self, node: CachedNode) -> None:
@@ -177,7 +176,7 @@ class BlockIndex:
         self._last_used[node.payload] = self._tick
 
     def _choose(self, num_blocks: int) -> list[CachedNode]:
-        """The blocks that go first; each hands its uses on, and waits in the queue no longer."""
+        """Take the next blocks to evict out of the queue; each hands its uses on."""
         chosen: dict[CachedNode, None] = {}
 
         def value(slot: int) -> float | None:
@@ -201,21 +200,21 @@ class BlockIndex:
             self._queue.offer(node.payload, value)
 
     def _value(self, slot: int, leaving: Container[CachedNode] = ()) -> float | None:
-        """The ordering's word on a slot; None if its block may not be evicted after those `leaving`."""
+        """The eviction policy's value of a slot; None if its block cannot be evicted after `leaving`."""
         node = self._nodes[slot]
         if node is None or self._pins.is_pinned(slot) or not node.is_leaf_without(leaving):
             return None
         return self._ordering(BlockUse(self._last_used[slot], self._uses[slot], self._depths[slot]))
 
     def _hand_on(self, node: CachedNode) -> None:
-        """The uses of a block that goes become its parent's, which the caller offers."""
+        """Add the uses of an evicted block to its parent; the caller offers the parent."""
         if node.parent is not None:
             slot, above = node.payload, node.parent.payload
             self._uses[above] += self._uses[slot]
             self._uses[slot] = 0
             self._last_used[above] = max(self._last_used[above], self._last_used[slot])
 
-    def _take_out(self, node: CachedNode) -> None:
+    def _remove(self, node: CachedNode) -> None:
         self._queue.withdraw(node.payload)
         self.tree.remove(node)
         self._nodes[node.payload] = None

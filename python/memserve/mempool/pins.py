@@ -1,7 +1,7 @@
-"""Which cached block comes after which, by slot, and how often each is held: columns, no objects.
+"""The parents of cached blocks and their pin counts by slot, in columns instead of objects.
 
-A pin holds a block and all before it. Only the pinned block itself counts it; each block counts its
-pinned children, so that a pin stops at the first ancestor that was pinned already.
+A pin holds a block and its ancestors. Only the pinned block counts the pin; each block counts its pinned
+children, so that a pin stops at the first ancestor that was pinned already.
 Knows no keys. Not thread-safe: its pool locks.
 """
 
@@ -17,30 +17,30 @@ from memserve.mempool.allocator import Slots
 
 
 class Pins:
-    """Of `num_slots` slots, none pinned at first."""
+    """The pins of `num_slots` slots; no slot is pinned at first."""
 
     def __init__(self, num_slots: int) -> None:
-        # Arrays for single slots, NumPy's view of the same memory for many: each is slow at the other.
+        # Arrays serve single slots, NumPy views of the same memory many slots: each is slow at the other.
         self._above = array("I", bytes(4 * num_slots))
         self._counts = array("I", bytes(4 * num_slots))
         self._above_of = np.frombuffer(self._above, np.uint32)
         self._counts_of = np.frombuffer(self._counts, np.uint32)
 
     def link(self, slots: Slots, above: int) -> None:
-        """A chain of unpinned blocks after the one in slot `above`, or after none (NO_SLOT)."""
+        """Record a chain of unpinned blocks below slot `above`, or a root chain (NO_SLOT)."""
         self._above_of[slots[1:]] = slots[:-1]
         self._above[int(slots[0])] = above
 
     def relink(self, slot: int, above: int) -> None:
-        """The block before that in `slot` is in another slot now."""
+        """The parent of the block in `slot` has moved to slot `above`."""
         self._above[slot] = above
 
     def move(self, before: int, after: int) -> None:
-        """An unpinned block is in another slot now; the caller relinks those after it."""
+        """Move an unpinned block; the caller relinks its children."""
         self._above[after] = self._above[before]
 
     def chain_to(self, slot: int, num_blocks: int) -> list[int]:
-        """The slots of that many blocks that end with this one, in order."""
+        """The slots of the chain of `num_blocks` blocks that ends in `slot`, in order."""
         above, slots = self._above, []
         for _ in range(num_blocks):
             slots.append(slot)
@@ -49,7 +49,7 @@ class Pins:
         return slots
 
     def pin(self, slot: int) -> int:
-        """Hold a block and all before it; returns how many that were not held before."""
+        """Pin a block and its ancestors; returns how many of them had no pin before."""
         counts, above, newly = self._counts, self._above, 0
         while slot != NO_SLOT:
             counts[slot] += 1
@@ -60,7 +60,7 @@ class Pins:
         return newly
 
     def unpin(self, slot: int) -> list[int]:
-        """End one pin; returns the slots that are not held any more, children before their parents."""
+        """End one pin; returns the slots that have no pin any more, children before their parents."""
         counts, above, freed = self._counts, self._above, []
         while slot != NO_SLOT:
             counts[slot] -= 1
