@@ -28,9 +28,8 @@ from memserve.router.cluster.roles import RoleChanges
 from memserve.router.config import RouterConfig
 from memserve.router.http.endpoints import routes
 from memserve.router.http.handlers.dashboard import Dashboard
-from memserve.router.http.handlers.generate import GenerateHandler
+from memserve.router.http.handlers.generate import GenerateHandler, PassthroughHandler
 from memserve.router.http.handlers.info import InfoHandlers
-from memserve.router.http.handlers.passthrough import PassthroughHandler
 from memserve.router.http.handlers.workers import WorkersApi
 from memserve.router.http.ingress import Ingress, build_ingress
 from memserve.router.http.middleware import Cors

@@ -1,4 +1,4 @@
-"""Settings of who may ask what, and of certificates."""
+"""Settings of API keys and certificates."""
 
 from __future__ import annotations
 

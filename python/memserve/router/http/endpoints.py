@@ -15,9 +15,8 @@ from aiohttp import web
 
 from memserve.router.http import schemas
 from memserve.router.http.handlers.dashboard import MAX_PREFIXES, MAX_REQUESTS, PAGE_FILES, Dashboard
-from memserve.router.http.handlers.generate import GenerateHandler
+from memserve.router.http.handlers.generate import GenerateHandler, PassthroughHandler
 from memserve.router.http.handlers.info import InfoHandlers
-from memserve.router.http.handlers.passthrough import PassthroughHandler
 from memserve.router.http.handlers.workers import (
     MAX_WAIT_S,
     AddWorker,
@@ -47,7 +46,7 @@ OPEN, CLIENT, SHARED, ADMIN = Permission
 
 
 @dataclass(frozen=True, slots=True)
-class Endpoint:
+class HttpEndpoint:
     """One method of one path."""
 
     method: str
@@ -79,22 +78,22 @@ class Endpoint:
         return self.path.replace("}", ":.+}")
 
 
-def _generating(method: str, path: str, summary: str, body: str, answer: Any = Object) -> Endpoint:
+def _generating(method: str, path: str, summary: str, body: str, answer: Any = Object) -> HttpEndpoint:
     """An endpoint of `Api`: the router reads the prompt and selects a pair."""
     handler = GenerateHandler.handle_web
-    return Endpoint(
+    return HttpEndpoint(
         method, path, handler, summary, CLIENT, answer, media=EVENTS, body=ref(body), reads_body=True
     )
 
 
-def _passed_on(path: str, summary: str, required: Mapping[str, Schema]) -> Endpoint:
+def _passed_on(path: str, summary: str, required: Mapping[str, Schema]) -> HttpEndpoint:
     """An endpoint whose requests one colocated server answers. The router reads only the model.
 
     `required`: the fields of its body that the OpenAPI document shows, beside the model.
     """
     handler = PassthroughHandler.handle
     body = schemas.obj(required, {"model": schemas.MODEL})
-    return Endpoint("POST", path, handler, summary, CLIENT, body=body, reads_body=True)
+    return HttpEndpoint("POST", path, handler, summary, CLIENT, body=body, reads_body=True)
 
 
 _SWITCH: Schema = {"enum": ["0", "1"]}
@@ -112,22 +111,22 @@ def _number(most: int) -> dict[str, Schema]:
 
 _info, _workers, _ui = InfoHandlers, WorkersApi, Dashboard
 
-ENDPOINTS: tuple[Endpoint, ...] = (
-    Endpoint("GET", "/health", _info.live, "Liveness of the router", OPEN, media=TEXT),
-    Endpoint("GET", "/liveness", _info.live, "Liveness of the router", OPEN, media=TEXT),
-    Endpoint(
+ENDPOINTS: tuple[HttpEndpoint, ...] = (
+    HttpEndpoint("GET", "/health", _info.live, "Liveness of the router", OPEN, media=TEXT),
+    HttpEndpoint("GET", "/liveness", _info.live, "Liveness of the router", OPEN, media=TEXT),
+    HttpEndpoint(
         *("GET", "/readiness", _info.ready, "Readiness: can the cluster serve a request?", OPEN),
         answer=schemas.Readiness,
         statuses=(200, 503),
     ),
-    Endpoint("GET", "/metrics", _info.metrics, "All metrics, in Prometheus' format", OPEN, media=TEXT),
-    Endpoint("GET", "/openapi.json", _info.openapi, "This document", OPEN),
+    HttpEndpoint("GET", "/metrics", _info.metrics, "All metrics, in Prometheus' format", OPEN, media=TEXT),
+    HttpEndpoint("GET", "/openapi.json", _info.openapi, "This document", OPEN),
     _generating("POST", "/generate", "Generate, as SGLang", "Generate", _GENERATE),
     _generating("PUT", "/generate", "Generate, as SGLang", "Generate", _GENERATE),
     _generating("POST", "/v1/chat/completions", "Answer a chat, as OpenAI", "Chat"),
     _generating("POST", "/v1/completions", "Complete a prompt, as OpenAI", "Completion"),
     _passed_on("/v1/embeddings", "Embed texts, as OpenAI", {"input": schemas.PROMPT}),
-    Endpoint(
+    HttpEndpoint(
         *("POST", "/explain", GenerateHandler.explain),
         "The instances that a request would be sent to, and why; the request is not sent",
         CLIENT,
@@ -135,18 +134,18 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         body=_ANY_BODY,
         reads_body=True,
     ),
-    Endpoint("GET", "/v1/models", _info.models, "The models served here", CLIENT, schemas.ModelList),
-    Endpoint("GET", "/v1/models/{model}", _info.model, "One model", CLIENT, schemas.ModelCard),
-    Endpoint("GET", "/model_info", _info.model_info, "A server's description of its model", CLIENT),
-    Endpoint("GET", "/get_model_info", _info.model_info, "The same as /model_info", CLIENT),
-    Endpoint(
+    HttpEndpoint("GET", "/v1/models", _info.models, "The models served here", CLIENT, schemas.ModelList),
+    HttpEndpoint("GET", "/v1/models/{model}", _info.model, "One model", CLIENT, schemas.ModelCard),
+    HttpEndpoint("GET", "/model_info", _info.model_info, "A server's description of its model", CLIENT),
+    HttpEndpoint("GET", "/get_model_info", _info.model_info, "The same as /model_info", CLIENT),
+    HttpEndpoint(
         *("GET", "/server_info", _info.server_info),
         "A server's description of itself; admins get all servers' under `workers`",
         CLIENT,
     ),
-    Endpoint("GET", "/get_server_info", _info.server_info, "The same as /server_info", CLIENT),
+    HttpEndpoint("GET", "/get_server_info", _info.server_info, "The same as /server_info", CLIENT),
     *(
-        Endpoint(
+        HttpEndpoint(
             *(method, "/flush_cache", _info.flush_cache, "Flush the caches of all servers"),
             query={"timeout": _SECONDS},
             media=TEXT,
@@ -154,49 +153,49 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         )
         for method in ("GET", "POST")
     ),
-    Endpoint(
+    HttpEndpoint(
         *("POST", "/abort_request", _info.abort_request, "Abort a request, as SGLang", SHARED),
         media=TEXT,
         body=schemas.Abort,
     ),
-    Endpoint(
+    HttpEndpoint(
         *("POST", "/concate_and_append_request", _info.concatenate),
         "Accept the frontend language's hint to join branches",
         CLIENT,
         schemas.Success,
         body=schemas.Concatenation,
     ),
-    Endpoint(
+    HttpEndpoint(
         *("GET", "/tree", _info.tree, "The prompt tree: blocks, holders, audit results"),
         query={"digest": _SWITCH},
     ),
-    Endpoint(
+    HttpEndpoint(
         *("GET", "/tree/hottest", _ui.hottest),
         "The prefixes that most recent prompts share, and their holders",
         answer=schemas.PrefixList,
         query=_number(MAX_PREFIXES),
     ),
-    Endpoint(
+    HttpEndpoint(
         *("GET", "/requests", _ui.requests, "Requests that ended recently, newest first"),
         answer=schemas.RecentRequests,
         query={**_number(MAX_REQUESTS), "faults": _SWITCH},
     ),
-    Endpoint(
+    HttpEndpoint(
         *("GET", "/requests/{rid}", _ui.request),
         "One request by rid or x-request-id, and the decision that placed it",
         answer=schemas.RequestDetail,
     ),
-    Endpoint("GET", "/ui", _ui.page, "The dashboard", media=HTML),
-    Endpoint("GET", "/ui/state", _ui.state, "The data of the dashboard", answer=schemas.DashboardState),
-    Endpoint("GET", "/ui/{file}", _ui.file, "A file of the dashboard", media=ANY),
-    Endpoint("GET", "/workers", _workers.show_all, "All instances", answer=schemas.WorkerList),
-    Endpoint(
+    HttpEndpoint("GET", "/ui", _ui.page, "The dashboard", media=HTML),
+    HttpEndpoint("GET", "/ui/state", _ui.state, "The data of the dashboard", answer=schemas.DashboardState),
+    HttpEndpoint("GET", "/ui/{file}", _ui.file, "A file of the dashboard", media=ANY),
+    HttpEndpoint("GET", "/workers", _workers.show_all, "All instances", answer=schemas.WorkerList),
+    HttpEndpoint(
         *("POST", "/workers", _workers.add, "Add a server: 201, or 200 if it was added before"),
         answer=schemas.WorkerStatus,
         statuses=(200, 201),
         body=AddWorker,
     ),
-    Endpoint(
+    HttpEndpoint(
         *("POST", "/workers/{id}/drain", _workers.drain),
         "Send an instance no new requests; answered when it has none left, or the time is over",
         answer=schemas.DrainResult,
@@ -205,34 +204,34 @@ ENDPOINTS: tuple[Endpoint, ...] = (
         needs_body=False,
         query=_WAIT,
     ),
-    Endpoint(
+    HttpEndpoint(
         *("DELETE", "/workers/{id}/drain", _workers.undrain, "Send an instance requests again"),
         answer=schemas.WorkerStatus,
     ),
-    Endpoint(
+    HttpEndpoint(
         *("POST", "/workers/{id}/role", _workers.change_role, "Make a prefill a decode, or back"),
         answer=schemas.RoleResult,
         statuses=(200, 202),
         body=RoleRequest,
         query=_WAIT,
     ),
-    Endpoint(
+    HttpEndpoint(
         *("GET", "/workers/{id}", _workers.show, "One instance, by id or URL"), answer=schemas.WorkerStatus
     ),
-    Endpoint(
+    HttpEndpoint(
         *("DELETE", "/workers/{id}", _workers.remove, "Drain and remove a server that was added by URL"),
         answer=schemas.RemoveResult,
         query=_TIMEOUT,
     ),
-    Endpoint("GET", "/list_workers", _workers.list_urls, "The servers' URLs", answer=schemas.UrlList),
-    Endpoint(
+    HttpEndpoint("GET", "/list_workers", _workers.list_urls, "The servers' URLs", answer=schemas.UrlList),
+    HttpEndpoint(
         *("POST", "/add_worker", _workers.add_url, "Add a colocated server"),
         answer=schemas.WorkerStatus,
         statuses=(200, 201),
         query=_URL,
         required=("url",),
     ),
-    Endpoint(
+    HttpEndpoint(
         *("POST", "/remove_worker", _workers.remove_url, "Drain and remove a server that was added by URL"),
         answer=schemas.RemoveResult,
         query={**_URL, **_TIMEOUT},

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from memserve import __version__
-from memserve.router.http.endpoints import ANY, ENDPOINTS, EVENTS, FILES, Endpoint, Permission
+from memserve.router.http.endpoints import ANY, ENDPOINTS, EVENTS, FILES, HttpEndpoint, Permission
 from memserve.router.http.schemas import STRING, ErrorAnswer, Schema, components, schema_of
 
 JSON = "application/json"
@@ -41,7 +41,7 @@ def document() -> Schema:
     }
 
 
-def _operation(one: Endpoint) -> Schema:
+def _operation(one: HttpEndpoint) -> Schema:
     operation: Schema = {
         "operationId": f"{one.method.lower()}{one.path.translate(_AS_NAME)}",
         "summary": one.summary,
@@ -63,7 +63,7 @@ def _security(permission: Permission) -> list[Schema]:
     return admin if permission is Permission.ADMIN else [{"client": []}, *admin]
 
 
-def _parameters(one: Endpoint) -> list[Any]:
+def _parameters(one: HttpEndpoint) -> list[Any]:
     names = [part[1:-1] for part in one.path.split("/") if part.startswith("{")]
     text = {**STRING, "minLength": 1}
     inside = [
@@ -77,7 +77,7 @@ def _parameters(one: Endpoint) -> list[Any]:
     return [*inside, *query]
 
 
-def _responses(one: Endpoint) -> Schema:
+def _responses(one: HttpEndpoint) -> Schema:
     responses: Schema = {}
     for status in one.statuses:
         content: Schema = {JSON: {"schema": schema_of(one.answer)}}

@@ -1,15 +1,18 @@
-"""The endpoints that generate, and /explain: hand an admitted request to preparer and dispatcher."""
+"""The endpoints that generate, those that are passed on, and /explain: run requests that are admitted."""
 
 from __future__ import annotations
 
 from aiohttp import web
 
+from memserve.router.cluster.instance import Instance
 from memserve.router.http.exchange import Exchange, json_response
 from memserve.router.http.request_chain import ATTEMPTS, ClientRequest, RequestChain, priority_of, timeout_of
 from memserve.router.proxy.dispatcher import Dispatcher
+from memserve.router.proxy.passthrough import Passthrough, PassthroughRequest
 from memserve.router.proxy.placement import Placement
 from memserve.router.proxy.prepare import RequestPreparer
 from memserve.router.request import Api, encode_json
+from memserve.router.tokenization.text_keys import BYTES_PER_TOKEN
 from memserve.scheduling.explain import MAX_LISTED, explained
 
 EXPLAIN = "x-memserve-explain"
@@ -72,3 +75,28 @@ class GenerateHandler:
             await exchange.end()
         else:
             exchange.answer(await self._dispatcher.answer(prepared, on_placed))
+
+
+class PassthroughHandler:
+    """Serves the endpoints that the table passes on. Event loop thread only."""
+
+    def __init__(self, chain: RequestChain, passthrough: Passthrough) -> None:
+        self._chain = chain
+        self._passthrough = passthrough
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        """Answer one request."""
+        return await self._chain.serve_web(request, self._pass_on)
+
+    async def _pass_on(self, request: ClientRequest) -> None:
+        exchange, slot = request.exchange, request.slot
+        if slot is not None and slot.is_charged:
+            slot.charge(len(request.raw) // BYTES_PER_TOKEN)
+
+        def on_dispatched(instance: Instance, attempt: int) -> None:
+            request.route, request.attempts = instance.instance_id, attempt
+            if attempt > 1:
+                exchange.reply[ATTEMPTS] = str(attempt)
+
+        passed = PassthroughRequest(exchange.path, request.raw, request.client)
+        exchange.answer(await self._passthrough.answer(passed, on_dispatched))

@@ -15,7 +15,7 @@ from memserve.router.records import HotPrefix, RequestRecord, SeriesPoint
 from memserve.router.tokenization.tokenizers import Tokenizers
 
 
-class RecentRequests(Protocol):
+class RequestHistory(Protocol):
     """The requests that ended recently."""
 
     def newest(self, num: int, *, only_faults: bool = False) -> Sequence[RequestRecord]:
@@ -25,7 +25,7 @@ class RecentRequests(Protocol):
         """The newest one with this rid or request id."""
 
 
-class RecentPrefixes(Protocol):
+class PrefixHistory(Protocol):
     """The prefixes that recent prompts share."""
 
     keeps_samples: bool
@@ -34,7 +34,7 @@ class RecentPrefixes(Protocol):
         """At most `num` of them, heaviest first."""
 
 
-class RecentSeries(Protocol):
+class SeriesHistory(Protocol):
     """Rates over the last minutes."""
 
     def points(self) -> Sequence[SeriesPoint]:
@@ -45,11 +45,11 @@ class TelemetryView(Protocol):
     """What the dashboard shows of requests."""
 
     @property
-    def requests(self) -> RecentRequests: ...
+    def requests(self) -> RequestHistory: ...
     @property
-    def prefixes(self) -> RecentPrefixes: ...
+    def prefixes(self) -> PrefixHistory: ...
     @property
-    def series(self) -> RecentSeries: ...
+    def series(self) -> SeriesHistory: ...
 
 
 class StateView(Protocol):
