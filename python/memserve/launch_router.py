@@ -22,7 +22,7 @@ USAGE_ERROR = 2
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run a router until it is told to stop; the process's exit code."""
+    """Run a router until a signal stops it; returns the process's exit code."""
     try:
         asked = parse_args(argv)
         logs = Logs(asked.logs)
@@ -31,7 +31,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             for remark in asked.remarks:
                 logger.info("%s", remark)
             allow_many_connections()
-            collect_seldom()
+            collect_rarely()
             uvloop.run(serve(asked.config))
         finally:
             logs.close()
@@ -42,15 +42,17 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def allow_many_connections() -> None:
-    """As many open files as this process may have: a stream takes up to three."""
+    """Raise the open-file limit to the maximum: a stream takes up to three files."""
     _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with suppress(OSError, ValueError):  # where there is no hard limit, the system has one all the same
+    with suppress(OSError, ValueError):  # without a hard limit, the system still has one
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
 
 
-def collect_seldom() -> None:
-    """Have the garbage collector leave alone what is here to stay, and come by rarely: requests leave next to
-    no cycles, and to look for them in a large tree takes longer than to serve many requests."""
+def collect_rarely() -> None:
+    """Freeze the objects that exist now, and collect garbage rarely.
+
+    Requests leave almost no reference cycles; scanning a large tree takes longer than many requests.
+    """
     gc.freeze()
     gc.set_threshold(50_000, 20, 100)
 

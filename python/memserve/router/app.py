@@ -1,4 +1,4 @@
-"""Builds a router from its configuration, runs it, and takes it down again."""
+"""Builds a router from its configuration, runs it, and shuts it down."""
 
 from __future__ import annotations
 

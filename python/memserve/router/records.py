@@ -30,7 +30,7 @@ class RequestRecord(msgspec.Struct, frozen=True, gc=False):
     """The error message; "-" if there was none."""
     attempts: int = 0
     first_token_s: float | None = None
-    """From its begin to its first token, where that is known."""
+    """From its begin to its first token, if known."""
     num_events: int = 0
     """Events of a stream that were sent to the client."""
     prompt_tokens: int | None = None

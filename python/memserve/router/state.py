@@ -1,4 +1,4 @@
-"""What the whole router shares."""
+"""The router's mutable components."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from memserve.scheduling.selector import SelectorConfig
 
 @dataclass(frozen=True, slots=True)
 class RouterState:
-    """Everything that has a state. Event loop thread only; nothing that a restart could not rebuild."""
+    """The mutable components. Event loop thread only; rebuilt from the instances after a restart."""
 
     cluster: InstanceRegistry
     pools: Pools
@@ -37,7 +37,7 @@ class RouterState:
 
 
 def new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
-    """What a router knows when it starts: nothing. Raises ConfigError for costs that cannot be read."""
+    """The components of a new router, empty. Raises ConfigError for a cost file that cannot be read."""
     clock, routing = time.monotonic, config.routing
     fetches = routing.fetch == "auto"
     cluster = InstanceRegistry(config.cluster, clock)

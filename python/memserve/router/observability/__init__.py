@@ -1,1 +1,1 @@
-"""What the router tells of itself."""
+"""Logs, metrics, traces, and the records that the dashboard shows."""

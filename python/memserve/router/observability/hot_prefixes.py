@@ -1,12 +1,12 @@
-"""Which prefixes the prompts of the last minutes had in common: bounded in memory and in work.
+"""Finds the prefixes that recent prompts share, in bounded memory and time.
 
     placed ──note──> a sample ──tick──> weights by key, at 1, 2, 3, 4, 6, 8, 12, 16 ... blocks of each prompt
-    hottest: every prefix whose prompts go on in different ways, or end; not those of which nearly all go
-             on alike, as the longer one says it all
+    hottest: the prefixes whose prompts continue differently, or end; a prefix is left out if nearly all of
+             its prompts share a longer one
 
-Weights fade: after `HALF_LIFE_S` a prompt counts half. Where there are too many keys the lightest go, so a
-prefix may lack the weight it had before it was seen often. Knows no instances, and of texts only the few
-characters that it is given. Event loop thread only; the time is given.
+Weights decay: after `HALF_LIFE_S` a prompt counts half. If there are too many keys, the lightest are dropped,
+so a prefix may lack the weight of its first prompts. Knows no instances, and of texts only the given sample.
+Event loop thread only; the time is passed in.
 Source: the bound is that of Manku and Motwani's lossy counting, with fading weights.
 """
 
@@ -22,15 +22,15 @@ from memserve.router.request import JsonObject
 from memserve.scheduling.context import Prompt
 
 MAX_NOTED = 256
-"""Prompts that are looked at per tick: of more, the rest count for nothing but their number."""
+"""Prompts sampled per tick; the others only add weight to the sample."""
 MAX_OF_BATCH = 16
-"""Of a list of prompts, which come as one."""
+"""Prompts counted of one request's list."""
 MAX_KEYS = 4096
 HALF_LIFE_S = 60.0
 EXPLAINED = 0.9
-"""A prefix of which this share goes on alike is not worth a line of its own."""
+"""A prefix is left out if one longer prefix has this share of its weight."""
 MIN_WEIGHT = 1.5
-"""What came once is no common prefix."""
+"""Excludes prefixes of a single prompt."""
 MAX_GROWTH = 2.0**64
 SAMPLE_CHARS = 120
 
@@ -44,30 +44,30 @@ class _Seen(msgspec.Struct):
 
 
 class HotPrefixes:
-    """See the module."""
+    """The weights. See the module."""
 
     def __init__(self, now_s: float, *, keeps_samples: bool = False, max_keys: int = MAX_KEYS) -> None:
-        """`keeps_samples`: of each prefix, how one of its prompts begins."""
+        """`keeps_samples`: keep the beginning of one prompt per prefix."""
         self.keeps_samples = keeps_samples
         self._max_keys = max_keys
         self._seen: dict[BlockKey, _Seen] = {}
         self._noted: list[tuple[Prompt, str | None]] = []
         self._num_noted = 0
         self._origin_s = now_s
-        """Weights are of this time: what comes later weighs more, so nothing has to fade one by one."""
+        """Weights are relative to this time: later prompts weigh more, so stored weights need no decay."""
 
     def sample(self, body: JsonObject) -> str | None:
-        """How the text of a call begins, if that is kept."""
+        """The beginning of the text of a request, if samples are kept."""
         return sample_of(body) if self.keeps_samples else None
 
     def note(self, prompt: Prompt, sample: str | None) -> None:
-        """A prompt was placed, which begins with `sample`. Looked at later."""
+        """Note a placed prompt that begins with `sample`; `tick` counts it."""
         self._num_noted += 1
         if len(self._noted) < MAX_NOTED:
             self._noted.append((prompt, sample))
 
     def tick(self, now_s: float) -> None:
-        """Count what was noted since. Bounded: `MAX_NOTED` prompts, some 20 keys of each."""
+        """Count the noted prompts: at most `MAX_NOTED`, some 20 keys each."""
         noted, self._noted = self._noted, []
         if noted:
             weight = self._growth(now_s) * self._num_noted / len(noted)
@@ -79,7 +79,7 @@ class HotPrefixes:
             self._drop_lightest()
 
     def hottest(self, num: int, now_s: float) -> list[HotPrefix]:
-        """At most `num`, the one that most prompts had first."""
+        """At most `num` prefixes, the heaviest first."""
         growth = self._growth(now_s)
         going_on: dict[BlockKey, float] = {}
         for one in self._seen.values():
@@ -105,7 +105,7 @@ class HotPrefixes:
             parent = key
 
     def _growth(self, now_s: float) -> float:
-        """What a prompt weighs now, against one at the origin, which is moved in time."""
+        """The weight of a prompt now, relative to one at the origin. Moves the origin before it overflows."""
         growth: float = 2.0 ** ((now_s - self._origin_s) / HALF_LIFE_S)
         if growth < MAX_GROWTH:
             return growth
@@ -121,7 +121,7 @@ class HotPrefixes:
 
 
 def depths_of(num_blocks: int) -> Iterator[int]:
-    """Where a prompt of so many blocks is counted: two depths for each doubling."""
+    """The depths at which a prompt of `num_blocks` is counted: two per doubling."""
     power = 1
     while power <= num_blocks:
         yield power
@@ -131,7 +131,7 @@ def depths_of(num_blocks: int) -> Iterator[int]:
 
 
 def sample_of(body: JsonObject) -> str | None:
-    """How a call's text begins, or that of its first prompt or message; None if it has ids only."""
+    """The beginning of a request's text, first prompt or first message; None if it has token ids only."""
     for name in ("text", "prompt"):
         text = body.get(name)
         if isinstance(text, list) and text:

@@ -1,5 +1,7 @@
-"""The last two minutes, second by second: requests, first tokens, hits. From the counters, so that no request
-pays for it. Event loop thread only; the time is given."""
+"""Request rates, first-token times and hit ratio of the last two minutes, one point per second.
+
+Computed from the counters, at no cost to requests. Event loop thread only; the time is passed in.
+"""
 
 from __future__ import annotations
 
@@ -25,7 +27,7 @@ class _Totals(msgspec.Struct, frozen=True):
 
 
 class LiveSeries:
-    """See the module."""
+    """The points. See the module."""
 
     def __init__(self, metrics: RouterMetrics, now_s: float) -> None:
         self._metrics = metrics
@@ -34,11 +36,11 @@ class LiveSeries:
         self._totals = self._read()
 
     def points(self) -> list[SeriesPoint]:
-        """The oldest first."""
+        """All points, the oldest first."""
         return list(self._points)
 
     def tick(self, now_s: float) -> None:
-        """To be called a few times a second; a point is made when its second is over."""
+        """Add a point if a second is over. Called several times per second."""
         seconds = now_s - self._at_s
         if seconds < STEP_S:
             return

@@ -1,10 +1,10 @@
-"""Log lines, as text or JSON, to stderr and a file; whoever logs never waits for either, and never fails.
+"""Writes log lines, as text or JSON, to stderr and a file. A thread that logs never waits and never fails.
 
     logger ── queue, bounded ──> a thread ──> stderr
                                       └─────> DIR/router.log, which is renamed when it has grown
 
-Where nobody reads stderr, or the disk is full, lines are lost and counted; the count is logged when lines
-can be written again. What a line says of strangers cannot begin another one: control characters are escaped.
+If stderr is not read, or the disk is full, lines are lost and counted; the count is logged when lines can be
+written again. Control characters are escaped: the text of a client cannot begin another line.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from memserve.core.errors import ConfigError
 from memserve.router.observability.config import LogConfig
 
 MAX_WAITING = 10_000
-"""Lines that wait for their turn; of more, the newest are lost."""
+"""Queued lines; further lines are lost."""
 RETRY_S = 5.0
-"""How long a file that could not be written to is left alone."""
+"""Wait before a failed file is written again."""
 CLOSE_S = 2.0
-"""How long the end of the process waits for lines to be written."""
+"""Time limit for writing the queued lines at exit."""
 
 _DIRECTIVE = re.compile(r"(?:(\w+)=)?%(?!%)[#0\- +]*\d*(?:\.\d+)?([a-zA-Z])")
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), 0x7F, 0x85, 0x2028, 0x2029)}
 
 
 class TextFormatter(logging.Formatter):
-    """One line per record; a traceback follows on lines of its own."""
+    """One line per record; a traceback follows on further lines."""
 
     def __init__(self) -> None:
         super().__init__("[%(asctime)s] %(levelname)s %(name)s: %(message)s")
@@ -51,7 +51,7 @@ class JsonFormatter(logging.Formatter):
     """One JSON object per line: time, level, logger, message, and every `name=value` of the message."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """As `json.dumps` writes it, without a line break."""
+        """The JSON object, without a line break."""
         seconds = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line: dict[str, object] = {
             "time": f"{seconds}.{int(record.msecs):03d}Z",
@@ -72,21 +72,21 @@ class JsonFormatter(logging.Formatter):
 
 @lru_cache(maxsize=1024)
 def fields_of(template: str) -> tuple[str, ...]:
-    """What each argument of a message is called: the word before its `=`, or ""."""
+    """The name of each argument of a message: the word before its `=`, or ""."""
     return tuple(name for name, _ in _DIRECTIVE.findall(template.replace("%%", "")))
 
 
 class ResilientFileHandler(RotatingFileHandler):
-    """A file that may be impossible to write to for a while."""
+    """A rotated file that may be unwritable for a while."""
 
     def __init__(self, path: Path, max_bytes: int, num_backups: int) -> None:
-        """Raises OSError if it cannot be opened at the beginning."""
+        """Raises OSError if the file cannot be opened."""
         super().__init__(path, maxBytes=max_bytes, backupCount=num_backups, encoding="utf-8")
         self.num_lost = 0
         self._until_s = 0.0
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write it, or lose it."""
+        """Write the record, or lose and count it."""
         if time.monotonic() < self._until_s:
             self.num_lost += 1
             return
@@ -98,7 +98,7 @@ class ResilientFileHandler(RotatingFileHandler):
             super().emit(logging.makeLogRecord({"name": __name__, "levelname": "WARNING", "msg": lines}))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Leave the file alone for a while. What its buffer holds is lost too: it would only grow."""
+        """Stop writing for `RETRY_S`. The buffered lines are lost, too: the buffer would only grow."""
         self.num_lost += 1
         error = sys.exception()
         if not isinstance(error, OSError):
@@ -113,30 +113,30 @@ class ResilientFileHandler(RotatingFileHandler):
 
 
 class _Stderr(logging.StreamHandler[TextIO]):
-    """What a service manager or a person reads, if anybody does."""
+    """The process's stderr."""
 
     def handleError(self, _: logging.LogRecord) -> None:  # noqa: N802
-        """Nobody does."""
+        """Ignore errors: stderr may be closed."""
 
 
 class _QueueHandler(QueueHandler):
-    """Where records come in, on any thread."""
+    """Puts records into the queue, on any thread."""
 
-    def __init__(self, waiting: queue.Queue[Any]) -> None:
-        super().__init__(waiting)
+    def __init__(self, records: queue.Queue[Any]) -> None:
+        super().__init__(records)
         self.num_lost = 0
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
-        """Words are made on the other thread."""
+        """Defer formatting to the writer thread."""
         return record
 
     def handleError(self, _: logging.LogRecord) -> None:  # noqa: N802
-        """Too many wait."""
+        """The queue is full: count the lost line."""
         self.num_lost += 1
 
 
 class Logs:
-    """The process's log lines, from `start` to `close`."""
+    """Writes the process's log lines from `start` to `close`."""
 
     def __init__(self, config: LogConfig) -> None:
         """Raises ConfigError if the log file cannot be written."""
@@ -152,29 +152,29 @@ class Logs:
         for handler in self._handlers:
             handler.setFormatter(formatter)
         self._level = config.log_level.upper()
-        self._waiting: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_WAITING)
-        self._door = _QueueHandler(self._waiting)
+        self._queue: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_WAITING)
+        self._entry = _QueueHandler(self._queue)
         self._thread = threading.Thread(target=self._write, name="logs", daemon=True)
 
     def start(self) -> None:
-        """Take everything that is logged from now on."""
+        """Handle all records from now on."""
         root = logging.getLogger()
         root.setLevel(self._level)
-        root.addHandler(self._door)
+        root.addHandler(self._entry)
         self._thread.start()
 
     def close(self) -> None:
-        """Write what waits, for a while at most."""
-        logging.getLogger().removeHandler(self._door)
+        """Write the queued lines, within `CLOSE_S`."""
+        logging.getLogger().removeHandler(self._entry)
         with suppress(queue.Full):
-            self._waiting.put(None, timeout=CLOSE_S)
+            self._queue.put(None, timeout=CLOSE_S)
         self._thread.join(CLOSE_S)
 
     def _write(self) -> None:
-        while (record := self._waiting.get()) is not None:
+        while (record := self._queue.get()) is not None:
             self._handle(record)
-            if (lost := self._door.num_lost) and self._waiting.empty():
-                self._door.num_lost -= lost
+            if (lost := self._entry.num_lost) and self._queue.empty():
+                self._entry.num_lost -= lost
                 told = {"name": __name__, "levelno": logging.WARNING, "levelname": "WARNING"}
                 self._handle(logging.makeLogRecord({**told, "msg": "log lines lost num=%d", "args": (lost,)}))
 

@@ -1,4 +1,4 @@
-"""What the router counts of its requests, for Prometheus. Any part of it may count; none reads."""
+"""The router's request metrics, in Prometheus' format. Other parts count through their own protocols."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ DURATIONS = (
     *(0.001, 0.002, 0.003, 0.005, 0.0075, 0.01, 0.015, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.5),
     *(0.75, 1.0, 1.5, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0),
 )
-"""Bounds of what clients wait for, in seconds; fine enough to read quantiles off."""
+"""Default bucket bounds of client-side durations, in seconds; fine enough for quantiles."""
 
 
 class RouterMetrics:
-    """The counters of one router. Those who see a request's way count it here."""
+    """The counters of one router."""
 
     def __init__(self, durations: tuple[float, ...] = DURATIONS) -> None:
-        """`durations`: bounds of the histograms of what clients wait for, in seconds."""
+        """`durations`: bucket bounds of client-side durations, in seconds."""
         self.registry = CollectorRegistry()
         self._counted: list[Counter | Gauge | Histogram] = []
         self._count_requests(durations)
@@ -40,7 +40,7 @@ class RouterMetrics:
     def _count_requests(self, durations: tuple[float, ...]) -> None:
         self.requests = self._counter("requests", "Requests that have ended.", "path", "status")
         self.retries = self._counter(
-            "retries", "Requests done again as an instance was lost or failed.", "reason"
+            "retries", "Requests retried because an instance was lost or failed.", "reason"
         )
         self.resumed = self._counter(
             "resumed",
@@ -48,20 +48,22 @@ class RouterMetrics:
             "prompt, refused (they end with an error), or diverged (the next server answered differently).",
             "outcome",
         )
-        self.harmful = self._counter("harmful", "Requests given up as several servers were lost with them.")
+        self.harmful = self._counter(
+            "harmful", "Poison requests: rejected after several servers were lost with them."
+        )
         self.request_seconds = self._histogram(
             "request_seconds", "From a request's head to the end of its answer.", durations, "path"
         )
         self.first_token_seconds = self._histogram(
             "time_to_first_token_seconds",
-            "From a request's head to the first byte of its stream; of answers in one piece, to the end of "
-            "their prefill, where it is known.",
+            "From a request's head to the first byte of its stream; without a stream, to the end of its "
+            "prefill, if that is known.",
             durations,
             "path",
         )
         self.inter_token_seconds = self._histogram(
             "inter_token_seconds",
-            "Of streams, the mean time between one event and the next, once per request.",
+            "Mean time between two events of a stream, once per request.",
             durations,
             "path",
         )
@@ -71,37 +73,39 @@ class RouterMetrics:
         self.placed = counter("placed", "Requests sent to an instance.", "instance", "role")
         self.unknown_tokens = counter(
             "unknown_tokens",
-            "Requests placed by load and session only, as their tokens are not known.",
+            "Requests placed by load and session only, because their tokens are not known.",
             "reason",
         )
-        self.prompt_tokens = counter("prompt_tokens", "Tokens of the prompts that were placed.")
+        self.prompt_tokens = counter("prompt_tokens", "Tokens of placed prompts.")
         self.expected_tokens = counter(
-            "expected_cached_tokens", "Tokens that the prompt tree said the chosen prefill has."
+            "expected_cached_tokens", "Tokens that the chosen prefill had according to the prompt tree."
         )
-        self.cached_tokens = counter("cached_tokens", "Tokens that prefill says it had, where it says so.")
+        self.cached_tokens = counter("cached_tokens", "Tokens that the prefill reported as cached.")
         tiers = counter(
             "prompt_tokens_by_tier",
-            "Tokens of placed prompts by where the prompt tree saw them for the chosen prefill: in its HBM "
-            "or DRAM, at another to be fetched from (remote), or nowhere that helps (computed).",
+            "Tokens of placed prompts by their place according to the prompt tree: in the chosen prefill's "
+            "HBM or DRAM, at an instance to fetch from (remote), or to be computed.",
             "tier",
         )
-        self.told_tokens = counter("told_prompt_tokens", "Prompt tokens whose prefill told what it had.")
+        self.told_tokens = counter(
+            "told_prompt_tokens", "Prompt tokens of the requests whose prefill reported cached tokens."
+        )
         self.tier_tokens = tuple(tiers.labels(tier.name.lower()) for tier in LOCAL_TIERS)
         self.remote_tokens, self.computed_tokens = tiers.labels("remote"), tiers.labels("computed")
         self.fetches = counter(
             "fetches",
-            "Fetches before dispatch: whole, part, none of the blocks came, impossible to ask for, or "
-            "shared (waited for another request's).",
+            "Fetches before dispatch: whole, part or none of the blocks arrived, impossible, or shared "
+            "(waited for another request's fetch).",
             "outcome",
         )
-        self.fetched_blocks = counter("fetched_blocks", "Blocks that prefills have by fetches.")
-        self.fetch_seconds = histogram("fetch_seconds", "What requests waited for fetches.", _SECONDS)
+        self.fetched_blocks = counter("fetched_blocks", "Blocks that fetches brought to prefills.")
+        self.fetch_seconds = histogram("fetch_seconds", "Time that requests waited for fetches.", _SECONDS)
         self.prefill_seconds = histogram(
             "prefill_seconds", "From a request's dispatch to the end of its prefill.", _SECONDS
         )
         self.regret_seconds = histogram(
             "regret_seconds",
-            "How much longer a prefill took than the best other choice would have, as known then.",
+            "Observed prefill time minus the predicted time of the best other choice, at least 0.",
             _SECONDS,
         )
         self.prefill_seconds_error = Gauge(
@@ -111,9 +115,9 @@ class RouterMetrics:
         self._counted.append(self.prefill_seconds_error)
 
     def _count_refusals(self) -> None:
-        self.refused = self._counter("refused", "Requests that were not let in.", "reason")
+        self.refused = self._counter("refused", "Requests refused admission.", "reason")
         self.queue_seconds = self._histogram(
-            "queue_seconds", "What requests waited for their turn, if they had to.", _SECONDS
+            "queue_seconds", "Time that queued requests waited for admission.", _SECONDS
         )
 
     def count_refusal(self, reason: str) -> None:
@@ -163,16 +167,16 @@ class RouterMetrics:
             self.regret_seconds.observe(report.regret_s)
 
     def show(self, name: str, help: str, value: Callable[[], float]) -> None:
-        """Show what `value` gives whenever somebody looks."""
+        """Export a gauge whose value is read at each scrape."""
         shown = prometheus_client.Gauge(f"{PREFIX}_{name}", help, registry=self.registry)
         shown.set_function(value)
 
     def watch(self, collector: Collector) -> None:
-        """Show also what `collector` tells whenever somebody looks."""
+        """Export the families of `collector` at each scrape."""
         self.registry.register(collector)
 
     def exposition(self) -> bytes:
-        """All numbers, in Prometheus' text format."""
+        """All metrics, in Prometheus' text format."""
         return generate_latest(self.registry)
 
     def _counter(self, name: str, help: str, *labels: str) -> Counter:
@@ -187,7 +191,7 @@ class RouterMetrics:
 
 
 class _Counted(Collector):
-    """What is counted here, as families."""
+    """The families of all counters."""
 
     def __init__(self, counted: list[Counter | Gauge | Histogram]) -> None:
         self._counted = counted

@@ -1,8 +1,8 @@
-"""The requests that have ended lately, to be looked at and asked about; and what each adds to the numbers.
+"""Keeps the records of recent requests for the dashboard, and counts each request's times.
 
-A ring of everything, and a smaller one of what went wrong, so that a flood of good requests does not wash
-the bad ones away. Decisions are kept as they were made and told in words only when somebody asks; prompts
-are not kept. Event loop thread only.
+One ring has all requests, a smaller one the failed ones, so that a flood of successful requests does not
+displace them. Decisions are kept as records and explained on demand; prompts are not kept. Event loop thread
+only.
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from memserve.router.records import RequestRecord
 
 FAULTS_KEPT = 128
 FAULT = 500
-"""What is answered with this, or more, went wrong on our side."""
+"""Statuses from here on count as faults of the router or a server."""
 
 
 class RequestLog:
-    """See the module."""
+    """The rings. See the module."""
 
     def __init__(self, metrics: RouterMetrics, kept: int = 1024, faults_kept: int = FAULTS_KEPT) -> None:
         self._metrics = metrics
@@ -29,7 +29,7 @@ class RequestLog:
         self._by_path: dict[str, tuple[Buckets, Buckets, Buckets]] = {}
 
     def add(self, one: RequestRecord) -> None:
-        """It has ended. About 1 µs."""
+        """Record a request that has ended. About 1 µs."""
         self._ended.append(one)
         if one.status >= FAULT:
             self._faults.append(one)
@@ -52,12 +52,12 @@ class RequestLog:
                 inter_token.observe((one.seconds - first_s) / (one.num_events - 1))
 
     def newest(self, num: int, *, only_faults: bool = False) -> list[RequestRecord]:
-        """At most `num`, the last one first."""
+        """At most `num` records, the newest first."""
         ring = self._faults if only_faults else self._ended
         return [one for one, _ in zip(reversed(ring), range(num), strict=False)]
 
     def find(self, name: str) -> RequestRecord | None:
-        """The last one with this rid or request id that is still kept."""
+        """The newest kept record with this rid or request id."""
         return next((one for one in self._all() if name in (one.rid, one.request_id)), None)
 
     def _all(self) -> Iterator[RequestRecord]:

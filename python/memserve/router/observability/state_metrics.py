@@ -1,4 +1,4 @@
-"""The router's state for Prometheus, read when somebody looks: who is there, the tree and its truth."""
+"""Metrics of the router's state, read at each scrape: members, prompt tree, audits, tokenizers, costs."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from memserve.router.observability.metrics import PREFIX
 
 
 class StateCollector(Collector):
-    """Reads the state on the event loop's thread."""
+    """Reads the state. Event loop thread only."""
 
     def __init__(self, state: StateView) -> None:
         self._state = state
@@ -43,8 +43,8 @@ class StateCollector(Collector):
         yield _gauge("followed", "Ready instances, by how the prompt tree follows them.", ("by",), modes)
         sources = {name: one for how in followed for name, one in how.sources.items()}
         for name, help in (
-            ("connected", "Whether a worker's own cache events arrive."),
-            ("complete", "Whether none of them was missed."),
+            ("connected", "1 if a worker's own cache events arrive."),
+            ("complete", "1 if none of them was missed."),
         ):
             values = {(source,): int(getattr(one, name)) for source, one in sources.items()}
             yield _gauge(f"events_{name}", help, ("instance",), values)
@@ -53,14 +53,14 @@ class StateCollector(Collector):
             for source, one in sources.items()
             for reason, count in one.forgotten.items()
         }
-        help = "Times that all that was believed of a worker was forgotten."
+        help = "Times that the tree dropped all blocks of a worker."
         yield _counter("events_forgotten", help, ("instance", "reason"), forgotten)
         unknown = {(model,): 1 for model in self._state.tokenizers.reasons()}
         yield _gauge("models_without_tokens", "Models whose requests are not tokenized.", ("model",), unknown)
         yield _gauge("pools", "Memory pools known.", (), {(): len(self._state.pools.members())})
 
     def _loads(self) -> Iterator[Metric]:
-        """What instances say of themselves with their heartbeats."""
+        """The loads that instances report with their heartbeats."""
         members = self._state.cluster.members()
         loads = {it.info.instance_id: it.load for it in members if it.load is not None}
         requests = {
@@ -69,12 +69,12 @@ class StateCollector(Collector):
             for what, count in (("running", load.num_running), ("queued", load.num_queued))
         }
         yield _gauge(
-            "instance_requests", "Requests at an instance, by its word.", ("instance", "what"), requests
+            "instance_requests", "Requests at an instance, as it reports.", ("instance", "what"), requests
         )
         used = {(name,): load.num_used_tokens / max(1, load.max_tokens) for name, load in loads.items()}
         yield _gauge("instance_kv_usage", "Share of its HBM that requests fill.", ("instance",), used)
         ages = {(name,): load.step_age_s for name, load in loads.items()}
-        help = "Seconds since an instance's scheduler last came round."
+        help = "Seconds since an instance's last scheduler step."
         yield _gauge("instance_step_age_seconds", help, ("instance",), ages)
         blocks = Counter[tuple[str, str, str]]()
         for pool in self._state.pools.members():
@@ -83,7 +83,7 @@ class StateCollector(Collector):
                 blocks[name, tier.tier, "cached"] += tier.num_cached
                 if tier.num_free is not None:
                     blocks[name, tier.tier, "free"] += tier.num_free
-        help = "Blocks of a pool, its ranks together, by its word."
+        help = "Blocks of a pool, its ranks together, as it reports."
         yield _gauge("pool_blocks", help, ("instance", "tier", "state"), blocks)
 
     def _tree(self) -> Iterator[Metric]:
@@ -95,17 +95,19 @@ class StateCollector(Collector):
         }
         yield _gauge("tree_blocks", "Distinct blocks in the prompt tree.", (), {(): stats.blocks})
         yield _gauge("tree_held_blocks", "Blocks that an instance holds.", ("instance", "tier"), held)
-        yield _gauge("tree_expected_blocks", "Dispatched, not reported yet.", (), {(): stats.expected})
+        yield _gauge(
+            "tree_expected_blocks", "Blocks dispatched and not reported yet.", (), {(): stats.expected}
+        )
         happened = {**asdict(stats.counters), **asdict(self._state.synchronizer.counters())}
         counts = {(what,): count for what, count in happened.items()}
-        yield _counter("tree_events", "What has happened to the prompt tree.", ("what",), counts)
+        yield _counter("tree_events", "Events of the prompt tree.", ("what",), counts)
 
     def _truth(self) -> Iterator[Metric]:
         truths = self._state.synchronizer.audit_results()
         for name, help in (
-            ("precision", "Of what the tree had of an instance at its last audit, the share that was there."),
-            ("recall", "Of what was there, the share that the tree had."),
-            ("phantoms", "Blocks that the tree had and the instance had not."),
+            ("precision", "Share of the tree's blocks of an instance that its last audit found there."),
+            ("recall", "Share of an instance's blocks that the tree had at its last audit."),
+            ("phantoms", "Blocks that the tree had and the instance did not."),
         ):
             values = {(instance,): getattr(truth, name) for instance, truth in truths.items()}
             yield _gauge(f"tree_{name}", help, ("instance",), values)
@@ -113,9 +115,9 @@ class StateCollector(Collector):
     def _tokens(self) -> Iterator[Metric]:
         stats = self._state.tokenizers.stats()
         for name, help in (
-            ("calls", "Calls whose text was tokenized."),
-            ("tokens", "Tokens of them."),
-            ("cached_tokens", "Tokens of them that were remembered."),
+            ("calls", "Requests whose text was tokenized."),
+            ("tokens", "Tokens of those requests."),
+            ("cached_tokens", "Tokens of those requests that came from the cache."),
             ("seconds", "Time spent tokenizing."),
         ):
             values = {(model,): getattr(one, name) for model, one in stats.items()}
@@ -130,11 +132,11 @@ class StateCollector(Collector):
         labels = ("model", "what")
         yield _gauge(
             "cost_error",
-            "Moving mean of |predicted - observed| / observed of work that was timed.",
+            "Moving mean of |predicted - observed| / observed of timed work.",
             labels,
             errors,
         )
-        yield _counter("cost_observations", "Work that was timed.", labels, observed)
+        yield _counter("cost_observations", "Timed prefills and fetches.", labels, observed)
 
 
 Values = Mapping[Any, float]

@@ -1,4 +1,4 @@
-"""Everything that is remembered of requests, to be shown. A plain record of its parts."""
+"""The counters and recent records of requests, and the proxy's observer."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from memserve.scheduling.context import Prompt
 
 @dataclass(frozen=True, slots=True)
 class Telemetry:
-    """Event loop thread only."""
+    """All parts together. Event loop thread only."""
 
     metrics: RouterMetrics
     requests: RequestLog
@@ -44,6 +44,6 @@ class Telemetry:
         self.metrics.resumed.labels(outcome).inc()
 
     def tick(self, now_s: float) -> None:
-        """To be called a few times a second."""
+        """Advance the series and the prefixes. Called several times per second."""
         self.series.tick(now_s)
         self.prefixes.tick(now_s)

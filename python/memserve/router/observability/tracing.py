@@ -1,13 +1,13 @@
 """Traces of requests across clients, router and servers: W3C's `traceparent`, and OpenTelemetry spans.
 
-    client's span ── traceparent ──> request ┬─ queue      until it was let in
-                                             ├─ place      until it was known where it goes
-                                             ├─ fetch      of history, before it is sent
+    client's span ── traceparent ──> request ┬─ queue      until admission
+                                             ├─ place      until its instances are chosen
+                                             ├─ fetch      of cached blocks, before dispatch
                                              ├─ prefill ── traceparent ──> the server's own spans
-                                             └─ decode ─── traceparent ──> the same
+                                             └─ decode ─── traceparent ──> the server's own spans
 
-Off, a client's `traceparent` is handed to the servers as it is, and nothing else is done. A server joins
-with SGLang's own --enable-trace. Event loop thread only; spans leave on a thread of the SDK's.
+Without --enable-trace, a client's `traceparent` is only passed on to the servers. A server adds its spans
+with SGLang's own --enable-trace. Event loop thread only; a thread of the SDK sends the spans.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]
 
 
 class Propagated:
-    """A client's trace, in which the router has no part."""
+    """A client's trace that the router adds no spans to."""
 
     def __init__(self, headers: Mapping[str, str]) -> None:
         self._headers = headers
@@ -54,7 +54,7 @@ class Propagated:
 
 
 class PropagateOnly:
-    """Hands on what clients send. See `records.Traces`."""
+    """Passes clients' trace headers on. See `records.Traces`."""
 
     def begin(self, path: str, headers: Mapping[str, str]) -> RequestTrace | None:
         parent = headers.get(PARENT)
@@ -65,10 +65,10 @@ class PropagateOnly:
 
 
 class Tracing:
-    """Spans. See `records.Traces`."""
+    """Makes spans. See `records.Traces`."""
 
     def __init__(self, provider: TracerProvider) -> None:
-        """`provider`: where they go. Its own to shut down."""
+        """`provider` receives the spans; `close` shuts it down."""
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self.provider = provider
@@ -77,7 +77,7 @@ class Tracing:
 
     @classmethod
     def to(cls, endpoint: str) -> Tracing:
-        """Send spans there, OTLP over gRPC. Raises ConfigError if the packages for it are missing."""
+        """Send spans to `endpoint`, OTLP over gRPC. Raises ConfigError if a package is missing."""
         try:
             from opentelemetry.exporter.otlp.proto.grpc.trace_exporter import OTLPSpanExporter
             from opentelemetry.sdk.resources import Resource
@@ -94,7 +94,7 @@ class Tracing:
         return SpannedRequest(self, path, headers)
 
     def close(self) -> None:
-        """Send what waits, and no more."""
+        """Send the queued spans and stop."""
         self.provider.shutdown()
 
 
@@ -116,16 +116,16 @@ class SpannedRequest:
         self._context = trace.set_span_in_context(self._span)
         self._since_ns = time.time_ns()
         self._clock_ns = self._since_ns - time.monotonic_ns()
-        """What the monotonic clock lacks."""
+        """Offset from the monotonic clock to Unix time."""
         self._legs: dict[str, list[Span]] = {}
         self._placed: Assignment | None = None
         self._placed_ns = 0
 
     def admitted(self) -> None:
-        self._child("queue", self._since_ns, self._now_ns())
+        self._add_span("queue", self._since_ns, self._now_ns())
 
     def placed(self, placed: Assignment) -> None:
-        self._told_fetch()
+        self._add_fetch_span()
         self._placed, self._placed_ns = placed, time.time_ns()
         context, chosen = placed.decision.context, placed.decision.chosen
         attributes: dict[str, str | int | bool] = {
@@ -135,7 +135,7 @@ class SpannedRequest:
             "memserve.prompt_tokens": placed.prompt.num_tokens,
             "memserve.expected_cached_tokens": context.cached_tokens(chosen.cached_blocks),
         }
-        self._child("place", self._since_ns, self._now_ns(), attributes)
+        self._add_span("place", self._since_ns, self._now_ns(), attributes)
 
     def leg(self, instance: str, role: str) -> Mapping[str, str]:
         span = self._tracing.tracer.start_span(
@@ -154,7 +154,7 @@ class SpannedRequest:
             self._end_leg(spans.pop(0), is_answered)
 
     def end(self, ended: RequestRecord) -> None:
-        self._told_fetch()
+        self._add_fetch_span()
         for spans in self._legs.values():
             for span in spans:
                 self._end_leg(span, False)
@@ -171,8 +171,8 @@ class SpannedRequest:
             self._span.set_status(self._trace.StatusCode.ERROR, ended.reason)
         self._span.end()
 
-    def _told_fetch(self) -> None:
-        """Of the last place it was given, once the request has gone out there or was given another."""
+    def _add_fetch_span(self) -> None:
+        """Add the fetch span of the last assignment, once the request was dispatched or placed again."""
         placed, self._placed = self._placed, None
         if placed is not None and placed.plan is not None and placed.fetched is not None:
             begun_ns = self._placed_ns
@@ -180,9 +180,9 @@ class SpannedRequest:
                 "memserve.source": placed.plan.source,
                 "memserve.blocks": placed.fetched.num_blocks,
             }
-            self._child("fetch", begun_ns, begun_ns + int(placed.fetched.seconds * 1e9), told)
+            self._add_span("fetch", begun_ns, begun_ns + int(placed.fetched.seconds * 1e9), told)
 
-    def _child(
+    def _add_span(
         self, name: str, begun_ns: int, ended_ns: int, told: Mapping[str, str | int | bool] | None = None
     ) -> None:
         span = self._tracing.tracer.start_span(
