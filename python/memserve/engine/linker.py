@@ -148,7 +148,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         def keys() -> list[BlockKey]:
             return page_keys(tokens[: len(tokens) // page * page], page, namespace)
 
-        self.node.prompt_names.name(req.rid, keys)
+        self.node.prompt_keys.add(req.rid, keys)
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Every prefix length, in pages, that DRAM could restore."""

@@ -55,8 +55,7 @@ class Membership:
         self._clock = clock
         self._view: tuple[PoolInfo, ...] = ()
         self._registered = False
-        self._directs_fetches = False
-        self._wants_names = False
+        self._wants_prompt_keys = False
         # The rest belongs to the thread.
         self._listed: tuple[PoolInfo, ...] = ()
         self._version = 0
@@ -79,14 +78,9 @@ class Membership:
         return self._registered
 
     @property
-    def directs_fetches(self) -> bool:
-        """Whether the router tells this pool what to fetch before a prompt comes."""
-        return self._directs_fetches
-
-    @property
-    def wants_names(self) -> bool:
+    def wants_prompt_keys(self) -> bool:
         """Whether the router wants to be told of the keys of prompts."""
-        return self._wants_names
+        return self._wants_prompt_keys
 
     def pools(self) -> tuple[PoolInfo, ...]:
         """The other pools, whatever they hold; a new tuple whenever they change."""
@@ -121,8 +115,7 @@ class Membership:
         if answer.pools is not None:
             self._listed = tuple(info for info in answer.pools if info.epoch != self._info.epoch)
         self._registered = True
-        self._directs_fetches = answer.directs_fetches
-        self._wants_names = answer.wants_names
+        self._wants_prompt_keys = answer.wants_prompt_keys
         self._update()
         return answer.heartbeat_s
 

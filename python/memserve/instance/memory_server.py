@@ -34,8 +34,8 @@ from memserve.core.memory import free_memory_bytes
 from memserve.instance.membership import Membership
 from memserve.instance.memory_budget import LayoutUsage, MemoryBudget
 from memserve.instance.metrics import CONTENT_TYPE, exposition
+from memserve.instance.pool_agent import tier_blocks
 from memserve.instance.publisher import Publisher
-from memserve.instance.tier_blocks import tier_blocks
 from memserve.mempool.events import digest
 from memserve.mempool.eviction import EVICTION_POLICIES, EvictionName
 from memserve.mempool.pool import MemPool

@@ -1,9 +1,9 @@
-"""One rank's memory pool as a member of the cluster: which peers it fills, and which fill it.
+"""One rank's memory pool as a member of the cluster: it pushes stored pages to the pools that need them.
 
-    prefill   what it stores goes to a memory instance
-    decode    when a request ends, its pages go home to the prefill it came from
+    prefill   pushes its pages to a memory instance
+    decode    when a request ends, pushes the pages to the prefill that the request came from
 
-Without a router it is a pool and nothing more. Knows no SGLang and no HBM.
+Without a router the pool has no peers. Knows no SGLang and no HBM.
 Source: MemServe, PD-Caching-3 (D to P at the request's end).
 """
 
@@ -13,73 +13,87 @@ import logging
 import threading
 import time
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from typing import Any
 
 import msgspec
-from xxhash import xxh3_64_intdigest
 
 from memserve.core.block_addr import Tier
 from memserve.core.block_keys import BlockKey
 from memserve.core.caching import CachingMode
 from memserve.core.errors import InstanceLost, LayoutMismatch, MemServeError, OutOfBlocks, PeerDeclined
+from memserve.core.executor import BoundedExecutor
 from memserve.core.ids import InstanceId
 from memserve.core.kv_layout import KVLayout
 from memserve.core.memory import free_memory_bytes
 from memserve.instance.membership import Membership
-from memserve.instance.prompt_keys import PromptKeyLog
-from memserve.instance.publisher import Publisher
+from memserve.instance.publisher import PromptKeyLog, Publisher
 from memserve.instance.push_queue import PushQueue, PushTask
-from memserve.instance.tier_blocks import tier_blocks
 from memserve.mempool.events import digest
 from memserve.mempool.eviction import EvictionName
 from memserve.mempool.pool import Device, MemPool
+from memserve.mempool.remote.evacuation import preference
 from memserve.mempool.remote.peers import Peers
 from memserve.peering.endpoint import TransferEndpoint
 from memserve.peering.remote_process import PeerAddress
 from memserve.transport.registry import TransportConfig, open_transports
 from memserve.wire.link import ControlClient
-from memserve.wire.messages import PoolInfo, Role
+from memserve.wire.messages import PoolInfo, Role, TierBlocks
 
 logger = logging.getLogger(__name__)
 
 DRAM_PER_HBM = 2
-"""Bytes of DRAM for each byte of KV in HBM, where nobody said how many."""
+"""Default bytes of DRAM per byte of KV in HBM."""
 MAX_GROWTH = 4
-"""How many times its first size a tier may ever have: each slot it could have costs some bytes."""
+"""A tier can grow to this many times its first size: each possible slot costs some bytes of metadata."""
 RESIZE_TIMEOUT_S, RESIZE_RETRY_S = 30.0, 0.05
+MAX_RESIZES = 16
+"""Running or waiting; a further one is dropped and logged."""
 MOST_OF_FREE = 0.25
-"""But no more than this of the free memory: several servers may share a machine."""
+"""Default upper bound, as a share of the free memory: several servers may share a machine."""
 
 
 class PoolSettings(msgspec.Struct, frozen=True):
-    """What the ranks of one server are told of their pools, as JSON."""
+    """The settings of the pools of one server's ranks, passed to them as JSON."""
 
     instance_id: InstanceId
     role: Role
     caching: CachingMode
     dram_bytes: int | None
-    """For all ranks together; None: twice the KV memory of the device, if there is room."""
+    """Of all ranks together; None: twice the KV memory of the device, if there is room."""
     router: str | None
-    """Its control address; None: the pool knows no peers."""
+    """Control address of the router; None: the pool has no peers."""
     bootstrap: str
-    """`host:port` by which requests name this prefill to decode; empty for other roles."""
+    """`host:port` that names this prefill in requests to decode; empty for other roles."""
     transport: TransportConfig
     eviction: EvictionName = "lru"
 
 
 def dram_slots(dram_bytes: int | None, layout: KVLayout, hbm_bytes: int) -> int:
-    """Blocks of one rank's DRAM tier, whose HBM holds `hbm_bytes` of KV. At least one."""
+    """Blocks of the DRAM tier of one rank whose HBM holds `hbm_bytes` of KV. At least one."""
     if dram_bytes is None:
         free = free_memory_bytes() // layout.num_ranks
         dram_bytes = min(DRAM_PER_HBM * hbm_bytes, int(free * MOST_OF_FREE)) * layout.num_ranks
     return max(1, dram_bytes // layout.num_ranks // layout.block_bytes)
 
 
+def tier_blocks(pools: Sequence[MemPool]) -> tuple[TierBlocks, ...]:
+    """Blocks in each tier of some pools of one instance: their own tiers, then the external ones."""
+    numbers = {Tier.DRAM: [0, 0, 0]}
+    for pool in pools:
+        for tier, stats in pool.stats_by_tier().items():
+            before = numbers.get(tier, [0, 0, 0])
+            numbers[tier] = [
+                a + b for a, b in zip(before, (stats.cached, stats.free, stats.total), strict=True)
+            ]
+    own = [TierBlocks(tier.name.lower(), *numbers[tier]) for tier in sorted(numbers)]
+    external = [item for pool in pools for item in pool.external_blocks().items()]
+    return (*own, *(TierBlocks(tier.name.lower(), num_blocks) for tier, num_blocks in external))
+
+
 class PoolAgent:
-    """A pool and its ways to others. Any thread may call anything."""
+    """A pool and its connections to other pools. Any thread may call any method."""
 
     def __init__(self, settings: PoolSettings, pool: MemPool, endpoint: TransferEndpoint | None) -> None:
         """Join the cluster if there is a router, with peers that talk to `endpoint`, which `close` closes.
@@ -91,15 +105,14 @@ class PoolAgent:
         self._peers: Peers | None = None
         self._members: Membership | None = None
         self._publisher: Publisher | None = None
-        self._namer = ThreadPoolExecutor(1, thread_name_prefix="mempool-names")
-        self.prompt_names = PromptKeyLog(self._namer)
-        self._resizer = ThreadPoolExecutor(1, thread_name_prefix="mempool-resize")
+        self.prompt_keys = PromptKeyLog()
+        self._resizer = BoundedExecutor("mempool-resize", capacity=MAX_RESIZES)
         self._closing = threading.Event()
-        self._outbox = PushQueue(self._send)
+        self._pushes = PushQueue(self._push)
         if settings.router is not None and endpoint is not None:
             self._join(settings, settings.router, endpoint)
 
-    # ---- what goes out
+    # ---- stores and pushes
 
     def store(
         self,
@@ -121,27 +134,29 @@ class PoolAgent:
             return None
         if copied is not None:
             for to in self._receivers(keys, bootstrap):
-                self._outbox.offer(PushTask(to, keys, parent))
+                self._pushes.offer(PushTask(to, keys, parent))
         return copied
 
     def forget(self) -> None:
-        """Send nothing of what has been stored so far; the pool is being cleared."""
-        self._outbox.forget()
+        """Push nothing of what has been stored so far: the pool is being cleared."""
+        self._pushes.forget()
 
-    # ---- how large it is
+    # ---- size
 
     def resize(self, dram_bytes: int) -> None:
-        """Give the tier that much DRAM, all ranks together, soon: on a thread of its own, while it serves.
+        """Give the DRAM tier `dram_bytes`, all ranks together, in the background while it serves.
 
-        It grows to at most MAX_GROWTH times what it began with. Blocks that do not fit any more move or
-        are evicted; what somebody reads or writes just then goes later. The outcome is logged.
+        The tier grows to at most MAX_GROWTH times its first size. Blocks that do not fit any more move
+        or are evicted; blocks that are read or written at that moment follow later. The outcome is logged.
         """
-        self._resizer.submit(self._resize, dram_slots(dram_bytes, self.pool.layout, 0))
+        num_slots = dram_slots(dram_bytes, self.pool.layout, 0)
+        if not self._resizer.execute(lambda: self._resize(num_slots)):
+            logger.warning("memory pool not resized to blocks=%d: too many requests to resize", num_slots)
 
-    # ---- for those who watch
+    # ---- state
 
     def stats(self) -> dict[str, Any]:
-        """Everything there is to know, as plain values."""
+        """All statistics, as plain values."""
         members = self._members.pools() if self._members is not None else ()
         sequence, cached = self.pool.cached()
         tiers = self.pool.stats_by_tier()
@@ -150,7 +165,7 @@ class PoolAgent:
             "pool": asdict(tiers.pop(Tier.DRAM)),
             "tiers": {tier.name.lower(): asdict(stats) for tier, stats in tiers.items()},
             "peers": asdict(self._peers.stats()) if self._peers is not None else None,
-            "outbox": asdict(self._outbox.stats()),
+            "outbox": asdict(self._pushes.stats()),
             "events": {"numbered": sequence},
             "digest": {tier.name.lower(): digest(nodes) for tier, nodes in cached},
         }
@@ -161,10 +176,10 @@ class PoolAgent:
             self._publisher.close()
         if self._members is not None:
             self._members.close()
-        self._outbox.close()
+        self._pushes.close()
         self._closing.set()
-        for executor in (self._resizer, self._namer):
-            executor.shutdown(wait=True, cancel_futures=True)
+        self._resizer.close()
+        self.prompt_keys.close()
         if self._peers is not None:
             self._peers.close()
 
@@ -190,20 +205,20 @@ class PoolAgent:
             on_gone=self._peers.gone,
             tiers=lambda: tier_blocks([self.pool]),
         )
-        if self.pool.layout.rank == 0:  # The ranks of a server hold the same.
+        if self.pool.layout.rank == 0:  # The ranks of a server hold the same blocks.
             client = ControlClient(router, key=key)
             self._publisher = Publisher(
                 client,
                 epoch,
                 self.pool.take_events,
                 self.pool.snapshot,
-                take_named=self.prompt_names.take,
+                take_prompt_keys=self.prompt_keys.take,
             )
 
     @property
-    def names_prompts(self) -> bool:
-        """Whether prompts that come here are to be given to `prompt_names`."""
-        return self._publisher is not None and self._members is not None and self._members.wants_names
+    def wants_prompt_keys(self) -> bool:
+        """Whether the router wants the keys of prompts: add them to `prompt_keys`."""
+        return self._publisher is not None and self._members is not None and self._members.wants_prompt_keys
 
     def _pool_of(self, layout: KVLayout) -> MemPool:
         if layout.digest != self.pool.layout.digest:
@@ -211,7 +226,7 @@ class PoolAgent:
         return self.pool
 
     def _receivers(self, keys: Sequence[BlockKey], bootstrap: str | None) -> list[PoolInfo]:
-        """Who should have these pages, too."""
+        """The pools to push these pages to."""
         if self._members is None or not keys:
             return []
         layout = self.pool.layout.digest.hex()
@@ -221,32 +236,31 @@ class PoolAgent:
         memories = self._members.others(layout, Role.MEMORY)
         if len(memories) > 1:
             root = self.pool.chain_to(keys[-1])[:1] or keys[:1]
-            memories = (min(memories, key=lambda pool: _preference(root[0], pool)),)
+            memories = (min(memories, key=lambda pool: preference(root[0], str(pool.instance_id))),)
         return list(memories)
 
-    def _send(self, errand: PushTask) -> int:
+    def _push(self, task: PushTask) -> int:
         assert self._peers is not None
-        there = self._there_now(errand.to)
-        to = PeerAddress(there.address, there.epoch)
+        info = self._current(task.to)
+        to = PeerAddress(info.address, info.epoch)
         try:
-            pushed = self._peers.transfer_with_insert(to, self.pool, errand.keys, parent=errand.parent)
-            return pushed.num_sent
+            return self._peers.transfer_with_insert(to, self.pool, task.keys, parent=task.parent).num_sent
         except PeerDeclined as error:
             if not error.parent_unknown:
                 raise
-        chain = self.pool.chain_to(errand.keys[-1])
+        chain = self.pool.chain_to(task.keys[-1])
         return self._peers.transfer_with_insert(to, self.pool, chain).num_sent if chain else 0
 
-    def _there_now(self, pool: PoolInfo) -> PoolInfo:
-        """`pool`, or who has come in its place since. Raises InstanceLost if nobody has: to ask who is
-        dead costs all that wait behind it seconds each."""
+    def _current(self, pool: PoolInfo) -> PoolInfo:
+        """`pool`, or the pool that has replaced it. Raises InstanceLost if there is neither: a push to a
+        dead process would cost every push behind it some seconds."""
         pools = self._members.pools() if self._members is not None else ()
         same = next((one for one in pools if one.epoch == pool.epoch), None)
         name = (pool.instance_id, pool.layout)
-        there = same or next((one for one in pools if (one.instance_id, one.layout) == name), None)
-        if there is None:
+        current = same or next((one for one in pools if (one.instance_id, one.layout) == name), None)
+        if current is None:
             raise InstanceLost(str(pool.instance_id), "it has gone")
-        return there
+        return current
 
     def _resize(self, num_slots: int) -> None:
         before = self.pool.arena.num_slots
@@ -261,8 +275,3 @@ class PoolAgent:
             logger.warning("memory pool not resized to blocks=%d: %s", num_slots, error)
         after = self.pool.arena.num_slots
         logger.info("memory pool resized blocks=%d before=%d wanted=%d", after, before, num_slots)
-
-
-def _preference(root: BlockKey, pool: PoolInfo) -> int:
-    """Rendezvous hashing: a prompt keeps its memory instance when others come or go."""
-    return xxh3_64_intdigest(root + str(pool.instance_id).encode())

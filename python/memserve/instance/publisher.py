@@ -15,20 +15,23 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain, repeat
 
+from memserve.core.block_keys import BlockKey
 from memserve.core.cache_events import CacheEvent, Snapshot, Stored
 from memserve.core.errors import MemServeError
+from memserve.core.executor import BoundedExecutor
 from memserve.core.ids import Epoch
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import (
     AuditWanted,
     Done,
     Message,
-    NamedPrompt,
     PoolEvents,
+    PromptKeys,
     Refused,
     SnapshotPart,
     Unknown,
@@ -52,6 +55,42 @@ MAX_KEYS = 1 << 16
 MAX_AUDIT_KEYS = 1 << 14
 """In one message of an audit: no router is kept from its requests for longer than it takes to compare
 so many. News waits until the audit is over, about 0.7 s for a million blocks."""
+MAX_PROMPTS = 256
+"""Prompts whose keys wait to be sent."""
+MAX_PROMPT_KEYS = 1 << 14
+"""Keys of one prompt that are sent; the router does not learn those after them."""
+
+
+class PromptKeyLog:
+    """The keys of prompts that have arrived, for a router that knows prompts by their text only.
+
+    Keys are computed on a thread, so that the scheduler only hands over token ids. Any thread may call.
+    """
+
+    def __init__(self) -> None:
+        self._executor = BoundedExecutor("mempool-keys", capacity=MAX_PROMPTS)
+        self._prompts: deque[PromptKeys] = deque(maxlen=MAX_PROMPTS)
+        self._lock = threading.Lock()
+
+    def add(self, rid: str, keys: Callable[[], Sequence[BlockKey]]) -> None:
+        """A prompt has arrived; `keys` computes those of its whole pages, on the thread."""
+        self._executor.execute(lambda: self._add(rid, keys))
+
+    def take(self) -> tuple[PromptKeys, ...]:
+        """The prompts since the last call, at most the latest MAX_PROMPTS."""
+        with self._lock:
+            prompts = tuple(self._prompts)
+            self._prompts.clear()
+        return prompts
+
+    def close(self) -> None:
+        """Stop the thread. Idempotent."""
+        self._executor.close()
+
+    def _add(self, rid: str, keys: Callable[[], Sequence[BlockKey]]) -> None:
+        prompt = PromptKeys(rid, tuple(keys()[:MAX_PROMPT_KEYS]))
+        with self._lock:
+            self._prompts.append(prompt)
 
 
 class Publisher:
@@ -64,12 +103,12 @@ class Publisher:
         take_events: Callable[[], list[CacheEvent]],
         snapshot: Callable[[], Snapshot],
         layout: str = "",
-        take_named: Callable[[], tuple[NamedPrompt, ...]] = tuple,
+        take_prompt_keys: Callable[[], tuple[PromptKeys, ...]] = tuple,
     ) -> None:
-        """Takes `client` and closes it in the end. `layout`, `take_named()`: as in `PoolEvents`."""
+        """Takes `client` and closes it in the end. `layout`, `take_prompt_keys()`: as in `PoolEvents`."""
         self._client = client
         self._closing = threading.Event()
-        source = ReportSource(epoch, take_events, snapshot, layout, take_named)
+        source = ReportSource(epoch, take_events, snapshot, layout, take_prompt_keys)
         self._report = SyncSession(client, source, self._closing.wait)
         self._thread = threading.Thread(target=self._run, name="mempool-events", daemon=True)
         self._thread.start()
@@ -97,10 +136,10 @@ class ReportSource:
     snapshot: Callable[[], Snapshot]
     layout: str = ""
     """As in `PoolEvents`."""
-    take_named: Callable[[], tuple[NamedPrompt, ...]] = tuple
+    take_prompt_keys: Callable[[], tuple[PromptKeys, ...]] = tuple
 
-    def news(self, events: Iterable[CacheEvent], named: tuple[NamedPrompt, ...] = ()) -> PoolEvents:
-        return PoolEvents(self.epoch, tuple(events), self.layout, named)
+    def news(self, events: Iterable[CacheEvent], prompts: tuple[PromptKeys, ...] = ()) -> PoolEvents:
+        return PoolEvents(self.epoch, tuple(events), self.layout, prompts)
 
 
 class SyncSession:
@@ -125,15 +164,15 @@ class SyncSession:
 
     def _tell_news(self) -> bool:
         """Send what is new; whether the router has all of it."""
-        events, named = [*self._left, *self._take_events()], self._source.take_named()
+        events, prompts = [*self._left, *self._take_events()], self._source.take_prompt_keys()
         self._left = []
         self._quiet_s += PERIOD_S
-        if not events and not named and self._quiet_s < IDLE_S:
+        if not events and not prompts and self._quiet_s < IDLE_S:
             return True
         self._quiet_s = 0.0
         if _num_keys(events) > MAX_KEYS:
             return self._begin_anew()
-        answer = self._ask(self._source.news(events, named))
+        answer = self._ask(self._source.news(events, prompts))
         return self._audit() if isinstance(answer, AuditWanted) else isinstance(answer, Done)
 
     def _begin_anew(self) -> bool:

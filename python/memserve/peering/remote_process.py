@@ -13,7 +13,7 @@ import logging
 import threading
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 from memserve.core.errors import (
     InstanceLost,
@@ -31,8 +31,9 @@ from memserve.peering.local_regions import HandshakeRequired, LocalRegions, Serv
 from memserve.transport.base import Peer, Transport
 from memserve.transport.regions import AddressMap, Region, RegionTable
 from memserve.transport.registry import connect_best
+from memserve.wire.link import ControlLink
 from memserve.wire.messages import Message, Refused, Unknown
-from memserve.wire.peer_messages import Declined, Endpoint, Hello, MemoryRange, Welcome
+from memserve.wire.peer_messages import Declined, Hello, MemoryRange, TransportAddress, Welcome
 
 logger = logging.getLogger(__name__)
 
@@ -48,14 +49,6 @@ class PeerAddress(NamedTuple):
 
     def __str__(self) -> str:
         return f"{self.control}:{self.epoch:016x}"
-
-
-class ControlLink(Protocol):
-    """The part of `wire.link.ControlClient` in use here; tests have a faulty one."""
-
-    def request(self, message: Message, *, timeout_s: float) -> Message: ...
-
-    def close(self) -> None: ...
 
 
 Connect = Callable[[str], ControlLink]
@@ -236,6 +229,6 @@ class RemoteProcess:
 
 def welcome_of(epoch: Epoch, own: Served, regions: tuple[Region, ...], slot_bytes: int = 0) -> Welcome:
     """The answer to a Hello: how `regions` of the process of this epoch are reached."""
-    endpoints = tuple(Endpoint(one.name, one.address) for one in own.transports)
+    endpoints = tuple(TransportAddress(one.name, one.address) for one in own.transports)
     ranges = tuple(MemoryRange(one.region_id, one.address, one.num_bytes) for one in regions)
     return Welcome(epoch, own.epoch, endpoints, ranges, slot_bytes)

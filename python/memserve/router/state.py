@@ -44,7 +44,6 @@ def new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
     pools = Pools(
         config.cluster,
         clock,
-        directs_fetches=fetches,
         wants_prompt_keys=config.tokenization.routing_keys == "text",
     )
     max_blocks = (config.tree.tree_budget_mib << 20) // BYTES_PER_BLOCK

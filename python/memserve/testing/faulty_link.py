@@ -19,26 +19,13 @@ from collections.abc import Callable
 from concurrent.futures import Future
 from enum import StrEnum
 from types import TracebackType
-from typing import Protocol
 
 from memserve.core.errors import InstanceLost, MemServeError
-from memserve.wire.link import ControlServer
+from memserve.wire.link import ControlLink, ControlServer
 from memserve.wire.messages import Message
 
 PROXY_TIMEOUT_S = 2.0
 """Timeout of a server behind a `FaultyProxy`; clients wait no longer either."""
-
-
-class ControlLink(Protocol):
-    """The interface of `wire.link.ControlClient`."""
-
-    def request(self, message: Message, *, timeout_s: float) -> Message:
-        """Send a request and return the answer. Raises InstanceLost if no answer comes."""
-        ...
-
-    def close(self) -> None:
-        """Close the link."""
-        ...
 
 
 class Fault(StrEnum):

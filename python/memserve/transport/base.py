@@ -51,7 +51,7 @@ class Transport(ABC):
     @property
     @abstractmethod
     def address(self) -> str:
-        """Where peers reach this process's regions; text for `wire.messages.Endpoint`."""
+        """Where peers reach this process's regions; text for `wire.messages.TransportAddress`."""
 
     @abstractmethod
     def register(self, region: Region) -> None:

@@ -19,7 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import Future
-from typing import Any
+from typing import Any, Protocol
 
 import zmq
 from zmq.utils import z85
@@ -157,6 +157,18 @@ class ControlServer:
             self._later.expect(identity, request_id, said)
         else:
             self._socket.send_multipart([identity, request_id, encode(said)])
+
+
+class ControlLink(Protocol):
+    """The interface of `ControlClient`; tests put faults behind it."""
+
+    def request(self, message: Message, *, timeout_s: float) -> Message:
+        """Send a request and return the answer. Raises InstanceLost if no answer comes."""
+        ...
+
+    def close(self) -> None:
+        """Close the link."""
+        ...
 
 
 class ControlClient:

@@ -161,9 +161,7 @@ class Members(msgspec.Struct, frozen=True, tag=True):
     version: int
     pools: tuple[PoolInfo, ...] | None
     """None: unchanged since the version that was named."""
-    directs_fetches: bool = False
-    """The router tells a pool what to fetch for a prompt, before the prompt comes: no need to ask around."""
-    wants_names: bool = False
+    wants_prompt_keys: bool = False
     """The router knows prompts by their text, and wants to be told of their keys."""
 
 
@@ -171,7 +169,7 @@ class Done(msgspec.Struct, frozen=True, tag=True):
     """It is so now."""
 
 
-class NamedPrompt(msgspec.Struct, frozen=True, array_like=True):
+class PromptKeys(msgspec.Struct, frozen=True, array_like=True):
     """A prompt that has come to a server, as its cache knows it."""
 
     rid: str
@@ -188,7 +186,7 @@ class PoolEvents(msgspec.Struct, frozen=True, tag=True):
     """All since the last message, in the order of their numbers."""
     layout: str = ""
     """Of a memory instance, which has a pool for each layout: which one, as a digest in hex; else empty."""
-    named: tuple[NamedPrompt, ...] = ()
+    prompts: tuple[PromptKeys, ...] = ()
     """Prompts that have come to the pool's server since; only where they are wanted, and the latest."""
 
 

@@ -13,8 +13,8 @@ from memserve.core.kv_layout import KVLayout
 Seconds = Annotated[float, msgspec.Meta(ge=0, le=86400)]
 
 
-class Endpoint(msgspec.Struct, frozen=True):
-    """How one transport of a process is reached, as that transport wrote it down."""
+class TransportAddress(msgspec.Struct, frozen=True):
+    """One transport of a process, and the text by which the same transport of a peer reaches it."""
 
     transport: str
     address: str
@@ -47,7 +47,7 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
     epoch: Epoch
     data_epoch: Epoch
     """Of the answering process's transports."""
-    endpoints: tuple[Endpoint, ...]
+    endpoints: tuple[TransportAddress, ...]
     regions: tuple[MemoryRange, ...]
     """The arena of the blocks in question; without a layout, all memory registered for the handoff."""
     slot_bytes: int = 0

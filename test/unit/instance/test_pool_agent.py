@@ -165,7 +165,7 @@ def test_errands_to_a_pool_that_has_gone_hold_nobody_up(join: Join) -> None:
     prefill.close()
     wait_for(lambda: decode.stats()["members"]["known"] == 0, what="the prefill to be gone", timeout_s=10)
     for _ in range(5):
-        decode._outbox.offer(PushTask(to, chain(3), None))
+        decode._pushes.offer(PushTask(to, chain(3), None))
     wait_for(lambda: not decode.stats()["outbox"]["waiting"], what="them to be given up", timeout_s=2)
     assert decode.stats()["outbox"]["failed"] == 5
 
@@ -175,7 +175,7 @@ def test_errands_to_a_pool_that_was_started_anew_go_there(join: Join) -> None:
     (to,) = decode._members.pools()
     data = store(decode, chain(3))
     before = msgspec.structs.replace(to, epoch=new_epoch(), address="127.0.0.1:9")
-    decode._outbox.offer(PushTask(before, chain(3), None))
+    decode._pushes.offer(PushTask(before, chain(3), None))
     wait_sent(decode)
     assert read(prefill, chain(3)) == data
 

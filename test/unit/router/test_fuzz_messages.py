@@ -39,7 +39,7 @@ class Router:
     def __init__(self) -> None:
         self.clock = FakeClock()
         self.cluster = InstanceRegistry(ClusterConfig(heartbeat_secs=2.0), self.clock)
-        self.pools = Pools(ClusterConfig(heartbeat_secs=2.0), self.clock, directs_fetches=True)
+        self.pools = Pools(ClusterConfig(heartbeat_secs=2.0), self.clock)
         self.feed = TreeSynchronizer(
             GlobalPromptTree(max_blocks=8, clock=self.clock), self.pools, audit_s=5.0, clock=self.clock
         )

@@ -24,7 +24,7 @@ from memserve.wire.messages import (
     decode,
     encode,
 )
-from memserve.wire.peer_messages import Endpoint, Hello, MemoryRange, Welcome
+from memserve.wire.peer_messages import Hello, MemoryRange, TransportAddress, Welcome
 
 words = st.sampled_from(["", "a", "http://h:1", "ü", "x" * 300])
 names = words.map(InstanceId)
@@ -46,7 +46,7 @@ messages: st.SearchStrategy[Message] = st.one_of(
         Welcome,
         epochs,
         epochs,
-        st.lists(st.builds(Endpoint, words, words), max_size=2).map(tuple),
+        st.lists(st.builds(TransportAddress, words, words), max_size=2).map(tuple),
         st.lists(st.builds(MemoryRange, numbers, numbers, numbers), max_size=2).map(tuple),
     ),
 )

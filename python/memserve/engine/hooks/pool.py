@@ -70,7 +70,7 @@ def note_ended_request(original: Callable[..., Any], cache: Any, req: Any, **kwa
 def record_prompt_keys(scheduler: Any, req: Any, *_: Any, **__: Any) -> None:
     """Tell the router the keys of a request's prompt, if the router asks for them."""
     linker = linker_of(scheduler.tree_cache)
-    if linker is not None and linker.node.names_prompts:
+    if linker is not None and linker.node.wants_prompt_keys:
         linker.name_prompt(req)
 
 

@@ -158,7 +158,7 @@ class EvacuationRun:
             start = num_saved + located.num_blocks if located.num_blocks or target is location else 0
             choices.append(_Choice(target, start, len(chain) - start))
         root = chain[0]
-        return sorted(choices, key=lambda one: (one.num_lacking, _preference(root, one.target.name)))
+        return sorted(choices, key=lambda one: (one.num_lacking, preference(root, one.target.name)))
 
     def _push(self, chain: Sequence[BlockKey], choice: _Choice, deadline: float) -> None:
         target, at = choice.target, choice.start
@@ -239,6 +239,10 @@ class Evacuations:
         self._executor.close()
 
 
-def _preference(root: BlockKey, name: str) -> int:
-    """Rendezvous hashing: the blocks of all ranks, and prompts with a common start, come together."""
+def preference(root: BlockKey, name: str) -> int:
+    """Rendezvous hashing of a prompt's first block and a pool's name: the lowest value is preferred.
+
+    Blocks of all ranks, and prompts with a common start, meet at one pool, which stays the same when
+    other pools join or leave.
+    """
     return xxh3_64_intdigest(root + name.encode())

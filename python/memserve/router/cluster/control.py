@@ -20,10 +20,10 @@ from memserve.wire.messages import (
     Heartbeat,
     InstanceInfo,
     Message,
-    NamedPrompt,
     PoolEvents,
     PoolHeartbeat,
     PoolInfo,
+    PromptKeys,
     Refused,
     Register,
     RegisterPool,
@@ -53,7 +53,7 @@ class ControlHandler:
         pools: Pools,
         reports: CacheReports,
         loop: asyncio.AbstractEventLoop,
-        on_prompt_keys: Callable[[NamedPrompt], None] = lambda _: None,
+        on_prompt_keys: Callable[[PromptKeys], None] = lambda _: None,
     ) -> None:
         """`on_prompt_keys` gets each reported pair of a request and its prompt's keys, on the loop."""
         self._cluster = cluster
@@ -71,7 +71,7 @@ class ControlHandler:
     def answer(self, message: Message) -> Message:
         """Apply one message. Loop thread only."""
         if isinstance(message, PoolEvents):
-            for prompt in message.named:
+            for prompt in message.prompts:
                 self._on_prompt_keys(prompt)
             return self._reports.events(message)
         if isinstance(message, SnapshotPart):

@@ -39,14 +39,12 @@ class Pools:
         config: ClusterConfig,
         clock: Callable[[], float],
         *,
-        directs_fetches: bool = False,
         wants_prompt_keys: bool = False,
     ) -> None:
-        """`directs_fetches`, `wants_prompt_keys`: as in `Members`."""
+        """`wants_prompt_keys`: as in `Members`."""
         self._config = config
         self.heartbeat_s = config.heartbeat_secs
         self._clock = clock
-        self._directs_fetches = directs_fetches
         self._wants_prompt_keys = wants_prompt_keys
         self._members: dict[Epoch, PoolMember] = {}
         self._successors: dict[Epoch, Epoch] = {}
@@ -147,7 +145,7 @@ class Pools:
         return self._members_message(self.infos())
 
     def _members_message(self, infos: tuple[PoolInfo, ...] | None) -> Members:
-        return Members(self.heartbeat_s, self._version, infos, self._directs_fetches, self._wants_prompt_keys)
+        return Members(self.heartbeat_s, self._version, infos, self._wants_prompt_keys)
 
     def _by_server(self) -> Mapping[InstanceId, tuple[PoolInfo, ...]]:
         if self._grouped_at != self._version:
