@@ -279,7 +279,10 @@ def test_policy_is_loaded_from_a_module_outside_the_package() -> None:
 @pytest.mark.parametrize(
     ("name", "message"),
     [
-        ("prompt_tre", "unknown policy prompt_tre: choose from least_load, .*, or give MODULE:FUNCTION"),
+        (
+            "prompt_tre",
+            r"unknown policy prompt_tre: choose from (\w+, )*least_load, .*, or give MODULE:FUNCTION",
+        ),
         ("no_such_module:f", "cannot import 'no_such_module'"),
         ("broken_policies:f", "cannot import 'broken_policies': division by zero"),
         (":f", "cannot import ''"),
