@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from memserve.core.block_addr import LOCAL_TIERS
 from memserve.core.errors import ConfigError
 from memserve.core.ids import InstanceId
 from memserve.router.command_line import parse_args
@@ -21,14 +22,19 @@ from memserve.scheduling.cost_model.model import GPU_COSTS, CostModel, PathCost
 from memserve.scheduling.decision import Decision, decide
 from memserve.scheduling.load_tracker import LoadTracker
 from memserve.scheduling.policies import all_policies, describe_policies, find_policy
-from memserve.scheduling.prompt_tree.records import NO_OVERLAP, Overlap
+from memserve.scheduling.prompt_tree.records import NO_OVERLAP, Overlap, TierCounts
 
 SLOW_NETWORK = replace(GPU_COSTS, remote=PathCost(2e-3, 1e8))
 
 
+def depths_of(in_hbm: int, cached: int) -> TierCounts:
+    """All blocks that are not in HBM are in DRAM."""
+    return (in_hbm, *(cached for _ in LOCAL_TIERS[1:]))
+
+
 def candidate(name: str, total: int = 0, near: int | None = None, **load: float) -> Candidate:
     """All blocks are readable for others."""
-    depths = (total if near is None else near, total)
+    depths = depths_of(total if near is None else near, total)
     return Candidate(InstanceId(name), depths, total, **load)  # type: ignore[arg-type]
 
 
@@ -154,8 +160,8 @@ def test_fetch_takes_the_holder_that_saves_most() -> None:
 
 
 def test_fetch_takes_the_readable_blocks_of_a_holder_only() -> None:
-    in_hbm = Candidate(InstanceId("a"), (9, 10), readable_blocks=3, queued_s=60.0)
-    partly = Candidate(InstanceId("b"), (8, 8), readable_blocks=7, queued_s=60.0)
+    in_hbm = Candidate(InstanceId("a"), depths_of(9, 10), readable_blocks=3, queued_s=60.0)
+    partly = Candidate(InstanceId("b"), depths_of(8, 8), readable_blocks=7, queued_s=60.0)
     fetch = decide(context(candidate("c"), in_hbm, partly), GPU_COSTS).fetch
     assert fetch is not None
     assert (fetch.source, fetch.num_blocks) == ("b", 7)
@@ -322,7 +328,7 @@ def test_cold_prompts_spread_at_any_concurrency(
         candidates = []
         for name in names:
             blocks = 9 if is_warm and name == home else shared_blocks * (name in seen)
-            candidates.append(load.candidate(name, Overlap((blocks, blocks), 0), now_s))
+            candidates.append(load.candidate(name, Overlap(depths_of(blocks, blocks), 0), now_s))
         asked = RoutingContext(5120, 512, tuple(candidates), turn=turn)
         name = decide(asked, GPU_COSTS, can_fetch=False).prefill
         blocks = next(it.cached_blocks for it in candidates if it.instance_id == name)
