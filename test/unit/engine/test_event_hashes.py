@@ -42,7 +42,7 @@ NAMES, KEYS = names_of(TOKENS), page_keys(TOKENS, PAGE)
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES, ids=str)
-def test_a_chain_is_known_in_each_namespace_however_it_is_cut(namespace: Namespace) -> None:
+def test_chain_is_known_in_each_namespace_for_every_split_into_events(namespace: Namespace) -> None:
     names, keys = names_of(TOKENS, namespace), page_keys(TOKENS, PAGE, namespace)
     for cut in range(1, 6):
         known = EventBlocks()
@@ -66,7 +66,7 @@ def test_equal_tokens_of_two_namespaces_are_two_blocks() -> None:
 
 @pytest.mark.parametrize("believed", NAMESPACES, ids=str)
 @pytest.mark.parametrize("true", NAMESPACES, ids=str)
-def test_another_namespace_is_never_taken_for_the_true_one(true: Namespace, believed: Namespace) -> None:
+def test_wrong_namespace_gives_no_keys(true: Namespace, believed: Namespace) -> None:
     _, keys = EventBlocks().stored(names_of(TOKENS, true), None, TOKENS, believed)
     assert keys == (page_keys(TOKENS, PAGE, true) if true == believed else [])
 
@@ -88,7 +88,7 @@ WRONG = [*NAMES[:2], 7, *NAMES[3:]]
         (NAMES, None, [(1, 2)] * len(TOKENS), 0),  # pairs, as speculative decoding has them
     ],
 )
-def test_what_is_not_certain_is_left_out(
+def test_blocks_without_a_certain_key_are_left_out(
     names: list[int], parent: int | None, tokens: list[Any], known: int
 ) -> None:
     blocks = EventBlocks()
@@ -97,7 +97,7 @@ def test_what_is_not_certain_is_left_out(
     assert blocks.stored([NAMES[4]], NAMES[3], TOKENS[-PAGE:], PLAIN) == (None, [])
 
 
-def test_names_that_are_not_known_are_removed_in_silence() -> None:
+def test_removal_of_unknown_hashes_is_ignored() -> None:
     known = EventBlocks()
     known.stored(NAMES, None, TOKENS, PLAIN)
     assert known.removed([1, NAMES[4], 2, NAMES[3]]) == [KEYS[4], KEYS[3]]
@@ -106,20 +106,20 @@ def test_names_that_are_not_known_are_removed_in_silence() -> None:
     assert known.removed(NAMES) == []
 
 
-def test_a_block_may_be_told_of_again() -> None:
+def test_block_can_be_stored_again() -> None:
     known = EventBlocks()
     known.stored(NAMES, None, TOKENS, PLAIN)
     assert known.stored(NAMES[1:3], NAMES[0], TOKENS[PAGE : 3 * PAGE], PLAIN) == (KEYS[0], KEYS[1:3])
     assert len(known) == 5
 
 
-def test_a_name_that_two_blocks_share_is_the_first_ones() -> None:
+def test_hash_shared_by_two_blocks_stays_with_the_first() -> None:
     known = EventBlocks()
     other = page_keys([9] * PAGE, PAGE)[0]
     known._blocks[NAMES[1]] = EventBlock(other, other)
     assert known.stored(NAMES, None, TOKENS, PLAIN) == (None, KEYS[:1])
 
 
-def test_wide_tokens_have_names_too() -> None:
+def test_tokens_beyond_32_bits_have_keys() -> None:
     tokens = [2**32 + 5, *range(7)]
     assert EventBlocks().stored(names_of(tokens), None, tokens, PLAIN) == (None, page_keys(tokens, PAGE))

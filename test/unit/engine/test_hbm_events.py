@@ -107,7 +107,7 @@ def keys_of(tokens: Sequence[int], namespace: Namespace = NAMESPACES[0]) -> set[
 A, B, C = list(range(0, 12)), list(range(12, 20)), list(range(20, 28))
 
 
-def test_splits_and_branches_are_told_by_keys(engine: Engine) -> None:
+def test_splits_and_branches_are_reported_by_keys(engine: Engine) -> None:
     engine.insert(A + B)
     engine.insert(A + C)  # splits a node, which is no event
     assert engine.tell() == keys_of(A + B) | keys_of(A + C)
@@ -118,14 +118,14 @@ def test_splits_and_branches_are_told_by_keys(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("namespace", NAMESPACES, ids=str)
-def test_a_namespace_is_told_by_its_own_keys(engine: Engine, namespace: Namespace) -> None:
+def test_namespace_is_reported_by_its_own_keys(engine: Engine, namespace: Namespace) -> None:
     engine.insert(A, namespace)
     engine.insert(A + B, namespace)
     engine.insert(A)
     assert engine.tell() == keys_of(A + B, namespace) | keys_of(A)
 
 
-def test_evictions_and_a_flush_are_told(engine: Engine) -> None:
+def test_evictions_and_a_flush_are_reported(engine: Engine) -> None:
     engine.insert(A + B)
     engine.insert(C)
     engine.tell()
@@ -138,7 +138,7 @@ def test_evictions_and_a_flush_are_told(engine: Engine) -> None:
 
 
 @pytest.mark.parametrize("seed", range(12))
-def test_the_pool_has_what_the_cache_has(engine: Engine, seed: int) -> None:
+def test_pool_holds_what_the_radix_cache_holds(engine: Engine, seed: int) -> None:
     """Chains, branches, namespaces, evictions and flushes at random, told at random moments."""
     rng = random.Random(seed)
     pages = [[page * 10 + i for i in range(PAGE)] for page in range(3)]
@@ -165,7 +165,7 @@ def stored(names: list[int], parent: int | None, tokens: list[int], **kwargs: An
     return BlockStored(names, parent, tokens, PAGE, None, **kwargs)
 
 
-def test_what_cannot_be_named_is_counted_with_all_after_it(engine: Engine) -> None:
+def test_blocks_without_a_key_are_counted_with_their_descendants(engine: Engine) -> None:
     report = engine.report
     report.apply([stored([1, 2], None, A[:8]), stored([3], 2, A[:4])])
     report.apply([BlockRemoved([1, 2, 3, 4], medium=StorageMedium.GPU)])
@@ -173,7 +173,7 @@ def test_what_cannot_be_named_is_counted_with_all_after_it(engine: Engine) -> No
     assert (report.stats().left_out, report.stats().events) == (3, 3)
 
 
-def test_other_media_than_hbm_are_left_out(engine: Engine) -> None:
+def test_events_of_other_media_are_ignored(engine: Engine) -> None:
     engine.insert(A)
     events = engine.cache.take_events()
     (told,) = [event for event in events if isinstance(event, BlockStored)]
@@ -185,7 +185,7 @@ def test_other_media_than_hbm_are_left_out(engine: Engine) -> None:
     assert len(engine.hbm) == 3
 
 
-def test_without_the_extra_key_nothing_is_guessed(engine: Engine) -> None:
+def test_blocks_without_their_extra_key_are_left_out(engine: Engine) -> None:
     """As with a format of the user's own: names of another namespace than the event's."""
     engine.insert(A, NAMESPACES[1])
     for event in engine.cache.take_events():
@@ -215,7 +215,7 @@ def joins(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     return joined
 
 
-def test_sglang_makes_our_publisher_of_our_flag(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
+def test_sglang_makes_our_publisher_from_our_flag(monkeypatch: pytest.MonkeyPatch, engine: Engine) -> None:
     monkeypatch.setattr(EventPublisherFactory, "_registry", {})
     hbm_events.register_publisher()
     publisher = EventPublisherFactory.create(OURS, attn_dp_rank=1)
@@ -231,7 +231,7 @@ def test_sglang_makes_our_publisher_of_our_flag(monkeypatch: pytest.MonkeyPatch,
     publisher.shutdown()
 
 
-def test_the_publisher_is_joined_to_the_pool(joins: list[Any]) -> None:
+def test_publisher_joins_the_pool(joins: list[Any]) -> None:
     publisher = HbmPublisher()
     scheduler = scheduler_with("linker", publisher)
     pool_hooks.join_hbm_events(None, scheduler)
@@ -249,7 +249,7 @@ def test_the_publisher_is_joined_to_the_pool(joins: list[Any]) -> None:
         (None, '{"publisher": "zmq"}', False),
     ],
 )
-def test_a_user_who_wants_the_events_gets_them(
+def test_own_event_configuration_of_a_user_is_kept(
     joins: list[Any], caplog: pytest.LogCaptureFixture, linker: Any, config: str, is_said: bool
 ) -> None:
     caplog.set_level("INFO")
@@ -269,7 +269,7 @@ def test_only_our_events_carry_the_extra_key(
     assert isinstance(scheduler.kv_event_lora_names, ExtraKeys) == ours
 
 
-def test_each_batch_is_told_of_at_once() -> None:
+def test_each_batch_is_published_at_once() -> None:
     published: list[bool] = []
     publisher = HbmPublisher()
     for each in (publisher, None, object()):
@@ -280,5 +280,5 @@ def test_each_batch_is_told_of_at_once() -> None:
     publisher.shutdown()
 
 
-def test_every_number_is_described() -> None:
+def test_every_metric_is_described() -> None:
     assert set(SECTIONS["hbm"]) == {field.name for field in fields(HbmStats)}

@@ -14,7 +14,7 @@ from .harness import keys_of, make_pool, store
 A, B, C, D = keys_of([1, 2, 3, 4])
 
 
-def test_a_chain_is_one_event_and_a_branch_another() -> None:
+def test_chain_is_one_event_and_branch_is_another() -> None:
     pool = make_pool(8)
     store(pool, [1, 2, 3])
     store(pool, [1, 2, 9])
@@ -24,7 +24,7 @@ def test_a_chain_is_one_event_and_a_branch_another() -> None:
     assert pool.take_events() == []
 
 
-def test_what_came_and_went_in_between_is_not_mentioned() -> None:
+def test_block_stored_and_removed_in_between_is_left_out() -> None:
     pool = make_pool(8)
     store(pool, [1, 2])
     pool.clear()
@@ -36,7 +36,7 @@ def test_what_came_and_went_in_between_is_not_mentioned() -> None:
     assert pool.take_events() == []
 
 
-def test_removals_come_before_what_was_stored_and_children_before_their_parents() -> None:
+def test_removals_precede_stores_and_children_precede_parents() -> None:
     pool = make_pool(4)
     store(pool, [1, 2])
     pool.take_events()
@@ -46,14 +46,14 @@ def test_removals_come_before_what_was_stored_and_children_before_their_parents(
     assert stored == Stored(3, Tier.DRAM, None, tuple(keys_of([5, 6, 7, 8])))
 
 
-def test_the_record_does_not_grow_when_nobody_takes_it() -> None:
+def test_event_log_does_not_grow_when_events_are_not_taken() -> None:
     pool = make_pool(4)
     for turn in range(500):
         store(pool, [turn, 1])
     assert len(pool._events) <= 4
 
 
-def test_a_gap_is_noticed_and_a_snapshot_heals_it() -> None:
+def test_gap_is_detected_and_a_snapshot_repairs_the_follower() -> None:
     pool = make_pool(8)
     follower = CacheFollower()
     store(pool, [1])
@@ -70,7 +70,7 @@ def test_a_gap_is_noticed_and_a_snapshot_heals_it() -> None:
     assert C in follower.tree
 
 
-def test_a_snapshot_tells_chains_in_an_order_that_can_be_inserted() -> None:
+def test_snapshot_orders_chains_so_that_parents_come_first() -> None:
     pool = make_pool(16)
     for prompt in ([1, 2, 3], [1, 4], [5], [1, 2, 6, 7]):
         store(pool, prompt)
@@ -80,7 +80,7 @@ def test_a_snapshot_tells_chains_in_an_order_that_can_be_inserted() -> None:
     assert late.sequence == pool.take_events()[-1].sequence
 
 
-def test_a_block_is_known_as_long_as_some_tier_has_it_or_needs_it() -> None:
+def test_follower_keeps_a_block_while_a_tier_holds_it_or_a_descendant() -> None:
     follower = CacheFollower()
     events: list[CacheEvent] = [
         Stored(1, Tier.HBM, None, (A, B)),
@@ -96,12 +96,12 @@ def test_a_block_is_known_as_long_as_some_tier_has_it_or_needs_it() -> None:
     assert sizes == [{A: hbm, B: hbm}, {A: hbm | dram, B: hbm}, {A: hbm, B: hbm}, {}]
 
 
-def test_chains_are_runs_of_parent_and_child() -> None:
+def test_chains_are_runs_of_parents_and_children() -> None:
     assert chains([]) == []
     assert chains([(A, None), (B, A), (D, A), (C, B)]) == [(None, (A, B)), (A, (D,)), (B, (C,))]
 
 
-def test_events_survive_the_wire() -> None:
+def test_events_survive_encoding() -> None:
     event = Stored(7, Tier.DRAM, A, (B, C))
     decoded = msgspec.msgpack.decode(msgspec.msgpack.encode(event), type=Stored | Removed)
     assert decoded == event

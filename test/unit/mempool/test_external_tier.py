@@ -24,7 +24,7 @@ DRAM, HBM = 1 << Tier.DRAM, 1 << Tier.HBM
 NUM_SLOTS = 6
 
 
-def test_what_it_holds_is_told_with_the_pools_own_and_found_by_nobody() -> None:
+def test_external_blocks_are_published_with_the_pool_blocks_and_never_matched() -> None:
     pool = make_pool(4)
     hbm = pool.add_external_tier(Tier.HBM)
     store(pool, [1])
@@ -36,7 +36,7 @@ def test_what_it_holds_is_told_with_the_pools_own_and_found_by_nobody() -> None:
     assert len(hbm) == 2
 
 
-def test_clearing_the_pool_leaves_it_alone() -> None:
+def test_clearing_the_pool_keeps_external_blocks() -> None:
     pool = make_pool(4)
     hbm = pool.add_external_tier(Tier.HBM)
     hbm.stored([A])
@@ -46,7 +46,7 @@ def test_clearing_the_pool_leaves_it_alone() -> None:
     assert pool.take_events() == []
 
 
-def test_what_nobody_could_reach_is_not_told() -> None:
+def test_blocks_without_their_parent_are_not_published() -> None:
     pool = make_pool(4)
     hbm = pool.add_external_tier(Tier.HBM)
     store(pool, [1, 2])
@@ -61,7 +61,7 @@ def test_what_nobody_could_reach_is_not_told() -> None:
 
 
 @pytest.mark.parametrize("order", [[A, B, C, D], [D, C, B, A], [C, A, D, B], [A]])
-def test_blocks_leave_children_first_in_whatever_order_they_are_named(order: list[BlockKey]) -> None:
+def test_removed_blocks_leave_children_first_in_any_order_of_keys(order: list[BlockKey]) -> None:
     pool = make_pool(4)
     hbm = pool.add_external_tier(Tier.HBM)
     hbm.stored([A, B, C, D])
@@ -73,7 +73,7 @@ def test_blocks_leave_children_first_in_whatever_order_they_are_named(order: lis
     assert place[D] < place[C] < place[B] < place[A]
 
 
-def test_blocks_that_it_does_not_have_are_ignored() -> None:
+def test_removal_of_unknown_blocks_is_ignored() -> None:
     pool = make_pool(4)
     hbm = pool.add_external_tier(Tier.HBM)
     hbm.stored([A])
@@ -81,7 +81,7 @@ def test_blocks_that_it_does_not_have_are_ignored() -> None:
     assert len(hbm) == 1
 
 
-def test_a_tier_is_somebodys_alone() -> None:
+def test_each_tier_has_one_owner() -> None:
     pool = make_pool(4)
     pool.add_external_tier(Tier.HBM)
     for tier in (Tier.HBM, Tier.DRAM):
@@ -91,7 +91,7 @@ def test_a_tier_is_somebodys_alone() -> None:
         make_pool(4, hbm_slots=4).add_external_tier(Tier.HBM)
 
 
-def test_a_digest_is_of_the_set() -> None:
+def test_digest_depends_on_the_set_of_blocks() -> None:
     pool = make_pool(8)
     hbm = pool.add_external_tier(Tier.HBM)
     store(pool, [1, 2, 3])

@@ -47,17 +47,17 @@ COVERED = {
         "e2e/test_routing.py::test_popular_prefix_is_replicated",
     ],
     3: [
-        "unit/core/test_block_keys.py::test_keys_are_sglangs",
+        "unit/core/test_block_keys.py::test_keys_equal_sglang_keys",
         "e2e/test_tokenize.py::test_chats_use_the_router_token_ids",
         "e2e/test_routing.py::test_conversation_stays_with_its_history",
     ],
     4: [
-        "unit/scheduling/prompt_tree/test_tree.py::test_the_budget_holds_however_many_unique_prompts_come",
+        "unit/scheduling/prompt_tree/test_tree.py::test_budget_holds_for_many_unique_prompts",
         "unit/router/test_known_router_bugs.py::test_many_unique_prompts_take_no_more_memory_than_the_budget",
     ],
     5: [
-        "unit/scheduling/prompt_tree/test_tree.py::test_only_the_living_epoch_is_heard",
-        "unit/router/kv_events/test_synchronizer.py::test_a_gap_asks_for_a_snapshot_which_mends_it",
+        "unit/scheduling/prompt_tree/test_tree.py::test_events_of_other_epochs_are_ignored",
+        "unit/router/kv_events/test_synchronizer.py::test_gap_requests_a_snapshot_that_repairs_the_tree",
         "unit/instance/test_publisher.py::test_a_router_that_restarts_gets_a_snapshot",
         "unit/instance/test_sync_session.py::test_an_audit_finds_a_wrong_tree_and_puts_it_right",
         "e2e/test_global_tree.py::test_tree_equals_the_pools_after_decode_was_killed_and_restarted",

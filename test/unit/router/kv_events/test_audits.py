@@ -37,7 +37,7 @@ def feed(pools: Pools, clock: FakeClock) -> TreeSynchronizer:
     return TreeSynchronizer(GlobalPromptTree(clock=clock), pools, audit_s=AUDIT_S, clock=clock)
 
 
-def test_each_pool_is_audited_now_and_then(feed: TreeSynchronizer, clock: FakeClock) -> None:
+def test_each_pool_is_audited_periodically(feed: TreeSynchronizer, clock: FakeClock) -> None:
     keys = chain(5)
     assert feed.events(PoolEvents(ONE, (stored(1, keys),))) == Done()
     assert feed.audit_results() == {}
@@ -55,7 +55,7 @@ def test_each_pool_is_audited_now_and_then(feed: TreeSynchronizer, clock: FakeCl
 
 
 @pytest.mark.parametrize("is_heard", [True, False], ids=["", "and its answer is lost"])
-def test_what_an_audit_finds_wrong_is_put_right(
+def test_audit_that_finds_differences_requests_a_snapshot(
     feed: TreeSynchronizer, pools: Pools, clock: FakeClock, caplog: pytest.LogCaptureFixture, is_heard: bool
 ) -> None:
     keys, other = chain(5), chain(3, seed=2)
@@ -83,7 +83,7 @@ def test_what_an_audit_finds_wrong_is_put_right(
 
 
 @pytest.mark.parametrize("sequence", [0, 1, 3, 9])
-def test_an_audit_of_another_moment_is_no_verdict(
+def test_audit_at_another_sequence_has_no_result(
     feed: TreeSynchronizer, clock: FakeClock, sequence: int
 ) -> None:
     feed.events(PoolEvents(ONE, (stored(1, chain(5)), stored(2, chain(2, seed=2)))))
@@ -95,7 +95,7 @@ def test_an_audit_of_another_moment_is_no_verdict(
     assert depth(feed, chain(5)) == 5
 
 
-def test_an_audit_disturbs_no_snapshot_and_a_part_it_lacks_ends_only_itself(
+def test_audit_leaves_an_arriving_snapshot_alone_and_a_missing_part_ends_only_the_audit(
     feed: TreeSynchronizer, clock: FakeClock
 ) -> None:
     keys = chain(6)
@@ -113,7 +113,7 @@ def test_an_audit_disturbs_no_snapshot_and_a_part_it_lacks_ends_only_itself(
     assert feed.events(PoolEvents(ONE, (Removed(6, Tier.DRAM, keys[5:]),))) == Done()
 
 
-def test_audits_nobody_has_asked_for_come_to_nothing(feed: TreeSynchronizer) -> None:
+def test_audit_parts_that_were_not_requested_are_ignored(feed: TreeSynchronizer) -> None:
     keys = chain(4)
     feed.events(PoolEvents(ONE, (stored(1, keys),)))
     assert hear(feed, audit(ONE, 1, stored(0, chain(2, seed=3))) * 10) == {"Done"}
@@ -123,7 +123,7 @@ def test_audits_nobody_has_asked_for_come_to_nothing(feed: TreeSynchronizer) -> 
     assert feed.audit_results() == {}
 
 
-def test_large_pools_are_audited_less_often_all_together(
+def test_large_pools_share_the_audit_bandwidth(
     feed: TreeSynchronizer, pools: Pools, clock: FakeClock
 ) -> None:
     blocks = 20 * AUDIT_BYTES_PER_S // 32 // 10
@@ -141,7 +141,7 @@ def test_large_pools_are_audited_less_often_all_together(
     assert feed.events(PoolEvents(TWO, ())) == AuditWanted()
 
 
-def test_a_tree_that_forgets_for_want_of_room_is_not_wrong(pools: Pools, clock: FakeClock) -> None:
+def test_audit_ignores_blocks_forgotten_for_the_budget(pools: Pools, clock: FakeClock) -> None:
     feed = TreeSynchronizer(GlobalPromptTree(max_blocks=8, clock=clock), pools, audit_s=AUDIT_S, clock=clock)
     feed.events(PoolEvents(ONE, (stored(1, chain(6)), stored(2, chain(6, seed=2)))))
     clock.advance(AUDIT_S)
@@ -156,7 +156,7 @@ def test_a_tree_that_forgets_for_want_of_room_is_not_wrong(pools: Pools, clock: 
 
 
 @pytest.mark.parametrize("is_audit", [False, True])
-def test_parts_that_never_end_take_no_more_memory_than_one_snapshot(
+def test_endless_snapshot_parts_take_no_more_memory_than_one_snapshot(
     pools: Pools, clock: FakeClock, is_audit: bool
 ) -> None:
     feed = TreeSynchronizer(GlobalPromptTree(), pools, audit_s=AUDIT_S, max_snapshot_blocks=100, clock=clock)
@@ -175,7 +175,7 @@ def test_parts_that_never_end_take_no_more_memory_than_one_snapshot(
         tracemalloc.stop()
 
 
-def test_of_an_enormous_snapshot_the_beginning_is_taken_in(pools: Pools, clock: FakeClock) -> None:
+def test_beginning_of_a_too_large_snapshot_is_applied(pools: Pools, clock: FakeClock) -> None:
     feed = TreeSynchronizer(GlobalPromptTree(), pools, audit_s=AUDIT_S, max_snapshot_blocks=10, clock=clock)
     keys, other = chain(16), chain(4, seed=2)
     feed.part(SnapshotPart(ONE, 9, 0, False, (stored(0, keys[:8]),)))
@@ -193,7 +193,7 @@ def test_of_an_enormous_snapshot_the_beginning_is_taken_in(pools: Pools, clock: 
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_whatever_one_says_the_others_are_believed_and_the_truth_mends_it(
+def test_false_messages_of_one_pool_spare_the_others_and_a_snapshot_corrects_them(
     pools: Pools, clock: FakeClock, seed: int
 ) -> None:
     """Doubled, out of order, cut, contradictory, of strangers and of old lives."""

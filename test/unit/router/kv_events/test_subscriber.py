@@ -76,7 +76,7 @@ async def following(publisher: FakePublisher, timeouts: SubscriberTimeouts = SOO
         await publisher.close()
 
 
-async def test_the_tree_has_what_is_published() -> None:
+async def test_published_events_reach_the_tree() -> None:
     async with following(FakePublisher()) as it:
         await it.publisher.publish(STORED, OTHERS)
         await it.publisher.publish(TAIL)
@@ -92,7 +92,7 @@ async def test_the_tree_has_what_is_published() -> None:
         assert it.depth(KEYS) == 0
 
 
-async def test_tiers_come_from_the_medium() -> None:
+async def test_medium_of_an_event_selects_the_tier() -> None:
     async with following(FakePublisher()) as it:
         await it.publisher.publish(
             stored(KEYS, TOKENS, medium="CPU_PINNED"),
@@ -105,7 +105,7 @@ async def test_tiers_come_from_the_medium() -> None:
         assert it.depth(OTHER) == 0
 
 
-async def test_a_long_event_is_taken_in_by_pieces() -> None:
+async def test_long_event_is_applied_in_pieces_between_which_the_event_loop_runs() -> None:
     tokens = list(range(2 * PIECE_BLOCKS + 2))
     keys = page_keys(tokens, 1)
 
@@ -125,7 +125,7 @@ async def test_a_long_event_is_taken_in_by_pieces() -> None:
         assert await depths_until(it, 1) == {len(keys), PIECE_BLOCKS + 2, 2}
 
 
-async def test_a_flood_of_messages_leaves_the_loop_to_others() -> None:
+async def test_many_messages_leave_the_event_loop_to_other_tasks() -> None:
     async with following(FakePublisher()) as it:
         for _ in range(100):
             await it.publisher.publish(*[STORED, removed(KEYS)] * 20)
@@ -137,7 +137,7 @@ async def test_a_flood_of_messages_leaves_the_loop_to_others() -> None:
         assert it.forgotten == Counter()
 
 
-async def test_who_comes_late_knows_what_follows_on_known_prompts() -> None:
+async def test_late_subscriber_learns_blocks_that_continue_known_prompts() -> None:
     publisher = FakePublisher()
     await publisher.publish(STORED, lost=True)
     async with following(publisher) as it:
@@ -153,7 +153,7 @@ async def test_who_comes_late_knows_what_follows_on_known_prompts() -> None:
         await until(lambda: it.subscriber.stats.complete)
 
 
-async def test_who_comes_late_is_told_the_rest_by_a_replay() -> None:
+async def test_late_subscriber_receives_earlier_messages_by_replay() -> None:
     publisher = FakePublisher(replays=True)
     await publisher.publish(STORED, lost=True)
     async with following(publisher) as it:
@@ -164,7 +164,7 @@ async def test_who_comes_late_is_told_the_rest_by_a_replay() -> None:
         assert (stats.replayed, stats.batches, stats.complete) == (1, 2, True)
 
 
-async def test_a_gap_that_nobody_fills_makes_it_begin_anew() -> None:
+async def test_gap_without_replay_drops_all_blocks() -> None:
     async with following(FakePublisher()) as it:
         await it.publisher.publish(STORED)
         await it.has(KEYS, 4)
@@ -178,7 +178,7 @@ async def test_a_gap_that_nobody_fills_makes_it_begin_anew() -> None:
         assert it.forgotten == Counter(gap=1)
 
 
-async def test_a_gap_is_filled_by_a_replay() -> None:
+async def test_replay_fills_a_gap() -> None:
     async with following(FakePublisher(replays=True)) as it:
         await it.publisher.publish(STORED)
         await it.has(KEYS, 4)
@@ -194,7 +194,7 @@ async def test_a_gap_is_filled_by_a_replay() -> None:
 
 
 @pytest.mark.parametrize(("answers", "kept"), [(True, False), (False, True)])
-async def test_a_replay_without_what_is_missing_fills_no_gap(answers: bool, kept: bool) -> None:
+async def test_replay_without_the_missing_messages_fills_no_gap(answers: bool, kept: bool) -> None:
     async with following(FakePublisher(replays=True, answers=answers)) as it:
         await until(lambda: it.publisher.num_asked == 1)
         await it.publisher.publish(STORED)
@@ -205,7 +205,7 @@ async def test_a_replay_without_what_is_missing_fills_no_gap(answers: bool, kept
         assert (it.depth(KEYS), it.forgotten) == (0, Counter(gap=1))
 
 
-async def test_a_replay_that_cannot_be_reached_is_not_waited_for_long() -> None:
+async def test_unreachable_replay_socket_delays_events_for_a_short_time_only() -> None:
     publisher, other = FakePublisher(), FakePublisher()
     other.vanish()
     publisher.source = replace(publisher.source, replay=other.source.endpoint)
@@ -219,7 +219,7 @@ async def test_a_replay_that_cannot_be_reached_is_not_waited_for_long() -> None:
     await other.close()
 
 
-async def test_a_sequence_that_begins_again_is_another_life() -> None:
+async def test_restarted_sequence_drops_the_blocks_of_the_former_process() -> None:
     async with following(FakePublisher()) as it:
         for _ in range(3):
             await it.publisher.publish(STORED)
@@ -232,7 +232,7 @@ async def test_a_sequence_that_begins_again_is_another_life() -> None:
 
 
 @pytest.mark.parametrize("replays", [False, True])
-async def test_a_worker_that_restarts_is_learnt_anew_whatever_its_numbers_are(replays: bool) -> None:
+async def test_restarted_worker_is_learned_anew_with_any_sequence_numbers(replays: bool) -> None:
     async with following(FakePublisher(replays=replays)) as it:
         await it.publisher.publish(STORED)
         await it.has(KEYS, 4)
@@ -266,7 +266,7 @@ GARBAGE = [
 
 
 @pytest.mark.parametrize("payload", GARBAGE)
-async def test_after_garbage_nothing_is_believed_but_what_follows(payload: bytes) -> None:
+async def test_malformed_payload_drops_all_blocks_and_later_events_apply(payload: bytes) -> None:
     async with following(FakePublisher(replays=True)) as it:
         await it.publisher.publish(STORED)
         await it.has(KEYS, 4)
@@ -279,7 +279,7 @@ async def test_after_garbage_nothing_is_believed_but_what_follows(payload: bytes
 @pytest.mark.parametrize(
     "frames", [(), (b"",), (b"\0" * 7, b"x"), (b"\xff" * 8, b"x"), (b"\0" * 8, b"x", b"y")]
 )
-async def test_frames_that_sglang_does_not_send_are_garbage(frames: tuple[bytes, ...]) -> None:
+async def test_malformed_frames_drop_all_blocks(frames: tuple[bytes, ...]) -> None:
     async with following(FakePublisher()) as it:
         await it.publisher.publish(STORED)
         await it.has(KEYS, 4)
@@ -289,7 +289,7 @@ async def test_frames_that_sglang_does_not_send_are_garbage(frames: tuple[bytes,
         assert (it.depth(KEYS), it.forgotten) == (0, Counter(malformed=1))
 
 
-async def test_messages_of_another_topic_are_not_heard() -> None:
+async def test_messages_of_another_topic_are_ignored() -> None:
     async with following(FakePublisher()) as it:
         await it.publisher.frames(b"kv2", bytes(8), packed(OTHERS))
         await it.publisher.publish(STORED)
@@ -297,7 +297,7 @@ async def test_messages_of_another_topic_are_not_heard() -> None:
         assert (it.depth(OTHER), it.forgotten) == (0, Counter())
 
 
-async def test_an_enormous_message_is_not_read_and_ends_the_connection() -> None:
+async def test_too_large_message_is_not_read_and_ends_the_connection() -> None:
     async with following(FakePublisher()) as it:
         await it.publisher.publish(STORED)
         await it.has(KEYS, 4)
@@ -309,7 +309,7 @@ async def test_an_enormous_message_is_not_read_and_ends_the_connection() -> None
         await it.has(OTHER, 4)
 
 
-async def test_no_garbled_message_ends_the_following() -> None:
+async def test_garbled_messages_never_end_the_subscription() -> None:
     dice = random.Random(7)
     async with following(FakePublisher()) as it:
         good = packed(STORED, removed(KEYS[3:]), OTHERS, stored(KEYS, TOKENS, cache_salt="t"), CLEARED)
@@ -324,7 +324,7 @@ async def test_no_garbled_message_ends_the_following() -> None:
         assert set(it.forgotten) == {"malformed"}
 
 
-async def test_salted_blocks_are_known_by_the_salt_of_the_event() -> None:
+async def test_salt_of_an_event_gives_the_keys_of_salted_blocks() -> None:
     salt = "tenant"
     seed = BlockKey(sha256(b"sglang-cache-salt-v1\0" + salt.encode()).digest())
     links, keys = continue_keys(seed, TOKENS, 2), page_keys(TOKENS, 2, Namespace(cache_salt=salt))
@@ -337,7 +337,7 @@ async def test_salted_blocks_are_known_by_the_salt_of_the_event() -> None:
         await it.has(keys, 4)
 
 
-async def test_names_that_cannot_be_verified_are_left_out_and_counted() -> None:
+async def test_unverified_hashes_are_left_out_and_counted() -> None:
     pairs = list(pairwise(TOKENS))
     twin = BlockKey(OTHER[1][:8] + bytes(24))
     async with following(FakePublisher()) as it:
@@ -351,7 +351,7 @@ async def test_names_that_cannot_be_verified_are_left_out_and_counted() -> None:
         assert (stats.stored, stats.unverified, it.forgotten) == (1, 14, Counter())
 
 
-async def test_it_gives_way_to_who_takes_its_place_in_the_tree() -> None:
+async def test_subscriber_ends_when_another_source_takes_its_name_in_the_tree() -> None:
     async with following(FakePublisher()) as it:
         await it.publisher.publish(STORED)
         await it.has(KEYS, 4)
@@ -362,7 +362,7 @@ async def test_it_gives_way_to_who_takes_its_place_in_the_tree() -> None:
         assert (it.depth(KEYS), it.depth(OTHER)) == (1, 0)
 
 
-async def test_it_gives_way_too_when_its_worker_is_lost() -> None:
+async def test_displaced_subscriber_ends_when_its_worker_is_lost() -> None:
     async with following(FakePublisher()) as it:
         await until(lambda: it.subscriber.stats.connected)
         it.tree.join(ANN, Epoch(5))
@@ -372,7 +372,7 @@ async def test_it_gives_way_too_when_its_worker_is_lost() -> None:
         assert it.depth(KEYS) == 1
 
 
-async def test_a_worker_whose_events_cannot_be_reached_is_waited_for(caplog: Any) -> None:
+async def test_subscriber_waits_for_an_unreachable_worker(caplog: Any) -> None:
     publisher = FakePublisher()
     publisher.vanish()
     timeouts = replace(SOON, connect_s=0.01)
@@ -389,7 +389,7 @@ async def test_a_worker_whose_events_cannot_be_reached_is_waited_for(caplog: Any
 
 
 @pytest.mark.parametrize("endpoint", ["tcp://", "nonsense"])
-async def test_an_address_that_is_none_is_tried_again(endpoint: str) -> None:
+async def test_invalid_endpoint_is_tried_again(endpoint: str) -> None:
     tree, context = GlobalPromptTree(), zmq.asyncio.Context()
     source = EventSource(endpoint, "", None)
     subscriber = KvEventSubscriber(ANN, source, lambda: tree, EventHashKeys(10), context, SOON)

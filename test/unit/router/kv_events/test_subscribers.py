@@ -98,7 +98,7 @@ async def cast(*publishers: FakePublisher) -> AsyncIterator[Cast]:
             await publisher.close()
 
 
-async def test_each_instance_is_followed_by_the_best_that_it_offers() -> None:
+async def test_each_instance_gets_the_most_exact_mode_it_offers() -> None:
     publisher = FakePublisher()
     async with cast(publisher) as it:
         it.register_pool("pooled/dp1")
@@ -119,7 +119,7 @@ async def test_each_instance_is_followed_by_the_best_that_it_offers() -> None:
         assert sources[InstanceId("publishes")].stored == 6
 
 
-async def test_what_a_mirrored_worker_answered_is_believed_within_its_capacity_for_a_while() -> None:
+async def test_answered_prompts_of_an_approximate_cache_count_within_capacity_and_ttl() -> None:
     async with cast() as it:
         it.update(instance(ANN, KEEPS), instance(BOB, EventSourceInfo()))
         it.subscriptions.record_answer(ANN, KEYS)
@@ -134,7 +134,7 @@ async def test_what_a_mirrored_worker_answered_is_believed_within_its_capacity_f
         assert it.depths() == {}
 
 
-async def test_a_mirrored_worker_that_was_flushed_is_believed_to_have_nothing() -> None:
+async def test_flush_empties_an_approximate_cache() -> None:
     async with cast() as it:
         it.update(instance(ANN, KEEPS), instance(BOB, KEEPS))
         for name in (ANN, BOB):
@@ -146,7 +146,7 @@ async def test_a_mirrored_worker_that_was_flushed_is_believed_to_have_nothing() 
         assert it.depths() == {ANN: 4, BOB: 4}
 
 
-async def test_who_is_not_ready_any_more_is_forgotten() -> None:
+async def test_instance_that_is_not_ready_leaves_the_tree() -> None:
     publisher = FakePublisher()
     async with cast(publisher) as it:
         ann, bob = instance(ANN, publishing(publisher)), instance(BOB, KEEPS)
@@ -161,7 +161,7 @@ async def test_who_is_not_ready_any_more_is_forgotten() -> None:
         assert (it.depths(), it.modes(), it.tree.stats().instances) == ({}, {}, {})
 
 
-async def test_a_new_process_is_followed_anew_and_the_same_one_is_not() -> None:
+async def test_new_process_starts_a_new_subscription_and_the_same_process_keeps_it() -> None:
     async with cast() as it:
         it.update(instance(ANN, KEEPS))
         it.subscriptions.record_answer(ANN, KEYS)
@@ -178,7 +178,7 @@ async def test_a_new_process_is_followed_anew_and_the_same_one_is_not() -> None:
 
 
 @pytest.mark.parametrize("pool", ["ann", "ann/dp0", "ann/dp12"])
-async def test_a_pool_that_registers_reports_in_place_of_the_events(pool: str) -> None:
+async def test_registered_pool_replaces_the_event_subscription(pool: str) -> None:
     publisher = FakePublisher()
     async with cast(publisher) as it:
         ann = instance(ANN, publishing(publisher))
@@ -198,14 +198,14 @@ async def test_a_pool_that_registers_reports_in_place_of_the_events(pool: str) -
 
 
 @pytest.mark.parametrize("pool", ["annabel", "ann/dp", "ann/dpx", "bann/dp0"])
-async def test_a_pool_of_another_name_is_anothers(pool: str) -> None:
+async def test_pool_with_another_name_replaces_no_subscription(pool: str) -> None:
     async with cast() as it:
         it.register_pool(pool)
         it.update(instance(ANN, KEEPS))
         assert it.modes() == {ANN: Mode.MIRROR}
 
 
-async def test_who_was_displaced_in_the_tree_comes_back_when_the_place_is_free() -> None:
+async def test_displaced_subscription_returns_when_its_name_is_free() -> None:
     publisher = FakePublisher()
     async with cast(publisher) as it:
         ann = instance(ANN, publishing(publisher))
@@ -220,7 +220,7 @@ async def test_who_was_displaced_in_the_tree_comes_back_when_the_place_is_free()
         await until(lambda: it.depths() == {ANN: 6})
 
 
-async def test_each_cache_of_an_instance_is_followed_under_a_name_of_its_own() -> None:
+async def test_each_cache_of_an_instance_has_its_own_name_in_the_tree() -> None:
     first, second = await neighbours()
     async with cast(first, second) as it:
         it.update(instance(ANN, publishing(first, second)))
@@ -233,7 +233,7 @@ async def test_each_cache_of_an_instance_is_followed_under_a_name_of_its_own() -
         assert it.tree.stats().instances == {}
 
 
-async def test_prompts_that_came_by_name_the_blocks_of_events_without_tokens() -> None:
+async def test_recorded_prompts_give_the_keys_of_events_without_tokens() -> None:
     publisher = FakePublisher()
     async with cast(publisher) as it:
         it.subscriptions.record_prompt(KEYS)
@@ -248,7 +248,7 @@ async def test_prompts_that_came_by_name_the_blocks_of_events_without_tokens() -
         assert it.subscriptions.num_ambiguous == 1
 
 
-async def test_after_the_end_nobody_is_followed() -> None:
+async def test_close_ends_all_subscriptions() -> None:
     publisher = FakePublisher()
     async with cast(publisher) as it:
         it.update(instance(ANN, publishing(publisher)))

@@ -44,7 +44,7 @@ def test_events_reach_the_tree(feed: TreeSynchronizer) -> None:
     assert depth(feed, keys) == 4
 
 
-def test_a_gap_asks_for_a_snapshot_which_mends_it(feed: TreeSynchronizer) -> None:
+def test_gap_requests_a_snapshot_that_repairs_the_tree(feed: TreeSynchronizer) -> None:
     keys = chain(6)
     feed.events(PoolEvents(ONE, (stored(1, keys[:2]),)))
     assert feed.events(PoolEvents(ONE, (stored(3, keys[4:], keys[3]),))) == SnapshotWanted()
@@ -67,14 +67,14 @@ def test_a_gap_asks_for_a_snapshot_which_mends_it(feed: TreeSynchronizer) -> Non
     ],
     ids=["no first", "one is missing", "of another snapshot", "after the last"],
 )
-def test_a_snapshot_in_the_wrong_parts_is_asked_for_again(
+def test_snapshot_with_wrong_parts_is_requested_again(
     feed: TreeSynchronizer, parts: list[tuple[int, int, bool]]
 ) -> None:
     answers = [feed.part(SnapshotPart(ONE, *part, ())) for part in parts]
     assert answers == [Done()] * (len(parts) - 1) + [SnapshotWanted()]
 
 
-def test_a_first_part_begins_anew(feed: TreeSynchronizer) -> None:
+def test_first_part_restarts_the_snapshot(feed: TreeSynchronizer) -> None:
     keys = chain(3)
     feed.part(SnapshotPart(ONE, 3, 0, False, (stored(0, chain(4, seed=9)),)))
     feed.part(SnapshotPart(ONE, 5, 0, True, (stored(0, keys),)))
@@ -82,14 +82,14 @@ def test_a_first_part_begins_anew(feed: TreeSynchronizer) -> None:
     assert depth(feed, chain(4, seed=9)) == 0
 
 
-def test_a_stranger_is_not_believed(feed: TreeSynchronizer) -> None:
+def test_messages_of_unknown_pools_are_rejected(feed: TreeSynchronizer) -> None:
     keys = chain(3)
     assert feed.events(PoolEvents(TWO, (stored(1, keys),))) == Unknown()
     assert feed.part(SnapshotPart(TWO, 1, 0, True, (stored(0, keys),))) == Unknown()
     assert feed.synced_tree().overlaps(keys) == {}
 
 
-def test_what_a_pool_held_goes_with_it(feed: TreeSynchronizer, pools: Pools) -> None:
+def test_blocks_of_a_pool_leave_with_the_pool(feed: TreeSynchronizer, pools: Pools) -> None:
     keys = chain(3)
     feed.events(PoolEvents(ONE, (stored(1, keys),)))
     pools.deregister(ONE)
@@ -97,7 +97,7 @@ def test_what_a_pool_held_goes_with_it(feed: TreeSynchronizer, pools: Pools) -> 
     assert feed.events(PoolEvents(ONE, (stored(2, chain(2, seed=2)),))) == Unknown()
 
 
-def test_a_new_life_begins_with_nothing(feed: TreeSynchronizer, pools: Pools) -> None:
+def test_new_epoch_starts_without_blocks(feed: TreeSynchronizer, pools: Pools) -> None:
     keys = chain(3)
     feed.events(PoolEvents(ONE, (stored(1, keys),)))
     pools.register(info(TWO))
@@ -107,7 +107,7 @@ def test_a_new_life_begins_with_nothing(feed: TreeSynchronizer, pools: Pools) ->
     assert depth(feed, keys) == 1
 
 
-def test_of_two_lives_of_an_instance_the_later_is_heard_whatever_becomes_of_the_other(
+def test_latest_epoch_of_an_instance_counts_whatever_happens_to_the_earlier(
     feed: TreeSynchronizer, pools: Pools
 ) -> None:
     """Another model under the same name: their pools do not replace each other."""
@@ -121,21 +121,21 @@ def test_of_two_lives_of_an_instance_the_later_is_heard_whatever_becomes_of_the_
     assert feed.events(PoolEvents(TWO, (stored(2, keys[2:], keys[1]),))) == Done()
 
 
-def test_only_the_first_rank_of_an_instance_is_heard(feed: TreeSynchronizer, pools: Pools) -> None:
+def test_only_rank_0_of_an_instance_counts(feed: TreeSynchronizer, pools: Pools) -> None:
     feed.events(PoolEvents(ONE, (stored(1, chain(3)),)))
     pools.register(info(TWO, layout="second half", rank=1))
     assert feed.events(PoolEvents(TWO, (stored(1, chain(1)),))) == Unknown()
     assert depth(feed, chain(3)) == 3
 
 
-def test_nothing_new_is_news_from_one_who_has_said_nothing_yet(feed: TreeSynchronizer) -> None:
+def test_empty_update_before_any_snapshot_requests_a_snapshot(feed: TreeSynchronizer) -> None:
     assert feed.events(PoolEvents(ONE, ())) == SnapshotWanted()
     assert feed.part(SnapshotPart(ONE, 7, 0, True, ())) == Done()
     assert feed.events(PoolEvents(ONE, ())) == Done()
     assert feed.events(PoolEvents(ONE, (stored(8, chain(2)),))) == Done()
 
 
-def test_a_part_that_comes_again_is_left_out(feed: TreeSynchronizer) -> None:
+def test_repeated_part_is_ignored(feed: TreeSynchronizer) -> None:
     keys = chain(6)
     for part in ((0, False, stored(0, keys[:4])), (1, False, stored(0, keys[4:5], keys[3]))):
         message = SnapshotPart(ONE, 3, *part[:2], part[2:])
@@ -148,7 +148,7 @@ def test_a_part_that_comes_again_is_left_out(feed: TreeSynchronizer) -> None:
     assert feed.synced_tree().stats().counters.resets == 1
 
 
-def test_a_memory_instance_tells_of_each_layout_by_itself() -> None:
+def test_memory_instance_has_one_pool_per_layout_in_the_tree() -> None:
     clock = FakeClock()
     pools = Pools(ClusterConfig(heartbeat_secs=1), clock)
     feed = TreeSynchronizer(GlobalPromptTree(clock=clock), pools, clock=clock)

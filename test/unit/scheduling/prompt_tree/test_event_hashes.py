@@ -38,7 +38,7 @@ def test_events_of_known_prompts_reach_the_tree() -> None:
     assert tree.overlaps(KEYS) == {ANN: Overlap((5, 5), 0)}
 
 
-def test_keys_are_computed_from_the_events_tokens() -> None:
+def test_keys_are_computed_from_the_tokens_of_events() -> None:
     short = EventHashKeys(100)
     assert short.stored(1, Tier.HBM, None, NAMES[:3], TOKENS[:6]).keys == tuple(KEYS[:3])
     event = short.stored(2, Tier.HBM, NAMES[2], NAMES[3:], TOKENS[6:])
@@ -58,21 +58,21 @@ def test_keys_are_computed_from_the_events_tokens() -> None:
         (None, NAMES, [], 0),
     ],
 )
-def test_what_is_not_certain_is_left_out(
+def test_blocks_without_a_certain_key_are_left_out(
     parent: int | None, names: list[int], tokens: list[int], num_keys: int
 ) -> None:
     event = EventHashKeys(100).stored(5, Tier.DRAM, parent, names, tokens)
     assert (event.sequence, event.tier, event.keys) == (5, Tier.DRAM, tuple(KEYS[:num_keys]))
 
 
-def test_salted_prompts_are_known_from_requests() -> None:
+def test_salted_keys_are_known_from_requests() -> None:
     short = EventHashKeys(100)
     short.add(SALTED[:4])
     assert short.stored(1, Tier.HBM, None, SALTED_NAMES, TOKENS).keys == tuple(SALTED[:4])
     assert short.stored(2, Tier.HBM, SALTED_NAMES[3], SALTED_NAMES[4:], TOKENS[8:]).keys == tuple(SALTED[4:])
 
 
-def test_of_two_keys_of_one_name_neither_is_believed() -> None:
+def test_two_keys_with_one_hash_are_neither_stored() -> None:
     short = EventHashKeys(100)
     short.add(KEYS)
     short.add([twin(KEYS[2])])
@@ -84,7 +84,7 @@ def test_of_two_keys_of_one_name_neither_is_believed() -> None:
     assert short.key_of(NAMES[2]) is None
 
 
-def test_what_is_not_used_is_forgotten_first() -> None:
+def test_least_recently_used_keys_are_forgotten_first() -> None:
     short = EventHashKeys(8)
     short.add(KEYS[:1])
     for start in range(0, 4000, 2):
@@ -97,7 +97,7 @@ def test_what_is_not_used_is_forgotten_first() -> None:
         EventHashKeys(1)
 
 
-def test_salted_keys_are_computed_from_the_events_salt() -> None:
+def test_salted_keys_are_computed_from_the_salt_of_events() -> None:
     """SGLang's names are of another chain than its keys: one that begins with the salt alone."""
     seed = BlockKey(sha256(b"sglang-cache-salt-v1\0tenant").digest())
     names = [event_hash(link) for link in continue_keys(seed, TOKENS, 2)]

@@ -70,14 +70,16 @@ def tree_of(
         ([stored(1, "abcd"), removed(2, "abcd", 4)], None),
     ],
 )
-def test_depth_is_what_is_held_from_the_front(events: list[CacheEvent], depth: Overlap | None) -> None:
+def test_overlap_counts_blocks_held_from_the_front_by_tier(
+    events: list[CacheEvent], depth: Overlap | None
+) -> None:
     others = [stored(1, "abcdefgh", DRAM)]
     tree = tree_of((ANN, events), (BOB, others), (CYD, []))
     assert tree.overlaps(keys("abcde")) == {BOB: Overlap((0, 5), 5)} | ({ANN: depth} if depth else {})
     assert tree.overlaps([]) == {}
 
 
-def test_as_many_depths_as_instances_are_told_apart() -> None:
+def test_overlaps_tell_300_depths_of_300_instances_apart() -> None:
     prompt = "".join(map(chr, range(1000, 1300)))
     names = [InstanceId(f"i{n}") for n in range(300)]
     tree = tree_of(*((name, [stored(1, prompt[: n + 1])]) for n, name in enumerate(names)))
@@ -85,7 +87,7 @@ def test_as_many_depths_as_instances_are_told_apart() -> None:
     assert tree.overlaps(keys(prompt[:150] + "x"))[names[-1]] == Overlap((150, 150), 0)
 
 
-def test_nothing_after_a_gap_is_applied_and_what_was_missing_repairs_it() -> None:
+def test_events_after_a_gap_wait_for_the_missing_events() -> None:
     tree = tree_of((ANN, [stored(1, "ab")]))
     late = stored(2, "abc", HBM, start=2)
     assert not tree.apply(ANN, EPOCH, [stored(3, "xy"), stored(4, "z")])
@@ -97,14 +99,14 @@ def test_nothing_after_a_gap_is_applied_and_what_was_missing_repairs_it() -> Non
     assert tree.stats().counters.gaps == 2
 
 
-def test_events_that_come_again_are_left_out() -> None:
+def test_repeated_events_are_ignored() -> None:
     tree = tree_of((ANN, [stored(1, "abc"), removed(2, "abc", 1)]))
     assert tree.apply(ANN, EPOCH, [stored(1, "abc"), removed(2, "abc", 1), stored(1, "abc")])
     assert tree.overlaps(keys("abc")) == {ANN: Overlap((2, 2), 0)}
     assert tree.stats().counters.repeated == 3
 
 
-def test_a_snapshot_is_all_that_is_held_and_events_go_on_from_it() -> None:
+def test_snapshot_replaces_all_blocks_and_later_events_continue_it() -> None:
     tree = tree_of((ANN, [stored(1, "abc"), stored(2, "xyz")]), (BOB, [stored(1, "xyz")]))
     tree.reset(ANN, EPOCH, Snapshot(9, (stored(0, "abcd", DRAM), stored(0, "ab"))))
     assert tree.overlaps(keys("abcd")) == {ANN: Overlap((2, 4), 4)}
@@ -116,7 +118,7 @@ def test_a_snapshot_is_all_that_is_held_and_events_go_on_from_it() -> None:
     assert tree.stats().counters.resets == 1
 
 
-def test_only_the_living_epoch_is_heard() -> None:
+def test_events_of_other_epochs_are_ignored() -> None:
     tree = tree_of((ANN, [stored(1, "ab")]))
     assert not tree.apply(ANN, Epoch(6), [stored(2, "abc")])
     assert not tree.apply(BOB, EPOCH, [stored(1, "abc")])
@@ -131,7 +133,7 @@ def test_only_the_living_epoch_is_heard() -> None:
     assert tree.apply(ANN, Epoch(8), [stored(1, "a")])
 
 
-def test_who_leaves_is_gone_at_once_and_its_memory_follows() -> None:
+def test_leaving_instance_is_gone_at_once_and_its_memory_is_freed_later() -> None:
     prompts = [f"sys{n:04}" for n in range(2000)]
     events = [stored(n + 1, prompt) for n, prompt in enumerate(prompts)]
     tree = tree_of((ANN, events), (BOB, events[:1]), (CYD, []))
@@ -150,7 +152,7 @@ def test_who_leaves_is_gone_at_once_and_its_memory_follows() -> None:
     assert tree.stats().blocks == 8
 
 
-def test_what_was_dispatched_counts_until_it_is_reported_or_late() -> None:
+def test_dispatched_blocks_count_until_reported_or_expired() -> None:
     clock = FakeClock()
     tree = GlobalPromptTree(clock=clock)
     for instance in (ANN, BOB):
@@ -169,7 +171,7 @@ def test_what_was_dispatched_counts_until_it_is_reported_or_late() -> None:
     assert tree.stats().expected == 0
 
 
-def test_what_is_expected_again_counts_until_the_later_time() -> None:
+def test_blocks_expected_twice_count_until_the_later_time() -> None:
     clock = FakeClock()
     tree = GlobalPromptTree(clock=clock)
     tree.join(ANN, EPOCH)
@@ -185,7 +187,7 @@ def test_what_is_expected_again_counts_until_the_later_time() -> None:
     assert tree.overlaps(keys("abc")) == {}
 
 
-def test_a_silent_worker_has_what_it_was_sent_within_capacity_and_ttl() -> None:
+def test_approximate_cache_keeps_answered_prompts_within_capacity_and_ttl() -> None:
     clock = FakeClock()
     tree = GlobalPromptTree(clock=clock)
     tree.join_approximate(ANN, capacity_blocks=5, ttl_s=60)
@@ -213,7 +215,7 @@ def test_a_silent_worker_has_what_it_was_sent_within_capacity_and_ttl() -> None:
         tree.join_approximate(ANN, capacity_blocks=0, ttl_s=60)
 
 
-def test_the_tails_used_longest_ago_are_forgotten_first() -> None:
+def test_least_recently_used_tails_are_forgotten_first() -> None:
     tree = tree_of((ANN, [stored(1, "abcd"), stored(2, "abxy"), stored(3, "pqrs")]), max_blocks=10)
     tree.overlaps(keys("abc"))
     assert tree.apply(ANN, EPOCH, [stored(4, "k")])
@@ -228,7 +230,7 @@ def test_the_tails_used_longest_ago_are_forgotten_first() -> None:
     assert tree.stats().counters.forgotten == 1 + 3 + 6 + 10
 
 
-def test_the_budget_holds_however_many_unique_prompts_come() -> None:
+def test_budget_holds_for_many_unique_prompts() -> None:
     tree = tree_of((ANN, []), (BOB, []), max_blocks=1000)
     tree.join_approximate(CYD, capacity_blocks=None, ttl_s=60)
     shared = keys("system prompt")
@@ -244,7 +246,7 @@ def test_the_budget_holds_however_many_unique_prompts_come() -> None:
     assert tree.stats().counters.forgotten > 18_000
 
 
-def test_distinct_sets_of_holders_are_within_the_budget_too() -> None:
+def test_budget_limits_the_distinct_sets_of_holders() -> None:
     names = [InstanceId(f"i{n}") for n in range(12)]
     tree = tree_of(*((name, []) for name in names), max_blocks=4000)
     sequences = dict.fromkeys(names, 0)
@@ -259,7 +261,7 @@ def test_distinct_sets_of_holders_are_within_the_budget_too() -> None:
     }
 
 
-def test_a_block_takes_the_memory_that_is_promised() -> None:
+def test_block_takes_at_most_the_documented_memory() -> None:
     tree = tree_of((ANN, []), (BOB, []), max_blocks=200_000)
     rng = random.Random(0)
     tracemalloc.start()
@@ -276,7 +278,7 @@ def test_a_block_takes_the_memory_that_is_promised() -> None:
     assert 0.75 * BYTES_PER_BLOCK < taken < 1.25 * BYTES_PER_BLOCK
 
 
-def test_the_budget_is_of_bytes_whatever_the_blocks_are_there_for() -> None:
+def test_budget_in_bytes_covers_held_learned_and_expected_blocks() -> None:
     """Reported, learned and expected ones, and each by other holders than the one before."""
     tree = tree_of(*((InstanceId(f"i{n}"), []) for n in range(40)), max_blocks=6000)
     for n in range(4):
@@ -326,7 +328,7 @@ HOSTILE: list[CacheEvent] = [
 
 @pytest.mark.parametrize("event", HOSTILE)
 @pytest.mark.parametrize("max_blocks", [None, 6])
-def test_what_is_broken_changes_nothing_for_others(event: CacheEvent, max_blocks: int | None) -> None:
+def test_malformed_event_changes_no_other_instance(event: CacheEvent, max_blocks: int | None) -> None:
     tree = tree_of((ANN, [stored(1, "abc")]), (BOB, [stored(1, "abcd")]), max_blocks=max_blocks)
     tree.apply(ANN, EPOCH, [event])
     depths = tree.overlaps(keys("abcd"))
@@ -337,7 +339,7 @@ def test_what_is_broken_changes_nothing_for_others(event: CacheEvent, max_blocks
     assert tree.overlaps(keys("abcde"))[BOB] == Overlap((5, 5), 0)
 
 
-def test_what_is_refused_is_counted() -> None:
+def test_rejected_blocks_are_counted() -> None:
     tree = tree_of(
         (ANN, [stored(1, "abc"), stored(2, "axcdef", HBM, start=4), stored(3, "ax", DRAM, start=1)])
     )
@@ -346,7 +348,7 @@ def test_what_is_refused_is_counted() -> None:
     assert (counters.orphans, counters.refused) == (2 + 1, 3)
 
 
-def test_lies_of_one_instance_never_lengthen_anothers_depth() -> None:
+def test_false_events_of_one_instance_never_lengthen_the_overlap_of_another() -> None:
     """Whatever chains an instance makes up of keys that exist."""
     rng = random.Random(1)
     universe = [one for prompt in ("abcd", "abxy", "pqrs", "aq") for one in keys(prompt)]
@@ -368,7 +370,7 @@ def test_lies_of_one_instance_never_lengthen_anothers_depth() -> None:
                 assert all(depth.depths[Tier.HBM] == depth.cached for depth in depths.values())
 
 
-def test_a_snapshot_tells_how_true_the_tree_is() -> None:
+def test_compare_counts_the_differences_to_a_snapshot() -> None:
     tree = tree_of((ANN, [stored(1, "abcd"), stored(2, "ab", DRAM)]), (BOB, [stored(1, "abcdxyz")]))
     exact = tree.compare(ANN, Snapshot(2, (stored(0, "abcd"), stored(0, "ab", DRAM), stored(0, "x", REMOTE))))
     assert (exact.precision, exact.recall, exact.phantoms, exact.lag) == (1.0, 1.0, 0, 0)
@@ -381,12 +383,12 @@ def test_a_snapshot_tells_how_true_the_tree_is() -> None:
     assert tree.compare(BOB, Snapshot(1, (stored(0, "abcdxyz"),))).precision == 1
 
 
-def test_a_tree_of_no_blocks_is_refused() -> None:
+def test_tree_without_blocks_is_rejected() -> None:
     with pytest.raises(ValueError, match="max_blocks is at least 1"):
         GlobalPromptTree(max_blocks=0)
 
 
-def test_what_was_forgotten_is_known_again_when_a_dispatched_prompt_grows() -> None:
+def test_forgotten_prefix_is_restored_when_a_dispatched_prompt_grows() -> None:
     tree = tree_of((ANN, [stored(1, "abcdef")]), max_blocks=32)
     assert tree.apply(ANN, EPOCH, [stored(2, "0123456789ABCDEFGHIJKLMNOPQR")])
     assert tree.overlaps(keys("abcdef"))[ANN].cached == 4
@@ -397,7 +399,7 @@ def test_what_was_forgotten_is_known_again_when_a_dispatched_prompt_grows() -> N
     assert tree.stats().expected == 0
 
 
-def test_a_digest_is_of_the_blocks_that_are_held_by_tier_whatever_way_they_came() -> None:
+def test_digest_depends_on_held_blocks_and_tiers_alone() -> None:
     tree = tree_of((ANN, [stored(1, "abcd"), stored(2, "abx", DRAM)]), (BOB, [stored(1, "abcdxyz", DRAM)]))
 
     def digest(*prompts: str) -> tuple[int, int]:

@@ -296,7 +296,7 @@ steps = st.lists(st.tuples(st.integers(0, 1), prompts, st.integers(0, 2)), max_s
 
 @settings(max_examples=200, deadline=None, derandomize=True)
 @given(steps=steps, capacity=st.integers(1, 12))
-def test_mirrors_are_lists_of_blocks_in_order_of_use(
+def test_approximate_caches_equal_lists_of_blocks_in_order_of_use(
     steps: list[tuple[int, Prompt, int]], capacity: int
 ) -> None:
     """Two workers that report nothing, and one that does."""
