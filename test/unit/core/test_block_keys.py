@@ -28,7 +28,7 @@ SglangKeys = Callable[[list[int], int, Namespace | None], list[str]]
 
 @pytest.fixture(scope="module")
 def sglang_keys() -> SglangKeys:
-    """SGLang's hashes of the whole pages of some tokens."""
+    """Returns SGLang's hashes of the whole pages of token ids."""
     from sglang.srt.mem_cache.radix_cache import RadixKey
     from sglang.srt.mem_cache.utils import get_storage_hash_str
 

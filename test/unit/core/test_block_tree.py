@@ -87,7 +87,7 @@ class TreeMachine(RuleBasedStateMachine):
 
     @rule(other=st.lists(prompts, max_size=3))
     def merge(self, other: list[list[int]]) -> None:
-        """Merging is inserting, in any order: the union of equal keys."""
+        """Merging two trees is inserting their chains, in any order."""
         for prompt in other:
             self.insert(prompt, 3)
 

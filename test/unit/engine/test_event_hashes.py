@@ -1,4 +1,4 @@
-"""Names of SGLang's events back to keys: what is certain, and only that."""
+"""EventBlocks: hashes of SGLang's events back to keys, only where the keys are certain."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ TOKENS = list(range(100, 100 + 5 * PAGE))
 
 
 def names_of(tokens: list[int], namespace: Namespace = PLAIN) -> list[int]:
-    """As SGLang computes them, by its own functions."""
+    """The event hashes, by SGLang's own functions."""
     root = SimpleNamespace(key=RadixKey(array("q")), parent=None, hash_value=[], event_hash_value=None)
     key = RadixKey(array("q", tokens), extra_key=namespace.extra_key, cache_salt=namespace.cache_salt)
     node = SimpleNamespace(key=key, parent=root, hash_value=None, event_hash_value=None)

@@ -1,4 +1,4 @@
-"""What SGLang's radix cache holds, told to a pool: both of SGLang's tree cores, at random and on purpose."""
+"""HbmPublisher reports SGLang's radix cache to a pool: both of SGLang's tree cores, random and by case."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ NAMESPACES = [Namespace(), Namespace("k"), Namespace(cache_salt="s"), Namespace(
 
 
 class Allocator:
-    """Of a cache whose slots nobody writes."""
+    """The allocator of a cache whose slots are never written."""
 
     device = "cpu"
     size = 1 << 16
@@ -55,7 +55,7 @@ class Allocator:
 
 
 class Engine:
-    """SGLang's cache, made as its scheduler makes it for our flags, and a pool that is told of it."""
+    """SGLang's cache, made as its scheduler makes it for our flags, and a pool that it reports to."""
 
     def __init__(self, core: str) -> None:
         self.cache = UnifiedRadixCache(
@@ -84,14 +84,14 @@ class Engine:
         self.cache.evict(EvictParams(num_tokens=num_tokens))
 
     def tell(self) -> set[BlockKey]:
-        """Have the pool and its follower learn all that is new; what the follower has then."""
+        """Deliver all new events to the pool and its follower; returns the follower's blocks."""
         self.report.apply(self.cache.take_events())
         assert all(map(self.follower.apply, self.pool.take_events()))
         assert len(self.follower.tree) == len(self.hbm) == self.num_pages()
         return {node.key for node in self.follower.tree}
 
     def num_pages(self) -> int:
-        """SGLang's own count."""
+        """The number of pages by SGLang's own count."""
         return int(self.cache.evictable_size() + self.cache.protected_size()) // PAGE
 
 
@@ -139,7 +139,7 @@ def test_evictions_and_a_flush_are_reported(engine: Engine) -> None:
 
 @pytest.mark.parametrize("seed", range(12))
 def test_pool_holds_what_the_radix_cache_holds(engine: Engine, seed: int) -> None:
-    """Chains, branches, namespaces, evictions and flushes at random, told at random moments."""
+    """Random chains, branches, namespaces, evictions and flushes, reported at random moments."""
     rng = random.Random(seed)
     pages = [[page * 10 + i for i in range(PAGE)] for page in range(3)]
     for _ in range(60):
@@ -186,7 +186,7 @@ def test_events_of_other_media_are_ignored(engine: Engine) -> None:
 
 
 def test_blocks_without_their_extra_key_are_left_out(engine: Engine) -> None:
-    """As with a format of the user's own: names of another namespace than the event's."""
+    """A format of the user's own has hashes of another namespace than the event's."""
     engine.insert(A, NAMESPACES[1])
     for event in engine.cache.take_events():
         if isinstance(event, BlockStored):
@@ -208,7 +208,7 @@ def scheduler_with(linker: Any, publisher: Any, config: str = OURS) -> Any:
 
 @pytest.fixture
 def joins(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
-    """What linkers were joined to; the tree cache stands for its linker."""
+    """The objects that linkers were joined to; the tree cache stands for its linker."""
     joined: list[Any] = []
     linker = SimpleNamespace(follow_hbm=joined.append)
     monkeypatch.setattr(pool_hooks, "linker_of", lambda cache: linker if cache else None)

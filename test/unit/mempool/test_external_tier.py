@@ -1,4 +1,4 @@
-"""A tier that the pool is told of: in its events and snapshots, and in nobody's way."""
+"""ExternalTier: in the pool's events and snapshots alone."""
 
 from __future__ import annotations
 
@@ -111,7 +111,7 @@ prompts = st.lists(st.integers(0, 1), min_size=1, max_size=5)
 
 
 class ForeignMachine(RuleBasedStateMachine):
-    """Both tiers change at random; a follower of the events has what a snapshot has, and what is so."""
+    """Both tiers change at random; the events' follower equals the snapshot and the model."""
 
     @initialize()
     def open(self) -> None:
@@ -162,7 +162,7 @@ class ForeignMachine(RuleBasedStateMachine):
 
     @rule()
     def join(self) -> None:
-        """Events that were not taken yet are in the snapshot, and old to who has it."""
+        """A snapshot contains the events that were not taken yet; its receiver skips them later."""
         self.late = CacheFollower()
         self.late.reset(self.pool.snapshot())
         assert tiers_of(self.late) == self.truth()

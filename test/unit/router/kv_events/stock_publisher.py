@@ -1,4 +1,4 @@
-"""A publisher of KV events as SGLang's is, over real sockets, which can lose, garble and forget messages."""
+"""A publisher of KV events like SGLang's, over real sockets, that can lose, garble and forget messages."""
 
 from __future__ import annotations
 
@@ -54,10 +54,10 @@ def packed(*events: object) -> bytes:
 
 
 class FakePublisher:
-    """One worker's. `kept` is what it can repeat."""
+    """The publisher of one worker. `kept`: the messages that it can replay."""
 
     def __init__(self, *, replays: bool = False, answers: bool = True, port: int | None = None) -> None:
-        """`port`: None lets the system choose."""
+        """`port`: None lets the system choose a free port."""
         self._context = zmq.asyncio.Context()
         self._topic = b"kv"
         self._answers = answers
@@ -85,13 +85,13 @@ class FakePublisher:
             self._socket.bind(f"tcp://127.0.0.1:{self._port}")
 
     async def subscribed(self) -> None:
-        """Wait for one who listens: what is published after that arrives there."""
+        """Wait for a subscriber: later messages arrive there."""
         async with asyncio.timeout(DEADLINE_S):
             while await self._socket.recv() != b"\x01" + self._topic:
                 continue
 
     async def publish(self, *events: object, lost: bool = False, kept: bool = True) -> None:
-        """One message, which a subscriber may miss, and which may be repeated."""
+        """Publish one message. `lost`: no subscriber receives it; `kept`: a replay repeats it."""
         await self.raw(packed(*events), lost=lost, kept=kept)
 
     async def raw(self, payload: bytes, *, lost: bool = False, kept: bool = True) -> None:
@@ -105,11 +105,11 @@ class FakePublisher:
         await self._socket.send_multipart(frames)
 
     def vanish(self) -> None:
-        """Its process ends."""
+        """End the publisher's process."""
         self._socket.close(linger=0)
 
     async def restart(self) -> None:
-        """Another process in the same place."""
+        """Start another process at the same address."""
         self.vanish()
         async with asyncio.timeout(DEADLINE_S):
             while True:

@@ -1,4 +1,4 @@
-"""What pools say to a router's feed, in tests of it."""
+"""Messages of pools to a TreeSynchronizer."""
 
 from __future__ import annotations
 
@@ -37,12 +37,12 @@ def depth(feed: TreeSynchronizer, keys: tuple[BlockKey, ...], name: InstanceId =
 
 
 def audit(epoch: Epoch, sequence: int, *chains: Stored) -> list[SnapshotPart]:
-    """In as many parts as there are chains."""
+    """An audit with one part per chain."""
     last = len(chains) - 1
     return [SnapshotPart(epoch, sequence, i, i == last, (one,), True) for i, one in enumerate(chains)]
 
 
 def hear(feed: TreeSynchronizer, messages: Iterable[Message]) -> set[str]:
-    """The names of the answers."""
+    """The type names of the answers."""
     answers = [feed.part(one) if isinstance(one, SnapshotPart) else feed.events(one) for one in messages]
     return {type(answer).__name__ for answer in answers}

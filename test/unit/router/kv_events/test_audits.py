@@ -1,4 +1,4 @@
-"""A router's audits of its tree, and what no honest pool says."""
+"""Audits of the prompt tree, and false messages of pools."""
 
 from __future__ import annotations
 
@@ -46,12 +46,12 @@ def test_each_pool_is_audited_periodically(feed: TreeSynchronizer, clock: FakeCl
         assert feed.events(PoolEvents(ONE, ())) == Done()
         clock.advance(1)
         assert feed.events(PoolEvents(ONE, ())) == AuditWanted()
-        assert feed.events(PoolEvents(ONE, ())) == Done(), "asked once"
+        assert feed.events(PoolEvents(ONE, ())) == Done(), "an audit is requested once"
         assert hear(feed, audit(ONE, 1, stored(0, keys[:2]), stored(0, keys[2:], keys[1]))) == {"Done"}
     assert feed.audit_results() == {DECODE: AuditResult(5, 5, 5, 0)}
     counters = feed.counters()
     assert (counters.audits_asked, counters.audits, counters.untrue_audits) == (3, 3, 0)
-    assert feed.synced_tree().stats().counters.resets == 0, "what is true is left alone"
+    assert feed.synced_tree().stats().counters.resets == 0, "no snapshot replaces a correct tree"
 
 
 @pytest.mark.parametrize("is_heard", [True, False], ids=["", "and its answer is lost"])
@@ -136,7 +136,7 @@ def test_large_pools_share_the_audit_bandwidth(
     hear(feed, audit(ONE, 1, stored(0, large)))
     assert feed.audit_results()[DECODE].precision == 1
     clock.advance(1.9)
-    assert feed.events(PoolEvents(TWO, ())) == Done(), "2 MiB stand for 2 s"
+    assert feed.events(PoolEvents(TWO, ())) == Done(), "an audit of 2 MiB delays the next one by 2 s"
     clock.advance(0.2)
     assert feed.events(PoolEvents(TWO, ())) == AuditWanted()
 
@@ -152,7 +152,7 @@ def test_audit_ignores_blocks_forgotten_for_the_budget(pools: Pools, clock: Fake
     assert feed.counters().untrue_audits == 0
 
 
-# ---- what no honest pool says
+# ---- false messages
 
 
 @pytest.mark.parametrize("is_audit", [False, True])
@@ -196,7 +196,7 @@ def test_beginning_of_a_too_large_snapshot_is_applied(pools: Pools, clock: FakeC
 def test_false_messages_of_one_pool_spare_the_others_and_a_snapshot_corrects_them(
     pools: Pools, clock: FakeClock, seed: int
 ) -> None:
-    """Doubled, out of order, cut, contradictory, of strangers and of old lives."""
+    """Messages are doubled, out of order, cut, contradictory, of unknown pools and of old epochs."""
     pools.register(info(TWO, OTHER))
     feed = TreeSynchronizer(
         GlobalPromptTree(clock=clock), pools, audit_s=2.0, max_snapshot_blocks=500, clock=clock

@@ -1,4 +1,4 @@
-"""Stock SGLang workers in the tree: what they publish is believed, and forgotten when it cannot be."""
+"""KvEventSubscriber: published events reach the tree; after lost or malformed messages blocks are dropped."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class Followed:
 
 @asynccontextmanager
 async def following(publisher: FakePublisher, timeouts: SubscriberTimeouts = SOON) -> AsyncIterator[Followed]:
-    """A subscriber whose publisher knows of it."""
+    """A subscriber that is connected to its publisher."""
     tree, event_keys, context = GlobalPromptTree(), EventHashKeys(100_000), zmq.asyncio.Context()
     subscriber = KvEventSubscriber(ANN, publisher.source, lambda: tree, event_keys, context, timeouts)
     try:
@@ -83,7 +83,7 @@ async def test_published_events_reach_the_tree() -> None:
         await it.has(KEYS, 6)
         await it.publisher.publish(removed(KEYS[:3:-1]), removed(OTHER[:1]))
         await it.has(KEYS, 4)
-        assert it.depth(OTHER) == 0, "what comes after a block goes with it"
+        assert it.depth(OTHER) == 0, "the descendants of a block leave with it"
         stats = it.subscriber.stats
         assert (stats.connected, stats.complete, stats.batches) == (True, True, 3)
         assert (stats.stored, stats.unverified, it.forgotten) == (10, 0, Counter())
@@ -347,7 +347,7 @@ async def test_unverified_hashes_are_left_out_and_counted() -> None:
         await it.publisher.publish(OTHERS)
         await it.heard(3)
         stats = it.subscriber.stats
-        assert (it.depth(KEYS), it.depth(OTHER)) == (0, 1), "the twin could be meant"
+        assert (it.depth(KEYS), it.depth(OTHER)) == (0, 1), "the hash may mean the twin"
         assert (stats.stored, stats.unverified, it.forgotten) == (1, 14, Counter())
 
 

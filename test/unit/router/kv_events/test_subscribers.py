@@ -1,4 +1,4 @@
-"""How each instance is followed, and that nothing is believed of who has gone."""
+"""StockSubscriptions: the mode of each instance, and the removal of instances that have left."""
 
 from __future__ import annotations
 
@@ -43,12 +43,12 @@ def publishing(*publishers: FakePublisher) -> EventSourceInfo:
 
 
 async def neighbours() -> tuple[FakePublisher, FakePublisher]:
-    """Two of one server, whose ports follow on each other."""
+    """Two publishers of one server, on adjacent ports."""
     while True:
         first = FakePublisher()
         try:
             return first, FakePublisher(port=int(first.source.endpoint.rpartition(":")[2]) + 1)
-        except zmq.ZMQError:  # that port is another's
+        except zmq.ZMQError:  # another process uses that port
             await first.close()
 
 
@@ -59,7 +59,7 @@ def instance(name: InstanceId, following: EventSourceInfo, epoch: int = 1) -> In
 
 @dataclass
 class Cast:
-    """StockSubscriptions with their tree, and the pools."""
+    """StockSubscriptions with their tree and the pools."""
 
     subscriptions: StockSubscriptions
     tree: GlobalPromptTree
@@ -70,7 +70,7 @@ class Cast:
         self.subscriptions.update(ClusterSnapshot.of(instances), self.pools)
 
     def register_pool(self, name: str) -> None:
-        """As the feed of the tree does: it reports, and has one block."""
+        """Register a pool that reports one block, as the synchronizer would."""
         layout = "l"
         self.pools.register(
             PoolInfo(InstanceId(name), POOL_EPOCH, Role.COLOCATED, CachingMode.FULL, "h:1", layout)
@@ -125,7 +125,7 @@ async def test_answered_prompts_of_an_approximate_cache_count_within_capacity_an
         it.subscriptions.record_answer(ANN, KEYS)
         it.subscriptions.record_answer(BOB, KEYS)
         it.subscriptions.record_answer(InstanceId("nobody"), KEYS)
-        assert it.depths() == {ANN: 4}, "as many as it has room for"
+        assert it.depths() == {ANN: 4}, "the capacity is 4 blocks"
         assert it.subscriptions.stats() == {
             ANN: SubscriptionStats(Mode.MIRROR, 6),
             BOB: SubscriptionStats(Mode.NONE),
@@ -174,7 +174,7 @@ async def test_new_process_starts_a_new_subscription_and_the_same_process_keeps_
         assert it.depths() == {}
         it.subscriptions.record_answer(ANN, KEYS)
         it.update(instance(ANN, replace(KEEPS, capacity_tokens=6, start_s=1.5), epoch=2))
-        assert it.depths() == {}, "it has started again since, and was never seen down"
+        assert it.depths() == {}, "the server has restarted and was never unready"
 
 
 @pytest.mark.parametrize("pool", ["ann", "ann/dp0", "ann/dp12"])

@@ -1,4 +1,4 @@
-"""The router's tree follows what pools report: gaps, restarts, strangers and broken snapshots."""
+"""TreeSynchronizer: gaps, restarts, unknown pools and broken snapshots."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_gap_requests_a_snapshot_that_repairs_the_tree(feed: TreeSynchronizer) -
     assert feed.events(PoolEvents(ONE, (stored(3, keys[4:], keys[3]),))) == SnapshotWanted()
     assert depth(feed, keys) == 2
     assert feed.part(SnapshotPart(ONE, 3, 0, False, (stored(0, keys[:4]),))) == Done()
-    assert depth(feed, keys) == 2, "not before the last part"
+    assert depth(feed, keys) == 2, "the last part is missing"
     assert feed.part(SnapshotPart(ONE, 3, 1, True, (stored(0, keys[4:], keys[3]),))) == Done()
     assert depth(feed, keys) == 6
     assert feed.events(PoolEvents(ONE, (Removed(4, Tier.DRAM, keys[5:]),))) == Done()
@@ -163,9 +163,9 @@ def test_memory_instance_has_one_pool_per_layout_in_the_tree() -> None:
         "bb": 2,
     }
     assert depth(feed, chain(9), memory) == 0
-    assert isinstance(feed.events(PoolEvents(epoch, (), "c" * 1000)), Unknown), "no layout's digest"
+    assert isinstance(feed.events(PoolEvents(epoch, (), "c" * 1000)), Unknown), "not the digest of a layout"
     for number in range(100):
         feed.part(SnapshotPart(epoch, 1, 0, True, (stored(1, chain(1)),), layout=f"{number:04}"))
-    assert len(feed.synced_tree().overlaps(chain(1))) == MAX_LAYOUTS, "however many it names"
+    assert len(feed.synced_tree().overlaps(chain(1))) == MAX_LAYOUTS, "at most MAX_LAYOUTS layouts"
     pools.deregister(epoch)
     assert feed.synced_tree().overlaps(chain(9)) == {}

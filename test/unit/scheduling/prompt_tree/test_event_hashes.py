@@ -1,4 +1,4 @@
-"""Events with 64-bit names: what is certain reaches the tree, and nothing else does."""
+"""Events with 64-bit hashes: only blocks with certain keys reach the tree."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ANN, EPOCH = InstanceId("ann"), Epoch(1)
 
 
 def twin(key: BlockKey) -> BlockKey:
-    """Another key of the same name."""
+    """Another key with the same event hash."""
     return BlockKey(key[:8] + b"\xff" * 24)
 
 
@@ -79,7 +79,9 @@ def test_two_keys_with_one_hash_are_neither_stored() -> None:
     assert short.num_ambiguous == 1
     assert short.stored(1, Tier.HBM, None, NAMES, TOKENS).keys == tuple(KEYS[:2])
     assert short.stored(2, Tier.HBM, NAMES[2], NAMES[3:]).keys == ()
-    assert set(short.removed(3, Tier.HBM, NAMES).keys) == {*KEYS, twin(KEYS[2])}, "one of them has gone"
+    assert set(short.removed(3, Tier.HBM, NAMES).keys) == {*KEYS, twin(KEYS[2])}, (
+        "one of the two keys was removed"
+    )
     short.add(KEYS)
     assert short.key_of(NAMES[2]) is None
 
@@ -98,7 +100,7 @@ def test_least_recently_used_keys_are_forgotten_first() -> None:
 
 
 def test_salted_keys_are_computed_from_the_salt_of_events() -> None:
-    """SGLang's names are of another chain than its keys: one that begins with the salt alone."""
+    """SGLang computes its hashes from another chain than its keys: one that begins with the salt alone."""
     seed = BlockKey(sha256(b"sglang-cache-salt-v1\0tenant").digest())
     names = [event_hash(link) for link in continue_keys(seed, TOKENS, 2)]
     short = EventHashKeys(100)

@@ -1,4 +1,4 @@
-"""GlobalPromptTree, rule by rule; `test_prompt_tree_model.py` has all of them together."""
+"""GlobalPromptTree, rule by rule; `test_tree_model.py` tests all rules together."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ HBM, DRAM, REMOTE = Tier.HBM, Tier.DRAM, Tier.REMOTE
 
 
 def keys(prompt: str) -> list[BlockKey]:
-    """A block per letter."""
+    """One block per letter."""
     return page_keys([ord(letter) for letter in prompt], 1)
 
 
@@ -114,7 +114,7 @@ def test_snapshot_replaces_all_blocks_and_later_events_continue_it() -> None:
     assert tree.apply(ANN, EPOCH, [stored(9, "q"), stored(10, "xy")])
     assert tree.overlaps(keys("xyz")) == {ANN: Overlap((2, 2), 0), BOB: Overlap((3, 3), 0)}
     tree.reset(ANN, EPOCH, Snapshot(9, ()))
-    assert tree.overlaps(keys("xyz"))[ANN] == Overlap((2, 2), 0), "an older snapshot is left out"
+    assert tree.overlaps(keys("xyz"))[ANN] == Overlap((2, 2), 0), "an older snapshot is ignored"
     assert tree.stats().counters.resets == 1
 
 
@@ -163,7 +163,7 @@ def test_dispatched_blocks_count_until_reported_or_expired() -> None:
     tree.expect(CYD, keys("ab"), clock() + 9)
     assert tree.overlaps(keys("abcde")) == {ANN: Overlap((0, 4), 2), BOB: Overlap((0, 2), 0)}
     assert tree.apply(ANN, EPOCH, [stored(2, "abc", DRAM, start=2), removed(3, "abc", 1, DRAM)])
-    assert tree.overlaps(keys("abcd"))[ANN] == Overlap((0, 2), 2), "reported, and gone since"
+    assert tree.overlaps(keys("abcd"))[ANN] == Overlap((0, 2), 2), "reported, and removed since"
     assert tree.overlaps(keys("abxx"))[BOB] == Overlap((0, 2), 0)
     clock.advance(9)
     assert tree.overlaps(keys("abcd")) == {ANN: Overlap((0, 2), 2)}
@@ -199,10 +199,12 @@ def test_approximate_cache_keeps_answered_prompts_within_capacity_and_ttl() -> N
     tree.learn(ANN, keys("axy"))
     assert tree.overlaps(keys("abc")) == {ANN: Overlap((3, 3), 0)}
     tree.learn(ANN, keys("axyz"))
-    assert tree.overlaps(keys("abc")) == {ANN: Overlap((2, 2), 0)}, "the tail used longest ago has gone"
+    assert tree.overlaps(keys("abc")) == {ANN: Overlap((2, 2), 0)}, (
+        "the least recently used tail is forgotten"
+    )
     assert tree.overlaps(keys("axyz")) == {ANN: Overlap((4, 4), 0)}
     clock.advance(30)
-    assert tree.overlaps(keys("abc")) == {ANN: Overlap((1, 1), 0)}, "a is in what came later"
+    assert tree.overlaps(keys("abc")) == {ANN: Overlap((1, 1), 0)}, "block a is in a prompt used later"
     assert tree.overlaps(keys("axyz")) == {ANN: Overlap((4, 4), 0)}
     tree.learn(ANN, keys("qrstuvw"))
     assert tree.overlaps(keys("qrstuvw")) == {ANN: Overlap((5, 5), 0)}
@@ -210,7 +212,7 @@ def test_approximate_cache_keeps_answered_prompts_within_capacity_and_ttl() -> N
     clock.advance(60)
     assert tree.overlaps(keys("qrstuvw")) == {}
     assert tree.stats().blocks == 0
-    assert not tree.apply(ANN, EPOCH, [stored(1, "a")]), "until it joins"
+    assert not tree.apply(ANN, EPOCH, [stored(1, "a")]), "the instance has not joined"
     with pytest.raises(ValueError, match="no approximate cache"):
         tree.join_approximate(ANN, capacity_blocks=0, ttl_s=60)
 
@@ -279,7 +281,7 @@ def test_block_takes_at_most_the_documented_memory() -> None:
 
 
 def test_budget_in_bytes_covers_held_learned_and_expected_blocks() -> None:
-    """Reported, learned and expected ones, and each by other holders than the one before."""
+    """Reported, learned and expected blocks, each with other holders than the block before."""
     tree = tree_of(*((InstanceId(f"i{n}"), []) for n in range(40)), max_blocks=6000)
     for n in range(4):
         tree.join_approximate(InstanceId(f"m{n}"), capacity_blocks=None, ttl_s=60)
@@ -349,7 +351,7 @@ def test_rejected_blocks_are_counted() -> None:
 
 
 def test_false_events_of_one_instance_never_lengthen_the_overlap_of_another() -> None:
-    """Whatever chains an instance makes up of keys that exist."""
+    """One instance reports random chains of existing keys."""
     rng = random.Random(1)
     universe = [one for prompt in ("abcd", "abxy", "pqrs", "aq") for one in keys(prompt)]
     for _ in range(300):

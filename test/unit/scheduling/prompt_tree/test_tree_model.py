@@ -17,7 +17,7 @@ from memserve.scheduling.prompt_tree.records import Overlap
 from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
 
 Prompt = tuple[int, ...]
-"""A block per token; each prefix is a block."""
+"""One block per token; each prefix is a block."""
 
 NAMES = [InstanceId(name) for name in ("ann", "bob", "cyd")]
 TIERS = [Tier.HBM, Tier.DRAM]
@@ -53,7 +53,7 @@ def nothing() -> dict[Tier, set[Prompt]]:
 
 @dataclass
 class Pool:
-    """An instance as it is, and every event it has sent, with the change each one tells of."""
+    """The true blocks of an instance, and every event it has sent with the blocks that it changed."""
 
     epoch: Epoch
     held: dict[Tier, set[Prompt]] = field(default_factory=nothing)
@@ -86,7 +86,7 @@ class Pool:
 
 @dataclass
 class Seen:
-    """What the tree should think of an instance."""
+    """The blocks of an instance that the tree should have."""
 
     epoch: Epoch
     sequence: int = 0
@@ -157,7 +157,7 @@ class ClusterMachine(RuleBasedStateMachine):
 
     @rule(name=names, data=st.data())
     def deliver_some(self, name: InstanceId, data: st.DataObject) -> None:
-        """Lost, doubled or in any order."""
+        """Deliver events lost, doubled or in any order."""
         log = self.pools[name].log
         if log:
             self.deliver(name, data.draw(st.lists(st.integers(0, len(log) - 1), max_size=8)))
@@ -185,7 +185,7 @@ class ClusterMachine(RuleBasedStateMachine):
 
     @rule(name=names, data=st.data())
     def resync(self, name: InstanceId, data: st.DataObject) -> None:
-        """With the pool as it is, or as it was once."""
+        """Deliver the current snapshot or an old one."""
         pool, seen = self.pools[name], self.seen.get(name)
         pool.snapshot()
         snapshot, held = data.draw(st.sampled_from(pool.snapshots[-3:]))
@@ -234,7 +234,7 @@ class ClusterMachine(RuleBasedStateMachine):
 
     @precondition(lambda self: self.seen)
     @rule()
-    def nothing_is_left_of_what_nobody_holds(self) -> None:
+    def tidy_frees_blocks_without_holders(self) -> None:
         self.tree.tidy()
         held = [blocks for seen in self.seen.values() for blocks in seen.held.values()]
         stats = self.tree.stats()
@@ -248,7 +248,7 @@ class ClusterMachine(RuleBasedStateMachine):
         assert stats.holder_sets == len(holders | {frozenset()})
 
     def teardown(self) -> None:
-        """After all gaps are repaired, the tree has what the instances have."""
+        """After all gaps are repaired, the tree has the blocks of the instances."""
         for name in NAMES:
             if name not in self.pools:
                 return
@@ -260,7 +260,7 @@ class ClusterMachine(RuleBasedStateMachine):
 
 
 class BudgetMachine(ClusterMachine):
-    """What is forgotten is missed, and nothing else is wrong."""
+    """With a budget the tree may have fewer blocks than the model, never others."""
 
     max_blocks = 12
 
@@ -285,7 +285,7 @@ class BudgetMachine(ClusterMachine):
             assert held[Tier.DRAM] <= len(self.seen[name].held[Tier.DRAM])
 
     @rule()
-    def nothing_is_left_of_what_nobody_holds(self) -> None:
+    def tidy_frees_blocks_without_holders(self) -> None:
         self.tree.tidy()
         stats = self.tree.stats()
         assert stats.blocks <= stats.holdings
@@ -299,7 +299,7 @@ steps = st.lists(st.tuples(st.integers(0, 1), prompts, st.integers(0, 2)), max_s
 def test_approximate_caches_equal_lists_of_blocks_in_order_of_use(
     steps: list[tuple[int, Prompt, int]], capacity: int
 ) -> None:
-    """Two workers that report nothing, and one that does."""
+    """Two approximate instances and one that reports."""
     now_s, ttl_s = 0.0, 5
     tree = GlobalPromptTree(clock=lambda: now_s)
     ann, bob, cyd = NAMES
