@@ -1,1 +1,1 @@
-"""Who may ask, how much, and when it is their turn."""
+"""The request queue, rate limits and the byte budget."""

@@ -28,8 +28,8 @@ class AuthConfig:
     )
     admin_api_key_file: Path | None = setting(
         None,
-        "file with one admin key per line; admins see and change workers; without it: everybody on loopback, "
-        "or holders of --api-key if that is given; otherwise nobody",
+        "file with one admin key per line; admins see and change workers; without it, every client is an "
+        "admin on loopback, or holders of --api-key are if that is given; otherwise there are no admins",
     )
 
     def __post_init__(self) -> None:

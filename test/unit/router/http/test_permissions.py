@@ -80,25 +80,25 @@ async def test_with_tenants_and_no_admin_keys_admin_endpoints_are_refused(keys: 
 
 async def test_each_endpoint_accepts_only_keys_of_its_permission(keys: dict[str, Path]) -> None:
     async with staged(FakeWorker(), **keys) as stage:
-        nobody: dict[str, str] = {}
+        no_key: dict[str, str] = {}
         wrong = {"Authorization": "Bearer key-b"}
         client = {"Authorization": "Bearer key-a"}
         admin = {"Authorization": "Bearer root-key"}
         for path in OPEN:
             assert await status(stage, "GET", path) == 200, path
         for path in CLIENTS:
-            got = [await status(stage, "GET", path, **who) for who in (nobody, wrong, client, admin)]
+            got = [await status(stage, "GET", path, **headers) for headers in (no_key, wrong, client, admin)]
             assert got == [401, 401, 200, 200], path
         for path in ADMINS:
-            got = [await status(stage, "GET", path, **who) for who in (nobody, wrong, client, admin)]
+            got = [await status(stage, "GET", path, **headers) for headers in (no_key, wrong, client, admin)]
             assert got == [401, 401, 401, 200], path
         for method, path in CHANGES:
-            for who in (nobody, wrong, client):
-                assert await status(stage, method, path, **who) == 401, path
+            for headers in (no_key, wrong, client):
+                assert await status(stage, method, path, **headers) == 401, path
             assert await status(stage, method, path, **admin) not in (401, 403), path
         for path in GENERATES:
-            for who in (nobody, wrong):
-                assert await status(stage, "POST", path, **who) == 401, path
+            for headers in (no_key, wrong):
+                assert await status(stage, "POST", path, **headers) == 401, path
         assert not stage.colocated.requests
 
 
@@ -123,8 +123,8 @@ async def test_only_admins_see_cluster_details_in_server_info_and_readiness(keys
     async with staged(worker, **keys) as stage:
         told = []
         for path in ("/server_info", "/readiness"):
-            for who in (client, admin):
-                async with stage.client.get(stage.url(path), **who) as response:  # type: ignore[arg-type]
+            for options in (client, admin):
+                async with stage.client.get(stage.url(path), **options) as response:  # type: ignore[arg-type]
                     told.append((await response.text(), await response.json()))
         assert not any("s3cret" in text for text, _ in told)
         assert [worker.url in text for text, _ in told] == [False, True, False, False]

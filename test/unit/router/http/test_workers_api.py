@@ -386,7 +386,7 @@ async def test_loads_in_heartbeats_are_shown_and_exported() -> None:
             "num_running": 3, "num_queued": 2, "num_used_tokens": 50, "max_tokens": 200, "step_age_s": 7.5
         }  # fmt: skip
         assert (shown["state"], "7.5 s" in shown["reason"]) == ("suspect", True)
-        assert (await stage.post("/generate", ANY))[0] == 200, "nobody else is there"
+        assert (await stage.post("/generate", ANY))[0] == 200, "no other instance is ready"
         async with stage.client.get(stage.url("/metrics")) as response:
             text = await response.text()
         of = f'instance="{name_of(worker)}"'

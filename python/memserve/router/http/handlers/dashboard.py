@@ -220,7 +220,7 @@ def _described(one: RequestRecord) -> JsonObject:
 
 
 def _number(request: web.Request, name: str, default: int, most: int) -> int:
-    """A parameter of the query. Raises BadRequest if it is not a whole number from 1 to `most`."""
+    """A query parameter. Raises BadRequest if it is not a whole number from 1 to `most`."""
     text = request.query.get(name, str(default))
     if not (text.isascii() and text.isdigit() and 1 <= int(text[:9]) <= most):
         raise BadRequest(f"{text[:20]} is not a whole number from 1 to {most}", field=name)
