@@ -116,7 +116,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         endpoint = process_endpoint() if settings.router is not None else None
         epoch = endpoint.epoch if endpoint is not None else new_epoch()
         self._pool = MemPool(layout, arena, epoch, EVICTION_POLICIES[settings.eviction])
-        self.node = PoolAgent(settings, self._pool, endpoint)
+        self.agent = PoolAgent(settings, self._pool, endpoint)
         self._blocks = KVBlocks(device_pool, layout, arena)
         self.pools = {PoolName.KV: device_pool}
         self.forward_stream = forward_stream
@@ -133,14 +133,14 @@ class MemPoolLinker(UnifiedCacheLinker):
         """The current numbers of this rank's pool, linker and exchange with other pools."""
         own = asdict(self._stats)  # First: a report without a running offload has all its effects.
         hbm = self._hbm.stats() if self._hbm is not None else None
-        return {**self.node.stats(), "linker": own, "hbm": hbm}
+        return {**self.agent.stats(), "linker": own, "hbm": hbm}
 
-    def follow_hbm(self, events: HbmPublisher) -> None:
+    def report_hbm(self, events: HbmPublisher) -> None:
         """Have the pool report the HBM tier of these events to the router. Once, before the first event."""
         events.join(self._pool.add_external_tier(Tier.HBM))
         self._hbm = events
 
-    def name_prompt(self, req: Any) -> None:
+    def record_prompt_keys(self, req: Any) -> None:
         """Send the keys of a request's prompt to the router, later."""
         page, tokens = self._pool.layout.page_tokens, req.origin_input_ids
         namespace = Namespace(req.extra_key, req.cache_salt)
@@ -148,7 +148,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         def keys() -> list[BlockKey]:
             return page_keys(tokens[: len(tokens) // page * page], page, namespace)
 
-        self.node.prompt_keys.add(req.rid, keys)
+        self.agent.prompt_keys.add(req.rid, keys)
 
     def lookup(self, rid: str, transfers: list[PoolTransfer]) -> list[int]:
         """Every prefix length, in pages, that DRAM could restore."""
@@ -213,7 +213,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         self._queued = []
         self._packer.drain()
         self._loader.drain()
-        self.node.forget()
+        self.agent.forget()
         self._done.clear()
         self._pool.clear()
         self.layer_done_counter.reset()
@@ -221,7 +221,7 @@ class MemPoolLinker(UnifiedCacheLinker):
     def close(self) -> None:
         """Leave the cluster and stop all threads. The process's end frees the memory."""
         self.reset()
-        self.node.close()
+        self.agent.close()
         if self._hbm is not None:
             self._hbm.shutdown()
         self._packer.close()
@@ -255,7 +255,7 @@ class MemPoolLinker(UnifiedCacheLinker):
         pages = self._blocks.pages(transfer.device_indices)
         parent = key_from_hex(transfer.parent) if transfer.parent else None
         keys = keys_from_hex(transfer.keys)
-        copied = self.node.store(keys, self._blocks, pages, parent, transfer.bootstrap)
+        copied = self.agent.store(keys, self._blocks, pages, parent, transfer.bootstrap)
         if copied is None:
             self._stats.declined_offloads += 1
         elif copied:

@@ -210,7 +210,7 @@ def scheduler_with(linker: Any, publisher: Any, config: str = OURS) -> Any:
 def joins(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """The objects that linkers were joined to; the tree cache stands for its linker."""
     joined: list[Any] = []
-    linker = SimpleNamespace(follow_hbm=joined.append)
+    linker = SimpleNamespace(report_hbm=joined.append)
     monkeypatch.setattr(pool_hooks, "linker_of", lambda cache: linker if cache else None)
     return joined
 

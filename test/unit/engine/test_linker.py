@@ -250,7 +250,7 @@ def test_linker_reset_drops_all_blocks_and_offloads_again(linker: MemPoolLinker)
 def test_linker_reports_blocks_in_hbm_beside_those_in_dram(linker: MemPoolLinker) -> None:
     assert linker.stats()["hbm"] is None
     publisher = HbmPublisher()
-    linker.follow_hbm(publisher)
+    linker.report_hbm(publisher)
     tokens = [0] * 3 * PAGE
     names = [event_hash(key) for key in page_keys(tokens, PAGE)]
     told = BlockStored(names, None, tokens, PAGE, None, medium=StorageMedium.GPU)

@@ -70,8 +70,8 @@ def note_ended_request(original: Callable[..., Any], cache: Any, req: Any, **kwa
 def record_prompt_keys(scheduler: Any, req: Any, *_: Any, **__: Any) -> None:
     """Tell the router the keys of a request's prompt, if the router asks for them."""
     linker = linker_of(scheduler.tree_cache)
-    if linker is not None and linker.node.wants_prompt_keys:
-        linker.name_prompt(req)
+    if linker is not None and linker.agent.wants_prompt_keys:
+        linker.record_prompt_keys(req)
 
 
 def release_offloaded(scheduler: Any) -> None:
@@ -85,7 +85,7 @@ def offer_resize(handlers: Any, controller: Any) -> Any:
     linker = linker_of(controller.scheduler.tree_cache)
     if linker is not None:
         handler = pkgutil.resolve_name(seams.UPDATE_HANDLER)
-        handlers[DRAM_GIB] = handler(_check_gib, lambda _, gib: linker.node.resize(int(gib * 2**30)))
+        handlers[DRAM_GIB] = handler(_check_gib, lambda _, gib: linker.agent.resize(int(gib * 2**30)))
     return handlers
 
 
@@ -101,7 +101,7 @@ def join_hbm_events(_: Any, scheduler: Any) -> None:
     if linker is None:
         return
     if isinstance(events.kv_event_publisher, HbmPublisher):
-        linker.follow_hbm(events.kv_event_publisher)
+        linker.report_hbm(events.kv_event_publisher)
         # SGLang sends numbers of its own with its events, to a socket without a reader.
         events.send_metrics_from_scheduler = SimpleNamespace(closed=True)
     elif not is_ours(events.kv_events_config):
