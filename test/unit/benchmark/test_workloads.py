@@ -197,7 +197,7 @@ def test_generated_trace_has_the_reuse_of_its_file(tmp_path: Path) -> None:
     [
         ((LINES[0], "{"), "line 2"),
         ((LINES[0].replace("[7, 8]", "[7]"),), "1 hash_ids, but 1000 tokens are 2 blocks"),
-        ((LINES[1], LINES[0]), "before that of the line above"),
+        ((LINES[1], LINES[0]), "before the timestamp of the line above"),
         ((), "no request"),
     ],
 )
