@@ -4,7 +4,7 @@
     python benchmark/bench_scale.py --check-real [--quick]
 
 *Policies at scale.* The simulator (memserve.simulation) runs the router's own tree, cost model,
-ledger and policies over a conversation-like trace, or --trace in Mooncake's format, with colocated
+load tracker and policies over a conversation-like trace, or --trace in Mooncake's format, with colocated
 instances of --capacity tokens. Every number of instances gets the same load for each instance: the
 trace's clock runs so that the work an ideal cache would leave keeps them busy for --load of the time.
 Costs are --costs (a file that fit_cost_model.py wrote for a live instance; gpu and cpu are guesses).

@@ -1,8 +1,8 @@
-"""What one router carries: its real placing, ledger, tree and feed, at many instances and blocks. No HTTP.
+"""The load that one router carries: its real scheduler, prompt tree and synchronizer, without HTTP.
 
 A quarter of the instances decode. Of the tree's blocks, each instance reports a like share, in chains
 of 256 (4,096 tokens) that begin with a system prompt of 32 that all have. A decision is everything the
-router does with a request beside HTTP and tokenizing: where it goes, the ledger, what is expected in the
+router does with a request beside HTTP and tokenizing: the choice, its load, the blocks expected in the
 tree, and the same at its first token and its end; half of the prompts continue a known chain.
 
 The largest cluster is where one core is busy for `BUSY` of the time, at so many requests per second for
@@ -150,7 +150,7 @@ class _NoObserver:
 
 
 class Stage:
-    """A router's placing with so many instances registered."""
+    """A router's scheduler with so many instances registered."""
 
     def __init__(self, num_instances: int) -> None:
         self._random = Random(0)

@@ -34,7 +34,7 @@ TARGETS = Targets((Named(A), Named(B)), (Named(D),), [(M, M)], "model", False, P
 
 
 class Setup:
-    """Prefills a and b, decode d, memory m, and what each of them holds: blocks in HBM and in DRAM."""
+    """Prefills a and b, decode d, memory m, and the blocks that each holds in HBM and in DRAM."""
 
     def __init__(self, policy: str = "prompt_tree", **held: tuple[int, int]) -> None:
         self.tree = GlobalPromptTree(clock=lambda: 0.0)

@@ -1,4 +1,4 @@
-"""The global scheduler over a real tree, load tracker and pools: where requests go, and what they teach."""
+"""The global scheduler over a real tree, load tracker and pools: placement, load and learned costs."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ def pool(name: str, role: Role, epoch: int, layout: str = "aa", rank: int = 0) -
 
 
 @dataclass
-class Learner:
-    """Notes what it is told."""
+class Observer:
+    """Records the instances whose answers it is told."""
 
     answers: list[InstanceId] = field(default_factory=list)
 
@@ -81,10 +81,10 @@ class Stage:
         self.pools = Pools(ClusterConfig(heartbeat_secs=1), self.clock)
         self.feed = TreeSynchronizer(GlobalPromptTree(clock=self.clock), self.pools, clock=self.clock)
         self.metrics = RouterMetrics()
-        self.learner = Learner()
+        self.observer = Observer()
         settings = SelectorConfig(policy, policy, start_costs, 0.0, fetches)
         self.scheduler = GlobalScheduler(
-            settings, self.feed, self.pools, self.learner, self.metrics, self.clock
+            settings, self.feed, self.pools, self.observer, self.metrics, self.clock
         )
         self.snapshot = ClusterSnapshot.of(
             [instance("a", Role.PREFILL), instance("b", Role.PREFILL), instance("d", Role.DECODE)]
@@ -100,9 +100,9 @@ class Stage:
         self.feed.events(PoolEvents(Epoch(epoch), (stored,), layout))
 
     def place(self, prompt: Prompt) -> Placement:
-        placed = self.scheduler.place(self.snapshot, prompt)
-        assert placed is not None
-        return placed
+        placement = self.scheduler.place(self.snapshot, prompt)
+        assert placement is not None
+        return placement
 
     def value(self, name: str, **labels: str) -> float:
         return self.metrics.registry.get_sample_value(f"memserve_router_{name}", labels) or 0.0
@@ -115,9 +115,9 @@ def prompt(num_blocks: int = 256, extra: int = 10, **fields: object) -> Prompt:
 def test_prompt_goes_to_the_instance_that_holds_it() -> None:
     stage = Stage()
     stage.holds(2, 200)
-    placed = stage.place(prompt())
-    assert isinstance(placed.route, Pair)
-    assert (str(placed.route), placed.assignment.plan) == ("b+d", None)
+    placement = stage.place(prompt())
+    assert isinstance(placement.route, Pair)
+    assert (str(placement.route), placement.assignment.plan) == ("b+d", None)
 
 
 def test_queued_holder_loses_the_prompt_and_its_blocks_are_fetched() -> None:
@@ -125,13 +125,13 @@ def test_queued_holder_loses_the_prompt_and_its_blocks_are_fetched() -> None:
     stage.holds(2, 256)
     for _ in range(30):
         stage.scheduler._selector._load.prefill_dispatched(InstanceId("b"), -1 - _, 1.0, stage.clock())
-    placed = stage.place(prompt())
-    assert placed.assignment.prefill == "a"
-    assert placed.assignment.plan is not None
-    assert (placed.assignment.plan.source, len(placed.assignment.plan.keys)) == ("b", 256)
-    assert [(own.address, other.address) for own, other in placed.links] == [("a:1", "b:2")]
-    assert 0 < placed.assignment.plan.timeout_s <= 2.0
-    assert placed.assignment.work_s < GPU_COSTS.exec_s(4106, 0) / 2, "what is fetched need not be computed"
+    placement = stage.place(prompt())
+    assert placement.assignment.prefill == "a"
+    assert placement.assignment.plan is not None
+    assert (placement.assignment.plan.source, len(placement.assignment.plan.keys)) == ("b", 256)
+    assert [(own.address, other.address) for own, other in placement.links] == [("a:1", "b:2")]
+    assert 0 < placement.assignment.plan.timeout_s <= 2.0
+    assert placement.assignment.work_s < GPU_COSTS.exec_s(4106, 0) / 2, "fetched blocks need not be computed"
 
 
 def test_blocks_of_a_memory_instance_are_fetched() -> None:
@@ -162,7 +162,7 @@ def test_blocks_only_in_hbm_are_not_fetched() -> None:
 def test_pools_with_different_layouts_do_not_fetch() -> None:
     stage = Stage()
     stage.feed.events(PoolEvents(Epoch(MEMORY), (Stored(1, Tier.DRAM, None, tuple(KEYS)),), "bb"))
-    assert stage.place(prompt()).assignment.plan is None, "those are another model's"
+    assert stage.place(prompt()).assignment.plan is None, "the blocks are of another layout"
     stage = Stage()
     stage.pools.deregister(Epoch(3))
     stage.pools.register(pool("d", Role.DECODE, 9, layout="bb"))
@@ -176,10 +176,10 @@ def test_every_rank_fetches_from_the_pool_of_its_layout() -> None:
     for name, role, epoch in (("a", Role.PREFILL, 11), ("b", Role.PREFILL, 12), ("m", Role.MEMORY, 14)):
         stage.pools.register(pool(name, role, epoch, layout="cc", rank=1))
     stage.holds(4, 256)
-    placed = stage.place(prompt())
-    assert placed.assignment.plan is not None
-    assert len(placed.links) == 2
-    assert all(own.layout == other.layout for own, other in placed.links)
+    placement = stage.place(prompt())
+    assert placement.assignment.plan is not None
+    assert len(placement.links) == 2
+    assert all(own.layout == other.layout for own, other in placement.links)
 
 
 def test_burst_on_a_new_prompt_stays_on_one_instance() -> None:
@@ -207,25 +207,25 @@ def test_decide_changes_nothing() -> None:
 @pytest.mark.parametrize("is_answered", [True, False])
 def test_load_returns_to_zero_when_a_request_ends(is_answered: bool) -> None:
     stage = Stage()
-    placed = stage.place(prompt())
+    placement = stage.place(prompt())
     stage.clock.advance(0.01)
-    stage.scheduler.ended(placed, is_answered=is_answered)
-    stage.scheduler.ended(placed, is_answered=is_answered)
+    stage.scheduler.ended(placement, is_answered=is_answered)
+    stage.scheduler.ended(placement, is_answered=is_answered)
     decision = stage.scheduler.decide(stage.snapshot, prompt())
     assert decision is not None
     assert {(it.queued, it.running, it.queued_s) for it in decision.context.prefills} == {(0, 0, 0.0)}
     assert {it.decode_batch for it in decision.context.decodes} == {0}
-    assert bool(stage.learner.answers) is is_answered
+    assert bool(stage.observer.answers) is is_answered
 
 
 def test_prefill_alone_on_its_instance_refines_the_costs() -> None:
     stage = Stage()
     for _ in range(40):
         for num_blocks, seconds in ((16, 0.1), (64, 0.4), (256, 1.6)):
-            placed = stage.place(prompt(num_blocks, extra=0))
+            placement = stage.place(prompt(num_blocks, extra=0))
             stage.clock.advance(seconds)
-            stage.scheduler.prefilled(placed, 0)
-            stage.scheduler.ended(placed, is_answered=True)
+            stage.scheduler.prefilled(placement, 0)
+            stage.scheduler.ended(placement, is_answered=True)
     costs = stage.scheduler.costs["model"]
     assert costs.model.exec_s(4096, 0) == pytest.approx(1.6, rel=0.05)
     assert costs.prefills.error < 0.2
@@ -248,8 +248,8 @@ def test_overlapping_prefills_refine_the_costs_as_one_busy_period() -> None:
     stage = Stage()
     first, second = stage.place(prompt()), stage.place(prompt())
     assert first.assignment.prefill == second.assignment.prefill
-    for placed in (first, second):
-        stage.scheduler.sent(placed)
+    for placement in (first, second):
+        stage.scheduler.sent(placement)
     stage.clock.advance(5.0)
     stage.scheduler.prefilled(first, 0)
     assert stage.scheduler.costs["model"].prefills.num_observed == 0
@@ -264,8 +264,8 @@ def test_overlapping_prefills_refine_the_costs_as_one_busy_period() -> None:
 def test_busy_period_with_an_unknown_prefill_refines_nothing(end: str) -> None:
     stage = Stage()
     first, second = stage.place(prompt()), stage.place(prompt())
-    for placed in (first, second):
-        stage.scheduler.sent(placed)
+    for placement in (first, second):
+        stage.scheduler.sent(placement)
     stage.clock.advance(5.0)
     if end == "fails":
         stage.scheduler.ended(first, is_answered=False)
@@ -278,15 +278,15 @@ def test_busy_period_with_an_unknown_prefill_refines_nothing(end: str) -> None:
 def test_whole_fetch_is_counted_and_refines_the_remote_path() -> None:
     stage = Stage()
     stage.holds(4, 256)
-    placed = stage.place(prompt())
+    placement = stage.place(prompt())
     stage.clock.advance(0.5)
     before = stage.scheduler.costs["model"].model.remote
-    stage.scheduler.fetched(placed, FetchOutcome(256, 0.5, ""))
+    stage.scheduler.fetched(placement, FetchOutcome(256, 0.5, ""))
     assert stage.value("fetches_total", outcome="whole") == 1
     assert stage.value("fetched_blocks_total") == 256
     assert stage.scheduler.costs["model"].model.remote != before
-    stage.scheduler.sent(placed)
-    assert placed.assignment.begun_s == stage.clock()
+    stage.scheduler.sent(placement)
+    assert placement.assignment.begun_s == stage.clock()
 
 
 def test_requests_that_share_a_fetched_prefix_wait_for_the_fetch() -> None:
@@ -322,8 +322,8 @@ def test_requests_that_share_a_fetched_prefix_wait_for_the_fetch() -> None:
 def test_partial_fetch_is_counted_as_none_or_part(num_blocks: int, outcome: str) -> None:
     stage = Stage()
     stage.holds(4, 256)
-    placed = stage.place(prompt())
-    stage.scheduler.fetched(placed, FetchOutcome(num_blocks, 0.5, "gone"))
+    placement = stage.place(prompt())
+    stage.scheduler.fetched(placement, FetchOutcome(num_blocks, 0.5, "gone"))
     assert stage.value("fetches_total", outcome=outcome) == 1
 
 
@@ -331,9 +331,9 @@ def test_worse_choice_is_observed_as_regret() -> None:
     stage = Stage("random", fetches=False)
     stage.holds(1, 250)
     stage.holds(2, 250)
-    placed = stage.place(prompt())
+    placement = stage.place(prompt())
     stage.clock.advance(9.0)
-    stage.scheduler.prefilled(placed, 0)
+    stage.scheduler.prefilled(placement, 0)
     assert stage.value("regret_seconds_sum") > 8.0
     assert stage.value("prefill_seconds_error") > 0.5
 
@@ -369,7 +369,7 @@ def test_data_parallel_rank_counts_as_its_server() -> None:
     assert [it.cached_blocks for it in decision.context.prefills] == [0, 99]
 
 
-def everyone(num_prefills: int, num_decodes: int, num_colocated: int) -> ClusterSnapshot:
+def snapshot_of(num_prefills: int, num_decodes: int, num_colocated: int) -> ClusterSnapshot:
     counts = {Role.PREFILL: num_prefills, Role.DECODE: num_decodes, Role.COLOCATED: num_colocated}
     return ClusterSnapshot.of(
         instance(f"{role}{i}", role) for role, count in counts.items() for i in range(count)
@@ -381,23 +381,23 @@ def everyone(num_prefills: int, num_decodes: int, num_colocated: int) -> Cluster
     "counts", [(1, 1, 0), (2, 1, 0), (1, 2, 0), (2, 2, 0), (3, 2, 0), (0, 0, 3), (1, 1, 1)]
 )
 def test_cold_prompts_spread_evenly(policy: str, counts: tuple[int, int, int]) -> None:
-    stage, snapshot = Stage(policy), everyone(*counts)
+    stage, snapshot = Stage(policy), snapshot_of(*counts)
     prefills: Counter[str] = Counter()
     decodes: Counter[str] = Counter()
     pairings: set[str] = set()
     for turn in range(60):
         cold = Prompt(1000, (page_keys([turn] * 992, PAGE),))
-        placed = stage.scheduler.place(snapshot, cold)
-        assert placed is not None
-        prefills[placed.assignment.prefill] += 1
-        if isinstance(placed.route, Single):
-            assert placed.route.worker.role is Role.COLOCATED
+        placement = stage.scheduler.place(snapshot, cold)
+        assert placement is not None
+        prefills[placement.assignment.prefill] += 1
+        if isinstance(placement.route, Single):
+            assert placement.route.worker.role is Role.COLOCATED
         else:
-            decodes[placed.assignment.decode] += 1
-            pairings.add(str(placed.route))
+            decodes[placement.assignment.decode] += 1
+            pairings.add(str(placement.route))
         stage.clock.advance(0.5)
-        stage.scheduler.prefilled(placed, 0)
-        stage.scheduler.ended(placed, is_answered=True)
+        stage.scheduler.prefilled(placement, 0)
+        stage.scheduler.ended(placement, is_answered=True)
     assert len(prefills) == counts[0] + counts[2]
     assert len(decodes) == counts[1]
     for shares in (prefills, decodes):
@@ -408,4 +408,4 @@ def test_cold_prompts_spread_evenly(policy: str, counts: tuple[int, int, int]) -
 
 @pytest.mark.parametrize("counts", [(0, 0, 0), (3, 0, 0), (0, 3, 0)])
 def test_place_returns_none_without_a_whole_pair(counts: tuple[int, int, int]) -> None:
-    assert Stage().scheduler.place(everyone(*counts), prompt()) is None
+    assert Stage().scheduler.place(snapshot_of(*counts), prompt()) is None
