@@ -50,7 +50,8 @@ class HolderRegistry:
     def __init__(self) -> None:
         self._members: dict[InstanceId, Holder] = {}
         self._places: list[Holder | None] = []
-        self._groups: dict[int, Group] = {}
+        self.groups: dict[int, Group] = {}
+        """The groups computed lately by set of holders. Read only."""
         self._num_grouped = 0
 
     def __iter__(self) -> Iterator[Holder]:
@@ -80,7 +81,7 @@ class HolderRegistry:
 
     def group(self, holders: int) -> Group:
         """The instances of a set, by tier. Remembered, because a few large sets recur; not to be changed."""
-        group = self._groups.get(holders)
+        group = self.groups.get(holders)
         if group is None:
             nearest: dict[InstanceId, int] = {}
             readable: dict[InstanceId, None] = {}
@@ -104,9 +105,9 @@ class HolderRegistry:
                     in_both[instance] = None
                 else:
                     in_hbm[instance] = None
-            group = self._groups[holders] = in_hbm, in_both, further
+            group = self.groups[holders] = in_hbm, in_both, further
         return group
 
     def _forget_groups(self) -> None:
-        self._groups.clear()
+        self.groups.clear()
         self._num_grouped = 0

@@ -57,6 +57,9 @@ BLOCKS_PER_SET = 16
 """With a budget there is at most one distinct set of holders per so many blocks, but at least MIN_SETS."""
 MIN_SETS = 1024
 
+_FEW = 6
+"""Up to so many names a loop is faster than dict.fromkeys."""
+
 
 class GlobalPromptTree:
     """The tree. Event loop thread only. No call raises for what an instance sent."""
@@ -188,13 +191,13 @@ class GlobalPromptTree:
         if self._learned_due_s <= now_s:
             self._expire_learned(now_s)
         result: dict[InstanceId, Overlap] = {}
-        get, group, any_readable = result.get, self._registry.group, False
+        get, group, groups, any_readable = result.get, self._registry.group, self._registry.groups, False
         for holders, depth in self._index.ends(keys):  # ascending depth: a later set extends an earlier one
-            in_hbm, in_both, further = group(holders)
+            in_hbm, in_both, further = groups.get(holders) or group(holders)
             every = (depth,) * NUM_TIERS
             if in_hbm:
                 overlap = Overlap(every, 0)
-                if any_readable:  # keep what is readable of an instance
+                if any_readable or len(in_hbm) < _FEW:  # keep what is readable of an instance
                     for instance in in_hbm:
                         known = get(instance)
                         result[instance] = Overlap(every, known.readable) if known else overlap
