@@ -1,4 +1,4 @@
-"""A router that runs beside the test, before workers that read as the small model does; what it logs."""
+"""A router on another thread, in front of workers with the small model's tokenizer, and its log."""
 
 from __future__ import annotations
 

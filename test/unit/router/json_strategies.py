@@ -1,4 +1,4 @@
-"""Bodies of requests: any JSON, and valid ones that were damaged."""
+"""Strategies for request bodies: any JSON, and damaged valid ones."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Any control message, with few different values, so that messages speak of the same things."""
+"""Strategies for control messages, with few different values, so that messages refer to the same things."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A launch line that was written for sglang-router starts this router, and means the same where it can.
+"""A launch line written for sglang-router starts this router, with the same meaning if there is one.
 
 `sglang_router_flags.txt`: every option of sglang-router 0.3.2, with a value for each that takes one.
 """
@@ -38,7 +38,7 @@ def setting(asked: CommandLine, name: str) -> Any:
 
 
 @pytest.mark.parametrize("line", LINES)
-def test_each_of_its_flags_is_taken(line: str) -> None:
+def test_every_flag_of_sglang_router_is_accepted(line: str) -> None:
     flag = line.split()[0]
     argv = f"{line} {TOGETHER.get(flag, '')}".split()
     config = parse_args(argv)
@@ -47,7 +47,7 @@ def test_each_of_its_flags_is_taken(line: str) -> None:
     assert len(remarks) == says, remarks
 
 
-def test_nothing_is_taken_that_it_does_not_have() -> None:
+def test_compat_tables_have_only_flags_of_sglang_router() -> None:
     names = {line.split()[0] for line in LINES}
     assert names >= ELSEWHERE.keys() | ALIASES.keys() | SWITCHES.keys()
 
@@ -75,7 +75,7 @@ def test_nothing_is_taken_that_it_does_not_have() -> None:
         ("--api-key k", "api_key", "k"),
     ],
 )
-def test_what_means_the_same_does_the_same(argv: str, field: str, value: Any) -> None:
+def test_equivalent_flags_change_the_same_setting(argv: str, field: str, value: Any) -> None:
     config = parse_args(argv.split())
     assert setting(config, field) == value
     assert config.remarks == ()
@@ -95,15 +95,15 @@ def test_what_means_the_same_does_the_same(argv: str, field: str, value: Any) ->
         ("--enable-trace", "enable_trace", True),
     ],
 )
-def test_so_does_what_is_about_watching(argv: str, field: str, value: Any) -> None:
+def test_equivalent_observability_flags_change_the_same_setting(argv: str, field: str, value: Any) -> None:
     assert setting(parse_args(argv.split()), field) == value
 
 
-def test_a_breaker_that_is_off_never_opens() -> None:
+def test_disable_circuit_breaker_sets_an_unreachable_threshold() -> None:
     assert parse_args(["--disable-circuit-breaker"]).config.health.cb_failure_threshold > 1 << 60
 
 
-def test_a_model_path_is_where_the_tokenizer_is(tmp_path: Path) -> None:
+def test_model_path_sets_the_tokenizer_path(tmp_path: Path) -> None:
     for more, path in ([], str(tmp_path)), (["--tokenizer-path", "t"], "t"):
         config = parse_args(["--model-path", str(tmp_path), *more]).config
         assert config.tokenization.tokenizer_path == path
@@ -112,7 +112,7 @@ def test_a_model_path_is_where_the_tokenizer_is(tmp_path: Path) -> None:
     assert "meta-llama/Llama-3" in hub.remarks[0]
 
 
-def test_its_own_example_of_a_pd_launch_line() -> None:
+def test_sglang_routers_example_of_a_pd_launch_line_works() -> None:
     line = (
         "--pd-disaggregation --prefill http://prefill1:8000 9000 --prefill http://prefill2:8000 none "
         "--prefill http://prefill3:8000 --decode http://decode1:8001 --decode http://decode2:8001 "
@@ -139,7 +139,7 @@ def test_its_own_example_of_a_pd_launch_line() -> None:
         ("--prometheus-duration-buckets 2 1", "rise"),
     ],
 )
-def test_what_cannot_be_is_refused(argv: str, says: str) -> None:
+def test_flags_refuse_impossible_values(argv: str, says: str) -> None:
     with pytest.raises(ConfigError, match=says):
         parse_args(argv.split())
 
@@ -152,7 +152,7 @@ def test_what_cannot_be_is_refused(argv: str, says: str) -> None:
         ("--log-levl=x", "--log-level"),
     ],
 )
-def test_an_unknown_flag_is_refused_with_a_suggestion(
+def test_unknown_flag_is_refused_with_a_suggestion(
     argv: str, suggestion: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(SystemExit):
@@ -160,7 +160,7 @@ def test_an_unknown_flag_is_refused_with_a_suggestion(
     assert f"did you mean {suggestion}?" in capsys.readouterr().err
 
 
-def test_help_is_about_this_router(capsys: pytest.CaptureFixture[str]) -> None:
+def test_help_lists_only_this_routers_flags(capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_args(["--help"])
     told = capsys.readouterr().out
@@ -169,12 +169,12 @@ def test_help_is_about_this_router(capsys: pytest.CaptureFixture[str]) -> None:
     assert "--log-format" in told
 
 
-def test_the_defaults_are_those_of_the_record() -> None:
+def test_flag_defaults_are_those_of_the_records() -> None:
     assert parse_args([]) == CommandLine(RouterConfig(), LogConfig(), ())
 
 
 @pytest.mark.parametrize("name", ["observability.md", "from-sglang-router.md"])
-def test_the_docs_name_flags_that_there_are(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_docs_name_existing_flags(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         parse_args(["--help"])
     known = set(re.findall(r"--[a-z][a-z0-9-]+", capsys.readouterr().out))

@@ -1,4 +1,4 @@
-"""What the command line means."""
+"""The command line, and the configuration that it makes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from memserve.router.observability.config import LogConfig
 from memserve.wire.messages import Role
 
 
-def test_defaults_listen_on_loopback_only() -> None:
+def test_router_listens_on_loopback_by_default() -> None:
     config = parse_args([]).config
     assert (config.http.host, config.http.port) == ("127.0.0.1", 30000)
     assert (config.cluster.control_port, config.cluster.static) == (None, ())
 
 
-def test_stock_servers_are_named() -> None:
+def test_flags_name_stock_servers() -> None:
     argv = "--prefill http://a:1 9000 --prefill http://b:1/ --decode http://c:1 --worker-urls http://d:1 http://e:1"
     static = parse_args(argv.split()).config.cluster.static
     assert [(info.role, info.url, info.bootstrap_port) for info in static] == [
@@ -55,32 +55,32 @@ def test_stock_servers_are_named() -> None:
         "--decode http://a:1 --prefill http://a:1",
     ],
 )
-def test_a_value_that_cannot_be_is_one_clear_line(argv: str) -> None:
+def test_invalid_value_is_a_config_error_of_one_line(argv: str) -> None:
     with pytest.raises(ConfigError) as caught:
         parse_args(argv.split())
     assert "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize("argv", ["--bogus", "--port x", "--por 1"])
-def test_an_unknown_flag_exits_with_2(argv: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_unknown_flag_exits_with_2(argv: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as caught:
         parse_args(argv.split())
     assert caught.value.code == 2
     assert argv.split()[0] in capsys.readouterr().err
 
 
-def test_the_key_file_is_a_path() -> None:
+def test_cluster_key_file_is_a_path() -> None:
     assert parse_args(["--cluster-key-file", "x.key"]).config.cluster.cluster_key_file == Path("x.key")
     assert RouterConfig().cluster.cluster_key_file is None
 
 
-def test_settings_find_their_record_by_name() -> None:
+def test_router_config_finds_the_record_of_a_setting() -> None:
     config = RouterConfig.of(port=1, api_key="k", heartbeat_secs=3.0)
     assert (config.http.port, config.auth.api_key, config.cluster.heartbeat_secs) == (1, "k", 3.0)
     with pytest.raises(TypeError, match="no record has the settings prot"):
         RouterConfig.of(prot=1)
 
 
-def test_no_two_records_share_a_setting() -> None:
+def test_config_records_share_no_setting() -> None:
     names = [field.name for record in (*RECORDS.values(), LogConfig) for field in fields(record)]
     assert len(names) == len(set(names))

@@ -1,4 +1,4 @@
-"""Whatever is in a file that the router is told to read: it is read, or refused with the file's name."""
+"""Any file content is read, or refused with an error that names the file."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ tmp_files = settings(suppress_health_check=[HealthCheck.function_scoped_fixture]
 
 @tmp_files
 @given(ANYTHING)
-def test_key_files(tmp_path: Path, content: bytes) -> None:
+def test_any_key_file_is_read_or_a_config_error_that_names_it(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "keys"
     path.write_bytes(content)
     path.chmod(0o600)
@@ -41,14 +41,14 @@ def test_key_files(tmp_path: Path, content: bytes) -> None:
 
 @tmp_files
 @given(ANYTHING | st.sampled_from(COSTS))
-def test_cost_files(tmp_path: Path, content: bytes) -> None:
+def test_any_cost_file_is_read_or_a_config_error_that_names_it(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "costs"
     path.write_bytes(content)
     check(lambda: read_costs(str(path)), str(path))
 
 
 @given(st.lists(ANYTHING | st.sampled_from(COSTS), max_size=4))
-def test_traces(lines: list[bytes]) -> None:
+def test_any_trace_file_is_read_or_a_config_error_that_names_it(lines: list[bytes]) -> None:
     check(lambda: parse_trace(lines, "a trace"), "a trace")
 
 

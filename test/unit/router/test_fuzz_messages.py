@@ -1,4 +1,4 @@
-"""Whatever arrives over the control plane: an answer or a refusal. Anything else would end the process."""
+"""Any control message gets an answer or a refusal. Another outcome would end the process."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class Router:
         self._handler = ControlHandler(self.cluster, self.pools, self.feed, None)  # type: ignore[arg-type]
 
     def hear(self, message: Message) -> Message | None:
-        """As the control server has it answered; None for a refusal."""
+        """The answer that the control server would send; None for a refusal."""
         try:
             answer = self._handler.answer(decode(encode(message)))
         except MemServeError:
@@ -55,7 +55,7 @@ class Router:
         return answer
 
     def look(self) -> None:
-        """As the router does from time to time, and those who ask it."""
+        """Run the upkeep and read the statistics."""
         self.clock.advance(3.0)
         self.cluster.check_heartbeats()
         self.pools.forget_silent()
@@ -69,7 +69,7 @@ class Router:
 
 @settings(max_examples=300)
 @given(st.lists(messages(), max_size=3) | st.lists(messages(*TO_ROUTER), max_size=14))
-def test_a_router_answers_or_refuses_any_messages(heard: list[Message]) -> None:
+def test_router_answers_or_refuses_any_message(heard: list[Message]) -> None:
     router = Router()
     for message in heard:
         router.hear(message)
@@ -77,7 +77,7 @@ def test_a_router_answers_or_refuses_any_messages(heard: list[Message]) -> None:
 
 
 @given(messages(), st.data())
-def test_any_message_arrives_as_it_was_and_a_damaged_one_is_a_mismatch_or_another(
+def test_message_round_trips_and_a_damaged_one_is_a_mismatch_or_another_message(
     message: Any, data: st.DataObject
 ) -> None:
     encoded = encode(message)
@@ -93,6 +93,6 @@ def test_any_message_arrives_as_it_was_and_a_damaged_one_is_a_mismatch_or_anothe
 
 
 @pytest.mark.parametrize("depth", [100, 10_000, 1_000_000])
-def test_a_message_that_is_nested_deeply_is_a_mismatch(depth: int) -> None:
+def test_deeply_nested_message_is_a_mismatch(depth: int) -> None:
     with pytest.raises(WireMismatch):
         decode(b"\x92\x04" + b"\x91" * depth)

@@ -1,17 +1,17 @@
-"""What users of LLM routers complain of elsewhere, and the tests that hold us to it.
+"""Bugs that users report of other LLM routers, and the tests that keep this router free of them.
 
- 1  With few connections every miss goes to the same replica, and imbalance throws affinity away.
- 2  The longest prefix sends everything to one worker when all prompts share a block.
+ 1  With few connections every miss goes to the same replica, and imbalance breaks affinity.
+ 2  The longest prefix sends everything to one worker if all prompts share a block.
  3  Chats are routed by their first message, or without the chat template.
  4  Trees grow without bound.
- 5  Removed or restarted workers leave phantoms; gaps go unnoticed; a new router knows nothing.
- 6  Of a pair one half fails and the other hangs, or only one is aborted; an open breaker dispatches.
+ 5  Removed or restarted workers leave phantoms; gaps go unnoticed; a new router starts with an empty tree.
+ 6  One half of a pair fails and the other hangs, or only one is aborted; an open breaker dispatches.
  7  A client's mistakes open breakers.
- 8  Cache hits of lower tiers are corrupt without a word; caches are written and never read.
- 9  Nobody sees hits by tier; no drain; no stream moves; instances that do not fit are quietly left to load.
-10  Tenants find out by timing what others have cached.
+ 8  Cache hits of lower tiers are corrupt without notice; caches are written and never read.
+ 9  Hits are not shown by tier; no drain; streams do not move; misfits are ignored without notice.
+10  Tenants find out by timing which prompts others have cached.
 
-Those without a test of their own elsewhere have one here.
+Bugs without a test elsewhere have one here.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TEST = Path(__file__).parent.parent.parent
 COVERED = {
     1: [
         "unit/scheduling/test_policies.py::test_cold_prompts_spread_at_any_concurrency",
-        "unit/router/test_routing.py::test_cold_prompts_spread_whatever_the_concurrency",
+        "unit/router/test_routing.py::test_cold_prompts_spread_at_any_concurrency",
         "unit/scheduling/test_policies.py::test_prompt_tree_chooses_the_lowest_of_the_scores_it_shows",
         "unit/scheduling/test_policies.py::test_new_instance_gets_an_equal_share_of_the_work",
     ],
@@ -53,7 +53,7 @@ COVERED = {
     ],
     4: [
         "unit/scheduling/prompt_tree/test_tree.py::test_budget_holds_for_many_unique_prompts",
-        "unit/router/test_known_router_bugs.py::test_many_unique_prompts_take_no_more_memory_than_the_budget",
+        "unit/router/test_known_router_bugs.py::test_tree_stays_within_its_budget_under_unique_prompts",
     ],
     5: [
         "unit/scheduling/prompt_tree/test_tree.py::test_events_of_other_epochs_are_ignored",
@@ -67,11 +67,10 @@ COVERED = {
         "unit/router/proxy/test_pair_atomic.py::test_lost_leg_aborts_the_other_leg",
         "unit/router/proxy/test_pair_atomic.py::test_refusing_leg_aborts_the_other_leg",
         "unit/router/proxy/test_pair_atomic.py::test_leaving_client_frees_both_legs",
-        "unit/router/cluster/test_breaker.py::test_half_open_it_is_given_one_request_at_a_time",
-        "unit/router/cluster/test_breaker.py::"
-        "test_requests_of_a_worker_that_fails_go_elsewhere_and_soon_are_not_sent_there",
+        "unit/router/cluster/test_breaker.py::test_half_open_breaker_admits_one_request_at_a_time",
+        "unit/router/cluster/test_breaker.py::test_router_retries_elsewhere_and_then_avoids_a_failing_worker",
     ],
-    7: ["unit/router/cluster/test_breaker.py::test_a_client_that_errs_says_nothing_of_the_worker"],
+    7: ["unit/router/cluster/test_breaker.py::test_breaker_ignores_errors_of_the_client"],
     8: [
         "unit/mempool/test_pool.py::test_pool_counts_and_logs_a_flipped_byte_as_a_miss",
         "unit/engine/test_linker.py::test_linker_does_not_load_a_block_with_a_flipped_bit",
@@ -81,11 +80,11 @@ COVERED = {
     ],
     9: [
         "unit/instance/test_pool_metrics.py::test_blocks_are_shown_by_tier_and_state",
-        "unit/router/cluster/test_drain.py::test_blocks_go_where_they_are_of_use",
+        "unit/router/cluster/test_drain.py::test_evacuation_targets_are_pools_that_can_reuse_the_blocks",
         "unit/router/http/test_workers_api.py::test_a_draining_server_finishes_its_requests_and_gets_no_new_ones",
         "unit/router/proxy/test_recovery.py::test_broken_stream_is_continued_by_another_instance",
         "e2e/test_resume.py::test_streams_continue_after_their_decode_dies",
-        "unit/router/test_known_router_bugs.py::test_an_instance_with_other_pages_is_not_ready_and_says_why",
+        "unit/router/test_known_router_bugs.py::test_instance_with_another_page_size_is_not_ready_and_gives_its_reason",
     ],
     10: [
         "unit/router/http/test_tenants.py::test_tenants_share_no_cached_blocks_whatever_salt_they_send",
@@ -95,7 +94,7 @@ COVERED = {
 
 
 @pytest.mark.parametrize("complaint", range(1, 11))
-def test_each_complaint_has_its_tests(complaint: int) -> None:
+def test_every_known_bug_names_existing_tests(complaint: int) -> None:
     names = [name.partition("::") for name in COVERED[complaint]]
     missing = [test for path, _, test in names if test not in _tests_in(path)]
     assert not missing, f"{missing}: renamed? Then here, too"
@@ -109,7 +108,7 @@ def _tests_in(path: str) -> frozenset[str]:
     )
 
 
-def test_many_unique_prompts_take_no_more_memory_than_the_budget() -> None:
+def test_tree_stays_within_its_budget_under_unique_prompts() -> None:
     name, epoch, before = InstanceId("a"), Epoch(1), 0
     tree = GlobalPromptTree(max_blocks=10_000, clock=FakeClock())
     tree.join(name, epoch)
@@ -126,7 +125,7 @@ def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
 
-async def test_an_instance_with_other_pages_is_not_ready_and_says_why() -> None:
+async def test_instance_with_another_page_size_is_not_ready_and_gives_its_reason() -> None:
     async with staged(FakeWorker(page_size=16)) as stage, FakeWorker(page_size=32) as other:
         stage.router.cluster.register(info_of(other, name="other"))
         await stage.until(lambda: "page size" in stage.router.cluster.find("other").reason)

@@ -29,7 +29,7 @@ def launched(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_ends_it_cleanly(number: signal.Signals) -> None:
+def test_launch_router_exits_cleanly_on_a_signal(number: signal.Signals) -> None:
     with launched() as (process, lines):
         match = re.search(r"router ready http=(\S+) control=(\S+)", lines)
         assert match
@@ -42,7 +42,7 @@ def test_a_signal_ends_it_cleanly(number: signal.Signals) -> None:
         assert "Traceback" not in errors
 
 
-def test_a_busy_port_is_one_line_and_exit_code_2() -> None:
+def test_launch_router_exits_with_2_on_a_busy_port() -> None:
     with socket.create_server(("127.0.0.1", 0)) as busy:
         port = str(busy.getsockname()[1])
         for flags in (["--port", port], ["--port", "0", "--control-port", port]):
@@ -52,14 +52,14 @@ def test_a_busy_port_is_one_line_and_exit_code_2() -> None:
             assert port in done.stderr
 
 
-def test_leaving_the_host_needs_a_key() -> None:
+def test_launch_router_needs_a_cluster_key_off_loopback() -> None:
     command = [*COMMAND, "--host", "0.0.0.0", "--port", "0"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=20, check=False)
     assert done.returncode == 2
     assert "--cluster-key-file" in done.stderr
 
 
-def test_the_router_needs_neither_torch_nor_sglang() -> None:
+def test_router_imports_neither_torch_nor_sglang() -> None:
     script = "import sys, memserve.launch_router; print({'torch', 'sglang'} & set(sys.modules))"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "set()"

@@ -37,7 +37,7 @@ async def generate(stage: Stage, tokens: list[int], **kwargs: Any) -> None:
     assert status == 200, answer
 
 
-async def test_a_conversation_stays_where_its_history_is() -> None:
+async def test_conversation_stays_at_the_instance_with_its_history() -> None:
     workers = [worker() for _ in range(4)]
     async with staged(*workers) as stage:
         await followed(stage, 4)
@@ -50,7 +50,7 @@ async def test_a_conversation_stays_where_its_history_is() -> None:
 
 
 @pytest.mark.parametrize("connections", [1, 2, 4, 8, 16, 32])
-async def test_cold_prompts_spread_whatever_the_concurrency(connections: int) -> None:
+async def test_cold_prompts_spread_at_any_concurrency(connections: int) -> None:
     workers = [worker() for _ in range(4)]
     async with staged(*workers) as stage:
         await followed(stage, 4)
@@ -65,7 +65,7 @@ async def test_cold_prompts_spread_whatever_the_concurrency(connections: int) ->
         assert max(shares) <= 1.3 * min(shares), shares
 
 
-async def test_a_pair_is_chosen_leg_by_leg() -> None:
+async def test_pair_is_chosen_leg_by_leg() -> None:
     prefills, decodes = ([worker(role) for _ in range(2)] for role in (Role.PREFILL, Role.DECODE))
     async with staged(*prefills, *decodes) as stage:
         await followed(stage, 4)
@@ -77,7 +77,7 @@ async def test_a_pair_is_chosen_leg_by_leg() -> None:
                 assert len({request.body["input_ids"][0] for request in one.requests}) == 1
 
 
-async def test_explain_sends_nothing_and_names_every_candidate() -> None:
+async def test_explain_dispatches_nothing_and_lists_every_candidate() -> None:
     workers = [worker() for _ in range(3)]
     async with staged(*workers) as stage:
         await followed(stage, 3)
@@ -99,7 +99,7 @@ async def test_explain_sends_nothing_and_names_every_candidate() -> None:
         assert (await stage.post("/explain", {"text": 1}))[0] == 400
 
 
-async def test_any_request_is_explained_on_demand() -> None:
+async def test_report_header_explains_any_request() -> None:
     async with staged(worker()) as stage:
         await followed(stage, 1)
         for stream in (False, True):
@@ -111,7 +111,7 @@ async def test_any_request_is_explained_on_demand() -> None:
             assert "x-memserve-decision" not in answer.headers
 
 
-async def test_what_is_not_known_is_said() -> None:
+async def test_explain_says_why_tokens_are_unknown() -> None:
     async with staged(worker()) as stage:
         ready = (await stage.get("/readiness"))[1]
         assert "tokenizer.json" in ready["placed_without_tokens"]["fake-model"]
@@ -123,7 +123,7 @@ async def test_what_is_not_known_is_said() -> None:
         assert 'memserve_router_models_without_tokens{model="fake-model"} 1.0' in text
 
 
-async def test_a_session_keeps_its_instance_where_tokens_are_not_known() -> None:
+async def test_session_keeps_its_instance_without_tokens() -> None:
     workers = [worker() for _ in range(4)]
     async with staged(*workers) as stage:
         for _ in range(6):
@@ -134,7 +134,7 @@ async def test_a_session_keeps_its_instance_where_tokens_are_not_known() -> None
         assert sorted(len(one.requests) for one in workers) == [0, 0, 0, 12]
 
 
-async def test_pages_of_another_size_are_refused_by_name() -> None:
+async def test_instance_with_another_page_size_is_refused_by_name() -> None:
     odd = worker(page_size=32)
     async with staged(worker()) as stage, odd:
         stage.router.cluster.register(info_of(odd, name="odd"))
@@ -151,7 +151,7 @@ async def test_pages_of_another_size_are_refused_by_name() -> None:
         odd.page_size = 16
 
 
-async def test_salts_and_extra_keys_keep_equal_prompts_apart() -> None:
+async def test_cache_salts_and_extra_keys_separate_equal_prompts() -> None:
     async with staged(worker(), worker()) as stage:
         await followed(stage, 2)
         await generate(stage, ids(0))
@@ -163,7 +163,7 @@ async def test_salts_and_extra_keys_keep_equal_prompts_apart() -> None:
 @pytest.mark.parametrize(
     ("policy", "shares"), [("round_robin", [4, 4]), ("longest_prefix", [0, 8]), ("prompt_tree", [4, 4])]
 )
-async def test_the_policy_is_a_flag(policy: str, shares: list[int]) -> None:
+async def test_policy_is_selected_by_flag(policy: str, shares: list[int]) -> None:
     """All prompts share their first page; nothing else."""
 
     workers = [worker() for _ in range(2)]
@@ -174,7 +174,7 @@ async def test_the_policy_is_a_flag(policy: str, shares: list[int]) -> None:
         assert sorted(len(one.requests) for one in workers) == shares
 
 
-async def test_each_role_can_have_a_policy_of_its_own() -> None:
+async def test_each_role_can_have_its_own_policy() -> None:
     decodes = [worker(Role.DECODE) for _ in range(2)]
     async with staged(pair()[0], *decodes, decode_policy="round_robin") as stage:
         told = (await stage.post("/explain", {"input_ids": ids(0)}))[1]

@@ -1,4 +1,4 @@
-"""What /server_info says of a cache; recorded from stock SGLang 0.5.23 servers, as far as it matters."""
+"""Reading the cache in /server_info; the pages are recorded from stock SGLang 0.5.23 servers."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def publishes(**changes: Any) -> dict[str, Any]:
     return info(kv_events={**PUBLISHES, **changes})
 
 
-def test_a_servers_cache_and_its_events_are_read() -> None:
+def test_read_event_sources_reads_cache_and_events() -> None:
     assert read_event_sources(SERVER_INFO) == EventSourceInfo(True, 16, 1024, PUBLISHER, 1.9181070390004606)
     assert read_event_sources(SERVER_INFO).capacity_blocks == 64
     assert PUBLISHER.sources("http://worker:30000") == (
@@ -54,7 +54,7 @@ def test_a_servers_cache_and_its_events_are_read() -> None:
 
 
 @pytest.mark.parametrize("host", ["*", "0.0.0.0", "::"])
-def test_a_wildcard_is_the_host_of_the_worker(host: str) -> None:
+def test_event_source_replaces_a_wildcard_by_the_workers_host(host: str) -> None:
     events = read_event_sources(
         info(kv_events={**PUBLISHES, "endpoint_host": host, "dp_size": 2}, kv_events_config="{}")
     ).events
@@ -67,17 +67,17 @@ def test_a_wildcard_is_the_host_of_the_worker(host: str) -> None:
     assert events.sources("nonsense") == ()
 
 
-def test_ranks_and_shards_are_all_in_the_capacity() -> None:
+def test_cache_capacity_includes_all_ranks_and_shards() -> None:
     following = read_event_sources(info(dp_size=2, attn_dp_size=1, dcp_size=4, kv_events=None))
     assert (following.page_tokens, following.capacity_tokens, following.capacity_blocks) == (64, 2048, 32)
 
 
-def test_a_tiny_cache_has_a_block() -> None:
+def test_cache_capacity_is_at_least_one_block() -> None:
     assert read_event_sources(info(max_total_num_tokens=3)).capacity_blocks == 1
 
 
 @pytest.mark.parametrize("disabled", [True, None, "false", 0])
-def test_a_server_without_a_radix_cache_keeps_nothing(disabled: object) -> None:
+def test_server_without_radix_cache_keeps_nothing(disabled: object) -> None:
     assert not read_event_sources(info(disable_radix_cache=disabled)).keeps
 
 
@@ -105,12 +105,12 @@ def test_a_server_without_a_radix_cache_keeps_nothing(disabled: object) -> None:
         publishes(block_size=32),
     ],
 )
-def test_events_that_cannot_be_had_are_not_followed(server_info: dict[str, Any]) -> None:
+def test_read_event_sources_ignores_unreachable_events(server_info: dict[str, Any]) -> None:
     following = read_event_sources(server_info)
     assert (following.keeps, following.events) == (True, None)
 
 
-def test_a_replay_that_cannot_be_had_is_not_asked_for() -> None:
+def test_read_event_sources_ignores_an_unreachable_replay() -> None:
     for port in (None, "1", 70000):
         events = read_event_sources(publishes(replay_endpoint_port_base=port)).events
         assert events == EventPublisher("127.0.0.1", 52137, None, "kv", 1)
@@ -120,5 +120,5 @@ def test_a_replay_that_cannot_be_had_is_not_asked_for() -> None:
     "server_info",
     [{}, dict.fromkeys(SERVER_INFO), {key: [1] for key in SERVER_INFO}, dict.fromkeys(SERVER_INFO, -1)],
 )
-def test_who_says_nothing_that_makes_sense_is_not_followed(server_info: dict[str, Any]) -> None:
+def test_read_event_sources_ignores_malformed_pages(server_info: dict[str, Any]) -> None:
     assert read_event_sources(server_info) == EventSourceInfo()

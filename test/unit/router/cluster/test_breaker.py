@@ -1,4 +1,4 @@
-"""Who is given no requests as it fails them, and when again."""
+"""Circuit breakers: when an instance gets no requests, and when it gets them again."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def open_for(breakers: Breakers, *instances: Instance) -> None:
             breakers.failed(one)
 
 
-def test_only_faults_in_a_row_open_it(breakers: Breakers) -> None:
+def test_breaker_opens_only_after_consecutive_faults(breakers: Breakers) -> None:
     for _ in range(5):
         breakers.failed(A)
         breakers.failed(A)
@@ -63,7 +63,7 @@ def test_only_faults_in_a_row_open_it(breakers: Breakers) -> None:
     assert state_of(breakers, B) is CLOSED
 
 
-def test_half_open_it_is_given_one_request_at_a_time(breakers: Breakers, clock: FakeClock) -> None:
+def test_half_open_breaker_admits_one_request_at_a_time(breakers: Breakers, clock: FakeClock) -> None:
     both = ClusterSnapshot.of([A, B])
     open_for(breakers, A)
     assert breakers.admitted(both) == ClusterSnapshot.of([B])
@@ -77,7 +77,7 @@ def test_half_open_it_is_given_one_request_at_a_time(breakers: Breakers, clock: 
     assert breakers.admitted(both) is both
 
 
-def test_a_fault_opens_a_half_open_one_again(breakers: Breakers, clock: FakeClock) -> None:
+def test_fault_reopens_a_half_open_breaker(breakers: Breakers, clock: FakeClock) -> None:
     open_for(breakers, A)
     clock.advance(TIMEOUT_S)
     breakers.sent(A)
@@ -87,7 +87,9 @@ def test_a_fault_opens_a_half_open_one_again(breakers: Breakers, clock: FakeCloc
     assert state_of(breakers) is OPEN
 
 
-def test_a_request_without_an_outcome_blocks_nothing_for_ever(breakers: Breakers, clock: FakeClock) -> None:
+def test_half_open_breaker_admits_again_after_a_request_without_outcome(
+    breakers: Breakers, clock: FakeClock
+) -> None:
     """Its client left, say."""
     open_for(breakers, A)
     clock.advance(TIMEOUT_S)
@@ -96,7 +98,7 @@ def test_a_request_without_an_outcome_blocks_nothing_for_ever(breakers: Breakers
     assert state_of(breakers) is HALF_OPEN
 
 
-def test_an_open_one_serves_if_nobody_else_can(breakers: Breakers) -> None:
+def test_open_breaker_admits_if_no_other_instance_can_serve(breakers: Breakers) -> None:
     pair = ClusterSnapshot.of([PREFILL, DECODE])
     open_for(breakers, A, B, DECODE)
     assert breakers.admitted(ClusterSnapshot.of([A, B])) == ClusterSnapshot.of([A, B])
@@ -106,13 +108,13 @@ def test_an_open_one_serves_if_nobody_else_can(breakers: Breakers) -> None:
     )
 
 
-def test_a_pair_that_is_not_whole_gives_way_to_a_colocated_one(breakers: Breakers) -> None:
+def test_breaker_prefers_a_colocated_instance_to_an_incomplete_pair(breakers: Breakers) -> None:
     open_for(breakers, DECODE)
     admitted = breakers.admitted(ClusterSnapshot.of([PREFILL, DECODE, A]))
     assert (admitted.colocated, admitted.decodes) == ((A,), ())
 
 
-def test_a_new_process_begins_anew(breakers: Breakers) -> None:
+def test_breaker_of_a_new_process_is_closed(breakers: Breakers) -> None:
     open_for(breakers, A)
     restarted = instance("a", epoch=2)
     assert state_of(breakers, restarted) is CLOSED
@@ -123,7 +125,7 @@ def test_a_new_process_begins_anew(breakers: Breakers) -> None:
 # ---- with workers
 
 
-async def test_requests_of_a_worker_that_fails_go_elsewhere_and_soon_are_not_sent_there() -> None:
+async def test_router_retries_elsewhere_and_then_avoids_a_failing_worker() -> None:
     settings = {"policy": "round_robin", "cb_timeout_secs": 600.0, "retry_initial_backoff_ms": 1}
     async with staged(FakeWorker(), FakeWorker(), **settings) as stage:
         bad, good = stage.workers[Role.COLOCATED]
@@ -142,7 +144,7 @@ async def test_requests_of_a_worker_that_fails_go_elsewhere_and_soon_are_not_sen
         assert state(stage, bad) is BreakerState.CLOSED
 
 
-async def test_a_worker_that_has_recovered_is_given_requests_again() -> None:
+async def test_recovered_worker_gets_requests_again() -> None:
     settings = {"policy": "round_robin", "cb_timeout_secs": 0.05, "cb_failure_threshold": 1}
     async with staged(FakeWorker(), FakeWorker(), **settings) as stage:
         bad, _ = stage.workers[Role.COLOCATED]
@@ -156,7 +158,7 @@ async def test_a_worker_that_has_recovered_is_given_requests_again() -> None:
         assert len(bad.requests) == 2
 
 
-async def test_a_client_that_errs_says_nothing_of_the_worker() -> None:
+async def test_breaker_ignores_errors_of_the_client() -> None:
     async with staged(FakeWorker(), cb_failure_threshold=1) as stage:
         stage.colocated.script = Script(status=400, message="too long")
         for number in range(3):
@@ -171,7 +173,7 @@ async def test_a_client_that_errs_says_nothing_of_the_worker() -> None:
         assert state(stage, stage.colocated) is BreakerState.CLOSED
 
 
-async def test_a_lost_connection_counts_once_however_many_requests_it_had() -> None:
+async def test_breaker_counts_a_lost_connection_once() -> None:
     async with staged(FakeWorker(), cb_failure_threshold=2, retry_max_retries=0) as stage:
         stage.colocated.script = Script(gates={0: asyncio.Event()})
         asks = [Ask(stage) for _ in range(5)]

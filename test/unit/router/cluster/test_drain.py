@@ -1,4 +1,4 @@
-"""What a drained instance holds goes to others: to whom, when, and what is said of it."""
+"""Draining: which pools get the blocks, when, and the status that is reported."""
 
 from __future__ import annotations
 
@@ -51,12 +51,12 @@ READY = {InstanceId(name) for name in ("p0", "p1", "p2", "d0", "c")}
         (pool("p9", layout="cc"), ["m"]),
     ],
 )
-def test_blocks_go_where_they_are_of_use(own: PoolInfo, names: list[str]) -> None:
-    """The same blocks, not decode's DRAM, not the ranks of one server, not who drains or is down."""
+def test_evacuation_targets_are_pools_that_can_reuse_the_blocks(own: PoolInfo, names: list[str]) -> None:
+    """The same layout; no decode's DRAM, no ranks of one server, no draining or down instances."""
     assert [target.name for target in evacuation_targets(own, own.layout, POOLS, READY)] == names
 
 
-def test_what_was_sent_at_first_is_not_counted_as_known_later() -> None:
+def test_evacuation_does_not_count_its_own_blocks_as_known() -> None:
     first = EvacuationResult(10, 100, 3, 2, 1.0, "late")
     assert first.then(EvacuationResult(1, 10, 13, 0, 0.5)) == EvacuationResult(11, 110, 3, 0, 1.5)
 
@@ -93,7 +93,7 @@ async def drain(stage: Stage, query: str = "") -> tuple[int, Any]:
     return await stage.post(f"/workers/{info_of(stage.colocated).instance_id}/drain{query}", None)
 
 
-async def test_a_drain_tells_what_has_become_of_the_blocks() -> None:
+async def test_drain_status_reports_the_evacuated_blocks() -> None:
     async with with_pools(Evacuated(5, 500, 2, 1, "late"), drain_evacuate_secs=3.0) as (stage, fake):
         status, answer = await drain(stage)
         assert (status, answer["drained"]) == (200, True)
@@ -107,7 +107,7 @@ async def test_a_drain_tells_what_has_become_of_the_blocks() -> None:
         assert len(fake.asked) == 1
 
 
-async def test_what_requests_leave_behind_is_evacuated_when_they_have_ended() -> None:
+async def test_drain_evacuates_again_after_the_last_request() -> None:
     async with with_pools(Evacuated(5, 50, 0, 0), Evacuated(1, 10, 5, 0)) as (stage, fake):
         gate = asyncio.Event()
         for worker in stage.workers[Role.COLOCATED]:
@@ -124,7 +124,7 @@ async def test_what_requests_leave_behind_is_evacuated_when_they_have_ended() ->
         assert [status for status, _ in await asyncio.gather(*begun)] == [200, 200]
 
 
-async def test_a_pool_that_does_not_evacuate_keeps_nobody_from_leaving() -> None:
+async def test_drain_completes_although_the_pool_does_not_evacuate() -> None:
     async with with_pools(Done()) as (stage, _):
         answer = (await drain(stage))[1]
         assert answer["drained"]
@@ -132,7 +132,7 @@ async def test_a_pool_that_does_not_evacuate_keeps_nobody_from_leaving() -> None
         assert answer["evacuated"]["reason"]
 
 
-async def test_nobody_waits_who_does_not_want_to_and_a_drain_can_end() -> None:
+async def test_drain_can_be_polled_and_ended() -> None:
     async with with_pools(Evacuated(5, 50, 0, 0), Evacuated(4, 40, 0, 0)) as (stage, fake):
         name = info_of(stage.colocated).instance_id
         status, answer = await drain(stage, "?wait=0")
@@ -147,7 +147,7 @@ async def test_nobody_waits_who_does_not_want_to_and_a_drain_can_end() -> None:
         assert len(fake.asked) == 2
 
 
-async def test_a_memory_instance_is_emptied_layout_by_layout() -> None:
+async def test_memory_instance_is_evacuated_per_layout() -> None:
     async with with_pools() as (stage, _):
         fake = FakePool(Evacuated(5, 50, 1, 0), Evacuated(0, 0, 0, 0, "there is no pool of such blocks here"))
         other = pool("p", epoch=9, layout="bb", address="h:9")
@@ -163,7 +163,7 @@ async def test_a_memory_instance_is_emptied_layout_by_layout() -> None:
         fake.server.close()
 
 
-async def test_nothing_is_evacuated_where_nobody_wants_it() -> None:
+async def test_drain_skips_evacuation_if_disabled_or_without_pool() -> None:
     async with with_pools(drain_evacuate_secs=0.0) as (stage, fake):
         assert (await drain(stage))[1]["evacuated"] is None
         assert not fake.asked

@@ -1,4 +1,4 @@
-"""Servers are found among pods: a fake API server, real lists and watches, and what goes wrong with them."""
+"""Kubernetes discovery against a fake API server: real lists and watches, and their failures."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ def _no_patience(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("memserve.router.cluster.discovery.kubernetes.FIRST_RETRY_S", 0.01)
 
 
-async def test_pods_that_are_there_are_served_by_and_those_that_go_are_not() -> None:
+async def test_discovery_adds_ready_pods_and_removes_deleted_ones() -> None:
     worker, api = FakeWorker(), FakeKubernetes()
     api.pods = [pod("one"), pod("not ready", ip="127.0.0.2", ready=False)]
     async with discovering(worker, kubernetes=api) as (stage, _):
@@ -152,7 +152,7 @@ async def test_pods_that_are_there_are_served_by_and_those_that_go_are_not() -> 
         assert (await stage.post("/generate", ANY))[0] == 503
 
 
-async def test_a_pod_is_added_when_it_is_ready_and_drained_when_it_is_not() -> None:
+async def test_discovery_follows_a_pods_readiness() -> None:
     worker = FakeWorker()
     async with discovering(worker) as (stage, api):
         await stage.until(lambda: api.num_watched)
@@ -177,7 +177,7 @@ async def test_a_pod_is_added_when_it_is_ready_and_drained_when_it_is_not() -> N
         await stage.until(lambda: not urls(stage))
 
 
-async def test_a_pair_is_found_by_two_selectors() -> None:
+async def test_discovery_finds_a_pair_by_two_selectors() -> None:
     worker, api = FakeWorker(Role.DECODE), FakeKubernetes()
     selectors = {Role.PREFILL: ("role=prefill",), Role.DECODE: ("role=decode",)}
     async with discovering(worker, kubernetes=api, selectors=selectors) as (stage, _):
@@ -185,7 +185,7 @@ async def test_a_pair_is_found_by_two_selectors() -> None:
         assert {params["labelSelector"] for params in api.asked} == {"role=prefill", "role=decode"}
 
 
-async def test_a_watch_that_ends_is_begun_anew_where_it_ended() -> None:
+async def test_discovery_resumes_an_ended_watch_at_its_version() -> None:
     async with discovering(FakeWorker()) as (stage, api):
         await stage.until(lambda: api.num_watched)
         api.say("BOOKMARK", {"kind": "Pod", "metadata": {"resourceVersion": "6"}})
@@ -198,7 +198,7 @@ async def test_a_watch_that_ends_is_begun_anew_where_it_ended() -> None:
 
 
 @pytest.mark.parametrize("how", ["status", "event"])
-async def test_what_has_expired_is_listed_anew(how: str) -> None:
+async def test_discovery_lists_again_after_410_gone(how: str) -> None:
     async with discovering(FakeWorker()) as (stage, api):
         await stage.until(lambda: api.num_watched)
         api.say("ADDED", pod("gone meanwhile"))
@@ -215,7 +215,7 @@ async def test_what_has_expired_is_listed_anew(how: str) -> None:
         await stage.until(stage.is_ready)
 
 
-async def test_malformed_objects_are_left_out_and_nothing_else() -> None:
+async def test_discovery_skips_malformed_objects_only() -> None:
     worker, api = FakeWorker(), FakeKubernetes()
     api.pods = [17, {"metadata": {}}, {"metadata": {"name": ["a"]}}, pod("v6", ip="::::::")]
     async with discovering(worker, kubernetes=api) as (stage, _):
@@ -232,7 +232,7 @@ async def test_malformed_objects_are_left_out_and_nothing_else() -> None:
         assert api.num_listed == 1
 
 
-async def test_workers_stay_while_the_api_is_away() -> None:
+async def test_discovery_keeps_workers_while_the_api_is_unreachable() -> None:
     async with discovering(FakeWorker()) as (stage, api):
         await stage.until(lambda: api.num_watched)
         api.say("ADDED", pod("one"))
@@ -248,7 +248,7 @@ async def test_workers_stay_while_the_api_is_away() -> None:
         await again.close()
 
 
-async def test_a_server_that_somebody_else_has_named_is_theirs() -> None:
+async def test_discovery_leaves_servers_added_by_others() -> None:
     worker = FakeWorker()
     async with discovering(worker) as (stage, api):
         status, _ = await stage.post("/workers", {"url": worker.url})
@@ -262,7 +262,7 @@ async def test_a_server_that_somebody_else_has_named_is_theirs() -> None:
         await stage.until(stage.is_ready)
 
 
-async def test_the_token_is_read_each_time_and_the_namespace_asked_for(tmp_path: Path) -> None:
+async def test_pod_api_rereads_its_token_and_uses_its_namespace(tmp_path: Path) -> None:
     token = tmp_path / "token"
     token.write_text("first\n")
     async with discovering(FakeWorker(), token_file=token, namespace="here") as (stage, api):
@@ -279,7 +279,9 @@ async def test_the_token_is_read_each_time_and_the_namespace_asked_for(tmp_path:
     [(None, 8998), ({}, 8998), ({"sglang.ai/bootstrap-port": "9001"}, 9001)]
     + [({"sglang.ai/bootstrap-port": bad}, None) for bad in ("", "x", "0", "65536", "-1", "٣")],
 )
-def test_a_prefill_says_its_bootstrap_port(annotations: dict[str, str] | None, port: int | None) -> None:
+def test_prefill_pod_gives_its_bootstrap_port_by_annotation(
+    annotations: dict[str, str] | None, port: int | None
+) -> None:
     config = DiscoveryConfig({Role.PREFILL: ("a=b",)}, port=8000)
     items = [pod("p", ip="fd00::1", annotations=annotations)]
     _, pods = read_list(json.dumps({"metadata": {}, "items": items}).encode())
@@ -291,21 +293,21 @@ def test_a_prefill_says_its_bootstrap_port(annotations: dict[str, str] | None, p
         assert (info.url, info.bootstrap_port) == ("http://[fd00::1]:8000", port)
 
 
-def test_what_the_api_refuses_is_an_error_of_its_own() -> None:
+def test_read_change_raises_the_apis_errors() -> None:
     with pytest.raises(ListExpired):
         read_change(b'{"type": "ERROR", "object": {"code": 410}}')
     with pytest.raises(ConnectionError, match="500 no"):
         read_change(b'{"type": "ERROR", "object": {"code": 500, "message": "no"}}')
 
 
-def test_retries_come_later_and_later_and_not_all_at_once() -> None:
+def test_discovery_retries_back_off_with_jitter() -> None:
     delays = [retry_s(num, 1.0) for num in (1, 2, 3, 100)]
     assert delays == sorted(delays)
     assert delays[-1] == LAST_RETRY_S
     assert retry_s(3, 0.0) < retry_s(3, 1.0)
 
 
-def test_a_launch_line_of_sglang_router_says_where_to_look() -> None:
+def test_discovery_flags_are_those_of_sglang_router() -> None:
     argv = "--service-discovery --selector app=sglang tier=gpu --service-discovery-port 8000"
     config = parse_args([*argv.split(), "--service-discovery-namespace", "prod"]).config.discovery
     assert config is not None
@@ -329,12 +331,12 @@ def test_a_launch_line_of_sglang_router_says_where_to_look() -> None:
         ("--service-discovery --selector a=b --kube-api-server kube:443", "http"),
     ],
 )
-def test_what_cannot_be_looked_for_is_refused(argv: str, reason: str) -> None:
+def test_discovery_flags_refuse_invalid_values(argv: str, reason: str) -> None:
     with pytest.raises(ConfigError, match=reason):
         parse_args(argv.split())
 
 
-def test_outside_of_kubernetes_it_has_to_be_told_where_that_is(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pod_api_needs_an_address_outside_of_kubernetes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(ConfigError, match="--kube-api-server"):
         PodApi(DiscoveryConfig({Role.COLOCATED: ("a=b",)}))

@@ -1,4 +1,4 @@
-"""Instances come and go: over the control plane, by name, and by dying."""
+"""Instances join and leave: over the control plane, by URL, and by a crash."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ async def ask(client: ControlClient, message: Message) -> Message:
     return await asyncio.to_thread(client.request, message, timeout_s=5.0)
 
 
-async def test_an_instance_registers_beats_and_leaves() -> None:
+async def test_instance_registers_sends_heartbeats_and_deregisters() -> None:
     async with staged() as stage, FakeWorker(Role.COLOCATED) as worker:
         client = ControlClient(stage.router.control_address)
         info = info_of(worker)
@@ -51,7 +51,7 @@ async def test_an_instance_registers_beats_and_leaves() -> None:
         client.close()
 
 
-async def test_an_instance_with_another_key_is_not_heard(tmp_path: Path) -> None:
+async def test_control_plane_ignores_another_cluster_key(tmp_path: Path) -> None:
     path = tmp_path / "cluster.key"
     path.write_text("0123456789abcdef")
     path.chmod(0o600)
@@ -77,7 +77,7 @@ class Freezing(FakeWorker):
         return await super()._model_info(request)
 
 
-async def test_requests_at_an_instance_that_falls_silent_are_done_elsewhere() -> None:
+async def test_requests_of_a_silent_instance_are_retried_elsewhere() -> None:
     one, other = Freezing(), Freezing()
     async with staged(one, other, heartbeat_secs=0.1) as stage:
 
@@ -108,7 +108,7 @@ def named(worker: FakeWorker) -> InstanceInfo:
     return InstanceInfo(info.instance_id, STATIC_EPOCH, info.role, info.url, info.bootstrap_port)
 
 
-async def test_named_servers_are_found_when_they_come_and_when_they_come_back() -> None:
+async def test_static_servers_become_ready_when_they_start_and_restart() -> None:
     prefill, decode = pair()
     for worker in (prefill, decode):
         await worker.start()
@@ -133,7 +133,7 @@ async def test_named_servers_are_found_when_they_come_and_when_they_come_back() 
         await decode.kill()
 
 
-async def test_a_named_server_that_is_not_well_is_not_used() -> None:
+async def test_unhealthy_static_server_gets_no_requests() -> None:
     worker = FakeWorker(Role.COLOCATED, healthy=False)
     await worker.start()
     async with staged(static=(named(worker),)) as stage:
@@ -144,7 +144,7 @@ async def test_a_named_server_that_is_not_well_is_not_used() -> None:
     await worker.kill()
 
 
-async def test_a_named_server_that_gets_ill_is_taken_out() -> None:
+async def test_static_server_that_becomes_unhealthy_is_taken_out() -> None:
     worker = FakeWorker(Role.COLOCATED)
     await worker.start()
     async with staged(static=(named(worker),), health_check_interval_secs=0.05) as stage:
@@ -154,7 +154,7 @@ async def test_a_named_server_that_gets_ill_is_taken_out() -> None:
     await worker.kill()
 
 
-async def test_a_named_server_that_hangs_is_suspect_and_back_when_it_answers() -> None:
+async def test_hanging_static_server_is_suspect_until_it_answers() -> None:
     hangs, works = Freezing(), FakeWorker()
     await hangs.start()
     await works.start()
@@ -176,14 +176,14 @@ async def test_a_named_server_that_hangs_is_suspect_and_back_when_it_answers() -
     await works.kill()
 
 
-async def test_a_server_named_with_the_wrong_role_is_not_used() -> None:
+async def test_static_server_with_the_wrong_role_gets_no_requests() -> None:
     async with FakeWorker(Role.PREFILL) as worker:
         wrong = InstanceInfo(named(worker).instance_id, STATIC_EPOCH, Role.DECODE, worker.url)
         async with staged(static=(wrong,)) as stage:
             await stage.until(lambda: "runs as prefill" in stage.router.cluster.members()[0].reason)
 
 
-async def test_a_new_process_takes_the_place_of_a_killed_one() -> None:
+async def test_new_process_replaces_a_killed_one() -> None:
     async with staged(*pair()) as stage:
         stage.decode.script = Script(gates={0: asyncio.Event()})
         request = asyncio.create_task(stage.post("/generate", {"text": "a"}))
@@ -208,7 +208,7 @@ PAGES = (
 )
 
 
-def test_facts_are_what_sglangs_pages_say() -> None:
+def test_read_server_info_reads_sglangs_pages() -> None:
     facts = read_server_info("http://h:1", Role.COLOCATED, *PAGES)
     assert (facts.model, facts.model_path, facts.context_tokens, facts.page_size) == ("m", "/m", 99, 16)
     assert facts.vocab_size is None
@@ -218,7 +218,7 @@ def test_facts_are_what_sglangs_pages_say() -> None:
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])
-def test_pages_that_are_no_sglangs_are_refused(number: int) -> None:
+def test_read_server_info_refuses_pages_of_other_programs(number: int) -> None:
     pages = list(PAGES)
     for wrong in (b"[]", b"<html>"):
         pages[number] = wrong
@@ -236,7 +236,9 @@ def test_pages_that_are_no_sglangs_are_refused(number: int) -> None:
         (None, None),
     ],
 )
-def test_the_vocabulary_is_the_models(tmp_path: Path, config: str | None, expected: int | None) -> None:
+def test_read_vocab_size_reads_the_models_config(
+    tmp_path: Path, config: str | None, expected: int | None
+) -> None:
     if config is not None:
         (tmp_path / "config.json").write_text(config)
     assert read_vocab_size(str(tmp_path)) == expected

@@ -1,4 +1,4 @@
-"""Which memory pools are members, who is told of it, and one caching mode for all."""
+"""The registered memory pools, their members' messages, and the one caching mode of a cluster."""
 
 from __future__ import annotations
 
@@ -81,14 +81,14 @@ def epochs(pools: Pools) -> list[int]:
     return [info.epoch for info in pools.infos()]
 
 
-def test_a_pool_that_registers_learns_of_all_itself_included(pools: Pools) -> None:
+def test_pools_register_returns_all_members(pools: Pools) -> None:
     pools.register(pool("a", 1))
     members = pools.register(pool("b", 2))
     assert members.heartbeat_s == 1.0
     assert members.pools == (pool("a", 1), pool("b", 2))
 
 
-def test_a_heartbeat_brings_the_members_only_if_they_have_changed(pools: Pools) -> None:
+def test_pools_heartbeat_returns_members_only_after_a_change(pools: Pools) -> None:
     before = pools.register(pool("a", 1))
     assert pools.heartbeat(Epoch(1), before.version) == Members(1.0, before.version, None)
     pools.register(pool("b", 2))
@@ -103,7 +103,7 @@ def test_a_heartbeat_brings_the_members_only_if_they_have_changed(pools: Pools) 
     assert last.version > after.version
 
 
-def test_nothing_is_fetched_from_a_memory_instance_that_may_be_gone(pools: Pools, clock: FakeClock) -> None:
+def test_pools_memories_leave_out_silent_instances(pools: Pools, clock: FakeClock) -> None:
     pools.register(pool("m", 1, role=Role.MEMORY, layout=""))
     pools.register(pool("n", 2, role=Role.MEMORY, layout=""))
     assert pools.memories() == ("m", "n")
@@ -116,7 +116,7 @@ def test_nothing_is_fetched_from_a_memory_instance_that_may_be_gone(pools: Pools
     assert pools.memories() == ("m", "n")
 
 
-def test_registering_again_changes_nothing_but_the_time(pools: Pools, clock: FakeClock) -> None:
+def test_pools_register_is_idempotent(pools: Pools, clock: FakeClock) -> None:
     before = pools.register(pool())
     clock.advance(DEFAULTS.forget_heartbeats)
     assert pools.register(pool()) == before
@@ -136,14 +136,16 @@ def test_registering_again_changes_nothing_but_the_time(pools: Pools, clock: Fak
     ],
     ids=["new epoch", "same epoch elsewhere", "another rank", "another instance", "same address"],
 )
-def test_a_new_pool_replaces_what_it_takes_the_place_of(pools: Pools, new: PoolInfo, left: list[int]) -> None:
+def test_pools_register_replaces_pools_of_the_same_place(
+    pools: Pools, new: PoolInfo, left: list[int]
+) -> None:
     before = pools.register(pool("a", 1))
     after = pools.register(new)
     assert epochs(pools) == left
     assert after.version > before.version
 
 
-def test_pools_that_want_one_place_do_not_take_turns(cluster: InstanceRegistry, pools: Pools) -> None:
+def test_pools_refuse_a_replaced_pool(cluster: InstanceRegistry, pools: Pools) -> None:
     one, two, three = pool("a", 1), pool("a", 2), pool("a", 3)
     for info in (one, two, three):
         assert isinstance(answer(cluster, pools, RegisterPool(info)), Members)
@@ -158,13 +160,13 @@ def test_pools_that_want_one_place_do_not_take_turns(cluster: InstanceRegistry, 
     assert epochs(pools) == [1]
 
 
-def test_a_pool_that_moved_is_not_replaced_by_itself(cluster: InstanceRegistry, pools: Pools) -> None:
+def test_pools_accept_a_pool_that_moved(cluster: InstanceRegistry, pools: Pools) -> None:
     answer(cluster, pools, RegisterPool(pool("a", 1)))
     answer(cluster, pools, RegisterPool(pool("a", 1, address="127.0.0.1:9")))
     assert isinstance(answer(cluster, pools, RegisterPool(pool("a", 1))), Members)
 
 
-def test_a_silent_pool_is_forgotten(pools: Pools, clock: FakeClock) -> None:
+def test_pools_forget_a_silent_pool(pools: Pools, clock: FakeClock) -> None:
     version = pools.register(pool("a", 1)).version
     version = pools.register(pool("b", 2)).version
     clock.advance(DEFAULTS.forget_heartbeats - 0.5)
@@ -178,18 +180,18 @@ def test_a_silent_pool_is_forgotten(pools: Pools, clock: FakeClock) -> None:
     assert members.pools == (pool("a", 1),)
 
 
-def test_a_pool_that_nobody_knows_may_go(pools: Pools) -> None:
+def test_pools_deregister_ignores_unknown_epochs(pools: Pools) -> None:
     pools.register(pool("a", 1))
     pools.deregister(Epoch(7))
     assert epochs(pools) == [1]
 
 
-def test_the_versions_of_two_lives_of_a_router_do_not_meet() -> None:
+def test_pools_version_differs_after_a_router_restart() -> None:
     lives = [Pools(ClusterConfig(heartbeat_secs=1.0), FakeClock()).register(pool()).version for _ in range(2)]
     assert lives[0] != lives[1]
 
 
-def test_control_messages_are_answered(cluster: InstanceRegistry, pools: Pools) -> None:
+def test_control_answers_the_messages_of_pools(cluster: InstanceRegistry, pools: Pools) -> None:
     one = pool()
     assert answer(cluster, pools, PoolHeartbeat(one.epoch, 0)) == Unknown()
     members = answer(cluster, pools, RegisterPool(one))
@@ -209,7 +211,9 @@ def test_control_messages_are_answered(cluster: InstanceRegistry, pools: Pools) 
         (Register(InstanceInfo(InstanceId("m"), Epoch(1), Role.MEMORY, "http://m:1")), "its pool only"),
     ],
 )
-def test_nonsense_is_refused(cluster: InstanceRegistry, pools: Pools, message: Message, reason: str) -> None:
+def test_control_refuses_invalid_pools(
+    cluster: InstanceRegistry, pools: Pools, message: Message, reason: str
+) -> None:
     refused = answer(cluster, pools, message)
     assert isinstance(refused, Refused)
     assert reason in refused.reason
@@ -217,9 +221,7 @@ def test_nonsense_is_refused(cluster: InstanceRegistry, pools: Pools, message: M
     assert not cluster.members()
 
 
-def test_a_memory_pool_needs_no_instance_and_takes_no_requests(
-    cluster: InstanceRegistry, pools: Pools
-) -> None:
+def test_memory_pool_registers_without_an_instance(cluster: InstanceRegistry, pools: Pools) -> None:
     assert isinstance(
         answer(cluster, pools, RegisterPool(pool("m", 1, role=Role.MEMORY, layout=""))), Members
     )
@@ -234,7 +236,7 @@ def joins(name: str, caching: CachingMode, epoch: int) -> list[Message]:
 
 @pytest.mark.parametrize("first", joins("first", FULL, 1), ids=["instance", "pool"])
 @pytest.mark.parametrize("second", joins("second", BOTH, 2), ids=["instance", "pool"])
-def test_the_first_one_decides_how_all_cache(
+def test_first_member_decides_the_caching_mode(
     cluster: InstanceRegistry, pools: Pools, first: Message, second: Message
 ) -> None:
     answer(cluster, pools, first)
@@ -250,9 +252,7 @@ def test_the_first_one_decides_how_all_cache(
     assert agreed_caching(cluster, pools) is BOTH
 
 
-def test_an_instance_that_is_alone_comes_back_with_another_mode(
-    cluster: InstanceRegistry, pools: Pools
-) -> None:
+def test_lone_instance_may_change_the_caching_mode(cluster: InstanceRegistry, pools: Pools) -> None:
     answer(cluster, pools, RegisterPool(pool("a", 1)))
     answer(cluster, pools, Register(decode("a", FULL, 2)))
     assert isinstance(answer(cluster, pools, RegisterPool(pool("a", 3, caching=BOTH))), Members)
@@ -260,7 +260,7 @@ def test_an_instance_that_is_alone_comes_back_with_another_mode(
     assert agreed_caching(cluster, pools) is BOTH
 
 
-def test_servers_named_by_url_have_no_say(clock: FakeClock, pools: Pools) -> None:
+def test_static_servers_do_not_decide_the_caching_mode(clock: FakeClock, pools: Pools) -> None:
     static = InstanceInfo(InstanceId("http://s:1"), STATIC_EPOCH, Role.DECODE, "http://s:1")
     cluster = InstanceRegistry(ClusterConfig(heartbeat_secs=1.0, static=(static,)), clock)
     assert agreed_caching(cluster, pools) is None
@@ -271,7 +271,7 @@ async def ask(client: ControlClient, message: Message) -> Message:
     return await asyncio.to_thread(client.request, message, timeout_s=5.0)
 
 
-async def test_pools_meet_over_the_control_plane() -> None:
+async def test_pools_learn_of_each_other_over_the_control_plane() -> None:
     async with staged() as stage:
         client = ControlClient(stage.router.control_address)
         one, two = pool("a", 1, role=Role.PREFILL, bootstrap="h:8998"), pool("b", 2)
@@ -293,7 +293,7 @@ async def pools_of(stage: Stage) -> list[dict[str, Any]]:
     return list((await stage.get("/workers"))[1]["pools"])
 
 
-async def test_a_silent_pool_leaves_the_page_of_workers() -> None:
+async def test_workers_page_drops_a_silent_pool() -> None:
     async with staged(heartbeat_secs=0.01) as stage:
         assert (await stage.get("/workers"))[1]["caching"] is None
         client = ControlClient(stage.router.control_address)
@@ -303,7 +303,7 @@ async def test_a_silent_pool_leaves_the_page_of_workers() -> None:
         assert await pools_of(stage) == []
 
 
-async def test_pools_and_the_caching_mode_are_shown() -> None:
+async def test_workers_page_shows_pools_and_the_caching_mode() -> None:
     async with staged() as stage, FakeWorker(Role.COLOCATED) as worker:
         stage.router.cluster.register(info_of(worker))
         stage.router.pools.register(pool("p", 255, role=Role.PREFILL, bootstrap="h:8998"))

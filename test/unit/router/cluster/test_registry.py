@@ -1,4 +1,4 @@
-"""Who is a member, and who can take a request."""
+"""The states of members, and which of them get requests."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def states(cluster: InstanceRegistry) -> dict[str, State]:
     return {member.info.instance_id: member.state for member in cluster.members()}
 
 
-def test_a_registered_instance_takes_requests_once_it_has_joined(cluster: InstanceRegistry) -> None:
+def test_registered_instance_gets_requests_after_a_probe(cluster: InstanceRegistry) -> None:
     cluster.register(decode())
     assert cluster.snapshot.decodes == ()
     assert cluster.probe_needed.is_set()
@@ -66,7 +66,7 @@ def test_a_registered_instance_takes_requests_once_it_has_joined(cluster: Instan
     assert [one.instance_id for one in cluster.snapshot.decodes] == [NAME]
 
 
-def test_registering_again_changes_nothing(cluster: InstanceRegistry) -> None:
+def test_registry_register_is_idempotent(cluster: InstanceRegistry) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     before = cluster.snapshot
@@ -74,7 +74,7 @@ def test_registering_again_changes_nothing(cluster: InstanceRegistry) -> None:
     assert cluster.snapshot is before
 
 
-def test_a_new_epoch_replaces_the_old_one(cluster: InstanceRegistry) -> None:
+def test_registry_replaces_an_old_epoch(cluster: InstanceRegistry) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     cluster.register(decode(TWO))
@@ -85,13 +85,13 @@ def test_a_new_epoch_replaces_the_old_one(cluster: InstanceRegistry) -> None:
     assert [one.epoch for one in cluster.snapshot.decodes] == [TWO]
 
 
-def test_another_name_at_the_same_url_replaces_the_old_one(cluster: InstanceRegistry) -> None:
+def test_registry_replaces_another_id_at_the_same_url(cluster: InstanceRegistry) -> None:
     cluster.register(decode())
     cluster.register(decode(TWO, name="other"))
     assert list(states(cluster)) == ["other"]
 
 
-def test_a_silent_instance_is_suspect_then_down_then_forgotten(
+def test_silent_instance_becomes_suspect_then_down_then_forgotten(
     cluster: InstanceRegistry, clock: FakeClock
 ) -> None:
     cluster.register(decode())
@@ -113,7 +113,7 @@ def test_a_silent_instance_is_suspect_then_down_then_forgotten(
     assert not cluster.heartbeat(NAME, ONE)
 
 
-def test_a_suspect_that_is_heard_again_is_ready_at_once(cluster: InstanceRegistry, clock: FakeClock) -> None:
+def test_heartbeat_makes_a_suspect_instance_ready(cluster: InstanceRegistry, clock: FakeClock) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     clock.advance(DEFAULTS.suspect_heartbeats + 0.1)
@@ -124,9 +124,7 @@ def test_a_suspect_that_is_heard_again_is_ready_at_once(cluster: InstanceRegistr
     assert (member.state, member.reason) == (State.READY, "")
 
 
-def test_who_is_down_for_its_silence_joins_when_it_is_heard_again(
-    cluster: InstanceRegistry, clock: FakeClock
-) -> None:
+def test_heartbeat_makes_a_silent_down_instance_join(cluster: InstanceRegistry, clock: FakeClock) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     clock.advance(DEFAULTS.down_heartbeats + 0.1)
@@ -140,7 +138,7 @@ def test_who_is_down_for_its_silence_joins_when_it_is_heard_again(
     assert states(cluster) == {NAME: State.READY}
 
 
-def test_who_answers_but_is_not_heard_is_suspect_and_no_worse(
+def test_silent_instance_that_answers_probes_stays_suspect(
     cluster: InstanceRegistry, clock: FakeClock
 ) -> None:
     """Its requests go one way, its heartbeats another."""
@@ -153,7 +151,7 @@ def test_who_answers_but_is_not_heard_is_suspect_and_no_worse(
     assert states(cluster) == {NAME: State.SUSPECT}
 
 
-def test_silence_of_which_the_router_is_the_cause_is_excused(
+def test_shift_deadlines_excuses_silence_caused_by_the_router(
     cluster: InstanceRegistry, clock: FakeClock
 ) -> None:
     cluster.register(decode())
@@ -164,7 +162,7 @@ def test_silence_of_which_the_router_is_the_cause_is_excused(
     assert states(cluster) == {NAME: State.READY}
 
 
-def test_a_stuck_instance_gets_requests_only_where_nobody_else_can_have_them(clock: FakeClock) -> None:
+def test_stuck_instance_gets_requests_only_without_alternative(clock: FakeClock) -> None:
     cluster = InstanceRegistry(ClusterConfig(heartbeat_secs=1.0, stuck_secs=15.0), clock)
     stuck, works = Load(1, 0, 10, 100, 15.5), Load(1, 0, 10, 100, 14.5)
     other, third = InstanceId("other"), InstanceId("third")
@@ -184,7 +182,7 @@ def test_a_stuck_instance_gets_requests_only_where_nobody_else_can_have_them(clo
     assert set(states(cluster).values()) == {State.READY}
 
 
-def test_a_suspect_that_is_drained_is_draining(cluster: InstanceRegistry, clock: FakeClock) -> None:
+def test_drained_suspect_instance_is_draining(cluster: InstanceRegistry, clock: FakeClock) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     cluster.drain(cluster.members()[0])
@@ -196,7 +194,7 @@ def test_a_suspect_that_is_drained_is_draining(cluster: InstanceRegistry, clock:
     assert states(cluster) == {NAME: State.SUSPECT}
 
 
-def test_a_router_that_forgot_is_told_who_drains(cluster: InstanceRegistry, pools: Pools) -> None:
+def test_register_restores_a_drain(cluster: InstanceRegistry, pools: Pools) -> None:
     told = answer(cluster, pools, Register(decode(), is_draining=True))
     assert told == Accepted(1.0, is_draining=True)
     cluster.joined(NAME, ONE, FACTS)
@@ -211,12 +209,12 @@ def test_a_router_that_forgot_is_told_who_drains(cluster: InstanceRegistry, pool
     assert answer(cluster, pools, Register(decode(TWO))) == Accepted(1.0)
 
 
-def test_a_heartbeat_of_another_epoch_is_unknown(cluster: InstanceRegistry) -> None:
+def test_heartbeat_of_another_epoch_is_unknown(cluster: InstanceRegistry) -> None:
     cluster.register(decode())
     assert not cluster.heartbeat(NAME, TWO)
 
 
-def test_a_lost_connection_takes_an_instance_out_until_a_probe_succeeds(cluster: InstanceRegistry) -> None:
+def test_lost_contact_takes_an_instance_down_until_a_probe_succeeds(cluster: InstanceRegistry) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     cluster.probe_needed.clear()
@@ -230,9 +228,7 @@ def test_a_lost_connection_takes_an_instance_out_until_a_probe_succeeds(cluster:
     assert cluster.snapshot.decodes
 
 
-def test_what_became_of_a_lost_process_is_known_by_what_is_heard_of_it(
-    cluster: InstanceRegistry, clock: FakeClock
-) -> None:
+def test_process_status_follows_heartbeats_after_a_loss(cluster: InstanceRegistry, clock: FakeClock) -> None:
     cluster.register(decode())
     cluster.joined(NAME, ONE, FACTS)
     cluster.lost_contact(NAME, ONE, "reset")
@@ -252,21 +248,21 @@ def test_what_became_of_a_lost_process_is_known_by_what_is_heard_of_it(
     assert cluster.process_status(NAME, ONE) is ProcessStatus.EXITED
 
 
-def test_a_loss_seen_on_the_old_process_does_not_touch_the_new_one(cluster: InstanceRegistry) -> None:
+def test_lost_contact_of_an_old_epoch_is_ignored(cluster: InstanceRegistry) -> None:
     cluster.register(decode(TWO))
     cluster.joined(NAME, TWO, FACTS)
     cluster.lost_contact(NAME, ONE, "reset")
     assert cluster.snapshot.decodes
 
 
-def test_a_named_server_is_never_forgotten(clock: FakeClock) -> None:
+def test_static_server_is_never_forgotten(clock: FakeClock) -> None:
     cluster = InstanceRegistry(ClusterConfig(heartbeat_secs=1.0, static=(decode(STATIC_EPOCH),)), clock)
     clock.advance(1000)
     cluster.check_heartbeats()
     assert states(cluster) == {NAME: State.JOINING}
 
 
-def test_a_named_server_that_registered_is_named_again_when_it_leaves(clock: FakeClock) -> None:
+def test_static_server_returns_when_its_registration_ends(clock: FakeClock) -> None:
     cluster = InstanceRegistry(
         ClusterConfig(heartbeat_secs=1.0, static=(decode(STATIC_EPOCH, name="http://h:1"),)), clock
     )
@@ -276,7 +272,7 @@ def test_a_named_server_that_registered_is_named_again_when_it_leaves(clock: Fak
     assert list(states(cluster)) == ["http://h:1"]
 
 
-def test_deregister_takes_out_only_the_process_that_says_it(cluster: InstanceRegistry) -> None:
+def test_deregister_removes_only_its_own_epoch(cluster: InstanceRegistry) -> None:
     cluster.register(decode(TWO))
     cluster.deregister(NAME, ONE)
     assert list(states(cluster)) == [NAME]
@@ -285,7 +281,7 @@ def test_deregister_takes_out_only_the_process_that_says_it(cluster: InstanceReg
     assert states(cluster) == {}
 
 
-def test_control_messages_are_answered(cluster: InstanceRegistry, pools: Pools) -> None:
+def test_control_answers_the_messages_of_instances(cluster: InstanceRegistry, pools: Pools) -> None:
     assert answer(cluster, pools, Heartbeat(NAME, ONE)) == Unknown()
     assert answer(cluster, pools, Register(decode())) == Accepted(1.0)
     assert answer(cluster, pools, Heartbeat(NAME, ONE)) == Accepted(1.0)
@@ -301,7 +297,9 @@ def test_control_messages_are_answered(cluster: InstanceRegistry, pools: Pools) 
         Welcome(ONE, ONE, (), ()),
     ],
 )
-def test_nonsense_is_refused(cluster: InstanceRegistry, pools: Pools, message: Register) -> None:
+def test_control_refuses_invalid_instances(
+    cluster: InstanceRegistry, pools: Pools, message: Register
+) -> None:
     assert isinstance(answer(cluster, pools, message), Refused)
     assert states(cluster) == {}
 
@@ -314,7 +312,7 @@ def joined(cluster: InstanceRegistry, info: InstanceInfo) -> Member:
     return member
 
 
-def test_a_draining_instance_gets_nothing_new_and_is_up(cluster: InstanceRegistry) -> None:
+def test_draining_instance_is_up_and_gets_no_new_requests(cluster: InstanceRegistry) -> None:
     member = joined(cluster, decode())
     cluster.drain(member)
     cluster.drain(member)
@@ -326,7 +324,7 @@ def test_a_draining_instance_gets_nothing_new_and_is_up(cluster: InstanceRegistr
     assert cluster.snapshot == cluster.up
 
 
-def test_heartbeats_probes_and_lost_contact_end_no_drain(cluster: InstanceRegistry) -> None:
+def test_drain_outlasts_heartbeats_probes_and_lost_contact(cluster: InstanceRegistry) -> None:
     member = joined(cluster, decode())
     cluster.drain(member)
     cluster.register(decode())
@@ -340,7 +338,7 @@ def test_heartbeats_probes_and_lost_contact_end_no_drain(cluster: InstanceRegist
     assert states(cluster) == {NAME: State.DRAINING}
 
 
-def test_one_that_drains_before_it_has_joined_is_never_ready(cluster: InstanceRegistry) -> None:
+def test_instance_drained_before_its_first_probe_is_never_ready(cluster: InstanceRegistry) -> None:
     cluster.register(decode())
     cluster.drain(cluster.members()[0])
     assert states(cluster) == {NAME: State.JOINING}
@@ -348,7 +346,7 @@ def test_one_that_drains_before_it_has_joined_is_never_ready(cluster: InstanceRe
     assert states(cluster) == {NAME: State.DRAINING}
 
 
-def test_a_new_process_does_not_drain(cluster: InstanceRegistry) -> None:
+def test_new_process_does_not_drain(cluster: InstanceRegistry) -> None:
     cluster.drain(joined(cluster, decode()))
     joined(cluster, decode(TWO))
     assert states(cluster) == {NAME: State.READY}
@@ -359,7 +357,7 @@ def test_a_new_process_does_not_drain(cluster: InstanceRegistry) -> None:
     assert states(cluster) == {NAME: State.READY}
 
 
-def test_servers_are_named_and_forgotten_at_run_time(cluster: InstanceRegistry) -> None:
+def test_static_servers_are_added_and_removed_at_run_time(cluster: InstanceRegistry) -> None:
     info = decode(STATIC_EPOCH, name="http://h:1")
     assert cluster.add_static(info) is info
     assert cluster.add_static(decode(STATIC_EPOCH, name="http://h:1")) is info
@@ -369,7 +367,7 @@ def test_servers_are_named_and_forgotten_at_run_time(cluster: InstanceRegistry) 
     assert states(cluster) == {}
 
 
-def test_a_name_does_not_touch_who_has_registered_there(cluster: InstanceRegistry) -> None:
+def test_static_server_does_not_replace_a_registered_instance(cluster: InstanceRegistry) -> None:
     joined(cluster, decode())
     cluster.add_static(decode(STATIC_EPOCH, name="http://h:1"))
     assert list(states(cluster)) == [NAME]

@@ -1,4 +1,4 @@
-"""An instance becomes another role's: drained, told, and back; or refused, or given up."""
+"""Role changes: drain, restart and return; rejection; time limits."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def three() -> tuple[FakeWorker, FakeWorker, FakeWorker]:
     return FakeWorker(Role.PREFILL), FakeWorker(Role.PREFILL), FakeWorker(Role.DECODE)
 
 
-async def test_a_prefill_becomes_a_decode_while_the_others_serve() -> None:
+async def test_prefill_changes_to_decode_while_others_serve() -> None:
     workers = three()
     for worker in workers:
         await worker.start()
@@ -100,7 +100,7 @@ async def test_a_prefill_becomes_a_decode_while_the_others_serve() -> None:
         await worker.kill()
 
 
-async def test_who_cannot_have_another_role_says_why() -> None:
+async def test_role_change_is_rejected_with_its_reason() -> None:
     workers = three()
     for worker in workers:
         await worker.start()
@@ -132,7 +132,7 @@ async def test_who_cannot_have_another_role_says_why() -> None:
 
 
 @pytest.mark.parametrize("comes_back", [True, False])
-async def test_a_change_that_takes_too_long_is_given_up(comes_back: bool) -> None:
+async def test_role_change_fails_after_its_time_limit(comes_back: bool) -> None:
     workers = three()
     for worker in workers:
         await worker.start()
@@ -154,7 +154,7 @@ async def test_a_change_that_takes_too_long_is_given_up(comes_back: bool) -> Non
         await worker.kill()
 
 
-async def test_requests_that_do_not_end_keep_the_role() -> None:
+async def test_role_change_fails_if_requests_do_not_end() -> None:
     workers = three()
     for worker in workers:
         await worker.start()

@@ -1,4 +1,4 @@
-"""Numbers that Prometheus reads: the same as its own client library would tell of the same values."""
+"""The counters export the same as prometheus_client for the same values."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def samples(text: bytes) -> list[bytes]:
     return [line for line in text.splitlines() if b"_created" not in line]
 
 
-def test_a_counter_tells_what_the_librarys_does() -> None:
+def test_counter_exports_the_same_as_prometheus_client() -> None:
     registry = CollectorRegistry()
     theirs = prometheus_client.Counter("seen", "What was seen.", ["path", "status"], registry=registry)
     ours = Counter("seen", "What was seen.", ("path", "status"))
@@ -43,7 +43,7 @@ def test_a_counter_tells_what_the_librarys_does() -> None:
     assert ours.total() == 6
 
 
-def test_a_histogram_tells_what_the_librarys_does() -> None:
+def test_histogram_exports_the_same_as_prometheus_client() -> None:
     registry = CollectorRegistry()
     theirs = prometheus_client.Histogram("took", "Time.", ["path"], buckets=BOUNDS, registry=registry)
     ours = Histogram("took", "Time.", BOUNDS, ("path",))
@@ -56,7 +56,7 @@ def test_a_histogram_tells_what_the_librarys_does() -> None:
     assert ours.totals() == [2, 1, 1, 1]
 
 
-def test_what_has_no_labels_is_told_from_the_start() -> None:
+def test_metric_without_labels_is_exported_from_the_start() -> None:
     assert b"n_total 0.0" in told(Counter("n", "N."))
     gauge = Gauge("g", "G.")
     gauge.set(2)
@@ -64,7 +64,7 @@ def test_what_has_no_labels_is_told_from_the_start() -> None:
     assert b"h_count 0.0" in told(Histogram("h", "H.", BOUNDS))
 
 
-def test_labels_have_to_be_as_many_as_were_named() -> None:
+def test_labels_refuse_another_number_of_values() -> None:
     for counted in (Counter("n", "N.", ("path",)), Histogram("h", "H.", BOUNDS, ("path",))):
         with pytest.raises(ValueError, match="path"):
             counted.labels("/a", 200)
@@ -80,11 +80,11 @@ def test_labels_have_to_be_as_many_as_were_named() -> None:
         (0.9, [0, 0, 0, 3], 10.0),
     ],
 )
-def test_a_quantile_is_read_off_its_bucket(share: float, counts: list[int], value: float | None) -> None:
+def test_quantile_interpolates_in_its_bucket(share: float, counts: list[int], value: float | None) -> None:
     assert quantile(share, BOUNDS, counts) == (value if value is None else pytest.approx(value))
 
 
-def test_values_on_a_bound_count_below_it() -> None:
+def test_histogram_counts_a_value_on_a_bound_below_it() -> None:
     buckets = Buckets(BOUNDS)
     for value in (0.1, 1.0, 1.0001):
         buckets.observe(value)

@@ -1,4 +1,4 @@
-"""The Grafana dashboard shows metrics that there are, by labels that they have."""
+"""The Grafana dashboard uses existing metrics and labels."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ async def labels_by_name(stage: Stage) -> dict[str, set[str]]:
     return found
 
 
-async def test_every_expression_names_what_there_is() -> None:
+async def test_dashboard_expressions_name_existing_metrics() -> None:
     worker = FakeWorker(Role.COLOCATED, cache_tokens=1 << 16)
     async with staged(worker) as stage:
         member = stage.router.cluster.members()[0]
@@ -78,7 +78,7 @@ async def test_every_expression_names_what_there_is() -> None:
             assert said - {"le", "job"} <= has | {"reason", "outcome"}, title
 
 
-def test_nothing_that_is_counted_for_people_is_left_out() -> None:
+def test_dashboard_shows_every_metric() -> None:
     shown = {name for _, expression, _ in targets() for name in _METRIC.findall(expression)}
     for needed in (
         *("requests_total", "request_seconds_bucket", "time_to_first_token_seconds_bucket"),
@@ -89,7 +89,7 @@ def test_nothing_that_is_counted_for_people_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("field", ["gridPos", "type", "title", "id"])
-def test_every_panel_is_whole(field: str) -> None:
+def test_dashboard_panels_are_complete(field: str) -> None:
     panels = json.loads(DASHBOARD.read_text())["panels"]
     assert all(field in panel for panel in panels)
     assert len({panel["id"] for panel in panels}) == len(panels)

@@ -1,4 +1,4 @@
-"""Which prefixes prompts share: found, told once, forgotten in time, and within bounds."""
+"""Shared prefixes are found, reported once, decay, and stay within bounds."""
 
 from __future__ import annotations
 
@@ -40,32 +40,32 @@ def seen(prompts: Sequence[Prompt], **settings: int) -> HotPrefixes:
     return prefixes
 
 
-def test_a_shared_prefix_is_told_once_at_its_end() -> None:
+def test_hottest_reports_a_shared_prefix_once_at_its_end() -> None:
     assert told(seen([prompt((7, 16)) for _ in range(10)])) == [(16, 10.0)]
 
 
-def test_where_prompts_part_both_ways_are_told_and_what_they_share() -> None:
+def test_hottest_reports_both_branches_and_their_common_prefix() -> None:
     here, there = ([prompt((7, 8), (way, 8)) for _ in range(10)] for way in (1, 2))
     assert told(seen(here + there)) == [(8, 20.0), (16, 10.0), (16, 10.0)]
 
 
-def test_the_depth_is_short_of_the_truth_by_a_third_at_most() -> None:
+def test_reported_depth_is_at_most_a_third_too_short() -> None:
     for shared in range(1, 200):
         ((blocks, weight),) = told(seen([prompt((7, shared), tail=100) for _ in range(3)]))
         assert weight == 3
         assert shared * 2 / 3 <= blocks <= shared
 
 
-def test_prompts_that_share_nothing_are_not_told() -> None:
+def test_hottest_leaves_out_prompts_without_common_prefix() -> None:
     assert told(seen([prompt(tail=40) for _ in range(50)])) == []
 
 
-def test_each_prompt_of_a_batch_counts() -> None:
+def test_hot_prefixes_count_each_prompt_of_a_batch() -> None:
     one, two = prompt((7, 4)), prompt((7, 4))
     assert told(seen([Prompt(18, (*one.chains, *two.chains))])) == [(4, 2.0)]
 
 
-def test_weights_fade() -> None:
+def test_hot_prefix_weights_decay() -> None:
     prefixes = seen([prompt((7, 4)) for _ in range(8)])
     assert told(prefixes, HALF_LIFE_S) == [(4, 4.0)]
     for _ in range(4):
@@ -74,7 +74,7 @@ def test_weights_fade() -> None:
     assert told(prefixes, 2 * HALF_LIFE_S) == [(4, 4.0), (4, 2.0)]
 
 
-def test_a_router_that_runs_for_weeks_counts_as_on_its_first_day() -> None:
+def test_hot_prefix_weights_survive_weeks() -> None:
     prefixes = HotPrefixes(0.0)
     for hour in range(24 * 21):
         now_s = 3600.0 * hour
@@ -84,12 +84,12 @@ def test_a_router_that_runs_for_weeks_counts_as_on_its_first_day() -> None:
         assert told(prefixes, now_s)[0] == (4, 3.0)
 
 
-def test_of_more_prompts_than_are_looked_at_the_rest_count_by_their_number() -> None:
+def test_unsampled_prompts_add_weight_to_the_sample() -> None:
     prefixes = seen([prompt((7, 4), tail=0) for _ in range(4 * MAX_NOTED)])
     assert told(prefixes) == [(4, 4.0 * MAX_NOTED)]
 
 
-def test_memory_is_bounded_and_what_is_hot_stays() -> None:
+def test_hot_prefixes_drop_the_lightest_keys() -> None:
     prefixes = HotPrefixes(0.0, max_keys=64)
     for step in range(100):
         prefixes.note(prompt((7, 4)), None)
@@ -100,7 +100,7 @@ def test_memory_is_bounded_and_what_is_hot_stays() -> None:
     assert told(prefixes, 10.0)[0][0] == 4
 
 
-def test_a_sample_is_kept_only_if_wanted() -> None:
+def test_hot_prefixes_keep_samples_only_if_enabled() -> None:
     for keeps, expected in ((False, None), (True, "hello")):
         prefixes = HotPrefixes(0.0, keeps_samples=keeps)
         for _ in range(3):
@@ -125,7 +125,7 @@ def test_a_sample_is_kept_only_if_wanted() -> None:
         ({}, None),
     ],
 )
-def test_what_a_sample_is(body: dict[str, object], sample: str | None) -> None:
+def test_sample_is_the_beginning_of_the_first_text(body: dict[str, object], sample: str | None) -> None:
     assert sample_of(body) == sample
 
 

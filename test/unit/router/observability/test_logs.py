@@ -1,4 +1,4 @@
-"""Log lines: one each whatever they say, and nobody waits for them, nor falls with them."""
+"""Log lines: one per record, without blocking or failing the thread that logs."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def told(folder: Path, **settings: Any) -> list[str]:
     return (folder / "router.log").read_text().splitlines()
 
 
-def test_json_lines_have_what_the_message_names(tmp_path: Path) -> None:
+def test_json_log_line_has_the_fields_of_its_message(tmp_path: Path) -> None:
     first, second = map(json.loads, told(tmp_path, log_format="json"))
     assert (first["rid"], first["status"], first["ms"]) == ("r\n1", 200, 1.25)
     assert (first["level"], first["logger"], first["reason"]) == ("info", logger.name, "it's 5 o'clock")
@@ -60,7 +60,7 @@ def test_json_lines_have_what_the_message_names(tmp_path: Path) -> None:
     assert second["part"] == "the tree"
 
 
-def test_a_stranger_cannot_write_a_line_of_its_own(tmp_path: Path) -> None:
+def test_log_escapes_control_characters(tmp_path: Path) -> None:
     lines = told(tmp_path)
     assert "rid=r\\x0a1 status=200" in lines[0]
     assert sum(line.startswith("[") for line in lines) == 2
@@ -80,17 +80,17 @@ def test_a_stranger_cannot_write_a_line_of_its_own(tmp_path: Path) -> None:
         ("plain", ()),
     ],
 )
-def test_names_are_read_off_the_template(template: str, names: tuple[str, ...]) -> None:
+def test_log_field_names_come_from_the_template(template: str, names: tuple[str, ...]) -> None:
     assert fields_of(template) == names
 
 
-def test_a_name_of_the_lines_own_is_kept() -> None:
+def test_json_log_keeps_its_own_keys() -> None:
     line = json.loads(JsonFormatter().format(record("level=%s time=%s x=%s", "mine", "mine", None)))
     assert (line["level"], line["x"]) == ("info", "None")
     assert line["time"] != "mine"
 
 
-def test_a_log_that_has_grown_is_renamed(tmp_path: Path) -> None:
+def test_log_file_rotates_at_its_limit(tmp_path: Path) -> None:
     file = ResilientFileHandler(tmp_path / "router.log", 100, 4)
     for number in range(100):
         file.emit(record("line %d of many", number))
@@ -100,7 +100,7 @@ def test_a_log_that_has_grown_is_renamed(tmp_path: Path) -> None:
     assert all(path.stat().st_size <= 100 for path in tmp_path.iterdir())
 
 
-def test_a_full_disk_ends_nothing_and_is_told_later(
+def test_log_survives_a_full_disk_and_reports_lost_lines(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     now = [100.0]
@@ -122,8 +122,8 @@ def test_a_full_disk_ends_nothing_and_is_told_later(
     assert file.num_lost == 0
 
 
-def test_who_does_not_read_stderr_stops_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A pipe that nobody reads holds 64 KiB; then writing to it waits for ever."""
+def test_log_does_not_block_on_unread_stderr(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An unread pipe holds 64 KiB; then a write blocks for ever."""
     import os
     import time
 
@@ -141,7 +141,7 @@ def test_who_does_not_read_stderr_stops_nobody(tmp_path: Path, monkeypatch: pyte
     os.close(reading)
 
 
-def test_a_folder_that_cannot_be_is_one_clear_line(tmp_path: Path) -> None:
+def test_unusable_log_folder_is_a_config_error(tmp_path: Path) -> None:
     from memserve.core.errors import ConfigError
 
     (tmp_path / "file").write_text("")

@@ -1,4 +1,4 @@
-"""Flags about watching, as a client and a browser meet them: ids, origins, and a port for metrics alone."""
+"""Observability flags as a client or browser sees them: request ids, origins, an extra metrics port."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ def sent(**settings: Any) -> Any:
 
 
 @pytest.mark.parametrize("plain", [True, False])
-async def test_a_request_keeps_its_id(plain: bool, caplog: pytest.LogCaptureFixture) -> None:
+async def test_router_keeps_the_request_id_of_a_header(plain: bool, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG, "memserve.router.http.request_chain")
     web = {} if plain else {"upgrade": "nothing"}
     async with sent(request_id_headers=("x-trace", "X-Call")) as stage:
@@ -36,7 +36,7 @@ async def test_a_request_keeps_its_id(plain: bool, caplog: pytest.LogCaptureFixt
 
 @pytest.mark.parametrize("plain", [True, False])
 @pytest.mark.parametrize("stream", [True, False])
-async def test_pages_of_named_origins_may_read_answers(plain: bool, stream: bool) -> None:
+async def test_cors_allows_the_configured_origins(plain: bool, stream: bool) -> None:
     web = {} if plain else {"upgrade": "nothing"}
     async with sent(cors_allowed_origins=(PAGE,)) as stage:
         for origin, allowed in ((PAGE, PAGE), ("https://other.example", None)):
@@ -48,7 +48,7 @@ async def test_pages_of_named_origins_may_read_answers(plain: bool, stream: bool
                 assert response.headers.get("Access-Control-Allow-Origin") == allowed
 
 
-async def test_a_browser_is_told_before_it_sends() -> None:
+async def test_cors_answers_preflight_requests() -> None:
     asks = {"Access-Control-Request-Method": "POST", "Access-Control-Request-Headers": "authorization"}
     async with sent(cors_allowed_origins=("*",)) as stage:
         for path, status in (("/v1/chat/completions", 204), ("/v1/models/x", 204), ("/workers", 405)):
@@ -59,14 +59,14 @@ async def test_a_browser_is_told_before_it_sends() -> None:
                 assert allowed == ("*" if status == 204 else None)
 
 
-async def test_no_page_may_unless_that_was_said() -> None:
+async def test_cors_is_off_by_default() -> None:
     async with staged(*pair()) as stage:
         request = stage.client.post(stage.url("/generate"), json={"text": "x"}, headers={"Origin": PAGE})
         async with request as response:
             assert not any(name.lower().startswith("access-control") for name in response.headers)
 
 
-async def test_metrics_can_have_a_port_of_their_own(caplog: pytest.LogCaptureFixture) -> None:
+async def test_metrics_are_served_on_an_extra_port(caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.INFO, "memserve.router.http.routes")
     async with sent(prometheus_port=0, prometheus_duration_buckets=(0.5, 1.0)) as stage:
         await stage.post("/generate", {"text": "hello"})

@@ -1,4 +1,4 @@
-"""The requests that ended lately, what they add to the numbers, and the last minutes second by second."""
+"""Records of recent requests, the durations they add, and the series of the last minutes."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def value(metrics: RouterMetrics, name: str, **labels: str) -> float | None:
     return metrics.registry.get_sample_value(f"memserve_router_{name}", labels)
 
 
-def test_the_newest_are_kept() -> None:
+def test_request_log_keeps_the_newest() -> None:
     log = RequestLog(RouterMetrics(), kept=3)
     for number in range(5):
         log.add(ended(str(number)))
@@ -32,7 +32,7 @@ def test_the_newest_are_kept() -> None:
     assert log.find("1") is None
 
 
-def test_one_is_found_by_either_of_its_names_the_last_one_first() -> None:
+def test_request_log_finds_by_rid_or_request_id() -> None:
     log = RequestLog(RouterMetrics())
     first, second = ended("again", seconds=1.0), ended("again", seconds=2.0)
     for one in (first, second, ended("other")):
@@ -42,7 +42,7 @@ def test_one_is_found_by_either_of_its_names_the_last_one_first() -> None:
     assert log.find("nobody's") is None
 
 
-def test_faults_outlast_a_flood_of_good_ones() -> None:
+def test_request_log_keeps_faults_longer() -> None:
     log = RequestLog(RouterMetrics(), kept=3)
     fault = ended("bad", 502)
     log.add(fault)
@@ -52,7 +52,7 @@ def test_faults_outlast_a_flood_of_good_ones() -> None:
     assert log.find("bad") is fault
 
 
-def test_what_clients_waited_for_is_counted() -> None:
+def test_request_log_counts_durations() -> None:
     metrics = RouterMetrics()
     log = RequestLog(metrics)
     log.add(ended(first_token_s=0.5, num_events=4))
@@ -66,7 +66,7 @@ def test_what_clients_waited_for_is_counted() -> None:
     assert value(metrics, "inter_token_seconds_sum", path=PATH) == pytest.approx(0.5)
 
 
-def test_a_second_tells_what_happened_in_it() -> None:
+def test_series_point_has_the_rates_of_its_second() -> None:
     metrics = RouterMetrics()
     log, series = RequestLog(metrics), LiveSeries(metrics, 10.0)
     for status in (200, 200, 200, 503):
@@ -83,7 +83,7 @@ def test_a_second_tells_what_happened_in_it() -> None:
     assert (idle.requests_s, idle.first_token_p50_s, idle.hit_ratio) == (0.0, None, None)
 
 
-def test_the_series_is_as_long_as_its_window() -> None:
+def test_series_keeps_the_points_of_its_window() -> None:
     series = LiveSeries(RouterMetrics(), 0.0)
     for second in range(2 * NUM_POINTS):
         series.tick(float(second))

@@ -1,4 +1,4 @@
-"""Traces: a client's goes on through the router to both servers, and each part of a request is a span."""
+"""Tracing: a client's trace continues through the router to both servers, with a span per part."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def ask(stage: Stage, stream: bool = False, **body: Any) -> None:
 
 
 @pytest.mark.parametrize("stream", [True, False])
-async def test_a_request_is_one_trace_from_client_to_servers(spans: Any, stream: bool) -> None:
+async def test_trace_spans_client_router_and_servers(spans: Any, stream: bool) -> None:
     async with staged(*pair(), enable_trace=True) as stage:
         await ask(stage, stream)
         workers = {"prefill": stage.prefill, "decode": stage.decode}
@@ -87,7 +87,7 @@ async def test_a_request_is_one_trace_from_client_to_servers(spans: Any, stream:
     assert request.status.is_ok or request.status.is_unset
 
 
-async def test_a_failure_is_seen_where_it_was(spans: Any) -> None:
+async def test_trace_marks_the_failed_leg(spans: Any) -> None:
     async with staged(*pair(), enable_trace=True, retry_max_retries=0) as stage:
         stage.prefill.script = Script(gates={0: asyncio.Event()})
         stage.decode.script = Script(status=500, message="broken")
@@ -99,7 +99,7 @@ async def test_a_failure_is_seen_where_it_was(spans: Any) -> None:
     assert {found[leg].status.description for leg in ("prefill", "decode")} == {"failed, or given up"}
 
 
-async def test_every_attempt_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_trace_has_a_span_per_attempt(monkeypatch: pytest.MonkeyPatch) -> None:
     exporter = InMemorySpanExporter()
     provider = TracerProvider()
     provider.add_span_processor(SimpleSpanProcessor(exporter))
@@ -113,7 +113,7 @@ async def test_every_attempt_is_seen(monkeypatch: pytest.MonkeyPatch) -> None:
     assert names.count("POST /generate") == 1
 
 
-async def test_what_is_refused_is_a_span_too(spans: Any) -> None:
+async def test_trace_has_a_span_for_a_refused_request(spans: Any) -> None:
     async with staged(*pair(), enable_trace=True) as stage:
         await ask(stage, text=5)
     request = spans()["POST /generate"]
@@ -121,14 +121,14 @@ async def test_what_is_refused_is_a_span_too(spans: Any) -> None:
     assert request.attributes["memserve.rid"] == "-"
 
 
-async def test_no_prompt_is_in_a_span(spans: Any) -> None:
+async def test_trace_contains_no_prompt(spans: Any) -> None:
     async with staged(*pair(), enable_trace=True) as stage:
         await stage.post("/generate", {"text": "a secret plan", "sampling_params": {"regex": "secret"}})
     assert all("secret" not in span.to_json() for span in spans().values())
 
 
 @pytest.mark.parametrize("role", [Role.PREFILL, Role.COLOCATED])
-async def test_without_spans_of_its_own_it_hands_on_what_came(role: Role) -> None:
+async def test_propagate_only_passes_the_traceparent_on(role: Role) -> None:
     workers = pair() if role is Role.PREFILL else (FakeWorker(),)
     async with staged(*workers) as stage:
         await ask(stage)
@@ -142,11 +142,11 @@ async def test_without_spans_of_its_own_it_hands_on_what_came(role: Role) -> Non
 @pytest.mark.parametrize(
     "parent", ["", "x", f"00-{TRACE}-{PARENT}", f"00-{'0' * 32}-{PARENT}-01", f"ff-{TRACE}-{PARENT}-01", "é"]
 )
-def test_what_is_no_trace_goes_no_further(parent: str) -> None:
+def test_propagate_only_drops_an_invalid_traceparent(parent: str) -> None:
     assert PropagateOnly().begin(Api.GENERATE, {"traceparent": parent}) is None
 
 
-def test_without_the_packages_it_says_which(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tracing_without_its_packages_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import sys
 
     monkeypatch.setitem(sys.modules, "opentelemetry.exporter.otlp.proto.grpc.trace_exporter", None)
@@ -154,7 +154,7 @@ def test_without_the_packages_it_says_which(monkeypatch: pytest.MonkeyPatch) -> 
         Tracing.to("localhost:4317")
 
 
-def test_a_router_without_traces_does_not_even_load_them() -> None:
+def test_router_without_tracing_does_not_import_opentelemetry() -> None:
     import subprocess
     import sys
 
