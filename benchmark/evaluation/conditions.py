@@ -1,4 +1,4 @@
-"""What a report states before its figures: the machine, versions, settings, and what is compared."""
+"""The conditions that a report states before its figures: machine, versions, settings, systems."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ PARTS = {
 def conditions(
     workloads: Mapping[str, Settings], saturation: Mapping[str, float], unavailable: Mapping[str, str]
 ) -> dict[str, Any]:
-    """What of run.json is known before and while measuring."""
+    """The conditions known before and during the measurement."""
     return {
         "machine": f"{machine()}, {os.cpu_count()} cores",
         "commit": commit(),
@@ -66,7 +66,7 @@ def conditions(
 
 
 def read_conditions(directory: Path) -> dict[str, Any]:
-    """What run.json says; nothing if it is not there."""
+    """The contents of run.json; empty if the file does not exist."""
     path = directory / FILE
     state: dict[str, Any] = json.loads(path.read_text()) if path.is_file() else {}
     return state
@@ -107,9 +107,9 @@ SLO = {
     "loogle": {"ttft_s": 1.0, "tpot_s": 0.06},
     "react": {"ttft_s": 0.5, "tpot_s": 0.06},
 }
-"""What a request must keep to count as good, on this model."""
+"""The latency limits of a good request, on this model."""
 
 
 def _statistics(name: str, settings: Settings) -> dict[str, Any]:
-    """Of the first repeat's workload, beside the published ones."""
+    """Statistics of the first repeat's workload, beside the published ones."""
     return dict(compared(statistics_of(make(name, settings)), published(name, settings)))

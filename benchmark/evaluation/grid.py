@@ -26,16 +26,16 @@ from workloads import Settings, make
 
 REFERENCE = "pd-basic"
 LOADS = {"below": 0.55, "near": 0.85, "over": 1.3}
-"""Shares of what `REFERENCE` can serve."""
+"""Rates, as shares of what `REFERENCE` can serve."""
 ACTIVE_SESSIONS = 6
 WARMUP = 2
 SATURATING, CALIBRATING = 8, 32
-"""Requests at once, and in all, when saturation is found out."""
+"""Concurrent requests, and all requests, of the saturation measurement."""
 CALIBRATION_SEED = 1000
 OVERHEAD_S = 3.5
-"""Of a run: flushing, settling, and the last turns, which wait for one another."""
+"""Additional seconds of a run: flush, settling, and the last turns, which wait for each other."""
 START_S = 25.0
-"""Of one system, when several start together."""
+"""Seconds to start one system, when several start together."""
 RUNS = "runs.jsonl"
 
 
@@ -51,7 +51,7 @@ class Grid:
 
 
 def done_in(directory: Path) -> set[Cell]:
-    """The cells that were measured there."""
+    """The cells that a directory has."""
     return {run.cell for run in read_runs(directory / RUNS)}
 
 
@@ -77,14 +77,14 @@ def without(grid: Grid, systems: Container[str]) -> Grid:
 
 
 def estimate_s(grid: Grid, saturation: Mapping[str, float], done: Container[Cell]) -> float:
-    """Seconds that what is left of a grid takes, its servers' start with it."""
+    """Seconds for the remaining cells of a grid, with the start of its servers."""
     left = left_of(grid, saturation, done)
     asking = sum(grid.workloads[cell.workload].requests / cell.rate + OVERHEAD_S for cell in left)
     return asking + START_S * len({cell.system for cell in left})
 
 
 def plan_of(cell: Cell, settings: Settings) -> Plan:
-    """Open loop, from the repeat's own seed."""
+    """The open-loop plan of a cell, from the seed of its repeat."""
     workload = make(cell.workload, replace(settings, seed=cell.repeat))
     return open_loop(workload, cell.rate, ACTIVE_SESSIONS, cell.repeat, WARMUP)
 
@@ -107,7 +107,7 @@ def unordered(workload: Workload, seed: int) -> Workload:
 
 
 class Bench:
-    """The systems of a grid, running."""
+    """The running systems of a grid."""
 
     def __init__(self, grid: Grid, setting: Setting, directory: Path) -> None:
         self._grid, self._setting, self._directory = grid, setting, directory
@@ -116,7 +116,7 @@ class Bench:
         self.unavailable: dict[str, str] = {}
 
     def start(self, names: set[str]) -> None:
-        """Start those systems; one that cannot be started is left out, with its reason."""
+        """Start these systems. A system that cannot start is left out, with its reason."""
         progress(f"{self._grid.part}: starting {', '.join(sorted(names))} (logs in {self._setting.logs})")
         started = {}
         for name in self._grid.systems:
@@ -132,7 +132,7 @@ class Bench:
                 progress(f"{name} did not start and is left out: {str(failure).splitlines()[0]}")
 
     def saturation(self) -> dict[str, float]:
-        """Requests per second that the reference serves of each workload in a closed loop."""
+        """Saturation: requests per second of each workload that the reference serves in a closed loop."""
         system = self.systems[REFERENCE]
         found = {}
         for name, settings in self._grid.workloads.items():

@@ -15,7 +15,7 @@ from figures import progress
 HERE = Path(__file__).resolve().parent.parent
 FIGURES = "figures.jsonl"
 COSTS = "costs.json"
-"""Of the live instance, written by one program for those after it."""
+"""The costs of the live instance, which one program writes for the next ones."""
 POLICIES = ("least_load", "session", "longest_prefix", "prompt_tree")
 
 
@@ -34,7 +34,7 @@ class Program:
 
 
 def programs(parts: Sequence[str]) -> list[Program]:
-    """What belongs to those parts, in order."""
+    """The programs of these parts, in order."""
     quick = ("--quick",)
     everything = [
         Program("stock", "bench_stream", quick, 45),
@@ -55,14 +55,14 @@ def programs(parts: Sequence[str]) -> list[Program]:
 
 
 def finished(directory: Path) -> Mapping[str, str]:
-    """Programs that were run to their end, and how each ended: `done`, or why it failed."""
+    """The ended programs with their outcomes: `done`, or the reason of the failure."""
     path = directory / "programs.json"
     found: dict[str, str] = json.loads(path.read_text()) if path.is_file() else {}
     return found
 
 
 def run_program(program: Program, directory: Path) -> str | None:
-    """Run it to its end and keep its figures; why it failed, or None. Its own progress goes to a log."""
+    """Run a program, keep its figures. Returns the reason of a failure, or None; progress goes to a log"""
     log = directory / "logs" / f"{program.key.replace('/', '-').replace(' ', '_')[:80]}.log"
     log.parent.mkdir(parents=True, exist_ok=True)
     script = HERE / f"{program.name}.py"

@@ -1,4 +1,4 @@
-"""Load on any server that speaks SGLang's `/generate`: what is sent, when, and what came of it.
+"""Load on any server that speaks SGLang's `/generate`: plans, requests and records.
 
 Knows neither how servers are started (`systems`) nor what is asked of them (`workloads`).
 """

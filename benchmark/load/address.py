@@ -1,4 +1,4 @@
-"""A server or router that runs already, known by its address alone."""
+"""A running server or router, known by its address alone."""
 
 from __future__ import annotations
 
@@ -10,15 +10,15 @@ TIMEOUT_S = 60
 
 
 class Address:
-    """Whatever answers `/generate` there. Says nothing of the KV it moves."""
+    """The server at an address. It does not report the KV that it moves."""
 
     def __init__(self, name: str, url: str, *, flushes: bool) -> None:
-        """`flushes`: ask it to forget its caches before each run."""
+        """`flushes`: flush its caches before each run."""
         self.name, self.url = name, url.rstrip("/")
         self._flushes = flushes
 
     def flush(self) -> None:
-        """A server that cannot is used as it is, and that is said once."""
+        """Flush the caches. A server that cannot flush is used as it is, with one warning."""
         if not self._flushes:
             return
         try:
@@ -30,7 +30,7 @@ class Address:
             self._flushes = False
 
     def settle(self) -> None:
-        """An address does not say when it is done."""
+        """Does nothing: an address does not report when it is idle."""
 
     def kv_bytes_moved(self) -> None:
         return None

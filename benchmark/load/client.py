@@ -1,4 +1,4 @@
-"""One streamed request to a server with SGLang's `/generate`, and what it took."""
+"""Sends one streamed request to SGLang's `/generate`, and times it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import aiohttp
 PREFIX = b"data: "
 DONE = b"data: [DONE]"
 REPORT = b": memserve "
-"""What our router adds at a stream's end when asked to: how much of the prompt prefill found cached."""
+"""The comment of MemServe's router at the end of a stream, with the prompt tokens that prefill had cached."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,13 +29,13 @@ class Answer:
 
 
 class Client:
-    """Asks one server. Not closed here: the session is its owner's."""
+    """Sends requests to one server. The owner of the session closes it."""
 
     def __init__(self, http: aiohttp.ClientSession, url: str) -> None:
         self._http, self._url = http, f"{url}/generate"
 
     async def generate(self, tokens: list[int], num_output: int, session: str) -> Answer:
-        """Never raises for what a server does: refusals, cut streams and nonsense are an answer's `error`."""
+        """Never raises for a server's fault: refusals, broken streams and malformed bytes become `error`."""
         params = {"max_new_tokens": num_output, "temperature": 0, "ignore_eos": True}
         body = {"input_ids": tokens, "sampling_params": params, "stream": True}
         headers = {"x-session-id": session, "x-memserve-report": "1"}
@@ -83,7 +83,7 @@ class _Seen:
                     self.first_s = time.perf_counter()
 
     def failure(self) -> str | None:
-        """What is wrong with the stream, which has ended."""
+        """The error of the ended stream."""
         if not self._is_done or not self._last:
             return "the stream ended before its end"
         if "error" in self.last():

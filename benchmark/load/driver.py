@@ -1,4 +1,4 @@
-"""Carries out a plan against one server and writes down each request."""
+"""Executes a plan against one server and records each request."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ TIMEOUT_S = 300.0
 
 
 async def drive(url: str, plan: Plan, on_done: Callable[[Outcome], None] = lambda _: None) -> list[Outcome]:
-    """All requests of the plan, in the order in which they ended. `on_done` is told of each."""
+    """The records of all requests, in the order of their ends. Calls `on_done` with each."""
     timeout = aiohttp.ClientTimeout(total=TIMEOUT_S)
     connector = aiohttp.TCPConnector(limit=0)
     at_once = asyncio.Semaphore(plan.at_once or len(plan.sessions) or 1)
@@ -43,7 +43,7 @@ async def _converse(
     at_once: asyncio.Semaphore,
     done: Callable[[Outcome], None],
 ) -> None:
-    """One session, each turn no sooner than planned and than the answer before it."""
+    """Send one session, each turn not before its planned time and not before the previous answer."""
     history: list[int] = []
     async with at_once:
         turns = zip(planned.session.turns, planned.at_s, planned.ranks, strict=True)

@@ -21,18 +21,18 @@ class Planned:
     session: Session
     at_s: tuple[float, ...]
     ranks: tuple[int, ...]
-    """Of each turn among all requests in the order of these times: 0 is the first."""
+    """By turn: its place among all requests in the order of these times, from 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What to send."""
+    """The sessions to send."""
 
     sessions: tuple[Planned, ...]
     at_once: int | None = None
-    """Sessions in progress at any time; None for no limit."""
+    """Most concurrent sessions; None: no limit."""
     num_warmup: int = 0
-    """Requests that come first and are in no figure: caches and code are cold."""
+    """The first requests, which are in no figure, because caches and code are cold."""
 
     @property
     def num_requests(self) -> int:
@@ -73,7 +73,7 @@ def closed_loop(workload: Workload, at_once: int, num_warmup: int = 0) -> Plan:
 
 
 def traced(workload: Workload, speed: float, num_warmup: int = 0) -> Plan:
-    """Each turn at its own time, a trace's second taking 1 / `speed` here.
+    """Each turn at its own time; a second of the trace takes 1 / `speed` seconds.
 
     Raises ValueError if a turn has no time.
     """

@@ -1,4 +1,4 @@
-"""What is sent and what came of it: a workload is sessions of turns, a run is a request's record each."""
+"""Requests and results: a workload consists of sessions of turns, a run of one record per request."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ class Turn:
     num_output: int
     """Tokens to generate, exactly."""
     at_s: float | None = None
-    """When it comes, on its trace's own clock."""
+    """Arrival time, on the clock of its trace."""
 
 
 @dataclass(frozen=True, slots=True)
 class Session:
-    """Requests that come one after another: none is sent before the one before it was answered."""
+    """Requests in order: each is sent after the answer of the previous one."""
 
     name: str
     turns: tuple[Turn, ...]
     grows: bool = True
-    """Whether a prompt is everything before it, answers included, and its turn's new tokens."""
+    """Whether a prompt contains all earlier turns with their answers, and then its new tokens."""
 
 
 @dataclass(frozen=True, slots=True)
 class Workload:
-    """Sessions, in the order in which they begin."""
+    """Sessions, in the order of their beginnings."""
 
     name: str
     sessions: tuple[Session, ...]
@@ -45,10 +45,10 @@ class Workload:
 
 
 class Cell(msgspec.Struct, frozen=True):
-    """What a run was of: a system under a workload at a rate, the nth time."""
+    """The identity of a run: system, workload, rate and repeat."""
 
     part: str
-    """Of the evaluation: `steps`, `policies`, …"""
+    """Part of the evaluation: `steps`, `policies`, …"""
     system: str
     workload: str
     rate: float
@@ -64,11 +64,11 @@ class Outcome(msgspec.Struct, frozen=True):
     session: str
     turn: int
     sent_s: float
-    """After the run's begin."""
+    """Seconds from the start of the run."""
     ttft_s: float | None
-    """From sending to the first token; None if none came."""
+    """Seconds from sending to the first token; None without one."""
     jct_s: float | None
-    """From sending to the last token."""
+    """Seconds from sending to the last token."""
     tpot_s: float | None
     """Mean time between tokens after the first; None with fewer than two."""
     prompt_tokens: int
@@ -78,7 +78,7 @@ class Outcome(msgspec.Struct, frozen=True):
     reused_dram: int | None = None
     """Blocks that were fetched from another instance before the dispatch lie there, too."""
     reused: int | None = None
-    """Of all tiers; None if the server does not say."""
+    """Cached prompt tokens in all tiers; None if the server does not report them."""
     error: str | None = None
     warmup: bool = False
     """Sent to warm the system up: not in any figure."""
@@ -89,16 +89,16 @@ class Run(msgspec.Struct, frozen=True):
 
     cell: Cell
     duration_s: float
-    """From the first request sent to the last answer's end."""
+    """Seconds from the first request to the end of the last answer."""
     kv_bytes_moved: int | None
-    """Between the servers' memories; None if they do not say."""
+    """Bytes between the servers' memories; None if they do not report them."""
     outcomes: tuple[Outcome, ...]
     stolen: float | None = None
     """Share of the processor time wanted here that others on the same host got; None if unknown."""
 
     @property
     def measured(self) -> list[Outcome]:
-        """All requests but those that warmed the system up."""
+        """All requests after the warm-up."""
         return [outcome for outcome in self.outcomes if not outcome.warmup]
 
     @property

@@ -19,7 +19,7 @@ TRIES = 2
 
 
 class Target(Protocol):
-    """What is asked; `systems.base.System` is one, and `Address` any server that runs already."""
+    """A server under load: a `systems.base.System`, or an `Address` of a running one."""
 
     url: str
 
@@ -31,7 +31,7 @@ class Target(Protocol):
 def run_once(
     target: Target, cell: Cell, plan: Plan, on_done: Callable[[Outcome], None] = lambda _: None
 ) -> Run:
-    """Forget what was cached, then do as planned."""
+    """Flush the caches, then execute the plan."""
     target.flush()
     moved_before = target.kv_bytes_moved()
     spent_before = psutil.cpu_times()

@@ -1,1 +1,1 @@
-"""From what was measured to what a reader sees: statistics, verdicts, plots, one HTML file."""
+"""From measurements to the report: statistics, verdicts, plots, one HTML file."""

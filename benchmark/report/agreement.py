@@ -1,4 +1,4 @@
-"""Whether two runs of the evaluation say the same, within the spread that each states."""
+"""Agreement of two runs of the evaluation, within the spread that each states."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ class Agreement:
 
     @property
     def differing(self) -> list[Pair]:
-        """The furthest apart first."""
+        """The largest difference first."""
         return sorted((p for p in self.pairs if p.agrees is False), key=lambda p: -abs(p.change))
 
     @property

@@ -1,4 +1,4 @@
-"""What the evaluation is held against: the paper's gains, our aims, and not losing to stock SGLang."""
+"""The criteria of the evaluation: the paper's gains, the project's aims, no loss to stock SGLang."""
 
 from __future__ import annotations
 

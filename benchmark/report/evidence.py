@@ -20,7 +20,7 @@ ORDER = ("steps", "stock", "policies", "micro", "scale", "overheads")
 
 
 class NothingMeasuredError(Exception):
-    """A directory without anything to report; the text says what is missing."""
+    """The directory has nothing to report; the text names the missing part."""
 
 
 class Figure(msgspec.Struct, frozen=True):
@@ -69,7 +69,7 @@ class Described(msgspec.Struct, frozen=True):
     title: str = ""
     what: str = ""
     baseline: str = ""
-    """Of a part: the system that the others are held against."""
+    """By part: the system that the others are compared with."""
     subject: str = ""
     """By part: the system whose losses are named."""
 
@@ -102,7 +102,7 @@ class About(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True)
 class Evidence:
-    """All that a report is made from."""
+    """All inputs of a report."""
 
     cells: Mapping[Key, list[Run]]
     figures: tuple[Figure, ...]
@@ -150,7 +150,7 @@ class Evidence:
         return described.title if described and described.title else system
 
     def note(self, key: str) -> str | None:
-        """Prose kept under `key`, or under what of it is before a `/`, the longest first."""
+        """The text under `key`, or under its longest prefix before a `/`."""
         while key:
             if key in self.notes:
                 return self.notes[key]

@@ -1,4 +1,4 @@
-"""What is measured of a run: each figure's title, unit, and which way is better. Knows no run."""
+"""The figures of a run: title, unit, and better direction of each. Knows no run."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True, slots=True)
 class Measure:
-    """How a figure is shown: `scale` times the value measured, in `unit`."""
+    """The format of a figure: `scale` times the measured value, in `unit`."""
 
     title: str
     unit: str
@@ -45,4 +45,4 @@ MEASURES: dict[str, Measure] = {
     "kv_per_request": Measure("KV moved", "MB/req", 1e-6),
 }
 JUDGED = ("ttft_mean", "ttft_p99", "jct_mean", "jct_p99", "tpot_mean", "tpot_p99")
-"""The figures by which systems are held against each other."""
+"""The figures by which systems are compared."""

@@ -1,4 +1,4 @@
-"""The report as one HTML file that needs nothing else: what is shown in which order."""
+"""The report as one self-contained HTML file: its contents and their order."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def section(evidence: Evidence, part: str) -> Section:
 
 
 def tallies(evidence: Evidence, rows: list[Judged]) -> list[Tally]:
-    """What a reader in a hurry takes home."""
+    """The summary for a reader in a hurry."""
     found = []
     for source, title in (
         ("paper", "of the paper's gains are reached"),

@@ -1,4 +1,4 @@
-"""Where the time to a first token goes: computing what was not reused, and everything else."""
+"""The parts of the time to the first token: computation of tokens that were not reused, and the rest."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How plots look, the same over a whole report, and how they become inline SVG. Knows no figure."""
+"""The style of all plots of a report, and their conversion to inline SVG. Knows no figure."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Statistics of runs: what a cell's repeats say, with their spread, and whether two systems differ.
+"""Statistics of runs: estimates of a cell over its repeats, their spread, and differences of systems.
 
 Pure. Two rules hold throughout. A figure of a run (a mean, a median, a rate) is taken per repeat, and
 its estimate is the median over repeats, from the lowest to the highest: of five, a 94% interval. A P99
@@ -42,7 +42,7 @@ class Key(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Slo:
-    """What a request must keep to count as good."""
+    """The limits of a good request."""
 
     ttft_s: float
     tpot_s: float

@@ -1,4 +1,4 @@
-"""Tables of the report, as text, whatever they are written in: HTML by the template, Markdown here."""
+"""Tables of the report as text, for HTML (by the template) and Markdown (here)."""
 
 from __future__ import annotations
 

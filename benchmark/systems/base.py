@@ -15,17 +15,17 @@ from memserve.testing.cluster import ServerProcess
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What all systems have in common."""
+    """Settings that all systems share."""
 
     model: Path
     logs: Path
     kv_tokens: int = 16384
-    """Of each server's device memory."""
+    """Share of each server's device memory."""
     page_tokens: int = 16
 
     @property
     def flags(self) -> list[str]:
-        """For every SGLang server, ours or not."""
+        """Flags of every SGLang server, MemServe's or stock."""
         return [
             *("--max-total-tokens", str(self.kv_tokens), "--page-size", str(self.page_tokens)),
             *("--random-seed", "1"),
@@ -39,7 +39,7 @@ class System(ABC):
     def __init__(self, name: str) -> None:
         self.name = name
         self.url = ""
-        """Of the router, once it is ready."""
+        """URL of the router, once it is ready."""
 
     @abstractmethod
     def wait_ready(self) -> None:
@@ -47,19 +47,19 @@ class System(ABC):
 
     @abstractmethod
     def flush(self) -> None:
-        """Forget all KV, and return when it is forgotten."""
+        """Drop all KV; return when it is dropped."""
 
     @abstractmethod
     def settle(self) -> None:
-        """Return when nothing is left to do for requests that were answered."""
+        """Return when all work of answered requests is done."""
 
     def kv_bytes_moved(self) -> int | None:
-        """Between servers so far; None if they do not say."""
+        """Bytes between servers so far; None if they do not report them."""
         return None
 
     @abstractmethod
     def processes(self) -> Mapping[str, ServerProcess]:
-        """All of them, by name."""
+        """All processes, by name."""
 
     def close(self) -> None:
         """Stop everything. Idempotent."""

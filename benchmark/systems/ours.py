@@ -1,4 +1,4 @@
-"""MemServe: our router before our servers, a pair or two colocated ones."""
+"""MemServe: its router in front of its servers, a pair or two colocated ones."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ TIMEOUT_S = 60
 
 @dataclass(frozen=True, slots=True)
 class Layout:
-    """Which servers, and how they are told to cache."""
+    """The servers and their caching mode."""
 
     roles: tuple[Role, ...]
     caching: CachingMode
 
 
 class MemServe(System):
-    """A cluster of ours, its servers on cores of their own."""
+    """A MemServe cluster whose servers have cores of their own."""
 
     def __init__(self, name: str, setting: Setting, layout: Layout) -> None:
         super().__init__(name)

@@ -25,7 +25,7 @@ PATIENCE_S = 180
 
 @dataclass(frozen=True, slots=True)
 class StockFlags:
-    """What is added to the flags of each role."""
+    """Additional flags of each role."""
 
     prefill: tuple[str, ...] = ()
     decode: tuple[str, ...] = ()
@@ -53,7 +53,7 @@ class StockPair(System):
         self._router: ServerProcess | None = None
 
     def _launch(self, role: Role, port: int, share: int) -> ServerProcess:
-        """One server. SGLang's own flags, and those a machine without a GPU needs."""
+        """One server, with SGLang's own flags and the flags of a machine without a GPU."""
         flags = ["--model-path", str(self._setting.model), "--host", "127.0.0.1", "--port", str(port)]
         flags += [*cpu_flags(role), *self._setting.flags, "--enable-cache-report"]
         flags += ["--disaggregation-mode", role.value, "--disaggregation-transfer-backend", "mooncake_tcp"]
@@ -87,7 +87,7 @@ class StockPair(System):
             wait_for(partial(_flushed, url), what=f"{url} to flush", timeout_s=TIMEOUT_S)
 
     def settle(self) -> None:
-        """There is nothing that it could be asked."""
+        """None: a stock server does not report it."""
 
     def processes(self) -> Mapping[str, ServerProcess]:
         router = {} if self._router is None else {"router": self._router}

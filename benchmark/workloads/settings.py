@@ -1,4 +1,4 @@
-"""What a workload is made from: how many requests, how large for one published token, from which seed."""
+"""The settings of a workload: number of requests, scale of tokens, seed."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from memserve.simulation.traces import BLOCK_TOKENS
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """Checked when built: ConfigError says which one has to change."""
+    """Checked when built: ConfigError names the setting to change."""
 
     requests: int = 40
-    """In all. Sessions are made until there are as many; the last one is cut."""
+    """Number of requests. Sessions are made until there are enough; the last is truncated."""
     seed: int = 0
     """Of all random draws. Another seed shares no token with this one, of a trace neither."""
     scale: float = 1.0
     """Tokens of a prompt here for one published."""
     output_scale: float | None = None
-    """Tokens of an answer here for one published; as `scale` if None."""
+    """Tokens of an answer here for one published; None: `scale`."""
     max_context: int = 32_768
     """Tokens that a prompt and its answer never exceed."""
     min_output: int = 2
@@ -28,13 +28,13 @@ class Settings:
     vocabulary: tuple[int, int] = (10, 250)
     """First id, and the one past the last. Those of the bench model that are plain characters."""
     questions: int = 18
-    """Of loogle: per document, over all its sessions."""
+    """loogle: questions per document, over all its sessions."""
     share_ratio: int = 3
-    """Of loogle: sessions that ask about one document."""
+    """loogle: sessions per document."""
     trace: Path | None = None
-    """Of trace: the file."""
+    """trace: the file."""
     block_tokens: int = BLOCK_TOKENS
-    """Of trace: tokens per hash id, as the file was written."""
+    """trace: tokens per hash id in the file."""
 
     def __post_init__(self) -> None:
         for name in ("requests", "min_output", "questions", "share_ratio", "block_tokens"):

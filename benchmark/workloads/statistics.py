@@ -1,4 +1,4 @@
-"""What a workload is like, beside what was published of the one it is made after.
+"""Statistics of a workload, beside the published ones of its original.
 
 Counts answers as long as they were asked for; knows nothing of servers.
 """
@@ -123,7 +123,7 @@ def _prompts(session: Session) -> Iterator[tuple[tuple[int, ...], int]]:
 
 
 class _Pages:
-    """A cache without end: which pages have been seen, in how many prompts."""
+    """An unbounded cache: the pages seen, and the number of prompts with each."""
 
     def __init__(self, page_tokens: int) -> None:
         self._page_tokens = page_tokens
