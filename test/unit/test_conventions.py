@@ -32,7 +32,6 @@ VAGUE = re.compile(r"\b(whoever|nobody|somebody|anybody)\b", re.IGNORECASE)
 STILL_VAGUE = {
     "core/hosts.py",
     *("engine/hbm_events.py", "engine/kv_blocks.py"),
-    *("instance/membership.py", "instance/memory_budget.py", "instance/publisher.py"),
     *("mempool/events.py", "mempool/external_tier.py", "mempool/index.py"),
     *("router/cluster/drain.py", "router/cluster/member.py", "router/cluster/pools.py"),
     *("router/cluster/registry.py", "router/cluster/roles.py"),
@@ -44,8 +43,6 @@ STILL_VAGUE = {
     *("scheduling/prompt_tree/holder_index.py", "scheduling/prompt_tree/interned_sets.py"),
     *("scheduling/prompt_tree/records.py", "scheduling/prompt_tree/registry.py"),
     "scheduling/prompt_tree/tree.py",
-    *("transport/base.py", "transport/local/fence.py", "transport/mooncake.py", "transport/tcp/server.py"),
-    *("wire/async_link.py", "wire/link.py"),
 }
 """Files with such docstrings that are still to be reworded. This list only shrinks."""
 STILL_LONG = {"GlobalPromptTree", "_parser"}

@@ -1,10 +1,10 @@
-"""One pool's view of all the others in its cluster, as the router tells it.
+"""One pool's view of the other pools in its cluster, as the router lists them.
 
     listed by the router ──> member ──listed no more, or replaced──> gone: `on_gone`, once
 
-A router that is away changes nothing: pools reach each other without it. One that comes back has
-forgotten all and lists only those that have told it again, so after that whoever is missing has
-some time to do so. Knows no memory and no blocks.
+An absent router changes nothing: pools reach each other without it. A router that restarts lists only
+the pools that have registered again, so the missing ones get some time to do so. Knows no memory and
+no blocks.
 """
 
 from __future__ import annotations
@@ -30,11 +30,11 @@ from memserve.wire.messages import (
 logger = logging.getLogger(__name__)
 
 GRACE_HEARTBEATS = 5
-"""How long, beyond a lost answer and its repetition, the others may take to register anew."""
+"""Time for the other pools to register again, beyond one lost answer and its repetition."""
 
 
 class Membership:
-    """Registers a pool, then sends heartbeats on a thread of its own. Any thread may ask for the view."""
+    """Registers a pool, then sends heartbeats on a thread of its own. Any thread may read the view."""
 
     def __init__(
         self,
@@ -47,8 +47,8 @@ class Membership:
     ) -> None:
         """Begins at once: the pool must answer its peers. Takes `client` and closes it in the end.
 
-        `on_gone` is called with the epoch of each pool that was a member and is no longer, on the
-        thread of this object; it must not close it. `tiers`, asked there too, is what the router is told.
+        The thread of this object calls `on_gone` with the epoch of each pool that was a member and is
+        no longer; `on_gone` must not close this object. It calls `tiers` for each heartbeat.
         """
         self._info = info
         self._on_gone = on_gone
@@ -60,17 +60,17 @@ class Membership:
         self._listed: tuple[PoolInfo, ...] = ()
         self._version = 0
         self._unsettled = True
-        self._awaited: tuple[PoolInfo, ...] = ()
-        self._await_until_s = 0.0
-        words = RegistrationMessages(
+        self._missing: tuple[PoolInfo, ...] = ()
+        self._missing_until_s = 0.0
+        messages = RegistrationMessages(
             name=f"pool={info.instance_id}",
             register=lambda: RegisterPool(info),
             heartbeat=lambda: PoolHeartbeat(info.epoch, self._version, tiers()),
             deregister=DeregisterPool(info.epoch),
-            heard=self._heard,
+            on_answer=self._on_answer,
         )
-        self._presence = RouterRegistration(client, words)
-        self._presence.start()
+        self._registration = RouterRegistration(client, messages)
+        self._registration.start()
 
     @property
     def registered(self) -> bool:
@@ -79,38 +79,38 @@ class Membership:
 
     @property
     def wants_prompt_keys(self) -> bool:
-        """Whether the router wants to be told of the keys of prompts."""
+        """Whether the router wants the keys of prompts."""
         return self._wants_prompt_keys
 
     def pools(self) -> tuple[PoolInfo, ...]:
-        """The other pools, whatever they hold; a new tuple whenever they change."""
+        """The other pools of any layout; a new tuple at each change."""
         return self._view
 
     def others(self, layout: str, *roles: Role) -> tuple[PoolInfo, ...]:
-        """Those that take blocks of `layout` (a digest, in hex) and have one of `roles`, if any is named."""
+        """The pools that take blocks of `layout` (a hex digest) and have one of `roles`, or any role."""
         return tuple(
             info for info in self._view if info.layout in (layout, "") and (not roles or info.role in roles)
         )
 
     def prefill_at(self, bootstrap: str, layout: str) -> PoolInfo | None:
-        """The pool of the prefill that requests name as `bootstrap`, if it has such blocks."""
+        """The pool of the prefill that requests name by `bootstrap`, if it has blocks of `layout`."""
         return next((info for info in self.others(layout, Role.PREFILL) if info.bootstrap == bootstrap), None)
 
     def close(self) -> None:
         """Deregister, if registered, and stop; the view stays. Takes at most a few seconds; idempotent."""
-        self._presence.close()
+        self._registration.close()
 
-    # ---- the thread's own
+    # ---- on the thread
 
-    def _heard(self, answer: Message) -> float | None:
+    def _on_answer(self, answer: Message) -> float | None:
         if not isinstance(answer, Members):
             self._unsettled = True
             return None
         if self._unsettled:
             self._unsettled = False
-            self._awaited = self._view
+            self._missing = self._view
             grace_s = GRACE_HEARTBEATS * answer.heartbeat_s + ANSWER_TIMEOUT_S + RETRY_S
-            self._await_until_s = self._clock() + grace_s
+            self._missing_until_s = self._clock() + grace_s
         self._version = answer.version
         if answer.pools is not None:
             self._listed = tuple(info for info in answer.pools if info.epoch != self._info.epoch)
@@ -120,9 +120,9 @@ class Membership:
         return answer.heartbeat_s
 
     def _update(self) -> None:
-        in_time = self._clock() < self._await_until_s
-        self._awaited = tuple(info for info in self._awaited if in_time and not _is_back(info, self._listed))
-        before, view = self._view, self._listed + self._awaited
+        in_time = self._clock() < self._missing_until_s
+        self._missing = tuple(info for info in self._missing if in_time and not _is_back(info, self._listed))
+        before, view = self._view, self._listed + self._missing
         if view == before:
             return
         self._view = view
@@ -134,7 +134,7 @@ class Membership:
 
 
 def _is_back(old: PoolInfo, listed: tuple[PoolInfo, ...]) -> bool:
-    """Whether one of `listed` is `old`, or has taken its place."""
+    """Whether one of `listed` is `old` or its replacement."""
     return any(
         info.epoch == old.epoch
         or (info.instance_id, info.layout) == (old.instance_id, old.layout)

@@ -1,9 +1,9 @@
-"""One budget of DRAM for blocks of any layout: a pool for each layout that peers bring.
+"""One budget of DRAM for blocks of any layout: a pool for each layout that peers use.
 
     first layout: all of it     second: half each     n-th: an n-th each, the others shrink
 
-A pool shrinks by evicting; what somebody reads or writes just then stays, and goes later. A layout
-that nobody uses any more keeps one block, so that its pool can be found and grow again.
+A pool shrinks by evicting; blocks that are read or written at that moment go later. An unused layout
+keeps one block, so that its pool can be found and grow again.
 Knows no peers and no router.
 """
 
@@ -24,11 +24,11 @@ logger = logging.getLogger(__name__)
 
 MAX_LAYOUTS = 64
 STEP_BYTES = 1 << 28
-"""A new pool begins with no more than this: taking memory takes time, and a peer waits for it."""
+"""First size of a new pool at most: allocating takes time, and a peer waits for it."""
 MAX_STEP_BYTES = 1 << 32
-"""And no pool grows by more than this at once."""
+"""A pool grows by at most this in one step."""
 UNUSED_S = 600.0
-"""A layout that no member has had for so long is not coming back soon: longer than a restart."""
+"""A layout without a member for this time counts as unused: longer than a restart takes."""
 _ALIGNMENT = 64
 """Of an arena's slots."""
 
@@ -60,7 +60,7 @@ class MemoryBudget:
         self._unused: frozenset[bytes] = frozenset()
 
     def pools(self) -> tuple[MemPool, ...]:
-        """Those there are, the oldest first."""
+        """All pools, the oldest first."""
         return tuple(self._pools.values())
 
     def pool_of(self, layout: KVLayout) -> MemPool:
@@ -90,7 +90,7 @@ class MemoryBudget:
         return pool
 
     def balance(self, unused: Collection[bytes] = ()) -> bool:
-        """Bring each pool one step nearer to its share; whether that has changed anything.
+        """Bring each pool one step nearer to its share; returns whether a size has changed.
 
         `unused`: digests of layouts that get no share, from now until another call says otherwise.
         """
@@ -101,14 +101,14 @@ class MemoryBudget:
         return any(changed)
 
     def close(self) -> None:
-        """Give all memory back; nobody may use the pools."""
+        """Release all memory; the pools must not be used any more."""
         with self._changing:
             for pool in self._pools.values():
                 pool.arena.close()
             self._pools.clear()
 
     def _share(self, num_more: int) -> int:
-        """Bytes for each layout that is used, and so many more."""
+        """Bytes for each used layout, with `num_more` layouts counted in."""
         return self.budget_bytes // max(len(self._pools.keys() - self._unused) + num_more, 1)
 
     def _num_slots(self, pool: MemPool, share: int) -> int:
@@ -138,7 +138,7 @@ class MemoryBudget:
         return MemPool(layout, arena, self._epoch, self._eviction)
 
     def _step(self, pool: MemPool, share: int) -> bool:
-        """Shrink to the share; or grow towards it, as far as the budget goes, at most to the double."""
+        """Shrink to the share, or grow towards it within the budget, at most to twice the size."""
         slot_bytes, before = pool.arena.slot_bytes, pool.arena.num_slots
         wanted = self._num_slots(pool, share)
         if wanted > before:
@@ -148,7 +148,7 @@ class MemoryBudget:
         return self._resize(pool, wanted)
 
     def _resize(self, pool: MemPool, num_slots: int) -> bool:
-        """Whether it has another size now; it may keep more than it should."""
+        """Resize as far as possible; returns whether the size has changed."""
         before = pool.arena.num_slots
         if num_slots == before:
             return False
@@ -162,14 +162,14 @@ class MemoryBudget:
 
 
 class LayoutUsage:
-    """When the layout of each pool was last that of a member. One thread."""
+    """The last time at which each layout had a member. One thread."""
 
     def __init__(self, clock: Callable[[], float]) -> None:
         self._clock = clock
         self._used_s: dict[bytes, float] = {}
 
     def unused(self, digests: Iterable[bytes], of_members: Collection[str]) -> set[bytes]:
-        """Those of `digests` that have not been among the members' (in hex) for UNUSED_S."""
+        """The `digests` that have not been among those of members (in hex) for UNUSED_S."""
         now_s = self._clock()
         found = set()
         for digest in digests:

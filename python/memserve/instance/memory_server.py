@@ -1,4 +1,4 @@
-"""A server that lends its DRAM to the others of a cluster, and does nothing else.
+"""A server that only lends its DRAM to the other instances of a cluster.
 
     GET /health            200: the process lives
     GET /readiness         200 once a router has accepted it, else 503
@@ -48,15 +48,15 @@ from memserve.wire.messages import PoolInfo, Role
 logger = logging.getLogger(__name__)
 
 BALANCE_S = 1.0
-"""How often pools that are not at their share are looked at."""
+"""Period in which pools are brought nearer to their shares."""
 MOST_OF_FREE = 0.9
-"""Of the free memory, that may be lent: the process itself has to live, too."""
+"""Share of the free memory that may be lent: the process itself needs the rest."""
 _GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
 class MemoryConfig:
-    """Everything a memory server is told. Raises ConfigError for what it cannot lend."""
+    """The settings of a memory server. Raises ConfigError for a size that it cannot lend."""
 
     instance_id: InstanceId
     router: str
@@ -64,7 +64,7 @@ class MemoryConfig:
     dram_bytes: int
     transport: TransportConfig
     port: int
-    """Of the HTTP pages; 0: the system picks one."""
+    """Port of the HTTP pages; 0: the system picks one."""
     caching: CachingMode = CachingMode.FULL
     eviction: EvictionName = "lru"
 
@@ -110,7 +110,7 @@ def run(config: MemoryConfig) -> None:
 
 
 class MemoryServer:
-    """Its parts, wired. A context manager that takes them down in order."""
+    """The composition of a memory server. A context manager that closes its parts in order."""
 
     def __init__(self, config: MemoryConfig) -> None:
         """Listens and begins to register. Raises ConfigError if it cannot have the memory or an address."""
@@ -123,9 +123,9 @@ class MemoryServer:
             endpoint = TransferEndpoint(config.transport)
             epoch, self._key = endpoint.epoch, endpoint.key
             eviction = EVICTION_POLICIES[config.eviction]
-            self.lent = MemoryBudget(config.dram_bytes, epoch, eviction=eviction, on_resized=self._resized)
+            self.budget = MemoryBudget(config.dram_bytes, epoch, eviction=eviction, on_resized=self._resized)
             opened = partial(open_transports, config.transport, self._key)
-            self.peers = Peers(endpoint, opened, self.lent.pool_of)
+            self.peers = Peers(endpoint, opened, self.budget.pool_of)
         except BaseException:
             self._pages.server_close()
             raise
@@ -146,7 +146,7 @@ class MemoryServer:
         )
         client = ControlClient(config.router, key=self._key)
         self.members = Membership(
-            client, info, on_gone=self.peers.gone, tiers=lambda: tier_blocks(self.lent.pools())
+            client, info, on_gone=self.peers.gone, tiers=lambda: tier_blocks(self.budget.pools())
         )
         self._epoch = epoch
         self._publishers: dict[bytes, Publisher] = {}
@@ -156,16 +156,16 @@ class MemoryServer:
         self._serving.start()
 
     def balance(self) -> bool:
-        """Report on new pools, bring all one step nearer to their shares; whether that has changed any."""
-        for pool in self.lent.pools():
+        """Publish new pools, bring all one step nearer to their shares; whether a size has changed."""
+        for pool in self.budget.pools():
             if pool.layout.rank == 0 and pool.layout.digest not in self._publishers:
                 self._publishers[pool.layout.digest] = self._publish(pool)
         of_members = {info.layout for info in self.members.pools()}
-        digests = [pool.layout.digest for pool in self.lent.pools()]
-        return self.lent.balance(self._last_use.unused(digests, of_members))
+        digests = [pool.layout.digest for pool in self.budget.pools()]
+        return self.budget.balance(self._last_use.unused(digests, of_members))
 
     def report(self) -> dict[str, Any]:
-        """What `/mempool` shows."""
+        """The content of `/mempool`."""
         return {
             "role": Role.MEMORY.value,
             "instance_id": self._config.instance_id,
@@ -177,13 +177,13 @@ class MemoryServer:
                     "pool": asdict(pool.stats()),
                     "digest": {tier.name.lower(): digest(nodes) for tier, nodes in pool.cached()[1]},
                 }
-                for pool in self.lent.pools()
+                for pool in self.budget.pools()
             ],
             "peers": asdict(self.peers.stats()),
         }
 
     def metrics(self) -> str:
-        """What `/mempool/metrics` shows."""
+        """The content of `/mempool/metrics`."""
         report = self.report()
         return exposition([*report["pools"], {"labels": {}, "peers": report["peers"]}])
 
@@ -196,10 +196,10 @@ class MemoryServer:
         self._serving.join()
         self._pages.server_close()
         self.peers.close()
-        self.lent.close()
+        self.budget.close()
 
     def _publish(self, pool: MemPool) -> Publisher:
-        """Tell the router what is in it; the ranks of an instance hold the same, so one of them tells."""
+        """Report a pool to the router; the ranks of an instance hold the same blocks, so one reports."""
         client = ControlClient(self._config.router, key=self._key)
         layout = pool.layout.digest.hex()
         return Publisher(client, self._epoch, pool.take_events, pool.snapshot, layout)

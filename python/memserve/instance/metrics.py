@@ -1,4 +1,4 @@
-"""What pools say of themselves, for Prometheus. Pure.
+"""The metrics of memory pools in the format of Prometheus. Pure.
 
 A report is what `/mempool` shows of one pool: a section per component (`pool`, `peers`, `outbox`,
 `linker`, `hbm`, `events`), each a flat map from a counter's name to its number, or None. What
@@ -19,7 +19,7 @@ Labels = Mapping[str, str]
 
 
 class Metric(NamedTuple):
-    """What one number of a report is called and means."""
+    """Name and meaning of one number of a report."""
 
     name: str
     """Without `memserve_` and the section."""
@@ -40,11 +40,11 @@ _POOL = {
     "cached": _blocks("cached"),
     "reserved": _blocks("reserved"),
     "quarantined": _blocks("quarantined"),
-    "evictable": Metric("evictable_blocks", "Cached blocks that nobody reads or comes after.", "gauge"),
-    "leases": Metric("leases", "Readers that hold blocks in their place.", "gauge"),
-    "reservations": Metric("reservations", "Writers elsewhere that were promised blocks.", "gauge"),
-    "hits": Metric("hits_total", "Blocks that were asked for and found."),
-    "misses": Metric("misses_total", "Blocks that were asked for and not found."),
+    "evictable": Metric("evictable_blocks", "Cached blocks without a lease on them or after them.", "gauge"),
+    "leases": Metric("leases", "Leases: readers that keep blocks from moving.", "gauge"),
+    "reservations": Metric("reservations", "Reservations: blocks promised to other pools.", "gauge"),
+    "hits": Metric("hits_total", "Requested blocks that were found."),
+    "misses": Metric("misses_total", "Requested blocks that were not found."),
     "evictions": Metric("evictions_total", "Cached blocks that made room for others."),
     "corruptions": Metric("checksum_failures_total", "Blocks whose checksum did not hold: misses."),
     "bytes_sealed": Metric("bytes_in_total", "Bytes that were written to blocks and summed."),
@@ -58,37 +58,37 @@ _PEERS = {
     "fetches": Metric("fetches_total", "Chains read from other pools."),
     "blocks_fetched": Metric("fetched_blocks_total", "Blocks read from other pools."),
     "bytes_fetched": Metric("fetched_bytes_total", "Bytes read from other pools."),
-    "declined": Metric("declined_total", "Requests of other pools that were turned down here."),
+    "declined": Metric("declined_total", "Requests of other pools that were declined here."),
     "corrupt_in_flight": Metric(
         "corrupt_blocks_total", "Blocks that changed on their way.", labels=(("direction", "received"),)
     ),
     "corrupt_on_arrival": Metric(
         "corrupt_blocks_total", "Blocks that changed on their way.", labels=(("direction", "fetched"),)
     ),
-    "quarantined": Metric("quarantined_blocks", "Blocks that somebody may still write to.", "gauge"),
-    "fenced": Metric("fenced_total", "Lives of other pools that were refused for good."),
+    "quarantined": Metric("quarantined_blocks", "Blocks that a peer may still write to.", "gauge"),
+    "fenced": Metric("fenced_total", "Data epochs of other pools that were refused for good."),
     "expired_reservations": Metric("expired_reservations_total", "Reservations that were not ended in time."),
     "expired_leases": Metric("expired_leases_total", "Leases of other pools that ran out."),
-    "reopened": Metric("reopened_total", "Times that the transports began anew after a fence."),
-    "failures": Metric("failures_total", "Pushes and fetches that failed, the declined apart."),
+    "reopened": Metric("reopened_total", "Times that the transports were opened anew after a fence."),
+    "failures": Metric("failures_total", "Pushes and fetches that failed, declined ones not counted."),
 }
 _OUTBOX = {
-    "sent": Metric("sent_total", "Chains offered to other pools, and done with."),
-    "blocks": Metric("sent_blocks_total", "Blocks that their receivers lacked, and now have."),
-    "dropped": Metric("dropped_total", "Chains not even tried: too many were waiting."),
+    "sent": Metric("sent_total", "Chains that were sent to other pools."),
+    "blocks": Metric("sent_blocks_total", "Blocks that their receivers lacked and now have."),
+    "dropped": Metric("dropped_total", "Chains that were dropped: too many were waiting."),
     "failed": Metric("failed_total", "Chains that could not be sent."),
-    "waiting": Metric("waiting", "Chains that are yet to be sent.", "gauge"),
+    "waiting": Metric("waiting", "Chains that wait to be sent.", "gauge"),
 }
 _LINKER = {
     "offloads_begun": Metric("offloads_begun_total", "Copies from HBM to DRAM that were begun."),
     "offloads": Metric("offloads_total", "Copies from HBM to DRAM that have ended, one way or the other."),
     "offloaded_blocks": Metric("offloaded_blocks_total", "Blocks copied from HBM to DRAM."),
     "offload_s": Metric("offload_seconds_total", "Time spent on copies from HBM to DRAM."),
-    "declined_offloads": Metric("declined_offloads_total", "Copies to DRAM that found no place."),
+    "declined_offloads": Metric("declined_offloads_total", "Copies to DRAM that found no free block."),
     "loads": Metric("loads_total", "Copies from DRAM to HBM."),
     "loaded_blocks": Metric("loaded_blocks_total", "Blocks copied from DRAM to HBM."),
     "load_s": Metric("load_seconds_total", "Time spent on copies from DRAM to HBM."),
-    "failed_loads": Metric("failed_loads_total", "Copies to HBM that failed: recomputed."),
+    "failed_loads": Metric("failed_loads_total", "Copies to HBM that failed; the blocks are recomputed."),
 }
 _HBM = {
     "blocks": Metric("blocks", "Blocks in HBM, as the router is told.", "gauge"),
@@ -104,7 +104,7 @@ SECTIONS: Mapping[str, Mapping[str, Metric]] = {
     "hbm": _HBM,
     "events": _EVENTS,
 }
-"""Every number that has a description; others are shown as they are."""
+"""The described numbers by section and field; other numbers are exported without a description."""
 
 
 class _Sample(NamedTuple):

@@ -1,13 +1,13 @@
-"""Tells the router what a pool holds: its events as they come, a snapshot when it lacks some.
+"""Reports the content of a pool to the router: events as they come, a snapshot when events were lost.
 
     reach     nothing ──> Unknown: later; anything else: send a snapshot, in parts, and be in step
     in step   events since the last time, or nothing once a second ──> Done
                                                                    ──> AuditWanted: a snapshot to compare
               SnapshotWanted, Unknown, too much at once ──> reach
 
-What is not answered is said again, word for word, until it is: the router leaves out what it knows, and
-the pool keeps what changes meanwhile as its net effect. So the router is late by one lost message,
-never by a snapshot. Knows the pool by two functions, and no blocks.
+An unanswered message is repeated unchanged until it is answered: the router skips events that it knows,
+and the pool keeps the net effect of changes meanwhile. So a lost message costs its repetition, never a
+snapshot. Knows the pool by two functions, and no blocks.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ from memserve.wire.messages import (
 logger = logging.getLogger(__name__)
 
 PERIOD_S = 0.02
-"""How old news may be; events in between are sent together."""
+"""Period of reports: events of one period are sent together."""
 IDLE_S = 1.0
-"""How long to say nothing: a router that has lost what it knew is noticed then."""
+"""A report is sent after this time even without events: it detects a router that lost its state."""
 UNKNOWN_S = 0.1
-"""How often to ask a router that does not know this pool: it registers on another thread."""
+"""Period of attempts at a router that does not know this pool, which registers on another thread."""
 ANSWER_TIMEOUTS_S = (0.25, 0.25, 0.25, 0.5, 1.0, 2.0)
-"""Short while a message may be lost, so that three in a row cost less than a second; then longer and
-longer, the last for ever, so that a router that is only busy is not kept busy."""
+"""Short at first, so that three lost messages in a row cost less than a second; then longer, to spare a
+router that is only busy. The last one repeats."""
 PAUSE = 0.2
-"""Of that time, between two attempts."""
+"""Share of that time, between two attempts."""
 MAX_KEYS = 1 << 16
 """In one message: 2 MiB."""
 MAX_AUDIT_KEYS = 1 << 14
-"""In one message of an audit: no router is kept from its requests for longer than it takes to compare
-so many. News waits until the audit is over, about 0.7 s for a million blocks."""
+"""In one message of an audit: bounds the time for which a comparison blocks the router. Events wait until
+the audit is over, about 0.7 s for a million blocks."""
 MAX_PROMPTS = 256
 """Prompts whose keys wait to be sent."""
 MAX_PROMPT_KEYS = 1 << 14
@@ -94,7 +94,7 @@ class PromptKeyLog:
 
 
 class Publisher:
-    """Sends on a thread of its own, from the beginning to `close`."""
+    """Sends on a thread of its own, from construction to `close`."""
 
     def __init__(
         self,
@@ -109,18 +109,18 @@ class Publisher:
         self._client = client
         self._closing = threading.Event()
         source = ReportSource(epoch, take_events, snapshot, layout, take_prompt_keys)
-        self._report = SyncSession(client, source, self._closing.wait)
+        self._session = SyncSession(client, source, self._closing.wait)
         self._thread = threading.Thread(target=self._run, name="mempool-events", daemon=True)
         self._thread.start()
 
     def close(self) -> None:
-        """Say nothing more. Takes at most a few seconds; idempotent."""
+        """Stop. Takes at most a few seconds; idempotent."""
         self._closing.set()
         self._thread.join()
 
     def _run(self) -> None:
         try:
-            self._report.run()
+            self._session.run()
             self._client.close()
         except Exception:
             logger.exception("the publisher of the memory pool failed; this process cannot go on")
@@ -129,7 +129,7 @@ class Publisher:
 
 @dataclass(frozen=True, slots=True)
 class ReportSource:
-    """A pool, as far as it is reported."""
+    """The reported side of a pool."""
 
     epoch: Epoch
     take_events: Callable[[], list[CacheEvent]]
@@ -143,66 +143,66 @@ class ReportSource:
 
 
 class SyncSession:
-    """What a publisher says, in order. Belongs to whoever runs it."""
+    """The messages of a publisher, in order. One thread: the one that calls `run`."""
 
     def __init__(self, client: ControlClient, source: ReportSource, wait: Callable[[float], bool]) -> None:
-        """`wait` lets so many seconds pass; true when it is time to stop."""
+        """`wait` waits for so many seconds and returns True when it is time to stop."""
         self._client = client
         self._source = source
         self._take_events = source.take_events
         self._snapshot = source.snapshot
         self._wait = wait
-        self._left: list[CacheEvent] = []
-        """Taken, but not said yet: later than an audit."""
+        self._unsent: list[CacheEvent] = []
+        """Events that were taken but not sent yet: they are later than an audit."""
         self._quiet_s = 0.0
 
     def run(self) -> None:
         """Return when it is time to stop."""
-        in_step = False
-        while not self._wait(PERIOD_S if in_step else UNKNOWN_S):
-            in_step = self._tell_news() if in_step else self._begin_anew()
+        in_sync = False
+        while not self._wait(PERIOD_S if in_sync else UNKNOWN_S):
+            in_sync = self._send_events() if in_sync else self._send_snapshot()
 
-    def _tell_news(self) -> bool:
-        """Send what is new; whether the router has all of it."""
-        events, prompts = [*self._left, *self._take_events()], self._source.take_prompt_keys()
-        self._left = []
+    def _send_events(self) -> bool:
+        """Send the new events; returns whether the router has all of them."""
+        events, prompts = [*self._unsent, *self._take_events()], self._source.take_prompt_keys()
+        self._unsent = []
         self._quiet_s += PERIOD_S
         if not events and not prompts and self._quiet_s < IDLE_S:
             return True
         self._quiet_s = 0.0
         if _num_keys(events) > MAX_KEYS:
-            return self._begin_anew()
+            return self._send_snapshot()
         answer = self._ask(self._source.news(events, prompts))
         return self._audit() if isinstance(answer, AuditWanted) else isinstance(answer, Done)
 
-    def _begin_anew(self) -> bool:
-        """Send everything, if anybody listens; whether the router has it."""
+    def _send_snapshot(self) -> bool:
+        """Send a snapshot if the router knows this pool; returns whether the router has it."""
         if isinstance(self._ask(self._source.news(())), Unknown | None):
             return False
-        self._left = []
-        self._take_events()  # They are in the snapshot.
+        self._unsent = []
+        self._take_events()  # The snapshot contains them.
         return self._send(parts(self._source, self._snapshot()))
 
     def _audit(self) -> bool:
-        """Send everything to a router that has all events, so that it sees whether it has the same.
+        """Send a snapshot to a router that has all events, which compares it with its tree.
 
-        What happens after the snapshot is said after it: else the two would not be of one moment.
+        Events after the snapshot are sent after it: otherwise the two would not be of one moment.
         """
         snapshot = self._snapshot()
         events = self._take_events()
-        self._left = [event for event in events if event.sequence > snapshot.sequence]
-        before = events[: len(events) - len(self._left)]
+        self._unsent = [event for event in events if event.sequence > snapshot.sequence]
+        before = events[: len(events) - len(self._unsent)]
         if _num_keys(before) > MAX_KEYS:
-            return self._begin_anew()
+            return self._send_snapshot()
         audit = parts(self._source, snapshot, MAX_AUDIT_KEYS, is_audit=True)
         return self._send(chain([self._source.news(before)], audit))
 
     def _send(self, messages: Iterable[Message]) -> bool:
-        """Whether the router has taken all of them in."""
+        """Send the messages; returns whether the router has accepted all of them."""
         return all(isinstance(self._ask(message), Done | AuditWanted) for message in messages)
 
     def _ask(self, message: Message) -> Message | None:
-        """The answer, however often it takes; None if it is time to stop."""
+        """The answer, after as many attempts as it takes; None if it is time to stop."""
         for timeout_s in chain(ANSWER_TIMEOUTS_S, repeat(ANSWER_TIMEOUTS_S[-1])):
             try:
                 answer = self._client.request(message, timeout_s=timeout_s)
@@ -219,7 +219,7 @@ class SyncSession:
 def parts(
     source: ReportSource, snapshot: Snapshot, max_keys: int = MAX_KEYS, *, is_audit: bool = False
 ) -> Iterator[SnapshotPart]:
-    """The messages that a snapshot is sent in: at least one. Pure."""
+    """The messages of a snapshot: at least one. Pure."""
     index, room = 0, max_keys
     chains: list[Stored] = []
 

@@ -29,7 +29,7 @@ def _no_load() -> Load | None:
 
 
 def _keep_role(_: Role) -> None:
-    logger.warning("a router asks for another role, and nobody here knows how")
+    logger.warning("the router requests another role, which this instance cannot take")
 
 
 class Registrar:
@@ -42,35 +42,35 @@ class Registrar:
         load: Callable[[], Load | None] = _no_load,
         on_role: Callable[[Role], None] = _keep_role,
     ) -> None:
-        """Takes `client` and closes it in the end. `load` is asked on this object's thread.
+        """Takes `client` and closes it in the end. The thread of this object calls `load`.
 
-        `on_role` is called there, once, with the role that a router wants of this instance.
+        It calls `on_role` once, with the role that a router requests of this instance.
         """
         self._is_draining = False
         self._on_role = on_role
-        self._becomes: Role | None = None
-        words = RegistrationMessages(
+        self._requested_role: Role | None = None
+        messages = RegistrationMessages(
             name=f"instance={info.instance_id}",
             register=lambda: Register(info, self._is_draining),
             heartbeat=lambda: Heartbeat(info.instance_id, info.epoch, load()),
             deregister=Deregister(info.instance_id, info.epoch),
-            heard=self._heard,
+            on_answer=self._on_answer,
         )
-        self._presence = RouterRegistration(client, words)
+        self._registration = RouterRegistration(client, messages)
 
     def start(self) -> None:
         """Begin; the instance must be ready to serve."""
-        self._presence.start()
+        self._registration.start()
 
     def close(self) -> None:
         """Deregister, if registered, and stop. Takes at most a few seconds; idempotent."""
-        self._presence.close()
+        self._registration.close()
 
-    def _heard(self, answer: Message) -> float | None:
+    def _on_answer(self, answer: Message) -> float | None:
         if not isinstance(answer, Accepted):
             return None
         self._is_draining = answer.is_draining
-        if answer.become is not None and self._becomes is None:
-            self._becomes = answer.become
+        if answer.become is not None and self._requested_role is None:
+            self._requested_role = answer.become
             self._on_role(answer.become)
         return answer.heartbeat_s

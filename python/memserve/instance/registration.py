@@ -1,10 +1,10 @@
-"""Keeps one thing known to the router, from the moment it is ready until it goes.
+"""Keeps an instance or a pool registered at the router, from the moment it is ready until it closes.
 
-    register ──answer that counts──> heartbeat every heartbeat_s ──close──> deregister
+    register ──accepted──> heartbeat every heartbeat_s ──close──> deregister
        ^  └─ any other, or none: again every RETRY_S       │
        └───────────── any other answer, or none ───────────┘
 
-Knows when to say what; not what it means.
+Knows when to send which message, not what they mean.
 """
 
 from __future__ import annotations
@@ -27,33 +27,33 @@ RETRY_S = 0.5
 
 @dataclass(frozen=True, slots=True)
 class RegistrationMessages:
-    """What is said to the router of one thing, and what its answers mean."""
+    """The messages of one registrant, and the meaning of the router's answers."""
 
     name: str
-    """For the log: what it is, and its name."""
+    """Kind and name of the registrant, for the log."""
     register: Callable[[], Message]
     heartbeat: Callable[[], Message]
     deregister: Message
-    heard: Callable[[Message], float | None]
-    """Takes each answer; the heartbeat interval in seconds if it says that the thing is known."""
+    on_answer: Callable[[Message], float | None]
+    """Takes each answer; returns the heartbeat interval in seconds if it is an acceptance."""
 
 
 class RouterRegistration:
-    """Says `words` to the router on a thread of its own.
+    """Sends `messages` to the router on a thread of its own.
 
-    A router that is away is asked again every half second; one that restarted answers `Unknown`
-    and gets the registration anew.
+    If the router does not answer, it is asked again every half second; a restarted router answers
+    `Unknown` and gets the registration again.
     """
 
-    def __init__(self, client: ControlClient, words: RegistrationMessages) -> None:
+    def __init__(self, client: ControlClient, messages: RegistrationMessages) -> None:
         """Takes `client` and closes it in the end."""
         self._client = client
-        self._words = words
+        self._messages = messages
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._run, name="presence", daemon=True)
+        self._thread = threading.Thread(target=self._run, name="registration", daemon=True)
 
     def start(self) -> None:
-        """Begin; what `words` are about must be ready."""
+        """Begin; the registrant must be ready."""
         self._thread.start()
 
     def close(self) -> None:
@@ -69,11 +69,11 @@ class RouterRegistration:
             warned = False
             interval_s = 0.0
             while not self._closing.wait(interval_s):
-                answer = self._tell(self._words.heartbeat() if registered else self._words.register())
-                heartbeat_s = self._words.heard(answer)
+                answer = self._tell(self._messages.heartbeat() if registered else self._messages.register())
+                heartbeat_s = self._messages.on_answer(answer)
                 if heartbeat_s is not None:
                     if not registered:
-                        logger.info("registered router=%s %s", self._client.address, self._words.name)
+                        logger.info("registered router=%s %s", self._client.address, self._messages.name)
                     registered, warned, interval_s = True, False, heartbeat_s
                     continue
                 if not warned and not registered:
@@ -83,7 +83,7 @@ class RouterRegistration:
                 interval_s = 0.0 if registered else RETRY_S
                 registered = False
             if registered:
-                self._tell(self._words.deregister)
+                self._tell(self._messages.deregister)
             self._client.close()
         except Exception:
             logger.exception(
@@ -92,7 +92,7 @@ class RouterRegistration:
             os._exit(1)
 
     def _tell(self, message: Message) -> Message:
-        """The router's answer; what kept it from answering comes back as a Refused."""
+        """The router's answer; an error comes back as a Refused."""
         try:
             return self._client.request(message, timeout_s=ANSWER_TIMEOUT_S)
         except InstanceLost as error:

@@ -1,12 +1,12 @@
-"""What every transport promises: bytes between registered regions of two processes, nothing more.
+"""The contract of every transport: bytes between registered regions of two processes, nothing more.
 
     owner of the memory                      initiator
     register(region)
     address ---- (control plane) ---->  Peer(name, epoch, address)
                                         write / read: returns when the bytes are in place
-                                        settle: after a timeout, makes sure that none lands late
-    fence(epoch): refuses one life
-    of one process for good
+                                        settle: after a timeout, makes sure that no byte lands late
+    fence(epoch): refuses one data
+    epoch of one process for good
 
 Knows no blocks, no control messages, and not how a peer is found.
 """
@@ -27,21 +27,21 @@ class Peer:
     """One life of another process, as one transport reaches it. Compared by epoch and address."""
 
     name: str = field(compare=False)
-    """What errors and logs call it."""
+    """Its name in errors and logs."""
     epoch: Epoch
     address: str
     """The peer's `Transport.address`, for a transport of the same name."""
     regions: RegionTable = field(compare=False)
-    """The peer's regions as last heard of; a transport that can ask the peer itself does."""
+    """The peer's regions as of the handshake; a transport that can ask the peer for them does."""
 
 
 class Transport(ABC):
     """Moves bytes between this process's regions and its peers'. Any thread may call anything.
 
-    Errors that every copy can raise, and what they say of the destination:
+    Errors that every copy can raise, and the state of the destination after them:
     OutOfBounds      a range outside a region, at either end: no byte has moved
-    StaleEpoch       the process there is not `peer`, or it has fenced us: no byte has moved
-    InstanceLost     the peer is gone, or was never there: undefined, and nobody's
+    StaleEpoch       another process is at the address, or the peer has fenced this one: no byte has moved
+    InstanceLost     the peer is gone, or was never there: undefined, and without an owner
     TransferFailed   this transport cannot do it: undefined
     TransferTimeout  undefined, and bytes may still land there until `settle` has returned
     """
@@ -51,14 +51,14 @@ class Transport(ABC):
     @property
     @abstractmethod
     def address(self) -> str:
-        """Where peers reach this process's regions; text for `wire.messages.TransportAddress`."""
+        """Where peers reach this process's regions: the text of a `TransportAddress` on the wire."""
 
     @abstractmethod
     def register(self, region: Region) -> None:
         """Let peers read and write `region`, and copies name it as their local end.
 
         The caller keeps the bytes mapped until `deregister` has returned.
-        Raises OutOfBounds if the id is taken or it is no range of memory.
+        Raises OutOfBounds if the id is taken or the region is no range of memory.
         """
 
     @abstractmethod
@@ -71,11 +71,11 @@ class Transport(ABC):
 
     @abstractmethod
     def connect(self, peer: Peer, *, timeout_s: float) -> None:
-        """Find out that `peer` can be reached; later copies are quicker for it. Errors as of a copy."""
+        """Check that `peer` can be reached; the first copy is faster after it. Errors as of a copy."""
 
     @abstractmethod
     def disconnect(self, peer: Peer) -> None:
-        """Let go of what is kept for `peer`; running copies end as they would. Never raises."""
+        """Release the connections to `peer`; running copies end as they would. Never raises."""
 
     @abstractmethod
     def write(self, peer: Peer, copies: Copies, *, timeout_s: float) -> None:
@@ -89,19 +89,19 @@ class Transport(ABC):
     def settle(self, peer: Peer, *, timeout_s: float) -> None:
         """Return when no byte of this process's failed copies with `peer` can land any more.
 
-        Immediate if none is in doubt. Raises TransferTimeout if that cannot be had: the memory stays
-        in quarantine until the peer is known to be dead. Raises InstanceLost or StaleEpoch if it is:
-        that memory is nobody's.
+        Immediate if no copy has failed. Raises TransferTimeout if that cannot be assured: the memory
+        stays in quarantine until the peer is known to be dead. Raises InstanceLost or StaleEpoch if it
+        is dead: the memory at its end has no owner.
         """
 
     @abstractmethod
     def fence(self, epoch: Epoch, *, timeout_s: float) -> None:
-        """Refuse the process of this epoch for good; after it returns, none of its bytes land here.
+        """Refuse the process of this epoch for good; after this returns, none of its bytes land here.
 
         Raises TransferTimeout if that process may still be copying (it is refused all the same),
-        TransferFailed if this transport cannot refuse anybody.
+        TransferFailed if this transport cannot refuse a process.
         """
 
     @abstractmethod
     def close(self) -> None:
-        """Stop serving peers and let go of them; running copies end with an error. Idempotent."""
+        """Stop serving peers and disconnect from them; running copies end with an error. Idempotent."""

@@ -43,7 +43,7 @@ class Copies:
 
     @classmethod
     def of(cls, copies: Iterable[Copy]) -> Copies:
-        """The batch of these copies; for a few of them, or tests."""
+        """The batch of these copies; for few copies, and tests."""
         table = np.array(list(copies), np.int64).reshape(-1, 5)
         return cls(*np.ascontiguousarray(table.T))
 
@@ -67,9 +67,9 @@ class Copies:
 
 
 class Vectors:
-    """What scatter/gather system calls take: [n, 2] int64 rows of (address, length), none empty.
+    """The argument of scatter/gather system calls: [n, 2] int64 rows of (address, length), none empty.
 
-    Consumed from the front: `take` moves past bytes that a call has dealt with.
+    Consumed from the front: `take` moves past the bytes that a call has moved.
     """
 
     def __init__(self, addresses: Int64s, lengths: Int64s) -> None:
@@ -79,14 +79,14 @@ class Vectors:
         self._pointer: int = self._rows.__array_interface__["data"][0]
         self._next = 0
         self.nbytes = int(lengths.sum())
-        """Bytes that are left; a memoryview calls them the same."""
+        """Remaining bytes; named as in memoryview."""
 
     def __len__(self) -> int:
         return len(self._rows) - self._next
 
     @property
     def pointer(self) -> int:
-        """Address of the first row that is left: a `struct iovec *`, valid while this object lives."""
+        """Address of the first remaining row: a `struct iovec *`, valid while this object lives."""
         return self._pointer + 16 * self._next
 
     def first_bytes(self, count: int) -> int:
@@ -111,11 +111,11 @@ class Vectors:
 
 
 Memory = Vectors | memoryview
-"""Bytes to send or to fill: many pieces, or one."""
+"""Bytes to send or to fill: many ranges, or one."""
 
 
 def merge_pairs(local: Int64s, remote: Int64s, lengths: Int64s) -> tuple[Int64s, Int64s, Int64s]:
-    """The same copies with neighbours (at both ends) joined and empty ones left out."""
+    """The same copies; copies adjacent at both ends are joined, empty ones left out."""
     if not lengths.all():
         kept = lengths != 0
         local, remote, lengths = local[kept], remote[kept], lengths[kept]
@@ -130,6 +130,6 @@ def merge_pairs(local: Int64s, remote: Int64s, lengths: Int64s) -> tuple[Int64s,
 
 
 def merge(addresses: Int64s, lengths: Int64s) -> tuple[Int64s, Int64s]:
-    """One end of a stream of copies, with neighbours joined and empty ones left out."""
+    """One end of a stream of copies; adjacent ranges are joined, empty ones left out."""
     merged, _, merged_lengths = merge_pairs(addresses, addresses, lengths)
     return merged, merged_lengths

@@ -1,15 +1,15 @@
 """Copies by Mooncake's transfer engine: RDMA between hosts in production, its TCP to test the contract.
 
 Optional: the `mooncake` extra of this package (on a machine without CUDA its `-non-cuda` wheel),
-imported here and nowhere else. What it cannot do, and the callers must know:
-- it listens on all interfaces and authenticates nobody: for trusted networks only;
-- it has no way to refuse a peer (`fence`), nor to call back bytes of a copy that timed out:
-  `settle` succeeds only if the late copy turns out to have been completed;
+imported here and nowhere else. Its limits:
+- it listens on all interfaces without authentication: for trusted networks only;
+- it cannot refuse a peer (`fence`), nor call back bytes of a copy that timed out: `settle` succeeds
+  only if the late copy turns out to be complete;
 - `deregister` stops new copies; bytes of a copy in progress may still land with its TCP.
 
-A call into the engine blocks for a minute when the peer is silent, so calls run on threads of
-their own and the caller waits only as long as it said. Mooncake knows no epochs either: every
-process publishes a word that holds its epoch, which is read before each copy.
+A call into the engine blocks for a minute when the peer does not answer, so calls run on threads of
+their own and the caller waits for its own timeout only. Mooncake knows no epochs either: every process
+publishes a word that holds its epoch, which the initiator reads before each copy.
 Knows no control plane.
 """
 
@@ -43,7 +43,7 @@ from memserve.transport.regions import Region, RegionTable
 logger = logging.getLogger(__name__)
 
 MAX_CALLS = 64
-"""Copies at a time, those included that their callers have given up."""
+"""Copies at a time, including those that their callers have given up."""
 
 MAX_ROWS = 1024
 """Ranges of one call into the engine, whose TCP fails a batch that overflows its queue (4096)."""
@@ -59,7 +59,7 @@ class _Command(NamedTuple):
     engine: Any
     move: Callable[[str, list[int], list[int], list[int]], int]
     session: str
-    witness: int
+    epoch_address: int
     epoch: Epoch
     own: list[int]
     theirs: list[int]
@@ -67,14 +67,14 @@ class _Command(NamedTuple):
 
 
 class _Call:
-    """A command that a worker carries out while its caller waits, or does not wait any more."""
+    """A command that a worker runs; its caller may have stopped waiting."""
 
     def __init__(self, command: _Command) -> None:
         self.command = command
         self.code = _NO_ANSWER
         self.actual_epoch: Epoch | None = None
         self.ended = threading.Event()
-        """The caller need not wait longer."""
+        """The caller can stop waiting."""
         self.landed = threading.Event()
         """The engine has returned."""
 
@@ -109,7 +109,7 @@ class MooncakeTransport(Transport):
         self._idle: list[queue.SimpleQueue[_Call | None]] = []
         self._num_workers = 0
         self._calls: set[_Call] = set()
-        self._doubtful: defaultdict[Peer, set[_Call]] = defaultdict(set)
+        self._unsettled: defaultdict[Peer, set[_Call]] = defaultdict(set)
         self._closed = False
         logger.warning("mooncake listens on all interfaces without authentication protocol=%s", protocol)
 
@@ -139,7 +139,7 @@ class MooncakeTransport(Transport):
 
     def disconnect(self, peer: Peer) -> None:
         with self._lock:
-            self._doubtful.pop(peer, None)
+            self._unsettled.pop(peer, None)
 
     def write(self, peer: Peer, copies: Copies, *, timeout_s: float) -> None:
         self._move(peer, copies, "write", timeout_s)
@@ -149,13 +149,13 @@ class MooncakeTransport(Transport):
 
     def settle(self, peer: Peer, *, timeout_s: float) -> None:
         with self._lock:
-            calls = set(self._doubtful.get(peer, ()))
+            calls = set(self._unsettled.get(peer, ()))
         deadline = time.monotonic() + timeout_s
         for call in calls:
             call.landed.wait(max(deadline - time.monotonic(), 0))
         settled = {call for call in calls if call.landed.is_set() and call.code == 0}
         with self._lock:
-            self._doubtful[peer] -= settled
+            self._unsettled[peer] -= settled
         if calls - settled:
             raise TransferTimeout(peer.name, timeout_s)
 
@@ -178,7 +178,7 @@ class MooncakeTransport(Transport):
         own = self._regions.resolve(copies.local_regions, copies.local_offsets, lengths)
         theirs = peer.regions.resolve(copies.remote_regions, copies.remote_offsets, lengths)
         own, theirs, lengths = merge_pairs(own, theirs, lengths)
-        session, _, witness = peer.address.rpartition("/")
+        session, _, epoch_address = peer.address.rpartition("/")
         engine = self._engine
         if engine is None:
             raise TransferFailed(peer.name, "the mooncake transport was closed")
@@ -187,7 +187,7 @@ class MooncakeTransport(Transport):
                 engine,
                 getattr(engine, f"batch_transfer_sync_{move}"),
                 session,
-                int(witness),
+                int(epoch_address),
                 peer.epoch,
                 own.tolist(),
                 theirs.tolist(),
@@ -198,7 +198,7 @@ class MooncakeTransport(Transport):
         call.ended.wait(timeout_s)
         if not call.landed.is_set():
             with self._lock:
-                self._doubtful[peer].add(call)
+                self._unsettled[peer].add(call)
                 closed = self._closed
             if closed:
                 raise TransferFailed(peer.name, "the mooncake transport was closed")
@@ -209,7 +209,7 @@ class MooncakeTransport(Transport):
             raise InstanceLost(peer.name, "mooncake cannot reach it")
         if call.code != 0:
             with self._lock:
-                self._doubtful[peer].add(call)
+                self._unsettled[peer].add(call)
             raise TransferFailed(peer.name, "mooncake gave up")
 
     def _start(self, peer: Peer, call: _Call) -> None:
@@ -235,7 +235,7 @@ class MooncakeTransport(Transport):
     def _work(self, inbox: queue.SimpleQueue[_Call | None], number: int) -> None:
         try:
             while (call := inbox.get()) is not None:
-                self._carry_out(call, number)
+                self._run_command(call, number)
                 with self._lock:
                     self._calls.discard(call)
                     self._idle.append(inbox)
@@ -247,10 +247,11 @@ class MooncakeTransport(Transport):
             logger.exception("a mooncake thread failed; this process cannot go on")
             os._exit(1)
 
-    def _carry_out(self, call: _Call, number: int) -> None:
+    def _run_command(self, call: _Call, number: int) -> None:
         command = call.command
         word = self._words.ctypes.data + 8 * number
-        if command.engine.batch_transfer_sync_read(command.session, [word], [command.witness], [8]) != 0:
+        read = command.engine.batch_transfer_sync_read
+        if read(command.session, [word], [command.epoch_address], [8]) != 0:
             return
         if self._words[number] != command.epoch:
             call.actual_epoch = Epoch(int(self._words[number]))

@@ -35,7 +35,7 @@ class RegionTable:
     """The regions of one process: [MAX_REGIONS, 3] int64 rows of id, address, num_bytes.
 
     A region lives in row `id % MAX_REGIONS` and an id is never used twice, so a copy that names a
-    region of the past is refused, never sent to the region that came after it. Rows may lie in
+    removed region is refused, never applied to the region that took its row. Rows may lie in
     memory shared with other processes: a row's id is written last and taken first. Mutated by one
     thread at a time; resolved by any.
     """
@@ -57,7 +57,7 @@ class RegionTable:
         raise OutOfBounds(f"{MAX_REGIONS} regions are registered already")
 
     def add(self, region: Region) -> None:
-        """Make `region` resolvable. Raises OutOfBounds, changing nothing, if it cannot be one."""
+        """Make `region` resolvable. Raises OutOfBounds, changing nothing, if it is no range of memory."""
         if region.num_bytes <= 0 or region.address <= 0 or region.region_id < 0:
             raise OutOfBounds(f"not a range of memory: {region}")
         row = self._rows[region.region_id % MAX_REGIONS]
@@ -92,7 +92,7 @@ class RegionTable:
 
 
 class AddressMap:
-    """The way back: absolute addresses of a process to (region, offset). Immutable."""
+    """The inverse of a RegionTable: absolute addresses of a process to (region, offset). Immutable."""
 
     def __init__(self, regions: list[Region]) -> None:
         """`regions` in any order, none overlapping another."""
@@ -103,12 +103,12 @@ class AddressMap:
         self._ends = self._starts + np.array([region.num_bytes for region in ordered], np.int64)
 
     def at(self, address: int) -> Region | None:
-        """The region that begins at `address`, if there is one."""
+        """The region that begins at `address`, or None."""
         i = int(np.searchsorted(self._starts, address))
         return self.regions[i] if i < len(self.regions) and self.regions[i].address == address else None
 
     def overlaps(self, address: int, num_bytes: int) -> bool:
-        """Whether a byte of the range belongs to a region already."""
+        """Whether any byte of the range belongs to a region."""
         i = int(np.searchsorted(self._ends, address, side="right"))
         return i < len(self.regions) and self.regions[i].address < address + num_bytes
 

@@ -1,6 +1,6 @@
-"""Which transports a process offers, and which of them two processes use with each other.
+"""The transports that a process offers, and the choice of one between two processes.
 
-Knows the transports by name, not when to ask.
+The place to add a transport: its name, and how it is opened.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ def open_transports(config: TransportConfig, key: ClusterKey | None, epoch: Epoc
 
 
 def ranked(own: Sequence[Transport], offered: Mapping[str, str]) -> tuple[Transport, ...]:
-    """Those of our transports that may reach a peer which offers `offered` (name: address), best first."""
+    """Our transports that may reach a peer with the transports `offered` (name: address), best first."""
     return tuple(
         transport
         for transport in own
@@ -97,9 +97,9 @@ def connect_best(
     *,
     timeout_s: float,
 ) -> tuple[Transport, Peer]:
-    """The best of our transports that reaches the process `name`, tried for real.
+    """The best of our transports that reaches the process `name`, after a successful connection.
 
-    Raises TransferFailed if there is none; other errors as of a copy.
+    Raises TransferFailed if no transport reaches it; other errors as of a copy.
     """
     for transport in ranked(own, offered):
         peer = Peer(name, epoch, offered[transport.name], regions)

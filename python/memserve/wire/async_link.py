@@ -58,7 +58,7 @@ class AsyncControlClient:
             peer.asked.pop(request_id, None)
 
     def forget(self, address: str) -> None:
-        """Close the connection to a server; whoever waits for it waits no longer than for any. Idempotent."""
+        """Close the connection to a server; requests in flight end by their timeout. Idempotent."""
         peer = self._peers.pop(address, None)
         if peer is not None:
             peer.reading.cancel()

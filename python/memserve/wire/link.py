@@ -4,8 +4,8 @@
                            <-- [id, answer] -----
 
 A handler that needs longer answers with a future, and the server goes on meanwhile.
-With a key both ends run CURVE on key pairs derived from it: whoever does not hold the cluster
-key can neither be heard nor read along. Without one, a server binds loopback only.
+With a key both ends run CURVE on key pairs derived from it: a process without the cluster key can
+neither send a request nor read the traffic. Without a key, a server binds loopback only.
 Knows no message's meaning.
 """
 
@@ -34,11 +34,11 @@ logger = logging.getLogger(__name__)
 MAX_MESSAGE_BYTES = 16 << 20
 
 Handler = Callable[[Message], "Message | Future[Message]"]
-"""Answers now, or says who will."""
+"""Returns the answer, or a future of it."""
 
 
-class _Later:
-    """Answers that other threads have ready for the server's, and a descriptor that tells it so."""
+class _PendingAnswers:
+    """Answers that other threads have completed, and a descriptor that wakes the server's thread."""
 
     def __init__(self) -> None:
         self.fd = os.eventfd(0, os.EFD_CLOEXEC | os.EFD_NONBLOCK)
@@ -62,12 +62,12 @@ class _Later:
                 os.eventfd_write(self.fd, 1)
 
     def take(self) -> list[tuple[bytes, bytes, Future[Message]]]:
-        """What has become ready: (identity, request id, future)."""
+        """The completed answers: (identity, request id, future)."""
         os.eventfd_read(self.fd)
         return [self._ready.get() for _ in range(self._ready.qsize())]
 
     def close(self) -> None:
-        """Let go of the descriptor; what becomes ready after this is dropped."""
+        """Close the descriptor; answers that complete later are dropped."""
         with self._lock:
             self._closed = True
             os.close(self.fd)
@@ -81,7 +81,7 @@ class ControlServer:
 
         `handler` runs on this server's thread and should take microseconds. A MemServeError that it,
         or the future it returns, raises becomes a Refused; any other exception ends the process.
-        What a future brings after `close` is dropped.
+        The result of a future after `close` is dropped.
         Raises ConfigError if the address cannot be bound, or leaves the host without a key.
         """
         if key is None and not is_loopback(host):
@@ -102,7 +102,7 @@ class ControlServer:
             raise ConfigError(f"cannot listen on {host}:{port}: {error.strerror}") from error
         self.host = host
         self.port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rsplit(":", 1)[1])
-        self._later = _Later()
+        self._pending = _PendingAnswers()
         self._closing = threading.Event()
         self._thread = threading.Thread(target=self._run, name=f"control-{self.port}", daemon=True)
         self._thread.start()
@@ -115,19 +115,19 @@ class ControlServer:
     def close(self) -> None:
         """Stop answering and release the port. Idempotent."""
         self._closing.set()
-        self._later.wake()
+        self._pending.wake()
         if threading.current_thread() is not self._thread:
             self._thread.join()
 
     def _run(self) -> None:
         poller = zmq.Poller()
         poller.register(self._socket, zmq.POLLIN)
-        poller.register(self._later.fd, zmq.POLLIN)
+        poller.register(self._pending.fd, zmq.POLLIN)
         try:
             while not self._closing.is_set():
                 ready = dict(poller.poll())
-                if self._later.fd in ready:
-                    for identity, request_id, future in self._later.take():
+                if self._pending.fd in ready:
+                    for identity, request_id, future in self._pending.take():
                         self._send(identity, request_id, future.result)
                 if self._socket in ready:
                     self._receive(self._socket.recv_multipart())
@@ -135,7 +135,7 @@ class ControlServer:
             logger.exception("the control thread failed; this process cannot go on")
             os._exit(1)
         finally:
-            self._later.close()
+            self._pending.close()
             self._context.destroy(linger=0)
 
     def _receive(self, frames: list[bytes]) -> None:
@@ -149,14 +149,14 @@ class ControlServer:
         self, identity: bytes, request_id: bytes, answer: Callable[[], Message | Future[Message]]
     ) -> None:
         try:
-            said = answer()
+            reply = answer()
         except MemServeError as error:
             logger.warning("control message refused: %s", error)
-            said = Refused(str(error))
-        if isinstance(said, Future):
-            self._later.expect(identity, request_id, said)
+            reply = Refused(str(error))
+        if isinstance(reply, Future):
+            self._pending.expect(identity, request_id, reply)
         else:
-            self._socket.send_multipart([identity, request_id, encode(said)])
+            self._socket.send_multipart([identity, request_id, encode(reply)])
 
 
 class ControlLink(Protocol):
@@ -172,7 +172,7 @@ class ControlLink(Protocol):
 
 
 class ControlClient:
-    """Asks one server. Safe to use from several threads; calls are made one after another."""
+    """A client of one server. Any thread may call any method; requests are made one after another."""
 
     def __init__(self, address: str, *, key: ClusterKey | None = None) -> None:
         """`address` is `host:port`. Nothing is sent until the first request."""

@@ -16,6 +16,6 @@ def test_a_session_id_is_text_and_back(address: str) -> None:
 @pytest.mark.parametrize(
     "text", ["", "host", "host:1", "host:x:1", "host:0:1", "host:70000:1", ":1:1", "h:1:f3"]
 )
-def test_what_is_no_session_id_is_refused(text: str) -> None:
+def test_malformed_session_id_is_refused(text: str) -> None:
     with pytest.raises(BadRequest, match="not a session id"):
         parse_session_id(text)

@@ -109,7 +109,7 @@ def test_memory_the_peer_registers_anew_is_found(sender: Sender, receiver: Recei
 @pytest.mark.parametrize(
     "arguments", [([0], [0], [8]), ([1], [1, 2], [3]), ([None], [1], [1]), ([1 << 70], [1], [1])]
 )
-def test_wrong_arguments_are_a_negative_number(
+def test_transfer_engine_returns_a_negative_number_for_wrong_arguments(
     sender: Sender, receiver: Receiver, arguments: tuple[list[int], list[int], list[int]]
 ) -> None:
     assert sender.engine.batch_transfer_sync(receiver.session, *arguments) < 0

@@ -133,7 +133,7 @@ def stage() -> Iterator[Stage]:
     stage.close()
 
 
-def test_it_registers_sees_the_others_and_deregisters(stage: Stage) -> None:
+def test_membership_registers_lists_the_other_pools_and_deregisters(stage: Stage) -> None:
     assert stage.router.heard.get(timeout=WAIT_S) == RegisterPool(ME)
     stage.sees(A)
     assert stage.members.registered
@@ -155,7 +155,7 @@ def test_a_pool_that_leaves_is_declared_gone_once(stage: Stage) -> None:
     stage.loses(A)
 
 
-def test_a_pool_that_restarted_is_gone_and_there(stage: Stage) -> None:
+def test_restarted_pool_is_gone_and_listed_again(stage: Stage) -> None:
     stage.sees(A)
     again = pool("a", 4)
     stage.router.change(come=(again,))
@@ -163,7 +163,7 @@ def test_a_pool_that_restarted_is_gone_and_there(stage: Stage) -> None:
     stage.loses(A)
 
 
-def test_nobody_is_gone_while_the_router_is_away(stage: Stage) -> None:
+def test_no_pool_is_declared_gone_while_the_router_is_away(stage: Stage) -> None:
     stage.sees(A)
     stage.router.close()
     stage.clock.advance(FOREVER_S)
@@ -176,7 +176,7 @@ def test_nobody_is_gone_while_the_router_is_away(stage: Stage) -> None:
     assert stage.gone.empty()
 
 
-def test_a_router_that_restarted_gets_time_to_hear_of_all_again(stage: Stage) -> None:
+def test_membership_waits_for_other_pools_after_a_router_restart(stage: Stage) -> None:
     stage.router.change(come=(B,))
     stage.sees(A, B)
     stage.restart_router()
@@ -190,7 +190,7 @@ def test_a_router_that_restarted_gets_time_to_hear_of_all_again(stage: Stage) ->
     stage.loses(B)
 
 
-def test_who_is_back_after_the_routers_restart_is_gone_as_soon_as_it_leaves(stage: Stage) -> None:
+def test_pool_that_registered_after_a_router_restart_is_gone_as_soon_as_it_leaves(stage: Stage) -> None:
     stage.sees(A)
     stage.restart_router(A)
     stage.router.hear(RegisterPool)
@@ -200,7 +200,7 @@ def test_who_is_back_after_the_routers_restart_is_gone_as_soon_as_it_leaves(stag
     stage.loses(A)
 
 
-def test_who_restarted_with_the_router_is_gone_at_once(stage: Stage) -> None:
+def test_pool_that_restarted_with_the_router_is_gone_at_once(stage: Stage) -> None:
     stage.sees(A)
     again = pool("a", 4)
     stage.restart_router(again)
@@ -208,7 +208,7 @@ def test_who_restarted_with_the_router_is_gone_at_once(stage: Stage) -> None:
     stage.loses(A)
 
 
-def test_a_router_that_forgot_only_this_pool_hears_of_it_again(stage: Stage) -> None:
+def test_membership_registers_again_at_a_router_that_forgot_the_pool(stage: Stage) -> None:
     stage.sees(A)
     stage.router.change(go=(ME,))
     stage.router.hear(RegisterPool)
@@ -243,7 +243,7 @@ EVERYBODY = (A, PREFILL, PREFILL_RANK_1, PREFILL_2, MEMORY)
         ("bb", [Role.DECODE], set()),
     ],
 )
-def test_others_have_the_same_blocks_or_take_any(
+def test_others_lists_pools_of_the_layout_and_pools_of_any_layout(
     layout: str, roles: list[Role], expected: set[PoolInfo]
 ) -> None:
     stage = Stage(*EVERYBODY)

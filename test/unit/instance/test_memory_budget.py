@@ -65,13 +65,13 @@ def make(request: pytest.FixtureRequest) -> Callable[..., Stage]:
     return made
 
 
-def test_nothing_is_taken_before_somebody_comes(make: Callable[..., Stage]) -> None:
+def test_memory_budget_takes_no_memory_before_the_first_layout(make: Callable[..., Stage]) -> None:
     stage = make()
     assert stage.lent.pools() == ()
     assert not stage.lent.balance()
 
 
-def test_the_first_layout_gets_everything_and_keeps_its_pool(make: Callable[..., Stage]) -> None:
+def test_first_layout_gets_the_whole_budget_and_keeps_its_pool(make: Callable[..., Stage]) -> None:
     stage = make()
     pool = stage.lent.pool_of(layout("a"))
     assert pool.layout == layout("a")
@@ -94,7 +94,7 @@ def test_layouts_share_equally_and_the_older_ones_evict(make: Callable[..., Stag
     assert stage.used() == BUDGET
 
 
-def test_shares_are_bytes_not_blocks(make: Callable[..., Stage]) -> None:
+def test_shares_of_layouts_are_equal_in_bytes(make: Callable[..., Stage]) -> None:
     stage = make()
     stage.lent.pool_of(layout("a"))
     stage.lent.pool_of(layout("b", blocks=4))
@@ -102,7 +102,7 @@ def test_shares_are_bytes_not_blocks(make: Callable[..., Stage]) -> None:
     assert stage.used() <= BUDGET
 
 
-def test_what_somebody_holds_stays_until_it_is_free(make: Callable[..., Stage]) -> None:
+def test_leased_blocks_stay_until_they_are_released(make: Callable[..., Stage]) -> None:
     stage = make()
     first = stage.lent.pool_of(layout("a"))
     held = sorted(first.alloc_mem(12))
@@ -115,7 +115,7 @@ def test_what_somebody_holds_stays_until_it_is_free(make: Callable[..., Stage]) 
     assert stage.sizes() == [6, 6]
 
 
-def test_a_new_pool_takes_what_there_is_and_gets_the_rest_later(make: Callable[..., Stage]) -> None:
+def test_new_pool_takes_the_free_budget_and_grows_later(make: Callable[..., Stage]) -> None:
     stage = make()
     first = stage.lent.pool_of(layout("a"))
     held = sorted(first.alloc_mem(12))
@@ -162,7 +162,7 @@ def test_a_step_smaller_than_a_block_is_one_block(make: Callable[..., Stage]) ->
     assert stage.lent.balance()
 
 
-def test_the_budget_is_never_exceeded(make: Callable[..., Stage]) -> None:
+def test_memory_budget_is_never_exceeded(make: Callable[..., Stage]) -> None:
     stage = make(budget=40 * BLOCK + 7, step=3 * BLOCK)
     for i, blocks in enumerate([1, 3, 2, 5, 1]):
         pool = stage.lent.pool_of(layout(str(i), blocks))
@@ -172,7 +172,7 @@ def test_the_budget_is_never_exceeded(make: Callable[..., Stage]) -> None:
         assert all(size >= 1 for size in stage.sizes())
 
 
-def test_a_layout_that_nobody_uses_gives_its_share_up_and_gets_it_back(make: Callable[..., Stage]) -> None:
+def test_unused_layout_gives_its_share_up_and_gets_it_back(make: Callable[..., Stage]) -> None:
     stage = make()
     first, second = stage.lent.pool_of(layout("a")), stage.lent.pool_of(layout("b"))
     fill(first)
@@ -188,7 +188,7 @@ def test_a_layout_that_nobody_uses_gives_its_share_up_and_gets_it_back(make: Cal
     assert (first.stats().cached, second.stats().cached) == (1, 6)
 
 
-def test_a_new_layout_shares_only_with_those_that_are_used(make: Callable[..., Stage]) -> None:
+def test_new_layout_shares_with_used_layouts_only(make: Callable[..., Stage]) -> None:
     stage = make()
     first, second = stage.lent.pool_of(layout("a")), stage.lent.pool_of(layout("b"))
     stage.lent.balance({first.layout.digest})
@@ -219,7 +219,7 @@ def test_one_layout_too_many_is_refused(make: Callable[..., Stage], monkeypatch:
     assert stage.sizes() == [6, 6]
 
 
-def test_a_peer_that_is_slow_to_let_go_stops_nothing(make: Callable[..., Stage]) -> None:
+def test_slow_release_by_a_peer_delays_no_pool(make: Callable[..., Stage]) -> None:
     stage = make(fails=True)
     stage.lent.pool_of(layout("a"))
     stage.lent.pool_of(layout("b"))

@@ -148,7 +148,7 @@ def digests(cluster: Cluster, name: str) -> list[Any]:
 
 
 @pytest.mark.parametrize("transfer", ["auto", "tcp"])
-def test_blocks_come_back_as_they_went(cluster: Cluster, instance: Instance, transfer: str) -> None:
+def test_memory_server_returns_the_stored_bytes(cluster: Cluster, instance: Instance, transfer: str) -> None:
     name = f"memory-{transfer}"
     process = cluster.launch_memory(name, BUDGET_GIB, "--transfer", transfer)
     cluster.wait_ready()
@@ -197,7 +197,7 @@ def test_a_killed_server_is_declared_gone_and_loses_nothing_here(
     assert (stats.cached, stats.leases, stats.private) == (NUM_BLOCKS, 0, 0)
 
 
-def test_models_share_the_memory(cluster: Cluster, instance: Instance) -> None:
+def test_memory_server_shares_its_memory_between_models(cluster: Cluster, instance: Instance) -> None:
     process = cluster.launch_memory("shared", BUDGET_GIB)
     cluster.wait_ready()
     other = Instance(cluster, "b")
@@ -218,7 +218,7 @@ def test_models_share_the_memory(cluster: Cluster, instance: Instance) -> None:
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_it_ends_when_told_and_leaves_no_trace(cluster: Cluster, number: signal.Signals) -> None:
+def test_memory_server_ends_on_sigterm_and_leaves_no_trace(cluster: Cluster, number: signal.Signals) -> None:
     process = cluster.launch_memory("leaving", BUDGET_GIB)
     cluster.wait_ready()
     assert "leaving" in pool_names(cluster)
@@ -229,7 +229,7 @@ def test_it_ends_when_told_and_leaves_no_trace(cluster: Cluster, number: signal.
     assert "Traceback" not in process.output()
 
 
-def test_another_caching_mode_is_refused_until_the_others_have_left(
+def test_pool_with_another_caching_mode_is_refused_until_the_others_have_left(
     cluster: Cluster, instance: Instance
 ) -> None:
     wait_for(lambda: instance.members.registered, what="the first one", timeout_s=WAIT_S)
@@ -280,16 +280,16 @@ DRAM = ["--dram-gib", "0.001"]
         ([*ROUTER, *DRAM, "--host", "192.0.2.1"], "192.0.2.1"),
     ],
 )
-def test_mistakes_are_one_line(argv: list[str], reason: str, capfd: pytest.CaptureFixture[str]) -> None:
+def test_memory_server_reports_wrong_flags_in_one_line(
+    argv: list[str], reason: str, capfd: pytest.CaptureFixture[str]
+) -> None:
     assert main(["--role", "memory", *argv]) == 2
     said = [line for line in capfd.readouterr().err.splitlines() if line.startswith("memserve.launch_server")]
     assert len(said) == 1
     assert reason in said[0]
 
 
-def test_what_a_memory_server_holds_goes_to_others_before_it_goes(
-    cluster: Cluster, instance: Instance
-) -> None:
+def test_memory_server_is_evacuated_to_the_other_ones(cluster: Cluster, instance: Instance) -> None:
     for name in ("goes", "stays"):
         cluster.launch_memory(name, BUDGET_GIB)
     cluster.wait_ready()

@@ -126,7 +126,7 @@ def wait_sent(node: PoolAgent) -> None:
     wait_for(lambda: not node.stats()["outbox"]["waiting"], what="the outbox to be empty", timeout_s=10)
 
 
-def test_the_pages_of_an_ended_request_go_home_and_only_those_that_are_lacking(join: Join) -> None:
+def test_decode_returns_the_pages_of_an_ended_request_that_its_prefill_lacks(join: Join) -> None:
     prefill, decode = join(Role.PREFILL), join(Role.DECODE)
     keys = chain(6)
     prompt = store(prefill, keys[:4])
@@ -139,7 +139,7 @@ def test_the_pages_of_an_ended_request_go_home_and_only_those_that_are_lacking(j
     assert (stats["outbox"]["sent"], stats["outbox"]["blocks"]) == (1, 2)
 
 
-def test_a_prefill_that_has_lost_the_prompt_gets_all_of_it(join: Join) -> None:
+def test_push_to_a_prefill_without_the_parent_sends_the_whole_chain(join: Join) -> None:
     prefill, decode = join(Role.PREFILL), join(Role.DECODE)
     keys = chain(6)
     data = store(decode, keys)
@@ -148,7 +148,7 @@ def test_a_prefill_that_has_lost_the_prompt_gets_all_of_it(join: Join) -> None:
     assert read(prefill, keys) == data
 
 
-def test_nothing_goes_home_while_a_request_runs_nor_to_a_prefill_nobody_knows(join: Join) -> None:
+def test_decode_returns_no_pages_of_a_running_request_or_to_an_unknown_prefill(join: Join) -> None:
     prefill, decode = join(Role.PREFILL), join(Role.DECODE)
     keys = chain(3)
     store(decode, keys)
@@ -158,7 +158,7 @@ def test_nothing_goes_home_while_a_request_runs_nor_to_a_prefill_nobody_knows(jo
     assert prefill.pool.stats().cached == 0
 
 
-def test_errands_to_a_pool_that_has_gone_hold_nobody_up(join: Join) -> None:
+def test_pushes_to_a_gone_pool_delay_no_other_push(join: Join) -> None:
     prefill, decode = join(Role.PREFILL), join(Role.DECODE)
     (to,) = decode._members.pools()
     store(decode, chain(3))
@@ -170,7 +170,7 @@ def test_errands_to_a_pool_that_has_gone_hold_nobody_up(join: Join) -> None:
     assert decode.stats()["outbox"]["failed"] == 5
 
 
-def test_errands_to_a_pool_that_was_started_anew_go_there(join: Join) -> None:
+def test_pushes_to_a_restarted_pool_reach_its_successor(join: Join) -> None:
     prefill, decode = join(Role.PREFILL), join(Role.DECODE)
     (to,) = decode._members.pools()
     data = store(decode, chain(3))
@@ -180,7 +180,7 @@ def test_errands_to_a_pool_that_was_started_anew_go_there(join: Join) -> None:
     assert read(prefill, chain(3)) == data
 
 
-def test_no_other_mode_sends_anything_home(join: Join) -> None:
+def test_decode_returns_pages_in_mode_full_only(join: Join) -> None:
     prefill = join(Role.PREFILL, caching=CachingMode.BOTH)
     decode = join(Role.DECODE, caching=CachingMode.BOTH)
     keys = chain(3)
@@ -237,6 +237,8 @@ def test_a_tier_is_resized_while_it_serves(join: Join) -> None:
         (None, 2, 7, 7 * DRAM_PER_HBM),
     ],
 )
-def test_the_size_of_a_tier(dram_bytes: int | None, num_ranks: int, hbm_blocks: int, blocks: int) -> None:
+def test_dram_slots_follow_the_size_of_hbm_and_the_free_memory(
+    dram_bytes: int | None, num_ranks: int, hbm_blocks: int, blocks: int
+) -> None:
     layout = KVLayout("model", 2, 4, LAYOUT.parts, "float32", 4, rank=0, num_ranks=num_ranks)
     assert dram_slots(dram_bytes, layout, hbm_blocks * layout.block_bytes) == blocks

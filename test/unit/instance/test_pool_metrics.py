@@ -64,7 +64,7 @@ def test_each_family_is_declared_once_and_in_one_piece() -> None:
     assert sum(i > 0 and order[i - 1] != name for i, name in enumerate(order)) == len(declared) - 1
 
 
-def test_several_reports_are_told_apart() -> None:
+def test_metrics_of_several_reports_have_a_rank_label() -> None:
     text = lines({"outbox": {"sent": 1}}, {"outbox": {"sent": 2}})
     assert text[2:] == ['memserve_outbox_sent_total{rank="0"} 1', 'memserve_outbox_sent_total{rank="1"} 2']
 
@@ -73,12 +73,12 @@ def test_one_report_needs_no_label() -> None:
     assert lines({"linker": {"load_s": 0.25}})[2:] == ["memserve_linker_load_seconds_total 0.25"]
 
 
-def test_a_report_that_has_a_label_keeps_it() -> None:
+def test_metrics_keep_the_labels_of_a_report() -> None:
     text = lines({"labels": {"layout": 'a"b\\c\nd'}, "outbox": {"sent": 1}})
     assert text[2] == 'memserve_outbox_sent_total{layout="a\\"b\\\\c\\nd"} 1'
 
 
-def test_a_number_that_nobody_described_is_shown_all_the_same() -> None:
+def test_metrics_show_numbers_without_a_description() -> None:
     assert lines({"linker": {"new": 7, "name": "text"}}) == [
         "# HELP memserve_linker_new linker: new",
         "# TYPE memserve_linker_new untyped",
@@ -86,7 +86,7 @@ def test_a_number_that_nobody_described_is_shown_all_the_same() -> None:
     ]
 
 
-def test_nothing_to_say_is_no_text() -> None:
+def test_metrics_of_no_reports_are_empty() -> None:
     assert exposition([]) == exposition([{"peers": None}]) == ""
 
 

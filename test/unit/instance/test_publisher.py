@@ -99,7 +99,7 @@ def wait_told(pool: MemPool, listener: Listener) -> None:
     wait_for(is_told, what="the news to arrive", timeout_s=10)
 
 
-def test_news_arrives(pool: MemPool, listener: Listener, publisher: Publisher) -> None:
+def test_publisher_sends_events(pool: MemPool, listener: Listener, publisher: Publisher) -> None:
     store(pool, 5)
     wait_told(pool, listener)
     pool.clear()
@@ -108,7 +108,7 @@ def test_news_arrives(pool: MemPool, listener: Listener, publisher: Publisher) -
     wait_told(pool, listener)
 
 
-def test_a_router_that_restarts_gets_a_snapshot(
+def test_publisher_sends_a_snapshot_to_a_restarted_router(
     pool: MemPool, listener: Listener, publisher: Publisher
 ) -> None:
     store(pool, 5)
@@ -119,7 +119,7 @@ def test_a_router_that_restarts_gets_a_snapshot(
     assert listener.num_snapshots >= 2
 
 
-def test_what_is_turned_away_is_told_again(pool: MemPool, listener: Listener, publisher: Publisher) -> None:
+def test_refused_report_is_repeated(pool: MemPool, listener: Listener, publisher: Publisher) -> None:
     store(pool, 5)
     wait_told(pool, listener)
     listener.turn_away = 2
@@ -128,9 +128,7 @@ def test_what_is_turned_away_is_told_again(pool: MemPool, listener: Listener, pu
     assert listener.turn_away == 0
 
 
-def test_what_is_lost_on_the_way_is_said_again_and_costs_no_snapshot(
-    pool: MemPool, listener: Listener
-) -> None:
+def test_lost_report_is_repeated_without_a_snapshot(pool: MemPool, listener: Listener) -> None:
     server, faults = ControlServer("127.0.0.1", 0, listener), Faults()
     with FaultyProxy(FaultyLink(ControlClient(server.address), faults)) as proxy:
         store(pool, 50)

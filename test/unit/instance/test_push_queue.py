@@ -56,7 +56,7 @@ def wait_idle(outbox: PushQueue) -> None:
     wait_for(lambda: outbox.stats().waiting == 0, what="the outbox to be empty", timeout_s=10)
 
 
-def test_errands_run_in_order_and_are_counted(outbox: PushQueue, postman: Postman) -> None:
+def test_push_tasks_run_in_order_and_are_counted(outbox: PushQueue, postman: Postman) -> None:
     postman.may_go.set()
     for num_blocks in (2, 3, 5):
         while not outbox.offer(errand(num_blocks)):
@@ -67,7 +67,7 @@ def test_errands_run_in_order_and_are_counted(outbox: PushQueue, postman: Postma
     assert (stats.sent, stats.blocks, stats.failed) == (2, 1 + 4, 1)
 
 
-def test_what_does_not_fit_is_dropped_and_counted(outbox: PushQueue, postman: Postman) -> None:
+def test_full_push_queue_drops_and_counts_tasks(outbox: PushQueue, postman: Postman) -> None:
     taken = [outbox.offer(errand(1)) for _ in range(10)]
     # One may have left the queue for the thread that is stuck with it.
     assert taken.count(True) in (2, 3)
@@ -78,7 +78,9 @@ def test_what_does_not_fit_is_dropped_and_counted(outbox: PushQueue, postman: Po
     assert outbox.offer(errand(1))
 
 
-def test_forget_drops_what_waits_and_waits_for_what_runs(outbox: PushQueue, postman: Postman) -> None:
+def test_forget_drops_waiting_tasks_and_waits_for_the_running_one(
+    outbox: PushQueue, postman: Postman
+) -> None:
     outbox.offer(errand(1))
     outbox.offer(errand(2))
     forgetting = threading.Thread(target=outbox.forget)

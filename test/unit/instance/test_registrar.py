@@ -45,7 +45,7 @@ class FakeRouter:
         self._server.close()
 
 
-def test_it_registers_sends_heartbeats_and_deregisters() -> None:
+def test_registrar_registers_sends_heartbeats_and_deregisters() -> None:
     router = FakeRouter(lambda message: Accepted(heartbeat_s=0.01))
     registrar = Registrar(ControlClient(router.address), INFO)
     registrar.start()
@@ -58,7 +58,7 @@ def test_it_registers_sends_heartbeats_and_deregisters() -> None:
     assert last == Deregister(INFO.instance_id, INFO.epoch)
 
 
-def test_a_router_that_forgot_gets_the_registration_anew() -> None:
+def test_registrar_registers_again_at_a_router_that_forgot_it() -> None:
     def forgetful(message: Message) -> Message:
         return Accepted(heartbeat_s=0.01) if isinstance(message, Register) else Unknown()
 
@@ -82,7 +82,7 @@ def test_heartbeats_carry_the_load() -> None:
     router.close()
 
 
-def test_who_drains_says_so_to_a_router_that_forgot_until_it_is_told_otherwise() -> None:
+def test_draining_instance_tells_a_router_that_forgot_it_until_the_drain_ends() -> None:
     said = iter([Accepted(0.01), Accepted(0.01, is_draining=True), Unknown(), Accepted(0.01), Unknown()])
     router = FakeRouter(lambda message: next(said, Accepted(0.01)))
     registrar = Registrar(ControlClient(router.address), INFO)

@@ -197,7 +197,7 @@ def test_one_message_in_a_hundred_may_be_lost_and_no_phantom_lives_a_second(stag
     assert stage.feed.counters().untrue_audits == 0
 
 
-def test_a_bad_line_delays_the_truth_and_never_bends_it(stage: Stage) -> None:
+def test_tree_converges_over_a_faulty_link_and_never_holds_wrong_blocks(stage: Stage) -> None:
     stage.faults.lose(0.2, PoolEvents, SnapshotPart)
     stage.faults.expect(None, *[Fault.DOUBLE, Fault.DELAY] * 10)
     stage.at(60, lambda: quieten(stage))
@@ -208,7 +208,7 @@ def test_a_bad_line_delays_the_truth_and_never_bends_it(stage: Stage) -> None:
 
 
 @pytest.mark.parametrize("away_s", [0, 3], ids=["registered again at once", "later"])
-def test_a_silent_pool_notices_a_router_that_knows_nothing_any_more(stage: Stage, away_s: float) -> None:
+def test_idle_publisher_detects_a_router_that_lost_its_state(stage: Stage, away_s: float) -> None:
     stage.at(2, lambda: quieten(stage))
     stage.at(4, stage.restart_router)
     stage.at(4 + away_s, stage.register)
@@ -216,7 +216,7 @@ def test_a_silent_pool_notices_a_router_that_knows_nothing_any_more(stage: Stage
     stage.assert_true()
 
 
-def test_a_router_that_was_away_for_a_minute_needs_no_snapshot(stage: Stage) -> None:
+def test_publisher_sends_no_snapshot_after_a_minute_without_router(stage: Stage) -> None:
     seen: list[int] = []
     stage.at(2, lambda: stage.faults.lose(1.0, PoolEvents, SnapshotPart))
     for seconds in (2, 62):
@@ -229,9 +229,7 @@ def test_a_router_that_was_away_for_a_minute_needs_no_snapshot(stage: Stage) -> 
     assert stage.feed.synced_tree().stats().counters.resets == 1
 
 
-def test_an_audit_finds_a_wrong_tree_and_puts_it_right(
-    stage: Stage, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_audit_detects_and_repairs_a_wrong_tree(stage: Stage, caplog: pytest.LogCaptureFixture) -> None:
     def invent() -> None:
         quieten(stage)
         held = stage.pool.snapshot()

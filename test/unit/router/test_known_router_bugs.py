@@ -58,8 +58,8 @@ COVERED = {
     5: [
         "unit/scheduling/prompt_tree/test_tree.py::test_events_of_other_epochs_are_ignored",
         "unit/router/kv_events/test_synchronizer.py::test_gap_requests_a_snapshot_that_repairs_the_tree",
-        "unit/instance/test_publisher.py::test_a_router_that_restarts_gets_a_snapshot",
-        "unit/instance/test_sync_session.py::test_an_audit_finds_a_wrong_tree_and_puts_it_right",
+        "unit/instance/test_publisher.py::test_publisher_sends_a_snapshot_to_a_restarted_router",
+        "unit/instance/test_sync_session.py::test_audit_detects_and_repairs_a_wrong_tree",
         "e2e/test_global_tree.py::test_tree_equals_the_pools_after_decode_was_killed_and_restarted",
         "e2e/test_global_tree.py::test_tree_audits_never_found_an_error",
     ],

@@ -36,7 +36,7 @@ def test_neighbours_become_one_copy() -> None:
 
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=8), st.data())
-def test_vectors_are_taken_byte_by_byte(lengths: list[int], data: st.DataObject) -> None:
+def test_vectors_can_be_taken_byte_by_byte(lengths: list[int], data: st.DataObject) -> None:
     addresses = np.arange(len(lengths), dtype=np.int64) * 100
     vectors = Vectors(addresses, np.array(lengths, np.int64))
     everything = [
@@ -61,7 +61,7 @@ def test_columns_of_different_lengths_are_refused() -> None:
         Copies(one, one, one, one, two)
 
 
-def test_a_part_of_a_batch() -> None:
+def test_part_of_copies_is_a_slice_of_the_batch() -> None:
     copies = Copies.of([Copy(1, i, 2, i, 1) for i in range(5)])
     assert copies.part(0, 9) is copies
     assert copies.part(1, 3).local_offsets.tolist() == [1, 2]

@@ -24,49 +24,49 @@ def gate() -> Iterator[EpochFence]:
 
 
 @pytest.fixture
-def visitor(gate: EpochFence) -> Iterator[RemoteFence]:
-    visitor = RemoteFence("owner", os.getpid(), gate.fd, gate.epoch)
-    yield visitor
-    visitor.close()
+def remote(gate: EpochFence) -> Iterator[RemoteFence]:
+    remote = RemoteFence("owner", os.getpid(), gate.fd, gate.epoch)
+    yield remote
+    remote.close()
 
 
-def test_a_visitor_sees_regions_come_and_go(gate: EpochFence, visitor: RemoteFence) -> None:
+def test_remote_fence_sees_registered_and_removed_regions(gate: EpochFence, remote: RemoteFence) -> None:
     gate.regions.add(Region(7, 4096, 100))
-    assert list(visitor.regions) == [Region(7, 4096, 100)]
+    assert list(remote.regions) == [Region(7, 4096, 100)]
     gate.regions.remove(7)
-    assert list(visitor.regions) == []
+    assert list(remote.regions) == []
 
 
-def test_clear_waits_for_visitors(gate: EpochFence, visitor: RemoteFence) -> None:
+def test_clear_waits_for_running_accesses(gate: EpochFence, remote: RemoteFence) -> None:
     cleared = threading.Thread(target=gate.clear, args=(DEADLINE_S,))
-    with visitor.visit(ME, SHORT_S):
+    with remote.access(ME, SHORT_S):
         with pytest.raises(TransferTimeout):
             gate.clear(SHORT_S)
         cleared.start()
         assert cleared.is_alive()
     cleared.join(DEADLINE_S)
     assert not cleared.is_alive()
-    with visitor.visit(ME, SHORT_S):
+    with remote.access(ME, SHORT_S):
         pass
 
 
-def test_who_is_refused_stays_out(gate: EpochFence, visitor: RemoteFence) -> None:
+def test_fence_keeps_a_refused_epoch_out(gate: EpochFence, remote: RemoteFence) -> None:
     other = new_epoch()
     gate.refuse(ME)
-    with pytest.raises(TransferFailed, match="fenced"), visitor.visit(ME, SHORT_S):
+    with pytest.raises(TransferFailed, match="fenced"), remote.access(ME, SHORT_S):
         pytest.fail("inside")
-    with visitor.visit(other, SHORT_S):
+    with remote.access(other, SHORT_S):
         pass
 
 
-def test_a_closed_gate_is_a_lost_instance(gate: EpochFence, visitor: RemoteFence) -> None:
+def test_closed_fence_is_a_lost_instance(gate: EpochFence, remote: RemoteFence) -> None:
     gate.close()
     gate.clear(SHORT_S)
-    with pytest.raises(InstanceLost), visitor.visit(ME, SHORT_S):
+    with pytest.raises(InstanceLost), remote.access(ME, SHORT_S):
         pytest.fail("inside")
 
 
-def test_another_process_at_that_number_is_stale(gate: EpochFence) -> None:
+def test_fence_of_another_process_with_the_same_pid_is_stale(gate: EpochFence) -> None:
     with pytest.raises(StaleEpoch):
         RemoteFence("owner", os.getpid(), gate.fd, new_epoch())
     with subprocess.Popen(["sleep", "60"]) as stranger:
@@ -77,12 +77,12 @@ def test_another_process_at_that_number_is_stale(gate: EpochFence) -> None:
         RemoteFence("owner", stranger.pid, 0, gate.epoch)
 
 
-def test_closing_during_a_visit_ends_it_first(gate: EpochFence) -> None:
-    visitor = RemoteFence("owner", os.getpid(), gate.fd, gate.epoch)
-    with visitor.visit(ME, SHORT_S):
-        visitor.close()
+def test_close_during_an_access_waits_for_its_end(gate: EpochFence) -> None:
+    remote = RemoteFence("owner", os.getpid(), gate.fd, gate.epoch)
+    with remote.access(ME, SHORT_S):
+        remote.close()
         with pytest.raises(TransferTimeout):
             gate.clear(SHORT_S)
     gate.clear(SHORT_S)
-    with pytest.raises(InstanceLost), visitor.visit(ME, SHORT_S):
+    with pytest.raises(InstanceLost), remote.access(ME, SHORT_S):
         pytest.fail("inside")

@@ -32,7 +32,7 @@ def test_ids_are_not_given_twice() -> None:
     assert len(seen) == 2 * MAX_REGIONS
 
 
-def test_a_full_table_says_so() -> None:
+def test_full_region_table_raises() -> None:
     table = RegionTable()
     for _ in range(MAX_REGIONS):
         table.add(Region(table.next_id(), 4096, 1))
@@ -41,12 +41,12 @@ def test_a_full_table_says_so() -> None:
 
 
 @pytest.mark.parametrize("region", [Region(1, 0, 5), Region(1, 4096, 0), Region(-1, 4096, 5)])
-def test_what_is_no_memory_is_no_region(region: Region) -> None:
+def test_region_table_refuses_ranges_that_are_no_memory(region: Region) -> None:
     with pytest.raises(OutOfBounds):
         RegionTable().add(region)
 
 
-def test_what_is_not_registered_cannot_be_removed() -> None:
+def test_removing_an_unregistered_region_raises() -> None:
     table = RegionTable()
     table.add(Region(1, 4096, 5))
     for region_id in (0, 2, -1, 1 + MAX_REGIONS):
@@ -88,12 +88,12 @@ def test_locate_and_resolve_undo_each_other(sizes: list[int], gap: int, address:
     ("address", "num_bytes", "overlaps"),
     [(90, 10, False), (90, 11, True), (105, 1, True), (110, 10, False), (119, 2, True), (130, 5, False)],
 )
-def test_overlaps(address: int, num_bytes: int, overlaps: bool) -> None:
+def test_address_map_detects_overlapping_ranges(address: int, num_bytes: int, overlaps: bool) -> None:
     memory = AddressMap([Region(1, 100, 10), Region(2, 120, 10)])
     assert memory.overlaps(address, num_bytes) is overlaps
 
 
-def test_an_empty_map_has_nothing() -> None:
+def test_empty_address_map_locates_nothing() -> None:
     memory = AddressMap([])
     assert memory.at(1) is None
     assert not memory.overlaps(1, 10)

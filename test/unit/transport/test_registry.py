@@ -24,7 +24,9 @@ def opened(name: TransportName = "auto", **options: str) -> tuple[Transport, ...
         ({}, []),
     ],
 )
-def test_what_two_ends_share_is_ranked(offered: dict[str, str], expected: list[str]) -> None:
+def test_ranked_lists_the_transports_of_both_ends_best_first(
+    offered: dict[str, str], expected: list[str]
+) -> None:
     own = opened("auto")
     there = {name: address.format(here=host_identity()) for name, address in offered.items()}
     assert [transport.name for transport in ranked(own, there)] == expected
@@ -32,7 +34,7 @@ def test_what_two_ends_share_is_ranked(offered: dict[str, str], expected: list[s
         transport.close()
 
 
-def test_auto_goes_on_with_tcp_where_the_host_forbids_local_copies(
+def test_auto_offers_tcp_only_if_the_host_forbids_local_copies(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def forbidden(self: LocalTransport) -> None:

@@ -52,7 +52,9 @@ def owner() -> Iterator[End]:
 
 
 @pytest.mark.parametrize("key", [None, OTHER_KEY])
-def test_who_holds_another_key_or_none_is_refused_by_both_ends(owner: End, key: ClusterKey | None) -> None:
+def test_tcp_peer_with_another_key_or_none_is_refused_by_both_ends(
+    owner: End, key: ClusterKey | None
+) -> None:
     stranger = End(key)
     try:
         with pytest.raises(WireMismatch, match="cluster key"):
@@ -63,7 +65,7 @@ def test_who_holds_another_key_or_none_is_refused_by_both_ends(owner: End, key: 
         stranger.transport.close()
 
 
-def test_without_a_key_it_stays_on_this_host() -> None:
+def test_control_server_without_a_key_binds_loopback_only() -> None:
     with pytest.raises(ConfigError, match="cluster-key-file"):
         TcpTransport(new_epoch(), "0.0.0.0")
     with pytest.raises(ConfigError, match="cluster-key-file"):
@@ -75,7 +77,7 @@ def test_a_port_that_is_taken_is_a_configuration_error(owner: End) -> None:
         TcpTransport(new_epoch(), "127.0.0.1", owner.port)
 
 
-def test_ipv6() -> None:
+def test_control_link_works_over_ipv6() -> None:
     try:
         ends = End(host="::1"), End(host="::1")
     except ConfigError as error:
@@ -88,7 +90,7 @@ def test_ipv6() -> None:
         end.transport.close()
 
 
-def test_nonsense_ends_its_connection_with_a_line_and_harms_nobody(
+def test_malformed_tcp_request_ends_its_connection_with_one_log_line(
     owner: End, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.WARNING)
@@ -128,7 +130,7 @@ def test_a_malformed_request_of_an_admitted_peer_ends_its_connection(
     assert not owner.memory.any()
 
 
-def test_an_epoch_that_was_fenced_before_it_came_is_not_admitted(owner: End) -> None:
+def test_tcp_refuses_an_epoch_fenced_before_its_connection(owner: End) -> None:
     end = End()
     owner.transport.fence(end.epoch, timeout_s=TIMEOUT_S)
     with pytest.raises(TransferFailed, match="fenced"):

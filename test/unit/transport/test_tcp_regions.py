@@ -27,7 +27,7 @@ def refusal(find: Callable[[], object]) -> str:
 
 
 @given(st.sampled_from([-1, 0, 1, 2, 4097]), EDGES, EDGES)
-def test_one_copy_is_refused_or_found_as_by_the_table(region_id: int, offset: int, num_bytes: int) -> None:
+def test_regions_of_one_copy_resolve_as_by_the_table(region_id: int, offset: int, num_bytes: int) -> None:
     memory = np.arange(NUM_BYTES, dtype=np.uint8)
     regions = OwnRegions()
     regions.add(Region(1, memory.ctypes.data, NUM_BYTES))
@@ -40,7 +40,7 @@ def test_one_copy_is_refused_or_found_as_by_the_table(region_id: int, offset: in
         assert found == memory[offset : offset + num_bytes].data
 
 
-def test_what_is_found_is_the_region_itself_until_it_is_removed() -> None:
+def test_tcp_regions_find_a_region_until_it_is_removed() -> None:
     memory = np.zeros(NUM_BYTES, np.uint8)
     regions = OwnRegions()
     regions.add(Region(1, memory.ctypes.data, NUM_BYTES))

@@ -60,7 +60,7 @@ def test_head_and_memory_arrive_whole_though_the_buffers_are_smaller(streams: tu
     assert received == sent
 
 
-def test_a_peer_that_does_not_read_stops_the_sender_in_time(streams: tuple[Stream, Stream]) -> None:
+def test_send_to_a_peer_that_does_not_read_times_out(streams: tuple[Stream, Stream]) -> None:
     deadline = time.monotonic() + 5 * SLICE_S
     with pytest.raises(TransferTimeout):
         streams[0].send(b"head", memoryview(bytes(1 << 26)), deadline)

@@ -69,7 +69,7 @@ def test_a_slow_answer_delays_no_other() -> None:
     run(test, lambda message: slow if message == beat("slow") else echo(message))
 
 
-def test_an_answer_that_does_not_come_is_an_error_in_time_and_dropped_when_late() -> None:
+def test_async_client_times_out_and_drops_the_late_answer() -> None:
     late: Future[Message] = Future()
 
     async def test(client: AsyncControlClient, server: ControlServer) -> None:

@@ -71,7 +71,9 @@ def test_each_request_gets_its_own_answer(key: ClusterKey | None) -> None:
 
 
 @pytest.mark.parametrize(("ours", "theirs"), [(KEY, OTHER_KEY), (KEY, None), (None, KEY)])
-def test_another_key_is_not_heard(ours: ClusterKey | None, theirs: ClusterKey | None) -> None:
+def test_registration_with_another_key_is_not_answered(
+    ours: ClusterKey | None, theirs: ClusterKey | None
+) -> None:
     heard = threading.Event()
 
     def handler(message: Message) -> Message:
@@ -95,7 +97,7 @@ def test_a_server_that_is_not_there_is_lost_and_found_when_it_comes() -> None:
             assert client.request(beat("b"), timeout_s=LATE_S) == Refused("b")
 
 
-def test_a_late_answer_is_not_taken_for_the_next_one() -> None:
+def test_control_client_drops_a_late_answer() -> None:
     release = threading.Event()
 
     def slow_once(message: Message) -> Message:
@@ -110,7 +112,7 @@ def test_a_late_answer_is_not_taken_for_the_next_one() -> None:
         assert client.request(beat("next"), timeout_s=LATE_S) == Refused("next")
 
 
-def test_threads_share_a_client() -> None:
+def test_control_client_serves_several_threads() -> None:
     answers: dict[str, Message] = {}
     with served() as server, connected(server.address) as client:
 
@@ -133,7 +135,7 @@ def test_an_error_of_the_handler_is_a_refusal_with_its_text() -> None:
         assert client.request(beat(), timeout_s=LATE_S) == Refused("not today")
 
 
-def test_a_future_is_answered_when_it_is_done_and_others_before_it() -> None:
+def test_control_server_answers_a_future_when_it_is_done_and_other_requests_before_it() -> None:
     slow: Future[Message] = Future()
 
     def handler(message: Message) -> Message | Future[Message]:
@@ -153,7 +155,7 @@ def test_a_future_is_answered_when_it_is_done_and_others_before_it() -> None:
         assert asked.result(LATE_S) == Accepted(2.0)
 
 
-def test_a_future_that_is_done_already_is_an_answer_like_any_other() -> None:
+def test_control_server_answers_a_completed_future() -> None:
     def handler(message: Message) -> Future[Message]:
         done: Future[Message] = Future()
         done.set_result(echo(message))
@@ -189,7 +191,7 @@ def test_an_error_of_a_future_is_a_refusal_with_its_text() -> None:
         assert client.request(beat(), timeout_s=LATE_S) == Refused("not today")
 
 
-def test_a_future_that_ends_after_the_server_is_dropped() -> None:
+def test_control_server_drops_a_future_that_ends_after_close() -> None:
     slow: Future[Message] = Future()
     asked = threading.Event()
 
@@ -207,13 +209,13 @@ def test_a_future_that_ends_after_the_server_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("frames", [[b"x"], [b"id", b"body", b"more"], [b""]])
-def test_nonsense_does_not_stop_the_server(frames: list[bytes]) -> None:
+def test_malformed_requests_do_not_stop_the_control_server(frames: list[bytes]) -> None:
     with served() as server, raw_socket(server.address) as socket, connected(server.address) as client:
         socket.send_multipart(frames)
         assert client.request(beat(), timeout_s=LATE_S) == Refused("a")
 
 
-def test_garbage_is_refused_by_name() -> None:
+def test_tcp_refuses_a_connection_that_is_no_handshake() -> None:
     with served() as server, raw_socket(server.address) as socket:
         socket.send_multipart([b"id", b"\xc1 garbage"])
         assert socket.poll(timeout=5000)
@@ -256,7 +258,7 @@ def test_leaving_the_host_needs_a_key() -> None:
     server.close()
 
 
-def test_a_busy_port_is_a_config_error_and_close_frees_it() -> None:
+def test_control_server_refuses_a_busy_port_and_close_frees_it() -> None:
     with served() as server:
         with pytest.raises(ConfigError, match=str(server.port)):
             ControlServer("127.0.0.1", server.port, echo)

@@ -55,12 +55,12 @@ HEARTBEAT = Heartbeat(InstanceId("a"), Epoch(1))
 
 
 @given(messages)
-def test_what_is_sent_is_what_arrives(message: Message) -> None:
+def test_decode_returns_the_encoded_message(message: Message) -> None:
     assert decode(encode(message)) == message
 
 
 @given(st.binary(max_size=64))
-def test_garbage_is_a_mismatch(data: bytes) -> None:
+def test_decode_refuses_garbage_as_a_mismatch(data: bytes) -> None:
     with pytest.raises(WireMismatch):
         decode(data)
 
@@ -89,7 +89,7 @@ def test_another_version_is_refused_by_name(version: int) -> None:
         decode(msgspec.msgpack.encode([version, msgspec.Raw(body)]))
 
 
-def test_another_versions_body_is_not_even_read() -> None:
+def test_decode_does_not_read_the_body_of_another_version() -> None:
     with pytest.raises(WireMismatch, match=f"version {WIRE_VERSION + 1}"):
         decode(msgspec.msgpack.encode([WIRE_VERSION + 1, {"type": "FromTheFuture"}]))
 

@@ -1,15 +1,14 @@
-"""How the owner of memory keeps `local` visitors out: a shared page and a lock that outlive nobody.
+"""How the owner of memory keeps processes of the same host out: a shared page, and a file lock.
 
-One-sided copies of the kernel ask the owner nothing, so the owner publishes, in a memfd that
-visitors map read-only, who it is, what is registered and who is refused:
+One-sided copies of the kernel do not involve the owner. So the owner publishes its epoch, its regions
+and the refused epochs in a memfd that peers map read-only:
 
-    int64[512]   magic · epoch · witness · shut · number of fenced epochs · fenced epochs (ring)
+    int64[512]   magic · epoch · epoch address · shut · number of fenced epochs · fenced epochs (ring)
     int64[4096, 3]   rows of the RegionTable
 
-and every copy happens under a shared flock on that memfd. To take something back (a region, a
-peer's right to write), the owner changes the page, then takes the lock exclusively once: whoever
-read the old page has finished, or has died, since the kernel drops a dead process's locks.
-Knows no copies.
+Every copy happens under a shared flock on that memfd. To revoke a region or a peer's access, the owner
+changes the page, then takes the lock exclusively once: a process that read the old page has finished
+or has died by then, since the kernel drops the locks of a dead process. Knows no copies.
 """
 
 from __future__ import annotations
@@ -33,7 +32,7 @@ _MAGIC = 0x6D656D7365727665
 _HEADER_WORDS = 512
 _NUM_BYTES = 8 * _HEADER_WORDS + 24 * MAX_REGIONS
 _NAME = "memserve-gate"
-_MAGIC_WORD, _EPOCH, _WITNESS, _SHUT, _NUM_FENCED, _FENCED = 0, 1, 2, 3, 4, 8
+_MAGIC_WORD, _EPOCH, _EPOCH_ADDRESS, _SHUT, _NUM_FENCED, _FENCED = 0, 1, 2, 3, 4, 8
 _MAX_FENCED = _HEADER_WORDS - _FENCED
 _POLL_S = 0.0005
 
@@ -47,22 +46,22 @@ class EpochFence:
         os.ftruncate(self.fd, _NUM_BYTES)
         page = mmap.mmap(self.fd, _NUM_BYTES)
         self._header = np.frombuffer(page, np.int64, count=_HEADER_WORDS)
-        self._witness = np.array([epoch], np.int64)
+        self._epoch_word = np.array([epoch], np.int64)
         self.regions = RegionTable(empty_rows(memoryview(page)[8 * _HEADER_WORDS :]))
         self._header[_EPOCH] = epoch
-        self._header[_WITNESS] = self._witness.ctypes.data
+        self._header[_EPOCH_ADDRESS] = self._epoch_word.ctypes.data
         self._header[_MAGIC_WORD] = _MAGIC
 
     def refuse(self, epoch: Epoch) -> None:
-        """Visitors of this epoch are turned away. The last 504 such epochs are remembered."""
+        """Refuse access to this epoch. The last 504 refused epochs are remembered."""
         count = int(self._header[_NUM_FENCED])
         self._header[_FENCED + count % _MAX_FENCED] = epoch
         self._header[_NUM_FENCED] = count + 1
 
     def clear(self, timeout_s: float) -> None:
-        """Return when every visitor who may have seen the page as it was has left.
+        """Return when every access that may have seen the previous page has ended.
 
-        Raises TransferTimeout if one is still inside. Nothing to do after `close`.
+        Raises TransferTimeout if one has not. Nothing to do after `close`.
         """
         if self.fd < 0:
             return
@@ -71,14 +70,14 @@ class EpochFence:
         try:
             while not _try_lock(self.fd, fcntl.LOCK_EX):
                 if time.monotonic() > deadline:
-                    raise TransferTimeout("a local visitor", timeout_s)
+                    raise TransferTimeout("a local peer", timeout_s)
                 time.sleep(_POLL_S)
             fcntl.flock(self.fd, fcntl.LOCK_UN)
         finally:
             self._header[_SHUT] = 0
 
     def close(self) -> None:
-        """Turn every visitor away from now on."""
+        """Refuse every access from now on."""
         if self.fd >= 0:
             self._header[_EPOCH] = 0
             os.close(self.fd)
@@ -86,13 +85,13 @@ class EpochFence:
 
 
 class RemoteFence:
-    """One process's way through another's gate. Any thread may visit."""
+    """A peer's fence, as this process passes it. Any thread may call any method."""
 
     def __init__(self, name: str, pid: int, fd: int, epoch: Epoch) -> None:
-        """Find process `pid`'s gate, which is its descriptor `fd`.
+        """Map the fence of process `pid`, which is its descriptor `fd`.
 
         Raises InstanceLost if there is no such process, StaleEpoch if it is another one now,
-        TransferFailed if the host does not let us look.
+        TransferFailed if the host forbids it.
         """
         self._name = name
         self._epoch = epoch
@@ -104,7 +103,7 @@ class RemoteFence:
         except ProcessLookupError as error:
             raise InstanceLost(name, f"no process {pid}") from error
         try:
-            self._fd = _open_gate(name, pid, fd, epoch)
+            self._fd = _open_fence(name, pid, fd, epoch)
         except BaseException:
             os.close(self._pidfd)
             raise
@@ -114,16 +113,16 @@ class RemoteFence:
         self.regions = RegionTable(rows)
 
     @property
-    def witness(self) -> int:
+    def epoch_address(self) -> int:
         """Address, in that process, of a word that holds its epoch."""
-        return int(self._header[_WITNESS])
+        return int(self._header[_EPOCH_ADDRESS])
 
     @contextmanager
-    def visit(self, visitor: Epoch, timeout_s: float) -> Iterator[None]:
-        """The time in which that process's memory may be touched.
+    def access(self, own_epoch: Epoch, timeout_s: float) -> Iterator[None]:
+        """The time in which this process, of epoch `own_epoch`, may access the peer's memory.
 
-        Raises StaleEpoch if it is closed or refuses `visitor`, InstanceLost if it is dead,
-        TransferTimeout if it keeps its gate shut.
+        Raises InstanceLost if the peer is dead or has closed its memory, TransferFailed if it refuses
+        `own_epoch`, TransferTimeout if it keeps its fence shut.
         """
         deadline = time.monotonic() + timeout_s
         while not self._try_enter():
@@ -134,21 +133,21 @@ class RemoteFence:
             self.check_alive()
             if self._header[_EPOCH] != self._epoch:
                 raise InstanceLost(self._name, "it has closed its memory")
-            if self._header[_NUM_FENCED] and visitor in self._header[_FENCED:]:
+            if self._header[_NUM_FENCED] and own_epoch in self._header[_FENCED:]:
                 raise TransferFailed(self._name, "it has fenced this process")
             yield
         finally:
             self._leave()
 
     def check_alive(self) -> None:
-        """Raises InstanceLost if the process has ended; its number may name another one by now."""
+        """Raises InstanceLost if the process has ended: its pid may belong to another one by now."""
         poll = select.poll()
         poll.register(self._pidfd, select.POLLIN)
         if poll.poll(0):
             raise InstanceLost(self._name, "the process has ended")
 
     def close(self) -> None:
-        """Let go of the gate, after the visits that are on."""
+        """Unmap the fence after the running accesses."""
         with self._lock:
             self._is_closing = True
             if self._inside == 0:
@@ -184,7 +183,7 @@ class RemoteFence:
                     self._release()
 
 
-def _open_gate(name: str, pid: int, fd: int, epoch: Epoch) -> int:
+def _open_fence(name: str, pid: int, fd: int, epoch: Epoch) -> int:
     path = f"/proc/{pid}/fd/{fd}"
     try:
         if _NAME not in os.readlink(path):

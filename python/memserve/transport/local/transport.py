@@ -6,8 +6,8 @@ would make it a memmove, but only memory that was allocated as a memfd can be ma
 engine's KV pools are not; process_vm_writev reaches 0.8 of a memmove over 1024 x 16 KiB
 (benchmark/bench_transfer.py), so there is little to win.
 
-A copy is over when its call returns, so nothing is ever late; `gate` keeps copies out that the
-owner does not want any more. Knows nothing of the network.
+A copy is over when its call returns, so no byte is ever late; `fence` keeps out the copies that the
+owner has revoked. Knows no network.
 """
 
 from __future__ import annotations
@@ -40,42 +40,42 @@ class LocalTransport(Transport):
     name = "local"
 
     def __init__(self, epoch: Epoch) -> None:
-        """Open this process's gate. Raises ConfigError if the host forbids such copies altogether."""
+        """Publish this process's fence. Raises ConfigError if the host forbids such copies altogether."""
         self._epoch = epoch
         self._memory = ProcessMemory()
         self._probe()
         if allow_neighbours():
             logger.info("local transport: processes of this user may now trace this one pid=%d", os.getpid())
         self._lock = threading.Lock()
-        self._gate = EpochFence(epoch)
-        self._address = f"{host_identity()}/{os.getpid()}/{self._gate.fd}"
-        self._visitors: dict[Peer, RemoteFence] = {}
+        self._fence = EpochFence(epoch)
+        self._address = f"{host_identity()}/{os.getpid()}/{self._fence.fd}"
+        self._remote_fences: dict[Peer, RemoteFence] = {}
         self._closed = False
 
     @property
     def address(self) -> str:
-        """`boot id/process namespace/process/descriptor of the gate`."""
+        """`boot id/pid namespace/pid/descriptor of the fence`."""
         return self._address
 
     def register(self, region: Region) -> None:
         with self._lock:
-            self._gate.regions.add(region)
+            self._fence.regions.add(region)
 
     def deregister(self, region_id: int, *, timeout_s: float) -> None:
         with self._lock:
-            self._gate.regions.remove(region_id)
-            self._gate.clear(timeout_s)
+            self._fence.regions.remove(region_id)
+            self._fence.clear(timeout_s)
 
     def connect(self, peer: Peer, *, timeout_s: float) -> None:
-        """Raises TransferFailed if the host does not let this process into that one."""
-        with self._visitor(peer).visit(self._epoch, timeout_s):
+        """Raises TransferFailed if the host forbids copies into that process."""
+        with self._remote_fence(peer).access(self._epoch, timeout_s):
             pass
 
     def disconnect(self, peer: Peer) -> None:
         with self._lock:
-            visitor = self._visitors.pop(peer, None)
-        if visitor is not None:
-            visitor.close()
+            fence = self._remote_fences.pop(peer, None)
+        if fence is not None:
+            fence.close()
 
     def write(self, peer: Peer, copies: Copies, *, timeout_s: float) -> None:
         self._move(peer, copies, timeout_s, self._memory.write)
@@ -84,12 +84,12 @@ class LocalTransport(Transport):
         self._move(peer, copies, timeout_s, self._memory.read)
 
     def settle(self, peer: Peer, *, timeout_s: float) -> None:
-        """Nothing to do: the kernel has stopped copying when a call returns, however it returns."""
+        """Nothing to do: the kernel has stopped copying when a call has returned or failed."""
 
     def fence(self, epoch: Epoch, *, timeout_s: float) -> None:
         with self._lock:
-            self._gate.refuse(epoch)
-            self._gate.clear(timeout_s)
+            self._fence.refuse(epoch)
+            self._fence.clear(timeout_s)
 
     def close(self) -> None:
         with self._lock:
@@ -97,18 +97,18 @@ class LocalTransport(Transport):
                 return
             self._closed = True
             try:
-                self._gate.clear(_CLOSE_TIMEOUT_S)
+                self._fence.clear(_CLOSE_TIMEOUT_S)
             except TransferTimeout:
                 logger.warning("local transport closed while a peer was still copying")
-            self._gate.close()
+            self._fence.close()
 
     def _move(self, peer: Peer, copies: Copies, timeout_s: float, move: Move) -> None:
         deadline = time.monotonic() + timeout_s
         lengths = copies.num_bytes
-        local = self._gate.regions.resolve(copies.local_regions, copies.local_offsets, lengths)
-        visitor = self._visitor(peer)
-        with visitor.visit(self._epoch, timeout_s):
-            remote = visitor.regions.resolve(copies.remote_regions, copies.remote_offsets, lengths)
+        local = self._fence.regions.resolve(copies.local_regions, copies.local_offsets, lengths)
+        fence = self._remote_fence(peer)
+        with fence.access(self._epoch, timeout_s):
+            remote = fence.regions.resolve(copies.remote_regions, copies.remote_offsets, lengths)
             local, remote, lengths = merge_pairs(local, remote, lengths)
             own, theirs = Vectors(local, lengths), Vectors(remote, lengths)
             while len(own):
@@ -132,40 +132,40 @@ class LocalTransport(Transport):
         own.take(moved)
         theirs.take(moved)
 
-    def _visitor(self, peer: Peer) -> RemoteFence:
-        visitor = self._visitors.get(peer)
-        if visitor is not None:
-            return visitor
+    def _remote_fence(self, peer: Peer) -> RemoteFence:
+        fence = self._remote_fences.get(peer)
+        if fence is not None:
+            return fence
         with self._lock:
             if self._closed:
                 raise TransferFailed(peer.name, "the local transport was closed")
-            if peer not in self._visitors:
-                self._visitors[peer] = self._admitted(peer)
-            return self._visitors[peer]
+            if peer not in self._remote_fences:
+                self._remote_fences[peer] = self._open_fence(peer)
+            return self._remote_fences[peer]
 
-    def _admitted(self, peer: Peer) -> RemoteFence:
-        """A visitor that has proven that it can read that process's memory, and that it is the peer's."""
+    def _open_fence(self, peer: Peer) -> RemoteFence:
+        """The peer's fence, after a read of the peer's epoch from its memory."""
         if not same_host(self._address, peer.address):
             raise TransferFailed(peer.name, "it is on another host")
-        visitor = RemoteFence(peer.name, _pid(peer), int(peer.address.rsplit("/", 1)[1]), peer.epoch)
+        fence = RemoteFence(peer.name, _pid(peer), int(peer.address.rsplit("/", 1)[1]), peer.epoch)
         word = np.zeros(1, np.int64)
         try:
             eight = np.array([8], np.int64)
-            theirs = Vectors(np.array([visitor.witness], np.int64), eight)
+            theirs = Vectors(np.array([fence.epoch_address], np.int64), eight)
             self._memory.read(_pid(peer), Vectors(np.array([word.ctypes.data], np.int64), eight), theirs, 1)
-            visitor.check_alive()
+            fence.check_alive()
             if word[0] != peer.epoch:
                 raise StaleEpoch(peer.name, peer.epoch, None)
         except OSError as error:
-            visitor.close()
+            fence.close()
             raise _translated(peer, error) from error
         except (InstanceLost, StaleEpoch):
-            visitor.close()
+            fence.close()
             raise
-        return visitor
+        return fence
 
     def _probe(self) -> None:
-        """Read a word of our own: only a system call filter can forbid that."""
+        """Read a word of this process: only a system call filter can forbid that."""
         words = np.array([self._epoch, 0], np.int64)
         eight = np.array([8], np.int64)
         source = Vectors(np.array([words.ctypes.data], np.int64), eight)
@@ -177,13 +177,13 @@ class LocalTransport(Transport):
 
 
 def host_identity() -> str:
-    """`boot id/process namespace`: equal for processes that can name each other by number."""
+    """`boot id/pid namespace`: equal for processes that can name each other by pid."""
     boot_id = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     return f"{boot_id}/{os.stat('/proc/self/ns/pid').st_ino}"
 
 
 def same_host(one: str, other: str) -> bool:
-    """Whether two `local` addresses belong to one host (and one process namespace)."""
+    """Whether two `local` addresses belong to one host and pid namespace."""
     return one.split("/")[:2] == other.split("/")[:2]
 
 

@@ -1,10 +1,9 @@
 """Copies over TCP straight into registered memory: any two hosts, no device, authenticated.
 
-A connection carries one request at a time, so each thread that copies has its own, kept for the
-next call. A write is done when the owner has said that the bytes are in place. A connection that
-failed in the middle of a copy is aborted and remembered: the owner's kernel may still hold bytes
-of it, and `settle` asks the owner, over a new connection, to drop them.
-Knows no control plane.
+A connection carries one request at a time, so each copying thread has its own, kept for the next
+call. A write is done when the owner has confirmed that the bytes are in place. A connection that
+fails during a copy is aborted and remembered: the owner's kernel may still hold bytes of it, and
+`settle` asks the owner, over a new connection, to drop them. Knows no control plane.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ class TcpTransport(Transport):
         self._lock = threading.Lock()
         self._idle: defaultdict[Peer, list[_TcpConnection]] = defaultdict(list)
         self._used: set[_TcpConnection] = set()
-        self._doubtful: defaultdict[Peer, set[int]] = defaultdict(set)
+        self._unsettled: defaultdict[Peer, set[int]] = defaultdict(set)
         self._closed = False
 
     @property
@@ -91,10 +90,10 @@ class TcpTransport(Transport):
 
     def disconnect(self, peer: Peer) -> None:
         with self._lock:
-            self._doubtful.pop(peer, None)
-            links = self._idle.pop(peer, [])
-        for link in links:
-            link.stream.close()
+            self._unsettled.pop(peer, None)
+            connections = self._idle.pop(peer, [])
+        for connection in connections:
+            connection.stream.close()
 
     def write(self, peer: Peer, copies: Copies, *, timeout_s: float) -> None:
         self._move(peer, copies, TcpOperation.WRITE, timeout_s)
@@ -104,29 +103,29 @@ class TcpTransport(Transport):
 
     def settle(self, peer: Peer, *, timeout_s: float) -> None:
         with self._lock:
-            given_up = set(self._doubtful.get(peer, ()))
+            given_up = set(self._unsettled.get(peer, ()))
         if not given_up:
             return
         deadline = time.monotonic() + timeout_s
         try:
-            link = self._take(peer, deadline)
+            connection = self._take(peer, deadline)
         except InstanceLost as error:
             if isinstance(error.__cause__, ConnectionRefusedError):
-                raise  # nobody listens there any more
+                raise  # The peer's process has ended.
             raise TransferTimeout(peer.name, timeout_s) from error
         rows = np.array([(connection_id, 0, 0) for connection_id in given_up], np.int64)
         try:
-            link.stream.send_bytes(protocol.request(TcpOperation.SETTLE, rows, 0), deadline)
-            protocol.receive_reply(link.stream, deadline)
+            connection.stream.send_bytes(protocol.request(TcpOperation.SETTLE, rows, 0), deadline)
+            protocol.receive_reply(connection.stream, deadline)
         except TransferFailed as error:
-            self._give(peer, link)
+            self._give(peer, connection)
             raise TransferTimeout(peer.name, timeout_s) from error
         except MemServeError as error:
-            self._drop(peer, link)
+            self._drop(peer, connection)
             raise TransferTimeout(peer.name, timeout_s) from error
-        self._give(peer, link)
+        self._give(peer, connection)
         with self._lock:
-            self._doubtful[peer] -= given_up
+            self._unsettled[peer] -= given_up
 
     def fence(self, epoch: Epoch, *, timeout_s: float) -> None:
         self._server.fence(epoch, timeout_s)
@@ -136,11 +135,11 @@ class TcpTransport(Transport):
             if self._closed:
                 return
             self._closed = True
-            for link in self._used:
-                link.stream.cut()
-            for links in self._idle.values():
-                for link in links:
-                    link.stream.close()
+            for connection in self._used:
+                connection.stream.cut()
+            for connections in self._idle.values():
+                for connection in connections:
+                    connection.stream.close()
             self._idle.clear()
         try:
             self._server.close(_CLOSE_TIMEOUT_S)
@@ -155,30 +154,30 @@ class TcpTransport(Transport):
             self._server.regions.memory(rows_of(part.local_regions, part.local_offsets, part.num_bytes))
             for part in parts
         ]
-        link = self._take(peer, deadline)
+        connection = self._take(peer, deadline)
         try:
             for part, memory in zip(parts, local, strict=True):
-                self._ask(link.stream, operation, part, memory, deadline)
+                self._ask(connection.stream, operation, part, memory, deadline)
         except OutOfBounds:
-            self._give(peer, link)
+            self._give(peer, connection)
             raise
         except InstanceLost as error:
-            self._drop(peer, link)
+            self._drop(peer, connection)
             if self._closed:
                 raise TransferFailed(peer.name, "the tcp transport was closed") from error
             raise
         except TransferTimeout as error:
-            self._drop(peer, link)
+            self._drop(peer, connection)
             raise TransferTimeout(peer.name, timeout_s) from error
         except MemServeError:
-            self._drop(peer, link)
+            self._drop(peer, connection)
             raise
-        self._give(peer, link)
+        self._give(peer, connection)
 
     def _ask(
         self, stream: Stream, operation: TcpOperation, copies: Copies, memory: Memory, deadline: float
     ) -> None:
-        """One request and its answer."""
+        """Send one request and receive its answer."""
         rows = rows_of(copies.remote_regions, copies.remote_offsets, copies.num_bytes)
         request = protocol.request(operation, rows, memory.nbytes)
         if operation is TcpOperation.WRITE:
@@ -190,49 +189,49 @@ class TcpTransport(Transport):
             stream.receive(memory, deadline)
 
     def _take(self, peer: Peer, deadline: float) -> _TcpConnection:
-        """A connection that no other thread uses, made if need be."""
+        """A connection that no other thread uses, a new one if all are in use."""
         with self._lock:
             if self._closed:
                 raise TransferFailed(peer.name, "the tcp transport was closed")
             idle = self._idle.get(peer)
-            link = idle.pop() if idle else None
-            if link is not None:
-                self._used.add(link)
-                return link
-        link = self._connected(peer, deadline)
+            connection = idle.pop() if idle else None
+            if connection is not None:
+                self._used.add(connection)
+                return connection
+        connection = self._connected(peer, deadline)
         with self._lock:
             if not self._closed:
-                self._used.add(link)
-                return link
-        link.stream.abort()
+                self._used.add(connection)
+                return connection
+        connection.stream.abort()
         raise TransferFailed(peer.name, "the tcp transport was closed")
 
-    def _give(self, peer: Peer, link: _TcpConnection) -> None:
-        """Keep a connection whose last request was answered for the next one."""
+    def _give(self, peer: Peer, connection: _TcpConnection) -> None:
+        """Keep a connection, whose last request was answered, for the next request."""
         with self._lock:
-            self._used.discard(link)
+            self._used.discard(connection)
             if not self._closed:
-                self._idle[peer].append(link)
+                self._idle[peer].append(connection)
                 return
-        link.stream.close()
+        connection.stream.close()
 
-    def _drop(self, peer: Peer, link: _TcpConnection) -> None:
-        """End a connection whose last request was not answered, and remember it for `settle`."""
+    def _drop(self, peer: Peer, connection: _TcpConnection) -> None:
+        """Abort a connection whose last request was not answered, and remember it for `settle`."""
         with self._lock:
-            self._used.discard(link)
-            self._doubtful[peer].add(link.connection_id)
-        link.stream.abort()
+            self._used.discard(connection)
+            self._unsettled[peer].add(connection.connection_id)
+        connection.stream.abort()
 
     def _connected(self, peer: Peer, deadline: float) -> _TcpConnection:
         host, _, port = peer.address.rpartition(":")
         left = max(deadline - time.monotonic(), 0.001)
         try:
-            connection = socket.create_connection((host.strip("[]"), int(port)), timeout=left)
+            opened = socket.create_connection((host.strip("[]"), int(port)), timeout=left)
         except TimeoutError as error:
             raise TransferTimeout(peer.name, left) from error
         except OSError as error:
             raise InstanceLost(peer.name, f"cannot connect: {error.strerror}") from error
-        stream = Stream(connection, peer.name, self._calls)
+        stream = Stream(opened, peer.name, self._calls)
         hello = protocol.HandshakeHello(self._epoch, peer.epoch, secrets.randbits(63))
         try:
             protocol.introduce(stream, hello, self._keys, deadline)

@@ -1,4 +1,4 @@
-"""What `tcp` peers say to each other, as bytes.
+"""The frames of the `tcp` transport.
 
     initiator                                        owner of the memory
     HELLO    version, epochs, connection id, nonce →
@@ -15,7 +15,7 @@
 
 The proofs are HMAC-SHA256 under a key derived from the cluster key, with each end's role in them;
 they authenticate the connection's two ends, and neither hide nor sign the bytes that follow.
-Without a cluster key the proofs are zeros. Knows no sockets' options and no memory.
+Without a cluster key the proofs are zeros. Knows no socket options and no memory.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ _MAX_REASON_BYTES = 1024
 
 
 class TcpOperation(IntEnum):
-    """What a request wants. The first words of SETTLE's rows are connection ids."""
+    """The kind of a request. The first words of the rows of SETTLE are connection ids."""
 
     WRITE = 1
     READ = 2
@@ -70,7 +70,7 @@ class Status(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class HandshakeHello:
-    """Who has connected."""
+    """The first frame of the connecting process."""
 
     epoch: Epoch
     expected_epoch: Epoch
@@ -84,7 +84,7 @@ class Authenticator:
         self._key = None if key is None else key.derive("tcp transport v1")
 
     def proof(self, role: bytes, transcript: bytes) -> bytes:
-        """What only a holder of the cluster key can say about this conversation."""
+        """The HMAC of the transcript under the cluster key, for one end's role."""
         if self._key is None:
             return bytes(_PROOF_BYTES)
         return hmac.digest(self._key, role + transcript, hashlib.sha256)

@@ -1,7 +1,7 @@
 """The memory owner's end of `tcp`: admits peers and copies between their streams and our regions.
 
-One thread accepts, one serves each connection. Whatever arrives that makes no sense ends its
-connection with one log line. Knows nothing of the other direction; `tcp` has it.
+One thread accepts, one serves each connection. A malformed request ends its connection with one log
+line. Knows nothing of the other direction, which is `client`.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _PAUSE_S = 0.1
 
 
 @dataclass(eq=False, slots=True)
-class _Visit:
+class _AdmittedPeer:
     """One admitted connection."""
 
     stream: Stream
@@ -53,16 +53,16 @@ class _Visit:
 
 
 class TcpServer:
-    """Serves `regions` to peers. Its methods may be called from any thread."""
+    """Serves `regions` to peers. Any thread may call any method."""
 
     def __init__(self, host: str, port: int, epoch: Epoch, keys: protocol.Authenticator) -> None:
-        """Listen on `host:port` (0: the system picks one). Raises ConfigError if that cannot be."""
+        """Listen on `host:port` (0: the system picks one). Raises ConfigError if it cannot listen."""
         self.regions = OwnRegions()
         self._epoch = epoch
         self._keys = keys
         self._calls = SocketVectors()
         self._changed = threading.Condition()
-        self._visits: set[_Visit] = set()
+        self._connections: set[_AdmittedPeer] = set()
         self._num_connections = 0
         self._fenced: set[Epoch] = set()
         self._closed = False
@@ -84,13 +84,16 @@ class TcpServer:
         """Stop serving a region and cut the connections that are copying it."""
         with self._changed:
             self.regions.remove(region_id)
-            self._end(lambda visit: visit.region_ids is not None and region_id in visit.region_ids, timeout_s)
+            self._end(
+                lambda peer: peer.region_ids is not None and region_id in peer.region_ids,
+                timeout_s,
+            )
 
     def fence(self, epoch: Epoch, timeout_s: float) -> None:
         """Cut that process's connections and admit none again."""
         with self._changed:
             self._fenced.add(epoch)
-            self._end(lambda visit: visit.epoch == epoch, timeout_s)
+            self._end(lambda peer: peer.epoch == epoch, timeout_s)
 
     def close(self, timeout_s: float) -> None:
         """Stop listening and cut every connection. Raises TransferTimeout if one is stuck."""
@@ -100,15 +103,15 @@ class TcpServer:
             self._closed = True
             self._pause.set()
             self._listener.shutdown(socket.SHUT_RDWR)
-            self._end(lambda visit: True, timeout_s)
+            self._end(lambda peer: True, timeout_s)
 
-    def _end(self, chosen: Callable[[_Visit], bool], timeout_s: float) -> None:
+    def _end(self, chosen: Callable[[_AdmittedPeer], bool], timeout_s: float) -> None:
         """Cut the chosen connections and wait until their threads are done. Holds the lock."""
-        ending = {visit for visit in self._visits if chosen(visit)}
-        for visit in ending:
-            visit.is_cut = True
-            visit.stream.cut()
-        if not self._changed.wait_for(lambda: not ending & self._visits, timeout_s):
+        ending = {peer for peer in self._connections if chosen(peer)}
+        for peer in ending:
+            peer.is_cut = True
+            peer.stream.cut()
+        if not self._changed.wait_for(lambda: not ending & self._connections, timeout_s):
             raise TransferTimeout("a tcp peer", timeout_s)
 
     def _accept(self) -> None:
@@ -142,11 +145,11 @@ class TcpServer:
 
     def _serve(self, connection: socket.socket, name: str) -> None:
         stream = Stream(connection, name, self._calls)
-        visit: _Visit | None = None
+        peer: _AdmittedPeer | None = None
         try:
-            visit = self._admitted(stream)
+            peer = self._admit(stream)
             while True:
-                self._answer(visit)
+                self._answer(peer)
         except InstanceLost as error:
             logger.debug("tcp connection ended peer=%s: %s", name, error.reason)
         except MemServeError as error:
@@ -158,23 +161,23 @@ class TcpServer:
             stream.close()
             with self._changed:
                 self._num_connections -= 1
-                if visit is not None:
-                    self._visits.discard(visit)
+                if peer is not None:
+                    self._connections.discard(peer)
                 self._changed.notify_all()
 
-    def _admitted(self, stream: Stream) -> _Visit:
+    def _admit(self, stream: Stream) -> _AdmittedPeer:
         deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
         hello = protocol.welcome(stream, self._epoch, self._keys, deadline)
-        visit = _Visit(stream, hello.epoch, hello.connection_id)
+        peer = _AdmittedPeer(stream, hello.epoch, hello.connection_id)
         with self._changed:
             refused = self._refusal(hello)
             if not refused:
-                self._visits.add(visit)
+                self._connections.add(peer)
         if refused:
             stream.send_bytes(protocol.reply(Status.NOT_ADMITTED, refused), deadline)
             raise TransferFailed(stream.name, refused)
         stream.send_bytes(protocol.reply(Status.DONE), deadline)
-        return visit
+        return peer
 
     def _refusal(self, hello: protocol.HandshakeHello) -> str:
         if self._closed:
@@ -183,14 +186,14 @@ class TcpServer:
             return "another process was expected here"
         return "this epoch is fenced" if hello.epoch in self._fenced else ""
 
-    def _answer(self, visit: _Visit) -> None:
-        stream = visit.stream
+    def _answer(self, peer: _AdmittedPeer) -> None:
+        stream = peer.stream
         operation, rows, num_bytes = protocol.receive_request(stream, NO_DEADLINE)
         if operation is TcpOperation.SETTLE:
-            self._settle(visit, frozenset(int(given_up) for given_up in first_words(rows)))
+            self._settle(peer, frozenset(int(given_up) for given_up in first_words(rows)))
             return
         try:
-            memory = self._borrow(visit, rows)
+            memory = self._borrow(peer, rows)
         except OutOfBounds as error:
             if operation is TcpOperation.WRITE:
                 stream.discard(num_bytes, NO_DEADLINE)
@@ -205,33 +208,33 @@ class TcpServer:
                 stream.send(protocol.reply(Status.DONE), memory, NO_DEADLINE)
         finally:
             with self._changed:
-                visit.region_ids = None
+                peer.region_ids = None
         if operation is TcpOperation.WRITE:
             stream.send_bytes(protocol.reply(Status.DONE), NO_DEADLINE)
 
-    def _borrow(self, visit: _Visit, rows: Rows) -> Memory:
-        """The memory that a request's rows mean, which nobody takes back until region_ids is None again.
+    def _borrow(self, peer: _AdmittedPeer, rows: Rows) -> Memory:
+        """The memory of a request's rows, which stays registered until `region_ids` is None again.
 
         Raises OutOfBounds, or InstanceLost if the connection was cut meanwhile; nothing is borrowed then.
         """
         with self._changed:
-            if visit.is_cut:
-                raise InstanceLost(visit.stream.name, "this end was told to stop")
+            if peer.is_cut:
+                raise InstanceLost(peer.stream.name, "this end was told to stop")
             memory = self.regions.memory(rows)
-            visit.region_ids = first_words(rows)
+            peer.region_ids = first_words(rows)
         return memory
 
-    def _settle(self, visit: _Visit, given_up: frozenset[int]) -> None:
-        """Cut connections that their initiator has given up, and say when they are over."""
+    def _settle(self, peer: _AdmittedPeer, given_up: frozenset[int]) -> None:
+        """Cut the connections that their initiator has given up, and answer when they have ended."""
         try:
             with self._changed:
                 self._end(
                     lambda other: (
-                        other is not visit and other.epoch == visit.epoch and other.connection_id in given_up
+                        other is not peer and other.epoch == peer.epoch and other.connection_id in given_up
                     ),
                     HANDSHAKE_TIMEOUT_S,
                 )
         except TransferTimeout:
-            visit.stream.send_bytes(protocol.reply(Status.FAILED, "still copying"), NO_DEADLINE)
+            peer.stream.send_bytes(protocol.reply(Status.FAILED, "still copying"), NO_DEADLINE)
             return
-        visit.stream.send_bytes(protocol.reply(Status.DONE), NO_DEADLINE)
+        peer.stream.send_bytes(protocol.reply(Status.DONE), NO_DEADLINE)

@@ -81,26 +81,26 @@ def holds(pool: MemPool, prompt: Sequence[int]) -> int:
     return pool.num_cached(keys_of(prompt))
 
 
-def test_all_of_it_is_elsewhere_then_and_shared_blocks_are_sent_once() -> None:
+def test_evacuation_saves_all_blocks_and_sends_shared_ones_once() -> None:
     pool, there = full(ONE, OTHER, THIRD), make_pool(16)
     assert FakePeers(a=there).take_in(pool) == Evacuated(8, 80, 0, 0)
     assert [holds(there, prompt) for prompt in (ONE, OTHER, THIRD)] == [4, 4, 2]
     assert pool.stats().cached == 8
 
 
-def test_what_one_of_the_others_has_is_not_sent() -> None:
+def test_evacuation_sends_no_blocks_that_a_target_has() -> None:
     peers = FakePeers(a=full(ONE), b=full(THIRD))
     assert peers.take_in(full(ONE, THIRD)) == Evacuated(0, 0, 6, 0)
     assert not peers.pushed
 
 
-def test_a_chain_goes_to_who_has_most_of_it() -> None:
+def test_evacuation_sends_a_chain_to_the_target_that_has_most_of_it() -> None:
     peers = FakePeers(a=full(THIRD), b=full(ONE[:3]), c=full(ONE[:1]))
     assert peers.take_in(full(ONE)) == Evacuated(1, 10, 3, 0)
     assert peers.pushed == [("b", 1)]
 
 
-def test_the_hottest_go_first_and_the_time_ends_it() -> None:
+def test_evacuation_sends_the_most_recent_chains_until_the_deadline() -> None:
     pool, there = full(ONE, THIRD, OTHER), make_pool(16)
     with pool.acquire(pool.match(keys_of(ONE[:3]))):
         pass
@@ -109,7 +109,7 @@ def test_the_hottest_go_first_and_the_time_ends_it() -> None:
     assert [holds(there, prompt) for prompt in (ONE, OTHER, THIRD)] == [3, 4, 0]
 
 
-def test_a_full_pool_gives_up_the_share_that_is_coldest_and_no_more() -> None:
+def test_full_target_evicts_its_coldest_share_only() -> None:
     """Two pools as busy as each other: half of what both hold stays, the hotter half of each."""
     there = full([11, 12], [13, 14], num_slots=4)
     answer = FakePeers(a=there).take_in(full([21, 22], [23, 24]))
@@ -117,7 +117,7 @@ def test_a_full_pool_gives_up_the_share_that_is_coldest_and_no_more() -> None:
     assert [holds(there, prompt) for prompt in ([11, 12], [13, 14], [21, 22], [23, 24])] == [0, 2, 0, 2]
 
 
-def test_what_is_hot_here_is_hot_there() -> None:
+def test_evacuation_keeps_the_recency_of_chains() -> None:
     pool, there = full([21, 22], [23, 24], [25, 26]), make_pool(6)
     assert FakePeers(a=there).take_in(pool).num_left == 0
     for left in ([2, 2, 0], [2, 0, 0]):
@@ -125,19 +125,19 @@ def test_what_is_hot_here_is_hot_there() -> None:
         assert [holds(there, prompt) for prompt in ([25, 26], [23, 24], [21, 22])] == left
 
 
-def test_a_chain_too_long_for_the_room_there_is_loses_its_end() -> None:
+def test_evacuation_cuts_a_chain_that_exceeds_the_targets_room() -> None:
     there = make_pool(3)
     assert FakePeers(a=there).take_in(full(ONE)) == Evacuated(3, 30, 0, 1, NO_ROOM)
     assert holds(there, ONE) == 3
 
 
-def test_where_there_is_room_is_better_than_where_it_begins() -> None:
+def test_evacuation_prefers_a_target_with_room_to_one_with_the_beginning() -> None:
     peers = FakePeers(a=full(ONE[:1], num_slots=2), b=make_pool(16))
     assert peers.take_in(full(ONE)).num_left == 0
     assert holds(peers.pools["b"], ONE) == 4
 
 
-def test_all_ranks_choose_alike_and_prompts_are_spread() -> None:
+def test_evacuation_of_all_ranks_chooses_alike_and_spreads_prompts() -> None:
     def chosen(names: str) -> list[str]:
         peers = FakePeers(**{name: make_pool(64) for name in names})
         peers.take_in(full(*([token] for token in range(16))))
@@ -147,7 +147,7 @@ def test_all_ranks_choose_alike_and_prompts_are_spread() -> None:
     assert set(chosen("abc")) == set("abc")
 
 
-def test_a_pool_that_is_gone_costs_nothing_where_there_is_another() -> None:
+def test_evacuation_continues_without_a_target_that_is_gone() -> None:
     peers = FakePeers(a=make_pool(16), b=make_pool(16))
     peers.lost = {"a"}
     assert peers.take_in(full(ONE, OTHER, THIRD)).num_left == 0
@@ -155,7 +155,7 @@ def test_a_pool_that_is_gone_costs_nothing_where_there_is_another() -> None:
     assert peers.take_in(full(ONE)) == Evacuated(0, 0, 0, 4, NO_PEER)
 
 
-def test_an_empty_pool_is_evacuated_whoever_is_there() -> None:
+def test_evacuation_of_an_empty_pool_ends_at_once() -> None:
     assert FakePeers().take_in(make_pool(4)) == Evacuated(0, 0, 0, 0)
 
 
@@ -171,7 +171,7 @@ def evacuate(to: End, timeout_s: float = TIMEOUT_S) -> Evacuate:
     return Evacuate(LAYOUT.digest, (EvacuationTarget("there", to.peer.control, to.peer.epoch),), timeout_s)
 
 
-def test_a_router_has_a_pool_evacuate(ends: tuple[End, End]) -> None:
+def test_router_can_direct_an_evacuation(ends: tuple[End, End]) -> None:
     here, there = ends
     with running(*ends), closing(ControlClient(here.peer.control)) as router:
         assert "no pool" in getattr(router.request(evacuate(there), timeout_s=TIMEOUT_S), "reason", "")
@@ -185,7 +185,7 @@ def test_a_router_has_a_pool_evacuate(ends: tuple[End, End]) -> None:
         assert answer == Evacuated(0, 0, 6, 0)
 
 
-def test_a_process_that_is_told_to_stop_does_not_evacuate_on(ends: tuple[End, End]) -> None:
+def test_close_ends_a_running_evacuation(ends: tuple[End, End]) -> None:
     here, there = ends
     here.peers.add(here.pool)
     for token in range(8):

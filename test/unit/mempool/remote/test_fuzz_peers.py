@@ -82,7 +82,9 @@ def peers() -> Iterator[Peers]:
 @pytest.mark.parametrize(
     "address", ["127.0.0.1:1", "", "a", ":", "a:b", "127.0.0.1:99999999", "\x00:1", "a b:1", "[::1", "*:*"]
 )
-def test_errands_to_nowhere_end_with_an_answer(peers: Peers, address: str, timeout_s: float) -> None:
+def test_fetches_and_evacuations_to_bad_addresses_are_answered(
+    peers: Peers, address: str, timeout_s: float
+) -> None:
     pool = make_pool(4)
     pool.insert(CHAIN[:2], write(pool, CHAIN[:2]))
     peers.add(pool)

@@ -50,7 +50,7 @@ def ends() -> Iterator[tuple[End, End]]:
         yield ends
 
 
-def test_push_sends_what_the_peer_lacks(pair: tuple[End, End]) -> None:
+def test_transfer_with_insert_sends_the_blocks_that_the_peer_lacks(pair: tuple[End, End]) -> None:
     here, there = pair
     store(here.pool, PROMPT)
     store(there.pool, PROMPT[:1])
@@ -74,7 +74,7 @@ def test_transfer_with_insert_moves_blocks_in_every_mode(ends: tuple[End, End], 
     assert there.has(PROMPT) == 4
 
 
-def test_fetch_gets_what_this_pool_lacks(pair: tuple[End, End]) -> None:
+def test_fetch_copies_the_blocks_that_this_pool_lacks(pair: tuple[End, End]) -> None:
     here, there = pair
     store(there.pool, PROMPT)
     store(here.pool, PROMPT[:2])
@@ -85,7 +85,7 @@ def test_fetch_gets_what_this_pool_lacks(pair: tuple[End, End]) -> None:
     assert (stats.fetches, stats.blocks_fetched, stats.bytes_fetched) == (2, 2, 2 * BLOCK_BYTES)
 
 
-def test_a_chain_goes_on_after_its_parent(ends: tuple[End, End]) -> None:
+def test_chain_continues_after_its_parent(ends: tuple[End, End]) -> None:
     here, there = ends
     store(here.pool, PROMPT)
     keys = keys_of(PROMPT)
@@ -102,7 +102,7 @@ def test_a_chain_goes_on_after_its_parent(ends: tuple[End, End]) -> None:
     assert here.has(PROMPT) == 4
 
 
-def test_what_is_not_cached_is_not_sent(ends: tuple[End, End]) -> None:
+def test_transfer_with_insert_ends_at_the_first_block_that_is_not_cached(ends: tuple[End, End]) -> None:
     here, there = ends
     store(here.pool, PROMPT[:2])
     assert here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT)).num_sent == 2
@@ -128,7 +128,7 @@ def test_chunks_are_bounded_in_blocks_and_bytes() -> None:
     assert chunk_blocks(1 << 30) == 1
 
 
-def test_a_full_receiver_declines_and_takes_what_fits_of_a_long_chain(ends: tuple[End, End]) -> None:
+def test_full_receiver_declines_and_accepts_after_blocks_are_freed(ends: tuple[End, End]) -> None:
     here, there = ends
     store(here.pool, PROMPT)
     taken = there.pool.alloc_mem(10)
@@ -152,7 +152,7 @@ def test_a_long_chain_is_cut_where_the_receiver_is_full() -> None:
         assert there.has(prompt) == MAX_CHUNK_BLOCKS
 
 
-def test_a_full_reader_says_so_and_lets_go_of_the_lease(ends: tuple[End, End]) -> None:
+def test_fetch_into_a_full_pool_raises_and_releases_the_lease(ends: tuple[End, End]) -> None:
     here, there = ends
     store(there.pool, PROMPT)
     taken = here.pool.alloc_mem(10)
@@ -163,7 +163,7 @@ def test_a_full_reader_says_so_and_lets_go_of_the_lease(ends: tuple[End, End]) -
     assert here.peers.fetch(there.peer, here.pool, keys_of(PROMPT), timeout_s=TIMEOUT_S) == 4
 
 
-def test_a_receiver_does_not_evict_what_the_blocks_come_after(ends: tuple[End, End]) -> None:
+def test_receiver_does_not_evict_the_parent_of_incoming_blocks(ends: tuple[End, End]) -> None:
     here, there = ends
     prompt = list(range(12))
     store(here.pool, prompt)
@@ -233,7 +233,7 @@ def fetch_of(holder: End, prompt: list[int]) -> Fetch:
     return Fetch(LAYOUT.digest, keys, None, holder.peer.control, holder.peer.epoch, TIMEOUT_S)
 
 
-def test_a_router_has_a_pool_fetch(ends: tuple[End, End]) -> None:
+def test_router_can_direct_a_fetch(ends: tuple[End, End]) -> None:
     here, there = ends
     here.peers.add(here.pool)
     store(there.pool, PROMPT)
@@ -244,7 +244,7 @@ def test_a_router_has_a_pool_fetch(ends: tuple[End, End]) -> None:
     assert here.has(PROMPT) == 4
 
 
-def test_a_fetch_that_fails_is_an_answer_with_the_reason(ends: tuple[End, End]) -> None:
+def test_failed_fetch_is_answered_with_the_reason(ends: tuple[End, End]) -> None:
     here, there = ends
     store(here.pool, PROMPT[:1])
     with closing(ControlClient(here.peer.control)) as router:
@@ -295,7 +295,7 @@ def test_a_resized_arena_is_named_anew(ends: tuple[End, End]) -> None:
     assert there.has(PROMPT) == 4
 
 
-def test_a_closed_end_declines(ends: tuple[End, End]) -> None:
+def test_closed_peers_decline(ends: tuple[End, End]) -> None:
     here, there = ends
     here.peers.close()
     here.peers.close()
@@ -304,12 +304,12 @@ def test_a_closed_end_declines(ends: tuple[End, End]) -> None:
 
 
 @pytest.mark.parametrize("change", [{"timeout_s": 0.0}, {"lease_s": -1.0}])
-def test_what_cannot_be_is_a_config_error(change: dict[str, float]) -> None:
+def test_peers_config_refuses_limits_that_are_not_positive(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         PeersConfig(**change)
 
 
-def test_a_busy_port_is_a_config_error(ends: tuple[End, End]) -> None:
+def test_busy_control_port_is_a_config_error(ends: tuple[End, End]) -> None:
     port = int(ends[0].peer.control.rsplit(":", 1)[1])
     with pytest.raises(ConfigError, match=str(port)):
         start(TransportConfig("tcp", control_port=port))

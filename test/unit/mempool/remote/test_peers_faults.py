@@ -68,7 +68,7 @@ def test_a_byte_flipped_in_the_holders_arena_is_a_miss() -> None:
         there.pool.clear()
 
 
-def test_a_byte_flipped_on_its_way_is_a_miss_and_the_next_push_mends_it() -> None:
+def test_byte_flipped_in_flight_is_a_miss_and_the_next_push_repairs_it() -> None:
     with two() as (here, there):
         store(here.pool, PROMPT)
         block = here.pool.block(here.pool.match(keys_of(PROMPT)).addrs[1])
@@ -120,7 +120,7 @@ def test_one_lost_doubled_or_late_message_changes_nothing_for_a_fetch(
 
 @pytest.mark.parametrize("fault", [Fault.LOSE_REQUEST, Fault.LOSE_ANSWER, Fault.DELAY])
 @pytest.mark.parametrize("kind", [Reserve, Commit])
-def test_a_push_that_cannot_be_told_is_cancelled_with_the_next(kind: type[Message], fault: Fault) -> None:
+def test_push_without_an_answer_is_cancelled_with_the_next_push(kind: type[Message], fault: Fault) -> None:
     with two() as (here, there):
         store(here.pool, PROMPT)
         here.faults.expect(kind, fault, fault)
@@ -148,7 +148,7 @@ def test_a_commit_after_its_reservation_has_run_out_is_declined() -> None:
         assert there.peers.stats().expired_reservations == 1
 
 
-def test_a_cancel_that_is_lost_is_left_to_the_receiver() -> None:
+def test_lost_cancel_ends_by_the_receivers_deadline() -> None:
     with two(reservation_s=0.1) as (here, there):
         store(here.pool, PROMPT)
         here.faults.expect(Cancel, Fault.LOSE_REQUEST)
@@ -168,7 +168,7 @@ def test_a_cancel_that_is_lost_is_left_to_the_receiver() -> None:
 
 
 @pytest.mark.parametrize("transport", ["tcp", "local"])
-def test_a_live_sender_that_was_fenced_begins_anew(transport: str) -> None:
+def test_fenced_live_sender_reopens_its_transports(transport: str) -> None:
     here, there = end(transport, reservation_s=0.5), end(transport, reservation_s=0.5)
     with running(here, there):
         store(here.pool, PROMPT)
@@ -204,7 +204,7 @@ def test_a_receiver_that_restarts_before_the_commit_is_another_process() -> None
             assert here.peers.transfer_with_insert(later[0].peer, here.pool, keys_of(PROMPT)).num_sent == 4
 
 
-def test_another_cluster_key_is_not_heard(tmp_path: Path) -> None:
+def test_peer_with_another_cluster_key_is_not_answered(tmp_path: Path) -> None:
     def with_key(secret: str) -> End:
         path = tmp_path / secret
         path.write_text(secret)
@@ -220,7 +220,7 @@ def test_another_cluster_key_is_not_heard(tmp_path: Path) -> None:
         assert here.peers.transfer_with_insert(friend.peer, here.pool, keys_of(PROMPT)).num_sent == 4
 
 
-def test_an_abandoned_lease_ends_by_itself_and_a_gone_readers_at_once() -> None:
+def test_abandoned_lease_ends_by_its_deadline() -> None:
     with two(lease_s=0.1) as (here, there):
         store(there.pool, PROMPT)
         here.faults.expect(ReleaseLease, Fault.LOSE_REQUEST)

@@ -96,7 +96,7 @@ def test_a_peer_killed_in_a_fetch_costs_an_error(transport: str) -> None:
 
 
 @pytest.mark.parametrize("is_told", [True, False], ids=["membership", "deadline"])
-def test_a_writer_that_died_gives_its_blocks_back(is_told: bool) -> None:
+def test_reservation_of_a_dead_writer_is_freed(is_told: bool) -> None:
     here = end(reservation_s=30.0 if is_told else 1.0)
     with child() as other, running(here):
         other.ask("reserve", control=here.peer.control, epoch=here.peer.epoch, num_blocks=3)
@@ -109,7 +109,7 @@ def test_a_writer_that_died_gives_its_blocks_back(is_told: bool) -> None:
         here.assert_clean()
 
 
-def test_a_late_write_never_lands_in_what_was_given_to_somebody_else() -> None:
+def test_late_write_never_lands_in_a_block_with_a_new_owner() -> None:
     here = end(reservation_s=0.2)
     with child(reservation_s=1.0) as other, running(here):
         store(here.pool, PROMPT)
@@ -140,7 +140,7 @@ def test_a_peer_stopped_in_a_fetch_leaves_nothing_when_it_runs_again() -> None:
         assert here.peers.fetch(other.peer, here.pool, keys_of(PROMPT), timeout_s=TIMEOUT_S) == 4
 
 
-def test_a_read_from_a_peer_that_hangs_is_over_when_it_is_said_to_be_gone() -> None:
+def test_failed_read_is_settled_when_its_peer_is_reported_gone() -> None:
     here = end(timeout_s=0.5)
     with child() as other, running(here):
         other.ask("put", prompt=PROMPT)

@@ -49,7 +49,7 @@ def reserve(transfer_id: int) -> Reserve:
     return Reserve(WRITER, transfer_id, LAYOUT.digest, tuple(KEYS), None)
 
 
-def test_the_ledger_knows_the_last_ones_and_that_the_others_are_over() -> None:
+def test_idempotency_log_keeps_the_last_answers_and_declares_older_ids_over() -> None:
     ledger = IdempotencyLog()
     answer = CompletedExchange(EXCHANGE_OVER, Committed(3))
     for exchange_id in range(1, MAX_COMPLETED + 10):
@@ -61,7 +61,7 @@ def test_the_ledger_knows_the_last_ones_and_that_the_others_are_over() -> None:
     assert ledger.get(MAX_COMPLETED) == answer, "it ended once"
 
 
-def test_idle_guests_are_forgotten_and_busy_ones_are_not() -> None:
+def test_idle_sessions_are_forgotten_and_busy_ones_are_not() -> None:
     sessions = PeerSessions()
     sessions.admit(Epoch(1), Epoch(1))
     busy = sessions.get(Epoch(1))
@@ -74,7 +74,7 @@ def test_idle_guests_are_forgotten_and_busy_ones_are_not() -> None:
     assert sum(1 for _ in sessions) == MAX_SESSIONS
 
 
-def test_a_stranger_is_asked_to_introduce_itself() -> None:
+def test_unknown_peer_is_asked_for_a_handshake() -> None:
     node = World().start("b", 8)
     for message in (reserve(1), Commit(WRITER, 1, ())):
         assert node.answer(message) == Unknown()
@@ -118,12 +118,12 @@ def test_a_commit_says_the_same_twice_and_a_cancel_after_it_changes_nothing() ->
     assert node.stats().corrupt_in_flight == 1
 
 
-def test_a_message_that_is_none_to_a_pool_is_refused() -> None:
+def test_pool_server_refuses_messages_of_other_kinds() -> None:
     _, node = greeted()
     assert isinstance(node.answer(Committed(1)), Refused)
 
 
-def test_a_fenced_peer_is_welcome_under_another_data_epoch_only() -> None:
+def test_fenced_peer_is_admitted_under_another_data_epoch_only() -> None:
     world, node = greeted()
     node.answer(reserve(1))
     world.clock.advance(RESERVATION_S)
@@ -142,7 +142,7 @@ def test_a_fenced_peer_is_welcome_under_another_data_epoch_only() -> None:
     assert node.answer(Cancel(WRITER, 2, True)) == Done()
 
 
-def test_fencing_one_life_of_a_writer_does_not_settle_what_the_next_one_writes() -> None:
+def test_fencing_one_data_epoch_does_not_settle_writes_of_the_next_one() -> None:
     world = World()
     sender, receiver = world.start("a", 8), world.start("b", 8)
     store(sender.pool, [1, 2, 3])
