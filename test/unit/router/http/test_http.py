@@ -129,7 +129,7 @@ async def test_the_answer_has_the_clients_request_id_or_a_new_one() -> None:
 
 async def test_flush_cache_marks_flushed_instances_as_empty(monkeypatch: pytest.MonkeyPatch) -> None:
     flushed: list[str] = []
-    monkeypatch.setattr(StockSubscriptions, "flushed", lambda _, name: flushed.append(name))
+    monkeypatch.setattr(StockSubscriptions, "record_flush", lambda _, name: flushed.append(name))
 
     async with staged(*pair()) as stage:
         async with stage.client.post(stage.url("/flush_cache")) as response:
