@@ -111,6 +111,15 @@ async def test_report_header_explains_any_request() -> None:
             assert "x-memserve-decision" not in answer.headers
 
 
+async def test_tree_page_counts_blocks_by_instance_and_tier() -> None:
+    async with staged(worker()) as stage:
+        await followed(stage, 1)
+        await generate(stage, ids(0))
+        held = (await stage.get("/tree"))[1]["instances"]
+        assert len(held) == 1
+        assert all(set(counts) == {"hbm", "dram"} for counts in held.values())
+
+
 async def test_explain_says_why_tokens_are_unknown() -> None:
     async with staged(worker()) as stage:
         ready = (await stage.get("/readiness"))[1]

@@ -14,6 +14,7 @@ import msgspec
 from aiohttp import web
 
 from memserve import __version__
+from memserve.core.block_addr import LOCAL_TIERS
 from memserve.router.auth.access import Access
 from memserve.router.cluster.instance import Instance
 from memserve.router.cluster.member import State
@@ -101,6 +102,10 @@ class InfoHandlers:
         tree = self._feed.synced_tree()
         stats = tree.stats()
         page: JsonObject = asdict(stats)
+        page["instances"] = {
+            name: {tier.name.lower(): counts[tier] for tier in LOCAL_TIERS}
+            for name, counts in stats.instances.items()
+        }
         if request.query.get("digest") == "1":
             page["digest"] = {
                 name: {tier.name.lower(): (n, f"{xor:016x}") for tier, (n, xor) in tree.digest(name).items()}
