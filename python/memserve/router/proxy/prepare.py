@@ -29,7 +29,7 @@ DEFAULT_MODEL = "default"
 
 @dataclass(frozen=True, slots=True)
 class ClientContext:
-    """What is known of a request beside its body."""
+    """The facts of a request beside its body."""
 
     headers: Mapping[str, str] = field(default_factory=dict)
     """Names in lower case."""
@@ -49,7 +49,7 @@ class PreparedRequest:
     """A request that can be placed."""
 
     request: GenerationRequest
-    """As servers get it: with token ids for its text, where they are known."""
+    """The request for the servers: with token ids in place of its text, where they are known."""
     prompt: Prompt
     model: str | None
     """The model that serves it, also if the request names none; None if no server is known."""
@@ -70,7 +70,7 @@ class PreparedRequest:
 
 @dataclass(frozen=True, slots=True)
 class _ModelLimits:
-    """What all instances of one snapshot that serve a model accept."""
+    """The limits of all instances of one snapshot that serve a model."""
 
     candidates: ClusterSnapshot
     model: str | None

@@ -45,12 +45,12 @@ MAX_BYTES = 4 << 20
 """A stream with a longer answer, in bytes, is forgotten."""
 
 _LAST_CHUNKS = 3
-"""Of a stream whose every event is whole: its last event, a comment and the end."""
+"""Chunks kept of a stream whose events are whole: its last event, a comment and the end."""
 _DONE = b"[DONE]"
 
 
 class StreamState:
-    """What a client has received of one stream. Chunks are only kept until there are many, or it breaks."""
+    """The part of a stream that a client has received. Chunks are read when there are many, or it breaks."""
 
     def __init__(self, request: GenerationRequest) -> None:
         self._is_native = request.api is Api.GENERATE
@@ -169,7 +169,7 @@ class ResumableStream:
 
 
 class StreamRecovery:
-    """Opens streams, and plans how broken streams go on."""
+    """Opens streams, and plans how broken streams continue."""
 
     def __init__(self, tokenizers: Tokenizers, *, is_on: bool) -> None:
         self._tokenizers = tokenizers
@@ -191,7 +191,7 @@ class StreamRecovery:
     async def resume(
         self, request: GenerationRequest, model: str | None, stream: ResumableStream, ready: ClusterSnapshot
     ) -> Resumption | str:
-        """How the stream goes on, or why it cannot."""
+        """The plan for continuing the stream, or why it cannot be continued."""
         if stream.state is None:
             return self._not_resumable(request, ready) or "its events are not SGLang's"
         reason = not_resumable(request, is_deterministic=_are_deterministic(ready))

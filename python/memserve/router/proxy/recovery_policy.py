@@ -56,7 +56,7 @@ class PromptTokens:
     """What is known of the tokens of a request with one prompt."""
 
     ids: Sequence[int] = ()
-    """Of the prompt; none if they are not known."""
+    """The prompt's token ids; empty if they are not known."""
     detokenize: Detokenize = lambda _: ""
     max_tokens: int | None = None
     """The longest prompt that the servers take, if there is a limit."""
@@ -64,7 +64,7 @@ class PromptTokens:
 
 @dataclass(frozen=True, slots=True)
 class Resumption:
-    """How a broken stream goes on."""
+    """The plan for continuing a broken stream."""
 
     request: GenerationRequest
     """For the next server."""
@@ -72,7 +72,7 @@ class Resumption:
     num_accepted: int
     """Generated tokens that became a part of the prompt; 0: the answer is generated from its beginning."""
     num_tokens: int | None = None
-    """Of the prompt, with the accepted tokens."""
+    """Length of the prompt with the accepted tokens."""
 
 
 def not_resumable(request: GenerationRequest, *, is_deterministic: bool) -> str | None:
@@ -102,7 +102,7 @@ def closing_events(request: GenerationRequest, received: Received) -> bytes | No
 
 
 def plan_resumption(request: GenerationRequest, received: Received, tokens: PromptTokens) -> Resumption:
-    """How a stream of `request`, which is resumable, goes on after `received`.
+    """How a stream of `request`, which is resumable, continues after `received`.
 
     `received` is left as it is. Raises Unreadable.
     """
@@ -135,7 +135,7 @@ def accepted_prefix(
 
 
 def _accepted(request: GenerationRequest, received: Received, tokens: PromptTokens) -> AcceptedPrefix:
-    """What can stand in the prompt of a stream of /generate."""
+    """The streamed tokens of /generate that can stand in the prompt."""
     params: Any = request.body.get("sampling_params")
     if not tokens.ids or not _depends_on_tokens_alone(request, params, received):
         return AcceptedPrefix()

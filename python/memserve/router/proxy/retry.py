@@ -141,12 +141,12 @@ class AttemptId:
 
 @dataclass(frozen=True, slots=True)
 class Attempt:
-    """What the servers get this time, and under which id."""
+    """The request as the servers get it this time, and its id."""
 
     request: GenerationRequest
     attempt_id: AttemptId | None = None
     resumption: Resumption | None = None
-    """How its events follow the events that the client has."""
+    """How its events continue those that the client has; None: from the beginning."""
 
     @classmethod
     def first(cls, request: GenerationRequest) -> Attempt:
