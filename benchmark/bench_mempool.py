@@ -106,7 +106,7 @@ def bench_alloc(num_blocks: int, repeats: int) -> None:
 def bench_block_size(page: int, repeats: int) -> None:
     """Keys, insert and match of 4,096 tokens in blocks of `page`, in a pool of 25 such prompts."""
     rng, count = random.Random(5), TOKENS // page
-    pool = MemPool(SMALLEST, Arena(SMALLEST.block_bytes, 32 * count), new_epoch())
+    pool = MemPool(SMALLEST, Arena(SMALLEST.block_bytes, (32 + repeats) * count), new_epoch())
     tokens = rng.choices(range(100_000), k=TOKENS)
     if page != PAGE:
         report(
@@ -121,7 +121,6 @@ def bench_block_size(page: int, repeats: int) -> None:
         inserted += measure(partial(pool.insert, keys, addrs), repeats=1, warmup=0)
         if number < 25:
             known = keys
-        pool.release(pool.acquire(pool.match(known)))  # The others are evicted first.
         pool.take_events()
     name = f"{page}_tokens_a_block"
     report_us(f"micro/index/insert/{name}", inserted[25:], [PAPER_INSERT_US / 1e6])
@@ -134,7 +133,7 @@ def bench_index(num_cached: int, repeats: int) -> None:
     progress(f"filling a pool with {num_cached} blocks ...")
     tracemalloc.start()
     before = tracemalloc.get_traced_memory()[0]
-    num_slots = num_cached + 4 * BLOCKS
+    num_slots = num_cached + (4 + repeats) * BLOCKS
     pool = MemPool(SMALLEST, Arena(SMALLEST.block_bytes, num_slots), new_epoch())
     chains = fill(pool, num_cached)
     pool.take_events()
