@@ -42,7 +42,7 @@ def audit(epoch: Epoch, sequence: int, *chains: Stored) -> list[SnapshotPart]:
     return [SnapshotPart(epoch, sequence, i, i == last, (one,), True) for i, one in enumerate(chains)]
 
 
-def hear(feed: TreeSynchronizer, messages: Iterable[Message]) -> set[str]:
+def send(feed: TreeSynchronizer, messages: Iterable[Message]) -> set[str]:
     """The type names of the answers."""
     answers = [feed.part(one) if isinstance(one, SnapshotPart) else feed.events(one) for one in messages]
     return {type(answer).__name__ for answer in answers}

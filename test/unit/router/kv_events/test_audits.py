@@ -17,7 +17,7 @@ from memserve.scheduling.prompt_tree.tree import AuditResult, GlobalPromptTree
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.messages import AuditWanted, Done, PoolEvents, SnapshotPart, SnapshotWanted, Unknown
 
-from .sync_harness import AUDIT_S, DECODE, ONE, OTHER, THREE, TWO, audit, chain, depth, hear, info, stored
+from .sync_harness import AUDIT_S, DECODE, ONE, OTHER, THREE, TWO, audit, chain, depth, info, send, stored
 
 
 @pytest.fixture
@@ -47,7 +47,7 @@ def test_each_pool_is_audited_periodically(feed: TreeSynchronizer, clock: FakeCl
         clock.advance(1)
         assert feed.events(PoolEvents(ONE, ())) == AuditWanted()
         assert feed.events(PoolEvents(ONE, ())) == Done(), "an audit is requested once"
-        assert hear(feed, audit(ONE, 1, stored(0, keys[:2]), stored(0, keys[2:], keys[1]))) == {"Done"}
+        assert send(feed, audit(ONE, 1, stored(0, keys[:2]), stored(0, keys[2:], keys[1]))) == {"Done"}
     assert feed.audit_results() == {DECODE: AuditResult(5, 5, 5, 0)}
     counters = feed.counters()
     assert (counters.audits_asked, counters.audits, counters.untrue_audits) == (3, 3, 0)
@@ -89,7 +89,7 @@ def test_audit_at_another_sequence_has_no_result(
     feed.events(PoolEvents(ONE, (stored(1, chain(5)), stored(2, chain(2, seed=2)))))
     clock.advance(AUDIT_S)
     feed.events(PoolEvents(ONE, ()))
-    assert hear(feed, audit(ONE, sequence, stored(0, chain(1)))) == {"Done"}
+    assert send(feed, audit(ONE, sequence, stored(0, chain(1)))) == {"Done"}
     assert feed.audit_results() == {}
     assert (feed.counters().void_audits, feed.counters().audits) == (1, 0)
     assert depth(feed, chain(5)) == 5
@@ -105,7 +105,7 @@ def test_audit_leaves_an_arriving_snapshot_alone_and_a_missing_part_ends_only_th
     pieces = [stored(0, keys[i : i + 2], keys[i - 1] if i else None) for i in (0, 2, 4)]
     assert feed.part(SnapshotPart(ONE, 5, 0, False, (pieces[0],))) == Done()
     first, _, last = audit(ONE, 1, *pieces)
-    assert hear(feed, [first, last, last]) == {"Done"}
+    assert send(feed, [first, last, last]) == {"Done"}
     assert feed.counters().void_audits == feed.counters().unasked_parts == 1
     assert feed.part(SnapshotPart(ONE, 5, 1, False, (pieces[1],))) == Done()
     assert feed.part(SnapshotPart(ONE, 5, 2, True, (pieces[2],))) == Done()
@@ -116,7 +116,7 @@ def test_audit_leaves_an_arriving_snapshot_alone_and_a_missing_part_ends_only_th
 def test_audit_parts_that_were_not_requested_are_ignored(feed: TreeSynchronizer) -> None:
     keys = chain(4)
     feed.events(PoolEvents(ONE, (stored(1, keys),)))
-    assert hear(feed, audit(ONE, 1, stored(0, chain(2, seed=3))) * 10) == {"Done"}
+    assert send(feed, audit(ONE, 1, stored(0, chain(2, seed=3))) * 10) == {"Done"}
     assert feed.part(SnapshotPart(TWO, 1, 0, True, (), True)) == Unknown()
     assert depth(feed, keys) == 4
     assert feed.counters().unasked_parts == 10
@@ -133,7 +133,7 @@ def test_large_pools_share_the_audit_bandwidth(
     feed.events(PoolEvents(TWO, (stored(1, chain(1)),)))
     clock.advance(AUDIT_S)
     assert feed.events(PoolEvents(ONE, ())) == AuditWanted()
-    hear(feed, audit(ONE, 1, stored(0, large)))
+    send(feed, audit(ONE, 1, stored(0, large)))
     assert feed.audit_results()[DECODE].precision == 1
     clock.advance(1.9)
     assert feed.events(PoolEvents(TWO, ())) == Done(), "an audit of 2 MiB delays the next one by 2 s"
@@ -146,7 +146,7 @@ def test_audit_ignores_blocks_forgotten_for_the_budget(pools: Pools, clock: Fake
     feed.events(PoolEvents(ONE, (stored(1, chain(6)), stored(2, chain(6, seed=2)))))
     clock.advance(AUDIT_S)
     assert feed.events(PoolEvents(ONE, ())) == AuditWanted()
-    hear(feed, audit(ONE, 2, stored(0, chain(6)), stored(0, chain(6, seed=2))))
+    send(feed, audit(ONE, 2, stored(0, chain(6)), stored(0, chain(6, seed=2))))
     truth = feed.audit_results()[DECODE]
     assert (truth.phantoms, truth.recall) == (0, 8 / 12)
     assert feed.counters().untrue_audits == 0
@@ -186,7 +186,7 @@ def test_beginning_of_a_too_large_snapshot_is_applied(pools: Pools, clock: FakeC
     assert depth(feed, keys) == 7
     clock.advance(AUDIT_S)
     assert feed.events(PoolEvents(ONE, ())) == AuditWanted()
-    assert hear(feed, audit(ONE, 10, stored(0, keys[:7]), stored(0, other))) == {"Done"}
+    assert send(feed, audit(ONE, 10, stored(0, keys[:7]), stored(0, other))) == {"Done"}
     assert feed.audit_results()[DECODE].recall == 7 / 11, (
         "the snapshot would not fit again, so none is requested"
     )

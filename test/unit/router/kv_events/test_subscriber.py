@@ -42,7 +42,7 @@ SOON = SubscriberTimeouts(replay_s=0.2, retry_s=0.0)
 
 
 @dataclass
-class Followed:
+class RunningSubscriber:
     publisher: FakePublisher
     tree: GlobalPromptTree
     event_keys: EventHashKeys
@@ -63,13 +63,15 @@ class Followed:
 
 
 @asynccontextmanager
-async def following(publisher: FakePublisher, timeouts: SubscriberTimeouts = SOON) -> AsyncIterator[Followed]:
+async def running_subscriber(
+    publisher: FakePublisher, timeouts: SubscriberTimeouts = SOON
+) -> AsyncIterator[RunningSubscriber]:
     """A subscriber that is connected to its publisher."""
     tree, event_keys, context = GlobalPromptTree(), EventHashKeys(100_000), zmq.asyncio.Context()
     subscriber = KvEventSubscriber(ANN, publisher.source, lambda: tree, event_keys, context, timeouts)
     try:
         await publisher.subscribed()
-        yield Followed(publisher, tree, event_keys, subscriber)
+        yield RunningSubscriber(publisher, tree, event_keys, subscriber)
     finally:
         await asyncio.wait([subscriber.stop()])
         context.destroy(linger=0)
@@ -77,7 +79,7 @@ async def following(publisher: FakePublisher, timeouts: SubscriberTimeouts = SOO
 
 
 async def test_published_events_reach_the_tree() -> None:
-    async with following(FakePublisher()) as it:
+    async with running_subscriber(FakePublisher()) as it:
         await it.publisher.publish(STORED, OTHERS)
         await it.publisher.publish(TAIL)
         await it.has(KEYS, 6)
@@ -93,7 +95,7 @@ async def test_published_events_reach_the_tree() -> None:
 
 
 async def test_medium_of_an_event_selects_the_tier() -> None:
-    async with following(FakePublisher()) as it:
+    async with running_subscriber(FakePublisher()) as it:
         await it.publisher.publish(
             stored(KEYS, TOKENS, medium="CPU_PINNED"),
             stored(OTHER, OTHER_TOKENS, medium="DISK"),
@@ -109,7 +111,7 @@ async def test_long_event_is_applied_in_pieces_between_which_the_event_loop_runs
     tokens = list(range(2 * PIECE_BLOCKS + 2))
     keys = page_keys(tokens, 1)
 
-    async def depths_until(it: Followed, num_blocks: int) -> set[int]:
+    async def depths_until(it: RunningSubscriber, num_blocks: int) -> set[int]:
         """The depths that another task sees, which runs once in each turn of the event loop."""
         depths = set[int]()
         async with asyncio.timeout(10):
@@ -118,7 +120,7 @@ async def test_long_event_is_applied_in_pieces_between_which_the_event_loop_runs
                 await asyncio.sleep(0)
         return depths
 
-    async with following(FakePublisher()) as it:
+    async with running_subscriber(FakePublisher()) as it:
         await it.publisher.publish(stored(keys, tokens))
         assert await depths_until(it, len(keys)) == {0, PIECE_BLOCKS, 2 * PIECE_BLOCKS}
         await it.publisher.publish(removed(keys[:0:-1]))
@@ -126,7 +128,7 @@ async def test_long_event_is_applied_in_pieces_between_which_the_event_loop_runs
 
 
 async def test_many_messages_leave_the_event_loop_to_other_tasks() -> None:
-    async with following(FakePublisher()) as it:
+    async with running_subscriber(FakePublisher()) as it:
         for _ in range(100):
             await it.publisher.publish(*[STORED, removed(KEYS)] * 20)
         num_turns = 0
@@ -140,7 +142,7 @@ async def test_many_messages_leave_the_event_loop_to_other_tasks() -> None:
 async def test_late_subscriber_learns_blocks_that_continue_known_prompts() -> None:
     publisher = FakePublisher()
     await publisher.publish(STORED, lost=True)
-    async with following(publisher) as it:
+    async with running_subscriber(publisher) as it:
         await it.publisher.publish(TAIL, OTHERS)
         await it.has(OTHER, 4)
         stats = it.subscriber.stats
@@ -156,7 +158,7 @@ async def test_late_subscriber_learns_blocks_that_continue_known_prompts() -> No
 async def test_late_subscriber_receives_earlier_messages_by_replay() -> None:
     publisher = FakePublisher(replays=True)
     await publisher.publish(STORED, lost=True)
-    async with following(publisher) as it:
+    async with running_subscriber(publisher) as it:
         await it.has(KEYS, 4)
         await publisher.publish(TAIL)
         await it.has(KEYS, 6)
@@ -165,7 +167,7 @@ async def test_late_subscriber_receives_earlier_messages_by_replay() -> None:
 
 
 async def test_gap_without_replay_drops_all_blocks() -> None:
-    async with following(FakePublisher()) as it:
+    async with running_subscriber(FakePublisher()) as it:
         await it.publisher.publish(STORED)
         await it.has(KEYS, 4)
         await it.publisher.publish(removed(KEYS), lost=True)
@@ -179,7 +181,7 @@ async def test_gap_without_replay_drops_all_blocks() -> None:
 
 
 async def test_replay_fills_a_gap() -> None:
-    async with following(FakePublisher(replays=True)) as it:
+    async with running_subscriber(FakePublisher(replays=True)) as it:
         await it.publisher.publish(STORED)
         await it.has(KEYS, 4)
         await it.publisher.publish(removed(KEYS[3:4]), lost=True)
@@ -195,7 +197,7 @@ async def test_replay_fills_a_gap() -> None:
 
 @pytest.mark.parametrize(("answers", "kept"), [(True, False), (False, True)])
 async def test_replay_without_the_missing_messages_fills_no_gap(answers: bool, kept: bool) -> None:
-    async with following(FakePublisher(replays=True, answers=answers)) as it:
+    async with running_subscriber(FakePublisher(replays=True, answers=answers)) as it:
         await until(lambda: it.publisher.num_asked == 1)
         await it.publisher.publish(STORED)
         await it.has(KEYS, 4)
@@ -209,7 +211,7 @@ async def test_unreachable_replay_socket_delays_events_for_a_short_time_only() -
     publisher, other = FakePublisher(), FakePublisher()
     other.vanish()
     publisher.source = replace(publisher.source, replay=other.source.endpoint)
-    async with following(publisher, replace(SOON, replay_s=0.5)) as it:
+    async with running_subscriber(publisher, replace(SOON, replay_s=0.5)) as it:
         await it.publisher.publish(STORED)
         await it.has(KEYS, 4)
         await it.publisher.publish(removed(KEYS), lost=True)
@@ -220,7 +222,7 @@ async def test_unreachable_replay_socket_delays_events_for_a_short_time_only() -
 
 
 async def test_restarted_sequence_drops_the_blocks_of_the_former_process() -> None:
-    async with following(FakePublisher()) as it:
+    async with running_subscriber(FakePublisher()) as it:
         for _ in range(3):
             await it.publisher.publish(STORED)
         await it.has(KEYS, 4)
@@ -233,7 +235,7 @@ async def test_restarted_sequence_drops_the_blocks_of_the_former_process() -> No
 
 @pytest.mark.parametrize("replays", [False, True])
 async def test_restarted_worker_is_learned_anew_with_any_sequence_numbers(replays: bool) -> None:
-    async with following(FakePublisher(replays=replays)) as it:
+    async with running_subscriber(FakePublisher(replays=replays)) as it:
         await it.publisher.publish(STORED)
         await it.has(KEYS, 4)
         await it.publisher.restart()
@@ -267,7 +269,7 @@ GARBAGE = [
 
 @pytest.mark.parametrize("payload", GARBAGE)
 async def test_malformed_payload_drops_all_blocks_and_later_events_apply(payload: bytes) -> None:
-    async with following(FakePublisher(replays=True)) as it:
+    async with running_subscriber(FakePublisher(replays=True)) as it:
         await it.publisher.publish(STORED)
         await it.has(KEYS, 4)
         await it.publisher.raw(payload)
@@ -280,7 +282,7 @@ async def test_malformed_payload_drops_all_blocks_and_later_events_apply(payload
     "frames", [(), (b"",), (b"\0" * 7, b"x"), (b"\xff" * 8, b"x"), (b"\0" * 8, b"x", b"y")]
 )
 async def test_malformed_frames_drop_all_blocks(frames: tuple[bytes, ...]) -> None:
-    async with following(FakePublisher()) as it:
+    async with running_subscriber(FakePublisher()) as it:
         await it.publisher.publish(STORED)
         await it.has(KEYS, 4)
         await it.publisher.frames(b"kv", *frames)
@@ -290,7 +292,7 @@ async def test_malformed_frames_drop_all_blocks(frames: tuple[bytes, ...]) -> No
 
 
 async def test_messages_of_another_topic_are_ignored() -> None:
-    async with following(FakePublisher()) as it:
+    async with running_subscriber(FakePublisher()) as it:
         await it.publisher.frames(b"kv2", bytes(8), packed(OTHERS))
         await it.publisher.publish(STORED)
         await it.has(KEYS, 4)
@@ -298,7 +300,7 @@ async def test_messages_of_another_topic_are_ignored() -> None:
 
 
 async def test_too_large_message_is_not_read_and_ends_the_connection() -> None:
-    async with following(FakePublisher()) as it:
+    async with running_subscriber(FakePublisher()) as it:
         await it.publisher.publish(STORED)
         await it.has(KEYS, 4)
         await it.publisher.raw(bytes(MAX_MESSAGE_BYTES + 1))
@@ -311,7 +313,7 @@ async def test_too_large_message_is_not_read_and_ends_the_connection() -> None:
 
 async def test_garbled_messages_never_end_the_subscription() -> None:
     dice = random.Random(7)
-    async with following(FakePublisher()) as it:
+    async with running_subscriber(FakePublisher()) as it:
         good = packed(STORED, removed(KEYS[3:]), OTHERS, stored(KEYS, TOKENS, cache_salt="t"), CLEARED)
         for _ in range(1500):
             bad = bytearray(good)
@@ -328,7 +330,7 @@ async def test_salt_of_an_event_gives_the_keys_of_salted_blocks() -> None:
     salt = "tenant"
     seed = BlockKey(sha256(b"sglang-cache-salt-v1\0" + salt.encode()).digest())
     links, keys = continue_keys(seed, TOKENS, 2), page_keys(TOKENS, 2, Namespace(cache_salt=salt))
-    async with following(FakePublisher()) as it:
+    async with running_subscriber(FakePublisher()) as it:
         await it.publisher.publish(stored(links[:2], TOKENS[:4], cache_salt=salt))
         await it.publisher.publish(stored(links[2:], TOKENS[4:], links[1], cache_salt=salt))
         await it.has(keys, 6)
@@ -340,7 +342,7 @@ async def test_salt_of_an_event_gives_the_keys_of_salted_blocks() -> None:
 async def test_unverified_hashes_are_left_out_and_counted() -> None:
     pairs = list(pairwise(TOKENS))
     twin = BlockKey(OTHER[1][:8] + bytes(24))
-    async with following(FakePublisher()) as it:
+    async with running_subscriber(FakePublisher()) as it:
         it.event_keys.add([twin])
         await it.publisher.publish(stored(KEYS[:5], pairs[:10]))
         await it.publisher.publish(stored(KEYS, TOKENS, cache_salt="t"))
@@ -352,7 +354,7 @@ async def test_unverified_hashes_are_left_out_and_counted() -> None:
 
 
 async def test_subscriber_ends_when_another_source_takes_its_name_in_the_tree() -> None:
-    async with following(FakePublisher()) as it:
+    async with running_subscriber(FakePublisher()) as it:
         await it.publisher.publish(STORED)
         await it.has(KEYS, 4)
         it.tree.join(ANN, Epoch(5))
@@ -363,7 +365,7 @@ async def test_subscriber_ends_when_another_source_takes_its_name_in_the_tree() 
 
 
 async def test_displaced_subscriber_ends_when_its_worker_is_lost() -> None:
-    async with following(FakePublisher()) as it:
+    async with running_subscriber(FakePublisher()) as it:
         await until(lambda: it.subscriber.stats.connected)
         it.tree.join(ANN, Epoch(5))
         it.tree.apply(ANN, Epoch(5), [Stored(1, Tier.HBM, None, tuple(KEYS[:1]))])

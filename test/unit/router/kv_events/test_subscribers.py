@@ -42,7 +42,7 @@ def publishing(*publishers: FakePublisher) -> EventSourceInfo:
     return replace(KEEPS, events=EventPublisher(None, port, None, "kv", len(publishers)))
 
 
-async def neighbours() -> tuple[FakePublisher, FakePublisher]:
+async def adjacent_publishers() -> tuple[FakePublisher, FakePublisher]:
     """Two publishers of one server, on adjacent ports."""
     while True:
         first = FakePublisher()
@@ -52,13 +52,13 @@ async def neighbours() -> tuple[FakePublisher, FakePublisher]:
             await first.close()
 
 
-def instance(name: InstanceId, following: EventSourceInfo, epoch: int = 1) -> Instance:
-    facts = ServerInfo("m", "/m", event_source_info=following)
+def instance(name: InstanceId, source_info: EventSourceInfo, epoch: int = 1) -> Instance:
+    facts = ServerInfo("m", "/m", event_source_info=source_info)
     return Instance(name, Epoch(epoch), Role.COLOCATED, "http://127.0.0.1:1", None, facts)
 
 
 @dataclass
-class Cast:
+class Setup:
     """StockSubscriptions with their tree and the pools."""
 
     subscriptions: StockSubscriptions
@@ -86,12 +86,12 @@ class Cast:
 
 
 @asynccontextmanager
-async def cast(*publishers: FakePublisher) -> AsyncIterator[Cast]:
+async def set_up(*publishers: FakePublisher) -> AsyncIterator[Setup]:
     clock = FakeClock()
     tree, pools = GlobalPromptTree(clock=clock), Pools(ClusterConfig(heartbeat_secs=1.0), clock)
     subscriptions = StockSubscriptions(lambda: tree, timeouts=SOON)
     try:
-        yield Cast(subscriptions, tree, pools, clock)
+        yield Setup(subscriptions, tree, pools, clock)
     finally:
         await subscriptions.close()
         for publisher in publishers:
@@ -100,7 +100,7 @@ async def cast(*publishers: FakePublisher) -> AsyncIterator[Cast]:
 
 async def test_each_instance_gets_the_most_exact_mode_it_offers() -> None:
     publisher = FakePublisher()
-    async with cast(publisher) as it:
+    async with set_up(publisher) as it:
         it.register_pool("pooled/dp1")
         offers = {
             "pooled": publishing(publisher),
@@ -120,7 +120,7 @@ async def test_each_instance_gets_the_most_exact_mode_it_offers() -> None:
 
 
 async def test_answered_prompts_of_an_approximate_cache_count_within_capacity_and_ttl() -> None:
-    async with cast() as it:
+    async with set_up() as it:
         it.update(instance(ANN, KEEPS), instance(BOB, EventSourceInfo()))
         it.subscriptions.record_answer(ANN, KEYS)
         it.subscriptions.record_answer(BOB, KEYS)
@@ -135,7 +135,7 @@ async def test_answered_prompts_of_an_approximate_cache_count_within_capacity_an
 
 
 async def test_flush_empties_an_approximate_cache() -> None:
-    async with cast() as it:
+    async with set_up() as it:
         it.update(instance(ANN, KEEPS), instance(BOB, KEEPS))
         for name in (ANN, BOB):
             it.subscriptions.record_answer(name, KEYS)
@@ -148,7 +148,7 @@ async def test_flush_empties_an_approximate_cache() -> None:
 
 async def test_instance_that_is_not_ready_leaves_the_tree() -> None:
     publisher = FakePublisher()
-    async with cast(publisher) as it:
+    async with set_up(publisher) as it:
         ann, bob = instance(ANN, publishing(publisher)), instance(BOB, KEEPS)
         it.update(ann, bob)
         await publisher.subscribed()
@@ -162,7 +162,7 @@ async def test_instance_that_is_not_ready_leaves_the_tree() -> None:
 
 
 async def test_new_process_starts_a_new_subscription_and_the_same_process_keeps_it() -> None:
-    async with cast() as it:
+    async with set_up() as it:
         it.update(instance(ANN, KEEPS))
         it.subscriptions.record_answer(ANN, KEYS)
         it.update(instance(ANN, KEEPS), instance(BOB, KEEPS))
@@ -180,7 +180,7 @@ async def test_new_process_starts_a_new_subscription_and_the_same_process_keeps_
 @pytest.mark.parametrize("pool", ["ann", "ann/dp0", "ann/dp12"])
 async def test_registered_pool_replaces_the_event_subscription(pool: str) -> None:
     publisher = FakePublisher()
-    async with cast(publisher) as it:
+    async with set_up(publisher) as it:
         ann = instance(ANN, publishing(publisher))
         it.update(ann)
         await publisher.subscribed()
@@ -199,7 +199,7 @@ async def test_registered_pool_replaces_the_event_subscription(pool: str) -> Non
 
 @pytest.mark.parametrize("pool", ["annabel", "ann/dp", "ann/dpx", "bann/dp0"])
 async def test_pool_with_another_name_replaces_no_subscription(pool: str) -> None:
-    async with cast() as it:
+    async with set_up() as it:
         it.register_pool(pool)
         it.update(instance(ANN, KEEPS))
         assert it.modes() == {ANN: Mode.MIRROR}
@@ -207,7 +207,7 @@ async def test_pool_with_another_name_replaces_no_subscription(pool: str) -> Non
 
 async def test_displaced_subscription_returns_when_its_name_is_free() -> None:
     publisher = FakePublisher()
-    async with cast(publisher) as it:
+    async with set_up(publisher) as it:
         ann = instance(ANN, publishing(publisher))
         it.update(ann)
         await publisher.subscribed()
@@ -221,8 +221,8 @@ async def test_displaced_subscription_returns_when_its_name_is_free() -> None:
 
 
 async def test_each_cache_of_an_instance_has_its_own_name_in_the_tree() -> None:
-    first, second = await neighbours()
-    async with cast(first, second) as it:
+    first, second = await adjacent_publishers()
+    async with set_up(first, second) as it:
         it.update(instance(ANN, publishing(first, second)))
         await first.subscribed()
         await second.subscribed()
@@ -235,7 +235,7 @@ async def test_each_cache_of_an_instance_has_its_own_name_in_the_tree() -> None:
 
 async def test_recorded_prompts_give_the_keys_of_events_without_tokens() -> None:
     publisher = FakePublisher()
-    async with cast(publisher) as it:
+    async with set_up(publisher) as it:
         it.subscriptions.record_prompt(KEYS)
         it.update(instance(ANN, publishing(publisher)))
         await publisher.subscribed()
@@ -250,7 +250,7 @@ async def test_recorded_prompts_give_the_keys_of_events_without_tokens() -> None
 
 async def test_close_ends_all_subscriptions() -> None:
     publisher = FakePublisher()
-    async with cast(publisher) as it:
+    async with set_up(publisher) as it:
         it.update(instance(ANN, publishing(publisher)))
         await publisher.subscribed()
         num_tasks = len(asyncio.all_tasks())
