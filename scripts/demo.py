@@ -319,7 +319,7 @@ def print_summary(turns: list[Turn]) -> None:
         f"\nOf {prompt} prompt tokens in {len(turns)} turns, prefill computed {computed} "
         f"({computed / prompt:.0%}); decode lacked {lacking} ({lacking / prompt:.0%}), "
         f"and only their pages moved: {moved / 2**20:.1f} MiB. "
-        f"What decode had generated went home to prefill: {home / 2**20:.1f} MiB."
+        f"The KV that decode generated returned to prefill: {home / 2**20:.1f} MiB."
     )
 
 

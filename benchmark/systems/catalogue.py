@@ -67,7 +67,7 @@ SYSTEMS = {
     ),
     "pd-caching-3": Entry(
         "PD-Caching-3",
-        "what decode generates goes home to prefill (--caching full, the default)",
+        "the KV that decode generates returns to prefill (--caching full, the default)",
         _ours(PAIR, CachingMode.FULL),
     ),
     "stock-pd": Entry(

@@ -1,6 +1,6 @@
 """Which computed KV a cluster keeps: the paper's caching steps as one value.
 
-    step               prefill keeps   decode keeps   decode's KV goes home
+    step               prefill keeps   decode keeps   decode's KV returns
     none     PD-Basic       -               -                 -
     prefill  PD-Caching-1   yes             -                 -
     both     PD-Caching-2   yes             yes               -
