@@ -29,7 +29,7 @@ from memserve.router.tokenization.token_probes import Agreement
 from memserve.router.tokenization.token_records import KnownTokens
 from memserve.router.tokenization.tokenizer import Tokenizer as TextReader
 from memserve.testing.fake_answers import Answers, Script
-from memserve.testing.fake_worker import FakeWorker, Received
+from memserve.testing.fake_worker import FakeWorker, ReceivedRequest
 from memserve.testing.transport_process import serve
 from memserve.wire.link import ControlClient
 from memserve.wire.messages import InstanceInfo, Role
@@ -106,7 +106,7 @@ class ChaosWorker(FakeWorker):
         finally:
             self.num_open -= 1
 
-    async def _answer(self, request: web.Request, received: Received) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, received: ReceivedRequest) -> web.StreamResponse:
         how = self.how
         if how == "never":
             await asyncio.sleep(3600)
@@ -130,7 +130,7 @@ class ChaosWorker(FakeWorker):
             asyncio.get_running_loop().call_later(random.random() * 0.02, request.transport.close)
         return response
 
-    async def _answers(self, received: Received) -> _Answers:
+    async def _answers(self, received: ReceivedRequest) -> _Answers:
         body = received.body
         given = body.get("input_ids") or body.get("prompt") or body.get("text")
         if given is None:
@@ -155,7 +155,9 @@ class ChaosWorker(FakeWorker):
         await response.write(answers.end())
         return response
 
-    async def _half(self, request: web.Request, received: Received, answers: _Answers) -> web.StreamResponse:
+    async def _half(
+        self, request: web.Request, received: ReceivedRequest, answers: _Answers
+    ) -> web.StreamResponse:
         """Close the connection properly, in the middle of an answer."""
         said = (
             b"".join(answers.events(0))

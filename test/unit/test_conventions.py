@@ -17,8 +17,10 @@ PACKAGE = Path(memserve.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILE_LINES, MAX_CLASS_LINES, MAX_FUNCTION_LINES = 350, 250, 60
 MAX_CONFIG_FIELDS = 12
-MAX_CONSTANTS = 195
-"""Numbers at module level: an operator's settings belong into a config record."""
+MAX_CONSTANTS = 177
+"""Numbers at module level: an operator's settings belong into a config record. The aim is 100."""
+OFFLINE = ("testing/", "simulation/")
+"""Packages that no operator runs beside servers."""
 FIXED = {
     "core/block_addr.py": "layout of an address",
     "core/block_keys.py": "layout of a key",
@@ -29,25 +31,8 @@ FIXED = {
 }
 """Files whose numbers are formats: changing one breaks peers."""
 VAGUE = re.compile(r"\b(whoever|nobody|somebody|anybody)\b", re.IGNORECASE)
-STILL_VAGUE = {
-    "core/hosts.py",
-    *("engine/hbm_events.py", "engine/kv_blocks.py"),
-    *("mempool/events.py", "mempool/external_tier.py", "mempool/index.py"),
-    *("router/cluster/drain.py", "router/cluster/member.py", "router/cluster/pools.py"),
-    *("router/cluster/registry.py", "router/cluster/roles.py"),
-    *("router/kv_events/subscriber.py", "router/kv_events/subscribers.py"),
-    "router/kv_events/synchronizer.py",
-    *("router/observability/counting.py", "router/observability/logs.py", "router/observability/metrics.py"),
-    *("router/observability/request_log.py", "router/observability/state_metrics.py"),
-    *("router/server_info.py", "router/tokenization/token_encoder.py"),
-    *("scheduling/prompt_tree/holder_index.py", "scheduling/prompt_tree/interned_sets.py"),
-    *("scheduling/prompt_tree/records.py", "scheduling/prompt_tree/registry.py"),
-    "scheduling/prompt_tree/tree.py",
-}
-"""Files with such docstrings that are still to be reworded. This list only shrinks."""
-STILL_LONG = {"GlobalPromptTree", "_parser"}
-STILL_DOUBLE = {"Received", "RecentRequests"}
-"""Classes and functions to be shortened or renamed. These lists only shrink."""
+STILL_LONG = {"GlobalPromptTree"}
+"""Classes and functions to be shortened. This list only shrinks."""
 
 
 def name_of(path: Path) -> str:
@@ -95,7 +80,7 @@ def test_a_public_class_name_has_one_meaning() -> None:
     for path, node in classes():
         if not node.name.startswith("_"):
             places[node.name].append(name_of(path))
-    assert {name: found for name, found in places.items() if len(found) > 1}.keys() <= STILL_DOUBLE
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
 
 
 def is_number(node: ast.expr | None) -> bool:
@@ -120,7 +105,11 @@ def constants(path: Path) -> Iterator[str]:
 
 def test_numbers_that_an_operator_needs_are_settings() -> None:
     found = [f"{name_of(path)}: {name}" for path in FILES for name in constants(path)]
-    counted = [one for one in found if one.partition(":")[0] not in FIXED and ": _" not in one]
+    counted = [
+        one
+        for one in found
+        if one.partition(":")[0] not in FIXED and not one.startswith(OFFLINE) and ": _" not in one
+    ]
     assert len(counted) <= MAX_CONSTANTS, "\n".join(counted)
 
 
@@ -133,4 +122,4 @@ def docstrings(path: Path) -> Iterator[str]:
 
 def test_docstrings_name_the_thing_they_mean() -> None:
     vague = {name_of(path) for path in FILES if any(VAGUE.search(text) for text in docstrings(path))}
-    assert vague <= STILL_VAGUE
+    assert vague == set()

@@ -136,8 +136,10 @@ async def _open_proxy(
     tls = client_context(
         config.tls.ssl_ca_certs, config.tls.ssl_client_certfile, config.tls.ssl_client_keyfile
     )
-    session = await stack.enter_async_context(open_session(tls, config.auth.api_key))
-    connections = ConnectionPool(tls)
+    session = await stack.enter_async_context(
+        open_session(tls, config.proxy.upstream_keepalive_secs, config.auth.api_key)
+    )
+    connections = ConnectionPool(tls, config.proxy)
     stack.callback(connections.close)
     state.cluster.on_unresponsive = connections.abandon
     upstream = Upstream(connections, session, on_lost=_on_lost(state))
@@ -267,6 +269,7 @@ def _retry_policy(config: ProxyConfig) -> RetryPolicy:
         max_retries=config.retry_max_retries,
         initial_backoff_s=config.retry_initial_backoff_ms / 1000,
         max_backoff_s=config.retry_max_backoff_ms / 1000,
+        poison_threshold=config.poison_threshold,
     )
 
 

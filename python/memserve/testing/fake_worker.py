@@ -24,7 +24,7 @@ RESERVED_TOKENS = 512
 
 
 @dataclass(slots=True)
-class Received:
+class ReceivedRequest:
     """One generation request that a fake worker received."""
 
     path: str
@@ -67,7 +67,7 @@ class FakeWorker:
     """TLS context; None: plain HTTP."""
     server_info: Json = field(default_factory=dict)
     """Additional fields of its `/server_info`."""
-    requests: list[Received] = field(default_factory=list)
+    requests: list[ReceivedRequest] = field(default_factory=list)
     aborts: list[str] = field(default_factory=list)
     num_flushes: int = 0
     _changed: asyncio.Event = field(default_factory=asyncio.Event)
@@ -128,7 +128,7 @@ class FakeWorker:
                 await self._changed.wait()
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
-        received = Received(request.path, await request.json(), dict(request.headers))
+        received = ReceivedRequest(request.path, await request.json(), dict(request.headers))
         if request.transport is not None:
             self._transports.add(request.transport)
         self.requests.append(received)
@@ -141,7 +141,7 @@ class FakeWorker:
             received.dropped = not received.finished
             self._changed.set()
 
-    async def _answer(self, request: web.Request, received: Received) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, received: ReceivedRequest) -> web.StreamResponse:
         script = self.script
         refused = self._refusal(received, script)
         if refused is not None:
@@ -158,7 +158,7 @@ class FakeWorker:
         return web.json_response(answers.whole())
 
     async def _stream(
-        self, request: web.Request, received: Received, answers: Answers, script: Script
+        self, request: web.Request, received: ReceivedRequest, answers: Answers, script: Script
     ) -> web.StreamResponse:
         response = web.StreamResponse(headers={"Content-Type": "text/event-stream"})
         await response.prepare(request)
@@ -172,7 +172,7 @@ class FakeWorker:
         await response.write(answers.end())
         return response
 
-    def _refusal(self, received: Received, script: Script) -> web.Response | None:
+    def _refusal(self, received: ReceivedRequest, script: Script) -> web.Response | None:
         """The error answer of the script or of SGLang's checks; None if the request is accepted."""
         if script.status != 200:
             return web.json_response({"error": {"message": script.message}}, status=script.status)

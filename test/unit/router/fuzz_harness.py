@@ -19,7 +19,7 @@ from memserve.router.tokenization.token_probes import Agreement
 from memserve.router.tokenization.token_records import KnownTokens
 from memserve.router.tokenization.tokenizer import Tokenizer as TextReader
 from memserve.testing.fake_answers import Script
-from memserve.testing.fake_worker import FakeWorker, Received
+from memserve.testing.fake_worker import FakeWorker, ReceivedRequest
 from memserve.wire.messages import Role
 
 from .harness import Stage, staged
@@ -35,7 +35,7 @@ class Reader(FakeWorker):
     tokenizer: Tokenizer
     reader: TextReader
 
-    async def _answer(self, request: web.Request, received: Received) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, received: ReceivedRequest) -> web.StreamResponse:
         try:
             return await super()._answer(request, received)
         except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
@@ -44,7 +44,7 @@ class Reader(FakeWorker):
             self.requests.clear()
             self.aborts.clear()
 
-    def _refusal(self, received: Received, script: Script) -> web.Response | None:
+    def _refusal(self, received: ReceivedRequest, script: Script) -> web.Response | None:
         return None  # it would take another endpoint's fields for this one's
 
     async def _abort(self, request: web.Request) -> web.Response:

@@ -22,10 +22,17 @@ class ProxyConfig:
         50, "wait before the first retry; doubles with each further one", metavar="MS", at_least=0
     )
     retry_max_backoff_ms: int = setting(2000, "longest wait before a retry", metavar="MS", at_least=0)
+    poison_threshold: int = setting(
+        2, "instances of one role that a request may lose; then it is refused as a poison request", at_least=1
+    )
     resume: Literal["auto", "never"] = setting(
         "auto",
         "whether another instance continues a stream whose instance was lost, if the text stays the same: "
         "greedy requests, and all requests under --enable-deterministic-inference",
+    )
+    connect_timeout_secs: float = setting(3.0, "time to connect to a server", above=0)
+    upstream_keepalive_secs: float = setting(
+        2.0, "time after which an idle connection to a server is closed", above=0
     )
 
     def __post_init__(self) -> None:

@@ -18,9 +18,8 @@ import httptools
 
 from memserve.router.cluster.instance import ClusterSnapshot
 from memserve.router.errors import MalformedResponse
+from memserve.router.proxy.config import ProxyConfig
 
-CONNECT_TIMEOUT_S = 3.0
-KEEPALIVE_S = 2.0
 """Less than the 5 s after which SGLang closes idle connections: none closes during a request."""
 MAX_UNREAD_BYTES = 256 << 10
 """Unread bytes at which reading from the instance is paused for a slow client."""
@@ -191,8 +190,10 @@ class Connection(asyncio.Protocol):
 class ConnectionPool:
     """The connections to all instances. Event loop thread only."""
 
-    def __init__(self, tls: ssl.SSLContext) -> None:
+    def __init__(self, tls: ssl.SSLContext, config: ProxyConfig) -> None:
         """`tls` verifies https instances."""
+        self._connect_timeout_s = config.connect_timeout_secs
+        self._keepalive_s = config.upstream_keepalive_secs
         self._loop = asyncio.get_running_loop()
         self._tls = tls
         self._free: dict[str, deque[Connection]] = {}
@@ -204,17 +205,17 @@ class ConnectionPool:
         while free:
             connection = free.pop()
             if not connection.is_closed:
-                if self._loop.time() - connection.idle_since_s < KEEPALIVE_S:
+                if self._loop.time() - connection.idle_since_s < self._keepalive_s:
                     return connection
                 connection.close()
         return None
 
     async def connect(self, url: str) -> Connection:
-        """A new connection. Raises OSError; TimeoutError after `CONNECT_TIMEOUT_S`."""
+        """A new connection. Raises OSError; TimeoutError after --connect-timeout-secs."""
         parts = urlsplit(url)
         tls = self._tls if parts.scheme == "https" else None
         free = self._free.setdefault(url, deque())
-        async with asyncio.timeout(CONNECT_TIMEOUT_S):
+        async with asyncio.timeout(self._connect_timeout_s):
             _, connection = await self._loop.create_connection(
                 lambda: Connection(self._loop, free.append),
                 parts.hostname or "",
@@ -232,7 +233,7 @@ class ConnectionPool:
     def retain(self, up: ClusterSnapshot) -> None:
         """Close connections that have been idle for long, and forget instances that are not in `up`."""
         urls = {instance.url for instance in up.all()}
-        old_s = self._loop.time() - KEEPALIVE_S
+        old_s = self._loop.time() - self._keepalive_s
         for url, free in list(self._free.items()):
             while free and (free[0].is_closed or free[0].idle_since_s < old_s):
                 if not (connection := free.popleft()).is_closed:

@@ -47,8 +47,6 @@ T = TypeVar("T")
 OnPlaced = Callable[[Placement, int], None]
 """Told the instances of each attempt before it begins, and its number, from 1."""
 
-MAX_LOST = 2
-"""After this many instances of one role died serving a request, it is rejected as a poison request."""
 STATUS_POLL_S = 0.05
 
 
@@ -77,6 +75,8 @@ class RetryPolicy:
     max_retries: int = 3
     initial_backoff_s: float = 0.05
     max_backoff_s: float = 2.0
+    poison_threshold: int = 2
+    """Instances of one role that a request may lose before it is rejected as a poison request."""
     draw: Callable[[], float] = random.random
     """Jitter: numbers from 0 to 1."""
 
@@ -94,7 +94,7 @@ def backoff_s(policy: RetryPolicy, num_tries: int, left_s: float) -> float | Non
     return backoff_s if backoff_s < left_s else None
 
 
-def find_poison(faults: Sequence[UpstreamFault]) -> PoisonRequest | None:
+def find_poison(faults: Sequence[UpstreamFault], threshold: int = 2) -> PoisonRequest | None:
     """Why a request that has met `faults` must reach no other instance; None if it may.
 
     Instances that were lost before they had the request do not count. Leave out the faults of instances
@@ -105,7 +105,7 @@ def find_poison(faults: Sequence[UpstreamFault]) -> PoisonRequest | None:
         if isinstance(fault, UpstreamDisconnected) and fault.was_sent:
             lost.setdefault(fault.role, {})[fault.instance_id] = None
     for role, instances in lost.items():
-        if len(instances) >= MAX_LOST:
+        if len(instances) >= threshold:
             return PoisonRequest(role, tuple(instances))
     return None
 
@@ -245,10 +245,10 @@ class RetryLoop:
                 [one for one, status in zip(lost, statuses, strict=True) if status is wanted]
                 for wanted in (ProcessStatus.EXITED, ProcessStatus.UNKNOWN)
             )
-            poison = find_poison([*ended, *unknown])
+            poison = find_poison([*ended, *unknown], self._policy.poison_threshold)
             if poison is None:
                 return
-            if find_poison(ended) is not None or clock() >= until_s:
+            if find_poison(ended, self._policy.poison_threshold) is not None or clock() >= until_s:
                 self._observer.count_poison()
                 raise poison from faults[-1]
             await asyncio.sleep(STATUS_POLL_S)

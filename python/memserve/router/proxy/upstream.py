@@ -25,7 +25,6 @@ from memserve.router.errors import (
     refusal,
 )
 from memserve.router.proxy.connection_pool import (
-    KEEPALIVE_S,
     Connection,
     ConnectionPool,
     UpstreamUnresponsive,
@@ -43,9 +42,9 @@ OWN_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 _ERROR = b'data: {"error"'
 
 
-def open_session(tls: ssl.SSLContext, api_key: str | None = None) -> aiohttp.ClientSession:
+def open_session(tls: ssl.SSLContext, keepalive_s: float, api_key: str | None) -> aiohttp.ClientSession:
     """The client for everything but generation: probes, aborts, pages. `api_key` is for the instances."""
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_S, ttl_dns_cache=60, ssl=tls)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=keepalive_s, ttl_dns_cache=60, ssl=tls)
     headers = {"Accept-Encoding": "identity"}
     if api_key is not None:
         headers["Authorization"] = f"Bearer {api_key}"

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from aiohttp import web
 
-from memserve.testing.fake_worker import FakeWorker, Received
+from memserve.testing.fake_worker import FakeWorker, ReceivedRequest
 from memserve.wire.messages import Role
 
 from ..harness import staged
@@ -26,7 +26,7 @@ class _Nonsense(FakeWorker):
 
     said = b""
 
-    async def _answer(self, request: web.Request, received: Received) -> web.StreamResponse:
+    async def _answer(self, request: web.Request, received: ReceivedRequest) -> web.StreamResponse:
         response = web.StreamResponse()
         await response.prepare(request)
         await response.write(self.said)
