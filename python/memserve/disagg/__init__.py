@@ -1,1 +1,1 @@
-"""Joins an instance to its cluster: KV handoff in Mooncake's place, and registration with the router."""
+"""The prefill/decode handoff: the drop-in for SGLang's MooncakeTransferEngine."""

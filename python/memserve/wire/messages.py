@@ -21,17 +21,17 @@ WIRE_VERSION = 9
 
 
 class Role(StrEnum):
-    """What an instance does for a request."""
+    """The part of an instance in serving requests."""
 
     PREFILL = "prefill"
     DECODE = "decode"
     COLOCATED = "colocated"
     MEMORY = "memory"
-    """Serves no requests: lends its DRAM to the others."""
+    """Serves no requests: lends its DRAM to the other instances."""
 
 
 class InstanceInfo(msgspec.Struct, frozen=True):
-    """What the router must know of an instance to send it requests."""
+    """What the router needs to send requests to an instance."""
 
     instance_id: InstanceId
     epoch: Epoch
@@ -41,13 +41,13 @@ class InstanceInfo(msgspec.Struct, frozen=True):
     bootstrap_port: int | None = None
     """Where decode servers find a prefill's KV; None for other roles."""
     caching: CachingMode = CachingMode.FULL
-    """A router refuses an instance whose value is not that of the others."""
+    """A router refuses an instance whose value differs from that of the others."""
     roles: tuple[Role, ...] = ()
-    """What else it can become, by starting anew."""
+    """The other roles that the instance can take after a restart."""
 
 
 class Load(msgspec.Struct, frozen=True):
-    """What an instance has to do at one moment, all its data-parallel ranks together."""
+    """The work of an instance at one moment, all its data-parallel ranks together."""
 
     num_running: int
     """Requests."""
@@ -56,55 +56,55 @@ class Load(msgspec.Struct, frozen=True):
     """Of KV in HBM, for requests that run or wait."""
     max_tokens: int
     step_age_s: float
-    """Since its scheduler last came round, the slowest rank's: alive but stuck is visible here."""
+    """Age of the last step of the slowest rank's scheduler: shows a process that is alive but stuck."""
 
 
 class Register(msgspec.Struct, frozen=True, tag=True):
-    """Instance → router: I am ready to serve. Idempotent; a new epoch replaces the old one."""
+    """Instance → router: the instance is ready to serve. Idempotent; a new epoch replaces the old one."""
 
     info: InstanceInfo
     is_draining: bool = False
-    """A router has said so, which may have been another one."""
+    """A router, maybe an earlier one, has drained the instance."""
 
 
 class Heartbeat(msgspec.Struct, frozen=True, tag=True):
-    """Instance → router: still here. Answered `Unknown` by a router that has forgotten it."""
+    """Instance → router: the instance lives. A router that does not know it answers `Unknown`."""
 
     instance_id: InstanceId
     epoch: Epoch
     load: Load | None = None
-    """None where the engine does not tell."""
+    """None if the engine does not report it."""
 
 
 class Deregister(msgspec.Struct, frozen=True, tag=True):
-    """Instance → router: send me nothing more."""
+    """Instance → router: send no more requests."""
 
     instance_id: InstanceId
     epoch: Epoch
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):
-    """Router → instance: done; tell me that you live every `heartbeat_s`."""
+    """Router → instance: registered; send a heartbeat every `heartbeat_s`."""
 
     heartbeat_s: float
     is_draining: bool = False
-    """You are; say so to any router that has forgotten it."""
+    """The instance is draining, and has to tell a router that does not know it."""
     become: Role | None = None
-    """End, and start anew as this, at the same address."""
+    """The role to restart as, at the same address; None: stay."""
 
 
 class Unknown(msgspec.Struct, frozen=True, tag=True):
-    """Router → instance: I do not know this instance and epoch; register again."""
+    """Receiver → sender: the sender and epoch are not known; register, or say Hello, again."""
 
 
 class Refused(msgspec.Struct, frozen=True, tag=True):
-    """The request makes no sense to the receiver; repeating it cannot help."""
+    """The receiver cannot accept the request; repeating it does not help."""
 
     reason: str
 
 
 class PoolInfo(msgspec.Struct, frozen=True):
-    """What instances must know of one rank's memory pool to exchange blocks with it."""
+    """What instances need to exchange blocks with one rank's memory pool."""
 
     instance_id: InstanceId
     epoch: Epoch
@@ -124,7 +124,7 @@ class PoolInfo(msgspec.Struct, frozen=True):
 
 
 class RegisterPool(msgspec.Struct, frozen=True, tag=True):
-    """Pool → router: I can be reached. Answered `Members`, or `Refused`. Idempotent."""
+    """Pool → router: the pool can be reached. Answered `Members` or `Refused`. Idempotent."""
 
     info: PoolInfo
 
@@ -136,12 +136,12 @@ class TierBlocks(msgspec.Struct, frozen=True):
     """`hbm` or `dram`."""
     num_cached: int
     num_free: int | None = None
-    """None where only the engine knows."""
+    """None if only the engine knows it."""
     num_total: int | None = None
 
 
 class PoolHeartbeat(msgspec.Struct, frozen=True, tag=True):
-    """Pool → router: still here, and I know the members as of `version`. Answered `Members`, `Unknown`."""
+    """Pool → router: the pool lives and knows the members as of `version`. Answered `Members`, `Unknown`."""
 
     epoch: Epoch
     version: int
@@ -149,7 +149,7 @@ class PoolHeartbeat(msgspec.Struct, frozen=True, tag=True):
 
 
 class DeregisterPool(msgspec.Struct, frozen=True, tag=True):
-    """Pool → router: I am going. Answered `Done`."""
+    """Pool → router: the pool leaves. Answered `Done`."""
 
     epoch: Epoch
 
@@ -160,17 +160,17 @@ class Members(msgspec.Struct, frozen=True, tag=True):
     heartbeat_s: float
     version: int
     pools: tuple[PoolInfo, ...] | None
-    """None: unchanged since the version that was named."""
+    """None: unchanged since the version in the heartbeat."""
     wants_prompt_keys: bool = False
-    """The router knows prompts by their text, and wants to be told of their keys."""
+    """The router knows prompts by their text, and wants their keys."""
 
 
 class Done(msgspec.Struct, frozen=True, tag=True):
-    """It is so now."""
+    """The request has been carried out."""
 
 
 class PromptKeys(msgspec.Struct, frozen=True, array_like=True):
-    """A prompt that has come to a server, as its cache knows it."""
+    """The keys of a prompt that has arrived at a server."""
 
     rid: str
     keys: tuple[BlockKey, ...]
@@ -178,38 +178,38 @@ class PromptKeys(msgspec.Struct, frozen=True, array_like=True):
 
 
 class PoolEvents(msgspec.Struct, frozen=True, tag=True):
-    """Pool → router: what changed in my index; nothing, now and then. Answered `Done`, `SnapshotWanted`,
+    """Pool → router: the changes of the pool's index; sometimes none. Answered `Done`, `SnapshotWanted`,
     `AuditWanted`, or `Unknown`."""
 
     epoch: Epoch
     events: tuple[CacheEvent, ...]
     """All since the last message, in the order of their numbers."""
     layout: str = ""
-    """Of a memory instance, which has a pool for each layout: which one, as a digest in hex; else empty."""
+    """Hex digest of the layout, for a memory instance, which has a pool per layout; else empty."""
     prompts: tuple[PromptKeys, ...] = ()
-    """Prompts that have come to the pool's server since; only where they are wanted, and the latest."""
+    """Latest prompts of the pool's server since the last message, if the router wants them."""
 
 
 class SnapshotWanted(msgspec.Struct, frozen=True, tag=True):
-    """Router → pool: events are missing here; send all that you have."""
+    """Router → pool: events are missing; send a snapshot."""
 
 
 class AuditWanted(msgspec.Struct, frozen=True, tag=True):
-    """Router → pool: done, and send a snapshot: not that it is needed, but to see how true the tree is."""
+    """Router → pool: carried out; send a snapshot as well, to be compared with the router's tree."""
 
 
 class SnapshotPart(msgspec.Struct, frozen=True, tag=True):
-    """Pool → router: part of all that was cached after event `sequence`. Answered `Done`, `Unknown`, or
+    """Pool → router: a part of the snapshot after event `sequence`. Answered `Done`, `Unknown`, or
     `SnapshotWanted` if a part before it has not arrived, or an audit has found that the tree is wrong."""
 
     epoch: Epoch
     sequence: int
     index: int
-    """0, 1, 2, ...; 0 begins anew."""
+    """0, 1, 2, ...; 0 begins a snapshot."""
     is_last: bool
     chains: tuple[Stored, ...]
     is_audit: bool = False
-    """To be compared, not taken in."""
+    """Compare the snapshot with the tree, do not apply it."""
     layout: str = ""
     """As in `PoolEvents`."""
 

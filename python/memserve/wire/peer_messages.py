@@ -1,4 +1,4 @@
-"""What memory pools of different processes say to each other. Joined to all others in `messages`."""
+"""The messages between processes that exchange memory. `messages` joins them to all others."""
 
 from __future__ import annotations
 
@@ -57,10 +57,10 @@ class Welcome(msgspec.Struct, frozen=True, tag=True):
 
 
 class Reserve(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: I would write the blocks of this chain that you lack. Answered `Reserved`, `Declined`.
+    """Pool → pool: reserve slots for the blocks of a chain that are missing. Answered `Reserved`, `Declined`.
 
-    keys[0] comes after `parent`, or begins a prompt. `transfer_id` is the sender's, never used twice;
-    a repeated request gets the same answer. `Unknown`, here and below: say Hello first.
+    keys[0] follows `parent`, or begins a prompt. `transfer_id` is the sender's, never used twice;
+    a repeated request gets the same answer. The answer `Unknown`, here and below, requires a Hello first.
     """
 
     epoch: Epoch
@@ -72,24 +72,24 @@ class Reserve(msgspec.Struct, frozen=True, tag=True):
 
 
 class Reserved(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: write here, then commit or cancel."""
+    """Pool → pool: the sender may write to these slots, then has to commit or cancel."""
 
     num_known: int
-    """So many blocks, from the front of the chain, are here already."""
+    """Blocks of the chain, from its front, that the receiver has."""
     addrs: tuple[int, ...]
     """`BlockAddr` of a slot for each block after those."""
 
 
 class Declined(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: not now; nothing has changed here."""
+    """Pool → pool: the request is declined for now; nothing has changed."""
 
     reason: str
     parent_unknown: bool = False
-    """Send the chain from its root and it may be taken."""
+    """The parent is not cached: the chain may be accepted from its root."""
 
 
 class Commit(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: all bytes of the reservation are in place. Answered `Committed`, `Declined`."""
+    """Pool → pool: all bytes of a reservation are in place. Answered `Committed`, `Declined`."""
 
     epoch: Epoch
     transfer_id: int
@@ -98,39 +98,39 @@ class Commit(msgspec.Struct, frozen=True, tag=True):
 
 
 class Committed(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: so many blocks are in the index that were not."""
+    """Pool → pool: the number of blocks that were indexed and were not cached before."""
 
     num_new: int
 
 
 class Cancel(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: the reservation will not be committed. Answered `Done`, also when it is unknown."""
+    """Pool → pool: a reservation will not be committed. Answered `Done`, also if it is unknown."""
 
     epoch: Epoch
     transfer_id: int
     settled: bool
-    """No byte of mine can land any more; else the blocks stay in quarantine."""
+    """No byte of the sender can land any more; otherwise the blocks stay in quarantine."""
 
 
 class Locate(msgspec.Struct, frozen=True, tag=True):
-    """Anyone → pool: how much of this chain do you hold? Answered `Located`."""
+    """Any process → pool: how much of this chain is cached? Answered `Located`."""
 
     layout: bytes
     keys: tuple[BlockKey, ...]
 
 
 class Located(msgspec.Struct, frozen=True, tag=True):
-    """Pool → anyone: so many blocks, from the front."""
+    """Pool → any process: the cached prefix, and the room."""
 
     num_blocks: int
     num_free: int = 0
-    """Blocks of that layout that nothing is in."""
+    """Free blocks of that layout."""
     num_evictable: int = 0
-    """Cached blocks that could make room for others."""
+    """Cached blocks that could be evicted."""
 
 
 class AcquireLease(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: hold these while I read them. Answered `Leased`, an empty one if none is there."""
+    """Pool → pool: lease these blocks for a read. Answered `Leased`, empty if none is cached."""
 
     epoch: Epoch
     lease_id: int
@@ -140,21 +140,21 @@ class AcquireLease(msgspec.Struct, frozen=True, tag=True):
 
 
 class Leased(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: where the longest prefix that is here can be read, and what its bytes sum to."""
+    """Pool → pool: addresses and checksums of the longest cached prefix."""
 
     addrs: tuple[int, ...]
     checksums: tuple[int, ...]
 
 
 class ReleaseLease(msgspec.Struct, frozen=True, tag=True):
-    """Pool → pool: I have read them. Answered `Done`, also when the lease is unknown or has run out."""
+    """Pool → pool: the blocks are read. Answered `Done`, also if the lease is unknown or has run out."""
 
     epoch: Epoch
     lease_id: int
 
 
 class Fetch(msgspec.Struct, frozen=True, tag=True):
-    """Router → pool: get what you lack of this chain from `holder`. Answered `Fetched`."""
+    """Router → pool: copy the missing blocks of this chain from `holder`. Answered `Fetched`."""
 
     layout: bytes
     keys: tuple[BlockKey, ...]
@@ -166,25 +166,25 @@ class Fetch(msgspec.Struct, frozen=True, tag=True):
 
 
 class Fetched(msgspec.Struct, frozen=True, tag=True):
-    """Pool → router: so many blocks of the chain, from the front, are here now."""
+    """Pool → router: the number of blocks of the chain, from its front, that are cached now."""
 
     num_blocks: int
     reason: str = ""
-    """Why it is not all of them."""
+    """Why it is not the whole chain."""
 
 
 class EvacuationTarget(msgspec.Struct, frozen=True):
-    """A pool that may take in what another one evacuates."""
+    """A pool that may receive the blocks of an evacuated one."""
 
     name: str
-    """Of its instance, the same for all ranks: they choose alike."""
+    """Name of its instance, the same for all ranks, so that they choose alike."""
     address: str
     """`host:port` of its control server."""
     epoch: Epoch
 
 
 class Evacuate(msgspec.Struct, frozen=True, tag=True):
-    """Router → pool: you are about to go, so send what these pools lack of what you hold, hottest first.
+    """Router → pool: your instance will stop; send `targets` the blocks that they lack, most recent first.
 
     Answered `Evacuated`, within `timeout_s` and the time that one step of an exchange may take.
     """
@@ -195,14 +195,14 @@ class Evacuate(msgspec.Struct, frozen=True, tag=True):
 
 
 class Evacuated(msgspec.Struct, frozen=True, tag=True):
-    """Pool → router: what has become of my blocks."""
+    """Pool → router: the outcome of an evacuation."""
 
     num_sent: int
     num_bytes: int
     num_known: int
-    """Blocks that one of the others had already."""
+    """Blocks that one of the targets had before."""
     num_left: int
-    """Blocks that are nowhere else, as far as I know."""
+    """Blocks that are in no target, as far as the pool knows."""
     reason: str = ""
     """Why blocks are left."""
 
