@@ -24,6 +24,9 @@ class HttpConfig:
     client_stall_timeout_secs: float = setting(
         60.0, "time without progress after which a client's upload or download is ended", above=0
     )
+    client_keepalive_secs: float = setting(
+        75.0, "time after which an idle client connection is closed", above=0
+    )
     shutdown_grace_period_secs: float = setting(
         10.0, "time for running requests to finish after SIGTERM", at_least=0
     )

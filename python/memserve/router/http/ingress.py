@@ -40,6 +40,8 @@ class ClientLimits:
     """For the next part of a body, or until the client reads more of an answer."""
     max_connections: int
     """Of all clients together."""
+    keepalive_s: float
+    """For the next request on a connection."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,6 +84,7 @@ def build_ingress(
         http.client_header_timeout_secs,
         http.client_stall_timeout_secs,
         http.max_connections or max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4),
+        http.client_keepalive_secs,
     )
     budget = _budget(admission, http.max_body_bytes)
     metrics.show("buffered_bytes", "Memory that requests are taken to need.", lambda: budget.held)

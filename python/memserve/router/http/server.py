@@ -30,8 +30,6 @@ logger = logging.getLogger(__name__)
 MAX_HEAD_BYTES = 16 << 10
 MAX_PIPELINED_BYTES = 64 << 10
 """Bytes that a client may send ahead while its last request is answered."""
-KEEPALIVE_S = 75.0
-"""Longest idle time of a connection."""
 LINGER_S = 2.0
 """Time for a refused client to read its answer before the connection is closed."""
 SWEEP_S = 1.0
@@ -231,7 +229,7 @@ class _Connection(asyncio.Protocol):
                 self._await_next()
 
     def _await_next(self) -> None:
-        self.deadline_s = self.server.now_s() + KEEPALIVE_S
+        self.deadline_s = self.server.now_s() + self.server.limits.keepalive_s
         if self._pending:
             self._transport.resume_reading()
             self.server.loop.call_soon(self.data_received, b"")
