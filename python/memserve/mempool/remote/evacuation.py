@@ -32,12 +32,6 @@ from memserve.wire.peer_messages import Evacuate, Evacuated, EvacuationTarget, L
 
 logger = logging.getLogger(__name__)
 
-PIECE_BLOCKS = 256
-"""Blocks sent between two checks of the deadline."""
-NICENESS = 10
-"""Of the sending thread: running requests come first."""
-MAX_WAITING = 4
-"""Evacuations, running or waiting."""
 LATE, NO_PEER, NO_ROOM = "the time was over", "no pool takes such blocks", "the others have no room"
 
 
@@ -84,8 +78,11 @@ class EvacuationRun:
         pool: MemPool,
         targets: Sequence[EvacuationTarget],
         now: Callable[[], float],
+        piece_blocks: int = 256,
     ) -> None:
+        """`piece_blocks`: blocks sent between two checks of the deadline."""
         self._peers = peers
+        self._piece_blocks = piece_blocks
         self._pool = pool
         self._now = now
         self._targets = [_EvacuationTarget(one.name, PeerAddress(one.address, one.epoch)) for one in targets]
@@ -164,7 +161,7 @@ class EvacuationRun:
         target, at = choice.target, choice.start
         self._note_location(chain, at, target)
         while at < len(chain) and target.room > 0 and self._now() < deadline:
-            piece = chain[at : at + min(PIECE_BLOCKS, target.room)]
+            piece = chain[at : at + min(self._piece_blocks, target.room)]
             pushed = self._pushed(target, piece, chain[at - 1] if at else None)
             if pushed is None:
                 return
@@ -216,11 +213,15 @@ class EvacuationRun:
 class Evacuations:
     """The evacuations that a router requests: one at a time, each answered at its end. Any thread may ask."""
 
-    def __init__(self, peers: EvacuationPeers, now: Callable[[], float]) -> None:
+    def __init__(
+        self, peers: EvacuationPeers, now: Callable[[], float], *, max_evacuations: int, niceness: int
+    ) -> None:
+        """`max_evacuations`: running or waiting; `niceness`: of the sending thread."""
         self._peers = peers
+        self._max_evacuations = max_evacuations
         self._closing = threading.Event()
         self._now = lambda: float("inf") if self._closing.is_set() else now()
-        self._executor = BoundedExecutor("peer-evacuation", capacity=MAX_WAITING, niceness=NICENESS)
+        self._executor = BoundedExecutor("peer-evacuation", capacity=max_evacuations, niceness=niceness)
 
     def answer(self, message: Evacuate, pool: MemPool | None) -> Message | Future[Message]:
         """The outcome for the blocks. Returns at once."""
@@ -229,7 +230,7 @@ class Evacuations:
         run = EvacuationRun(self._peers, pool, message.targets, self._now)
         future: Future[Message] | None = self._executor.submit(lambda: run.run(message.timeout_s))
         if future is None:
-            reason = f"{MAX_WAITING} evacuations are running or waiting"
+            reason = f"{self._max_evacuations} evacuations are running or waiting"
             return Evacuated(0, 0, 0, pool.stats().cached, reason)
         return future
 

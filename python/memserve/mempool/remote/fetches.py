@@ -20,10 +20,6 @@ from memserve.wire.peer_messages import Fetch, Fetched
 
 logger = logging.getLogger(__name__)
 
-MAX_RUNNING = 4
-MAX_FETCHES = 32
-"""Running or waiting."""
-
 
 class FetchCall(Protocol):
     """`Peers.fetch`."""
@@ -42,9 +38,11 @@ class FetchCall(Protocol):
 class Fetches:
     """Any thread may call any method."""
 
-    def __init__(self, fetch: FetchCall) -> None:
+    def __init__(self, fetch: FetchCall, *, max_fetches: int, num_threads: int) -> None:
+        """`max_fetches`: running or waiting."""
         self._fetch = fetch
-        self._executor = BoundedExecutor("peer-fetch", capacity=MAX_FETCHES, workers=MAX_RUNNING)
+        self._max_fetches = max_fetches
+        self._executor = BoundedExecutor("peer-fetch", capacity=max_fetches, workers=num_threads)
 
     def answer(self, fetch: Fetch, pool: MemPool | None) -> Message | Future[Message]:
         """The number of blocks cached here at the end, with the reason if it is not all. Returns at once."""
@@ -52,7 +50,8 @@ class Fetches:
             return Fetched(0, "there is no pool of such blocks here")
         future = self._executor.submit(lambda: self._fetched(pool, fetch))
         if future is None:
-            return Fetched(pool.num_cached(fetch.keys), f"{MAX_FETCHES} fetches are running or waiting")
+            reason = f"{self._max_fetches} fetches are running or waiting"
+            return Fetched(pool.num_cached(fetch.keys), reason)
         return future
 
     def close(self) -> None:

@@ -49,8 +49,6 @@ from memserve.wire.peer_messages import (
 
 logger = logging.getLogger(__name__)
 
-MAX_HELLOS = 256
-"""Peers that wait at a time until the pool of their blocks is made."""
 _WITH_DEADLINE = (Reserve, AcquireLease)
 """Messages that begin a reservation or a lease, which has a deadline."""
 
@@ -80,12 +78,14 @@ class Peers:
         self._server = PeerServer(
             config, endpoint.epoch, self._regions, self._pools, counters, time.monotonic
         )
-        self._quarantined = QuarantinedReads(self._regions, config.timeout_s)
+        self._quarantined = QuarantinedReads(self._regions, config.timeout_s, retry_s=config.retry_s)
         own = OwnSide(endpoint.epoch, self._regions, endpoint.connect, config.timeout_s)
         self._table = PeerTable(own, self._pools, self._quarantined, counters)
-        self._fetches = Fetches(self.fetch)
-        self._evacuations = Evacuations(self, time.monotonic)
-        self._pool_maker = BoundedExecutor("peer-pools", capacity=MAX_HELLOS)
+        self._fetches = Fetches(self.fetch, max_fetches=config.max_fetches, num_threads=config.fetch_threads)
+        self._evacuations = Evacuations(
+            self, time.monotonic, max_evacuations=config.max_evacuations, niceness=config.evacuation_niceness
+        )
+        self._pool_maker = BoundedExecutor("peer-pools", capacity=config.max_hellos)
         self._sweeper = Sweeper(self._sweep)
         self._is_closed = False
         endpoint.serve_pools(self._answer)
@@ -207,7 +207,8 @@ class Peers:
         layout = message.layout if isinstance(message, Hello) else None
         if layout is not None and self._pools.get(layout.digest) is None:
             future = self._pool_maker.submit(lambda: self._server.answer(message))
-            return Declined(f"{MAX_HELLOS} pools are being made") if future is None else future
+            refusal = f"{self._config.max_hellos} pools are being made"
+            return Declined(refusal) if future is None else future
         if isinstance(message, Fetch):
             return self._fetches.answer(message, self._pools.get(message.layout))
         if isinstance(message, Evacuate):

@@ -28,8 +28,6 @@ from memserve.wire.peer_messages import AcquireLease, Leased, ReleaseLease
 
 logger = logging.getLogger(__name__)
 
-RETRY_S = 1.0
-
 
 @dataclass(eq=False, frozen=True, slots=True)
 class _QuarantinedRead:
@@ -43,7 +41,9 @@ class _QuarantinedRead:
 class QuarantinedReads:
     """Failed reads, each until its bytes cannot land any more. Any thread; one thread sweeps."""
 
-    def __init__(self, regions: LocalRegions, timeout_s: float) -> None:
+    def __init__(self, regions: LocalRegions, timeout_s: float, *, retry_s: float = 1.0) -> None:
+        """`retry_s`: time between two attempts to settle a read."""
+        self._retry_s = retry_s
         self._regions = regions
         self._timeout_s = timeout_s
         self._lock = threading.Lock()
@@ -80,7 +80,7 @@ class QuarantinedReads:
             else:
                 silent.add(one.connection.peer)
         with self._lock:
-            return RETRY_S if self._waiting else float("inf")
+            return self._retry_s if self._waiting else float("inf")
 
     def close(self) -> None:
         """The transports are closed, so nothing lands any more: free all blocks."""

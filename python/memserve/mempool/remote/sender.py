@@ -32,16 +32,10 @@ from memserve.wire.peer_messages import Cancel, Commit, Committed, Declined, Res
 
 logger = logging.getLogger(__name__)
 
-MAX_CHUNK_BYTES = 8 << 20
-MAX_CHUNK_BLOCKS = 64
-"""Of one reservation or lease; longer chains take several."""
-MAX_PENDING_CANCELS = 64
-"""Per peer; further ones are left to the peer's deadline."""
 
-
-def chunk_blocks(block_bytes: int) -> int:
-    """Blocks per reservation or lease."""
-    return max(1, min(MAX_CHUNK_BLOCKS, MAX_CHUNK_BYTES // block_bytes))
+def chunk_blocks(block_bytes: int, *, max_blocks: int = 64, max_bytes: int = 8 << 20) -> int:
+    """Blocks per reservation or lease; longer chains take several."""
+    return max(1, min(max_blocks, max_bytes // block_bytes))
 
 
 class _Chunk(NamedTuple):
@@ -67,8 +61,14 @@ class GrantedWrite:
 class Sender:
     """Writes to the pool of one peer. Any thread may call any method."""
 
-    def __init__(self, remote: RemotePool, next_id: Callable[[], int]) -> None:
-        """`next_id` gives ascending ids, never one twice in this process."""
+    def __init__(
+        self, remote: RemotePool, next_id: Callable[[], int], *, max_pending_cancels: int = 64
+    ) -> None:
+        """`next_id` gives ascending ids, never one twice in this process.
+
+        `max_pending_cancels`: further Cancels are left to the peer's deadline.
+        """
+        self._max_pending_cancels = max_pending_cancels
         self._remote = remote
         self._next_id = next_id
         self._lock = threading.Lock()
@@ -182,7 +182,7 @@ class Sender:
     def _cancel_later(self, transfer_id: int, connection: PeerConnection | None, settled: bool) -> None:
         """Send the Cancel before the next exchange, settled first if it was not."""
         with self._lock:
-            if len(self._pending_cancels) < MAX_PENDING_CANCELS:
+            if len(self._pending_cancels) < self._max_pending_cancels:
                 self._pending_cancels[transfer_id] = (connection, settled)
 
     def _send_pending_cancels(self) -> None:

@@ -45,9 +45,6 @@ from memserve.wire.peer_messages import (
 
 logger = logging.getLogger(__name__)
 
-RETRY_S = 1.0
-"""Between attempts to fence a peer."""
-
 
 class PeerServer:
     """The receiver of writes and the holder of leases."""
@@ -66,8 +63,9 @@ class PeerServer:
         self._pools = pools
         self._counters = counters
         self._now = now
+        self._retry_s = config.retry_s
         self._lock = threading.Lock()
-        self._sessions = PeerSessions()
+        self._sessions = PeerSessions(config.max_sessions)
         self._writes = PeerReservations(counters, config.reservation_s)
         self._leases = ReadLeases(counters, config.lease_s)
 
@@ -178,7 +176,7 @@ class PeerServer:
         except (TransferTimeout, TransferFailed) as error:
             logger.warning("not fenced, will try again peer=%016x: %s", session.epoch, error)
             with self._lock:
-                session.retry_at = self._now() + RETRY_S
+                session.retry_at = self._now() + self._retry_s
             return
         if epochs:
             self._counters.add(PeersStats(fenced=len(epochs)))

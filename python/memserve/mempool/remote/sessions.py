@@ -23,13 +23,6 @@ from memserve.mempool.records import Reservation
 from memserve.wire.messages import Message
 from memserve.wire.peer_messages import Declined, Leased, Reserved
 
-MAX_SESSIONS = 256
-"""The oldest idle sessions beyond that are forgotten: those peers repeat the handshake."""
-MAX_REFUSED = 500
-"""Fenced data epochs that are remembered; transports remember as many."""
-MAX_COMPLETED = 1024
-"""Completed exchanges of one session whose answers are kept."""
-
 EXCHANGE_OVER = Declined("that exchange is over")
 
 
@@ -44,7 +37,9 @@ class CompletedExchange(NamedTuple):
 class IdempotencyLog:
     """Completed exchanges by the peer's ascending ids: exact for the last ones, "over" for older ones."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_completed: int = 1024) -> None:
+        """`max_completed`: completed exchanges whose answers are kept."""
+        self._max_completed = max_completed
         self._completed: OrderedDict[int, CompletedExchange] = OrderedDict()
         self._floor = 0
 
@@ -53,7 +48,7 @@ class IdempotencyLog:
         if self.get(exchange_id) is not None:
             return
         self._completed[exchange_id] = completed
-        if len(self._completed) > MAX_COMPLETED:
+        if len(self._completed) > self._max_completed:
             forgotten, _ = self._completed.popitem(last=False)
             self._floor = max(self._floor, forgotten)
 
@@ -137,7 +132,13 @@ class PeerSession:
 class PeerSessions:
     """All sessions, and the data epochs that are refused for good."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_sessions: int = 256, *, max_refused: int = 500) -> None:
+        """The oldest idle sessions beyond `max_sessions` are forgotten: those peers repeat the handshake.
+
+        `max_refused`: fenced data epochs that are remembered; transports remember as many.
+        """
+        self._max_sessions = max_sessions
+        self._max_refused = max_refused
         self._sessions: OrderedDict[Epoch, PeerSession] = OrderedDict()
         self._refused: OrderedDict[Epoch, None] = OrderedDict()
 
@@ -160,9 +161,9 @@ class PeerSessions:
         session.data_epochs.add(data_epoch)
         session.is_gone = False
         self._sessions.move_to_end(epoch)
-        if len(self._sessions) > MAX_SESSIONS:
+        if len(self._sessions) > self._max_sessions:
             idle = [session for session in self if session.is_idle]
-            for session in idle[: len(self._sessions) - MAX_SESSIONS]:
+            for session in idle[: len(self._sessions) - self._max_sessions]:
                 del self._sessions[session.epoch]
         return True
 
@@ -170,7 +171,7 @@ class PeerSessions:
         """Refuse all data epochs of the session: they are to be fenced."""
         for data_epoch in session.data_epochs:
             self._refused[data_epoch] = None
-        while len(self._refused) > MAX_REFUSED:
+        while len(self._refused) > self._max_refused:
             self._refused.popitem(last=False)
         session.to_fence |= session.data_epochs
         session.data_epochs.clear()

@@ -10,13 +10,13 @@ from collections.abc import Callable
 
 logger = logging.getLogger(__name__)
 
-LONGEST_S = 3600.0
-
 
 class Sweeper:
     """Runs `sweep`, which returns the seconds until it is due again."""
 
-    def __init__(self, sweep: Callable[[], float]) -> None:
+    def __init__(self, sweep: Callable[[], float], *, longest_s: float = 3600.0) -> None:
+        """`longest_s`: time after which the next sweep begins at the latest."""
+        self._longest_s = longest_s
         self._sweep = sweep
         self._woken = threading.Event()
         self._is_closing = False
@@ -44,7 +44,7 @@ class Sweeper:
             while not self._is_closing:
                 self._woken.clear()
                 self._next = float("inf")  # A call of `expect` during the sweep triggers the next one.
-                wait_s = min(self._sweep(), LONGEST_S)
+                wait_s = min(self._sweep(), self._longest_s)
                 self._next = time.monotonic() + wait_s
                 self._woken.wait(wait_s)
         except Exception:

@@ -23,7 +23,7 @@ from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
 from memserve.mempool.remote.config import PeersConfig
 from memserve.mempool.remote.records import Pushed
-from memserve.mempool.remote.sender import MAX_CHUNK_BLOCKS, chunk_blocks
+from memserve.mempool.remote.sender import chunk_blocks
 from memserve.peering.remote_process import PeerAddress
 from memserve.transport.registry import TransportConfig
 from memserve.wire.link import ControlClient
@@ -34,6 +34,7 @@ from .pair import TIMEOUT_S, End, running, start
 
 PROMPT = [1, 2, 3, 4]
 BLOCK_BYTES = LAYOUT.block_bytes
+MAX_CHUNK_BLOCKS = chunk_blocks(1)
 
 
 @pytest.fixture(params=["tcp", "local"])
@@ -123,7 +124,7 @@ def test_long_chains_go_in_chunks_both_ways() -> None:
 
 
 def test_chunks_are_bounded_in_blocks_and_bytes() -> None:
-    assert chunk_blocks(1) == MAX_CHUNK_BLOCKS
+    assert chunk_blocks(1) == MAX_CHUNK_BLOCKS == 64
     assert chunk_blocks(1 << 20) == 8
     assert chunk_blocks(1 << 30) == 1
 
@@ -303,7 +304,7 @@ def test_closed_peers_decline(ends: tuple[End, End]) -> None:
         here.peers.transfer_with_insert(there.peer, here.pool, keys_of(PROMPT))
 
 
-@pytest.mark.parametrize("change", [{"timeout_s": 0.0}, {"lease_s": -1.0}])
+@pytest.mark.parametrize("change", [{"timeout_s": 0.0}, {"lease_s": -1.0}, {"max_fetches": 0}])
 def test_peers_config_refuses_limits_that_are_not_positive(change: dict[str, float]) -> None:
     with pytest.raises(ConfigError):
         PeersConfig(**change)

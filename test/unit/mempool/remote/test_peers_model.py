@@ -18,7 +18,7 @@ from memserve.core.errors import (
     TransferTimeout,
 )
 from memserve.core.kv_layout import TransferMode
-from memserve.mempool.remote.server import RETRY_S
+from memserve.mempool.remote.config import PeersConfig
 from memserve.peering.remote_process import PeerAddress
 from memserve.testing.faulty_link import Fault
 from memserve.wire.messages import Message
@@ -64,7 +64,7 @@ class PeersMachine(RuleBasedStateMachine):
         self.world.faults.land()
         for node in self.nodes():
             node.sweep()
-        self.world.clock.advance(max(LEASE_S, RESERVATION_S) + RETRY_S)
+        self.world.clock.advance(max(LEASE_S, RESERVATION_S) + PeersConfig().retry_s)
         for node in self.nodes():
             node.sweep()
             node.sweep()
@@ -230,7 +230,7 @@ class PeersMachine(RuleBasedStateMachine):
     def late_messages_arrive(self, count: int) -> None:
         self.world.faults.land(count)
 
-    @rule(seconds=st.sampled_from([RETRY_S, LEASE_S, RESERVATION_S]), can_fence=st.booleans())
+    @rule(seconds=st.sampled_from([PeersConfig().retry_s, LEASE_S, RESERVATION_S]), can_fence=st.booleans())
     def time_passes(self, seconds: float, can_fence: bool) -> None:
         self.world.network.can_fence = can_fence
         self.world.clock.advance(seconds)

@@ -7,11 +7,9 @@ import pytest
 from memserve.core.errors import InstanceLost, TransferTimeout
 from memserve.core.ids import Epoch
 from memserve.core.kv_layout import TransferMode
-from memserve.mempool.remote.server import RETRY_S
+from memserve.mempool.remote.config import PeersConfig
 from memserve.mempool.remote.sessions import (
     EXCHANGE_OVER,
-    MAX_COMPLETED,
-    MAX_SESSIONS,
     CompletedExchange,
     IdempotencyLog,
     PeerSessions,
@@ -50,28 +48,30 @@ def reserve(transfer_id: int) -> Reserve:
 
 
 def test_idempotency_log_keeps_the_last_answers_and_declares_older_ids_over() -> None:
-    ledger = IdempotencyLog()
+    max_completed = 16
+    ledger = IdempotencyLog(max_completed)
     answer = CompletedExchange(EXCHANGE_OVER, Committed(3))
-    for exchange_id in range(1, MAX_COMPLETED + 10):
+    for exchange_id in range(1, max_completed + 10):
         ledger.add(exchange_id, answer)
-    assert ledger.get(MAX_COMPLETED) == answer
+    assert ledger.get(max_completed) == answer
     assert ledger.get(3) == CompletedExchange(EXCHANGE_OVER)
-    assert ledger.get(MAX_COMPLETED + 10) is None
-    ledger.add(MAX_COMPLETED, CompletedExchange(EXCHANGE_OVER))
-    assert ledger.get(MAX_COMPLETED) == answer, "it ended once"
+    assert ledger.get(max_completed + 10) is None
+    ledger.add(max_completed, CompletedExchange(EXCHANGE_OVER))
+    assert ledger.get(max_completed) == answer, "it ended once"
 
 
 def test_idle_sessions_are_forgotten_and_busy_ones_are_not() -> None:
-    sessions = PeerSessions()
+    max_sessions = 16
+    sessions = PeerSessions(max_sessions)
     sessions.admit(Epoch(1), Epoch(1))
     busy = sessions.get(Epoch(1))
     assert busy is not None
     busy.to_fence.add(Epoch(1))
-    for epoch in range(2, MAX_SESSIONS + 10):
+    for epoch in range(2, max_sessions + 10):
         assert sessions.admit(Epoch(epoch), Epoch(epoch))
     assert sessions.get(Epoch(1)) is busy
     assert sessions.get(Epoch(2)) is None
-    assert sum(1 for _ in sessions) == MAX_SESSIONS
+    assert sum(1 for _ in sessions) == max_sessions
 
 
 def test_unknown_peer_is_asked_for_a_handshake() -> None:
@@ -164,7 +164,7 @@ def test_fencing_one_data_epoch_does_not_settle_writes_of_the_next_one() -> None
     receiver.answer(Cancel(sender.address.epoch, 1, True))  # That life is over, and so are its bytes.
     assert receiver.num_quarantined() == 3
     world.network.can_fence = True
-    world.clock.advance(RETRY_S)
+    world.clock.advance(PeersConfig().retry_s)
     receiver.sweep()  # keeps the first life out
     assert receiver.stats().fenced == 1
     assert receiver.num_quarantined() == 3, "and says nothing of the second"
