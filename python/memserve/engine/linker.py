@@ -32,18 +32,13 @@ from memserve.engine import sglang_internals as seams
 from memserve.engine.hbm_events import HbmPublisher
 from memserve.engine.kv_blocks import KVBlocks, layout_of
 from memserve.engine.settings import EngineSettings, process_endpoint
-from memserve.instance.pool_agent import MAX_GROWTH, PoolAgent, dram_slots
+from memserve.instance.pool_agent import PoolAgent
 from memserve.mempool.arena import Arena
 from memserve.mempool.eviction import EVICTION_POLICIES
 from memserve.mempool.leases import Lease
 from memserve.mempool.pool import MemPool
 
 logger = logging.getLogger(__name__)
-
-MAX_OFFLOADS = 65536
-"""Offloads that wait or run: about 300 bytes each beside the HBM that they keep in place."""
-MAX_LOADS = 1024
-"""Batches of loads that wait or run; a forward waits for each."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,8 +106,8 @@ class MemPoolLinker(UnifiedCacheLinker):
             num_ranks=server_args.tp_size,
         )
         hbm_bytes = layout.block_bytes * (device_pool.size // params.page_size)
-        num_slots = dram_slots(settings.dram_bytes, layout, hbm_bytes)
-        arena = Arena(layout.block_bytes, num_slots, max_slots=MAX_GROWTH * num_slots)
+        num_slots = settings.dram_slots(layout, hbm_bytes)
+        arena = Arena(layout.block_bytes, num_slots, max_slots=settings.max_growth * num_slots)
         endpoint = process_endpoint() if settings.router is not None else None
         epoch = endpoint.epoch if endpoint is not None else new_epoch()
         self._pool = MemPool(layout, arena, epoch, EVICTION_POLICIES[settings.eviction])
@@ -125,8 +120,9 @@ class MemPoolLinker(UnifiedCacheLinker):
         self._stats = LinkerStats()
         self._queued: list[_Load] = []
         self._done: deque[bool] = deque()
-        self._packer = BoundedExecutor("mempool-packer", capacity=MAX_OFFLOADS)
-        self._loader = BoundedExecutor("mempool-loader", capacity=MAX_LOADS)
+        # A waiting offload takes about 300 bytes, and keeps its HBM in place. A forward waits for its loads.
+        self._packer = BoundedExecutor("mempool-packer", capacity=65536)
+        self._loader = BoundedExecutor("mempool-loader", capacity=1024)
         logger.info("memory pool ready blocks=%d block_bytes=%d", arena.num_slots, layout.block_bytes)
 
     def stats(self) -> dict[str, Any]:

@@ -29,9 +29,6 @@ from memserve.wire.messages import (
 
 logger = logging.getLogger(__name__)
 
-GRACE_HEARTBEATS = 5
-"""Time for the other pools to register again, beyond one lost answer and its repetition."""
-
 
 class Membership:
     """Registers a pool, then sends heartbeats on a thread of its own. Any thread may read the view."""
@@ -44,15 +41,19 @@ class Membership:
         on_gone: Callable[[Epoch], None],
         tiers: Callable[[], tuple[TierBlocks, ...]] = tuple,
         clock: Callable[[], float] = time.monotonic,
+        grace_heartbeats: int = 5,
     ) -> None:
         """Begins at once: the pool must answer its peers. Takes `client` and closes it in the end.
 
         The thread of this object calls `on_gone` with the epoch of each pool that was a member and is
         no longer; `on_gone` must not close this object. It calls `tiers` for each heartbeat.
+        `grace_heartbeats`: time for the other pools to register again with a new router, beyond one lost
+        answer and its repetition.
         """
         self._info = info
         self._on_gone = on_gone
         self._clock = clock
+        self._grace_heartbeats = grace_heartbeats
         self._view: tuple[PoolInfo, ...] = ()
         self._registered = False
         self._wants_prompt_keys = False
@@ -109,7 +110,7 @@ class Membership:
         if self._unsettled:
             self._unsettled = False
             self._missing = self._view
-            grace_s = GRACE_HEARTBEATS * answer.heartbeat_s + ANSWER_TIMEOUT_S + RETRY_S
+            grace_s = self._grace_heartbeats * answer.heartbeat_s + ANSWER_TIMEOUT_S + RETRY_S
             self._missing_until_s = self._clock() + grace_s
         self._version = answer.version
         if answer.pools is not None:

@@ -22,13 +22,6 @@ from memserve.mempool.pool import MemPool
 
 logger = logging.getLogger(__name__)
 
-MAX_LAYOUTS = 64
-STEP_BYTES = 1 << 28
-"""First size of a new pool at most: allocating takes time, and a peer waits for it."""
-MAX_STEP_BYTES = 1 << 32
-"""A pool grows by at most this in one step."""
-UNUSED_S = 600.0
-"""A layout without a member for this time counts as unused: longer than a restart takes."""
 _ALIGNMENT = 64
 """Of an arena's slots."""
 
@@ -43,9 +36,14 @@ class MemoryBudget:
         *,
         on_resized: Callable[[MemPool], None],
         eviction: EvictionPolicy = lru,
-        step_bytes: int = STEP_BYTES,
+        max_layouts: int = 64,
+        step_bytes: int = 1 << 28,
+        max_step_bytes: int = 1 << 32,
     ) -> None:
         """`epoch` is the process's; nothing is taken yet.
+
+        `step_bytes`: first size of a new pool at most: allocating takes time, and a peer waits for it.
+        `max_step_bytes`: a pool grows by at most this in one step.
 
         `on_resized` is told of each pool whose arena has another size. It may raise a MemServeError,
         which is logged.
@@ -54,7 +52,9 @@ class MemoryBudget:
         self._epoch = epoch
         self._on_resized = on_resized
         self._eviction = eviction
+        self._max_layouts = max_layouts
         self._step_bytes = step_bytes
+        self._max_step_bytes = max_step_bytes
         self._changing = threading.Lock()
         self._pools: dict[bytes, MemPool] = {}
         self._unused: frozenset[bytes] = frozenset()
@@ -118,8 +118,10 @@ class MemoryBudget:
         return sum(pool.arena.slot_bytes * pool.arena.num_slots for pool in self._pools.values())
 
     def _check(self, layout: KVLayout, share: int) -> None:
-        if len(self._pools) >= MAX_LAYOUTS:
-            raise ConfigError(f"this memory is lent to {MAX_LAYOUTS} layouts already, and takes no other")
+        if len(self._pools) >= self._max_layouts:
+            raise ConfigError(
+                f"this memory is lent to {self._max_layouts} layouts already, and takes no other"
+            )
         largest = max([layout.block_bytes, *(pool.arena.slot_bytes for pool in self._pools.values())])
         if largest > share:
             raise ConfigError(
@@ -143,7 +145,7 @@ class MemoryBudget:
         wanted = self._num_slots(pool, share)
         if wanted > before:
             room = (self.budget_bytes - self._used_bytes()) // slot_bytes
-            step_bytes = min(max(self._step_bytes, before * slot_bytes), MAX_STEP_BYTES)
+            step_bytes = min(max(self._step_bytes, before * slot_bytes), self._max_step_bytes)
             wanted = min(wanted, before + min(room, max(step_bytes // slot_bytes, 1)))
         return self._resize(pool, wanted)
 
@@ -164,17 +166,19 @@ class MemoryBudget:
 class LayoutUsage:
     """The last time at which each layout had a member. One thread."""
 
-    def __init__(self, clock: Callable[[], float]) -> None:
+    def __init__(self, clock: Callable[[], float], unused_s: float) -> None:
+        """A layout without a member for `unused_s` counts as unused."""
         self._clock = clock
+        self._unused_s = unused_s
         self._used_s: dict[bytes, float] = {}
 
     def unused(self, digests: Iterable[bytes], of_members: Collection[str]) -> set[bytes]:
-        """The `digests` that have not been among those of members (in hex) for UNUSED_S."""
+        """The `digests` that have not been among those of members (in hex) for `unused_s`."""
         now_s = self._clock()
         found = set()
         for digest in digests:
             if digest.hex() in of_members:
                 self._used_s[digest] = now_s
-            elif now_s - self._used_s.setdefault(digest, now_s) > UNUSED_S:
+            elif now_s - self._used_s.setdefault(digest, now_s) > self._unused_s:
                 found.add(digest)
         return found

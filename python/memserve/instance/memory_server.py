@@ -19,7 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from socketserver import TCPServer
@@ -35,10 +35,11 @@ from memserve.instance.membership import Membership
 from memserve.instance.memory_budget import LayoutUsage, MemoryBudget
 from memserve.instance.metrics import CONTENT_TYPE, exposition
 from memserve.instance.pool_agent import tier_blocks
-from memserve.instance.publisher import Publisher
+from memserve.instance.publisher import Publisher, ReportSource
 from memserve.mempool.events import digest
 from memserve.mempool.eviction import EVICTION_POLICIES, EvictionName
 from memserve.mempool.pool import MemPool
+from memserve.mempool.remote.config import PeersConfig
 from memserve.mempool.remote.peers import Peers
 from memserve.peering.endpoint import TransferEndpoint
 from memserve.transport.registry import TransportConfig, open_transports
@@ -47,10 +48,6 @@ from memserve.wire.messages import PoolInfo, Role
 
 logger = logging.getLogger(__name__)
 
-BALANCE_S = 1.0
-"""Period in which pools are brought nearer to their shares."""
-MOST_OF_FREE = 0.9
-"""Share of the free memory that may be lent: the process itself needs the rest."""
 _GIB = 1 << 30
 
 
@@ -67,6 +64,13 @@ class MemoryConfig:
     """Port of the HTTP pages; 0: the system picks one."""
     caching: CachingMode = CachingMode.FULL
     eviction: EvictionName = "lru"
+    peers: PeersConfig = field(default_factory=PeersConfig)
+    balance_s: float = 1.0
+    """Period in which pools are brought nearer to their shares."""
+    unused_s: float = 600.0
+    """A layout without a member for this time counts as unused: longer than a restart takes."""
+    share_of_free: float = 0.9
+    """Share of the free memory that may be lent: the process itself needs the rest."""
 
     def __post_init__(self) -> None:
         if self.dram_bytes < 1:
@@ -103,7 +107,7 @@ def run(config: MemoryConfig) -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stopping.set())
     with MemoryServer(config) as server:
-        while not stopping.wait(0 if server.balance() else BALANCE_S):
+        while not stopping.wait(0 if server.balance() else config.balance_s):
             pass
         logger.info("memory stopping")
     logger.info("memory stopped")
@@ -114,10 +118,10 @@ class MemoryServer:
 
     def __init__(self, config: MemoryConfig) -> None:
         """Listens and begins to register. Raises ConfigError if it cannot have the memory or an address."""
-        _check_room(config.dram_bytes)
+        _check_room(config)
         self._config = config
         host = config.transport.host
-        self._last_use = LayoutUsage(time.monotonic)
+        self._last_use = LayoutUsage(time.monotonic, config.unused_s)
         self._pages = _Pages(host, config.port, self)
         try:
             endpoint = TransferEndpoint(config.transport)
@@ -125,7 +129,7 @@ class MemoryServer:
             eviction = EVICTION_POLICIES[config.eviction]
             self.budget = MemoryBudget(config.dram_bytes, epoch, eviction=eviction, on_resized=self._resized)
             opened = partial(open_transports, config.transport, self._key)
-            self.peers = Peers(endpoint, opened, self.budget.pool_of)
+            self.peers = Peers(endpoint, opened, self.budget.pool_of, config.peers)
         except BaseException:
             self._pages.server_close()
             raise
@@ -202,7 +206,7 @@ class MemoryServer:
         """Report a pool to the router; the ranks of an instance hold the same blocks, so one reports."""
         client = ControlClient(self._config.router, key=self._key)
         layout = pool.layout.digest.hex()
-        return Publisher(client, self._epoch, pool.take_events, pool.snapshot, layout)
+        return Publisher(client, ReportSource(self._epoch, pool.take_events, pool.snapshot, layout))
 
     def _resized(self, pool: MemPool) -> None:
         self.peers.resized(pool)
@@ -272,10 +276,10 @@ class _OneLineParser(argparse.ArgumentParser):
         raise ConfigError(message)
 
 
-def _check_room(dram_bytes: int) -> None:
+def _check_room(config: MemoryConfig) -> None:
     free = free_memory_bytes()
-    if dram_bytes > free * MOST_OF_FREE:
+    if config.dram_bytes > free * config.share_of_free:
         raise ConfigError(
-            f"--dram-gib {dram_bytes / _GIB:.3g} does not fit: {free / _GIB:.2f} GiB are free, "
-            f"of which {free * MOST_OF_FREE / _GIB:.2f} GiB can be lent"
+            f"--dram-gib {config.dram_bytes / _GIB:.3g} does not fit: {free / _GIB:.2f} GiB are free, "
+            f"of which {free * config.share_of_free / _GIB:.2f} GiB can be lent"
         )

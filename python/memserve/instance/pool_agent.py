@@ -28,11 +28,12 @@ from memserve.core.ids import InstanceId
 from memserve.core.kv_layout import KVLayout
 from memserve.core.memory import free_memory_bytes
 from memserve.instance.membership import Membership
-from memserve.instance.publisher import PromptKeyLog, Publisher
+from memserve.instance.publisher import PromptKeyLog, Publisher, ReportSource
 from memserve.instance.push_queue import PushQueue, PushTask
 from memserve.mempool.events import digest
 from memserve.mempool.eviction import EvictionName
 from memserve.mempool.pool import Device, MemPool
+from memserve.mempool.remote.config import PeersConfig
 from memserve.mempool.remote.evacuation import preference
 from memserve.mempool.remote.peers import Peers
 from memserve.peering.endpoint import TransferEndpoint
@@ -43,16 +44,6 @@ from memserve.wire.messages import PoolInfo, Role, TierBlocks
 
 logger = logging.getLogger(__name__)
 
-DRAM_PER_HBM = 2
-"""Default bytes of DRAM per byte of KV in HBM."""
-MAX_GROWTH = 4
-"""A tier can grow to this many times its first size: each possible slot costs some bytes of metadata."""
-RESIZE_TIMEOUT_S, RESIZE_RETRY_S = 30.0, 0.05
-MAX_RESIZES = 16
-"""Running or waiting; a further one is dropped and logged."""
-MOST_OF_FREE = 0.25
-"""Default upper bound, as a share of the free memory: several servers may share a machine."""
-
 
 class PoolSettings(msgspec.Struct, frozen=True):
     """The settings of the pools of one server's ranks, passed to them as JSON."""
@@ -61,20 +52,32 @@ class PoolSettings(msgspec.Struct, frozen=True):
     role: Role
     caching: CachingMode
     dram_bytes: int | None
-    """Of all ranks together; None: twice the KV memory of the device, if there is room."""
+    """Of all ranks together; None: `dram_per_hbm` times the KV memory of the device, if there is room."""
     router: str | None
     """Control address of the router; None: the pool has no peers."""
     bootstrap: str
     """`host:port` that names this prefill in requests to decode; empty for other roles."""
     transport: TransportConfig
     eviction: EvictionName = "lru"
+    peers: PeersConfig = PeersConfig()
+    dram_per_hbm: int = 2
+    """Bytes of DRAM per byte of KV in HBM, if `dram_bytes` is None."""
+    share_of_free: float = 0.25
+    """Upper bound then, as a share of the free memory: several servers may share a machine."""
+    max_growth: int = 4
+    """A tier can grow to this many times its first size: each possible slot costs some bytes of metadata."""
 
-
-def dram_slots(dram_bytes: int | None, layout: KVLayout, hbm_bytes: int) -> int:
-    """Blocks of the DRAM tier of one rank whose HBM holds `hbm_bytes` of KV. At least one."""
-    if dram_bytes is None:
+    def dram_slots(self, layout: KVLayout, hbm_bytes: int) -> int:
+        """Blocks of the DRAM tier of one rank whose HBM holds `hbm_bytes` of KV. At least one."""
+        if self.dram_bytes is not None:
+            return num_slots(self.dram_bytes, layout)
         free = free_memory_bytes() // layout.num_ranks
-        dram_bytes = min(DRAM_PER_HBM * hbm_bytes, int(free * MOST_OF_FREE)) * layout.num_ranks
+        wanted = min(self.dram_per_hbm * hbm_bytes, int(free * self.share_of_free))
+        return num_slots(wanted * layout.num_ranks, layout)
+
+
+def num_slots(dram_bytes: int, layout: KVLayout) -> int:
+    """Blocks of one rank if all ranks together have `dram_bytes`. At least one."""
     return max(1, dram_bytes // layout.num_ranks // layout.block_bytes)
 
 
@@ -106,7 +109,7 @@ class PoolAgent:
         self._members: Membership | None = None
         self._publisher: Publisher | None = None
         self.prompt_keys = PromptKeyLog()
-        self._resizer = BoundedExecutor("mempool-resize", capacity=MAX_RESIZES)
+        self._resizer = BoundedExecutor("mempool-resize", capacity=16)  # Resizes beyond that are dropped.
         self._closing = threading.Event()
         self._pushes = PushQueue(self._push)
         if settings.router is not None and endpoint is not None:
@@ -146,12 +149,12 @@ class PoolAgent:
     def resize(self, dram_bytes: int) -> None:
         """Give the DRAM tier `dram_bytes`, all ranks together, in the background while it serves.
 
-        The tier grows to at most MAX_GROWTH times its first size. Blocks that do not fit any more move
+        The tier grows to at most `max_growth` times its first size. Blocks that do not fit any more move
         or are evicted; blocks that are read or written at that moment follow later. The outcome is logged.
         """
-        num_slots = dram_slots(dram_bytes, self.pool.layout, 0)
-        if not self._resizer.execute(lambda: self._resize(num_slots)):
-            logger.warning("memory pool not resized to blocks=%d: too many requests to resize", num_slots)
+        wanted = num_slots(dram_bytes, self.pool.layout)
+        if not self._resizer.execute(lambda: self._resize(wanted)):
+            logger.warning("memory pool not resized to blocks=%d: too many requests to resize", wanted)
 
     # ---- state
 
@@ -186,7 +189,7 @@ class PoolAgent:
     def _join(self, settings: PoolSettings, router: str, endpoint: TransferEndpoint) -> None:
         key, epoch = endpoint.key, endpoint.epoch
         opened = partial(open_transports, settings.transport, key)
-        self._peers = Peers(endpoint, opened, self._pool_of)
+        self._peers = Peers(endpoint, opened, self._pool_of, settings.peers)
         self._peers.add(self.pool)
         info = PoolInfo(
             instance_id=settings.instance_id,
@@ -207,13 +210,10 @@ class PoolAgent:
         )
         if self.pool.layout.rank == 0:  # The ranks of a server hold the same blocks.
             client = ControlClient(router, key=key)
-            self._publisher = Publisher(
-                client,
-                epoch,
-                self.pool.take_events,
-                self.pool.snapshot,
-                take_prompt_keys=self.prompt_keys.take,
+            source = ReportSource(
+                epoch, self.pool.take_events, self.pool.snapshot, take_prompt_keys=self.prompt_keys.take
             )
+            self._publisher = Publisher(client, source)
 
     @property
     def wants_prompt_keys(self) -> bool:
@@ -262,12 +262,12 @@ class PoolAgent:
             raise InstanceLost(str(pool.instance_id), "it has gone")
         return current
 
-    def _resize(self, num_slots: int) -> None:
+    def _resize(self, num_slots: int, *, timeout_s: float = 30.0, retry_s: float = 0.05) -> None:
         before = self.pool.arena.num_slots
-        deadline = time.monotonic() + RESIZE_TIMEOUT_S
+        deadline = time.monotonic() + timeout_s
         try:
             while self.pool.resize(num_slots) > num_slots and time.monotonic() < deadline:
-                if self._closing.wait(RESIZE_RETRY_S):
+                if self._closing.wait(retry_s):
                     return
             if self._peers is not None:
                 self._peers.resized(self.pool)

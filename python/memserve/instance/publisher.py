@@ -39,26 +39,28 @@ from memserve.wire.messages import (
 
 logger = logging.getLogger(__name__)
 
-PERIOD_S = 0.02
-"""Period of reports: events of one period are sent together."""
-IDLE_S = 1.0
-"""A report is sent after this time even without events: it detects a router that lost its state."""
-UNKNOWN_S = 0.1
-"""Period of attempts at a router that does not know this pool, which registers on another thread."""
 ANSWER_TIMEOUTS_S = (0.25, 0.25, 0.25, 0.5, 1.0, 2.0)
 """Short at first, so that three lost messages in a row cost less than a second; then longer, to spare a
 router that is only busy. The last one repeats."""
-PAUSE = 0.2
-"""Share of that time, between two attempts."""
-MAX_KEYS = 1 << 16
-"""In one message: 2 MiB."""
-MAX_AUDIT_KEYS = 1 << 14
-"""In one message of an audit: bounds the time for which a comparison blocks the router. Events wait until
-the audit is over, about 0.7 s for a million blocks."""
-MAX_PROMPTS = 256
-"""Prompts whose keys wait to be sent."""
-MAX_PROMPT_KEYS = 1 << 14
-"""Keys of one prompt that are sent; the router does not learn those after them."""
+
+
+@dataclass(frozen=True, slots=True)
+class ReportConfig:
+    """How a pool reports its changes."""
+
+    period_s: float = 0.02
+    """Period of reports: events of one period are sent together."""
+    idle_s: float = 1.0
+    """A report is sent after this time even without events: it detects a router that lost its state."""
+    unknown_s: float = 0.1
+    """Period of attempts at a router that does not know this pool, which registers on another thread."""
+    pause: float = 0.2
+    """Wait between two attempts, as a share of the time limit of an answer."""
+    max_keys: int = 1 << 16
+    """In one message: 2 MiB."""
+    max_audit_keys: int = 1 << 14
+    """In one message of an audit: bounds the time for which a comparison blocks the router. Events wait until
+    the audit is over, about 0.7 s for a million blocks."""
 
 
 class PromptKeyLog:
@@ -67,9 +69,14 @@ class PromptKeyLog:
     Keys are computed on a thread, so that the scheduler only hands over token ids. Any thread may call.
     """
 
-    def __init__(self) -> None:
-        self._executor = BoundedExecutor("mempool-keys", capacity=MAX_PROMPTS)
-        self._prompts: deque[PromptKeys] = deque(maxlen=MAX_PROMPTS)
+    def __init__(self, *, max_prompts: int = 256, max_prompt_keys: int = 1 << 14) -> None:
+        """`max_prompts`: prompts whose keys wait to be sent.
+
+        `max_prompt_keys`: keys of one prompt that are sent; the router does not learn those after them.
+        """
+        self._max_prompt_keys = max_prompt_keys
+        self._executor = BoundedExecutor("mempool-keys", capacity=max_prompts)
+        self._prompts: deque[PromptKeys] = deque(maxlen=max_prompts)
         self._lock = threading.Lock()
 
     def add(self, rid: str, keys: Callable[[], Sequence[BlockKey]]) -> None:
@@ -77,7 +84,7 @@ class PromptKeyLog:
         self._executor.execute(lambda: self._add(rid, keys))
 
     def take(self) -> tuple[PromptKeys, ...]:
-        """The prompts since the last call, at most the latest MAX_PROMPTS."""
+        """The prompts since the last call, at most the latest `max_prompts`."""
         with self._lock:
             prompts = tuple(self._prompts)
             self._prompts.clear()
@@ -88,7 +95,7 @@ class PromptKeyLog:
         self._executor.close()
 
     def _add(self, rid: str, keys: Callable[[], Sequence[BlockKey]]) -> None:
-        prompt = PromptKeys(rid, tuple(keys()[:MAX_PROMPT_KEYS]))
+        prompt = PromptKeys(rid, tuple(keys()[: self._max_prompt_keys]))
         with self._lock:
             self._prompts.append(prompt)
 
@@ -97,19 +104,12 @@ class Publisher:
     """Sends on a thread of its own, from construction to `close`."""
 
     def __init__(
-        self,
-        client: ControlClient,
-        epoch: Epoch,
-        take_events: Callable[[], list[CacheEvent]],
-        snapshot: Callable[[], Snapshot],
-        layout: str = "",
-        take_prompt_keys: Callable[[], tuple[PromptKeys, ...]] = tuple,
+        self, client: ControlClient, source: ReportSource, config: ReportConfig | None = None
     ) -> None:
-        """Takes `client` and closes it in the end. `layout`, `take_prompt_keys()`: as in `PoolEvents`."""
+        """Takes `client` and closes it in the end."""
         self._client = client
         self._closing = threading.Event()
-        source = ReportSource(epoch, take_events, snapshot, layout, take_prompt_keys)
-        self._session = SyncSession(client, source, self._closing.wait)
+        self._session = SyncSession(client, source, self._closing.wait, config)
         self._thread = threading.Thread(target=self._run, name="mempool-events", daemon=True)
         self._thread.start()
 
@@ -137,6 +137,7 @@ class ReportSource:
     layout: str = ""
     """As in `PoolEvents`."""
     take_prompt_keys: Callable[[], tuple[PromptKeys, ...]] = tuple
+    """As `prompts` of `PoolEvents`."""
 
     def news(self, events: Iterable[CacheEvent], prompts: tuple[PromptKeys, ...] = ()) -> PoolEvents:
         return PoolEvents(self.epoch, tuple(events), self.layout, prompts)
@@ -145,13 +146,20 @@ class ReportSource:
 class SyncSession:
     """The messages of a publisher, in order. One thread: the one that calls `run`."""
 
-    def __init__(self, client: ControlClient, source: ReportSource, wait: Callable[[float], bool]) -> None:
+    def __init__(
+        self,
+        client: ControlClient,
+        source: ReportSource,
+        wait: Callable[[float], bool],
+        config: ReportConfig | None = None,
+    ) -> None:
         """`wait` waits for so many seconds and returns True when it is time to stop."""
         self._client = client
         self._source = source
         self._take_events = source.take_events
         self._snapshot = source.snapshot
         self._wait = wait
+        self._config = config or ReportConfig()
         self._unsent: list[CacheEvent] = []
         """Events that were taken but not sent yet: they are later than an audit."""
         self._quiet_s = 0.0
@@ -159,18 +167,18 @@ class SyncSession:
     def run(self) -> None:
         """Return when it is time to stop."""
         in_sync = False
-        while not self._wait(PERIOD_S if in_sync else UNKNOWN_S):
+        while not self._wait(self._config.period_s if in_sync else self._config.unknown_s):
             in_sync = self._send_events() if in_sync else self._send_snapshot()
 
     def _send_events(self) -> bool:
         """Send the new events; returns whether the router has all of them."""
         events, prompts = [*self._unsent, *self._take_events()], self._source.take_prompt_keys()
         self._unsent = []
-        self._quiet_s += PERIOD_S
-        if not events and not prompts and self._quiet_s < IDLE_S:
+        self._quiet_s += self._config.period_s
+        if not events and not prompts and self._quiet_s < self._config.idle_s:
             return True
         self._quiet_s = 0.0
-        if _num_keys(events) > MAX_KEYS:
+        if _num_keys(events) > self._config.max_keys:
             return self._send_snapshot()
         answer = self._ask(self._source.news(events, prompts))
         return self._audit() if isinstance(answer, AuditWanted) else isinstance(answer, Done)
@@ -181,7 +189,7 @@ class SyncSession:
             return False
         self._unsent = []
         self._take_events()  # The snapshot contains them.
-        return self._send(parts(self._source, self._snapshot()))
+        return self._send(parts(self._source, self._snapshot(), self._config.max_keys))
 
     def _audit(self) -> bool:
         """Send a snapshot to a router that has all events, which compares it with its tree.
@@ -192,9 +200,9 @@ class SyncSession:
         events = self._take_events()
         self._unsent = [event for event in events if event.sequence > snapshot.sequence]
         before = events[: len(events) - len(self._unsent)]
-        if _num_keys(before) > MAX_KEYS:
+        if _num_keys(before) > self._config.max_keys:
             return self._send_snapshot()
-        audit = parts(self._source, snapshot, MAX_AUDIT_KEYS, is_audit=True)
+        audit = parts(self._source, snapshot, self._config.max_audit_keys, is_audit=True)
         return self._send(chain([self._source.news(before)], audit))
 
     def _send(self, messages: Iterable[Message]) -> bool:
@@ -211,13 +219,13 @@ class SyncSession:
                 logger.debug("refused: %s", answer.reason)
             except MemServeError as error:
                 logger.debug("not answered: %s", error)
-            if self._wait(PAUSE * timeout_s):
+            if self._wait(self._config.pause * timeout_s):
                 break
         return None
 
 
 def parts(
-    source: ReportSource, snapshot: Snapshot, max_keys: int = MAX_KEYS, *, is_audit: bool = False
+    source: ReportSource, snapshot: Snapshot, max_keys: int, *, is_audit: bool = False
 ) -> Iterator[SnapshotPart]:
     """The messages of a snapshot: at least one. Pure."""
     index, room = 0, max_keys

@@ -18,10 +18,6 @@ from memserve.wire.messages import PoolInfo
 
 logger = logging.getLogger(__name__)
 
-NICENESS = 10
-"""Of the sending thread, above that of the engine's threads."""
-CAPACITY = 256
-
 
 @dataclass(frozen=True, slots=True)
 class PushTask:
@@ -49,10 +45,13 @@ class PushStats:
 class PushQueue:
     """Runs push tasks in order on one thread. Any thread may call any method."""
 
-    def __init__(self, push: Callable[[PushTask], int], capacity: int = CAPACITY) -> None:
-        """`push` sends one chain and returns the number of blocks sent; a MemServeError is a failure."""
+    def __init__(self, push: Callable[[PushTask], int], capacity: int = 256, *, niceness: int = 10) -> None:
+        """`push` sends one chain and returns the number of blocks sent; a MemServeError is a failure.
+
+        `niceness`: of the sending thread, above that of the engine's threads.
+        """
         self._push = push
-        self._executor = BoundedExecutor("mempool-push", capacity=capacity, niceness=NICENESS)
+        self._executor = BoundedExecutor("mempool-push", capacity=capacity, niceness=niceness)
         self._lock = threading.Lock()
         self._stats = PushStats()
 

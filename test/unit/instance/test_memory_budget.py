@@ -10,8 +10,7 @@ from memserve.core.block_keys import BlockKey
 from memserve.core.errors import ConfigError, OutOfBlocks, TransferTimeout
 from memserve.core.ids import Epoch
 from memserve.core.kv_layout import KVLayout, Part
-from memserve.instance import memory_budget as lent_memory
-from memserve.instance.memory_budget import UNUSED_S, LayoutUsage, MemoryBudget
+from memserve.instance.memory_budget import LayoutUsage, MemoryBudget
 from memserve.mempool.eviction import EVICTION_POLICIES, EvictionName
 from memserve.mempool.pool import MemPool
 from memserve.testing.fake_clock import FakeClock
@@ -38,10 +37,14 @@ def fill(pool: MemPool, seed: int = 0) -> list[BlockKey]:
 class Stage:
     """Lent memory, and what was said of its pools' sizes."""
 
-    def __init__(self, budget: int = BUDGET, step: int = BUDGET, fails: bool = False) -> None:
+    def __init__(
+        self, budget: int = BUDGET, step: int = BUDGET, fails: bool = False, max_layouts: int = 64
+    ) -> None:
         self.resized: list[tuple[str, int]] = []
         self.fails = fails
-        self.lent = MemoryBudget(budget, Epoch(1), on_resized=self._resized, step_bytes=step)
+        self.lent = MemoryBudget(
+            budget, Epoch(1), on_resized=self._resized, step_bytes=step, max_layouts=max_layouts
+        )
 
     def _resized(self, pool: MemPool) -> None:
         self.resized.append((pool.layout.model, pool.arena.num_slots))
@@ -209,9 +212,8 @@ def test_a_block_larger_than_its_share_is_refused_and_changes_nothing(make: Call
     assert stage.sizes() == [1]
 
 
-def test_one_layout_too_many_is_refused(make: Callable[..., Stage], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lent_memory, "MAX_LAYOUTS", 2)
-    stage = make()
+def test_one_layout_too_many_is_refused(make: Callable[..., Stage]) -> None:
+    stage = make(max_layouts=2)
     stage.lent.pool_of(layout("a"))
     stage.lent.pool_of(layout("b"))
     with pytest.raises(ConfigError, match="2 layouts already"):
@@ -227,14 +229,14 @@ def test_slow_release_by_a_peer_delays_no_pool(make: Callable[..., Stage]) -> No
 
 
 def test_a_layout_is_unused_when_no_member_has_had_it_for_long() -> None:
-    clock = FakeClock()
-    last_use = LayoutUsage(clock)
+    clock, unused_s = FakeClock(), 600.0
+    last_use = LayoutUsage(clock, unused_s)
     one, two = layout("a").digest, layout("b").digest
     assert last_use.unused([one, two], {one.hex()}) == set()
-    clock.advance(UNUSED_S)
+    clock.advance(unused_s)
     assert last_use.unused([one, two], {one.hex(), ""}) == set()
     clock.advance(1.0)
     assert last_use.unused([one, two], set()) == {two}
     assert last_use.unused([one, two], {two.hex()}) == set()
-    clock.advance(UNUSED_S)
+    clock.advance(unused_s)
     assert last_use.unused([one, two], set()) == {one}

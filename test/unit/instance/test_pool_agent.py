@@ -13,7 +13,7 @@ from memserve.core.block_keys import BlockKey, page_keys
 from memserve.core.caching import CachingMode
 from memserve.core.ids import InstanceId, new_epoch
 from memserve.core.kv_layout import KVLayout, Part
-from memserve.instance.pool_agent import DRAM_PER_HBM, MAX_GROWTH, PoolAgent, PoolSettings, dram_slots
+from memserve.instance.pool_agent import PoolAgent, PoolSettings
 from memserve.instance.push_queue import PushTask
 from memserve.mempool.arena import Arena
 from memserve.mempool.pool import MemPool
@@ -57,7 +57,7 @@ def join(cluster: Cluster) -> Iterator[Join]:
             bootstrap=BOOTSTRAP if role is Role.PREFILL else "",
             transport=TransportConfig("tcp"),
         )
-        arena = Arena(LAYOUT.block_bytes, num_blocks, max_slots=MAX_GROWTH * num_blocks)
+        arena = Arena(LAYOUT.block_bytes, num_blocks, max_slots=settings.max_growth * num_blocks)
         endpoint = TransferEndpoint(settings.transport)
         nodes.append(PoolAgent(settings, MemPool(LAYOUT, arena, endpoint.epoch), endpoint))
         known = len(nodes) - 1
@@ -233,12 +233,15 @@ def test_a_tier_is_resized_while_it_serves(join: Join) -> None:
         (100 * LAYOUT.block_bytes, 1, 7, 100),
         (100 * LAYOUT.block_bytes, 4, 7, 25),
         (1, 1, 7, 1),
-        (None, 1, 7, 7 * DRAM_PER_HBM),
-        (None, 2, 7, 7 * DRAM_PER_HBM),
+        (None, 1, 7, 14),
+        (None, 2, 7, 14),
     ],
 )
 def test_dram_slots_follow_the_size_of_hbm_and_the_free_memory(
     dram_bytes: int | None, num_ranks: int, hbm_blocks: int, blocks: int
 ) -> None:
     layout = KVLayout("model", 2, 4, LAYOUT.parts, "float32", 4, rank=0, num_ranks=num_ranks)
-    assert dram_slots(dram_bytes, layout, hbm_blocks * layout.block_bytes) == blocks
+    settings = PoolSettings(
+        InstanceId("a"), Role.COLOCATED, CachingMode.FULL, dram_bytes, None, "", TransportConfig("tcp")
+    )
+    assert settings.dram_slots(layout, hbm_blocks * layout.block_bytes) == blocks

@@ -78,7 +78,9 @@ def listener() -> Listener:
 @pytest.fixture
 def publisher(pool: MemPool, listener: Listener) -> Iterator[Publisher]:
     server = ControlServer("127.0.0.1", 0, listener)
-    publisher = Publisher(ControlClient(server.address), Epoch(1), pool.take_events, pool.snapshot)
+    publisher = Publisher(
+        ControlClient(server.address), ReportSource(Epoch(1), pool.take_events, pool.snapshot)
+    )
     yield publisher
     publisher.close()
     server.close()
@@ -133,7 +135,9 @@ def test_lost_report_is_repeated_without_a_snapshot(pool: MemPool, listener: Lis
     with FaultyProxy(FaultyLink(ControlClient(server.address), faults)) as proxy:
         store(pool, 50)
         faults.expect(SnapshotPart, Fault.LOSE_ANSWER)
-        publisher = Publisher(ControlClient(proxy.address), Epoch(1), pool.take_events, pool.snapshot)
+        publisher = Publisher(
+            ControlClient(proxy.address), ReportSource(Epoch(1), pool.take_events, pool.snapshot)
+        )
         for fault in (Fault.LOSE_ANSWER, Fault.LOSE_REQUEST, Fault.DOUBLE, Fault.DELAY):
             wait_told(pool, listener)
             faults.expect(PoolEvents, fault)
@@ -165,4 +169,4 @@ def test_a_snapshot_comes_in_parts_with_every_parent_before_its_children() -> No
 
 
 def test_an_empty_snapshot_is_one_part() -> None:
-    assert list(parts(SOURCE, Snapshot(4, ()))) == [SnapshotPart(Epoch(7), 4, 0, True, ())]
+    assert list(parts(SOURCE, Snapshot(4, ()), 100)) == [SnapshotPart(Epoch(7), 4, 0, True, ())]
