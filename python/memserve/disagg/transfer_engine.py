@@ -41,8 +41,6 @@ from memserve.transport.registry import TransportConfig, open_transports
 
 logger = logging.getLogger(__name__)
 
-TIMEOUT_S = 30.0
-"""Of each step of a transfer."""
 _FAILED = -1
 
 
@@ -95,9 +93,7 @@ class TransferStats:
 class TransferEngine:
     """One process's end of every KV transfer. Any thread may call any method; calls block."""
 
-    def __init__(
-        self, endpoint: TransferEndpoint, config: TransportConfig, timeout_s: float = TIMEOUT_S
-    ) -> None:
+    def __init__(self, endpoint: TransferEndpoint, config: TransportConfig, timeout_s: float = 30.0) -> None:
         """Open the transports and have the endpoint tell peers of them. `close` closes the endpoint.
 
         Raises ConfigError if a transport cannot be opened.

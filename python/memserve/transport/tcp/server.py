@@ -34,8 +34,6 @@ from memserve.transport.tcp.stream import NO_DEADLINE, Stream
 
 logger = logging.getLogger(__name__)
 
-MAX_CONNECTIONS = 512
-HANDSHAKE_TIMEOUT_S = 5.0
 _PAUSE_S = 0.1
 """Between attempts to accept when the process is out of descriptors."""
 
@@ -55,11 +53,22 @@ class _AdmittedPeer:
 class TcpServer:
     """Serves `regions` to peers. Any thread may call any method."""
 
-    def __init__(self, host: str, port: int, epoch: Epoch, keys: protocol.Authenticator) -> None:
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        epoch: Epoch,
+        keys: protocol.Authenticator,
+        *,
+        max_connections: int = 512,
+        handshake_timeout_s: float = 5.0,
+    ) -> None:
         """Listen on `host:port` (0: the system picks one). Raises ConfigError if it cannot listen."""
         self.regions = OwnRegions()
         self._epoch = epoch
         self._keys = keys
+        self._max_connections = max_connections
+        self._handshake_timeout_s = handshake_timeout_s
         self._calls = SocketVectors()
         self._changed = threading.Condition()
         self._connections: set[_AdmittedPeer] = set()
@@ -134,7 +143,7 @@ class TcpServer:
 
     def _start(self, connection: socket.socket, name: str) -> None:
         with self._changed:
-            if self._closed or self._num_connections >= MAX_CONNECTIONS:
+            if self._closed or self._num_connections >= self._max_connections:
                 logger.warning("tcp connection refused peer=%s connections=%d", name, self._num_connections)
                 connection.close()
                 return
@@ -166,7 +175,7 @@ class TcpServer:
                 self._changed.notify_all()
 
     def _admit(self, stream: Stream) -> _AdmittedPeer:
-        deadline = time.monotonic() + HANDSHAKE_TIMEOUT_S
+        deadline = time.monotonic() + self._handshake_timeout_s
         hello = protocol.welcome(stream, self._epoch, self._keys, deadline)
         peer = _AdmittedPeer(stream, hello.epoch, hello.connection_id)
         with self._changed:
@@ -232,7 +241,7 @@ class TcpServer:
                     lambda other: (
                         other is not peer and other.epoch == peer.epoch and other.connection_id in given_up
                     ),
-                    HANDSHAKE_TIMEOUT_S,
+                    self._handshake_timeout_s,
                 )
         except TransferTimeout:
             peer.stream.send_bytes(protocol.reply(Status.FAILED, "still copying"), NO_DEADLINE)
