@@ -9,7 +9,7 @@ from memserve.router.cluster.breaker import Breakers
 from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.registry import InstanceRegistry
 from memserve.router.config import RouterConfig
-from memserve.router.kv_events.subscribers import MAX_EVENT_KEYS, StockSubscriptions
+from memserve.router.kv_events.subscribers import StockSubscriptions
 from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.router.observability.metrics import RouterMetrics
 from memserve.router.observability.telemetry import Telemetry
@@ -48,10 +48,17 @@ def new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
     )
     max_blocks = (config.tree.tree_budget_mib << 20) // BYTES_PER_BLOCK
     tree = GlobalPromptTree(max_blocks=max_blocks, clock=clock)
-    synchronizer = TreeSynchronizer(tree, pools, audit_s=config.tree.tree_audit_secs, clock=clock)
+    synchronizer = TreeSynchronizer(
+        tree,
+        pools,
+        audit_s=config.tree.tree_audit_secs,
+        max_snapshot_blocks=config.tree.max_snapshot_blocks,
+        audit_bytes_per_s=config.tree.tree_audit_bytes_per_sec,
+        clock=clock,
+    )
     subscriptions = StockSubscriptions(
         synchronizer.synced_tree,
-        max_event_keys=max(MAX_EVENT_KEYS, max_blocks // 4),
+        max_event_keys=max(config.tree.event_keys, max_blocks // 4),
         approximate_ttl_s=config.tree.learnt_ttl_secs,
     )
     settings = SelectorConfig(

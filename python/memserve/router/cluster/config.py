@@ -66,6 +66,17 @@ class HealthConfig:
     server_info_timeout_secs: float = setting(
         10.0, "time limit for reading a server's information pages", above=0
     )
+    unready_probe_secs: float = setting(
+        0.3, "time between two health checks of a server that is not ready", above=0
+    )
+    silent_probe_secs: float = setting(
+        1.0, "time between two health checks of an instance without heartbeats", above=0
+    )
+    router_pause_secs: float = setting(
+        1.0,
+        "pause of the router itself, stopped or busy, after which no silence of an instance counts",
+        above=0,
+    )
     cb_failure_threshold: int = setting(
         5, "failed requests in a row after which an instance gets none while there are others", at_least=1
     )

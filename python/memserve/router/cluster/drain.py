@@ -28,8 +28,6 @@ logger = logging.getLogger(__name__)
 
 LOOK_S = 0.02
 """Poll period of a drain."""
-ANSWER_S = 5.0
-"""Time for the answer after an evacuation's time limit: a peer may be slow then."""
 USES_DRAM = frozenset((Role.PREFILL, Role.COLOCATED, Role.MEMORY))
 """Roles that reuse blocks in their DRAM. SGLang's decode never loads from there."""
 
@@ -183,7 +181,7 @@ class DrainManager:
 
     async def _ask(self, own: PoolInfo, layout: str, targets: tuple[EvacuationTarget, ...]) -> Evacuated:
         message = Evacuate(bytes.fromhex(layout), targets, self._evacuate_s)
-        timeout_s = self._evacuate_s + ANSWER_S
+        timeout_s = self._evacuate_s + 5.0  # The answer takes longer if a peer is slow.
         try:
             answer = await self._client.request(own.address, message, timeout_s=timeout_s)
         except MemServeError as error:

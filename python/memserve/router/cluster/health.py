@@ -25,13 +25,6 @@ from memserve.wire.messages import InstanceInfo
 
 logger = logging.getLogger(__name__)
 
-RETRY_S = 0.3
-"""Time between two probes of an instance that is not ready."""
-SUSPECT_S = 1.0
-"""Time between two probes of an instance without heartbeats."""
-AWAY_S = 1.0
-"""A round of probes that starts this late: the router itself was stopped or busy."""
-
 _PROBE_ERRORS = (aiohttp.ClientError, OSError, ValueError, InstanceLost)
 
 
@@ -81,13 +74,13 @@ class HealthProber:
 
     async def run(self) -> None:
         """Probe until cancelled. A slow instance delays no other."""
-        looked_s = self._clock()
+        looked_s, retry_s = self._clock(), self._config.unready_probe_secs
         try:
             while True:
                 self._cluster.probe_needed.clear()
-                away_s = self._clock() - looked_s - RETRY_S
+                away_s = self._clock() - looked_s - retry_s
                 looked_s = self._clock()
-                if away_s > AWAY_S:
+                if away_s > self._config.router_pause_secs:
                     logger.warning("this router was away for seconds=%.1f", away_s)
                     self._cluster.shift_deadlines(away_s)
                     self._pools.shift_deadlines(away_s)
@@ -95,7 +88,7 @@ class HealthProber:
                 self._pools.forget_silent()
                 self._start_due()
                 try:
-                    await asyncio.wait_for(self._cluster.probe_needed.wait(), RETRY_S)
+                    await asyncio.wait_for(self._cluster.probe_needed.wait(), retry_s)
                 except TimeoutError:
                     continue
         finally:
@@ -125,9 +118,10 @@ class HealthProber:
     def _is_due(self, member: Member) -> bool:
         since_s = self._clock() - self._probed_s.get(member.info.instance_id, float("-inf"))
         if member.is_up and not member.is_static:
-            return member.suspect_reason is SuspectReason.SILENT and since_s >= SUSPECT_S
+            return member.suspect_reason is SuspectReason.SILENT and since_s >= self._config.silent_probe_secs
         is_settled = member.is_up or member.info.instance_id in self._unfit
-        return since_s >= (self._config.health_check_interval_secs if is_settled else RETRY_S)
+        config = self._config
+        return since_s >= (config.health_check_interval_secs if is_settled else config.unready_probe_secs)
 
     async def _probe(self, member: Member) -> None:
         info = member.info

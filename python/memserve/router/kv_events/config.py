@@ -19,5 +19,21 @@ class TreeConfig:
         600.0, "time that the blocks of a server without cache events are assumed to stay cached", above=0
     )
 
+    tree_audit_bytes_per_sec: int = setting(
+        1 << 20,
+        "keys compared per second, in bytes, over all instances: large caches are audited less often",
+        metavar="BYTES",
+        at_least=1,
+    )
+    max_snapshot_blocks: int = setting(
+        1 << 22, "blocks of one snapshot of an instance; further ones are left out", at_least=1
+    )
+    event_keys: int = setting(
+        1 << 20,
+        "keys remembered by SGLang's event hash, at 250 bytes each; more if the tree has room for more than "
+        "four times as many blocks",
+        at_least=1,
+    )
+
     def __post_init__(self) -> None:
         check_settings(self)

@@ -31,11 +31,6 @@ from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
 
 logger = logging.getLogger(__name__)
 
-APPROXIMATE_TTL_S = 600.0
-"""How long an answered prompt is assumed to be cached by an instance that reports nothing."""
-MAX_EVENT_KEYS = 1 << 20
-"""Keys remembered by event hash, at 250 bytes each."""
-
 
 class Mode(StrEnum):
     """How the tree learns the cache of an instance."""
@@ -85,13 +80,15 @@ class StockSubscriptions:
         self,
         tree: Callable[[], GlobalPromptTree],
         *,
-        max_event_keys: int = MAX_EVENT_KEYS,
-        approximate_ttl_s: float = APPROXIMATE_TTL_S,
+        max_event_keys: int = 1 << 20,
+        approximate_ttl_s: float = 600.0,
         timeouts: SubscriberTimeouts | None = None,
     ) -> None:
         """`tree`: returns the tree with exactly the registered pools in it.
 
-        `max_event_keys` should exceed the blocks of all caches that publish events.
+        `max_event_keys`: keys remembered by event hash, at 250 bytes each; it should exceed the blocks of
+        all caches that publish events. `approximate_ttl_s`: how long an answered prompt is assumed to be
+        cached by an instance that reports nothing.
         """
         self._tree = tree
         self._approximate_ttl_s = approximate_ttl_s

@@ -35,14 +35,9 @@ from memserve.wire.messages import (
 
 logger = logging.getLogger(__name__)
 
-AUDIT_S = 60.0
-AUDIT_BYTES_PER_S = 1 << 20
-"""Bytes of keys audited per second, over all pools: large pools are audited less often."""
 MAX_LAYOUTS = 64
 """Layouts of one memory instance."""
 MAX_LAYOUT_CHARS = 128
-MAX_SNAPSHOT_BLOCKS = 1 << 22
-"""Blocks of one pool's snapshot. Blocks beyond that are left out: they cost misses instead of memory."""
 
 
 class TreeSynchronizer:
@@ -53,14 +48,20 @@ class TreeSynchronizer:
         tree: GlobalPromptTree,
         pools: Pools,
         *,
-        audit_s: float = AUDIT_S,
-        max_snapshot_blocks: int = MAX_SNAPSHOT_BLOCKS,
+        audit_s: float = 60.0,
+        max_snapshot_blocks: int = 1 << 22,
+        audit_bytes_per_s: int = 1 << 20,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        """Each pool is audited every `audit_s`, the first time after `audit_s`; large pools less often."""
+        """Each pool is audited every `audit_s`, the first time after `audit_s`; large pools less often.
+
+        `audit_bytes_per_s`: keys audited per second, over all pools. `max_snapshot_blocks`: of one pool;
+        further blocks are left out, which costs misses instead of memory.
+        """
         self._tree = tree
         self._pools = pools
         self._audit_s = audit_s
+        self._audit_bytes_per_s = audit_bytes_per_s
         self._max_snapshot_blocks = max_snapshot_blocks
         self._clock = clock
         self._version = -1
@@ -175,8 +176,8 @@ class TreeSynchronizer:
         return SnapshotWanted()
 
     def _delay_audits(self, num_blocks: int) -> None:
-        """Request no audit for the time that an audit of `num_blocks` takes at AUDIT_BYTES_PER_S."""
-        until_s = self._clock() + num_blocks * KEY_BYTES / AUDIT_BYTES_PER_S
+        """Request no audit for the time that an audit of `num_blocks` takes."""
+        until_s = self._clock() + num_blocks * KEY_BYTES / self._audit_bytes_per_s
         self._no_audit_until_s = max(self._no_audit_until_s, until_s)
 
     def _find(self, message: PoolEvents | SnapshotPart) -> _PoolState | None:

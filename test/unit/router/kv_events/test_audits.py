@@ -12,7 +12,7 @@ from memserve.core.block_keys import BlockKey
 from memserve.core.cache_events import CacheEvent, Removed, Snapshot, Stored
 from memserve.router.cluster.config import ClusterConfig
 from memserve.router.cluster.pools import Pools
-from memserve.router.kv_events.synchronizer import AUDIT_BYTES_PER_S, TreeSynchronizer
+from memserve.router.kv_events.synchronizer import TreeSynchronizer
 from memserve.scheduling.prompt_tree.tree import AuditResult, GlobalPromptTree
 from memserve.testing.fake_clock import FakeClock
 from memserve.wire.messages import AuditWanted, Done, PoolEvents, SnapshotPart, SnapshotWanted, Unknown
@@ -126,7 +126,7 @@ def test_audit_parts_that_were_not_requested_are_ignored(feed: TreeSynchronizer)
 def test_large_pools_share_the_audit_bandwidth(
     feed: TreeSynchronizer, pools: Pools, clock: FakeClock
 ) -> None:
-    blocks = 20 * AUDIT_BYTES_PER_S // 32 // 10
+    blocks = 20 * (1 << 20) // 32 // 10
     pools.register(info(TWO, OTHER))
     large = chain(blocks)
     feed.events(PoolEvents(ONE, (stored(1, large),)))

@@ -31,6 +31,13 @@ class DiscoveryConfig:
     """URL; None: the API of the cluster that the router runs in."""
     token_file: Path | None = None
     ca_file: Path | None = None
+    list_timeout_s: float = 30.0
+    watch_s: int = 240
+    """Time after which the API ends a watch; one that is silent for 30 s more is broken."""
+    max_event_bytes: int = 16 << 20
+    """A longer event ends the watch."""
+    drain_s: float = 30.0
+    """Time limit of a leaving server's drain: Kubernetes' default termination grace period."""
 
     def __post_init__(self) -> None:
         if not self.selectors:

@@ -34,15 +34,7 @@ logger = logging.getLogger(__name__)
 
 ACCOUNT = Path("/var/run/secrets/kubernetes.io/serviceaccount")
 """Where Kubernetes mounts a pod's credentials for its API."""
-LIST_TIMEOUT_S = 30.0
-WATCH_S = 240
-"""Time after which the API ends a watch."""
-SILENCE_S = WATCH_S + 30.0
-"""A watch that is silent for this long is broken."""
-MAX_LINE_BYTES = 16 << 20
 FIRST_RETRY_S, LAST_RETRY_S = 0.5, 30.0
-REMOVE_S = 30.0
-"""Time limit of a leaving server's drain: Kubernetes' default termination grace period."""
 
 _FAULTS = (aiohttp.ClientError, OSError, TimeoutError, ValueError, msgspec.MsgspecError)
 
@@ -51,6 +43,7 @@ class PodApi:
     """Client of Kubernetes' pod API. Raises ConfigError if its address is not known."""
 
     def __init__(self, config: DiscoveryConfig, account: Path = ACCOUNT) -> None:
+        self._config = config
         self._base = config.api_server.rstrip("/") if config.api_server else _own_api()
         self._token_file = config.token_file or _if_there(account / "token", config)
         ca_file = config.ca_file or _if_there(account / "ca.crt", config)
@@ -63,7 +56,7 @@ class PodApi:
 
     async def list(self, session: aiohttp.ClientSession, labels: str) -> tuple[str, list[Pod]]:
         """All pods with these labels, and the version to watch from."""
-        timeout = aiohttp.ClientTimeout(total=LIST_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=self._config.list_timeout_s)
         async with self._get(session, {"labelSelector": labels}, timeout) as response:
             return read_list(await response.read())
 
@@ -74,15 +67,15 @@ class PodApi:
             "watch": "1",
             "resourceVersion": version,
             "allowWatchBookmarks": "true",
-            "timeoutSeconds": str(WATCH_S),
+            "timeoutSeconds": str(self._config.watch_s),
         }
-        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=SILENCE_S)
+        timeout = aiohttp.ClientTimeout(total=None, sock_connect=10.0, sock_read=self._config.watch_s + 30.0)
         async with self._get(session, params, timeout) as response:
             rest = b""
             async for chunk in response.content.iter_any():
                 *lines, rest = (rest + chunk).split(b"\n")
-                if len(rest) > MAX_LINE_BYTES:
-                    raise ValueError(f"an event of more than {MAX_LINE_BYTES} bytes")
+                if len(rest) > self._config.max_event_bytes:
+                    raise ValueError(f"an event of more than {self._config.max_event_bytes} bytes")
                 for line in filter(None, lines):
                     yield line
 
@@ -205,7 +198,7 @@ class Discovery:
         member = self._cluster.find(url)
         if member is not None and member.is_static:
             self._drains.begin(member)
-            await self._drains.wait(member, REMOVE_S)
+            await self._drains.wait(member, self._config.drain_s)
         self._cluster.remove_static(url)
         del self._added[url], self._removing[url]
         self._apply()  # Another pod may have its URL now, in another role.
