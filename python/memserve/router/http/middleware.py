@@ -26,8 +26,6 @@ logger = logging.getLogger(__name__)
 
 Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
-MAX_AGE_S = 600
-"""How long a browser may cache the answer to a CORS preflight."""
 SMALL_BODY_BYTES = 256 << 10
 """The largest body of an endpoint whose handler does not read it itself."""
 _CHALLENGE = {"WWW-Authenticate": 'Basic realm="memserve"'}
@@ -72,7 +70,7 @@ class Cors:
                 allowed = {
                     "Access-Control-Allow-Methods": "GET, POST, PUT",
                     "Access-Control-Allow-Headers": wanted,
-                    "Access-Control-Max-Age": str(MAX_AGE_S),
+                    "Access-Control-Max-Age": "600",  # A browser may cache this answer so long.
                 }
                 return web.Response(status=204, headers={**reply, **allowed})
             response = await handler(request)

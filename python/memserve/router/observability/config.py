@@ -26,6 +26,14 @@ class LogConfig:
     log_max_mib: int = setting(64, "size at which router.log is rotated", at_least=1)
     log_backups: int = setting(4, "rotated log files to keep", at_least=0)
 
+    log_queue_lines: int = setting(
+        10_000, "log lines that wait to be written; further ones are lost", at_least=1
+    )
+    log_retry_secs: float = setting(
+        5.0, "time until a log file that could not be written is tried again", above=0
+    )
+    log_close_secs: float = setting(2.0, "time limit for writing the waiting lines at exit", above=0)
+
     def __post_init__(self) -> None:
         check_settings(self)
 
@@ -47,6 +55,13 @@ class ObservabilityConfig:
         False, "show the beginnings of prompts on /ui; otherwise only their lengths and hashes"
     )
     recent_requests: int = setting(1024, "ended requests that /ui can show", at_least=1)
+    recent_faults: int = setting(
+        128, "ended requests with a 5xx answer that /ui can show, beside the recent ones", at_least=1
+    )
+    hot_prefixes: int = setting(4096, "prefixes that are watched for /ui", at_least=1)
+    hot_prefix_half_life_secs: float = setting(
+        60.0, "time after which a request counts half among the hot prefixes", above=0
+    )
     enable_trace: bool = setting(
         False, "send OpenTelemetry spans of requests; needs pip install 'memserve[otel]'"
     )

@@ -4,7 +4,7 @@
     hottest: the prefixes whose prompts continue differently, or end; a prefix is left out if nearly all of
              its prompts share a longer one
 
-Weights decay: after `HALF_LIFE_S` a prompt counts half. If there are too many keys, the lightest are dropped,
+Weights decay: after `half_life_s` a prompt counts half. If there are too many keys, the lightest are dropped,
 so a prefix may lack the weight of its first prompts. Knows no instances, and of texts only the given sample.
 Event loop thread only; the time is passed in.
 Source: the bound is that of Manku and Motwani's lossy counting, with fading weights.
@@ -25,8 +25,6 @@ MAX_NOTED = 256
 """Prompts sampled per tick; the others only add weight to the sample."""
 MAX_OF_BATCH = 16
 """Prompts counted of one request's list."""
-MAX_KEYS = 4096
-HALF_LIFE_S = 60.0
 EXPLAINED = 0.9
 """A prefix is left out if one longer prefix has this share of its weight."""
 MIN_WEIGHT = 1.5
@@ -46,10 +44,18 @@ class _Seen(msgspec.Struct):
 class HotPrefixes:
     """The weights. See the module."""
 
-    def __init__(self, now_s: float, *, keeps_samples: bool = False, max_keys: int = MAX_KEYS) -> None:
+    def __init__(
+        self,
+        now_s: float,
+        *,
+        keeps_samples: bool = False,
+        max_keys: int = 4096,
+        half_life_s: float = 60.0,
+    ) -> None:
         """`keeps_samples`: keep the beginning of one prompt per prefix."""
         self.keeps_samples = keeps_samples
         self._max_keys = max_keys
+        self._half_life_s = half_life_s
         self._seen: dict[BlockKey, _Seen] = {}
         self._noted: list[tuple[Prompt, str | None]] = []
         self._num_noted = 0
@@ -106,7 +112,7 @@ class HotPrefixes:
 
     def _growth(self, now_s: float) -> float:
         """The weight of a prompt now, relative to one at the origin. Moves the origin before it overflows."""
-        growth: float = 2.0 ** ((now_s - self._origin_s) / HALF_LIFE_S)
+        growth: float = 2.0 ** ((now_s - self._origin_s) / self._half_life_s)
         if growth < MAX_GROWTH:
             return growth
         for one in self._seen.values():

@@ -15,7 +15,6 @@ from memserve.router.observability.request_log import FAULT
 from memserve.router.records import SeriesPoint
 
 NUM_POINTS = 120
-STEP_S = 1.0
 
 
 class _Totals(msgspec.Struct, frozen=True):
@@ -42,7 +41,7 @@ class LiveSeries:
     def tick(self, now_s: float) -> None:
         """Add a point if a second is over. Called several times per second."""
         seconds = now_s - self._at_s
-        if seconds < STEP_S:
+        if seconds < 1.0:
             return
         before, now = self._totals, self._read()
         self._at_s, self._totals = now_s, now

@@ -25,13 +25,6 @@ from typing import Any, TextIO
 from memserve.core.errors import ConfigError
 from memserve.router.observability.config import LogConfig
 
-MAX_WAITING = 10_000
-"""Queued lines; further lines are lost."""
-RETRY_S = 5.0
-"""Wait before a failed file is written again."""
-CLOSE_S = 2.0
-"""Time limit for writing the queued lines at exit."""
-
 _DIRECTIVE = re.compile(r"(?:(\w+)=)?%(?!%)[#0\- +]*\d*(?:\.\d+)?([a-zA-Z])")
 _ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), 0x7F, 0x85, 0x2028, 0x2029)}
 
@@ -79,10 +72,11 @@ def fields_of(template: str) -> tuple[str, ...]:
 class ResilientFileHandler(RotatingFileHandler):
     """A rotated file that may be unwritable for a while."""
 
-    def __init__(self, path: Path, max_bytes: int, num_backups: int) -> None:
-        """Raises OSError if the file cannot be opened."""
+    def __init__(self, path: Path, max_bytes: int, num_backups: int, retry_s: float) -> None:
+        """Raises OSError if the file cannot be opened. `retry_s`: pause after a line cannot be written."""
         super().__init__(path, maxBytes=max_bytes, backupCount=num_backups, encoding="utf-8")
         self.num_lost = 0
+        self._retry_s = retry_s
         self._until_s = 0.0
 
     def emit(self, record: logging.LogRecord) -> None:
@@ -98,14 +92,14 @@ class ResilientFileHandler(RotatingFileHandler):
             super().emit(logging.makeLogRecord({"name": __name__, "levelname": "WARNING", "msg": lines}))
 
     def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802
-        """Stop writing for `RETRY_S`. The buffered lines are lost, too: the buffer would only grow."""
+        """Stop writing for `retry_s`. The buffered lines are lost, too: the buffer would only grow."""
         self.num_lost += 1
         error = sys.exception()
         if not isinstance(error, OSError):
             return
         if self._until_s == 0.0:
             print(f"cannot write {self.baseFilename}: {error}; logging to stderr only", file=sys.stderr)
-        self._until_s = time.monotonic() + RETRY_S
+        self._until_s = time.monotonic() + self._retry_s
         stream, self.stream = self.stream, None
         if stream is not None:
             with suppress(OSError, ValueError):
@@ -146,13 +140,16 @@ class Logs:
             try:
                 config.log_dir.mkdir(parents=True, exist_ok=True)
                 file, max_bytes = config.log_dir / "router.log", config.log_max_mib << 20
-                self._handlers.append(ResilientFileHandler(file, max_bytes, config.log_backups))
+                self._handlers.append(
+                    ResilientFileHandler(file, max_bytes, config.log_backups, config.log_retry_secs)
+                )
             except OSError as error:
                 raise ConfigError(f"cannot write logs to {config.log_dir}: {error.strerror}") from error
         for handler in self._handlers:
             handler.setFormatter(formatter)
         self._level = config.log_level.upper()
-        self._queue: queue.Queue[logging.LogRecord | None] = queue.Queue(MAX_WAITING)
+        self._queue: queue.Queue[logging.LogRecord | None] = queue.Queue(config.log_queue_lines)
+        self._close_s = config.log_close_secs
         self._entry = _QueueHandler(self._queue)
         self._thread = threading.Thread(target=self._write, name="logs", daemon=True)
 
@@ -164,11 +161,11 @@ class Logs:
         self._thread.start()
 
     def close(self) -> None:
-        """Write the queued lines, within `CLOSE_S`."""
+        """Write the queued lines, within `log_close_secs`."""
         logging.getLogger().removeHandler(self._entry)
         with suppress(queue.Full):
-            self._queue.put(None, timeout=CLOSE_S)
-        self._thread.join(CLOSE_S)
+            self._queue.put(None, timeout=self._close_s)
+        self._thread.join(self._close_s)
 
     def _write(self) -> None:
         while (record := self._queue.get()) is not None:

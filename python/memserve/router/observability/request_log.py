@@ -14,7 +14,6 @@ from memserve.router.observability.counting import Buckets
 from memserve.router.observability.metrics import RouterMetrics
 from memserve.router.records import RequestRecord
 
-FAULTS_KEPT = 128
 FAULT = 500
 """Statuses from here on count as faults of the router or a server."""
 
@@ -22,7 +21,7 @@ FAULT = 500
 class RequestLog:
     """The rings. See the module."""
 
-    def __init__(self, metrics: RouterMetrics, kept: int = 1024, faults_kept: int = FAULTS_KEPT) -> None:
+    def __init__(self, metrics: RouterMetrics, kept: int = 1024, faults_kept: int = 128) -> None:
         self._metrics = metrics
         self._ended: deque[RequestRecord] = deque(maxlen=kept)
         self._faults: deque[RequestRecord] = deque(maxlen=faults_kept)

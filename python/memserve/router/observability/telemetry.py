@@ -24,8 +24,14 @@ class Telemetry:
     @classmethod
     def new(cls, metrics: RouterMetrics, now_s: float, config: ObservabilityConfig) -> Telemetry:
         """Empty; `now_s` is of the clock of `tick`."""
-        prefixes = HotPrefixes(now_s, keeps_samples=config.ui_show_prompts)
-        return cls(metrics, RequestLog(metrics, config.recent_requests), LiveSeries(metrics, now_s), prefixes)
+        prefixes = HotPrefixes(
+            now_s,
+            keeps_samples=config.ui_show_prompts,
+            max_keys=config.hot_prefixes,
+            half_life_s=config.hot_prefix_half_life_secs,
+        )
+        requests = RequestLog(metrics, config.recent_requests, config.recent_faults)
+        return cls(metrics, requests, LiveSeries(metrics, now_s), prefixes)
 
     def count_placed(self, prompt: Prompt, sample: str | None) -> None:
         """A request was placed for the first time; its text begins with `sample`, if that is kept."""

@@ -9,7 +9,6 @@ import pytest
 
 from memserve.core.block_keys import page_keys
 from memserve.router.observability.hot_prefixes import (
-    HALF_LIFE_S,
     MAX_NOTED,
     SAMPLE_CHARS,
     HotPrefixes,
@@ -66,12 +65,13 @@ def test_hot_prefixes_count_each_prompt_of_a_batch() -> None:
 
 
 def test_hot_prefix_weights_decay() -> None:
-    prefixes = seen([prompt((7, 4)) for _ in range(8)])
-    assert told(prefixes, HALF_LIFE_S) == [(4, 4.0)]
+    half_life_s = 90
+    prefixes = seen([prompt((7, 4)) for _ in range(8)], half_life_s=half_life_s)
+    assert told(prefixes, half_life_s) == [(4, 4.0)]
     for _ in range(4):
         prefixes.note(prompt((9, 4)), None)
-    prefixes.tick(2 * HALF_LIFE_S)
-    assert told(prefixes, 2 * HALF_LIFE_S) == [(4, 4.0), (4, 2.0)]
+    prefixes.tick(2 * half_life_s)
+    assert told(prefixes, 2 * half_life_s) == [(4, 4.0), (4, 2.0)]
 
 
 def test_hot_prefix_weights_survive_weeks() -> None:

@@ -91,7 +91,7 @@ def test_json_log_keeps_its_own_keys() -> None:
 
 
 def test_log_file_rotates_at_its_limit(tmp_path: Path) -> None:
-    file = ResilientFileHandler(tmp_path / "router.log", 100, 4)
+    file = ResilientFileHandler(tmp_path / "router.log", 100, 4, retry_s=5.0)
     for number in range(100):
         file.emit(record("line %d of many", number))
     file.close()
@@ -107,14 +107,14 @@ def test_log_survives_a_full_disk_and_reports_lost_lines(
     monkeypatch.setattr(logs_module.time, "monotonic", lambda: now[0])
     path = tmp_path / "router.log"
     path.symlink_to("/dev/full")
-    file = ResilientFileHandler(path, 0, 4)
+    file = ResilientFileHandler(path, 0, 4, retry_s=5.0)
     for number in range(3):
         file.emit(record("lost %d", number))
     assert file.num_lost == 3
     assert "No space left" in capsys.readouterr().err
     path.unlink()
     file.emit(record("too early"))
-    now[0] += logs_module.RETRY_S
+    now[0] += 5.0
     file.emit(record("again"))
     file.close()
     lost = "4 lines were lost while this file could not be written"
@@ -128,10 +128,8 @@ def test_log_does_not_block_on_unread_stderr(tmp_path: Path, monkeypatch: pytest
     import time
 
     reading, writing = os.pipe()
-    monkeypatch.setattr(logs_module, "CLOSE_S", 0.05)
-    monkeypatch.setattr(logs_module, "MAX_WAITING", 100)
     monkeypatch.setattr(sys, "stderr", os.fdopen(writing, "w"))
-    logs = Logs(LogConfig())
+    logs = Logs(LogConfig(log_queue_lines=100, log_close_secs=0.05))
     logs.start()
     begun = time.monotonic()
     for _ in range(5000):

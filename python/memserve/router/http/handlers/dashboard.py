@@ -50,8 +50,6 @@ PAGE_HEADERS = {
 DATA_HEADERS = {"Cache-Control": "no-store"}
 MAX_PREFIXES = 100
 MAX_REQUESTS = 1000
-SHOWN_PREFIXES = 12
-SHOWN_REQUESTS = 50
 
 
 class Dashboard:
@@ -90,8 +88,8 @@ class Dashboard:
             "waiting": self._admission.queue.num_waiting,
             "tree_blocks": stats.blocks,
             "instances": self._instances(stats.instances),
-            "hottest": self._hottest(SHOWN_PREFIXES, now_s),
-            "requests": [_described(one) for one in state.telemetry.requests.newest(SHOWN_REQUESTS)],
+            "hottest": self._hottest(12, now_s),
+            "requests": [_described(one) for one in state.telemetry.requests.newest(50)],
             "series": state.telemetry.series.points(),
         }
         return _page(page)

@@ -31,9 +31,6 @@ logger = logging.getLogger(__name__)
 
 METRICS_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 """Prometheus' text format."""
-INFO_TIMEOUT_S = 10.0
-FLUSH_WAIT_S = 5
-"""How long a server may wait for requests to end before it flushes."""
 
 
 class InfoHandlers:
@@ -166,7 +163,8 @@ class InfoHandlers:
         instances = self._cluster.up.all()
         if not instances:
             return self._unavailable()
-        path = request.path_qs if request.query_string else f"/flush_cache?timeout={FLUSH_WAIT_S}"
+        # Without a query, a server waits 5 s for its requests to end before it flushes.
+        path = request.path_qs if request.query_string else "/flush_cache?timeout=5"
         answers = await asyncio.gather(*(self._ask(one, "POST", path) for one in instances))
         failed = []
         for one, (status, body) in zip(instances, answers, strict=True):
@@ -208,10 +206,15 @@ class InfoHandlers:
         return json_response(b'{"success": true}')
 
     async def _ask(
-        self, instance: Instance, method: str, path: str, body: bytes | None = None
+        self,
+        instance: Instance,
+        method: str,
+        path: str,
+        body: bytes | None = None,
+        timeout_s: float = 10.0,
     ) -> tuple[int, bytes]:
         """Status and body; 502 and the reason if the instance does not answer."""
-        timeout = aiohttp.ClientTimeout(total=INFO_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=timeout_s)
         headers = {"Content-Type": "application/json"}
         try:
             async with self._session.request(

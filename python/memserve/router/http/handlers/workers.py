@@ -37,8 +37,6 @@ from memserve.wire.messages import InstanceInfo, Role, TierBlocks
 
 T = TypeVar("T")
 
-REMOVE_S = 10.0
-"""Default time for a removed server to finish its requests."""
 MAX_WAIT_S = 86400
 _FIELD = re.compile(r"(?:field `|at `\$\.)(\w+)")
 
@@ -186,7 +184,7 @@ class WorkersApi:
         return _page(self._describe(self._member(info.url)), 201 if is_new else 200)
 
     async def _remove(self, request: web.Request, name: str) -> web.Response:
-        timeout_s = _seconds(request.query.get("timeout_s", str(REMOVE_S)))
+        timeout_s = _seconds(request.query.get("timeout_s", "10"))  # for the server to finish its requests
         member = self._member(name)
         if not member.is_static:
             raise BadRequest(
