@@ -17,7 +17,7 @@ PACKAGE = Path(memserve.__file__).parent
 FILES = sorted(PACKAGE.rglob("*.py"))
 MAX_FILE_LINES, MAX_CLASS_LINES, MAX_FUNCTION_LINES = 350, 250, 60
 MAX_CONFIG_FIELDS = 12
-MAX_CONSTANTS = 106
+MAX_CONSTANTS = 104
 """Numbers at module level: an operator's settings belong into a config record. The aim is 100."""
 OFFLINE = ("testing/", "simulation/")
 """Packages that no operator runs beside servers."""
@@ -31,8 +31,6 @@ FIXED = {
 }
 """Files whose numbers are formats: changing one breaks peers."""
 VAGUE = re.compile(r"\b(whoever|nobody|somebody|anybody)\b", re.IGNORECASE)
-STILL_LONG = {"GlobalPromptTree"}
-"""Classes and functions to be shortened. This list only shrinks."""
 
 
 def name_of(path: Path) -> str:
@@ -52,8 +50,6 @@ def num_lines(node: ast.stmt) -> int:
 def test_files_classes_and_functions_are_short(path: Path) -> None:
     assert len(path.read_text().splitlines()) <= MAX_FILE_LINES
     for node in ast.walk(tree_of(path)):
-        if getattr(node, "name", None) in STILL_LONG:
-            continue
         if isinstance(node, ast.ClassDef):
             assert num_lines(node) <= MAX_CLASS_LINES, node.name
         elif isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):

@@ -94,6 +94,13 @@ class TreeCounters:
     forgotten: int = 0
     """Blocks forgotten, or not stored, to keep the budget."""
 
+    def count_not_taken(self, num_blocks: int, *, is_orphan: bool) -> None:
+        """Blocks of an event were rejected."""
+        if is_orphan:
+            self.orphans += num_blocks
+        else:
+            self.refused += num_blocks
+
 
 @dataclass(slots=True)
 class SyncCounters:

@@ -3,18 +3,22 @@
     place     0           1                  numbers of holders: NUM_TIERS x place + tier
     member    ann         bob                a place is reused when its member has left
 
-Knows no blocks. Event loop thread only.
+Stores no blocks. Event loop thread only.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 from memserve.core.block_addr import LOCAL_TIERS, READABLE_TIERS, Tier
+from memserve.core.block_keys import BlockKey
+from memserve.core.cache_events import Snapshot
 from memserve.core.ids import Epoch, InstanceId
 from memserve.scheduling.prompt_tree.approximate import ApproximateCache
+from memserve.scheduling.prompt_tree.holder_index import HolderIndex
 from memserve.scheduling.prompt_tree.interned_sets import members_of
+from memserve.scheduling.prompt_tree.records import AuditResult, TierCounts
 
 NUM_TIERS = len(LOCAL_TIERS)
 
@@ -42,6 +46,10 @@ class Holder:
     def bits(self) -> int:
         """The bit mask of all its holders."""
         return sum(1 << number for number in self.numbers)
+
+    def num_held(self, index: HolderIndex, key: BlockKey) -> TierCounts:
+        """By tier, 1 or 0: whether it holds one block."""
+        return tuple(index.num_held(1 << number, (key,)) for number in self.numbers)
 
 
 class HolderRegistry:
@@ -79,6 +87,15 @@ class HolderRegistry:
         members = [self._places[number // NUM_TIERS] for number in members_of(holders)]
         return [member for member in members if member is not None]
 
+    def discard_learned(self, blocks: Iterable[tuple[BlockKey, int]]) -> int:
+        """Remove blocks (key, set of holders) from the approximate caches; returns how many were there."""
+        return sum(
+            member.approximate.discard(key)
+            for key, holders in blocks
+            for member in self.members_of(holders)
+            if member.approximate is not None
+        )
+
     def group(self, holders: int) -> Group:
         """The instances of a set, by tier. Remembered, because a few large sets recur; not to be changed."""
         group = self.groups.get(holders)
@@ -111,3 +128,14 @@ class HolderRegistry:
     def _forget_groups(self) -> None:
         self.groups.clear()
         self._num_grouped = 0
+
+
+def compare(index: HolderIndex, member: Holder | None, snapshot: Snapshot) -> AuditResult:
+    """Compare a member's blocks in `index` with its snapshot, or with a part of it. Pure."""
+    chains = [chain for chain in snapshot.chains if chain.tier < NUM_TIERS]
+    reported = sum(len(chain.keys) for chain in chains)
+    if member is None:
+        return AuditResult(0, reported, 0, snapshot.sequence)
+    held = sum(index.held[number] for number in member.numbers)
+    both = sum(index.num_held(1 << member.numbers[one.tier], one.keys) for one in chains)
+    return AuditResult(held, reported, both, snapshot.sequence - member.sequence)

@@ -33,7 +33,7 @@ from memserve.scheduling.prompt_tree.records import (
     TreeCounters,
     TreeStats,
 )
-from memserve.scheduling.prompt_tree.registry import NUM_TIERS, Holder, HolderRegistry
+from memserve.scheduling.prompt_tree.registry import NUM_TIERS, Holder, HolderRegistry, compare
 
 __all__ = [
     "BYTES_PER_BLOCK",
@@ -53,10 +53,6 @@ BYTES_PER_BLOCK = 256
 MAX_CHAIN_BLOCKS = 1 << 20
 """An event with more blocks than this is rejected."""
 
-BLOCKS_PER_SET = 16
-"""With a budget there is at most one distinct set of holders per so many blocks, but at least MIN_SETS."""
-MIN_SETS = 1024
-
 _FEW = 6
 """Up to so many names a loop is faster than dict.fromkeys."""
 
@@ -66,12 +62,13 @@ class GlobalPromptTree:
 
     def __init__(self, *, max_blocks: int | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         """`max_blocks`: budget in bytes // BYTES_PER_BLOCK; None: no limit. A block counts again for each
-        worker that it was learned from, and for each prompt in which it is expected."""
+        worker that it was learned from, and for each prompt in which it is expected. There is at most one
+        distinct set of holders per 16 blocks, but at least 1024."""
         if max_blocks is not None and max_blocks < 1:
             raise ValueError(f"max_blocks is at least 1, not {max_blocks}")
         self._max_blocks = max_blocks
         self._clock = clock
-        self._index = HolderIndex(None if max_blocks is None else max(MIN_SETS, max_blocks // BLOCKS_PER_SET))
+        self._index = HolderIndex(None if max_blocks is None else max(1024, max_blocks // 16))
         self._in_flight = InFlightBlocks(None if max_blocks is None else max(1, max_blocks // 4))
         self._registry = HolderRegistry()
         self._learned = 0
@@ -82,7 +79,8 @@ class GlobalPromptTree:
         """Add an instance that reports its blocks. Idempotent; a new epoch starts without blocks."""
         known = self._registry.get(instance)
         if known is None or known.epoch != epoch:
-            self._add(instance, epoch)
+            self.leave(instance)
+            self._registry.add(instance, epoch)
 
     def join_approximate(self, instance: InstanceId, *, capacity_blocks: int | None, ttl_s: float) -> None:
         """Add an instance that never reports, with an empty `ApproximateCache`; replaces an earlier one.
@@ -90,7 +88,8 @@ class GlobalPromptTree:
         Raises ValueError, changing nothing, if the capacity or the TTL is not positive.
         """
         approximate = ApproximateCache(capacity_blocks, ttl_s)
-        self._add(instance, None).approximate = approximate
+        self.leave(instance)
+        self._registry.add(instance, None).approximate = approximate
 
     def leave(self, instance: InstanceId) -> None:
         """Remove an instance with all its blocks: O(sets of holders), not O(blocks). Idempotent."""
@@ -124,7 +123,7 @@ class GlobalPromptTree:
             else:
                 member.sequence = event.sequence
                 self._change(member, event)
-        self._tidy(SWEEP_SLOTS)
+        self.tidy(SWEEP_SLOTS)
         return True
 
     def reset(self, instance: InstanceId, epoch: Epoch, snapshot: Snapshot) -> None:
@@ -140,7 +139,7 @@ class GlobalPromptTree:
             self._change(member, chain)
         member.sequence = snapshot.sequence
         self._counters.resets += 1
-        self._tidy(SWEEP_SLOTS)
+        self.tidy(SWEEP_SLOTS)
         logger.info(
             "prompt tree reset instance=%s sequence=%d chains=%d",
             instance, snapshot.sequence, len(snapshot.chains),
@@ -217,11 +216,8 @@ class GlobalPromptTree:
 
     def holders(self, key: BlockKey) -> dict[InstanceId, TierCounts]:
         """The instances that hold one block, by tier 1 or 0. Not a use. O(instances)."""
-        found = {
-            member.instance: tuple(self._index.num_held(1 << number, (key,)) for number in member.numbers)
-            for member in self._registry
-        }
-        return {instance: held for instance, held in found.items() if any(held)}
+        counts = ((member.instance, member.num_held(self._index, key)) for member in self._registry)
+        return {instance: held for instance, held in counts if any(held)}
 
     def stats(self) -> TreeStats:
         """A copy of the tree's counts."""
@@ -239,14 +235,7 @@ class GlobalPromptTree:
 
     def compare(self, instance: InstanceId, snapshot: Snapshot) -> AuditResult:
         """Compare the tree's blocks of an instance with its snapshot, or with a part of it. Pure."""
-        member = self._registry.get(instance)
-        chains = [chain for chain in snapshot.chains if chain.tier < NUM_TIERS]
-        reported = sum(len(chain.keys) for chain in chains)
-        if member is None:
-            return AuditResult(0, reported, 0, snapshot.sequence)
-        held = sum(self._index.held[number] for number in member.numbers)
-        both = sum(self._index.num_held(1 << member.numbers[one.tier], one.keys) for one in chains)
-        return AuditResult(held, reported, both, snapshot.sequence - member.sequence)
+        return compare(self._index, self._registry.get(instance), snapshot)
 
     def digest(self, instance: InstanceId) -> dict[Tier, tuple[int, int]]:
         """By tier, the number of blocks and the xor of the first 8 bytes of their keys. O(all blocks)."""
@@ -256,11 +245,11 @@ class GlobalPromptTree:
 
     def tidy(self, num_blocks: int = 65536) -> None:
         """Free expired and unheld blocks, looking at `num_blocks`. For a timer; events do a little of it."""
-        self._tidy(num_blocks)
-
-    def _add(self, instance: InstanceId, epoch: Epoch | None) -> Holder:
-        self.leave(instance)
-        return self._registry.add(instance, epoch)
+        now_s = self._clock()
+        self._in_flight.expire(now_s)
+        if self._learned_due_s <= now_s:
+            self._expire_learned(now_s)
+        self._index.sweep(num_blocks)
 
     def _find(self, instance: InstanceId, epoch: Epoch) -> Holder | None:
         member = self._registry.get(instance)
@@ -273,8 +262,7 @@ class GlobalPromptTree:
         """Apply one event, or a chain of a snapshot."""
         if event.tier >= NUM_TIERS:
             return
-        number = member.numbers[event.tier]
-        keys = event.keys
+        number, keys = member.numbers[event.tier], event.keys
         if isinstance(event, Stored):
             if len(keys) > MAX_CHAIN_BLOCKS:
                 self._counters.refused += len(keys)
@@ -287,11 +275,8 @@ class GlobalPromptTree:
                 chain = self._in_flight.chain_to(member.instance, event.parent)
                 self._in_flight.reported(member.instance, chain[: self._index.store(number, None, chain)])
             taken = self._index.store(number, event.parent, keys)
-            if taken < len(keys):
-                if taken or event.parent is None:
-                    self._counters.refused += len(keys) - taken
-                else:
-                    self._counters.orphans += len(keys)
+            if lost := len(keys) - taken:
+                self._counters.count_not_taken(lost, is_orphan=not taken and event.parent is not None)
             self._keep_budget()
         else:
             self._index.remove(number, keys)
@@ -308,19 +293,10 @@ class GlobalPromptTree:
             over = len(index) + self._learned + self._in_flight.num_kept - self._max_blocks
             gone = index.forget_until(len(index) - max(0, min(over, 1) if self._learned else over))
             self._counters.forgotten += len(gone)
-            for key, holders in gone if self._learned else ():
-                for member in self._registry.members_of(holders):
-                    if member.approximate is not None:
-                        self._learned -= member.approximate.discard(key)
+            if self._learned:
+                self._learned -= self._registry.discard_learned(gone)
             if over <= 1 or not self._learned or not gone:
                 return
-
-    def _tidy(self, num_blocks: int) -> None:
-        now_s = self._clock()
-        self._in_flight.expire(now_s)
-        if self._learned_due_s <= now_s:
-            self._expire_learned(now_s)
-        self._index.sweep(num_blocks)
 
     def _expire_learned(self, now_s: float) -> None:
         self._learned_due_s = float("inf")
