@@ -18,8 +18,6 @@ from memserve.router.observability.logs import Logs
 
 logger = logging.getLogger("memserve.launch_router")
 
-USAGE_ERROR = 2
-
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a router until a signal stops it; returns the process's exit code."""
@@ -37,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             logs.close()
     except ConfigError as error:
         print(f"launch_router: {error}", file=sys.stderr)
-        return USAGE_ERROR
+        return 2
     return 0
 
 

@@ -24,8 +24,6 @@ KV_TOKENS_ON_CPU = 65536
 """Upper bound: SGLang touches every byte of its KV at start, gigabytes for a small model."""
 HBM_PUBLISHER = "memserve"
 """The name of our publisher of SGLang's cache events."""
-MAX_RUNNING_REQUESTS_ON_CPU = 32
-PAGE_TOKENS_ON_CPU = 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,10 +58,10 @@ def cpu_flags(role: Role) -> list[str]:
         *("--sampling-backend", "pytorch"),
         *("--grammar-backend", "xgrammar"),
         *("--dtype", "float32"),
-        *("--page-size", str(PAGE_TOKENS_ON_CPU)),
+        *("--page-size", "16"),
         *("--mem-fraction-static", str(KV_FRACTION_ON_CPU)),
         *("--max-total-tokens", str(KV_TOKENS_ON_CPU)),
-        *("--max-running-requests", str(MAX_RUNNING_REQUESTS_ON_CPU)),
+        *("--max-running-requests", "32"),
         "--disable-overlap-schedule",
         "--disable-cuda-graph",
         "--sleep-on-idle",
