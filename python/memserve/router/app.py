@@ -58,9 +58,6 @@ from memserve.wire.link import ControlServer
 
 logger = logging.getLogger(__name__)
 
-UPKEEP_S = 0.25
-"""Time between two rounds of upkeep."""
-
 
 @dataclass(frozen=True, slots=True)
 class Router:
@@ -142,7 +139,9 @@ async def _open_proxy(
     connections = ConnectionPool(tls, config.proxy)
     stack.callback(connections.close)
     state.cluster.on_unresponsive = connections.abandon
-    upstream = Upstream(connections, session, on_lost=_on_lost(state))
+    upstream = Upstream(
+        connections, session, on_lost=_on_lost(state), abort_timeout_s=config.proxy.abort_timeout_secs
+    )
     stack.push_async_callback(upstream.close)
     executor = RequestExecutor(upstream, state.scheduler, fetcher)
     recovery = StreamRecovery(state.tokenizers, is_on=config.proxy.resume == "auto")
@@ -291,7 +290,7 @@ async def _run_upkeep(state: RouterState, others: Sequence[Callable[[], None]]) 
             other()
         state.synchronizer.synced_tree().tidy()
         state.telemetry.tick(time.monotonic())
-        await asyncio.sleep(UPKEEP_S)
+        await asyncio.sleep(0.25)
 
 
 def _end_if_failed(task: asyncio.Task[None]) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, fields, is_dataclass
 from typing import Any, Literal, get_type_hints
 
-from memserve.core.flags import setting
+from memserve.core.flags import check_settings, setting
 from memserve.router.admission.config import AdmissionConfig
 from memserve.router.auth.config import AuthConfig, TlsConfig
 from memserve.router.cluster.config import ClusterConfig, HealthConfig
@@ -41,6 +41,10 @@ class RoutingConfig:
     fetch: Literal["auto", "never"] = setting(
         "auto", "whether a prefill fetches cached blocks from other instances before a request"
     )
+    max_fetch_secs: float = setting(
+        2.0, "time limit of a fetch, whatever it saves: the holder of the blocks may be gone", above=0
+    )
+    recent_work_secs: float = setting(180.0, "how long the work of a request counts as recent", above=0)
     costs: str = setting(
         "auto",
         "initial cost model: gpu, cpu, or a file written by benchmark/fit_cost_model.py; auto: gpu or cpu, "
@@ -48,6 +52,7 @@ class RoutingConfig:
     )
 
     def __post_init__(self) -> None:
+        check_settings(self)
         for policy in self.policies.values():
             find_policy(policy)
 

@@ -67,10 +67,16 @@ def new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
         start_costs=None if routing.costs == "auto" else read_costs(routing.costs),
         certainty=0.0 if routing.costs in ("auto", *COSTS) else 0.5,
         fetches=fetches,
+        max_fetch_s=routing.max_fetch_secs,
+        recent_s=routing.recent_work_secs,
     )
     scheduler = GlobalScheduler(settings, synchronizer, pools, subscriptions, metrics, clock)
     breakers = Breakers(config.health, clock)
-    tokenizers = Tokenizers(config.tokenization.tokenizer_path)
+    tokenizers = Tokenizers(
+        config.tokenization.tokenizer_path,
+        cache_tokens=config.tokenization.tokenizer_cache_tokens,
+        num_threads=config.tokenization.tokenizer_threads,
+    )
     reader = PromptReader(tokenizers, config.tokenization.routing_keys)
     telemetry = Telemetry.new(metrics, clock(), config.observability)
     return RouterState(

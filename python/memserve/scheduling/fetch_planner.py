@@ -20,9 +20,6 @@ from memserve.core.ids import InstanceId
 from memserve.scheduling.context import Candidate, RoutingContext
 from memserve.scheduling.cost_model.model import CostModel
 
-MAX_FETCH_S = 2.0
-"""Limit of a fetch, whatever it saves: the holder of the blocks may be gone."""
-
 
 class FetchChoice(msgspec.Struct, frozen=True):
     """A fetch that pays."""
@@ -50,15 +47,17 @@ class FetchPlan:
     timeout_s: float
 
     @classmethod
-    def of(cls, choice: FetchChoice, target: Candidate, chain: Sequence[BlockKey]) -> FetchPlan:
-        """The plan that carries out `choice` for a prompt with the keys `chain`."""
+    def of(
+        cls, choice: FetchChoice, target: Candidate, chain: Sequence[BlockKey], *, max_s: float
+    ) -> FetchPlan:
+        """The plan that carries out `choice` for a prompt with the keys `chain`, in at most `max_s`."""
         return cls(
             target=target.instance_id,
             source=choice.source,
             keys=chain[: choice.num_blocks],
             num_there=target.cached_blocks,
             transfer_s=choice.transfer_s,
-            timeout_s=min(choice.saved_s + target.queued_s, MAX_FETCH_S),
+            timeout_s=min(choice.saved_s + target.queued_s, max_s),
         )
 
     def num_shared(self, chain: Sequence[BlockKey]) -> int:

@@ -30,11 +30,6 @@ from memserve.scheduling.prediction_error import PredictionError, PrefillReport,
 from memserve.scheduling.prompt_tree.records import NO_OVERLAP, Overlap, by_server
 from memserve.scheduling.prompt_tree.tree import GlobalPromptTree
 
-WINDOW_S = 180.0
-"""How long work counts as recent."""
-EXPECT_S = 30.0
-"""How much later than predicted an instance may report a prompt that it is expected to cache."""
-
 
 @dataclass(frozen=True, slots=True)
 class SelectorConfig:
@@ -48,6 +43,12 @@ class SelectorConfig:
     """Trust in the start costs, 0 to 1."""
     fetches: bool
     """Whether blocks may be fetched before a request is sent."""
+    max_fetch_s: float = 2.0
+    """Limit of a fetch, whatever it saves: the holder of the blocks may be gone."""
+    recent_s: float = 180.0
+    """How long work counts as recent."""
+    expect_s: float = 30.0
+    """How much later than predicted an instance may report a prompt that it is expected to cache."""
 
 
 class Server(Protocol):
@@ -82,7 +83,7 @@ class InstanceSelector:
         """`tree` gives the prompt tree of the instances that are members now."""
         self._config = config
         self._tree = tree
-        self._load = LoadTracker(WINDOW_S)
+        self._load = LoadTracker(config.recent_s)
         self._costs: dict[str, OnlineCostModel] = {}
         self._turn = 0
         self._last: dict[InstanceId, int] = {}
@@ -115,7 +116,9 @@ class InstanceSelector:
         """
         plan = None
         if decision.fetch is not None and can_fetch:
-            plan = FetchPlan.of(decision.fetch, decision.chosen, prompt.chains[0])
+            plan = FetchPlan.of(
+                decision.fetch, decision.chosen, prompt.chains[0], max_s=self._config.max_fetch_s
+            )
         assignment = Assignment(
             number=self._turn,
             decision=decision,
@@ -251,7 +254,7 @@ class InstanceSelector:
         self._load.decode_dispatched(decode, assignment.number, prompt.num_tokens)
         self._last[prefill] = assignment.number
         queued_s = assignment.decision.chosen.queued_s
-        until_s = assignment.begun_s + queued_s + assignment.work_s + EXPECT_S
+        until_s = assignment.begun_s + queued_s + assignment.work_s + self._config.expect_s
         tree = self._tree()
         for instance in (prefill, decode) if decode != prefill else (prefill,):
             if instance in tree:

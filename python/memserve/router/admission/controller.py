@@ -25,8 +25,6 @@ SERVED_FACTOR = 9
 Measured with lists of token ids, which take the most (9.2 in all, 3.7 with text): the parsed body, its
 blocks, and the bodies for both legs.
 """
-SHARE = 4
-"""Default byte budget: one part in so many of the machine's memory."""
 _MESSAGES = {
     "requests": "too many requests per second",
     "tokens": "too many tokens per second",
@@ -165,5 +163,5 @@ class ByteBudget:
 
 
 def default_bytes() -> int:
-    """A share of the memory of this machine, or of its container's limit."""
-    return total_memory_bytes() // SHARE
+    """A quarter of the memory of this machine, or of its container's limit."""
+    return total_memory_bytes() // 4

@@ -24,11 +24,8 @@ from dataclasses import dataclass, field
 
 from memserve.router.tenant import Rates
 
-FIRST_HELD_S = 1.0
-"""Assumed slot time of a request before the first one has ended."""
 LEARN = 0.1
 """Weight of the newest request in the moving mean of slot times."""
-MAX_RETRY_S = 600.0
 _ROUNDING = 1e-9
 
 
@@ -96,8 +93,8 @@ class TenantQueue:
     busy_time: int = 0
     began_s: float = 0.0
     """The sum of the begin times of running requests."""
-    held_s: float = FIRST_HELD_S
-    """Moving mean of the time that a request holds its slot."""
+    held_s: float = 1.0
+    """Moving mean of the time that a request holds its slot, from an assumed first value."""
     is_rated: bool = False
     """True if any rate limit applies to it."""
 
@@ -205,7 +202,7 @@ class FairQueue:
         """Estimated seconds until a request at the end of the queue would get a slot."""
         if math.isinf(self._max_running):
             return 1.0
-        return min(MAX_RETRY_S, (self.num_waiting + 1) * self._all.held_s / self._max_running)
+        return min(600.0, (self.num_waiting + 1) * self._all.held_s / self._max_running)
 
     # ---- rates
 

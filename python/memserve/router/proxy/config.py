@@ -35,5 +35,9 @@ class ProxyConfig:
         2.0, "time after which an idle connection to a server is closed", above=0
     )
 
+    abort_timeout_secs: float = setting(
+        3.0, "time limit for telling a server that a request was given up", above=0
+    )
+
     def __post_init__(self) -> None:
         check_settings(self)

@@ -27,9 +27,6 @@ from memserve.wire.peer_messages import Fetched
 
 logger = logging.getLogger(__name__)
 
-ANSWER_S = 0.05
-"""How much later than the end of the fetch its answer may come."""
-
 
 Links = tuple[tuple[PoolInfo, PoolInfo], ...]
 """For each rank, the pool that fetches and the pool that it fetches from."""
@@ -107,7 +104,8 @@ class Fetcher:
             timeout_s=plan.timeout_s,
         )
         try:
-            answer = await self._client.request(own.address, wanted, timeout_s=plan.timeout_s + ANSWER_S)
+            timeout_s = plan.timeout_s + 0.05  # The answer may come a little after the end of the fetch.
+            answer = await self._client.request(own.address, wanted, timeout_s=timeout_s)
         except MemServeError as error:
             return Fetched(0, str(error))
         return answer if isinstance(answer, Fetched) else Fetched(0, f"{own.address} does not fetch")

@@ -31,9 +31,6 @@ OnPrefilled = Callable[[Any], None]
 # Raised by reading an answer of an unexpected shape.
 _PARSE_ERRORS = (msgspec.DecodeError, ValueError, LookupError, TypeError, AttributeError)
 
-PREFILL_END_S = 1.0
-"""How long prefill's answer is waited for after decode's last byte."""
-
 
 class PairRunner:
     """Runs requests on pairs. Event loop thread only."""
@@ -61,7 +58,7 @@ class PairRunner:
         for_prefill, for_decode = leg_bodies(request, pair, _draw_room)
         async with self._prefilling(request, pair.prefill, for_prefill, on_prefilled) as prefill:
             await unless_fails(prefill, self._relay(request, pair.decode, for_decode, prefill, write))
-            await asyncio.wait((prefill,), timeout=PREFILL_END_S)
+            await asyncio.wait((prefill,), timeout=1.0)  # Decode has ended: its answer is due.
 
     @asynccontextmanager
     async def _prefilling(

@@ -42,8 +42,6 @@ Detokenize = Callable[[Sequence[int]], str]
 
 SAMPLES = "it is sampled: only greedy requests (temperature 0) can be, or all with deterministic servers"
 
-MAX_STEPS_BACK = 256
-"""Tokens that are generated again, at most, for the sake of a stop string or half a character."""
 _GREEDY = 1e-6
 """SGLang takes a lower temperature for 0."""
 _HALF = "�"
@@ -119,15 +117,20 @@ def plan_resumption(request: GenerationRequest, received: Received, tokens: Prom
 
 
 def accepted_prefix(
-    ids: Sequence[int], text: str, stops: Sequence[str], detokenize: Detokenize
+    ids: Sequence[int],
+    text: str,
+    stops: Sequence[str],
+    detokenize: Detokenize,
+    max_steps_back: int = 256,
 ) -> AcceptedPrefix:
     """The longest part of the generated tokens that can stand in the prompt.
 
     Its text has to be known, to be whole, and to leave out the length of the longest stop string less one:
-    a stop string that begins in it would have ended the stream.
+    a stop string that begins in it would have ended the stream. At most `max_steps_back` tokens are left
+    out, and generated again, for the sake of a stop string or half a character.
     """
     longest = len(text) - max((len(stop) - 1 for stop in stops), default=0)
-    for count in range(len(ids), max(0, len(ids) - MAX_STEPS_BACK), -1):
+    for count in range(len(ids), max(0, len(ids) - max_steps_back), -1):
         part = detokenize(ids[:count])
         if part and len(part) <= longest and not part.endswith(_HALF) and text.startswith(part):
             return AcceptedPrefix(tuple(ids[:count]), part)

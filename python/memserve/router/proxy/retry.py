@@ -47,8 +47,6 @@ T = TypeVar("T")
 OnPlaced = Callable[[Placement, int], None]
 """Told the instances of each attempt before it begins, and its number, from 1."""
 
-STATUS_POLL_S = 0.05
-
 
 class RequestObserver(Protocol):
     """Receives the outcomes of requests."""
@@ -251,7 +249,7 @@ class RetryLoop:
             if find_poison(ended, self._policy.poison_threshold) is not None or clock() >= until_s:
                 self._observer.count_poison()
                 raise poison from faults[-1]
-            await asyncio.sleep(STATUS_POLL_S)
+            await asyncio.sleep(0.05)
 
     async def _place_again(
         self, prepared: PreparedRequest, faults: Sequence[UpstreamFault], ends_s: float

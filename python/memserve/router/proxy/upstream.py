@@ -34,9 +34,6 @@ from memserve.router.sse import data_of
 
 logger = logging.getLogger(__name__)
 
-ABORT_TIMEOUT_S = 3.0
-ABORT_AGAIN_S = 1.0
-"""An abort may overtake its request; it is sent again after this time."""
 OWN_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Shortages of the router itself, which are no fault of an instance."""
 _ERROR = b'data: {"error"'
@@ -83,11 +80,17 @@ class Upstream:
         session: aiohttp.ClientSession,
         *,
         on_lost: Callable[[Instance, str], None],
+        abort_timeout_s: float = 3.0,
+        abort_again_s: float = 1.0,
     ) -> None:
-        """`session` sends aborts. `on_lost` receives each instance whose connection failed."""
+        """`session` sends aborts; one may overtake its request, so it is sent again after `abort_again_s`.
+
+        `on_lost` receives each instance whose connection failed."""
         self._connections = connections
         self._session = session
         self._on_lost = on_lost
+        self._abort_timeout_s = abort_timeout_s
+        self._abort_again_s = abort_again_s
         self._aborting: set[asyncio.Task[None]] = set()
         self._closing = asyncio.Event()
 
@@ -150,7 +153,7 @@ class Upstream:
         """Wait for running aborts; repeated aborts are sent at once."""
         self._closing.set()
         if self._aborting:
-            await asyncio.wait(self._aborting, timeout=ABORT_TIMEOUT_S)
+            await asyncio.wait(self._aborting, timeout=self._abort_timeout_s)
 
     def _lost(self, instance: Instance, error: OSError, *, was_sent: bool) -> UpstreamDisconnected:
         reason = describe(error) if was_sent else f"cannot connect ({error.strerror or describe(error)})"
@@ -172,13 +175,13 @@ class Upstream:
             await self._send_abort(instance, request)
             if not request.has_client_rid:
                 with suppress(TimeoutError):
-                    await asyncio.wait_for(self._closing.wait(), ABORT_AGAIN_S)
+                    await asyncio.wait_for(self._closing.wait(), self._abort_again_s)
                 await self._send_abort(instance, request)
         except (aiohttp.ClientError, OSError) as error:
             logger.debug("abort not sent rid=%s instance=%s: %s", request.rid, instance.instance_id, error)
 
     async def _send_abort(self, instance: Instance, request: GenerationRequest) -> None:
-        timeout = aiohttp.ClientTimeout(total=ABORT_TIMEOUT_S)
+        timeout = aiohttp.ClientTimeout(total=self._abort_timeout_s)
         url = instance.url + "/abort_request"
         for rid in request.rids:
             async with self._session.post(url, json={"rid": rid}, timeout=timeout) as response:

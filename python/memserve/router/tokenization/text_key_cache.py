@@ -20,8 +20,6 @@ import msgspec
 from memserve.core.block_keys import BlockKey
 from memserve.router.tokenization.text_keys import BLOCK_TOKENS, BYTES_PER_TOKEN
 
-MAX_CHUNKS = 1 << 18
-"""Chunks of all texts together; about 70 MB with the keys of their pages."""
 MAX_REQUESTED = 4096
 
 
@@ -44,7 +42,8 @@ class _Known(msgspec.Struct):
 class TextKeyCache:
     """See the module."""
 
-    def __init__(self, max_chunks: int = MAX_CHUNKS) -> None:
+    def __init__(self, max_chunks: int = 1 << 18) -> None:
+        """`max_chunks`: of all texts together; by default about 70 MB with the keys of their pages."""
         self._max_chunks = max_chunks
         self._requested: OrderedDict[str, _RequestedText] = OrderedDict()
         self._known: OrderedDict[BlockKey, _Known] = OrderedDict()

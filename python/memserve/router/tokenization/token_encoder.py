@@ -26,8 +26,6 @@ from tokenizers import Tokenizer as Backend
 from memserve.router.request import JsonObject
 from memserve.router.tokenization.token_records import NotTokenizable
 
-DEFAULT_CACHE_TOKENS = 1 << 20
-
 _ENTRY_TOKENS = 32
 """The cost of an entry beside its tokens, in tokens."""
 _LARGEST_SHARE = 8
@@ -62,7 +60,7 @@ class Encoded:
 class Encoder:
     """One model's tokenizer. Any thread."""
 
-    def __init__(self, backend: Backend, *, cache_tokens: int = DEFAULT_CACHE_TOKENS) -> None:
+    def __init__(self, backend: Backend, *, cache_tokens: int = 1 << 20) -> None:
         """`backend` becomes this object's; `cache_tokens` = 0 turns the cache off."""
         backend.no_padding()
         backend.no_truncation()

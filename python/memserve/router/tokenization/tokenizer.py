@@ -29,7 +29,7 @@ from memserve.router.request import Api, GenerationRequest, JsonObject
 from memserve.router.sglang_api import LORA, UNKNOWN_TOKENS
 from memserve.router.tokenization.chat_messages import MALFORMED, read_chat
 from memserve.router.tokenization.chat_template import ChatTemplate
-from memserve.router.tokenization.token_encoder import DEFAULT_CACHE_TOKENS, Encoder
+from memserve.router.tokenization.token_encoder import Encoder
 from memserve.router.tokenization.token_files import TokenizerFiles, read_tokenizer_files
 from memserve.router.tokenization.token_probes import CHATS, Agreement, Agreements, probe_texts, renders_chats
 from memserve.router.tokenization.token_records import (
@@ -48,7 +48,6 @@ R = TypeVar("R")
 Ask = Callable[[JsonObject], Awaitable[object]]
 """Posts a body to a server's /v1/tokenize; gives its answer as parsed JSON, None if it was refused."""
 
-NUM_THREADS = 2
 _READ_BACK = 5
 """INIT_INCREMENTAL_DETOKENIZATION_OFFSET of SGLang."""
 NO_TEMPLATE = "a model without one chat template"
@@ -68,7 +67,7 @@ class _Reading:
 class Tokenizer:
     """The tokenizer of one model. Event loop thread only."""
 
-    def __init__(self, files: TokenizerFiles, *, cache_tokens: int = DEFAULT_CACHE_TOKENS) -> None:
+    def __init__(self, files: TokenizerFiles, *, cache_tokens: int = 1 << 20, num_threads: int = 2) -> None:
         """`files` become this object's. Starts no thread before the first request."""
         self._special_tokens = files.all_special_tokens
         self._encoder = Encoder(files.backend, cache_tokens=cache_tokens)
@@ -77,17 +76,17 @@ class Tokenizer:
         self._template, self._no_chats = _compile(files)
         self.agreements = Agreements()
         """With the probed servers. Read-only for others."""
-        self._threads = ThreadPoolExecutor(NUM_THREADS, thread_name_prefix="tokenizer")
+        self._threads = ThreadPoolExecutor(num_threads, thread_name_prefix="tokenizer")
         self.stats = TokenizerStats()
 
     @classmethod
-    def load(cls, path: Path, *, cache_tokens: int = DEFAULT_CACHE_TOKENS) -> Tokenizer:
+    def load(cls, path: Path, *, cache_tokens: int = 1 << 20, num_threads: int = 2) -> Tokenizer:
         """The tokenizer of the model directory `path`. Blocks for as long as it takes to read it.
 
         `cache_tokens` bounds the tokens of cached text, at about 10 bytes each.
         Raises ConfigError, in one line, if there is no fast tokenizer in it.
         """
-        return cls(read_tokenizer_files(path), cache_tokens=cache_tokens)
+        return cls(read_tokenizer_files(path), cache_tokens=cache_tokens, num_threads=num_threads)
 
     async def tokens_of(self, request: GenerationRequest) -> Tokens:
         """The tokens of each prompt of `request`, which was validated."""

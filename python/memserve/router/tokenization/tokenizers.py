@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 from memserve.core.errors import ConfigError
@@ -31,8 +32,12 @@ NO_MODEL = "a model that no instance has told of"
 class Tokenizers:
     """Event loop thread only."""
 
-    def __init__(self, path: str | None) -> None:
-        """`path` is the model directory of every model, or `OFF`; None: the path that instances report."""
+    def __init__(self, path: str | None, *, cache_tokens: int = 1 << 20, num_threads: int = 2) -> None:
+        """`path` is the model directory of every model, or `OFF`; None: the path that instances report.
+
+        `cache_tokens`, `num_threads`: of each model's tokenizer.
+        """
+        self._load_tokenizer = partial(Tokenizer.load, cache_tokens=cache_tokens, num_threads=num_threads)
         self._path = path
         self._by_model: dict[str, Tokenizer | str] = {}
         """The tokenizer of each model, or why there is none."""
@@ -123,7 +128,7 @@ class Tokenizers:
         if self._path == OFF:
             return NOT_WANTED
         try:
-            return await asyncio.to_thread(Tokenizer.load, Path(path))
+            return await asyncio.to_thread(self._load_tokenizer, Path(path))
         except ConfigError as error:
             logger.warning("requests for %s are not tokenized here: %s; set --tokenizer-path", model, error)
             return str(error)
