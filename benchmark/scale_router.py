@@ -156,7 +156,7 @@ class Stage:
         self._random = Random(0)
         self._pools = Pools(ClusterConfig(heartbeat_secs=3600), time.monotonic)
         self._feed = TreeSynchronizer(GlobalPromptTree(), self._pools, audit_s=1e9)
-        settings = SelectorConfig("prompt_tree", "prompt_tree", GPU_COSTS, 0.0, True)
+        settings = SelectorConfig("prompt_tree", "prompt_tree", GPU_COSTS, 0.0, "auto")
         metrics = RouterMetrics()
         self._scheduler = GlobalScheduler(
             settings, self._feed, self._pools, _NoObserver(), metrics, time.monotonic

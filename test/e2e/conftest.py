@@ -2,13 +2,12 @@
 
 `local`  one pair that hands KV over within the host's memory
 `tcp`    one pair over our tcp transport, under a cluster key, whose prefill has a small radix cache
-         over a DRAM tier; its router believes that fetches are nearly free; tests may kill its servers
+         over a DRAM tier; its router fetches whatever it can; tests may kill its servers
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from pathlib import Path
@@ -18,8 +17,6 @@ import pytest
 import requests
 
 from memserve.engine.platform_detect import is_cpu_machine
-from memserve.scheduling.cost_model.file import write_costs
-from memserve.scheduling.cost_model.model import CPU_COSTS, PathCost
 from memserve.testing.cluster import Cluster, ServerProcess, Start, is_ready, start_process, wait_for
 from memserve.testing.pool_reports import wait_pools_connected
 from memserve.wire.messages import Role
@@ -28,8 +25,8 @@ from .fork_server import ForkServer
 
 REQUEST_TIMEOUT_S = 60
 SMALL_HBM_TOKENS = 2048
-NEARLY_FREE = PathCost(latency_s=1e-6, bytes_per_s=1e12)
-"""A transfer that costs next to nothing: the router fetches whatever another server holds."""
+ALWAYS_FETCH = ("--fetch", "always", "--max-fetch-secs", "20")
+"""Flags of a router that fetches whatever another server holds, so that a test can count on it."""
 
 
 def num_requests(server_url: str) -> int:
@@ -137,13 +134,11 @@ def pairs(
     key.write_bytes(b"a secret of the test cluster")
     key.chmod(0o600)
     keyed = ("--cluster-key-file", str(key))
-    costs = tmp_path_factory.mktemp("costs") / "fetching-pays.json"
-    costs.write_text(json.dumps(write_costs(dataclasses.replace(CPU_COSTS, remote=NEARLY_FREE))))
     with ExitStack() as stack:
         pairs = {
             "local": Pair(stack.enter_context(new_cluster("local")), tiny_model, ("--transfer", "local")),
             "tcp": Pair(
-                stack.enter_context(new_cluster("tcp", router_flags=(*keyed, "--costs", str(costs)))),
+                stack.enter_context(new_cluster("tcp", router_flags=(*keyed, *ALWAYS_FETCH))),
                 tiny_model,
                 ("--transfer", "tcp", *keyed),
                 ("--max-total-tokens", str(SMALL_HBM_TOKENS), "--dram-gib", "0.05"),

@@ -17,7 +17,7 @@ from memserve.testing.cluster import wait_for
 from memserve.testing.pool_reports import pool_reports, wait_settled
 from memserve.wire.messages import Role
 
-from .conftest import REQUEST_TIMEOUT_S, NewCluster, Pair
+from .conftest import ALWAYS_FETCH, REQUEST_TIMEOUT_S, NewCluster, Pair
 from .geometry import PAGE, full_pages, page_bytes
 
 NEW_TOKENS = 24
@@ -37,7 +37,7 @@ def scarce(tiny_model: Path, new_cluster: NewCluster) -> Iterator[Pair]:
     """A pair whose prefill has room for one conversation in HBM and one in DRAM; decode has plenty."""
     one = gib_of(HBM_TOKENS, tiny_model)
     small = ("--max-total-tokens", str(HBM_TOKENS), "--dram-gib", one)
-    with new_cluster("scarce") as cluster:
+    with new_cluster("scarce", router_flags=ALWAYS_FETCH) as cluster:
         pair = Pair(cluster, tiny_model, (), small)
         pair.launch(Role.PREFILL)
         pair.launch(Role.DECODE)

@@ -38,8 +38,10 @@ class RoutingConfig:
     decode_policy: str | None = setting(
         None, "policy for decode instances; default: --policy", synonyms=POLICY_SYNONYMS, metavar="NAME"
     )
-    fetch: Literal["auto", "never"] = setting(
-        "auto", "whether a prefill fetches cached blocks from other instances before a request"
+    fetch: Literal["auto", "always", "never"] = setting(
+        "auto",
+        "whether a prefill fetches cached blocks from other instances before a request; auto: if that takes "
+        "less time than computing them (Eq. 2); always: whatever it costs, within --max-fetch-secs",
     )
     max_fetch_secs: float = setting(
         2.0, "time limit of a fetch, whatever it saves: the holder of the blocks may be gone", above=0

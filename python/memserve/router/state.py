@@ -39,7 +39,6 @@ class RouterState:
 def new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
     """The components of a new router, empty. Raises ConfigError for a cost file that cannot be read."""
     clock, routing = time.monotonic, config.routing
-    fetches = routing.fetch == "auto"
     cluster = InstanceRegistry(config.cluster, clock)
     pools = Pools(
         config.cluster,
@@ -66,7 +65,7 @@ def new_state(config: RouterConfig, metrics: RouterMetrics) -> RouterState:
         routing.policies["decode"],
         start_costs=None if routing.costs == "auto" else read_costs(routing.costs),
         certainty=0.0 if routing.costs in ("auto", *COSTS) else 0.5,
-        fetches=fetches,
+        fetch=routing.fetch,
         max_fetch_s=routing.max_fetch_secs,
         recent_s=routing.recent_work_secs,
     )

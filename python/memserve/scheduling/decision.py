@@ -14,7 +14,7 @@ import msgspec
 from memserve.core.ids import InstanceId
 from memserve.scheduling.context import Candidate, RoutingContext
 from memserve.scheduling.cost_model.model import CostModel
-from memserve.scheduling.fetch_planner import FetchChoice, best_fetch
+from memserve.scheduling.fetch_planner import FetchChoice, FetchRule, best_fetch
 from memserve.scheduling.policies import find_policy
 from memserve.scheduling.policy import Rank
 from memserve.scheduling.request_cost import Score, decode_parts, prefill_parts, scores_of
@@ -80,6 +80,7 @@ def decide(
     prefill_policy: str = "prompt_tree",
     decode_policy: str = "prompt_tree",
     can_fetch: bool = True,
+    fetch_rule: FetchRule = best_fetch,
 ) -> Decision:
     """Choose a prefill and, where there are decodes, a decode; then a holder worth fetching from (Eq. 2).
 
@@ -98,7 +99,7 @@ def decide(
     return Decision(
         prefill.instance_id,
         decode.instance_id if decode else None,
-        best_fetch(context, prefill, costs) if can_fetch else None,
+        fetch_rule(context, prefill, costs) if can_fetch else None,
         context,
         costs,
         (prefill_policy, decode_policy),

@@ -9,8 +9,9 @@ Source: MemServe, scheduling (Eq. 2); the queue, which the paper leaves out, is 
 from __future__ import annotations
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from math import inf
 
 import msgspec
 
@@ -30,6 +31,8 @@ class FetchChoice(msgspec.Struct, frozen=True):
     transfer_s: float
     saved_s: float
     """The computation saved, less moving the blocks to HBM from the DRAM where they arrive."""
+    limit_s: float
+    """The longest fetch that is still worth waiting for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +60,7 @@ class FetchPlan:
             keys=chain[: choice.num_blocks],
             num_there=target.cached_blocks,
             transfer_s=choice.transfer_s,
-            timeout_s=min(choice.saved_s + target.queued_s, max_s),
+            timeout_s=min(choice.limit_s, max_s),
         )
 
     def num_shared(self, chain: Sequence[BlockKey]) -> int:
@@ -87,6 +90,14 @@ def best_fetch(context: RoutingContext, prefill: Candidate, costs: CostModel) ->
 
     All transfers cost the same for each token, and a token saves more the later its place in the prompt.
     """
+    choice = largest_fetch(context, prefill, costs)
+    if choice is None or fetch_gain_s(choice.saved_s, choice.transfer_s, prefill.queued_s) <= 0:
+        return None
+    return msgspec.structs.replace(choice, limit_s=choice.saved_s + prefill.queued_s)
+
+
+def largest_fetch(context: RoutingContext, prefill: Candidate, costs: CostModel) -> FetchChoice | None:
+    """The fetch to `prefill` from the holder that offers most blocks, whatever it costs; None without one."""
     most = prefill.cached_blocks
     holder: Candidate | None = None
     for candidates in (context.prefills, context.decodes, context.holders):
@@ -98,6 +109,13 @@ def best_fetch(context: RoutingContext, prefill: Candidate, costs: CostModel) ->
     tokens, own, other = context.prompt_tokens, *map(context.cached_tokens, (prefill.cached_blocks, most))
     transfer_s = costs.transfer_s(other - own)
     saved_s = costs.exec_s(tokens, own) - costs.exec_s(tokens, other) - costs.load_s(other - own, Tier.DRAM)
-    if fetch_gain_s(saved_s, transfer_s, prefill.queued_s) <= 0:
-        return None
-    return FetchChoice(holder.instance_id, most, transfer_s, saved_s)
+    return FetchChoice(holder.instance_id, most, transfer_s, saved_s, inf)
+
+
+FetchRule = Callable[[RoutingContext, Candidate, CostModel], FetchChoice | None]
+FETCH_RULES: Mapping[str, FetchRule] = {
+    "auto": best_fetch,
+    "always": largest_fetch,
+    "never": lambda context, prefill, costs: None,
+}
+"""The rules that `--fetch` chooses from."""

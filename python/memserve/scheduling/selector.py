@@ -23,7 +23,7 @@ from memserve.scheduling.cost_model.busy_periods import BusyPeriods
 from memserve.scheduling.cost_model.model import CPU_COSTS, GPU_COSTS, CostModel
 from memserve.scheduling.cost_model.online import OnlineCostModel
 from memserve.scheduling.decision import Decision, decide
-from memserve.scheduling.fetch_planner import FetchOutcome, FetchPlan
+from memserve.scheduling.fetch_planner import FETCH_RULES, FetchOutcome, FetchPlan
 from memserve.scheduling.load_tracker import LoadTracker
 from memserve.scheduling.policies import find_policy
 from memserve.scheduling.prediction_error import PredictionError, PrefillReport, update_costs, work_of
@@ -41,8 +41,8 @@ class SelectorConfig:
     """None: the usual costs of the device that serves a model."""
     certainty: float
     """Trust in the start costs, 0 to 1."""
-    fetches: bool
-    """Whether blocks may be fetched before a request is sent."""
+    fetch: str
+    """Which blocks are fetched before a request is sent: a name of FETCH_RULES."""
     max_fetch_s: float = 2.0
     """Limit of a fetch, whatever it saves: the holder of the blocks may be gone."""
     recent_s: float = 180.0
@@ -104,7 +104,8 @@ class InstanceSelector:
             self._context(targets, prompt, now_s),
             self._costs_of(targets).model,
             *self._policies(targets, prompt),
-            can_fetch=self._config.fetches and len(prompt.chains) == 1 and not prompt.by_text,
+            can_fetch=len(prompt.chains) == 1 and not prompt.by_text,
+            fetch_rule=FETCH_RULES[self._config.fetch],
         )
 
     def assign(

@@ -36,9 +36,9 @@ TARGETS = Targets((Named(A), Named(B)), (Named(D),), [(M, M)], "model", False, P
 class Setup:
     """Prefills a and b, decode d, memory m, and the blocks that each holds in HBM and in DRAM."""
 
-    def __init__(self, policy: str = "prompt_tree", **held: tuple[int, int]) -> None:
+    def __init__(self, policy: str = "prompt_tree", fetch: str = "auto", **held: tuple[int, int]) -> None:
         self.tree = GlobalPromptTree(clock=lambda: 0.0)
-        config = SelectorConfig(policy, policy, GPU_COSTS, 0.0, fetches=True)
+        config = SelectorConfig(policy, policy, GPU_COSTS, 0.0, fetch)
         self.selector = InstanceSelector(config, lambda: self.tree)
         for name in (A, B, D, M):
             self.tree.join(name, Epoch(1))
@@ -148,3 +148,21 @@ def test_explanation_shows_blocks_by_tier_and_the_parts_that_the_policy_summed()
     parts = ("queue_s", "load_s", "exec_s", "others_s", "recent_s")
     assert first["total_s"] == pytest.approx(sum(first[part] for part in parts), abs=1e-5)
     assert len(explained(assignment.decision, None, max_listed=1)["prefill_candidates"]) == 1  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("rule", "held_by_memory", "blocks"),
+    [("never", 60, None), ("auto", 60, 60), ("auto", 1, None), ("always", 1, 1), ("always", 0, None)],
+)
+def test_fetch_rule_decides_which_blocks_are_fetched(
+    rule: str, held_by_memory: int, blocks: int | None
+) -> None:
+    it = Setup(fetch=rule, m=(0, held_by_memory))
+    plan = it.assign().plan
+    assert (None if plan is None else len(plan.keys)) == blocks
+
+
+def test_fetch_rule_always_waits_up_to_the_limit_of_a_fetch() -> None:
+    plan = Setup(fetch="always", m=(0, 1)).assign().plan
+    assert plan is not None
+    assert plan.timeout_s == 2.0

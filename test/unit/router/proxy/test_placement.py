@@ -74,7 +74,7 @@ class Stage:
     def __init__(
         self,
         policy: str = "prompt_tree",
-        fetches: bool = True,
+        fetch: str = "auto",
         start_costs: CostModel | None = GPU_COSTS,
     ) -> None:
         self.clock = FakeClock()
@@ -82,7 +82,7 @@ class Stage:
         self.feed = TreeSynchronizer(GlobalPromptTree(clock=self.clock), self.pools, clock=self.clock)
         self.metrics = RouterMetrics()
         self.observer = Observer()
-        settings = SelectorConfig(policy, policy, start_costs, 0.0, fetches)
+        settings = SelectorConfig(policy, policy, start_costs, 0.0, fetch)
         self.scheduler = GlobalScheduler(
             settings, self.feed, self.pools, self.observer, self.metrics, self.clock
         )
@@ -328,7 +328,7 @@ def test_partial_fetch_is_counted_as_none_or_part(num_blocks: int, outcome: str)
 
 
 def test_worse_choice_is_observed_as_regret() -> None:
-    stage = Stage("random", fetches=False)
+    stage = Stage("random", fetch="never")
     stage.holds(1, 250)
     stage.holds(2, 250)
     placement = stage.place(prompt())

@@ -70,7 +70,7 @@ async def test_poison_stream_is_not_resumed_after_two_lost_servers() -> None:
         body = {"text": "poison", "stream": True, "sampling_params": GREEDY}
         status, answer = await Ask(stage, body=body).task
         error = json.loads(answer.strip().rpartition("data: ")[2])["error"]
-        assert (status, error["retryable"]) == (200, False)
+        assert (status, error["retryable"], error["code"]) == (200, False, "request_ended_servers")
         assert sum(len(one.requests) for one in workers) == 2
 
 
