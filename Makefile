@@ -11,7 +11,7 @@ help:
 	@echo "make demo     router, prefill and decode serve a conversation (KEEP=1 leaves them up, CACHING=all compares)"
 	@echo "make test     everything, with real servers"
 	@echo "make chaos    servers are killed, cut off and confused under load, and a table of what became of each request"
-	@echo "make check    lint, types, layering, documentation and unit tests: about two minutes"
+	@echo "make check    lint, types, layering, documentation and unit tests: about five minutes"
 	@echo "make docs     the documentation as a site in build/site, its reference pages written anew from the code"
 	@echo "make bench    the whole evaluation, with one report (PARTS='steps stock' for some of it; says how long, goes on where it was)"
 	@echo "make install  only $(VENV)"
