@@ -78,6 +78,12 @@ def report(pair: Pair, name: str) -> dict[str, Any]:
     return only
 
 
+def num_known_blocks(pair: Pair, name: str) -> int:
+    """The number of blocks that the router believes one instance to hold, in all its layouts."""
+    held = requests.get(f"{pair.url}/tree", timeout=REQUEST_TIMEOUT_S).json()["instances"]
+    return sum(sum(tiers.values()) for holder, tiers in held.items() if holder.partition("#")[0] == name)
+
+
 def shrink(pair: Pair, name: str, dram_gib: float) -> None:
     """Resize the DRAM tier of one server."""
     (url,) = (worker["url"] for worker in pair.workers() if worker["instance_id"] == name)
@@ -108,6 +114,8 @@ def test_memory_instance_raises_the_hit_rate_and_its_death_costs_recomputation_o
     memory = scarce.cluster.launch_memory("memory", 0.1)
     scarce.cluster.wait_ready()
     wait_for(lambda: "memory" in scarce.pool_names(), what="the memory to be known", timeout_s=15)
+    converse(scarce, "first use")  # lends the layout its memory, which the router learns within a second
+    wait_for(lambda: num_known_blocks(scarce, "memory") > 0, what="its blocks to be known", timeout_s=15)
     helped, least_helped, outputs = converse(scarce, "c")
     assert helped - least_helped < (alone - least) / 2
 
