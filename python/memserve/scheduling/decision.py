@@ -79,7 +79,6 @@ def decide(
     costs: CostModel,
     prefill_policy: str = "prompt_tree",
     decode_policy: str = "prompt_tree",
-    can_fetch: bool = True,
     fetch_rule: FetchRule = best_fetch,
 ) -> Decision:
     """Choose a prefill and, where there are decodes, a decode; then a holder worth fetching from (Eq. 2).
@@ -99,7 +98,7 @@ def decide(
     return Decision(
         prefill.instance_id,
         decode.instance_id if decode else None,
-        fetch_rule(context, prefill, costs) if can_fetch else None,
+        fetch_rule(context, prefill, costs),
         context,
         costs,
         (prefill_policy, decode_policy),

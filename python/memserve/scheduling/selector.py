@@ -104,8 +104,7 @@ class InstanceSelector:
             self._context(targets, prompt, now_s),
             self._costs_of(targets).model,
             *self._policies(targets, prompt),
-            can_fetch=len(prompt.chains) == 1 and not prompt.by_text,
-            fetch_rule=FETCH_RULES[self._config.fetch],
+            FETCH_RULES[self._config.fetch if len(prompt.chains) == 1 and not prompt.by_text else "never"],
         )
 
     def assign(

@@ -35,7 +35,7 @@ from memserve.scheduling.cost_model.model import (
     with_prefill,
 )
 from memserve.scheduling.decision import Decision, decide
-from memserve.scheduling.fetch_planner import FetchChoice
+from memserve.scheduling.fetch_planner import FETCH_RULES, FetchChoice
 from memserve.scheduling.load_tracker import LoadTracker
 from memserve.scheduling.policies import find_policy
 from memserve.scheduling.prompt_tree.records import NO_OVERLAP, Overlap
@@ -199,8 +199,8 @@ class Simulation:
             turn=request.number,
             seed=config.seed,
         )
-        can_fetch = config.can_fetch and config.timed
-        return decide(context, self._believed, config.policy, config.decode_policy, can_fetch), overlaps
+        fetch_rule = FETCH_RULES["auto" if config.can_fetch and config.timed else "never"]
+        return decide(context, self._believed, config.policy, config.decode_policy, fetch_rule), overlaps
 
     def _place(self, job: SimulatedRequest) -> None:
         """Untimed: compute and cache the prompt at once."""

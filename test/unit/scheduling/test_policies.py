@@ -20,6 +20,7 @@ from memserve.scheduling import policies
 from memserve.scheduling.context import Candidate, RoutingContext
 from memserve.scheduling.cost_model.model import GPU_COSTS, CostModel, PathCost
 from memserve.scheduling.decision import Decision, decide
+from memserve.scheduling.fetch_planner import FETCH_RULES
 from memserve.scheduling.load_tracker import LoadTracker
 from memserve.scheduling.policies import all_policies, describe_policies, find_policy
 from memserve.scheduling.prompt_tree.records import NO_OVERLAP, Overlap, TierCounts
@@ -330,7 +331,7 @@ def test_cold_prompts_spread_at_any_concurrency(
             blocks = 9 if is_warm and name == home else shared_blocks * (name in seen)
             candidates.append(load.candidate(name, Overlap(depths_of(blocks, blocks), 0), now_s))
         asked = RoutingContext(5120, 512, tuple(candidates), turn=turn)
-        name = decide(asked, GPU_COSTS, can_fetch=False).prefill
+        name = decide(asked, GPU_COSTS, fetch_rule=FETCH_RULES["never"]).prefill
         blocks = next(it.cached_blocks for it in candidates if it.instance_id == name)
         work_s = GPU_COSTS.exec_s(5120, asked.cached_tokens(blocks))
         load.prefill_dispatched(name, turn, work_s, now_s)
@@ -361,7 +362,9 @@ def test_new_instance_gets_an_equal_share_of_the_work(num_before: int) -> None:
     got = Counter[InstanceId]()
     for number in range(100, 200):
         candidates = tuple(load.candidate(name, NO_OVERLAP, now_s) for name in (old, new))
-        name = decide(RoutingContext(5120, 512, candidates, turn=number), GPU_COSTS, can_fetch=False).prefill
+        name = decide(
+            RoutingContext(5120, 512, candidates, turn=number), GPU_COSTS, fetch_rule=FETCH_RULES["never"]
+        ).prefill
         load.prefill_dispatched(name, number, work_s, now_s)
         now_s += work_s
         load.prefill_done(name, number, now_s)
