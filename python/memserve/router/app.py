@@ -33,7 +33,7 @@ from memserve.router.http.handlers.info import InfoHandlers
 from memserve.router.http.handlers.workers import WorkersApi
 from memserve.router.http.ingress import Ingress, build_ingress
 from memserve.router.http.middleware import Cors
-from memserve.router.http.openapi import document
+from memserve.router.http.openapi import encoded_document
 from memserve.router.http.request_chain import RequestChain
 from memserve.router.http.routes import serve_http, serve_metrics, web_app
 from memserve.router.kv_events.synchronizer import TreeSynchronizer
@@ -52,7 +52,6 @@ from memserve.router.proxy.recovery import StreamRecovery
 from memserve.router.proxy.retry import RetryLoop, RetryPolicy
 from memserve.router.proxy.upstream import Upstream, open_session
 from memserve.router.records import Traces
-from memserve.router.request import encode_json
 from memserve.router.state import RouterState, new_state
 from memserve.wire.link import ControlServer
 
@@ -176,7 +175,7 @@ async def _serve_http(
     )
     roles = RoleChanges(state.cluster, drains)
     stack.callback(roles.close)
-    info = InfoHandlers(state, metrics.exposition, proxy.session, ingress.access, encode_json(document()))
+    info = InfoHandlers(state, metrics.exposition, proxy.session, ingress.access, encoded_document)
     generate = GenerateHandler(chain, preparer, proxy.dispatcher)
     handlers = (
         generate,

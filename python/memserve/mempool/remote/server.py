@@ -178,12 +178,12 @@ class PeerServer:
             with self._lock:
                 session.retry_at = self._now() + self._retry_s
             return
-        if epochs:
-            self._counters.add(PeersStats(fenced=len(epochs)))
-            logger.warning("fenced peer=%016x settled=%d", session.epoch, len(transfer_ids))
         with self._lock:
             session.to_fence -= epochs
             self._writes.settle(session, transfer_ids)
+        if epochs:
+            self._counters.add(PeersStats(fenced=len(epochs)))
+            logger.warning("fenced peer=%016x settled=%d", session.epoch, len(transfer_ids))
 
 
 def _located(pool: MemPool | None, keys: Sequence[BlockKey]) -> Located:

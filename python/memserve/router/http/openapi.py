@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 from memserve import __version__
 from memserve.router.http.endpoints import ANY, ENDPOINTS, EVENTS, FILES, HttpEndpoint, Permission
 from memserve.router.http.schemas import STRING, ErrorAnswer, Schema, components, schema_of
+from memserve.router.request import encode_json
 
 JSON = "application/json"
 _HEADERS = {"x-request-id": {"schema": STRING, "description": "the request's own, or a new one"}}
 _ERROR = {"content": {JSON: {"schema": schema_of(ErrorAnswer)}}}
 _TAGS = {Permission.OPEN: "health", Permission.ADMIN: "management"}
 _AS_NAME = str.maketrans({"/": "_", "{": None, "}": None, ".": "_"})
+
+
+@cache
+def encoded_document() -> bytes:
+    """The document as JSON, made when it is first asked for."""
+    return encode_json(document())
 
 
 def document() -> Schema:

@@ -42,11 +42,11 @@ class InfoHandlers:
         exposition: Callable[[], bytes],
         session: aiohttp.ClientSession,
         access: Access,
-        document: bytes,
+        document: Callable[[], bytes],
     ) -> None:
         """`exposition` gives all metrics as text; `access` tells admins, who see more.
 
-        `document` is the answer of /openapi.json.
+        `document` gives the answer of /openapi.json.
         """
         self._document = document
         self._state = state
@@ -89,7 +89,7 @@ class InfoHandlers:
 
     async def openapi(self, _: web.Request) -> web.Response:
         """The OpenAPI document."""
-        return json_response(self._document)
+        return json_response(self._document())
 
     async def tree(self, request: web.Request) -> web.Response:
         """The prompt tree: number of blocks, blocks by holder, results of audits.
