@@ -7,8 +7,10 @@ import base64
 import itertools
 import json
 import shutil
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import asynccontextmanager, suppress
+import subprocess
+import time
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import asynccontextmanager, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +29,7 @@ FLAGS = (
 
 
 class Page:
-    """One tab."""
+    """One tab, or the browser itself."""
 
     def __init__(self, socket: aiohttp.ClientWebSocketResponse) -> None:
         self._socket = socket
@@ -118,37 +120,48 @@ class Page:
         await asyncio.to_thread(path.write_bytes, base64.b64decode(shot["data"]))
 
 
-@asynccontextmanager
-async def browsing(profile: Path) -> AsyncIterator[Page]:
-    """A browser with one empty tab; `profile` is its own folder."""
+@contextmanager
+def running_browser(profile: Path) -> Iterator[int]:
+    """A browser, as the port of its DevTools; `profile` is its own folder."""
     assert CHROMIUM, WHY_NOT
-    process = await asyncio.create_subprocess_exec(
-        CHROMIUM, *FLAGS, f"--user-data-dir={profile}", "about:blank",
-        stdout=asyncio.subprocess.DEVNULL, stderr=asyncio.subprocess.DEVNULL,
-    )  # fmt: skip
-    try:
-        async with aiohttp.ClientSession() as session:
-            port = await _port_of(profile / "DevToolsActivePort", process)
-            async with session.get(f"http://127.0.0.1:{port}/json/list") as response:
-                tabs = [one for one in await response.json() if one["type"] == "page"]
-            url = tabs[0]["webSocketDebuggerUrl"]
-            async with session.ws_connect(url, max_msg_size=1 << 28) as socket:
-                page = Page(socket)
-                listening = asyncio.create_task(page.listen())
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    with subprocess.Popen([CHROMIUM, *FLAGS, f"--user-data-dir={profile}"], **quiet) as process:
+        try:
+            yield _port_of(profile / "DevToolsActivePort", process)
+        finally:
+            process.kill()
+
+
+@asynccontextmanager
+async def new_page(port: int) -> AsyncIterator[Page]:
+    """An empty tab that shares nothing with other tabs of the browser at `port`."""
+    async with aiohttp.ClientSession() as session:
+        async with session.get(f"http://127.0.0.1:{port}/json/version") as response:
+            url = (await response.json())["webSocketDebuggerUrl"]
+        async with _connected(session, url) as browser:
+            context = await browser.send("Target.createBrowserContext", disposeOnDetach=True)
+            tab = await browser.send("Target.createTarget", url="about:blank", **context)
+            url = f"ws://127.0.0.1:{port}/devtools/page/{tab['targetId']}"
+            async with _connected(session, url) as page:
                 for domain in ("Page", "Runtime", "Log"):
                     await page.send(f"{domain}.enable")
                 yield page
-                listening.cancel()
-    finally:
-        with suppress(ProcessLookupError):
-            process.kill()
-        await process.wait()
 
 
-async def _port_of(path: Path, process: asyncio.subprocess.Process) -> int:
+@asynccontextmanager
+async def _connected(session: aiohttp.ClientSession, url: str) -> AsyncIterator[Page]:
+    async with session.ws_connect(url, max_msg_size=1 << 28) as socket:
+        page = Page(socket)
+        listening = asyncio.create_task(page.listen())
+        yield page
+        listening.cancel()
+
+
+def _port_of(path: Path, process: subprocess.Popen[bytes]) -> int:
     """The DevTools port, which the browser writes to a file."""
-    async with asyncio.timeout(DEADLINE_S):
-        while not (path.exists() and path.read_text()):  # noqa: ASYNC240
-            assert process.returncode is None, f"the browser ended with {process.returncode}"
-            await asyncio.sleep(0.02)
-    return int(path.read_text().splitlines()[0])  # noqa: ASYNC240
+    end = time.monotonic() + DEADLINE_S
+    while not (path.exists() and path.read_text()):
+        assert process.poll() is None, f"the browser ended with {process.returncode}"
+        assert time.monotonic() < end, "the browser does not start"
+        time.sleep(0.02)
+    return int(path.read_text().splitlines()[0])

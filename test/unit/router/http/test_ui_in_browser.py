@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +14,7 @@ from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
 
 from ..harness import Stage, info_of, staged
-from .browser import CHROMIUM, WHY_NOT, Page, browsing
+from .browser import CHROMIUM, WHY_NOT, Page, new_page, running_browser
 from .test_ui import decision, log
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=WHY_NOT)
@@ -52,8 +51,14 @@ CONTRAST = """(() => {
 })()"""
 
 
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[int]:
+    with running_browser(tmp_path_factory.mktemp("profile")) as port:
+        yield port
+
+
 @asynccontextmanager
-async def shown(folder: Path, **settings: Any) -> AsyncIterator[tuple[Stage, Page]]:
+async def shown(browser: int, **settings: Any) -> AsyncIterator[tuple[Stage, Page]]:
     """The page of a router with a pair, an instance whose id is an attack, requests and a prefix."""
     workers = [FakeWorker(role) for role in (Role.PREFILL, Role.DECODE)]
     async with (
@@ -68,7 +73,7 @@ async def shown(folder: Path, **settings: Any) -> AsyncIterator[tuple[Stage, Pag
         prompt = Prompt(64, ([bytes([7] * 32)],))  # type: ignore[list-item]
         for _ in range(3):
             stage.router.state.telemetry.prefixes.note(prompt, HOSTILE)
-        async with browsing(folder) as page:
+        async with new_page(browser) as page:
             await page.look(1280, 900)
             await page.open(stage.url("/ui"))
             await page.until("document.querySelectorAll('#requests tr').length === 4")
@@ -79,8 +84,8 @@ async def text_of(page: Page, selector: str) -> str:
     return str(await page.value(f"document.querySelector({selector!r}).textContent"))
 
 
-async def test_dashboard_shows_the_cluster_and_follows_its_changes(tmp_path: Path) -> None:
-    async with shown(tmp_path) as (stage, page):
+async def test_dashboard_shows_the_cluster_and_follows_its_changes(browser: int) -> None:
+    async with shown(browser) as (stage, page):
         assert await page.value("document.querySelectorAll('#instances tr').length") == 3
         assert "serving" in await text_of(page, "#health")
         await page.until("document.querySelectorAll('#prefixes tr').length === 1")
@@ -91,8 +96,8 @@ async def test_dashboard_shows_the_cluster_and_follows_its_changes(tmp_path: Pat
         assert page.complaints == []
 
 
-async def test_dashboard_shows_names_and_prompts_as_text(tmp_path: Path) -> None:
-    async with shown(tmp_path) as (_, page):
+async def test_dashboard_shows_names_and_prompts_as_text(browser: int) -> None:
+    async with shown(browser) as (_, page):
         await page.until("document.querySelectorAll('#prefixes tr').length === 1")
         for place in ("#instances", "#prefixes"):
             assert HOSTILE in await text_of(page, place)
@@ -105,8 +110,8 @@ async def test_dashboard_shows_names_and_prompts_as_text(tmp_path: Path) -> None
         assert await page.value("document.title") == "MemServe"
 
 
-async def test_dashboard_can_be_used_by_keyboard(tmp_path: Path) -> None:
-    async with shown(tmp_path) as (stage, page):
+async def test_dashboard_can_be_used_by_keyboard(browser: int) -> None:
+    async with shown(browser) as (stage, page):
         reached = []
         for _ in range(40):
             await page.press(*TAB)
@@ -129,8 +134,8 @@ async def test_dashboard_can_be_used_by_keyboard(tmp_path: Path) -> None:
         assert await page.value("document.activeElement.title") == name
 
 
-async def test_dashboard_shortens_long_ids_to_different_texts(tmp_path: Path) -> None:
-    async with shown(tmp_path) as (stage, page):
+async def test_dashboard_shortens_long_ids_to_different_texts(browser: int) -> None:
+    async with shown(browser) as (stage, page):
         for end in ("1", "2"):
             log(stage, "a" * 31 + end)
         await page.until("document.querySelectorAll('#requests tr').length === 6")
@@ -140,8 +145,8 @@ async def test_dashboard_shortens_long_ids_to_different_texts(tmp_path: Path) ->
         assert max(map(len, told)) <= 16
 
 
-async def test_dashboard_shows_the_decision_of_a_request(tmp_path: Path) -> None:
-    async with shown(tmp_path) as (stage, page):
+async def test_dashboard_shows_the_decision_of_a_request(browser: int) -> None:
+    async with shown(browser) as (stage, page):
         await page.value("document.querySelector('#requests button[title=x-rid-1]').click()")
         await page.until("document.querySelector('#why-body tbody tr')")
         _, told = await stage.get("/requests/rid-1")
@@ -149,8 +154,8 @@ async def test_dashboard_shows_the_decision_of_a_request(tmp_path: Path) -> None
         assert "chosen" in await text_of(page, "#why-body tr.chosen")
 
 
-async def test_dashboard_does_not_poll_while_paused(tmp_path: Path) -> None:
-    async with shown(tmp_path) as (stage, page):
+async def test_dashboard_does_not_poll_while_paused(browser: int) -> None:
+    async with shown(browser) as (stage, page):
         await page.value("document.querySelector('#pause').click()")
         assert await page.value("document.querySelector('#pause').getAttribute('aria-pressed')") == "true"
         asked = "performance.getEntriesByType('resource').length"
@@ -162,15 +167,15 @@ async def test_dashboard_does_not_poll_while_paused(tmp_path: Path) -> None:
         await page.until("document.querySelector('#requests').textContent.includes('x-unseen')")
 
 
-async def test_dashboard_can_show_only_failed_requests(tmp_path: Path) -> None:
-    async with shown(tmp_path) as (_, page):
+async def test_dashboard_can_show_only_failed_requests(browser: int) -> None:
+    async with shown(browser) as (_, page):
         await page.value("document.querySelector('#faults').click()")
         await page.until("document.querySelectorAll('#requests tr').length === 1")
         assert "502" in await text_of(page, "#requests")
 
 
-async def test_dashboard_reports_a_router_that_does_not_answer(tmp_path: Path) -> None:
-    async with browsing(tmp_path) as page:
+async def test_dashboard_reports_a_router_that_does_not_answer(browser: int) -> None:
+    async with new_page(browser) as page:
         async with staged(FakeWorker(Role.PREFILL), FakeWorker(Role.DECODE)) as stage:
             await page.open(stage.url("/ui"))
             await page.until("document.querySelectorAll('#instances tr').length === 2")
@@ -178,8 +183,8 @@ async def test_dashboard_reports_a_router_that_does_not_answer(tmp_path: Path) -
         assert "does not answer" in await text_of(page, "#trouble")
 
 
-async def test_dashboard_loads_with_basic_authentication(tmp_path: Path) -> None:
-    async with staged(FakeWorker(), api_key="open sesame") as stage, browsing(tmp_path) as page:
+async def test_dashboard_loads_with_basic_authentication(browser: int) -> None:
+    async with staged(FakeWorker(), api_key="open sesame") as stage, new_page(browser) as page:
         await page.log_in("anybody", "open sesame")
         await page.open(stage.url("/ui"))
         await page.until("document.querySelectorAll('#instances tr').length === 1")
@@ -189,9 +194,9 @@ async def test_dashboard_loads_with_basic_authentication(tmp_path: Path) -> None
 @pytest.mark.parametrize("dark", [False, True])
 @pytest.mark.parametrize("width", [360, 1280])
 async def test_dashboard_is_readable_at_any_width_in_light_and_dark_mode(
-    tmp_path: Path, width: int, dark: bool
+    browser: int, width: int, dark: bool
 ) -> None:
-    async with shown(tmp_path) as (_, page):
+    async with shown(browser) as (_, page):
         await page.look(width, 800, dark=dark)
         await page.until("document.querySelectorAll('#prefixes tr').length === 1")
         assert await page.value("document.documentElement.scrollWidth") <= width
@@ -202,10 +207,10 @@ async def test_dashboard_is_readable_at_any_width_in_light_and_dark_mode(
         assert await page.value("document.querySelector('#why').getBoundingClientRect().right") <= width
 
 
-async def test_dashboard_elements_have_accessible_names(tmp_path: Path) -> None:
+async def test_dashboard_elements_have_accessible_names(browser: int) -> None:
     """Screen readers need a name for each control and table."""
 
-    async with shown(tmp_path) as (_, page):
+    async with shown(browser) as (_, page):
         tree = (await page.send("Accessibility.getFullAXTree"))["nodes"]
         named: dict[str, list[str]] = {}
         for node in tree:
