@@ -2,8 +2,9 @@
 VENV   ?= .venv
 PYTHON := $(VENV)/bin/python
 INSTALL = python3 scripts/install.py --venv $(VENV)
-# Unit tests share nothing, so two at a time; a test with servers has the machine to itself.
-UNIT    = $(PYTHON) -m pytest -q -n 2 --dist worksteal test/unit
+# Unit tests share nothing and often wait, so three at a time on two cores; a test with servers has the
+# machine to itself.
+UNIT    = $(PYTHON) -m pytest -q -n 3 --dist worksteal test/unit
 
 .PHONY: help install demo test chaos check docs bench clean
 
@@ -11,7 +12,7 @@ help:
 	@echo "make demo     router, prefill and decode serve a conversation (KEEP=1 leaves them up, CACHING=all compares)"
 	@echo "make test     everything, with real servers"
 	@echo "make chaos    servers are killed, cut off and confused under load, and a table of what became of each request"
-	@echo "make check    lint, types, layering, documentation and unit tests: about five minutes"
+	@echo "make check    lint, types, layering, documentation and unit tests: about three minutes"
 	@echo "make docs     the documentation as a site in build/site, its reference pages written anew from the code"
 	@echo "make bench    the whole evaluation, with one report (PARTS='steps stock' for some of it; says how long, goes on where it was)"
 	@echo "make install  only $(VENV)"
