@@ -11,7 +11,6 @@ from memserve.core.cluster_key import read_secret_file
 from memserve.core.errors import ConfigError
 
 logger = logging.getLogger(__name__)
-_ALPN = ["http/1.1"]
 
 
 class Certificate:
@@ -70,12 +69,8 @@ def client_context(
     `certfile` and `keyfile` are the router's own certificate, for servers that require one.
     Raises ConfigError for files that cannot be read.
     """
-    if ca_certs is None and certfile is None:
-        return _system_context()
-    try:
-        context = ssl.create_default_context(cafile=ca_certs)
-    except (OSError, ssl.SSLError) as error:
-        raise ConfigError(f"cannot read certificates from {ca_certs}: {error.strerror or error}") from error
+    is_shared = ca_certs is None and certfile is None
+    context = _system_context() if is_shared else _verifying(ca_certs)
     if certfile is not None:
         read_secret_file(keyfile or certfile, "TLS key")
         try:
@@ -83,13 +78,19 @@ def client_context(
         except (OSError, ssl.SSLError) as error:
             reason = getattr(error, "reason", None) or error.strerror or "it is no PEM file"
             raise ConfigError(f"cannot use {certfile} as a certificate for servers: {reason}") from error
-    context.set_alpn_protocols(_ALPN)
+    return context
+
+
+def _verifying(ca_certs: Path | None) -> ssl.SSLContext:
+    try:
+        context = ssl.create_default_context(cafile=ca_certs)
+    except (OSError, ssl.SSLError) as error:
+        raise ConfigError(f"cannot read certificates from {ca_certs}: {error.strerror or error}") from error
+    context.set_alpn_protocols(["http/1.1"])
     return context
 
 
 @cache
 def _system_context() -> ssl.SSLContext:
-    """Made once: to read the system's authorities takes some 50 ms."""
-    context = ssl.create_default_context()
-    context.set_alpn_protocols(_ALPN)
-    return context
+    """One for all routers of a process: to read the system's authorities takes some 50 ms."""
+    return _verifying(None)
