@@ -24,6 +24,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from memserve.testing.ending import start_child
+
 START_TIMEOUT_S = 60.0
 MODEL = "bench"
 PAD = "lorem ipsum dolor sit amet, "
@@ -91,7 +93,7 @@ class Worker:
 
     def start(self) -> None:
         command = ["nginx", "-c", str(self._config), "-p", str(self._config.parent)]
-        self._process = subprocess.Popen(command, stderr=subprocess.DEVNULL)
+        self._process = start_child(command, stderr=subprocess.DEVNULL)
         wait_for(f"{self.url}/health")
 
     def kill(self) -> None:
@@ -195,7 +197,7 @@ def running(name: str, peers: Path, behind: Sequence[Worker | Named]) -> Iterato
     """The router `name`, ready to serve. Raises TimeoutError if it is not in time."""
     port = free_port()
     with tempfile.TemporaryFile() as log:
-        process = subprocess.Popen(_command(name, peers, behind, port), stdout=log, stderr=log)
+        process = start_child(_command(name, peers, behind, port), stdout=log, stderr=log)
         try:
             wait_for(f"http://127.0.0.1:{port}/readiness", process)
             yield Router(name, process, port)

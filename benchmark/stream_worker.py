@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import json
 import logging
-import subprocess
 import sys
 import time
 from collections.abc import Iterator
@@ -17,6 +16,7 @@ from contextlib import contextmanager
 import uvloop
 from aiohttp import web
 
+from memserve.testing.ending import start_child
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
 
@@ -48,7 +48,7 @@ class StreamWorker(FakeWorker):
 @contextmanager
 def stream_worker() -> Iterator[int]:
     """A `StreamWorker` in a process of its own; its port."""
-    process = subprocess.Popen([sys.executable, __file__], stdout=subprocess.PIPE, text=True)
+    process = start_child([sys.executable, __file__], stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         yield int(process.stdout.readline())

@@ -30,6 +30,7 @@ from tqdm import tqdm
 
 from memserve.core.caching import CachingMode
 from memserve.testing.cluster import Cluster, ClusterFailed, ServerProcess, is_ready, wait_for
+from memserve.testing.ending import interrupt_on_signals
 from memserve.testing.pool_reports import exchanged_bytes, pool_reports, wait_pools_connected, wait_settled
 from memserve.wire.messages import Role
 
@@ -81,6 +82,7 @@ def main() -> int:
     parser.add_argument("--keep", action="store_true", help="leave the servers up until Ctrl-C")
     parser.add_argument("--log-dir", type=Path, help="directory of the logs (default: a new one in /tmp)")
     args = parser.parse_args()
+    interrupt_on_signals()
     log_dir = args.log_dir or Path(tempfile.mkdtemp(prefix="memserve-demo-"))
     try:
         model = args.model_path or make_model()

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from figures import progress
+from memserve.testing.ending import end_with_parent, interrupt_on_signals
 
 HERE = Path(__file__).resolve().parent.parent
 FIGURES = "figures.jsonl"
@@ -68,9 +69,14 @@ def run_program(program: Program, directory: Path) -> str | None:
     script = HERE / f"{program.name}.py"
     arguments = [str(directory / COSTS) if each == COSTS else each for each in program.arguments]
     progress(f"{program.key} (log in {log})")
+    interrupt_on_signals()
     with log.open("wb") as errors:
         ended = subprocess.run(
-            [sys.executable, str(script), *arguments], stdout=subprocess.PIPE, stderr=errors, check=False
+            [sys.executable, str(script), *arguments],
+            stdout=subprocess.PIPE,
+            stderr=errors,
+            check=False,
+            preexec_fn=end_with_parent(),
         )
     lines = [line for line in ended.stdout.splitlines() if line.startswith(b"{")]
     failure = f"ended with status {ended.returncode}: see {log}" if ended.returncode else None

@@ -16,6 +16,8 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+from memserve.testing.ending import ask_for_sigterm
+
 MODULE = "memserve.launch_server"
 PRELOADED = (
     MODULE,
@@ -83,6 +85,7 @@ class ForkedProcess:
 def _run_as_module(argv: list[str], log: Path, env: dict[str, str]) -> None:
     """In the fork: repeat what the system and the interpreter do when they execute a module."""
     os.setsid()
+    ask_for_sigterm()
     with log.open("ab", buffering=0) as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)

@@ -22,6 +22,7 @@ from types import TracebackType
 from typing import Protocol
 
 from memserve.core.errors import MemServeError
+from memserve.testing.ending import start_child
 from memserve.wire.messages import Role
 
 START_TIMEOUT_S = 300.0
@@ -47,9 +48,12 @@ Start = Callable[[Sequence[str], Path, Mapping[str, str]], RunningProcess]
 
 
 def start_process(argv: Sequence[str], log: Path, env: Mapping[str, str]) -> RunningProcess:
-    """Start a process in a session of its own, so that it receives only the signals that are sent here."""
+    """Start a process in a session of its own, so that it receives only the signals that are sent here.
+
+    It ends with this process, whose SIGTERM raises KeyboardInterrupt from now on.
+    """
     with log.open("wb") as output:
-        return subprocess.Popen(
+        return start_child(
             [sys.executable, "-m", *argv],
             stdin=subprocess.DEVNULL,
             stdout=output,
@@ -146,7 +150,7 @@ class Cluster:
         ready = re.compile(r"router ready http=(\S+) control=(\S+)")
         try:
             wait_for(lambda: ready.search(self.router.output()), [self.router], what="the router")
-        except ClusterFailed:
+        except BaseException:
             self.close()
             raise
         match = ready.search(self.router.output())
@@ -206,10 +210,16 @@ class Cluster:
             process.send(signal.SIGTERM)
 
     def close(self) -> None:
-        """Stop all processes in parallel. Idempotent."""
-        self.begin_close()
-        for process in [*self.servers.values(), self.router]:
-            process.stop()
+        """Stop all processes in parallel; if that is interrupted, kill them. Idempotent."""
+        processes = [*self.servers.values(), self.router]
+        try:
+            self.begin_close()
+            for process in processes:
+                process.stop()
+        except BaseException:
+            for process in processes:
+                process.kill()
+            raise
 
     def __enter__(self) -> Cluster:
         return self
