@@ -103,11 +103,12 @@ def _parser() -> CompatParser:
 
 
 def _static(namespace: argparse.Namespace) -> tuple[InstanceInfo, ...]:
-    return (
+    named = (
         *(_prefill(values) for values in namespace.prefill),
         *(static_server(url, Role.DECODE) for url in namespace.decode),
         *(static_server(url, Role.COLOCATED) for url in namespace.worker_urls),
     )
+    return tuple(dict.fromkeys(named))
 
 
 def _prefill(values: list[str]) -> InstanceInfo:

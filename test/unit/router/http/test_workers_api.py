@@ -401,3 +401,22 @@ async def test_loads_in_heartbeats_are_shown_and_exported() -> None:
             'instances{role="colocated",state="suspect"} 1.0',
         ):
             assert f"memserve_router_{line}" in text, line
+
+
+@pytest.mark.parametrize("url", ["http://a b", "http://a?b", "http://me:pw@a", "ftp://a", "http://", 5, None])
+async def test_a_url_that_names_no_server_is_not_added(url: object) -> None:
+    async with staged() as stage:
+        status, answer = await stage.post("/workers", {"url": url})
+        assert (status, answer["error"]["param"]) == (400, "url")
+        assert not (await stage.get("/workers"))[1]["workers"]
+
+
+async def test_a_server_is_one_under_every_spelling_of_its_url() -> None:
+    async with staged() as stage:
+        spellings = ["http://localhost:9/a", "http://LOCALHOST:9/a/"]
+        got = [(await stage.post("/workers", {"url": url}))[0] for url in spellings]
+        assert got == [201, 200]
+        assert (await stage.get(f"/workers/{spellings[1]}"))[0] == 200
+        async with stage.client.delete(stage.url(f"/workers/{spellings[1]}")) as response:
+            assert response.status == 200
+        assert not (await stage.get("/workers"))[1]["workers"]

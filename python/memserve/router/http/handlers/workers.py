@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import math
 import re
+from contextlib import suppress
 from typing import Annotated, Literal, TypeVar
 
 import msgspec
@@ -25,7 +26,7 @@ from aiohttp import web
 from memserve.core.errors import BadRequest, ConfigError
 from memserve.core.ids import InstanceId
 from memserve.router.cluster.control import agreed_caching
-from memserve.router.cluster.discovery.static import DEFAULT_BOOTSTRAP_PORT, static_server
+from memserve.router.cluster.discovery.static import DEFAULT_BOOTSTRAP_PORT, server_url, static_server
 from memserve.router.cluster.drain import DrainManager, DrainStatus
 from memserve.router.cluster.member import Member
 from memserve.router.cluster.pools import PoolMember
@@ -204,7 +205,10 @@ class WorkersApi:
         return self._cluster.find(member.info.instance_id) is member
 
     def _member(self, name: str) -> Member:
-        member = self._cluster.find(name) or self._cluster.find(name.rstrip("/"))
+        member = self._cluster.find(name)
+        if member is None and "://" in name:
+            with suppress(ConfigError):
+                member = self._cluster.find(server_url(name))
         if member is None:
             raise BadRequest(f"no worker has the id or the URL {name}", field="id", status=404)
         return member
