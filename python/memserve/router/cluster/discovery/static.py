@@ -27,7 +27,7 @@ def static_server(url: str, role: Role, bootstrap_port: int | None = None) -> In
 
 
 def server_url(url: str) -> str:
-    """The one spelling of a server's URL: no slash at the end, scheme and host in lower case, no default port.
+    """The one spelling of a server's URL: no slash at its end, a host in lower case, no default port.
 
     Raises ConfigError, without the URL's text if it may hold a password, for anything else than
     http[s]://HOST[:PORT][/PATH].
