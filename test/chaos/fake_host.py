@@ -23,7 +23,8 @@ from tokenizers import Tokenizer
 
 from memserve.core.ids import InstanceId, new_epoch
 from memserve.instance.registrar import Registrar
-from memserve.router.proxy.validation import Limits, read_request
+from memserve.router.field_kinds import ModelLimits
+from memserve.router.proxy.validation import read_request
 from memserve.router.request import Api
 from memserve.router.tokenization.token_probes import Agreement
 from memserve.router.tokenization.token_records import KnownTokens
@@ -56,7 +57,7 @@ class FakeModel:
 
     async def encode_chat(self, body: Json) -> list[int]:
         """Render as the model's chat template."""
-        tokens = await self._reader.tokens_of(read_request(Api.CHAT, body, Limits(), "none"))
+        tokens = await self._reader.tokens_of(read_request(Api.CHAT, body, ModelLimits(), "none"))
         if not isinstance(tokens, KnownTokens):
             raise ValueError(tokens.reason)
         return list(tokens.prompts[0])

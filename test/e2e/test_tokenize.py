@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 import requests
 
-from memserve.router.proxy.validation import Limits, read_request
+from memserve.router.field_kinds import ModelLimits
+from memserve.router.proxy.validation import read_request
 from memserve.router.request import Api, GenerationRequest
 from memserve.router.tokenization.token_records import KnownTokens
 from memserve.router.tokenization.tokenizer import Tokenizer
@@ -60,7 +61,7 @@ def tokenizer(pair: Pair, tiny_model: Path) -> Tokenizer:
 
 def read(tokenizer: Tokenizer, api: Api, body: dict[str, Any]) -> tuple[list[list[int]], GenerationRequest]:
     """The ids of each prompt, and the call to forward."""
-    call = read_request(api, body, Limits(), new_rid="new")
+    call = read_request(api, body, ModelLimits(), new_rid="new")
     tokens = asyncio.run(tokenizer.tokens_of(call))
     assert isinstance(tokens, KnownTokens), tokens
     return [list(ids) for ids in tokens.prompts], tokenizer.with_token_ids(call, tokens)

@@ -43,9 +43,10 @@ ALLOWED: dict[str, set[str]] = {
 #   app, command_line, config, state ─> http ─> proxy ─> kv_events ─> cluster ─> leaves
 #   auth, admission, tokenization ─> leaves
 # Only the composition root imports observability, which reads the records of all others.
-LEAVES = {"errors", "records", "request", "server_info", "sglang_api", "sse", "tenant"}
+LEAVES = {"errors", "field_kinds", "records", "request", "server_info", "sglang_api", "sse", "tenant"}
 ROUTER: dict[str, set[str]] = {
-    "sglang_api": set(),
+    "field_kinds": set(),
+    "sglang_api": {"field_kinds"},
     "sse": set(),
     "request": {"sglang_api"},
     "server_info": set(),

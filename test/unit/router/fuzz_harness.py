@@ -13,7 +13,8 @@ from typing import Any, TypeVar
 from aiohttp import web
 from tokenizers import Tokenizer
 
-from memserve.router.proxy.validation import Limits, read_request
+from memserve.router.field_kinds import ModelLimits
+from memserve.router.proxy.validation import read_request
 from memserve.router.request import Api
 from memserve.router.tokenization.token_probes import Agreement
 from memserve.router.tokenization.token_records import KnownTokens
@@ -56,7 +57,7 @@ class Reader(FakeWorker):
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await request.json()
         if "messages" in body:
-            tokens = await self.reader.tokens_of(read_request(Api.CHAT, body, Limits(), "none"))
+            tokens = await self.reader.tokens_of(read_request(Api.CHAT, body, ModelLimits(), "none"))
             assert isinstance(tokens, KnownTokens)
             ids: Any = list(tokens.prompts[0])
         elif isinstance(body["prompt"], list):

@@ -13,6 +13,7 @@ from typing import Any
 
 from aiohttp import web
 
+from memserve.router.field_kinds import Schema
 from memserve.router.http import schemas
 from memserve.router.http.handlers.dashboard import MAX_PREFIXES, MAX_REQUESTS, PAGE_FILES, Dashboard
 from memserve.router.http.handlers.generate import GenerateHandler, PassthroughHandler
@@ -24,7 +25,7 @@ from memserve.router.http.handlers.workers import (
     RoleRequest,
     WorkersApi,
 )
-from memserve.router.http.schemas import INTEGER, Object, Schema, ref
+from memserve.router.http.schemas import INTEGER, Object, ref
 
 TEXT, EVENTS, HTML, ANY = "text/plain", "text/event-stream", "text/html", "*/*"
 

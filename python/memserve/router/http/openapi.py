@@ -6,8 +6,9 @@ from functools import cache
 from typing import Any
 
 from memserve import __version__
+from memserve.router.field_kinds import Schema
 from memserve.router.http.endpoints import ANY, ENDPOINTS, EVENTS, FILES, HttpEndpoint, Permission
-from memserve.router.http.schemas import STRING, ErrorAnswer, Schema, components, schema_of
+from memserve.router.http.schemas import STRING, ErrorAnswer, components, schema_of
 from memserve.router.request import encode_json
 
 JSON = "application/json"
@@ -15,6 +16,11 @@ _HEADERS = {"x-request-id": {"schema": STRING, "description": "the request's own
 _ERROR = {"content": {JSON: {"schema": schema_of(ErrorAnswer)}}}
 _TAGS = {Permission.OPEN: "health", Permission.ADMIN: "management"}
 _AS_NAME = str.maketrans({"/": "_", "{": None, "}": None, ".": "_"})
+
+
+_EVENT: Schema = {"type": "object", "properties": {"data": STRING}}
+"""One event of a stream."""
+_MEDIA_SCHEMAS: dict[str, Schema] = {ANY: {}, EVENTS: _EVENT}
 
 
 @cache
@@ -91,7 +97,7 @@ def _responses(one: HttpEndpoint) -> Schema:
         content: Schema = {JSON: {"schema": schema_of(one.answer)}}
         if status == 200 and one.media is not None:
             beside = content if one.media == EVENTS else {}
-            content = {**beside, one.media: {"schema": {} if one.media == ANY else STRING}}
+            content = {**beside, one.media: {"schema": _MEDIA_SCHEMAS.get(one.media, STRING)}}
         headers = {"headers": _HEADERS} if one.media == EVENTS else {}
         responses[str(status)] = {"description": "success", **headers, "content": content}
     return {

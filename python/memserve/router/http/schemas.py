@@ -6,17 +6,16 @@ Required fields have no default. Objects are open: SGLang's own fields pass thro
 from __future__ import annotations
 
 from collections.abc import Mapping
-from math import isfinite
 from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import UNSET, Meta, Struct, UnsetType
 
 from memserve.core.block_addr import LOCAL_TIERS
+from memserve.router.field_kinds import Schema
 from memserve.router.records import SeriesPoint
-from memserve.router.sglang_api import In, Number, fields_of
+from memserve.router.sglang_api import KINDS, In
 
-Schema = dict[str, Any]
 Count = Annotated[int, Meta(ge=0)]
 Object = dict[str, Any]
 RoleName = Literal["prefill", "decode", "colocated"]
@@ -58,16 +57,9 @@ def or_null(schema: Schema) -> Schema:
 # ---- bodies of SGLang and OpenAI: what the router checks, and no more
 
 
-def _kind(kind: Number | type) -> Schema:
-    if not isinstance(kind, Number):
-        return BOOLEAN if kind is bool else STRING
-    bounds = {"minimum": kind.lowest} | ({"maximum": kind.highest} if isfinite(kind.highest) else {})
-    return or_null({"type": "integer" if kind.is_whole else "number", **bounds})
-
-
 def _fields(where: In) -> dict[str, Schema]:
     """The fields of SGLang that the router checks in `where`."""
-    return {name: _kind(field.kind) for name, field in fields_of(where) if field.kind is not None}
+    return {name: or_null(kind.schema()) for name, kind in KINDS[where].items()}
 
 
 MODEL = {"type": "string", "description": "one of /v1/models; may be omitted if there is only one"}

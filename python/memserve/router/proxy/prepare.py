@@ -17,8 +17,9 @@ from msgspec import structs
 from memserve.core.errors import BadRequest
 from memserve.router.cluster.instance import ClusterSnapshot
 from memserve.router.cluster.registry import InstanceRegistry
+from memserve.router.field_kinds import ModelLimits
 from memserve.router.proxy.capacity import check_fits, instances_that_fit, smallest_capacity
-from memserve.router.proxy.validation import Limits, read_body, read_request
+from memserve.router.proxy.validation import read_body, read_request
 from memserve.router.request import Api, GenerationRequest, JsonObject, LegTrace, RequestIds
 from memserve.router.tokenization.prompts import PromptReader
 from memserve.scheduling.context import Prompt
@@ -75,14 +76,14 @@ class _ModelLimits:
     candidates: ClusterSnapshot
     model: str | None
     page_tokens: int | None
-    limits: Limits
+    limits: ModelLimits
     max_prompt_tokens: int | None
     """The longest prompt that every decode can hold."""
 
     @classmethod
     def of(cls, candidates: ClusterSnapshot) -> _ModelLimits:
         facts = [instance.server_info for instance in candidates.all()]
-        limits = Limits(
+        limits = ModelLimits(
             vocab_size=min((one.vocab_size for one in facts if one.vocab_size), default=None),
             context_tokens=min((one.context_tokens for one in facts if one.context_tokens), default=None),
             takes_empty_text=all(one.takes_empty_text for one in facts),

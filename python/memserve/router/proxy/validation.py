@@ -12,18 +12,9 @@ from dataclasses import dataclass
 import msgspec
 
 from memserve.core.errors import BadRequest
+from memserve.router.field_kinds import Kind, ModelLimits, Number, TokenIds
 from memserve.router.request import Api, GenerationRequest, JsonObject, decode_json
-from memserve.router.sglang_api import MAX_SAMPLES, NUMBERS, SAMPLING_FIELDS
-
-
-@dataclass(frozen=True, slots=True)
-class Limits:
-    """The model's limits; None: not known, not checked."""
-
-    vocab_size: int | None = None
-    context_tokens: int | None = None
-    takes_empty_text: bool = False
-    """False: an empty prompt would end the server that gets it."""
+from memserve.router.sglang_api import FIELDS, KINDS, SAMPLING_FIELDS, In
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,16 +39,14 @@ def read_body(raw: bytes) -> JsonObject:
     return body
 
 
-def read_request(api: Api, body: JsonObject, limits: Limits, new_rid: str) -> GenerationRequest:
+def read_request(api: Api, body: JsonObject, limits: ModelLimits, new_rid: str) -> GenerationRequest:
     """The request in `body`, which is kept unchanged. `new_rid` is its id if the body gives none."""
-    _check_type(body, "stream", "true or false", lambda value: isinstance(value, bool))
-    _check_type(body, "model", "a string", lambda value: isinstance(value, str))
     prompts = _PROMPT_READERS[api](body, limits)
+    body = _checked(body, _OBJECTS[api], "", prompts, limits)
     if api is Api.GENERATE:
-        num_samples = _read_sampling_params(body, prompts)
+        body, num_samples = _read_sampling_params(body, prompts, limits)
     else:
-        _check_numbers(body, "")
-        num_samples = _samples(body, "n")
+        num_samples = _samples(body)
     rid, rids, is_clients = _read_rid(body, prompts, new_rid)
     model = body.get("model")
     return GenerationRequest(
@@ -72,7 +61,7 @@ def read_request(api: Api, body: JsonObject, limits: Limits, new_rid: str) -> Ge
     )
 
 
-def _read_generate(body: JsonObject, limits: Limits) -> _Prompts:
+def _read_generate(body: JsonObject, limits: ModelLimits) -> _Prompts:
     given = [name for name in ("text", "input_ids", "input_embeds") if body.get(name) is not None]
     if not given:
         raise BadRequest("text, input_ids or input_embeds is missing", field="text")
@@ -83,12 +72,25 @@ def _read_generate(body: JsonObject, limits: Limits) -> _Prompts:
         return _check_ids(value, "input_ids", limits)
     if given[0] == "text":
         return _check_text(value, "text", limits)
-    if not isinstance(value, list) or not value or not isinstance(value[0], list) or not value[0]:
-        raise BadRequest("input_embeds has to be a list of vectors, or a list of those", field="input_embeds")
-    return _Prompts(len(value) if isinstance(value[0][0], list) else None)
+    return _check_embeddings(value)
 
 
-def _read_chat(body: JsonObject, limits: Limits) -> _Prompts:
+def _check_embeddings(value: object) -> _Prompts:
+    if isinstance(value, list) and value and isinstance(value[0], list) and value[0]:
+        is_batch = isinstance(value[0][0], list)
+        for vectors in value if is_batch else [value]:
+            if not isinstance(vectors, list) or not all(isinstance(one, list) and one for one in vectors):
+                break
+            if len(set(map(len, vectors))) != 1:
+                break
+        else:
+            return _Prompts(len(value) if is_batch else None)
+    raise BadRequest(
+        "input_embeds has to be a list of vectors of one length, or a list of those", field="input_embeds"
+    )
+
+
+def _read_chat(body: JsonObject, limits: ModelLimits) -> _Prompts:
     messages = body.get("messages")
     if not isinstance(messages, list) or not messages:
         raise BadRequest("messages has to be a list with at least one message", field="messages")
@@ -101,24 +103,26 @@ def _read_chat(body: JsonObject, limits: Limits) -> _Prompts:
     return _Prompts(None)
 
 
-def _read_completions(body: JsonObject, limits: Limits) -> _Prompts:
+def _read_completions(body: JsonObject, limits: ModelLimits) -> _Prompts:
     prompt = body.get("prompt")
     if prompt in (None, "", []):
         raise BadRequest("prompt is missing or empty", field="prompt")
-    _check_type(body, "echo", "true or false", lambda value: isinstance(value, bool))
     if isinstance(prompt, str) or (isinstance(prompt, list) and isinstance(prompt[0], str)):
         return _check_text(prompt, "prompt", limits)
     return _check_ids(prompt, "prompt", limits)
 
 
-_PROMPT_READERS: dict[Api, Callable[[JsonObject, Limits], _Prompts]] = {
+_PROMPT_READERS: dict[Api, Callable[[JsonObject, ModelLimits], _Prompts]] = {
     Api.GENERATE: _read_generate,
     Api.CHAT: _read_chat,
     Api.COMPLETIONS: _read_completions,
 }
 
 
-def _check_text(value: object, field: str, limits: Limits) -> _Prompts:
+_OBJECTS = {Api.GENERATE: In.NATIVE, Api.CHAT: In.CHAT, Api.COMPLETIONS: In.COMPLETIONS}
+
+
+def _check_text(value: object, field: str, limits: ModelLimits) -> _Prompts:
     if isinstance(value, str):
         _check_not_empty(value, field, limits)
         return _Prompts(None)
@@ -132,12 +136,12 @@ def _check_text(value: object, field: str, limits: Limits) -> _Prompts:
     return _Prompts(len(value))
 
 
-def _check_not_empty(text: str, field: str, limits: Limits) -> None:
+def _check_not_empty(text: str, field: str, limits: ModelLimits) -> None:
     if not text and not limits.takes_empty_text:
         raise BadRequest(f"{field} is empty: this model's tokenizer gives no token for it", field=field)
 
 
-def _check_ids(value: object, field: str, limits: Limits) -> _Prompts:
+def _check_ids(value: object, field: str, limits: ModelLimits) -> _Prompts:
     """A token id outside the vocabulary would end an SGLang server, and hang every later request."""
     if not isinstance(value, list):
         raise BadRequest(f"{field} has to be a list of token ids, not {_kind(value)}", field=field)
@@ -152,7 +156,7 @@ def _check_ids(value: object, field: str, limits: Limits) -> _Prompts:
     return _Prompts(len(value))
 
 
-def _check_prompt_ids(ids: list[object], field: str, limits: Limits) -> None:
+def _check_prompt_ids(ids: list[object], field: str, limits: ModelLimits) -> None:
     if not ids:
         raise BadRequest(f"{field} is empty", field=field)
     if set(map(type, ids)) != {int}:
@@ -173,56 +177,84 @@ def _check_prompt_ids(ids: list[object], field: str, limits: Limits) -> None:
         )
 
 
-def _read_sampling_params(body: JsonObject, prompts: _Prompts) -> int:
-    """The number of samples that /generate asks for."""
+def _read_sampling_params(body: JsonObject, prompts: _Prompts, limits: ModelLimits) -> tuple[JsonObject, int]:
+    """The body of /generate with checked parameters, and the number of samples that it asks for."""
     params = body.get("sampling_params")
     if params is None:
-        return 1
+        return body, 1
     if isinstance(params, dict):
-        return _check_sampling(params, "sampling_params")
+        checked = _checked_sampling(params, "sampling_params", limits)
+        return _with(body, "sampling_params", checked), _samples(checked)
     if not isinstance(params, list) or prompts.count is None:
         wanted = "an object" if prompts.count is None else "an object, or a list of one per prompt"
         raise BadRequest(f"sampling_params has to be {wanted}, not {_kind(params)}", field="sampling_params")
-    if len(params) != prompts.count:
-        raise BadRequest(
-            f"sampling_params has {len(params)} entries for {prompts.count} prompts", field="sampling_params"
-        )
-    counts = set()
+    _check_count(params, "sampling_params", prompts)
+    each = []
     for number, one in enumerate(params):
         name = f"sampling_params[{number}]"
         if not isinstance(one, dict):
             raise BadRequest(f"{name} has to be an object, not {_kind(one)}", field=name)
-        counts.add(_check_sampling(one, name))
+        each.append(_checked_sampling(one, name, limits))
+    counts = set(map(_samples, each))
     if len(counts) > 1:
         raise BadRequest("sampling_params: n has to be the same for all prompts", field="sampling_params")
-    return counts.pop()
+    is_same = all(one is other for one, other in zip(each, params, strict=True))
+    return body if is_same else {**body, "sampling_params": each}, counts.pop()
 
 
-def _check_sampling(params: dict[str, object], field: str) -> int:
+def _checked_sampling(params: JsonObject, field: str, limits: ModelLimits) -> JsonObject:
     if unknown := sorted(params.keys() - SAMPLING_FIELDS):
         name = f"{field}.{unknown[0]}"
         raise BadRequest(f"{name} is not a sampling parameter", field=name)
-    _check_numbers(params, field + ".")
-    samples = _samples(params, field + ".n")
-    beam_width = params.get("beam_width")
-    # With beam search n is how many beams are returned: still one request.
-    return 1 if isinstance(beam_width, int) and beam_width > 1 else samples
+    return _checked(params, In.SAMPLING, field + ".", _Prompts(None), limits)
 
 
-def _samples(params: dict[str, object], field: str) -> int:
-    n = params.get("n")
-    if n is None:
+def _samples(params: JsonObject) -> int:
+    """The number of samples per prompt. With beam search n is how many beams are returned: one request."""
+    n, beam_width = params.get("n"), params.get("beam_width")
+    if not isinstance(n, int) or (isinstance(beam_width, int) and beam_width > 1):
         return 1
-    if type(n) is not int or not 1 <= n <= MAX_SAMPLES:
-        raise BadRequest(f"{field} has to be a whole number from 1 to {MAX_SAMPLES}", field=field)
     return n
 
 
-def _check_numbers(values: dict[str, object], prefix: str) -> None:
-    for name in NUMBERS.keys() & values.keys():
-        value = values[name]
-        if value is not None and value not in NUMBERS[name]:
-            raise BadRequest(f"{prefix}{name} has to be {NUMBERS[name]}", field=prefix + name)
+def _checked(
+    values: JsonObject, where: In, prefix: str, prompts: _Prompts, limits: ModelLimits
+) -> JsonObject:
+    """The object `values` after a check of its fields, with whole numbers such as 6.0 as integers.
+
+    It is `values` itself if there are none. Raises BadRequest.
+    """
+    kinds = KINDS[where]
+    for name in kinds.keys() & values.keys():
+        value, kind, field = values[name], kinds[name], prefix + name
+        if value is None:
+            continue
+        named = [(field, value)]
+        may_be_list = prompts.count is not None and FIELDS[name].is_per_prompt
+        if may_be_list and isinstance(value, list) and _has_values_of(kind, value):
+            _check_count(value, field, prompts)
+            named = [(f"{field}[{number}]", one) for number, one in enumerate(value)]
+        for one_field, one in named:
+            wanted = None if one is None else kind.problem(one, limits)
+            if wanted is not None:
+                raise BadRequest(f"{one_field} has to be {wanted}", field=one_field)
+        if isinstance(value, float) and isinstance(kind, Number) and kind.is_whole:
+            values = _with(values, name, int(value))
+    return values
+
+
+def _has_values_of(kind: Kind, values: list[object]) -> bool:
+    """Whether `values` are values of `kind`, not one value that is a list."""
+    return not isinstance(kind, TokenIds) or any(isinstance(one, list) for one in values)
+
+
+def _check_count(values: list[object], field: str, prompts: _Prompts) -> None:
+    if len(values) != prompts.count:
+        raise BadRequest(f"{field} has {len(values)} entries for {prompts.count} prompts", field=field)
+
+
+def _with(values: JsonObject, name: str, value: object) -> JsonObject:
+    return values if values.get(name) is value else {**values, name: value}
 
 
 def _read_rid(body: JsonObject, prompts: _Prompts, new_rid: str) -> tuple[str, tuple[str, ...], bool]:
@@ -244,12 +276,6 @@ def _part_names(rid: str, count: int | None) -> Iterator[str]:
         yield rid
     else:
         yield from (f"{rid}_{i}" for i in range(count))
-
-
-def _check_type(body: JsonObject, field: str, wanted: str, fits: Callable[[object], bool]) -> None:
-    value = body.get(field)
-    if value is not None and not fits(value):
-        raise BadRequest(f"{field} has to be {wanted}, not {_kind(value)}", field=field)
 
 
 def _kind(value: object) -> str:

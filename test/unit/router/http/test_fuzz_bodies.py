@@ -12,13 +12,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from memserve.core.errors import BadRequest
-from memserve.router.proxy.validation import Limits, read_body, read_request
+from memserve.router.field_kinds import ModelLimits
+from memserve.router.proxy.validation import read_body, read_request
 from memserve.router.request import Api
 
 from ..fuzz_harness import Beside, beside
 from ..json_strategies import ANY, VALID, damaged
 
-LIMITS = Limits(vocab_size=260, context_tokens=64, takes_empty_text=False)
+LIMITS = ModelLimits(vocab_size=260, context_tokens=64, takes_empty_text=False)
 PATHS = [*map(str, Api), "/explain"]
 
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from memserve.core.errors import BadRequest
+from memserve.router.field_kinds import ModelLimits
 from memserve.router.proxy.n_sampling import as_batch, as_singles
-from memserve.router.proxy.validation import Limits, read_request
+from memserve.router.proxy.validation import read_request
 from memserve.router.request import Api
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
@@ -21,7 +22,7 @@ CHAT = {"messages": [{"role": "user", "content": "hello"}]}
 
 
 def batch(**body: Any) -> dict[str, Any]:
-    return as_batch(read_request(Api.GENERATE, body, Limits(), "r")).body
+    return as_batch(read_request(Api.GENERATE, body, ModelLimits(), "r")).body
 
 
 def test_as_batch_repeats_a_single_prompt() -> None:
@@ -45,7 +46,7 @@ def test_as_batch_refuses_a_list_of_another_length() -> None:
 
 
 def test_as_singles_increases_the_seed_per_sample() -> None:
-    call = read_request(Api.CHAT, {**CHAT, "n": 3, "seed": 5}, Limits(), "r")
+    call = read_request(Api.CHAT, {**CHAT, "n": 3, "seed": 5}, ModelLimits(), "r")
     assert [(one.body["n"], one.body["seed"], one.rid) for one in as_singles(call)] == [
         (1, 5, "r_0"),
         (1, 6, "r_1"),

@@ -13,16 +13,22 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve.core.errors import BadRequest
-from memserve.router.proxy.validation import Limits, read_body, read_request
+from memserve.router.field_kinds import ModelLimits
+from memserve.router.proxy.validation import read_body, read_request
 from memserve.router.request import Api, GenerationRequest
-from memserve.router.sglang_api import SAMPLING_FIELDS, In, fields_of
+from memserve.router.sglang_api import KINDS, SAMPLING_FIELDS, In, fields_of
 
-LIMITS = Limits(vocab_size=100, context_tokens=8)
+LIMITS = ModelLimits(vocab_size=100, context_tokens=8)
 HELLO = [{"role": "user", "content": "hello"}]
 
 
-def read(api: Api, body: dict[str, Any], limits: Limits = LIMITS) -> GenerationRequest:
+def read(api: Api, body: dict[str, Any], limits: ModelLimits = LIMITS) -> GenerationRequest:
     return read_request(api, body, limits, new_rid="new")
+
+
+def nested(depth: int) -> Any:
+    """An object in an object, `depth` times."""
+    return {} if depth == 0 else {"properties": nested(depth - 1)}
 
 
 def generate(**body: Any) -> GenerationRequest:
@@ -191,11 +197,11 @@ def test_prompts_of_a_batch_have_sglangs_rids() -> None:
 
 
 def test_empty_text_is_accepted_if_the_tokenizer_adds_a_token() -> None:
-    assert read(Api.GENERATE, {"text": ""}, Limits(takes_empty_text=True)).num_prompts is None
+    assert read(Api.GENERATE, {"text": ""}, ModelLimits(takes_empty_text=True)).num_prompts is None
 
 
 def test_unknown_limits_are_not_checked() -> None:
-    unknown = Limits()
+    unknown = ModelLimits()
     assert read(Api.GENERATE, {"input_ids": [10**6] * 1000}, unknown).num_prompts is None
     with pytest.raises(BadRequest):
         read(Api.GENERATE, {"input_ids": [-1]}, unknown)
@@ -262,7 +268,152 @@ def test_sampling_fields_equal_sglangs() -> None:
         (In.COMPLETIONS, "entrypoints/openai/protocol.py", "CompletionRequest", {"use_beam_search"}),
     ],
 )
-def test_field_table_names_fields_of_sglangs_requests(
-    where: In, path: str, name: str, others: set[str]
-) -> None:
-    assert {field for field, _ in fields_of(where)} - set(fields_of_class(path, name)) == others
+def test_each_field_of_sglangs_requests_has_a_row(where: In, path: str, name: str, others: set[str]) -> None:
+    sglangs = {field for field in fields_of_class(path, name) if not field.startswith("_")}
+    assert {field for field, _ in fields_of(where)} == sglangs | others
+
+
+APIS = {
+    In.NATIVE: Api.GENERATE,
+    In.SAMPLING: Api.GENERATE,
+    In.CHAT: Api.CHAT,
+    In.COMPLETIONS: Api.COMPLETIONS,
+}
+FIELDS_BY_OBJECT = [(where, name) for where in In for name, _ in fields_of(where)]
+
+
+def body_with(where: In, name: str, value: Any) -> tuple[Api, dict[str, Any]]:
+    """The smallest valid body in which a field has `value`."""
+    api = APIS[where]
+    body: dict[str, Any] = {
+        Api.GENERATE: {"text": "a"},
+        Api.CHAT: {"messages": HELLO},
+        Api.COMPLETIONS: {"prompt": "a"},
+    }[api]
+    if where is In.SAMPLING:
+        return api, {**body, "sampling_params": {name: value}}
+    return api, {**body, name: value}
+
+
+ODD_VALUES = [
+    *(5, -1, 0, 2**31, 2**63, 2**64, -(2**70), 10**400, 1.5, 6.0, 1e39, 1e308, -1e308, math.nan, math.inf),
+    *(True, False, "", "x", "\x00", "([" * 200, [], [5], [10**6], [None], ["x"], [[5]], [1.5], [True]),
+    *({}, {"5": 1}, {"5": 1e39}, {"5": "x"}, {"a": 1}, {"-1": 1}, {"10000": 1}, {"5": 2**2000}, [{}], [[{}]]),
+    *([[[[[[]]]]]], {"a": {"b": {"c": {}}}}),
+]
+
+
+PROMPTS = ("text", "input_ids", "input_embeds")
+
+
+def field_refused(api: Api, body: dict[str, Any]) -> str | None:
+    """The field for which the router refuses a body; None: it accepts it."""
+    try:
+        read(api, body)
+    except BadRequest as refused:
+        return refused.field or "nothing named"
+    return None
+
+
+@pytest.mark.parametrize(("where", "name"), FIELDS_BY_OBJECT)
+def test_odd_values_of_any_field_are_accepted_or_refused_by_its_name(where: In, name: str) -> None:
+    for value in ODD_VALUES:
+        api, body = body_with(where, name, value)
+        refused_field = field_refused(api, body)
+        assert refused_field is None or name in refused_field or name in PROMPTS
+
+
+@pytest.mark.parametrize(("where", "name"), [row for row in FIELDS_BY_OBJECT if row[1] in KINDS[row[0]]])
+def test_null_means_the_same_as_no_value(where: In, name: str) -> None:
+    read(*body_with(where, name, None))
+
+
+@pytest.mark.parametrize(
+    ("where", "name", "accepted", "refused"),
+    [
+        (In.CHAT, "top_logprobs", [0, 20, 6.0], [21, -1, 101, 10**400, 1.5, "5", True, [1]]),
+        (In.CHAT, "logprobs", [True, False], [1, "yes"]),
+        (In.COMPLETIONS, "logprobs", [0, 20], [21, -1, True]),
+        (In.NATIVE, "top_logprobs_num", [0, 100], [101, -1, 2**70, [1, 2]]),
+        (In.NATIVE, "logprob_start_len", [-1, 0, 8], [-2, 9, 10**6]),
+        (In.NATIVE, "token_ids_logprob", [[], [0, 99]], [[100], [-1], "x", 5, [1.0], [True], [0] * 101]),
+        (In.SAMPLING, "stop_token_ids", [[0, 99], []], [[100], [-1], ["x"], 5, [2**70], [None]]),
+        (In.CHAT, "stop_token_ids", [[99]], [[100]]),
+        (In.COMPLETIONS, "stop_token_ids", [[99]], [[100]]),
+        (In.SAMPLING, "logit_bias", [{"0": 1e30, "99": -1e30}, {}], [{"5": 1e31}, {"100": 1}, {"a": 1}, [1]]),
+        (
+            In.CHAT,
+            "logit_bias",
+            [{"0": 100, "99": -100}],
+            [{"5": 101}, {"-1": 1}, {"5": "x"}, {"5": math.nan}],
+        ),
+        (In.COMPLETIONS, "logit_bias", [{"5": 0.5}], [{"5": -101}, {"²": 1}, {"5": True}]),
+        (In.SAMPLING, "max_new_tokens", [0, 6.0, 2**62], [-1, 2**63, 1.5, math.inf]),
+        (In.CHAT, "max_tokens", [1, 6.0], [0, 2**31, 6.5, "6"]),
+        (In.SAMPLING, "min_new_tokens", [0, 2**31 - 1], [2**31, 2**40]),
+        (In.SAMPLING, "temperature", [0, 1e-9, 1e6], [1e7, 1e308, -0.1, math.nan]),
+        (In.SAMPLING, "repetition_penalty", [1e-6, 2], [0, 1e-45, 2.1]),
+        (In.SAMPLING, "top_k", [-1, 0, 5], [-2, 2**40, 1.5]),
+        (In.SAMPLING, "sampling_seed", [-(2**63), 2**63 - 1], [2**63]),
+        (In.NATIVE, "priority", [-5, 5], ["high", 2**70]),
+        (In.SAMPLING, "n", [1, 128, 2.0], [0, 129, True, "2"]),
+        (In.SAMPLING, "stream_interval", [1], [0, -1, "a"]),
+        (In.SAMPLING, "stop", ["", "a", ["a"] * 32], [5, [5], ["a"] * 33, "x" * 4097]),
+        (In.SAMPLING, "stop_regex", ["a+", ["a", "b"]], ["([", 5, ["a", "(["], "a" * 257, "a{99999999999}"]),
+        (In.CHAT, "stop_regex", ["a+"], ["(["]),
+        (In.SAMPLING, "regex", ["a" * 1000, "([" * 50], [5, "a" * 300_000, "(" * 101]),
+        (In.SAMPLING, "json_schema", ["{}"], [{"type": "object"}, '{"a":' * 101]),
+        (In.CHAT, "response_format", [{"type": "text"}], [{"schema": nested(120)}, {"pattern": "(" * 200}]),
+        (In.CHAT, "tools", [[{"type": "function"}]], [[nested(120)]]),
+        (In.SAMPLING, "custom_params", [{}, {"a": [1, "x", None], "b": {"c": 1.5}}], [[1], {"a": {"b": {}}}]),
+        (In.CHAT, "custom_params", [{"a": 1}], [{"a": 2**70}, {"__sglang_x": 1}]),
+        (In.NATIVE, "positional_embed_overrides", [False], [{"a": 1}, 5, [], True]),
+        (In.NATIVE, "disagg_prefill_dp_rank", [], [5, 0]),
+        (In.CHAT, "bootstrap_room", [], [5]),
+        (In.NATIVE, "extra_key", ["a"], [5, ["a"]]),
+    ],
+)
+def test_bounds_of_fields(where: In, name: str, accepted: list[Any], refused: list[Any]) -> None:
+    for value in accepted:
+        read(*body_with(where, name, value))
+    for value in refused:
+        with pytest.raises(BadRequest) as caught:
+            read(*body_with(where, name, value))
+        assert caught.value.field == ("sampling_params." if where is In.SAMPLING else "") + name
+
+
+@pytest.mark.parametrize(
+    ("body", "field"),
+    [
+        ({"top_logprobs_num": [1, 101]}, "top_logprobs_num[1]"),
+        ({"top_logprobs_num": [1]}, "top_logprobs_num"),
+        ({"return_logprob": [True, "x"]}, "return_logprob[1]"),
+        ({"token_ids_logprob": [[5], [100]]}, "token_ids_logprob[1]"),
+        ({"token_ids_logprob": [[5], 5]}, "token_ids_logprob[1]"),
+        ({"token_ids_logprob": [5, 100]}, "token_ids_logprob"),
+        ({"extra_key": ["a", 5]}, "extra_key[1]"),
+        ({"sampling_params": [{}, {"stop_token_ids": [100]}]}, "sampling_params[1].stop_token_ids"),
+    ],
+)
+def test_lists_of_one_value_per_prompt_are_checked(body: dict[str, Any], field: str) -> None:
+    with pytest.raises(BadRequest) as caught:
+        generate(text=["a", "b"], **body)
+    assert caught.value.field == field
+
+
+def test_lists_of_one_value_per_prompt_are_accepted() -> None:
+    generate(text=["a", "b"], return_logprob=[True, False], top_logprobs_num=[1, None], token_ids_logprob=[5])
+    generate(text=["a", "b"], token_ids_logprob=[[5], None], extra_key=["a", "b"])
+
+
+def test_whole_numbers_become_integers() -> None:
+    call = generate(text=["a"], sampling_params=[{"max_new_tokens": 6.0, "n": 2.0}])
+    assert call.body["sampling_params"] == [{"max_new_tokens": 6, "n": 2}]
+    assert (call.num_samples, call.answer_limit) == (2, 6)
+    assert read(Api.CHAT, {"messages": HELLO, "max_tokens": 6.0}).answer_limit == 6
+
+
+def test_bounds_of_an_unknown_model_are_those_of_the_numbers() -> None:
+    assert read(Api.GENERATE, {"text": "a", "top_logprobs_num": 10**6}, ModelLimits())
+    with pytest.raises(BadRequest):
+        read(Api.GENERATE, {"text": "a", "top_logprobs_num": 2**40}, ModelLimits())

@@ -9,7 +9,8 @@ import pytest
 
 from memserve.core.block_keys import Namespace, page_keys
 from memserve.core.ids import InstanceId
-from memserve.router.proxy.validation import Limits, read_request
+from memserve.router.field_kinds import ModelLimits
+from memserve.router.proxy.validation import read_request
 from memserve.router.request import Api, GenerationRequest
 from memserve.router.sglang_api import DEFAULT_OUTPUT_TOKENS
 from memserve.router.tokenization.prompts import (
@@ -27,7 +28,7 @@ A, B = InstanceId("a"), InstanceId("b")
 
 
 def call(body: dict[str, Any], api: Api = Api.GENERATE) -> GenerationRequest:
-    return read_request(api, body, Limits(takes_empty_text=True), "rid")
+    return read_request(api, body, ModelLimits(takes_empty_text=True), "rid")
 
 
 async def answer_no_tokens(_: object) -> object:

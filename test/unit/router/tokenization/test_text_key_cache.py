@@ -7,7 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve.core.block_keys import BlockKey, page_keys
-from memserve.router.proxy.validation import Limits, read_request
+from memserve.router.field_kinds import ModelLimits
+from memserve.router.proxy.validation import read_request
 from memserve.router.request import Api
 from memserve.router.tokenization import text_key_cache as text_memory
 from memserve.router.tokenization.text_key_cache import TextKeyCache
@@ -15,7 +16,7 @@ from memserve.router.tokenization.text_keys import BLOCK_TOKENS, BYTES_PER_TOKEN
 
 CHUNK = BLOCK_TOKENS * BYTES_PER_TOKEN
 PAGE = 16
-CALL = read_request(Api.GENERATE, {"text": "x"}, Limits(), "rid")
+CALL = read_request(Api.GENERATE, {"text": "x"}, ModelLimits(), "rid")
 DENSITIES = (1, 4, 16)
 """Bytes per token: the chunks of a text may differ."""
 

@@ -9,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from memserve.core.block_keys import KEY_BYTES, BlockKey, Namespace
-from memserve.router.proxy.validation import Limits, read_request
+from memserve.router.field_kinds import ModelLimits
+from memserve.router.proxy.validation import read_request
 from memserve.router.request import Api, GenerationRequest
 from memserve.router.tokenization.text_keys import BLOCK_TOKENS, BYTES_PER_TOKEN, text_chain, text_of
 
@@ -18,7 +19,7 @@ LONG = "word " * CHUNK
 
 
 def call(body: dict[str, Any], api: Api = Api.GENERATE) -> GenerationRequest:
-    return read_request(api, body, Limits(takes_empty_text=True), "rid")
+    return read_request(api, body, ModelLimits(takes_empty_text=True), "rid")
 
 
 def chain(

@@ -11,7 +11,8 @@ import pytest
 
 from memserve.core.block_keys import Namespace, page_keys
 from memserve.core.errors import ConfigError
-from memserve.router.proxy.validation import Limits, read_request
+from memserve.router.field_kinds import ModelLimits
+from memserve.router.proxy.validation import read_request
 from memserve.router.request import Api, GenerationRequest
 from memserve.router.tokenization.token_probes import probe_texts, renders_chats
 from memserve.router.tokenization.token_records import KnownTokens, Tokens, UnknownTokens
@@ -19,7 +20,7 @@ from memserve.router.tokenization.tokenizer import UNCONFIRMED, Tokenizer
 
 from .token_harness import CHATML, MODELS, TODAY, SglangServer, byte_level, write_model, written_model
 
-LIMITS = Limits(takes_empty_text=True)
+LIMITS = ModelLimits(takes_empty_text=True)
 ALL = ("tiny", *MODELS)
 
 USER = {"role": "user", "content": "Hello, world! It's  12345 times\n\n\nnaïve cafe\u0301 日本語 🙂"}
@@ -167,7 +168,7 @@ def test_tokenizer_gives_the_servers_ids_of_chats(
     ("api", "body", "reason"),
     [
         (Api.GENERATE, {"text": "x", "lora_path": "adapter"}, "a LoRA adapter"),
-        (Api.GENERATE, {"input_ids": [1], "lora_path": ["adapter"]}, "a LoRA adapter"),
+        (Api.GENERATE, {"input_ids": [[1]], "lora_path": ["adapter"]}, "a LoRA adapter"),
         (Api.GENERATE, {"text": "x", "image_data": "image.png"}, "multimodal content"),
         (Api.GENERATE, {"input_embeds": [[0.5]]}, "embeddings in place of tokens"),
         (Api.GENERATE, {"text": "x", "session_params": {"id": "s"}}, "a session, whose tokens a server has"),
