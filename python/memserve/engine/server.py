@@ -22,6 +22,7 @@ from memserve.engine import server_flags
 from memserve.engine import sglang_internals as seams
 from memserve.engine.cpu import forking
 from memserve.engine.cpu.amx import avoid_faulty_amx
+from memserve.engine.hooks import admission
 from memserve.engine.platform_detect import is_cpu_machine
 from memserve.engine.settings import EngineSettings
 from memserve.instance.metrics import CONTENT_TYPE, exposition
@@ -45,14 +46,14 @@ def prepare(role: Role, caching: CachingMode, settings: EngineSettings, argv: li
     settings.export()
     ports = server_flags.FreePorts(http=keep_port(), bootstrap=keep_port())
     flags = server_flags.role_flags(role, caching, ports)
-    environment: dict[str, str] = {}
+    environment = server_flags.guard_environment(os.environ)
     on_cpu = is_cpu_machine()
     if on_cpu:
         _quiet_import_warnings()
         avoid_faulty_amx()
         flags += server_flags.cpu_flags(role)
-        environment = server_flags.cpu_environment(role, os.cpu_count() or 1, os.environ)
-        os.environ.update(environment)
+        environment |= server_flags.cpu_environment(role, os.cpu_count() or 1, argv, os.environ)
+    os.environ.update(environment)
 
     from sglang.srt.plugins import load_plugins
     from sglang.srt.server_args import ServerArgs, prepare_server_args
@@ -110,6 +111,7 @@ def run(server_args: Any, registrar: Registrar | None) -> None:
     interrupted = threading.Event()
     HookRegistry.register(seams.SIGTERM_HANDLER, leave, HookType.BEFORE)
     HookRegistry.register(seams.SIGINT_HANDLER, interrupt_as_sigterm, HookType.AROUND)
+    admission.place()
     if is_cpu_machine():
         forking.fork_children()
     HookRegistry.apply_hooks()

@@ -7,7 +7,7 @@ only.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from memserve.core.caching import CachingMode
@@ -111,7 +111,26 @@ def cpu_threads(role: Role, num_cores: int) -> int:
     return num_cores if role is Role.COLOCATED else max(1, num_cores // 2)
 
 
-def cpu_environment(role: Role, num_cores: int, environ: Mapping[str, str]) -> dict[str, str]:
-    """Environment variables for a CPU server, without those that the user has set."""
+def guard_environment(environ: Mapping[str, str]) -> dict[str, str]:
+    """Variables that keep one request from ending a server or stopping it, without those the user has set.
+
+    Sanitizing makes a row of logits without a possible token (a grammar that allows none) one that can be
+    sampled: the request then ends with an error, where the sampler would raise or, on CUDA, assert.
+    A grammar that is not compiled within some seconds is refused: SGLang polls it every 5 ms.
+    """
+    wanted = {"SGLANG_SANITIZE_NAN_LOGITS": "1", "SGLANG_GRAMMAR_MAX_POLL_ITERATIONS": "3000"}
+    return {name: value for name, value in wanted.items() if name not in environ}
+
+
+def cpu_environment(
+    role: Role, num_cores: int, argv: Sequence[str], environ: Mapping[str, str]
+) -> dict[str, str]:
+    """Environment variables for a CPU server, without those that the user has set.
+
+    Torch's compiler is off unless `argv` asks for it: it would stop the scheduler for half a minute at the
+    first request with a repetition penalty.
+    """
     wanted = {"OMP_NUM_THREADS": str(cpu_threads(role, num_cores))}
+    if "--enable-torch-compile" not in argv:
+        wanted["TORCHDYNAMO_DISABLE"] = "1"
     return {name: value for name, value in wanted.items() if name not in environ}

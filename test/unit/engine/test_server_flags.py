@@ -16,6 +16,7 @@ from memserve.engine.server_flags import (
     cpu_environment,
     cpu_flags,
     cpu_threads,
+    guard_environment,
     needs_pool,
     pool_flags,
     resolve_transfer,
@@ -123,8 +124,19 @@ def test_server_flags_refuse_a_transport_that_cannot_reach_gpu_memory(transfer: 
 )
 def test_servers_of_a_pair_share_the_cores(role: Role, cores: int, threads: int) -> None:
     assert cpu_threads(role, cores) == threads
-    assert cpu_environment(role, cores, {}) == {"OMP_NUM_THREADS": str(threads)}
-    assert cpu_environment(role, cores, {"OMP_NUM_THREADS": "7"}) == {}
+    assert cpu_environment(role, cores, [], {})["OMP_NUM_THREADS"] == str(threads)
+    assert "OMP_NUM_THREADS" not in cpu_environment(role, cores, [], {"OMP_NUM_THREADS": "7"})
+
+
+def test_a_cpu_server_compiles_nothing_unless_the_user_asks_for_it() -> None:
+    assert cpu_environment(Role.DECODE, 2, [], {})["TORCHDYNAMO_DISABLE"] == "1"
+    assert "TORCHDYNAMO_DISABLE" not in cpu_environment(Role.DECODE, 2, ["--enable-torch-compile"], {})
+    assert "TORCHDYNAMO_DISABLE" not in cpu_environment(Role.DECODE, 2, [], {"TORCHDYNAMO_DISABLE": "0"})
+
+
+def test_guards_in_the_environment_yield_to_the_users_values() -> None:
+    assert guard_environment({})["SGLANG_SANITIZE_NAN_LOGITS"] == "1"
+    assert "SGLANG_SANITIZE_NAN_LOGITS" not in guard_environment({"SGLANG_SANITIZE_NAN_LOGITS": "0"})
 
 
 @pytest.mark.parametrize(

@@ -7,10 +7,11 @@ from importlib.metadata import PackageNotFoundError, entry_points
 import pytest
 
 from memserve.core.errors import ConfigError
+from memserve.engine import request_seams
 from memserve.engine import sglang_internals as seams
 
 
-@pytest.mark.parametrize("seam", seams.SEAMS, ids=lambda seam: seam.name)
+@pytest.mark.parametrize("seam", [*seams.SEAMS, *request_seams.SEAMS], ids=lambda seam: seam.name)
 def test_sglang_internal_is_as_expected(seam: seams.Seam) -> None:
     assert seam.problem() is None
 
