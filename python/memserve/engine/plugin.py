@@ -17,7 +17,9 @@ from typing import Any
 
 from memserve.core.errors import MemServeError
 from memserve.engine import sglang_internals as seams
+from memserve.engine.hooks import admission
 from memserve.engine.platform_detect import is_cpu_machine
+from memserve.engine.request_seams import TOKENIZER_MODULE
 from memserve.engine.settings import SETTINGS_VARIABLE, EngineSettings, process_endpoint
 
 
@@ -41,6 +43,8 @@ def register() -> None:
             HookRegistry.register(seams.TRANSFER_ENGINE, drop_in(), HookType.REPLACE)
             if seams.SCHEDULER_MODULE in sys.modules:
                 hook_scheduler()
+            if TOKENIZER_MODULE in sys.modules:
+                admission.place()
     except MemServeError as error:
         raise SystemExit(f"memserve: {error}") from error
 
@@ -50,12 +54,16 @@ def hook_scheduler() -> None:
     """Register the hooks of the process that runs the model, after its module was imported. Idempotent."""
     from sglang.srt.plugins.hook_registry import HookRegistry, HookType
 
+    from memserve.engine.hooks import containment, time_limits, warm_up
     from memserve.engine.hooks import handoff as handoff_hooks
     from memserve.engine.hooks import pool as pool_hooks
 
     HookRegistry.register(seams.INTERNAL_STATE, report_state, HookType.AFTER)
     handoff_hooks.place()
     pool_hooks.place()
+    containment.place()
+    time_limits.place()
+    warm_up.place()
 
 
 def drop_in() -> type[Any]:
