@@ -1,16 +1,19 @@
 """Keep-alive HTTP connections to instances, for generation requests only.
 
-One request at a time on each; the answer's bytes are delivered as they come. Knows no requests, roles or
-retries: it raises what the network raises.
+One request at a time on each; the answer's bytes are delivered as they come. A request whose kept connection
+turns out to be closed is sent again on a new one. Knows no requests, roles or other retries: it raises what
+the network raises.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
+import re
 import ssl
 from collections import deque
-from collections.abc import Callable
-from typing import cast
+from collections.abc import Awaitable, Callable
+from typing import TypeVar, cast
 from urllib.parse import urlsplit
 from weakref import WeakSet
 
@@ -20,9 +23,15 @@ from memserve.router.cluster.instance import ClusterSnapshot
 from memserve.router.errors import MalformedResponse
 from memserve.router.proxy.config import ProxyConfig
 
-"""Less than the 5 s after which SGLang closes idle connections: none closes during a request."""
+T = TypeVar("T")
+
 MAX_UNREAD_BYTES = 256 << 10
 """Unread bytes at which reading from the instance is paused for a slow client."""
+KEEP_ALIVE_MARGIN_S = 1.0
+"""How long before the end that `Keep-Alive: timeout` announces a connection is used no more."""
+
+
+_TIMEOUT = re.compile(rb"\btimeout\s*=\s*(\d{1,9})")
 
 
 class UpstreamUnresponsive(MalformedResponse):
@@ -34,6 +43,10 @@ class Connection(asyncio.Protocol):
 
     def __init__(self, loop: asyncio.AbstractEventLoop, on_free: Callable[[Connection], None]) -> None:
         self.idle_since_s = 0.0
+        self.keep_s = math.inf
+        """How long the instance keeps it open when idle, as far as it said so."""
+        self.was_stale = False
+        """The instance closed it, which had served before, and answered the last request with not a byte."""
         self.is_closed = False
         self.status = 0
         """The answer's status; 0 until it begins."""
@@ -43,6 +56,8 @@ class Connection(asyncio.Protocol):
         self._is_complete = False
         self._ends_with_connection = True
         self._can_be_kept = False
+        self._was_used = False
+        self._has_answer_bytes = False
         self._error: ConnectionError | None = None
         self._chunks: list[bytes] = []
         self._num_unread = 0
@@ -53,7 +68,7 @@ class Connection(asyncio.Protocol):
         """Begin a request. The connection must be new or free."""
         self.status, self._is_busy, self._is_complete, self._wants_all = 0, True, False, False
         self._ends_with_connection = True
-        self._can_be_kept = False
+        self._can_be_kept = self._has_answer_bytes = False
         self._parser = httptools.HttpResponseParser(self)
         self._transport.write(request)
 
@@ -85,7 +100,7 @@ class Connection(asyncio.Protocol):
         if self.is_closed:
             return
         if self._is_complete and not self._chunks and self._can_be_kept:
-            self._is_busy = False
+            self._is_busy, self._was_used = False, True
             self.idle_since_s = self._loop.time()
             self._on_free(self)
         else:
@@ -96,6 +111,10 @@ class Connection(asyncio.Protocol):
         if not self.is_closed:
             self._transport.abort()
             self._fail(UpstreamUnresponsive(reason))
+
+    def is_closing(self) -> bool:
+        """Whether it is closed, or the instance has begun to close it."""
+        return self.is_closed or self._transport.is_closing()
 
     def close(self) -> None:
         """Close the connection at once."""
@@ -143,6 +162,7 @@ class Connection(asyncio.Protocol):
         if not self._is_busy:  # bytes without a request
             self.close()
             return
+        self._has_answer_bytes = True
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError as error:
@@ -157,6 +177,7 @@ class Connection(asyncio.Protocol):
             self._is_complete = True
             self._wake()
         else:
+            self.was_stale = self._was_used and not self._has_answer_bytes
             self._fail(MalformedResponse("the connection broke"))
 
     # ---- the parser's callbacks
@@ -164,6 +185,8 @@ class Connection(asyncio.Protocol):
     def on_header(self, name: bytes, value: bytes) -> None:
         if len(name) in (14, 17) and name.lower() in (b"content-length", b"transfer-encoding"):
             self._ends_with_connection = False
+        elif len(name) == 10 and name.lower() == b"keep-alive" and (told := _TIMEOUT.search(value)):
+            self.keep_s = max(0.0, int(told[1]) - KEEP_ALIVE_MARGIN_S)
 
     def on_headers_complete(self) -> None:
         status: int = self._parser.get_status_code()
@@ -204,8 +227,9 @@ class ConnectionPool:
         free = self._free.get(url)
         while free:
             connection = free.pop()
-            if not connection.is_closed:
-                if self._loop.time() - connection.idle_since_s < self._keepalive_s:
+            if not connection.is_closing():
+                idle_s = self._loop.time() - connection.idle_since_s
+                if idle_s < self._keepalive_s and idle_s < connection.keep_s:
                     return connection
                 connection.close()
         return None
@@ -250,3 +274,47 @@ class ConnectionPool:
                 if not connection.is_closed:
                     connection.close()
         self._free.clear()
+
+
+class UpstreamExchange:
+    """One request to the instance at a URL, and its answer. RFC 9112, 9.3.1 and 9.5."""
+
+    def __init__(self, pool: ConnectionPool, url: str) -> None:
+        self.connection: Connection | None = None
+        """Where the request was sent last, and the answer is read."""
+        self.was_sent = False
+        """The instance may have received a part of the request."""
+        self._pool = pool
+        self._url = url
+
+    async def begin(self, request: bytes, receive: Callable[[Connection], Awaitable[T]]) -> T:
+        """Send `request`; what `receive` makes of the answer. Call once.
+
+        An instance may close a kept connection at any time: if one breaks before the answer's first byte, the
+        request is sent again, on a new connection. Raises as `ConnectionPool.connect` and `receive`.
+        """
+        kept = self._pool.free(self._url)
+        if kept is not None:
+            try:
+                return await receive(self._sent(kept, request))
+            except ConnectionError:
+                if not kept.was_stale:
+                    raise
+        self.connection = None
+        return await receive(self._sent(await self._pool.connect(self._url), request))
+
+    def leave(self, *, is_answered: bool) -> None:
+        """The reader is done: free or close the connection."""
+        if self.connection is not None:
+            self.connection.release() if is_answered else self.connection.close()
+
+    def _sent(self, connection: Connection, request: bytes) -> Connection:
+        self.connection, self.was_sent = connection, True
+        connection.send(request)
+        return connection
+
+
+async def read_whole(connection: Connection) -> tuple[int, bytes]:
+    """The status and the body of an answer. Raises ConnectionError."""
+    answer = await connection.read()
+    return connection.status, answer

@@ -32,7 +32,7 @@ from memserve.router.errors import (
     message_of,
     refusal,
 )
-from memserve.router.proxy.connection_pool import Connection, ConnectionPool
+from memserve.router.proxy.connection_pool import ConnectionPool, UpstreamExchange, read_whole
 from memserve.router.proxy.prepare import ClientContext
 from memserve.router.proxy.upstream import OWN_FAULTS
 
@@ -115,30 +115,26 @@ class Passthrough:
         name, trace = instance.instance_id, request.client.trace
         self._breakers.sent(instance)
         self._running[name] += 1
-        connection: Connection | None = None
+        exchange = UpstreamExchange(self._connections, instance.url)
         is_answered = False
         try:
-            pool = self._connections
-            connection = pool.free(instance.url) or await pool.connect(instance.url)
-            connection.send(_encoded(instance, request))
-            answer = await connection.read()
+            status, answer = await exchange.begin(_encoded(instance, request), read_whole)
             is_answered = True
         except OSError as error:
             reason = describe(error)
             if error.errno not in OWN_FAULTS:
                 self._on_lost(instance, reason)
             raise UpstreamDisconnected(
-                name, instance.epoch, instance.role, reason, was_sent=connection is not None
+                name, instance.epoch, instance.role, reason, was_sent=exchange.was_sent
             ) from error
         finally:
             self._running[name] -= 1
             if not self._running[name]:
                 del self._running[name]
-            if connection is not None:
-                connection.release() if is_answered else connection.close()
-                if trace is not None:
-                    trace.left(name, is_answered=is_answered)
-        return self._checked(instance, connection.status, answer)
+            exchange.leave(is_answered=is_answered)
+            if trace is not None:
+                trace.left(name, is_answered=is_answered)
+        return self._checked(instance, status, answer)
 
     def _checked(self, instance: Instance, status: int, answer: bytes) -> bytes:
         if status >= 500:

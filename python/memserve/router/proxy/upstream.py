@@ -27,7 +27,9 @@ from memserve.router.errors import (
 from memserve.router.proxy.connection_pool import (
     Connection,
     ConnectionPool,
+    UpstreamExchange,
     UpstreamUnresponsive,
+    read_whole,
 )
 from memserve.router.request import Api, GenerationRequest
 from memserve.router.sse import data_of
@@ -102,50 +104,43 @@ class Upstream:
         Raises UpstreamDisconnected, UpstreamError (5xx) or UpstreamRejected (4xx), also inside the block.
         Sets no time limit.
         """
-        connection: Connection | None = None
+        exchange = UpstreamExchange(self._connections, instance.url)
         answered = False
         try:
-            connection = await self._sent(instance, request, body)
-            if await connection.answered() != 200:
+            connection = await exchange.begin(_request(instance, request, body), _answering)
+            if connection.status != 200:
                 error = _error(instance, connection.status, await connection.read())
                 answered = True
                 raise error
             yield Leg(instance, connection)
             answered = True
         except OSError as error:
-            raise self._lost(instance, error, was_sent=connection is not None) from error
+            raise self._lost(instance, error, exchange) from error
         finally:
-            self._leave(instance, request, connection, answered)
+            self._leave(instance, request, exchange, answered)
 
     async def fetch(self, instance: Instance, request: GenerationRequest, body: bytes) -> bytes:
         """The whole answer of an instance. Raises and aborts as `leg` does."""
-        connection: Connection | None = None
+        exchange = UpstreamExchange(self._connections, instance.url)
         answered = False
         try:
-            connection = await self._sent(instance, request, body)
-            answer = await connection.read()
+            status, answer = await exchange.begin(_request(instance, request, body), read_whole)
             answered = True
-            if connection.status != 200:
-                raise _error(instance, connection.status, answer)
+            if status != 200:
+                raise _error(instance, status, answer)
             return answer
         except OSError as error:
-            raise self._lost(instance, error, was_sent=connection is not None) from error
+            raise self._lost(instance, error, exchange) from error
         finally:
-            self._leave(instance, request, connection, answered)
-
-    async def _sent(self, instance: Instance, request: GenerationRequest, body: bytes) -> Connection:
-        connection = self._connections.free(instance.url) or await self._connections.connect(instance.url)
-        connection.send(_request(instance, request, body))
-        return connection
+            self._leave(instance, request, exchange, answered)
 
     def _leave(
-        self, instance: Instance, request: GenerationRequest, connection: Connection | None, answered: bool
+        self, instance: Instance, request: GenerationRequest, exchange: UpstreamExchange, answered: bool
     ) -> None:
-        if connection is not None:
-            connection.release() if answered else connection.close()
-            if request.trace is not None:
-                is_well = answered and sys.exception() is None
-                request.trace.left(instance.instance_id, is_answered=is_well)
+        exchange.leave(is_answered=answered)
+        if request.trace is not None:
+            is_well = answered and sys.exception() is None
+            request.trace.left(instance.instance_id, is_answered=is_well)
         if not answered:
             self._abort(instance, request)
 
@@ -155,12 +150,14 @@ class Upstream:
         if self._aborting:
             await asyncio.wait(self._aborting, timeout=self._abort_timeout_s)
 
-    def _lost(self, instance: Instance, error: OSError, *, was_sent: bool) -> UpstreamDisconnected:
-        reason = describe(error) if was_sent else f"cannot connect ({error.strerror or describe(error)})"
+    def _lost(self, instance: Instance, error: OSError, exchange: UpstreamExchange) -> UpstreamDisconnected:
+        reason = describe(error)
+        if exchange.connection is None:
+            reason = f"cannot connect ({error.strerror or reason})"
         if error.errno not in OWN_FAULTS:
             self._on_lost(instance, reason)
         # A process that was stopped, or cut off, was not ended by the request.
-        may_be_cause = was_sent and not isinstance(error, UpstreamUnresponsive)
+        may_be_cause = exchange.was_sent and not isinstance(error, UpstreamUnresponsive)
         name, epoch = instance.instance_id, instance.epoch
         return UpstreamDisconnected(name, epoch, instance.role, reason, was_sent=may_be_cause)
 
@@ -205,6 +202,11 @@ def _request(instance: Instance, request: GenerationRequest, body: bytes) -> byt
         told = request.trace.leg(instance.instance_id, instance.role)
         head += "".join([f"{name}: {value}\r\n" for name, value in told.items()])
     return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+
+
+async def _answering(connection: Connection) -> Connection:
+    await connection.answered()
+    return connection
 
 
 def _error(instance: Instance, status: int, text: bytes) -> UpstreamRejected | UpstreamError:
