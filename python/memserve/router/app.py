@@ -26,13 +26,14 @@ from memserve.router.cluster.pools import Pools
 from memserve.router.cluster.registry import InstanceRegistry
 from memserve.router.cluster.roles import RoleChanges
 from memserve.router.config import RouterConfig
+from memserve.router.http.cors import Cors
 from memserve.router.http.endpoints import routes
 from memserve.router.http.handlers.dashboard import Dashboard
 from memserve.router.http.handlers.generate import GenerateHandler, PassthroughHandler
 from memserve.router.http.handlers.info import InfoHandlers
+from memserve.router.http.handlers.probes import ProbeHandlers
 from memserve.router.http.handlers.workers import WorkersApi
 from memserve.router.http.ingress import Ingress, build_ingress
-from memserve.router.http.middleware import Cors
 from memserve.router.http.openapi import encoded_document
 from memserve.router.http.request_chain import RequestChain
 from memserve.router.http.routes import serve_http, serve_metrics, web_app
@@ -182,10 +183,11 @@ async def _serve_http(
         PassthroughHandler(chain, passthrough),
         WorkersApi(state, drains, roles),
         info,
+        ProbeHandlers(state, proxy.session),
         Dashboard(state, config.routing.policies, ingress.admission),
     )
     app = web_app(cors, ingress, routes(*handlers))
-    port = await serve_http(stack, config.http, generate, app, ingress)
+    port = await serve_http(stack, config.http, generate, app, ingress, cors)
     metrics_port = config.observability.metrics_port
     if metrics_port is not None:
         await serve_metrics(

@@ -134,6 +134,10 @@ class ShuttingDown(Retryable):
     """The router is stopping and ends the requests that still run."""
 
 
+CHALLENGE = 'Bearer realm="memserve"'
+"""Says how to authenticate, with every 401 (RFC 9110, 15.5.2)."""
+
+
 @dataclass(frozen=True, slots=True)
 class Failure:
     """The HTTP form of an error."""
@@ -145,7 +149,8 @@ class Failure:
 
     def headers(self) -> dict[str, str]:
         """The response headers."""
-        return {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        headers = {} if self.retry_after_s is None else {"Retry-After": str(self.retry_after_s)}
+        return headers | {"WWW-Authenticate": CHALLENGE} if self.status == 401 else headers
 
     def body(self) -> bytes:
         """JSON in the envelope that SGLang and OpenAI share."""

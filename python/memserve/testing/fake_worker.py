@@ -100,6 +100,7 @@ class FakeWorker:
                 web.get("/health", self._health),
                 web.get("/model_info", self._model_info),
                 web.get("/server_info", self._server_info),
+                web.get("/v1/loads", self._loads),
                 web.get("/v1/models", self._models),
                 web.post("/v1/tokenize", self._tokenize),
                 web.post("/flush_cache", self._flush),
@@ -215,6 +216,10 @@ class FakeWorker:
             info |= {"disable_radix_cache": False, "max_total_num_tokens": self.cache_tokens}
             info["num_reserved_decode_tokens"] = RESERVED_TOKENS
         return web.json_response(info | self.server_info)
+
+    async def _loads(self, _: web.Request) -> web.Response:
+        load = {"dp_rank": 0, "num_running_reqs": 1, "num_waiting_reqs": 2, "num_used_tokens": 3}
+        return web.json_response({"loads": [load]})
 
     async def _models(self, _: web.Request) -> web.Response:
         card = {"id": self.model, "object": "model", "max_model_len": self.context_tokens}

@@ -15,6 +15,9 @@ class HttpConfig:
     host: str = setting("127.0.0.1", "address to listen on, for HTTP and for the control plane")
     port: int = setting(30000, "HTTP port; 0 picks a free one", at_least=0)
     max_body_bytes: int = setting(64 << 20, "largest request body; a larger one is answered 413", at_least=1)
+    max_header_bytes: int = setting(
+        16 << 10, "longest header, and longest request line; a longer one is answered 431", at_least=1024
+    )
     max_connections: int | None = setting(
         None, "open client connections; default: three quarters of the open-file limit", at_least=1
     )

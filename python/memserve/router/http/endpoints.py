@@ -18,6 +18,7 @@ from memserve.router.http import schemas
 from memserve.router.http.handlers.dashboard import MAX_PREFIXES, MAX_REQUESTS, PAGE_FILES, Dashboard
 from memserve.router.http.handlers.generate import GenerateHandler, PassthroughHandler
 from memserve.router.http.handlers.info import InfoHandlers
+from memserve.router.http.handlers.probes import ProbeHandlers
 from memserve.router.http.handlers.workers import (
     MAX_WAIT_S,
     AddWorker,
@@ -110,7 +111,7 @@ def _number(most: int) -> dict[str, Schema]:
     return {"n": {**INTEGER, "minimum": 1, "maximum": most}}
 
 
-_info, _workers, _ui = InfoHandlers, WorkersApi, Dashboard
+_info, _probes, _workers, _ui = InfoHandlers, ProbeHandlers, WorkersApi, Dashboard
 
 ENDPOINTS: tuple[HttpEndpoint, ...] = (
     HttpEndpoint("GET", "/health", _info.live, "Liveness of the router", OPEN, media=TEXT),
@@ -120,6 +121,11 @@ ENDPOINTS: tuple[HttpEndpoint, ...] = (
         answer=schemas.Readiness,
         statuses=(200, 503),
     ),
+    *(
+        HttpEndpoint("GET", path, _probes.serving, "200 if the cluster can serve a request", OPEN, media=TEXT)
+        for path in ("/health_generate", "/ready", "/ping")
+    ),
+    HttpEndpoint("GET", "/version", _probes.version, "The router's version", OPEN, schemas.Version),
     HttpEndpoint("GET", "/metrics", _info.metrics, "All metrics, in Prometheus' format", OPEN, media=TEXT),
     HttpEndpoint("GET", "/openapi.json", _info.openapi, "This document", OPEN),
     _generating("POST", "/generate", "Generate, as SGLang", "Generate", _GENERATE),
@@ -145,6 +151,17 @@ ENDPOINTS: tuple[HttpEndpoint, ...] = (
         CLIENT,
     ),
     HttpEndpoint("GET", "/get_server_info", _info.server_info, "The same as /server_info", CLIENT),
+    HttpEndpoint(
+        *("GET", "/v1/loads", _probes.loads),
+        "The loads of all servers, as SGLang: one entry per instance and data-parallel rank",
+        SHARED,
+        schemas.LoadList,
+        query={"include": schemas.STRING},
+    ),
+    HttpEndpoint(
+        *("GET", "/get_load", _probes.get_load, "The same, as older versions of SGLang", SHARED),
+        list[Object],
+    ),
     *(
         HttpEndpoint(
             *(method, "/flush_cache", _info.flush_cache, "Flush the caches of all servers"),

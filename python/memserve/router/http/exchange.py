@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping
 from typing import Protocol
 
-from aiohttp import web
+from aiohttp import HttpVersion11, web
 
 from memserve.core.errors import BadRequest
 from memserve.router.errors import ClientLeft
@@ -27,9 +27,9 @@ class Exchange(Protocol):
 
     path: str
     headers: Mapping[str, str]
-    """Names in lower case, or a mapping that ignores case."""
+    """Names in lower case, or a mapping that ignores case. Surrogates in values: bytes that are not UTF-8."""
     reply: dict[str, str]
-    """Headers of the answer; may be changed until it begins."""
+    """Headers of the answer, with such surrogates, too; may be changed until it begins."""
     begun_s: float | None
     """When the first part of a stream was sent; monotonic clock."""
     num_events: int
@@ -133,6 +133,8 @@ class WebExchange:
         try:
             if self.response is None:
                 self.response = web.StreamResponse(headers={**self.reply, **EVENT_STREAM})
+                if self._request.version < HttpVersion11:
+                    self.response.force_close()  # only its end tells where the stream ends
                 await self.response.prepare(self._request)
                 self.begun_s = time.monotonic()
             self.num_events += chunk.count(EVENT_END)

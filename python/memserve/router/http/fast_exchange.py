@@ -87,4 +87,5 @@ class FastExchange:
     def _head(self, status: int, fields: str) -> bytes:
         reply = "".join([f"{name}: {value}\r\n" for name, value in self.reply.items()])
         date = self._connection.date
-        return f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n{fields}{reply}Date: {date}\r\n\r\n".encode()
+        line = f"HTTP/1.1 {status} {_REASONS.get(status, '')}\r\n"
+        return f"{line}{fields}{reply}Date: {date}\r\n\r\n".encode(errors="surrogateescape")

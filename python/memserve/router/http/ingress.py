@@ -34,6 +34,8 @@ class ClientLimits:
     """How much, and how slowly, a client may send and read."""
 
     max_body_bytes: int
+    max_header_bytes: int
+    """Of one header, or of the request line."""
     head_s: float
     """For the head of a request, from its first byte."""
     stall_s: float
@@ -81,6 +83,7 @@ def build_ingress(
         certificate = Certificate(tls.ssl_certfile, tls.ssl_keyfile)
     limits = ClientLimits(
         http.max_body_bytes,
+        http.max_header_bytes,
         http.client_header_timeout_secs,
         http.client_stall_timeout_secs,
         http.max_connections or max(1, resource.getrlimit(resource.RLIMIT_NOFILE)[0] * 3 // 4),

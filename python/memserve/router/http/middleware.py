@@ -1,4 +1,4 @@
-"""What every request to an aiohttp endpoint passes: CORS, one envelope for errors, permission, body.
+"""What every request to an aiohttp endpoint passes: permission and body.
 
 Knows no endpoint but by the table.
 """
@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import ipaddress
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from urllib.parse import urlsplit
 
@@ -17,7 +17,7 @@ from aiohttp.typedefs import Middleware
 
 from memserve.core.errors import BadRequest, MemServeError
 from memserve.core.hosts import is_loopback
-from memserve.router.errors import failure, failure_of
+from memserve.router.errors import CHALLENGE, failure_of
 from memserve.router.http.endpoints import CHANGES_BY_GET, PERMISSIONS, READS_BODY, Permission
 from memserve.router.http.exchange import json_response
 from memserve.router.http.ingress import Ingress
@@ -28,75 +28,8 @@ Handler = Callable[[web.Request], Awaitable[web.StreamResponse]]
 
 SMALL_BODY_BYTES = 256 << 10
 """The largest body of an endpoint whose handler does not read it itself."""
-_CHALLENGE = {"WWW-Authenticate": 'Basic realm="memserve"'}
+_ASK_BROWSER = f'Basic realm="memserve", {CHALLENGE}'
 """Makes a browser ask for a key: as the password, with any user name."""
-
-
-class Cors:
-    """Cross-origin resource sharing: web pages of some origins may call client endpoints.
-
-    Source: the Fetch standard.
-    """
-
-    def __init__(self, origins: Sequence[str]) -> None:
-        """`origins`: scheme, host and port of each; "*" is any."""
-        self._any = "*" in origins
-        self._origins = frozenset(origin.rstrip("/") for origin in origins)
-
-    def __bool__(self) -> bool:
-        """True if any origin is allowed."""
-        return bool(self._origins)
-
-    def reply(self, origin: str | None) -> dict[str, str]:
-        """Headers of an answer to a page of this origin; none if the page may not read it."""
-        if origin is None or not (self._any or origin in self._origins):
-            return {}
-        return {
-            "Access-Control-Allow-Origin": "*" if self._any else origin,
-            "Access-Control-Expose-Headers": "x-request-id, retry-after",
-            "Vary": "Origin",
-        }
-
-    def middleware(self) -> Middleware:
-        """The aiohttp middleware: answers preflight requests, and adds headers to answers."""
-
-        @web.middleware
-        async def shared(request: web.Request, handler: Handler) -> web.StreamResponse:
-            reply = self.reply(request.headers.get("Origin"))
-            if not reply or not is_for_clients(request.path):
-                return await handler(request)
-            if request.method == "OPTIONS" and "Access-Control-Request-Method" in request.headers:
-                wanted = request.headers.get("Access-Control-Request-Headers", "")
-                allowed = {
-                    "Access-Control-Allow-Methods": "GET, POST, PUT",
-                    "Access-Control-Allow-Headers": wanted,
-                    "Access-Control-Max-Age": "600",  # A browser may cache this answer so long.
-                }
-                return web.Response(status=204, headers={**reply, **allowed})
-            response = await handler(request)
-            if not response.prepared:
-                response.headers.update(reply)
-            return response
-
-        return shared
-
-
-def is_for_clients(path: str) -> bool:
-    """True if the endpoint at `path`, which is not routed yet, needs no admin's key."""
-    template = "/v1/models/{model}" if path.startswith("/v1/models/") else path
-    return PERMISSIONS.get(template) in (Permission.OPEN, Permission.CLIENT)
-
-
-@web.middleware
-async def error_envelope(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """Give aiohttp's own errors (unknown path, wrong method) the envelope of all others."""
-    try:
-        return await handler(request)
-    except web.HTTPException as error:
-        if error.status < 400:
-            raise
-        failed = failure(error.status, f"{request.method} {request.path}: {error.reason}")
-        return json_response(failed.body(), error.status)
 
 
 class Guard:
@@ -145,10 +78,10 @@ class Guard:
                     return await handler(request)
             except MemServeError as error:
                 failed = failure_of(error)
-                asks_for_key = failed.status == 401 and request.method == "GET"
-                return json_response(
-                    failed.body(), failed.status, _CHALLENGE if asks_for_key else failed.headers()
-                )
+                headers = failed.headers()
+                if failed.status == 401 and request.method == "GET":
+                    headers["WWW-Authenticate"] = _ASK_BROWSER
+                return json_response(failed.body(), failed.status, headers)
 
         return guarded
 
@@ -165,6 +98,8 @@ class Guard:
                     await request.read()
             except TimeoutError as error:
                 raise BadRequest("the body did not arrive in time", status=408) from error
+            except web.RequestPayloadError as error:
+                raise BadRequest("the body is broken") from error
             yield
         finally:
             self._ingress.budget.give(num_bytes)

@@ -88,7 +88,7 @@ class ClientRequest(msgspec.Struct):
             time.time(),
             exchange.path,
             self.rid,
-            exchange.reply.get(REQUEST_ID, "-"),
+            _as_text(exchange.reply.get(REQUEST_ID, "-")),
             self.status,
             now_s - begun_s,
             self.route,
@@ -253,6 +253,11 @@ class RequestChain:
                 *(record.path, record.request_id, record.rid, record.route),
                 *(record.status, record.seconds * 1000, record.reason),
             )
+
+
+def _as_text(value: str) -> str:
+    """A header's value for logs and JSON: bytes that are no UTF-8 become escapes."""
+    return value.encode(errors="surrogateescape").decode(errors="backslashreplace")
 
 
 def timeout_of(headers: Mapping[str, str]) -> float | None:

@@ -7,26 +7,27 @@ from collections.abc import Sequence
 from contextlib import AsyncExitStack
 
 from aiohttp import web
-from aiohttp.http_exceptions import HttpProcessingError
 
 from memserve.core.errors import ConfigError
 from memserve.core.hosts import bracketed
 from memserve.router.http.config import HttpConfig
+from memserve.router.http.cors import Cors
 from memserve.router.http.handlers.generate import GenerateHandler
 from memserve.router.http.handlers.info import InfoHandlers
 from memserve.router.http.ingress import Ingress
-from memserve.router.http.middleware import SMALL_BODY_BYTES, Cors, Guard, error_envelope
+from memserve.router.http.middleware import SMALL_BODY_BYTES, Guard
 from memserve.router.http.server import HttpServer
+from memserve.router.http.web_connection import WebConnections, web_logger
 
 logger = logging.getLogger(__name__)
 
 
 def web_app(cors: Cors, ingress: Ingress, routes: Sequence[web.RouteDef]) -> web.Application:
     """All endpoints, behind the middleware."""
-    middlewares = [error_envelope, Guard(ingress).middleware()]
+    app = web.Application(client_max_size=SMALL_BODY_BYTES)
     if cors:
-        middlewares.insert(0, cors.middleware())
-    app = web.Application(client_max_size=SMALL_BODY_BYTES, middlewares=middlewares)
+        cors.add_to(app)
+    app.middlewares.append(Guard(ingress).middleware())
     app.add_routes(routes)
     return app
 
@@ -37,15 +38,17 @@ async def serve_http(
     generate: GenerateHandler,
     app: web.Application,
     ingress: Ingress,
+    cors: Cors,
 ) -> int:
     """Start the HTTP server; returns its port."""
     runner = web.AppRunner(
-        app, access_log=None, logger=_web_logger(), handler_cancellation=True, shutdown_timeout=1.0
+        app, access_log=None, logger=web_logger(), handler_cancellation=True, shutdown_timeout=1.0
     )
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     assert runner.server is not None
-    server = HttpServer(generate.handle, runner.server, ingress)
+    make_web = WebConnections(runner.server, cors, ingress.limits)
+    server = HttpServer(generate.handle, make_web, ingress, cors)
     stack.push_async_callback(server.close)
     return await server.listen(config.host, config.port)
 
@@ -54,7 +57,7 @@ async def serve_metrics(stack: AsyncExitStack, host: str, port: int, info: InfoH
     """Serve /metrics on a port of its own, too."""
     app = web.Application()
     app.router.add_get("/metrics", info.metrics)
-    runner = web.AppRunner(app, access_log=None, logger=_web_logger(), shutdown_timeout=1.0)
+    runner = web.AppRunner(app, access_log=None, logger=web_logger(), shutdown_timeout=1.0)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     try:
@@ -62,18 +65,3 @@ async def serve_metrics(stack: AsyncExitStack, host: str, port: int, info: InfoH
     except OSError as error:
         raise ConfigError(f"cannot serve metrics on {host}:{port}: {error.strerror}") from error
     logger.info("metrics ready http=http://%s:%d/metrics", bracketed(host), runner.addresses[0][1])
-
-
-class _WithoutParseErrors(logging.Filter):
-    """Drops aiohttp's log records of malformed requests: their bytes may hold a key."""
-
-    def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
-
-
-def _web_logger() -> logging.Logger:
-    """The logger of aiohttp's servers."""
-    web_log = logging.getLogger("memserve.router.http.web")
-    if not web_log.filters:
-        web_log.addFilter(_WithoutParseErrors())
-    return web_log

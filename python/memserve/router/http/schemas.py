@@ -120,6 +120,16 @@ class Success(Struct):
     success: bool
 
 
+class Version(Struct):
+    version: str
+
+
+class LoadList(Struct):
+    timestamp: str
+    version: str
+    loads: list[Object]
+
+
 class ModelCard(Struct):
     id: str
     object: Literal["model"]

@@ -16,27 +16,21 @@ from collections.abc import Callable, Coroutine, Sized
 from email.utils import formatdate
 from typing import Any, Protocol, cast
 
-from httptools import HttpParserError, HttpParserUpgrade, HttpRequestParser
-
 from memserve.core.errors import BadRequest, ConfigError
 from memserve.router.errors import ClientLeft, Overloaded, failure, failure_of
+from memserve.router.http.cors import Cors
 from memserve.router.http.exchange import Exchange
 from memserve.router.http.fast_exchange import FastExchange
 from memserve.router.http.ingress import Ingress
+from memserve.router.http.plain_head import plain_head
+from memserve.router.http.web_connection import LINGER_S
 from memserve.router.request import Api
 
 logger = logging.getLogger(__name__)
 
-MAX_HEAD_BYTES = 16 << 10
 MAX_PIPELINED_BYTES = 64 << 10
 """Bytes that a client may send ahead while its last request is answered."""
-LINGER_S = 2.0
-"""Time for a refused client to read its answer before the connection is closed."""
 SWEEP_S = 1.0
-
-_REQUEST_LINES = {f"POST {api} HTTP/1.1".encode(): api for api in Api}
-_REQUEST_LINES[f"PUT {Api.GENERATE} HTTP/1.1".encode()] = Api.GENERATE
-_NOT_PLAIN = frozenset({"transfer-encoding", "content-encoding", "expect", "upgrade"})
 
 Handler = Callable[[Exchange], Coroutine[Any, Any, None]]
 
@@ -166,12 +160,12 @@ class _Connection(asyncio.Protocol):
         data = self._pending
         end = data.find(b"\r\n\r\n")
         if end < 0:
-            if len(data) > MAX_HEAD_BYTES or not data[:1].isalpha() or b"\n\n" in data:
+            if len(data) > self.server.limits.max_header_bytes or not data[:1].isalpha() or b"\n\n" in data:
                 self._hand_over()
             elif self.deadline_s is not None:
                 self.deadline_s = min(self.deadline_s, self.server.now_s() + self.server.limits.head_s)
             return
-        read = plain_head(data[: end + 2])
+        read = plain_head(data[: end + 2], self.server.limits.max_header_bytes)
         if read is None or read[2] > self.server.limits.max_body_bytes:
             self._hand_over()
             return
@@ -249,7 +243,12 @@ class _Connection(asyncio.Protocol):
             return
         failed = failure_of(error)
         exchange = FastExchange(self, Api.GENERATE, {}, b"")
-        exchange.reply = {"Connection": "close", **failed.headers()}
+        seen = (
+            self._pending
+            if self._head is None
+            else b"\r\norigin: " + self._head[1].get("origin", "").encode()
+        )
+        exchange.reply = {"Connection": "close", **failed.headers(), **self.server.cors.reply_to(seen)}
         exchange.answer(failed.body(), failed.status)
         self._head, self._body, self._pending = None, bytearray(), b""
         self._give()
@@ -262,10 +261,13 @@ class _Connection(asyncio.Protocol):
 class HttpServer:
     """The listening socket and its connections. Event loop thread only."""
 
-    def __init__(self, handler: Handler, make_web: WebConnectionFactory, ingress: Ingress) -> None:
+    def __init__(
+        self, handler: Handler, make_web: WebConnectionFactory, ingress: Ingress, cors: Cors
+    ) -> None:
         self.handler = handler
         self.make_web = make_web
         self.ingress = ingress
+        self.cors = cors
         self.limits = ingress.limits
         self.budget = ingress.budget
         self.loop = asyncio.get_running_loop()
@@ -314,31 +316,3 @@ class HttpServer:
             if connection.deadline_s is not None and connection.deadline_s < now_s:
                 connection.expire()
         self._sweeper = self.loop.call_later(SWEEP_S, self._sweep)
-
-
-class _Headers(dict[str, str]):
-    """Headers as httptools reports them: names in lower case."""
-
-    def on_header(self, name: bytes, value: bytes) -> None:
-        self[str(name, "latin-1").lower()] = str(value, "latin-1").strip(" \t")
-
-
-def plain_head(head: bytes) -> tuple[Api, dict[str, str], int] | None:
-    """Endpoint, headers and body length; None if not plain. `head` ends before the blank line."""
-    api = _REQUEST_LINES.get(head[: head.find(b"\r\n")])
-    if api is None:
-        return None
-    headers = _Headers()
-    try:
-        HttpRequestParser(headers).feed_data(head + b"\r\n")
-    except (HttpParserError, HttpParserUpgrade):
-        return None
-    length = headers.get("content-length", "")
-    # Fewer headers than lines: repeated, empty or folded ones.
-    if len(headers) != head.count(b"\r\n") - 1 or not (length.isdecimal() and length.isascii()):
-        return None
-    if "host" not in headers or not _NOT_PLAIN.isdisjoint(headers):
-        return None
-    if headers.get("connection", "keep-alive").lower() != "keep-alive":
-        return None
-    return api, headers, int(length)

@@ -26,7 +26,7 @@ from memserve.core.errors import ConfigError
 from memserve.router.observability.config import LogConfig
 
 _DIRECTIVE = re.compile(r"(?:(\w+)=)?%(?!%)[#0\- +]*\d*(?:\.\d+)?([a-zA-Z])")
-_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), 0x7F, 0x85, 0x2028, 0x2029)}
+_ESCAPES = {code: f"\\x{code:02x}" for code in (*range(0x20), *range(0x7F, 0xA0), 0x2028, 0x2029)}
 
 
 class TextFormatter(logging.Formatter):
@@ -74,7 +74,9 @@ class ResilientFileHandler(RotatingFileHandler):
 
     def __init__(self, path: Path, max_bytes: int, num_backups: int, retry_s: float) -> None:
         """Raises OSError if the file cannot be opened. `retry_s`: pause after a line cannot be written."""
-        super().__init__(path, maxBytes=max_bytes, backupCount=num_backups, encoding="utf-8")
+        super().__init__(
+            path, maxBytes=max_bytes, backupCount=num_backups, encoding="utf-8", errors="backslashreplace"
+        )
         self.num_lost = 0
         self._retry_s = retry_s
         self._until_s = 0.0

@@ -167,4 +167,4 @@ def _encoded(instance: Instance, request: PassthroughRequest) -> bytes:
         headers |= client.trace.leg(instance.instance_id, instance.role)
     lines = [f"POST {parts.path.rstrip('/')}{request.path} HTTP/1.1"]
     lines += [f"{name}: {value}" for name, value in headers.items()]
-    return "\r\n".join([*lines, "", ""]).encode() + request.body
+    return "\r\n".join([*lines, "", ""]).encode(errors="surrogateescape") + request.body

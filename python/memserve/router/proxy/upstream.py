@@ -201,7 +201,7 @@ def _request(instance: Instance, request: GenerationRequest, body: bytes) -> byt
     if request.trace is not None:
         told = request.trace.leg(instance.instance_id, instance.role)
         head += "".join([f"{name}: {value}\r\n" for name, value in told.items()])
-    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+    return f"{head}Content-Length: {len(body)}\r\n\r\n".encode(errors="surrogateescape") + body
 
 
 async def _answering(connection: Connection) -> Connection:

@@ -11,7 +11,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from memserve.router.http.server import MAX_PIPELINED_BYTES, plain_head
+from memserve.router.http.plain_head import plain_head
+from memserve.router.http.server import MAX_PIPELINED_BYTES
 from memserve.router.request import Api
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
@@ -166,12 +167,12 @@ async def test_aiohttp_answers_generation_requests_that_are_not_plain(data: byte
     ],
 )
 def test_plain_head_returns_none_for_heads_that_are_not_plain(head: str) -> None:
-    assert plain_head(head.encode()) is None
+    assert plain_head(head.encode(), 1 << 14) is None
 
 
 @given(st.binary())
 def test_plain_head_accepts_any_bytes_without_an_error(data: bytes) -> None:
-    read = plain_head(b"POST /generate HTTP/1.1\r\nHost: h\r\nContent-Length: 12\r\n" + data)
+    read = plain_head(b"POST /generate HTTP/1.1\r\nHost: h\r\nContent-Length: 12\r\n" + data, 1 << 14)
     if read is not None:
         assert (read[0], read[2]) == (Api.GENERATE, 12)
         assert not any("\r" in value or "\n" in value for value in read[1].values())

@@ -133,7 +133,7 @@ class InfoHandlers:
         """The model info of an instance that answers clients (colocated or decode) if there is one."""
         instances = self._cluster.snapshot.all()
         if not instances:
-            return self._unavailable()
+            return unavailable()
         return json_response(instances[0].server_info.model_info)
 
     async def server_info(self, request: web.Request) -> web.Response:
@@ -142,7 +142,7 @@ class InfoHandlers:
         Admins get the info of all servers, under `workers`.
         """
         instances = self._cluster.up.all()
-        answers = await asyncio.gather(*(self._ask(one, "GET", "/server_info") for one in instances))
+        answers = await asyncio.gather(*(ask(self._session, one, "GET", "/server_info") for one in instances))
         infos = [msgspec.json.decode(body) if status == 200 else {} for status, body in answers]
         infos = [info if isinstance(info := without_secrets(answer), dict) else {} for answer in infos]
         page: JsonObject = {
@@ -162,10 +162,10 @@ class InfoHandlers:
         """Flush every instance that is up; 200 if all of them flushed."""
         instances = self._cluster.up.all()
         if not instances:
-            return self._unavailable()
+            return unavailable()
         # Without a query, a server waits 5 s for its requests to end before it flushes.
         path = request.path_qs if request.query_string else "/flush_cache?timeout=5"
-        answers = await asyncio.gather(*(self._ask(one, "POST", path) for one in instances))
+        answers = await asyncio.gather(*(ask(self._session, one, "POST", path) for one in instances))
         failed = []
         for one, (status, body) in zip(instances, answers, strict=True):
             if status == 200:
@@ -185,7 +185,9 @@ class InfoHandlers:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return json_response(failure(400, f"not an abort: {error}").body(), 400)
         instances = self._cluster.up.all()
-        answers = await asyncio.gather(*(self._ask(one, "POST", "/abort_request", body) for one in instances))
+        answers = await asyncio.gather(
+            *(ask(self._session, one, "POST", "/abort_request", body) for one in instances)
+        )
         status, answer = max(answers, default=(200, b""))
         if status != 200:
             status = status if status < 500 else 502
@@ -204,28 +206,6 @@ class InfoHandlers:
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return json_response(failure(400, f"not a concate_and_append request: {error}").body(), 400)
         return json_response(b'{"success": true}')
-
-    async def _ask(
-        self,
-        instance: Instance,
-        method: str,
-        path: str,
-        body: bytes | None = None,
-        timeout_s: float = 10.0,
-    ) -> tuple[int, bytes]:
-        """Status and body; 502 and the reason if the instance does not answer."""
-        timeout = aiohttp.ClientTimeout(total=timeout_s)
-        headers = {"Content-Type": "application/json"}
-        try:
-            async with self._session.request(
-                method, instance.url + path, data=body, headers=headers, timeout=timeout
-            ) as response:
-                return response.status, await response.read()
-        except (aiohttp.ClientError, OSError) as error:
-            return 502, describe(error).encode()
-
-    def _unavailable(self) -> web.Response:
-        return json_response(failure(503, "no server is ready", retryable=True).body(), 503)
 
     def _members(self) -> list[JsonObject]:
         return [describe_member(member) for member in self._cluster.members()]
@@ -253,3 +233,23 @@ def without_secrets(value: object) -> object:
     if isinstance(value, dict):
         return {name: without_secrets(one) for name, one in value.items() if not _SECRET.search(name)}
     return value
+
+
+async def ask(
+    session: aiohttp.ClientSession, instance: Instance, method: str, path: str, body: bytes | None = None
+) -> tuple[int, bytes]:
+    """Status and body of a server's answer; 502 and the reason if it does not answer."""
+    timeout = aiohttp.ClientTimeout(total=10.0)
+    headers = {"Content-Type": "application/json"}
+    try:
+        async with session.request(
+            method, instance.url + path, data=body, headers=headers, timeout=timeout
+        ) as response:
+            return response.status, await response.read()
+    except (aiohttp.ClientError, OSError) as error:
+        return 502, describe(error).encode()
+
+
+def unavailable(reason: str = "no server is ready") -> web.Response:
+    """The answer while no server can be asked."""
+    return json_response(failure(503, reason, retryable=True).body(), 503)
