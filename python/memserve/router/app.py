@@ -147,7 +147,7 @@ async def _open_proxy(
     recovery = StreamRecovery(state.tokenizers, is_on=config.proxy.resume == "auto")
     policy = _retry_policy(config.proxy)
     retries = RetryLoop(state.cluster, state.scheduler, state.breakers, policy, state.telemetry)
-    dispatcher = Dispatcher(retries, executor, recovery, state.telemetry)
+    dispatcher = Dispatcher(retries, executor, recovery, state.telemetry, upstream)
     return _Proxy(session, connections, fetcher, dispatcher)
 
 
@@ -176,7 +176,9 @@ async def _serve_http(
     )
     roles = RoleChanges(state.cluster, drains)
     stack.callback(roles.close)
-    info = InfoHandlers(state, metrics.exposition, proxy.session, ingress.access, encoded_document)
+    info = InfoHandlers(
+        state, metrics.exposition, proxy.session, ingress.access, encoded_document, proxy.dispatcher.abort
+    )
     generate = GenerateHandler(chain, preparer, proxy.dispatcher)
     handlers = (
         generate,

@@ -82,6 +82,8 @@ class UpstreamError(UpstreamFault):
     def __init__(self, instance_id: InstanceId, role: str, status: int, message: str) -> None:
         super().__init__(instance_id, f"the {role} server {instance_id} failed with {status}: {message}")
         self.status = status
+        self.said = message
+        """The server's message."""
 
 
 class PoisonRequest(MemServeError):
@@ -118,6 +120,13 @@ class TokenizerMismatch(InstanceLost):
 
 class ClientLeft(MemServeError):
     """The client no longer waits for the answer."""
+
+
+class RequestAborted(MemServeError):
+    """The client aborted the request by its name, and no server had it."""
+
+    def __init__(self) -> None:
+        super().__init__("the request was aborted through /abort_request")
 
 
 class Overloaded(Retryable):
@@ -163,7 +172,7 @@ class Failure:
 
 def failure_of(error: MemServeError) -> Failure:
     """The failure that the client of a request with `error` gets."""
-    if isinstance(error, ClientLeft):
+    if isinstance(error, ClientLeft | RequestAborted):
         return failure(CLIENT_LEFT_STATUS, str(error))
     if isinstance(error, UpstreamRejected):
         return Failure(error.status, error.error)

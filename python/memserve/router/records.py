@@ -19,7 +19,7 @@ class RequestRecord(msgspec.Struct, frozen=True, gc=False):
     """Seconds since 1970."""
     path: str
     rid: str
-    """The servers' name for it."""
+    """Its name in the answer: the client's, or the router's, which the servers have too."""
     request_id: str
     """The client's name for it: its x-request-id, or a new one."""
     status: int

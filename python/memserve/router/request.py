@@ -39,6 +39,11 @@ class RequestIds:
         return f"{self._process}{next(self._counter):012x}"
 
 
+def part_names(rid: str, count: int) -> tuple[str, ...]:
+    """Names for the parts of the request `rid`: none is a prefix of another."""
+    return tuple(f"{rid}_{number:06}" for number in range(count))
+
+
 class LegTrace(Protocol):
     """Records when the legs of a request begin and end."""
 
@@ -56,11 +61,11 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     body: JsonObject
     """As the client sent it. Never changed."""
     rid: str
-    """The request's id in logs and at every server."""
+    """The request's name at every server."""
     has_client_rid: bool
-    """The client chose the id, and may use it again."""
+    """The client chose the name, and may use it again."""
     rids: tuple[str, ...]
-    """The servers' ids: one per prompt."""
+    """The servers' names: one per prompt."""
     num_prompts: int | None
     """Number of prompts in a batch; None for a single prompt."""
     num_samples: int
@@ -71,8 +76,12 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     authorization: str | None = None
     timeout_s: float | None = None
     """How long the client waits for the whole answer; None: not said."""
-    has_tenant: bool = False
-    """Other tenants exist, who may choose the same ids."""
+    mark: str = ""
+    """What the names begin with if answers call the request otherwise (`proxy.names`)."""
+    tenant: str | None = None
+    """Whose request it is; None: clients are not told apart."""
+    aborted: set[str] = msgspec.field(default_factory=set)
+    """The names, in answers, of the prompts that the client has aborted since. Shared by all attempts."""
     wants_report: bool = False
     """Its stream ends with a comment that reports the prompt tokens that prefill reused."""
     trace: LegTrace | None = None

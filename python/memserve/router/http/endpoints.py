@@ -172,7 +172,7 @@ ENDPOINTS: tuple[HttpEndpoint, ...] = (
         for method in ("GET", "POST")
     ),
     HttpEndpoint(
-        *("POST", "/abort_request", _info.abort_request, "Abort a request, as SGLang", SHARED),
+        *("POST", "/abort_request", _info.abort_request, "Abort a request, as SGLang", CLIENT),
         media=TEXT,
         body=schemas.Abort,
     ),

@@ -6,14 +6,19 @@ RetryLoop ── attempt ──> RequestExecutor ──> the answer
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from memserve.router.errors import UpstreamFault
+from memserve.router.proxy.aborts import RunningRequests, check_abort
 from memserve.router.proxy.executor import RequestExecutor
+from memserve.router.proxy.names import with_told_names
 from memserve.router.proxy.placement import Placement
 from memserve.router.proxy.prepare import PreparedRequest
 from memserve.router.proxy.recovery import StreamRecovery
 from memserve.router.proxy.relay import Sink
 from memserve.router.proxy.retry import Attempt, OnPlaced, RequestObserver, RetryLoop
 from memserve.router.proxy.stream_splicer import Diverged
+from memserve.router.proxy.upstream import Upstream
 from memserve.scheduling.decision import Decision
 
 
@@ -26,11 +31,15 @@ class Dispatcher:
         executor: RequestExecutor,
         recovery: StreamRecovery,
         observer: RequestObserver,
+        upstream: Upstream,
     ) -> None:
+        """`upstream` sends the aborts that clients ask for."""
         self._retries = retries
         self._executor = executor
         self._recovery = recovery
         self._observer = observer
+        self._upstream = upstream
+        self._running = RunningRequests()
 
     def explain(self, prepared: PreparedRequest) -> Decision:
         """Where a request would go. Raises NoRoute."""
@@ -41,12 +50,14 @@ class Dispatcher:
 
         async def execute(attempt: Attempt, placement: Placement) -> bytes:
             answer = await self._executor.answer(attempt.request, placement)
-            return attempt.attempt_id.removed(answer) if attempt.attempt_id else answer
+            check_abort(attempt.request, placement.instances[-1], answer)
+            return with_told_names(attempt.request.mark, answer)
 
         async def next_attempt(_: UpstreamFault) -> Attempt:
             return Attempt.again(prepared.request)
 
-        return await self._retries.run(prepared, on_placed, execute, next_attempt)
+        with self._running.running(prepared.request):
+            return await self._retries.run(prepared, on_placed, execute, next_attempt)
 
     async def stream(self, prepared: PreparedRequest, on_placed: OnPlaced, sink: Sink) -> None:
         """Write the events as they come. Raises as `answer`, and Diverged; possibly after a write."""
@@ -55,7 +66,8 @@ class Dispatcher:
 
         async def execute(attempt: Attempt, placement: Placement) -> None:
             resumption = attempt.resumption
-            write = stream.writer(attempt.attempt_id, resumption.splicer if resumption else None)
+            splicer = resumption.splicer if resumption else None
+            write = stream.writer(attempt.request, placement.instances[-1], splicer)
             try:
                 await self._executor.stream(attempt.request, placement, write)
             except UpstreamFault:
@@ -81,4 +93,13 @@ class Dispatcher:
                 raise fault
             return Attempt.again(resumption.request, resumption)
 
-        await self._retries.run(prepared, on_placed, execute, next_attempt)
+        with self._running.running(request):
+            await self._retries.run(prepared, on_placed, execute, next_attempt)
+
+    def abort(self, tenant: str | None, names: Sequence[str] | None) -> None:
+        """Abort the tenant's running requests of these names; all of them for None.
+
+        `tenant` None: the requests of all tenants. Unknown names are ignored, as by SGLang.
+        """
+        for request, part in self._running.abort(tenant, names):
+            self._upstream.abort(request, part)

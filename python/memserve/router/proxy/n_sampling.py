@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from msgspec import structs
 
 from memserve.core.errors import BadRequest
-from memserve.router.request import GenerationRequest, JsonObject, decode_json, encode_json
+from memserve.router.request import GenerationRequest, JsonObject, decode_json, encode_json, part_names
 from memserve.router.sglang_api import In, fields_of
 from memserve.router.sse import DONE, EventSplitter, data_of, with_data
 
@@ -42,7 +42,7 @@ def as_batch(request: GenerationRequest) -> GenerationRequest:
     elif isinstance(params, dict):
         body["sampling_params"] = {**params, "n": 1}
     count = n * (request.num_prompts or 1)
-    rids = tuple(f"{request.rid}_{i}" for i in range(count))
+    rids = part_names(request.rid, count)
     return structs.replace(request, body=body, rids=rids, num_prompts=count, num_samples=1)
 
 
@@ -55,11 +55,11 @@ def as_singles(request: GenerationRequest) -> list[GenerationRequest]:
 
 
 def _single(request: GenerationRequest, sample: int) -> GenerationRequest:
-    rid = f"{request.rid}_{sample}"
+    rid = part_names(request.rid, request.num_samples)[sample]
     body: JsonObject = {**request.body, "n": 1}
     if isinstance(seed := body.get("seed"), int):
         body["seed"] = seed + sample
-    rids = (rid,) if request.num_prompts is None else tuple(f"{rid}_{i}" for i in range(request.num_prompts))
+    rids = (rid,) if request.num_prompts is None else part_names(rid, request.num_prompts)
     return structs.replace(request, body=body, rid=rid, rids=rids, num_samples=1)
 
 

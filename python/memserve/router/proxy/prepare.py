@@ -19,6 +19,7 @@ from memserve.router.cluster.instance import ClusterSnapshot
 from memserve.router.cluster.registry import InstanceRegistry
 from memserve.router.field_kinds import ModelLimits
 from memserve.router.proxy.capacity import check_fits, instances_that_fit, smallest_capacity
+from memserve.router.proxy.names import renamed
 from memserve.router.proxy.validation import read_body, read_request
 from memserve.router.request import Api, GenerationRequest, JsonObject, LegTrace, RequestIds
 from memserve.router.tokenization.prompts import PromptReader
@@ -120,9 +121,9 @@ class RequestPreparer:
         limits = self._limits_of(model if isinstance(model, str) else None)
         request = read_request(api or _api_of(body), body, limits.limits, new_rid=self._ids.new())
         request = structs.replace(
-            request,
+            renamed(request) if request.has_client_rid else request,
             body=body if client.tenant is None else _salted(body, client.tenant),
-            has_tenant=client.tenant is not None,
+            tenant=client.tenant,
             body_bytes=len(raw),
             authorization=client.authorization,
             timeout_s=client.timeout_s,

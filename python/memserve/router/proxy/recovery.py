@@ -8,12 +8,15 @@ Decides nothing (`recovery_policy` does).
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import msgspec
 
-from memserve.router.cluster.instance import ClusterSnapshot
+from memserve.router.cluster.instance import ClusterSnapshot, Instance
+from memserve.router.proxy.aborts import ABORT, check_abort
 from memserve.router.proxy.capacity import largest_capacity
+from memserve.router.proxy.names import with_told_names
 from memserve.router.proxy.recovery_policy import (
     SAMPLES,
     PromptTokens,
@@ -23,7 +26,6 @@ from memserve.router.proxy.recovery_policy import (
     plan_resumption,
 )
 from memserve.router.proxy.relay import Sink, Write
-from memserve.router.proxy.retry import AttemptId
 from memserve.router.proxy.stream_splicer import (
     Received,
     StreamSplicer,
@@ -115,6 +117,7 @@ class ResumableStream:
         self._sink = sink
         self._state = state
         self._rest = b""
+        self._check: Callable[[bytes], None] = lambda _: None
 
     @property
     def state(self) -> StreamState | None:
@@ -122,9 +125,22 @@ class ResumableStream:
         return self._state
 
     async def write(self, chunk: bytes) -> None:
-        """Send the events that `chunk` completes. Raises ClientLeft."""
+        """Send the events that `chunk` completes. Raises ClientLeft, and as `check_abort`."""
         if self._rest or not chunk.endswith(b"\n\n"):
             chunk = self._cut(chunk)
+        if ABORT in chunk:
+            await self._write_until_abort(chunk)
+        else:
+            await self._send(chunk)
+
+    async def _write_until_abort(self, chunk: bytes) -> None:
+        splitter = EventSplitter()
+        for event in splitter.feed(chunk):
+            self._check(data_of(event))
+            await self._send(event)
+        await self._send(splitter.rest())
+
+    async def _send(self, chunk: bytes) -> None:
         if chunk:
             if self._state is not None:
                 self._state.note(chunk)
@@ -136,16 +152,21 @@ class ResumableStream:
         if rest:
             await self._sink.write(rest)
 
-    def writer(self, attempt_id: AttemptId | None, splicer: StreamSplicer | None) -> Write:
-        """Where the next attempt writes to. An incomplete event of the last attempt is dropped."""
+    def writer(self, request: GenerationRequest, instance: Instance, splicer: StreamSplicer | None) -> Write:
+        """Where the next attempt, `request` on `instance`, writes to.
+
+        An incomplete event of the last attempt is dropped. The writer raises as `write` and `check_abort`.
+        """
         self._rest = b""
-        if attempt_id is None:
+        self._check = partial(check_abort, request, instance)
+        if not request.mark:
             return self.write
         splitter = EventSplitter()
 
         async def write(chunk: bytes) -> None:
             for event in splitter.feed(chunk):
-                own = attempt_id.removed(event)
+                self._check(data_of(event))
+                own = with_told_names(request.mark, event)
                 if splicer is not None:
                     own = splicer.rewrite(own)
                 if own:

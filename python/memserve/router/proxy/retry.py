@@ -4,7 +4,7 @@
       ^          │ UpstreamFault
       │          ├─ two instances of one role died with the request ──> PoisonRequest
       │          ├─ no retry, time or instance is left ──> the fault
-      └─ backoff ┘ the request under a new id, or the rest of its stream
+      └─ backoff ┘ the request under new names, or the rest of its stream
 
 Knows no HTTP and no capacity. Event loop thread only.
 """
@@ -14,12 +14,9 @@ from __future__ import annotations
 import asyncio
 import logging
 import random
-import secrets
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Protocol, TypeVar
-
-from msgspec import structs
 
 from memserve.core.ids import InstanceId
 from memserve.router.cluster.breaker import Breakers
@@ -29,11 +26,15 @@ from memserve.router.cluster.registry import InstanceRegistry
 from memserve.router.errors import (
     NoRoute,
     PoisonRequest,
+    RequestAborted,
     RequestTimeout,
     UpstreamDisconnected,
     UpstreamError,
     UpstreamFault,
 )
+from memserve.router.proxy.aborts import is_aborted
+from memserve.router.proxy.client_errors import client_error
+from memserve.router.proxy.names import renamed
 from memserve.router.proxy.placement import GlobalScheduler, Placement
 from memserve.router.proxy.prepare import PreparedRequest
 from memserve.router.proxy.recovery_policy import Resumption
@@ -118,44 +119,17 @@ def retry_candidates(snapshot: ClusterSnapshot, failed: Sequence[InstanceId]) ->
 
 
 @dataclass(frozen=True, slots=True)
-class AttemptId:
-    """A prefix of the request ids that servers get for one attempt; the client reads its own ids.
-
-    SGLang refuses an id that it still knows, aborts by prefix, and repeats the abort 2 s after a stream
-    broke: aborts of the attempt before must not hit this one.
-    """
-
-    mark: str = field(default_factory=lambda: f"{secrets.token_hex(8)}-")
-
-    def of(self, request: GenerationRequest) -> GenerationRequest:
-        """`request` as the servers get it."""
-        rids = tuple(self.mark + rid for rid in request.rids)
-        return structs.replace(request, rid=self.mark + request.rid, rids=rids, has_client_rid=False)
-
-    def removed(self, answer: bytes) -> bytes:
-        """A whole answer, or whole events, with the request's own ids."""
-        return answer.replace(b'"' + self.mark.encode(), b'"')
-
-
-@dataclass(frozen=True, slots=True)
 class Attempt:
-    """The request as the servers get it this time, and its id."""
+    """The request as the servers get it this time."""
 
     request: GenerationRequest
-    attempt_id: AttemptId | None = None
     resumption: Resumption | None = None
     """How its events continue those that the client has; None: from the beginning."""
 
     @classmethod
-    def first(cls, request: GenerationRequest) -> Attempt:
-        """Under the request's own id, unless another tenant can use the same: servers abort by prefix."""
-        return cls.again(request) if request.has_tenant and request.has_client_rid else cls(request)
-
-    @classmethod
     def again(cls, request: GenerationRequest, resumption: Resumption | None = None) -> Attempt:
-        """Under a new id."""
-        attempt_id = AttemptId()
-        return cls(attempt_id.of(request), attempt_id, resumption)
+        """Under new names."""
+        return cls(renamed(request), resumption)
 
     def to_place(self, prepared: PreparedRequest) -> PreparedRequest:
         """`prepared` with the prompt length of this attempt."""
@@ -203,14 +177,16 @@ class RetryLoop:
         """The result of `execute`, tried on other instances while instances fail.
 
         `next_attempt` gives the attempt after a fault, or raises what the client is told.
-        Raises NoRoute, PoisonRequest, RequestTimeout, the last fault, and any other error of `execute`.
+        Raises NoRoute, PoisonRequest, RequestAborted, RequestTimeout, UpstreamRejected for a fault that is
+        the client's, the last fault, and any other error of `execute`.
         """
-        attempt, faults = Attempt.first(prepared.request), list[UpstreamFault]()
+        request, faults = prepared.request, list[UpstreamFault]()
+        attempt = Attempt(request)
         placement = self._place(self.ready(prepared), prepared)
         if placement is None:
             raise _no_route(self.ready(prepared))
         self._observer.count_placed(prepared.prompt, prepared.sample)
-        timeout_s = min(self._policy.timeout_s, prepared.request.timeout_s or self._policy.timeout_s)
+        timeout_s = min(self._policy.timeout_s, request.timeout_s or self._policy.timeout_s)
         ends_s = asyncio.get_running_loop().time() + timeout_s
         try:
             async with asyncio.timeout_at(ends_s):
@@ -219,6 +195,10 @@ class RetryLoop:
                     try:
                         result = await execute(attempt, placement)
                     except UpstreamFault as fault:
+                        if (error := client_error(request, fault)) is not None:
+                            raise error from fault
+                        if is_aborted(request):
+                            raise RequestAborted from fault
                         faults.append(fault)
                         fault.num_attempts = len(faults)
                         self._count_fault(fault, placement)
@@ -266,6 +246,8 @@ class RetryLoop:
             if seconds is None:
                 raise fault
             await asyncio.sleep(seconds)
+            if is_aborted(prepared.request):
+                raise RequestAborted from fault
             num_tries += 1
             for snapshot in retry_candidates(self.ready(prepared), failed):
                 placement = self._place(snapshot, prepared)

@@ -7,7 +7,7 @@ import errno
 import logging
 import ssl
 import sys
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from functools import lru_cache
 from urllib.parse import urlsplit
@@ -31,8 +31,10 @@ from memserve.router.proxy.connection_pool import (
     UpstreamUnresponsive,
     read_whole,
 )
+from memserve.router.proxy.names import names_to_abort
 from memserve.router.request import Api, GenerationRequest
 from memserve.router.sse import data_of
+from memserve.wire.messages import Role
 
 logger = logging.getLogger(__name__)
 
@@ -94,6 +96,7 @@ class Upstream:
         self._abort_timeout_s = abort_timeout_s
         self._abort_again_s = abort_again_s
         self._aborting: set[asyncio.Task[None]] = set()
+        self._legs: dict[UpstreamExchange, tuple[Instance, GenerationRequest]] = {}
         self._closing = asyncio.Event()
 
     @asynccontextmanager
@@ -104,7 +107,7 @@ class Upstream:
         Raises UpstreamDisconnected, UpstreamError (5xx) or UpstreamRejected (4xx), also inside the block.
         Sets no time limit.
         """
-        exchange = UpstreamExchange(self._connections, instance.url)
+        exchange = self._begun(instance, request)
         answered = False
         try:
             connection = await exchange.begin(_request(instance, request, body), _answering)
@@ -121,7 +124,7 @@ class Upstream:
 
     async def fetch(self, instance: Instance, request: GenerationRequest, body: bytes) -> bytes:
         """The whole answer of an instance. Raises and aborts as `leg` does."""
-        exchange = UpstreamExchange(self._connections, instance.url)
+        exchange = self._begun(instance, request)
         answered = False
         try:
             status, answer = await exchange.begin(_request(instance, request, body), read_whole)
@@ -134,15 +137,30 @@ class Upstream:
         finally:
             self._leave(instance, request, exchange, answered)
 
+    def _begun(self, instance: Instance, request: GenerationRequest) -> UpstreamExchange:
+        exchange = UpstreamExchange(self._connections, instance.url)
+        self._legs[exchange] = instance, request
+        return exchange
+
     def _leave(
         self, instance: Instance, request: GenerationRequest, exchange: UpstreamExchange, answered: bool
     ) -> None:
+        del self._legs[exchange]
         exchange.leave(is_answered=answered)
         if request.trace is not None:
             is_well = answered and sys.exception() is None
             request.trace.left(instance.instance_id, is_answered=is_well)
         if not answered:
-            self._abort(instance, request)
+            self._abort(instance, request.rids)
+
+    def abort(self, request: GenerationRequest, part: str | None) -> None:
+        """Abort the running legs of any attempt of `request`, or of the prompt that answers call `part`.
+
+        Of a pair, decode: it answers the client, and its end ends prefill's leg too.
+        """
+        for instance, leg in list(self._legs.values()):
+            if leg.aborted is request.aborted and instance.role is not Role.PREFILL:
+                self._abort(instance, leg.rids if part is None else names_to_abort(leg, (part,)))
 
     async def close(self) -> None:
         """Wait for running aborts; repeated aborts are sent at once."""
@@ -161,26 +179,24 @@ class Upstream:
         name, epoch = instance.instance_id, instance.epoch
         return UpstreamDisconnected(name, epoch, instance.role, reason, was_sent=may_be_cause)
 
-    def _abort(self, instance: Instance, request: GenerationRequest) -> None:
-        task = asyncio.create_task(self._send_aborts(instance, request))
+    def _abort(self, instance: Instance, rids: Sequence[str]) -> None:
+        task = asyncio.create_task(self._send_aborts(instance, rids))
         self._aborting.add(task)
         task.add_done_callback(self._aborting.discard)
 
-    async def _send_aborts(self, instance: Instance, request: GenerationRequest) -> None:
-        # A client may use its own rid again at once: a second abort could hit its next request.
+    async def _send_aborts(self, instance: Instance, rids: Sequence[str]) -> None:
         try:
-            await self._send_abort(instance, request)
-            if not request.has_client_rid:
-                with suppress(TimeoutError):
-                    await asyncio.wait_for(self._closing.wait(), self._abort_again_s)
-                await self._send_abort(instance, request)
+            await self._send_abort(instance, rids)
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._closing.wait(), self._abort_again_s)
+            await self._send_abort(instance, rids)
         except (aiohttp.ClientError, OSError) as error:
-            logger.debug("abort not sent rid=%s instance=%s: %s", request.rid, instance.instance_id, error)
+            logger.debug("abort not sent rids=%s instance=%s: %s", rids, instance.instance_id, error)
 
-    async def _send_abort(self, instance: Instance, request: GenerationRequest) -> None:
+    async def _send_abort(self, instance: Instance, rids: Sequence[str]) -> None:
         timeout = aiohttp.ClientTimeout(total=self._abort_timeout_s)
         url = instance.url + "/abort_request"
-        for rid in request.rids:
+        for rid in rids:
             async with self._session.post(url, json={"rid": rid}, timeout=timeout) as response:
                 await response.read()
 

@@ -6,14 +6,14 @@ every server refuses alike (odd sampling values, texts too long) are checked whe
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import msgspec
 
 from memserve.core.errors import BadRequest
 from memserve.router.field_kinds import Kind, ModelLimits, Number, TokenIds
-from memserve.router.request import Api, GenerationRequest, JsonObject, decode_json
+from memserve.router.request import Api, GenerationRequest, JsonObject, decode_json, part_names
 from memserve.router.sglang_api import FIELDS, KINDS, SAMPLING_FIELDS, In
 
 
@@ -267,15 +267,12 @@ def _read_rid(body: JsonObject, prompts: _Prompts, new_rid: str) -> tuple[str, t
         return names[0], tuple(names), True
     if given is not None and (not isinstance(given, str) or not given):
         raise BadRequest(f"rid has to be a string that is not empty, not {_kind(given)}", field="rid")
-    rid = given if isinstance(given, str) else new_rid
-    return rid, tuple(_part_names(rid, prompts.count)), given is not None
-
-
-def _part_names(rid: str, count: int | None) -> Iterator[str]:
-    if count is None:
-        yield rid
-    else:
-        yield from (f"{rid}_{i}" for i in range(count))
+    if prompts.count is None:
+        rid = given if isinstance(given, str) else new_rid
+        return rid, (rid,), given is not None
+    if isinstance(given, str):  # as SGLang names them
+        return given, tuple(f"{given}_{i}" for i in range(prompts.count)), True
+    return new_rid, part_names(new_rid, prompts.count), False
 
 
 def _kind(value: object) -> str:

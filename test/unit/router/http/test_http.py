@@ -155,8 +155,8 @@ async def test_info_endpoints_answer_for_the_servers() -> None:
             async with method(stage.url("/flush_cache")) as response:
                 assert response.status == 200
         assert (stage.prefill.num_flushes, stage.decode.num_flushes) == (2, 2)
-        await stage.client.post(stage.url("/abort_request"), json={"rid": "x"})
-        assert stage.prefill.aborts == stage.decode.aborts == ["x"]
+        await stage.client.post(stage.url("/abort_request"), json={"rid": "", "abort_all": True})
+        assert stage.prefill.aborts == stage.decode.aborts == [""]
 
 
 @pytest.mark.parametrize(

@@ -164,11 +164,18 @@ async def test_readiness_counts_draining_instances_apart() -> None:
 
 
 async def test_abort_request_reaches_draining_instances() -> None:
-    async with staged(*pair()) as stage:
-        await ask(stage, "POST", path_of(stage.decode) + "/drain")
-        async with stage.client.post(stage.url("/abort_request"), json={"rid": "x"}) as response:
-            assert response.status == 200
-        assert stage.prefill.aborts == stage.decode.aborts == ["x"]
+    gate = asyncio.Event()
+    async with staged(FakeWorker(script=Script(gates={0: gate}))) as stage:
+        request = asyncio.create_task(stage.post("/generate", {**ANY, "rid": "x"}))
+        await stage.colocated.until(lambda w: w.requests)
+        await ask(stage, "POST", path_of(stage.colocated) + "/drain")
+        for rid in ("x", "y"):
+            async with stage.client.post(stage.url("/abort_request"), json={"rid": rid}) as response:
+                assert response.status == 200
+        await stage.colocated.until(lambda w: w.aborts)
+        assert stage.colocated.aborts == stage.colocated.requests[0].rids
+        gate.set()
+        await request
 
 
 async def test_a_drain_ends_when_the_draining_process_goes() -> None:

@@ -15,7 +15,6 @@ from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.instance import Instance
 from memserve.router.proxy.recovery import ResumableStream, StreamState
 from memserve.router.proxy.relay import relay
-from memserve.router.proxy.retry import AttemptId
 from memserve.router.proxy.stream_splicer import Diverged, Unreadable
 from memserve.router.request import Api, GenerationRequest
 from memserve.router.server_info import ServerInfo
@@ -24,14 +23,13 @@ from memserve.wire.messages import Role
 
 from ..json_strategies import ANY
 
-ATTEMPT_ID = AttemptId("mark-")
 EVENTS = st.one_of(
     st.binary(max_size=30),
     st.sampled_from(
         [
-            b'data: {"text": "a", "output_ids": [1], "meta_info": {"id": "mark-x", "completion_tokens": 1}}\n'
-            b"\n",
-            b'data: {"id": "mark-x", "choices": [{"index": 0, "delta": {"content": "a"}}]}\n\n',
+            b'data: {"text": "a", "output_ids": [1], '
+            b'"meta_info": {"id": "mark-000000-x", "completion_tokens": 1}}\n\n',
+            b'data: {"id": "mark-000000-x", "choices": [{"index": 0, "delta": {"content": "a"}}]}\n\n',
             b'data: {"error": {"message": "no", "code": 500}}\n\n',
             b'data: {"meta_info": {"finish_reason": {"type":"abort","status_code":503}}}\n\n',
             b'data: {"type":"abort"}\n\n',
@@ -43,7 +41,10 @@ EVENTS = st.one_of(
     ),
     ANY.map(lambda said: b"data: %s\n\n" % repr(said).encode("utf-8", "replace")),
 )
-CALLS = [GenerationRequest(api, {"stream": True}, "x", False, ("x",), None, 1, None) for api in Api]
+NAME = "mark-000000-x"
+CALLS = [
+    GenerationRequest(api, {"stream": True}, NAME, True, (NAME,), None, 1, None, mark="mark") for api in Api
+]
 
 
 @given(st.lists(st.binary(max_size=12) | st.sampled_from([b"\n", b"\n\n", b"\r\n", DONE])))
@@ -94,7 +95,7 @@ def streamed(call: GenerationRequest, chunks: list[bytes]) -> tuple[bool, bytes]
         stream = ResumableStream(client, state)
         leg: Any = _Leg(chunks)
         try:
-            await relay(leg, stream.writer(ATTEMPT_ID, None))
+            await relay(leg, stream.writer(call, leg.instance, None))
             await stream.end()
         except (MemServeError, Diverged):
             return False

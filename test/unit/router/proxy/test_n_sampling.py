@@ -48,9 +48,9 @@ def test_as_batch_refuses_a_list_of_another_length() -> None:
 def test_as_singles_increases_the_seed_per_sample() -> None:
     call = read_request(Api.CHAT, {**CHAT, "n": 3, "seed": 5}, ModelLimits(), "r")
     assert [(one.body["n"], one.body["seed"], one.rid) for one in as_singles(call)] == [
-        (1, 5, "r_0"),
-        (1, 6, "r_1"),
-        (1, 7, "r_2"),
+        (1, 5, "r_000000"),
+        (1, 6, "r_000001"),
+        (1, 7, "r_000002"),
     ]
 
 
@@ -59,7 +59,7 @@ async def test_generate_with_n_samples_answers_a_list() -> None:
         body = {"text": ["a", "b"], "sampling_params": {"n": 2}, "rid": ["x", "y"]}
         status, answers = await stage.post("/generate", body)
         assert status == 200
-        assert [one["meta_info"]["id"] for one in answers] == ["x_0", "x_1", "x_2", "x_3"]
+        assert [one["meta_info"]["id"] for one in answers] == [f"x_00000{number}" for number in range(4)]
         (received,) = stage.decode.requests
         assert received.body["text"] == ["a", "a", "b", "b"]
         assert len(set(received.body["bootstrap_room"])) == 4

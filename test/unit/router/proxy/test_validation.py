@@ -190,7 +190,8 @@ def test_generate_body_with_valid_fields_is_accepted(
 def test_prompts_of_a_batch_have_sglangs_rids() -> None:
     assert generate(text="a").rids == ("new",)
     assert generate(text="a", rid="mine").rids == ("mine",)
-    assert generate(text=["a", "b"]).rids == ("new_0", "new_1")
+    assert generate(text=["a", "b"]).rids == ("new_000000", "new_000001")
+    assert generate(text=["a", "b"], rid="mine").rids == ("mine_0", "mine_1")
     assert generate(text=["a", "b"], rid=["x", "y"]).rids == ("x", "y")
     assert generate(text="a", rid="mine").has_client_rid
     assert not generate(text="a").has_client_rid

@@ -8,6 +8,7 @@ from memserve.router.cluster.instance import Instance
 from memserve.router.http.exchange import Exchange, json_response
 from memserve.router.http.request_chain import ATTEMPTS, ClientRequest, RequestChain, priority_of, timeout_of
 from memserve.router.proxy.dispatcher import Dispatcher
+from memserve.router.proxy.names import told_name
 from memserve.router.proxy.passthrough import Passthrough, PassthroughRequest
 from memserve.router.proxy.placement import Placement
 from memserve.router.proxy.prepare import RequestPreparer
@@ -58,7 +59,7 @@ class GenerateHandler:
         exchange = request.exchange
         prepared = await self._preparer.prepare(Api(exchange.path), request.raw, request.client)
         call = prepared.request
-        request.rid = call.rid
+        request.rid = told_name(call, call.rid)
         if request.slot is not None and request.slot.is_charged:
             request.slot.charge(prepared.prompt.num_tokens + call.max_output_tokens)
 

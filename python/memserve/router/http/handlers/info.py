@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 
 import aiohttp
@@ -43,11 +43,13 @@ class InfoHandlers:
         session: aiohttp.ClientSession,
         access: Access,
         document: Callable[[], bytes],
+        abort: Callable[[str | None, Sequence[str] | None], None],
     ) -> None:
         """`exposition` gives all metrics as text; `access` tells admins, who see more.
 
-        `document` gives the answer of /openapi.json.
+        `document` gives the answer of /openapi.json; `abort` is `Dispatcher.abort`.
         """
+        self._abort = abort
         self._document = document
         self._state = state
         self._access = access
@@ -178,12 +180,21 @@ class InfoHandlers:
         return web.Response(text=f"Cache flushed on {len(instances)} instances.\n")
 
     async def abort_request(self, request: web.Request) -> web.Response:
-        """Send SGLang's abort to every instance that is up; instances that do not know the rid ignore it."""
+        """Abort the tenant's requests of these names; unknown names are ignored, as by SGLang.
+
+        `abort_all` of an admin, or without tenants, reaches all requests of all instances that are up.
+        """
         body = await request.read()
         try:
-            msgspec.json.decode(body, type=Abort)
+            wanted = msgspec.json.decode(body, type=Abort)
         except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError) as error:
             return json_response(failure(400, f"not an abort: {error}").body(), 400)
+        authorization, names = request.headers.get("Authorization"), wanted.rid or []
+        is_for_all = not self._access.has_tenants or self._access.is_admin(authorization)
+        tenant = None if is_for_all else self._access.authenticate(authorization).name
+        self._abort(tenant, None if wanted.abort_all else [names] if isinstance(names, str) else names)
+        if not (wanted.abort_all and is_for_all):
+            return web.Response(text="")
         instances = self._cluster.up.all()
         answers = await asyncio.gather(
             *(ask(self._session, one, "POST", "/abort_request", body) for one in instances)
