@@ -16,6 +16,7 @@ Schema = dict[str, Any]
 encode_json = msgspec.json.Encoder().encode
 
 _OPENING = b"([{"
+_TYPE_NAMES: dict[type, str] = {dict: "an object", list: "a list", str: "a string"}
 _NO_BRACKETS = bytes(one for one in range(256) if one not in b"()[]{}")
 
 
@@ -198,11 +199,15 @@ class Nested:
     Parsers of grammars recurse at each bracket, some of them in C++, where that can end the process.
     """
 
+    types: tuple[type, ...] = (dict,)
+    """Of dict, list, str."""
     max_bytes: int = 256 << 10
     max_depth: int = 100
 
     def problem(self, value: object, limits: ModelLimits) -> str | None:
-        return self.problem_of_text(encode_json(value)) if isinstance(value, dict | list) else None
+        if not isinstance(value, self.types):
+            return " or ".join(_TYPE_NAMES[one] for one in self.types)
+        return self.problem_of_text(encode_json(value))
 
     def problem_of_text(self, text: bytes) -> str | None:
         """As `problem`, for source text in any language."""
@@ -211,7 +216,8 @@ class Nested:
         return f"nested at most {self.max_depth} brackets deep" if nesting_of(text) > self.max_depth else None
 
     def schema(self) -> Schema:
-        return {}
+        names: dict[type, str] = {dict: "object", list: "array", str: "string"}
+        return {"type": [names[one] for one in self.types]}
 
 
 @dataclass(frozen=True, slots=True)

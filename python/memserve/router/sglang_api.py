@@ -90,7 +90,7 @@ SAMPLING, OPENAI, BODY, NATIVE = In.SAMPLING, In.OPENAI, In.BODY, In.NATIVE
 FROM_TOKENS, NEVER = Resume.FROM_TOKENS, Resume.NEVER
 
 BOOLEAN, STRING, TOKEN_IDS, INTERNAL = Boolean(), String(), TokenIds(), Internal()
-GRAMMAR, NESTED = GrammarText(), Nested()
+GRAMMAR, OBJECT = GrammarText(), Nested()
 COUNT = Number(0, 2**31 - 1, is_whole=True)
 POSITIVE = Number(1, 2**31 - 1, is_whole=True)
 INT64 = Number(-(2**63), 2**63 - 1, is_whole=True)
@@ -119,9 +119,9 @@ FIELDS = {
     "mm_content_hashes": Field(NATIVE),
     "modalities": Field(NATIVE),
     "use_audio_in_video": Field(NATIVE | In.CHAT, BOOLEAN),
-    "video_config": Field(NATIVE | In.CHAT),
-    "images_config": Field(BODY),
-    "mm_processor_kwargs": Field(BODY),
+    "video_config": Field(NATIVE | In.CHAT, OBJECT),
+    "images_config": Field(BODY, OBJECT),
+    "mm_processor_kwargs": Field(BODY, OBJECT),
     "max_dynamic_patch": Field(NATIVE | In.CHAT, COUNT),
     "min_dynamic_patch": Field(NATIVE | In.CHAT, COUNT),
     "image_max_dynamic_patch": Field(NATIVE, COUNT),
@@ -130,19 +130,19 @@ FIELDS = {
     "suffix": Field(In.COMPLETIONS, STRING, seeds_text_keys=True, unknown_tokens="a suffix"),
     "echo": Field(In.COMPLETIONS, BOOLEAN),
     "messages": Field(In.CHAT, is_prompt=True),
-    "tools": Field(In.CHAT, NESTED, seeds_text_keys=True),
-    "tool_choice": Field(In.CHAT, NESTED, seeds_text_keys=True),
+    "tools": Field(In.CHAT, Nested((list,)), seeds_text_keys=True),
+    "tool_choice": Field(In.CHAT, Nested((dict, str)), seeds_text_keys=True),
     "parallel_tool_calls": Field(In.CHAT, BOOLEAN),
-    "chat_template_kwargs": Field(In.CHAT, NESTED, seeds_text_keys=True),
+    "chat_template_kwargs": Field(In.CHAT, OBJECT, seeds_text_keys=True),
     "continue_final_message": Field(In.CHAT, BOOLEAN),
     "reasoning_effort": Field(In.CHAT, seeds_text_keys=True, unrendered=REASONING),
-    "reasoning": Field(In.CHAT, unrendered=REASONING),
+    "reasoning": Field(In.CHAT, OBJECT, unrendered=REASONING),
     "thinking": Field(In.CHAT, unrendered=REASONING),
     "task": Field(In.CHAT),
     # ---- the request
     "model": Field(BODY, STRING),
     "stream": Field(BODY, BOOLEAN, FROM_TOKENS),
-    "stream_options": Field(OPENAI),
+    "stream_options": Field(OPENAI, OBJECT),
     "rid": Field(BODY, resume=FROM_TOKENS),
     "user": Field(BODY, STRING, FROM_TOKENS),
     "priority": Field(BODY, INT64, FROM_TOKENS),
@@ -150,11 +150,11 @@ FIELDS = {
     "cache_salt": Field(BODY, STRING, FROM_TOKENS, is_per_prompt=True),
     "lora_path": Field(BODY, STRING, seeds_text_keys=True, unknown_tokens=LORA, is_per_prompt=True),
     "session_id": Field(BODY, STRING, resume=NEVER, unknown_tokens=_SESSION),
-    "session_params": Field(BODY, resume=NEVER, unknown_tokens=_SESSION),
+    "session_params": Field(BODY, OBJECT, resume=NEVER, unknown_tokens=_SESSION),
     "sampling_params": Field(NATIVE, resume=FROM_TOKENS),
     "routing_key": Field(NATIVE, STRING),
     "conversation_id": Field(NATIVE, STRING),
-    "custom_labels": Field(NATIVE | In.COMPLETIONS),
+    "custom_labels": Field(NATIVE | In.COMPLETIONS, OBJECT),
     "log_metrics": Field(NATIVE, BOOLEAN),
     "no_logs": Field(NATIVE, BOOLEAN),
     # ---- the length of the answer
@@ -192,13 +192,13 @@ FIELDS = {
     "use_beam_search": Field(OPENAI, BOOLEAN, NEVER),
     "custom_logit_processor": Field(BODY, STRING, NEVER, is_per_prompt=True),
     "custom_params": Field(SAMPLING | OPENAI, ProcessorParams()),
-    "watermark": Field(SAMPLING | BODY, NESTED),
+    "watermark": Field(SAMPLING | BODY, OBJECT),
     # ---- grammars
     "ebnf": Field(SAMPLING | OPENAI, GRAMMAR),
     "json_schema": Field(SAMPLING | In.COMPLETIONS, GRAMMAR),
     "regex": Field(SAMPLING | OPENAI, GRAMMAR),
     "structural_tag": Field(SAMPLING, GRAMMAR),
-    "response_format": Field(OPENAI, NESTED),
+    "response_format": Field(OPENAI, OBJECT),
     # ---- the form of the answer
     "skip_special_tokens": Field(SAMPLING | OPENAI, BOOLEAN, FROM_TOKENS),
     "spaces_between_special_tokens": Field(SAMPLING, BOOLEAN, FROM_TOKENS),
