@@ -26,6 +26,8 @@ class ModelLimits:
 
     vocab_size: int | None = None
     context_tokens: int | None = None
+    has_pairs: bool = False
+    """Some of its servers are pairs."""
     takes_empty_text: bool = False
     """False: an empty prompt would end the server that gets it."""
 
@@ -67,13 +69,17 @@ class Number:
 
 
 @dataclass(frozen=True, slots=True)
-class VocabularyCount:
-    """A number of tokens of the vocabulary, at most `highest`."""
+class TopTokens:
+    """A number of most probable tokens, at most `highest`."""
 
     highest: int = 2**31 - 1
+    highest_of_pairs: int = 128
+    """Prefill hands over as many; one more ends it. Source: SGLang, MetadataBuffers."""
 
     def problem(self, value: object, limits: ModelLimits) -> str | None:
         highest = min(self.highest, limits.vocab_size or self.highest)
+        if limits.has_pairs:
+            highest = min(highest, self.highest_of_pairs)
         return Number(0, highest, is_whole=True).problem(value, limits)
 
     def schema(self) -> Schema:

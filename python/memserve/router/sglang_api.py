@@ -26,7 +26,7 @@ from memserve.router.field_kinds import (
     Strings,
     TokenBiases,
     TokenIds,
-    VocabularyCount,
+    TopTokens,
 )
 
 
@@ -96,7 +96,7 @@ POSITIVE = Number(1, 2**31 - 1, is_whole=True)
 INT64 = Number(-(2**63), 2**63 - 1, is_whole=True)
 PENALTY = Number(-2, 2)
 SAMPLES = Number(1, 128, is_whole=True)
-LOGPROBS = VocabularyCount(20)
+LOGPROBS = TopTokens(20)
 """OpenAI's most."""
 NATIVE_BIASES = TokenBiases(Number(-1e30, 1e30))
 """A float32 holds them, also divided by the lowest temperature."""
@@ -209,7 +209,7 @@ FIELDS = {
     "top_logprobs": Field(In.CHAT, LOGPROBS),
     "return_logprob": Field(NATIVE, BOOLEAN, is_per_prompt=True),
     "logprob_start_len": Field(NATIVE, PromptPosition(), is_per_prompt=True),
-    "top_logprobs_num": Field(NATIVE, VocabularyCount(), is_per_prompt=True),
+    "top_logprobs_num": Field(NATIVE, TopTokens(), is_per_prompt=True),
     "token_ids_logprob": Field(NATIVE, TOKEN_IDS, is_per_prompt=True),
     "return_text_in_logprobs": Field(NATIVE, BOOLEAN),
     "return_flat_raw_top_logprobs": Field(NATIVE, BOOLEAN),

@@ -87,6 +87,7 @@ class _ModelLimits:
         limits = ModelLimits(
             vocab_size=min((one.vocab_size for one in facts if one.vocab_size), default=None),
             context_tokens=min((one.context_tokens for one in facts if one.context_tokens), default=None),
+            has_pairs=bool(candidates.prefills),
             takes_empty_text=all(one.takes_empty_text for one in facts),
         )
         page_tokens = next((one.page_size for one in facts if one.page_size), None)

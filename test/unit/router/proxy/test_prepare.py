@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from memserve.core.errors import BadRequest
@@ -91,3 +93,15 @@ async def test_unknown_model_is_a_404_and_a_model_without_ready_servers_is_prepa
     prepared = await one.prepare(Api.CHAT, body, ClientContext())
     assert prepared.model is None
     assert not prepared.eligible(_Cluster(64).snapshot).all()
+
+
+async def test_top_logprobs_of_a_pair_are_those_that_prefill_can_hand_over() -> None:
+    body = b'{"text": "x", "return_logprob": true, "top_logprobs_num": %d}'
+    one = preparer(64)
+    one._cluster.snapshot = ClusterSnapshot.of(  # type: ignore[misc]
+        replace(each, server_info=replace(each.server_info, vocab_size=1000))
+        for each in one._cluster.snapshot.all()
+    )
+    await one.prepare(Api.GENERATE, body % 128, ClientContext())
+    with pytest.raises(BadRequest, match="at most 128"):
+        await one.prepare(Api.GENERATE, body % 129, ClientContext())
