@@ -169,9 +169,15 @@ def is_dead_end(grammar: Any) -> bool:
     return not bool(mask.any())
 
 
+def refusal_of(req: Any) -> str | None:
+    """Why the request's own grammar, which a grammar for its reasoning may wrap, ended it."""
+    grammar = getattr(req.grammar, "grammar", None) or req.grammar
+    return getattr(grammar, "memserve_refusal", None)
+
+
 def blame_client(_: Any, req: Any, *__: Any, **___: Any) -> None:
     """Answer 400, not 500, to a request that its own grammar ended."""
-    refusal = getattr(req.grammar, "memserve_refusal", None)
+    refusal = refusal_of(req)
     if refusal is not None and type(req.finished_reason) is pkgutil.resolve_name(seams.FINISH_ABORT):
         abort(req, refusal, HTTPStatus.BAD_REQUEST)
 
@@ -180,7 +186,7 @@ def blame_client_early(
     original: Callable[..., Any], req: Any, error_message: str, status_code: Any = None
 ) -> Any:
     """As `blame_client`, for a prefill server."""
-    refusal = getattr(req.grammar, "memserve_refusal", None)
+    refusal = refusal_of(req)
     if refusal is not None:
         return original(req, refusal, HTTPStatus.BAD_REQUEST)
     return original(req, error_message, status_code)

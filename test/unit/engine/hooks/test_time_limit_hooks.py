@@ -134,7 +134,8 @@ def test_a_grammar_without_a_next_token_is_the_clients_error() -> None:
     blame_client(None, req)
     assert req.finished_reason.status_code == 400
     assert "no next token" in req.finished_reason.message
-    early = SimpleNamespace(grammar=grammar, return_logprob=False)
+    reasoner = SimpleNamespace(grammar=grammar)
+    early = SimpleNamespace(grammar=reasoner, return_logprob=False)
     blame_client_early(prepare_abort, early, "failed", status_code=500)
     assert early.finished_reason.status_code == 400
 
