@@ -131,7 +131,8 @@ class _WithoutParseErrors(logging.Filter):
     """Drops aiohttp's log records of malformed requests: their bytes may hold a key."""
 
     def filter(self, record: logging.LogRecord) -> bool:
-        return not (record.exc_info and isinstance(record.exc_info[1], HttpProcessingError))
+        kinds = HttpProcessingError | web.RequestPayloadError
+        return not (record.exc_info and isinstance(record.exc_info[1], kinds))
 
 
 def _parse_error(error: HttpProcessingError) -> tuple[int, str]:

@@ -263,13 +263,20 @@ async def test_odd_bytes_in_a_target_are_a_clients_error(target: str) -> None:
             assert (status // 100, is_enveloped(body)) == (4, True), (method, target)
 
 
-async def test_a_broken_body_is_a_clients_error_at_every_endpoint() -> None:
+@pytest.mark.parametrize(
+    ("fields", "body"),
+    [
+        ("Transfer-Encoding: chunked", b"3\r\n{}}XX0\r\n\r\n"),
+        ("Content-Encoding: gzip\r\nContent-Length: 12", b"not gzipped!"),
+    ],
+)
+async def test_a_broken_body_is_a_clients_error_at_every_endpoint(fields: str, body: bytes) -> None:
     async with staged(FakeWorker()) as stage:
         for one in ENDPOINTS:
             if one.method == "POST" and one.body is not None:
-                head = f"POST {PATHS[one.path]} HTTP/1.1\r\nHost: h\r\nTransfer-Encoding: chunked\r\n\r\n"
-                status, _, body = await send(stage, head.encode() + b"3\r\n{}}XX0\r\n\r\n")
-                assert (status, is_enveloped(body)) == (400, True), one.path
+                head = f"POST {PATHS[one.path]} HTTP/1.1\r\nHost: localhost\r\n{fields}\r\n\r\n"
+                status, _, told = await send(stage, head.encode() + body)
+                assert (status, is_enveloped(told)) == (400, True), one.path
 
 
 # ---- request ids
