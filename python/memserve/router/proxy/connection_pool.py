@@ -27,7 +27,7 @@ T = TypeVar("T")
 
 MAX_UNREAD_BYTES = 256 << 10
 """Unread bytes at which reading from the instance is paused for a slow client."""
-KEEP_ALIVE_MARGIN_S = 1.0
+_MARGIN_S = 1.0
 """How long before the end that `Keep-Alive: timeout` announces a connection is used no more."""
 
 
@@ -186,7 +186,7 @@ class Connection(asyncio.Protocol):
         if len(name) in (14, 17) and name.lower() in (b"content-length", b"transfer-encoding"):
             self._ends_with_connection = False
         elif len(name) == 10 and name.lower() == b"keep-alive" and (told := _TIMEOUT.search(value)):
-            self.keep_s = max(0.0, int(told[1]) - KEEP_ALIVE_MARGIN_S)
+            self.keep_s = max(0.0, int(told[1]) - _MARGIN_S)
 
     def on_headers_complete(self) -> None:
         status: int = self._parser.get_status_code()

@@ -22,7 +22,7 @@ from memserve.router.proxy.merge import LogprobMerger, cache_report, leg_bodies,
 from memserve.router.proxy.relay import Write, relay
 from memserve.router.proxy.upstream import Upstream
 from memserve.router.request import GenerationRequest, decode_json, encode_json
-from memserve.router.sse import DONE, EventSplitter
+from memserve.router.sse import data_of, events_of
 
 T = TypeVar("T")
 OnPrefilled = Callable[[Any], None]
@@ -101,16 +101,15 @@ class _Rewriter:
         self._call = request
         self._prefill = prefill
         self._write = write
-        self._splitter = EventSplitter()
         self._merger: LogprobMerger | None = None
 
     async def write(self, chunk: bytes) -> None:
-        for event in self._splitter.feed(chunk):
+        for event in events_of(chunk):
             await self._write(await self._rewritten(event))
 
     async def _rewritten(self, event: bytes) -> bytes:
-        if event == DONE:
-            return await self._report() + DONE
+        if data_of(event) == b"[DONE]":
+            return await self._report() + event
         if not self._call.wants_input_logprobs:
             return event
         if self._merger is None:

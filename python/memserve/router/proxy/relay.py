@@ -1,4 +1,6 @@
-"""Passes an instance's stream on as it comes, and raises the errors that the stream reports."""
+"""Passes an instance's events on as they come, and raises the errors that they report.
+
+Whatever way the network cuts the stream, the client gets the same events, and the same error."""
 
 from __future__ import annotations
 
@@ -8,16 +10,15 @@ from typing import Any, Protocol
 import msgspec
 
 from memserve.router.cluster.instance import Instance
-from memserve.router.errors import UpstreamError, message_of
+from memserve.router.errors import UpstreamError, UpstreamRejected, message_of, refusal
 from memserve.router.proxy.upstream import Leg
-from memserve.router.request import decode_json
-from memserve.router.sse import DONE, data_of
+from memserve.router.request import JsonObject, decode_json, encode_json
+from memserve.router.sse import EventSplitter, EventTooLong, data_of, events_of
 
 Write = Callable[[bytes], Awaitable[None]]
 
-_ERROR, _ABORT = b'data: {"error"', b'"type":"abort"'
-_DATA = b"data:"
-_FIELDS = (_DATA, b":", b"event:", b"id:", b"retry:")
+_ERROR, _ABORT = b'"error"', b'"abort"'
+"""What events that report a fault hold; text that holds it has backslashes there."""
 
 
 class Sink(Protocol):
@@ -32,36 +33,52 @@ class Sink(Protocol):
 
 
 async def relay(leg: Leg, write: Write, on_first: Callable[[bytes], None] | None = None) -> None:
-    """Write the chunks as they come. Raises as `Leg` and `write`.
+    """Write whole events as they come, joined as they come. Raises as `Leg` and `write`.
 
-    Raises UpstreamError for an error event (5xx), for an answer that is no event stream, and for a stream
-    that ends without [DONE].
+    `on_first` gets the first event; comments before it are dropped. Raises UpstreamRejected (4xx) or
+    UpstreamError (5xx) for a first event that refuses the request, and UpstreamError for a later one with a
+    server error, for an answer that is no event stream, and for a stream that ends without [DONE].
     """
-    chunk = await leg.first()
-    if not chunk or not (chunk.startswith(_FIELDS) or _DATA.startswith(chunk)):
-        raise _failed(leg.instance, 502, "its answer is not an event stream")
-    if on_first is not None:
-        on_first(chunk)
-    tail = b""
-    while chunk:
-        if _ERROR in chunk or _ABORT in chunk:
-            await _write_until_fault(leg.instance, chunk, write)
+    splitter, last = EventSplitter(), b""
+    while chunk := await leg.next():
+        try:
+            events = splitter.whole(chunk)
+        except EventTooLong as error:
+            raise _failed(leg.instance, 502, str(error)) from error
+        if events and not last:
+            events = _begun(leg.instance, events, on_first)
+        if not events:
+            continue
+        last = events
+        if _ERROR in events or _ABORT in events:
+            await _write_until_fault(leg.instance, events, write)
         else:
-            await write(chunk)
-        tail = chunk if len(chunk) >= len(DONE) else tail + chunk
-        chunk = await leg.next()
-    if not tail.endswith(DONE):
+            await write(events)
+    if not last:
+        raise _failed(leg.instance, 502, "its answer is not an event stream")
+    if splitter.rest().strip(b"\n") or data_of(events_of(last)[-1]) != b"[DONE]":
         raise _failed(leg.instance, 502, "its answer ended before its end")
 
 
-async def _write_until_fault(instance: Instance, chunk: bytes, write: Write) -> None:
-    *events, rest = chunk.split(b"\n\n")
-    for event in events:
+def _begun(instance: Instance, events: bytes, on_first: Callable[[bytes], None] | None) -> bytes:
+    """`events` from the first on that has data; b"" if none has. Raises as `relay`."""
+    split = events_of(events)
+    start = next((number for number, event in enumerate(split) if data_of(event)), None)
+    if start is None:
+        return b""
+    first = split[start]
+    if _ERROR in first and (error := _object(data_of(first)).get("error")):
+        raise _refused(instance, error)
+    if on_first is not None:
+        on_first(first)
+    return b"".join(split[start:]) if start else events
+
+
+async def _write_until_fault(instance: Instance, events: bytes, write: Write) -> None:
+    for event in events_of(events):
         if (fault := _fault_in(instance, event)) is not None:
             raise fault
-        await write(event + b"\n\n")
-    if rest:
-        await write(rest)
+        await write(event)
 
 
 def _fault_in(instance: Instance, event: bytes) -> UpstreamError | None:
@@ -69,18 +86,35 @@ def _fault_in(instance: Instance, event: bytes) -> UpstreamError | None:
 
     SGLang's OpenAI endpoints then write an error object, /generate an answer that ends in an abort.
     """
-    data = data_of(event)
-    if _ABORT not in data and not event.startswith(_ERROR):
+    if _ERROR not in event and _ABORT not in event:
         return None
-    try:
-        said: Any = decode_json(data)
-        error = said.get("error") or said["meta_info"]["finish_reason"]
-        status = error.get("code") or error.get("status_code")
-    except (msgspec.DecodeError, KeyError, TypeError, AttributeError):
+    said = _object(data_of(event))
+    meta: Any = said.get("meta_info")
+    error = said.get("error") or (meta.get("finish_reason") if isinstance(meta, dict) else None)
+    if not isinstance(error, dict):
         return None
+    status = error.get("code") or error.get("status_code")
     if not isinstance(status, int) or not 500 <= status < 600:
         return None
-    return _failed(instance, status, message_of(status, msgspec.json.encode({"error": error})))
+    return _failed(instance, status, message_of(status, encode_json({"error": error})))
+
+
+def _refused(instance: Instance, error: object) -> UpstreamRejected | UpstreamError:
+    """The error for a stream whose first event reports one, with its status: SGLang refuses inside a 200."""
+    status = error.get("code") if isinstance(error, dict) else None
+    body = encode_json({"error": error})
+    if isinstance(status, int) and 500 <= status < 600:
+        return _failed(instance, status, message_of(status, body))
+    return refusal(status if isinstance(status, int) and 400 <= status < 500 else 400, body)
+
+
+def _object(data: bytes) -> JsonObject:
+    """`data` as a JSON object; empty if it is none."""
+    try:
+        said = decode_json(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return {}
+    return said if isinstance(said, dict) else {}
 
 
 def _failed(instance: Instance, status: int, message: str) -> UpstreamError:

@@ -13,7 +13,6 @@ from functools import lru_cache
 from urllib.parse import urlsplit
 
 import aiohttp
-import msgspec
 
 from memserve.router.cluster.instance import Instance
 from memserve.router.errors import (
@@ -33,14 +32,12 @@ from memserve.router.proxy.connection_pool import (
 )
 from memserve.router.proxy.names import names_to_abort
 from memserve.router.request import Api, GenerationRequest
-from memserve.router.sse import data_of
 from memserve.wire.messages import Role
 
 logger = logging.getLogger(__name__)
 
 OWN_FAULTS = (errno.EMFILE, errno.ENFILE, errno.ENOMEM)
 """Shortages of the router itself, which are no fault of an instance."""
-_ERROR = b'data: {"error"'
 
 
 def open_session(tls: ssl.SSLContext, keepalive_s: float, api_key: str | None) -> aiohttp.ClientSession:
@@ -66,13 +63,6 @@ class Leg:
     async def read(self) -> bytes:
         """The whole answer."""
         return await self._connection.read()
-
-    async def first(self) -> bytes:
-        """The first bytes. Raises UpstreamRejected, UpstreamError: SGLang refuses streams inside a 200."""
-        chunk = await self.next()
-        if chunk.startswith(_ERROR):
-            raise _refused(self.instance, chunk)
-        return chunk
 
 
 class Upstream:
@@ -230,12 +220,3 @@ def _error(instance: Instance, status: int, text: bytes) -> UpstreamRejected | U
     if 400 <= status < 500:
         return refusal(status, text)
     return UpstreamError(instance.instance_id, instance.role, status, message_of(status, text))
-
-
-def _refused(instance: Instance, event: bytes) -> UpstreamRejected | UpstreamError:
-    """The error for a stream's first event that reports one; the event holds its status."""
-    body = data_of(event)
-    code = msgspec.json.decode(body)["error"].get("code")
-    if isinstance(code, int) and 500 <= code < 600:
-        return UpstreamError(instance.instance_id, instance.role, code, message_of(code, body))
-    return refusal(code if isinstance(code, int) and 400 <= code < 500 else 400, body)
