@@ -1,7 +1,9 @@
 """The bodies for the two legs of a pair, and their answers merged into one. Pure functions of JSON.
 
 Prefill computes the prompt and one token. Decode's answer is the client's answer, but only prefill knows
-the prompt's logprobs and its cached tokens.
+the prompt's logprobs, the first token's logprobs of given ids, and its cached tokens. What prefill does not
+tell either is refused.
+Source: SGLang 0.5.23, disaggregation/decode.py (_commit_transfer_to_req), which has the rest from prefill.
 """
 
 from __future__ import annotations
@@ -9,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from memserve.core.errors import BadRequest
 from memserve.router.cluster.instance import Pair
 from memserve.router.request import Api, GenerationRequest, JsonObject, decode_json, encode_json
 from memserve.router.sse import data_of, with_data
@@ -20,8 +23,14 @@ def leg_bodies(request: GenerationRequest, pair: Pair, draw_room: Callable[[], i
     """The bodies for prefill and for decode.
 
     `draw_room` gives a new rendezvous number for each prompt. Prefill does not stream its single token,
-    even if the client wants a stream.
+    even if the client wants a stream. Raises BadRequest for what a pair cannot answer.
     """
+    for name in request.wanted_of_one_server:
+        raise BadRequest(
+            f"{name} needs a colocated server, and none is ready: a prefill and a decode server lose the "
+            "prompt's part of it",
+            field=name,
+        )
     host, port = pair.prefill.bootstrap_host, pair.prefill.bootstrap_port
     body: JsonObject = {**request.body, "rid": rid_field(request)}
     if request.num_prompts is None:
@@ -87,7 +96,7 @@ def cache_report(request: GenerationRequest, answer: Any) -> JsonObject:
 
 
 class LogprobMerger:
-    """Adds prefill's logprobs of the prompt to the events of decode's stream."""
+    """Adds prefill's logprobs to the events of decode's stream."""
 
     def __init__(self, request: GenerationRequest, prefill: Any) -> None:
         """`prefill` is prefill's parsed answer."""
@@ -114,8 +123,16 @@ class LogprobMerger:
 
 
 def _merge_meta(prefill: JsonObject, decode: JsonObject) -> None:
-    """Copy the prompt's fields, whose names begin with `input_`."""
+    """Copy the prompt's fields, whose names begin with `input_`, and what decode lacks of the first token."""
     decode.update({key: value for key, value in prefill.items() if key.startswith("input_")})
+    theirs: Any = prefill.get("output_token_ids_logprobs")
+    ours: Any = decode.get("output_token_ids_logprobs")
+    count = decode.get("completion_tokens")
+    # A later event of a stream may hold the newest tokens alone: fewer rows than tokens.
+    if theirs and ours and ours[0] is None and (not isinstance(count, int) or len(ours) >= count):
+        ours[0] = theirs[0]
+    if count == 0 and decode.get("output_token_logprobs"):  # of the token that prefill always computes
+        decode["output_token_logprobs"], decode["output_token_logprobs_length"] = [], 0
 
 
 def _prepend_logprobs(prefill: JsonObject, decode: JsonObject) -> None:

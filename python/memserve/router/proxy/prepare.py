@@ -61,8 +61,13 @@ class PreparedRequest:
     """Length of its longest prompt; None if every decode can hold it, or the length is not known."""
 
     def eligible(self, snapshot: ClusterSnapshot) -> ClusterSnapshot:
-        """The instances of `snapshot` that serve the model and can hold the longest prompt."""
+        """The instances of `snapshot` that serve the model and can hold the longest prompt.
+
+        Colocated instances alone, if there are any and a pair cannot answer the request.
+        """
         serving = ClusterSnapshot() if self.model is None else snapshot.serving(self.model)
+        if serving.colocated and self.request.wanted_of_one_server:
+            serving = ClusterSnapshot.of(serving.colocated)
         return serving if self.num_tokens is None else instances_that_fit(serving, self.num_tokens)
 
     def resumed(self, num_tokens: int | None) -> PreparedRequest:
