@@ -6,12 +6,13 @@ INSTALL = python3 scripts/install.py --venv $(VENV)
 # machine to itself.
 UNIT    = $(PYTHON) -m pytest -q -n 3 --dist worksteal test/unit
 
-.PHONY: help install demo test chaos check docs bench clean
+.PHONY: help install demo test chaos fuzz check docs bench clean
 
 help:
 	@echo "make demo     router, prefill and decode serve a conversation (KEEP=1 leaves them up, CACHING=all compares)"
 	@echo "make test     everything, with real servers"
 	@echo "make chaos    servers are killed, cut off and confused under load, and a table of what became of each request"
+	@echo "make fuzz     odd requests to real servers, and pairs compared with one server (MINUTES=10 SEED=, ONLY=)"
 	@echo "make check    lint, types, layering, documentation and unit tests: about three minutes"
 	@echo "make docs     the documentation as a site in build/site, its reference pages written anew from the code"
 	@echo "make bench    the whole evaluation, with one report (PARTS='steps stock' for some of it; says how long, goes on where it was)"
@@ -31,6 +32,10 @@ test:
 chaos:
 	@$(INSTALL) --dev
 	@FAULTS="$(FAULTS)" $(PYTHON) -m pytest -s test/chaos/real_servers.py $(if $(FAULTS),,test/chaos/test_fakes.py)
+
+fuzz:
+	@$(INSTALL) --dev
+	@MINUTES="$(MINUTES)" SEED="$(SEED)" $(PYTHON) -m pytest -s test/fuzz/real_servers.py $(if $(ONLY),-k $(ONLY))
 
 check:
 	@$(INSTALL) --dev

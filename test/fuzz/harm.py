@@ -206,15 +206,15 @@ def cut_of(api: Api, data: bytes, content_type: str) -> str | None:
         reasons = [_reason(one) for one in results]
     else:
         events = [line[5:].strip() for line in data.split(b"\n") if line.startswith(b"data:")]
-        if not events or events[-1] != b"[DONE]":
-            return f"no [DONE]: {data[-200:]!r}"
         last: dict[int, str | None] = {}
-        for event in map(json.loads, events[:-1]):
+        for event in map(json.loads, filter(lambda one: one != b"[DONE]", events)):
             if "error" in event:
                 code = event["error"].get("code")
                 return None if isinstance(code, int) and 400 <= code < 500 else f"error event {event}"
             for one in [event] if api is Api.GENERATE else event.get("choices") or ():
                 last[one.get("index", 0)] = _reason(one) or last.get(one.get("index", 0))
+        if not events or events[-1] != b"[DONE]":
+            return f"no [DONE]: {data[-200:]!r}"
         reasons = list(last.values())
     wrong = [reason for reason in reasons if reason not in ("stop", "length", "tool_calls")]
     return f"finish reasons {wrong}" if wrong or not reasons else None

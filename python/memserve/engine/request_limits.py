@@ -36,6 +36,8 @@ class RequestLimits:
     max_stop_chars: int = 1024
     max_stop_chars_in_all: int = 4096
     """SGLang compares each prefix of each stop string with the answer's end: quadratic in the length."""
+    max_top_logprobs_of_pairs: int = 128
+    """What prefill's buffer for decode holds; one more ends prefill. Source: SGLang, MetadataBuffers."""
     max_stop_regex_tokens: int = 512
     """The end of the answer that a stop_regex is matched with; SGLang decodes it again at each step."""
 
@@ -82,7 +84,9 @@ def check_request(request: Any, vocab_size: int, num_dp_ranks: int, hidden_size:
 
     `disagg_prefill_dp_rank` must be a rank of this server: decode would look for it at prefill in vain.
     """
-    _check_int("top_logprobs_num", request.top_logprobs_num or 0, 0, vocab_size)
+    is_of_pair = request.bootstrap_room is not None
+    most = min(vocab_size, LIMITS.max_top_logprobs_of_pairs) if is_of_pair else vocab_size
+    _check_int("top_logprobs_num", request.top_logprobs_num or 0, 0, most)
     _check_int("logprob_start_len", request.logprob_start_len, -1, _MAX_INT32)
     _check_token_ids("token_ids_logprob", request.token_ids_logprob or (), vocab_size)
     for name, low, high in (

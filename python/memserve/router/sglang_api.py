@@ -163,7 +163,7 @@ FIELDS = {
     "max_tokens": Field(OPENAI, POSITIVE),
     "max_completion_tokens": Field(In.CHAT, POSITIVE),
     "min_tokens": Field(OPENAI, COUNT),
-    "stop": Field(SAMPLING | OPENAI, Strings(max_bytes=4096), FROM_TOKENS),
+    "stop": Field(SAMPLING | OPENAI, Strings(max_bytes=1024), FROM_TOKENS),
     "stop_token_ids": Field(SAMPLING | OPENAI, TOKEN_IDS, FROM_TOKENS),
     "stop_regex": Field(SAMPLING | OPENAI, Regexes(Strings(max_bytes=256))),
     "ignore_eos": Field(SAMPLING | OPENAI, BOOLEAN, FROM_TOKENS),

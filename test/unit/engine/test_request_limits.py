@@ -120,8 +120,9 @@ def request(**fields: Any) -> SimpleNamespace:
     ],
 )
 def test_fields_outside_the_vocabulary_the_prompt_or_the_server_are_refused(name: str, value: Any) -> None:
-    ordinary = request(top_logprobs_num=260, token_ids_logprob=[259], bootstrap_room=2**63 - 1, priority=5)
+    ordinary = request(top_logprobs_num=128, token_ids_logprob=[259], bootstrap_room=2**63 - 1, priority=5)
     limits.check_request(ordinary, VOCAB, num_dp_ranks=2, hidden_size=2)
+    limits.check_request(request(top_logprobs_num=260), VOCAB, num_dp_ranks=1, hidden_size=2)
     with pytest.raises(ValueError, match=name):
         limits.check_request(request(**{name: value}), VOCAB, num_dp_ranks=2, hidden_size=2)
 
@@ -144,3 +145,10 @@ def test_nesting_of_a_regex(text: str, depth: int, repeats: int) -> None:
 def test_strings_of_a_grammar_nest_nothing() -> None:
     assert nesting('"((({9}" "\\"("{2}', has_strings=True) == (0, 2)
     check_grammar("ebnf", 'root ::= "' + "(" * 100 + '"')
+
+
+def test_top_logprobs_of_a_pair_are_those_that_prefill_can_hand_over() -> None:
+    with pytest.raises(ValueError, match="top_logprobs_num"):
+        limits.check_request(
+            request(top_logprobs_num=129, bootstrap_room=1), VOCAB, num_dp_ranks=1, hidden_size=2
+        )

@@ -359,7 +359,7 @@ def test_null_means_the_same_as_no_value(where: In, name: str) -> None:
         (In.NATIVE, "priority", [-5, 5], ["high", 2**70]),
         (In.SAMPLING, "n", [1, 128, 2.0], [0, 129, True, "2"]),
         (In.SAMPLING, "stream_interval", [1], [0, -1, "a"]),
-        (In.SAMPLING, "stop", ["", "a", ["a"] * 32], [5, [5], ["a"] * 33, "x" * 4097]),
+        (In.SAMPLING, "stop", ["", "a", ["a"] * 32], [5, [5], ["a"] * 33, "x" * 1025]),
         (In.SAMPLING, "stop_regex", ["a+", ["a", "b"]], ["([", 5, ["a", "(["], "a" * 257, "a{99999999999}"]),
         (In.CHAT, "stop_regex", ["a+"], ["(["]),
         (In.SAMPLING, "regex", ["a" * 1000, "([" * 50], [5, "a" * 300_000, "(" * 101]),
