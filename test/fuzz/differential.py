@@ -20,10 +20,13 @@ from memserve.router.sglang_api import In
 from .harm import asks_for_much
 from .values import CONTEXT, VOCABULARY, Drawn, draw
 
-LIMITS = ModelLimits(VOCABULARY, CONTEXT)
+LIMITS = ModelLimits(VOCABULARY, CONTEXT, has_pairs=True)
 UNEQUAL = {"id", "created", "rid", "e2e_latency", "cached_tokens", "cached_tokens_details", "weight_version"}
 """Names of values that differ between two servers, or two runs."""
+UNEQUAL |= {"spec_tokens_details"}  # with n > 1 an empty list of one server, absent from a pair's answer
 UNEQUAL_ENDINGS = ("_time", "_ts", "_latency", "_duration")
+NOT_IN_PAIRS = {"return_sampling_mask", "beam_width", "return_hidden_states"}
+"""SGLang's pairs refuse these."""
 OF_PAIRS = ("prefill_",)
 """Beginnings of names that only answers of pairs have."""
 TOLERANCE = 2e-3
@@ -35,7 +38,7 @@ def draw_valid(rng: random.Random) -> Drawn:
     while True:
         one = draw(rng, where=rng.choice(list(In)))
         body = _determined(one.api, one.body)
-        if asks_for_much(body):
+        if asks_for_much(body) or any(field.split(".")[1] in NOT_IN_PAIRS for field in one.fields):
             continue
         try:
             read_request(one.api, body, LIMITS, new_rid="x")
@@ -74,9 +77,17 @@ def _answer(url: str, one: Drawn) -> Any:
         return {"status": 2, "answer": answer.json()}
     events = [line[6:] for line in answer.content.split(b"\n") if line.startswith(b"data: {")]
     parsed = [json.loads(event) for event in events]
-    if any("error" in event for event in parsed):
-        return {"status": 4}
+    codes = [_code(event) for event in parsed]
+    if any(codes):
+        return {"status": next(filter(None, codes)) // 100}
     return {"status": 2, "answer": _joined(one.api, parsed)}
+
+
+def _code(event: Any) -> int | None:
+    """The status of an event that reports an error."""
+    reason = event.get("meta_info", {}).get("finish_reason") or {}
+    code = event["error"].get("code") if "error" in event else reason.get("status_code")
+    return code if isinstance(code, int) else 500 if "error" in event else None
 
 
 def _joined(api: Api, events: list[Any]) -> Any:

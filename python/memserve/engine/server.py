@@ -100,6 +100,10 @@ def run(server_args: Any, registrar: Registrar | None) -> None:
         if registrar is not None:
             registrar.close()
 
+    def crashed(*_: Any) -> None:
+        if registrar is not None:
+            registrar.crashed()
+
     def interrupt_as_sigterm(handle_exit: Any, http_server: Any, signum: int, frame: Any) -> None:
         """The first Ctrl-C drains as SIGTERM does; the second ends the server at once."""
         if signum == signal.SIGINT and not interrupted.is_set():
@@ -110,6 +114,7 @@ def run(server_args: Any, registrar: Registrar | None) -> None:
 
     interrupted = threading.Event()
     HookRegistry.register(seams.SIGTERM_HANDLER, leave, HookType.BEFORE)
+    HookRegistry.register(seams.SIGQUIT_HANDLER, crashed, HookType.BEFORE)
     HookRegistry.register(seams.SIGINT_HANDLER, interrupt_as_sigterm, HookType.AROUND)
     admission.place()
     if is_cpu_machine():

@@ -18,6 +18,7 @@ SGLANG_VERSION = "0.5.23"
 _MOONCAKE = "sglang.srt.distributed.device_communicators.mooncake_transfer_engine"
 TRANSFER_ENGINE = f"{_MOONCAKE}.MooncakeTransferEngine"
 SIGTERM_HANDLER = "sglang.srt.managers.tokenizer_manager.SignalHandler.sigterm_handler"
+SIGQUIT_HANDLER = "sglang.srt.managers.tokenizer_manager.SignalHandler.running_phase_sigquit_handler"
 SIGINT_HANDLER = "uvicorn.Server.handle_exit"
 SCHEDULER_MODULE = "sglang.srt.managers.scheduler"
 INTERNAL_STATE = f"{SCHEDULER_MODULE}.Scheduler.get_internal_state"
@@ -140,6 +141,11 @@ SEAMS = (
         "sigterm",
         SIGTERM_HANDLER.replace(".SignalHandler.", ":SignalHandler."),
         "leaving the router before requests are drained",
+    ),
+    Seam(
+        "sigquit",
+        SIGQUIT_HANDLER.replace(".SignalHandler.", ":SignalHandler."),
+        "telling the router of a crash",
     ),
     Seam(
         "sigint",

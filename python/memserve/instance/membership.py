@@ -67,7 +67,7 @@ class Membership:
             name=f"pool={info.instance_id}",
             register=lambda: RegisterPool(info),
             heartbeat=lambda: PoolHeartbeat(info.epoch, self._version, tiers()),
-            deregister=DeregisterPool(info.epoch),
+            deregister=lambda: DeregisterPool(info.epoch),
             on_answer=self._on_answer,
         )
         self._registration = RouterRegistration(client, messages)

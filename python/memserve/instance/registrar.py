@@ -47,13 +47,14 @@ class Registrar:
         It calls `on_role` once, with the role that a router requests of this instance.
         """
         self._is_draining = False
+        self._has_crashed = False
         self._on_role = on_role
         self._requested_role: Role | None = None
         messages = RegistrationMessages(
             name=f"instance={info.instance_id}",
             register=lambda: Register(info, self._is_draining),
             heartbeat=lambda: Heartbeat(info.instance_id, info.epoch, load()),
-            deregister=Deregister(info.instance_id, info.epoch),
+            deregister=lambda: Deregister(info.instance_id, info.epoch, self._has_crashed),
             on_answer=self._on_answer,
         )
         self._registration = RouterRegistration(client, messages)
@@ -64,6 +65,11 @@ class Registrar:
 
     def close(self) -> None:
         """Deregister, if registered, and stop. Takes at most a few seconds; idempotent."""
+        self._registration.close()
+
+    def crashed(self) -> None:
+        """As `close`, and say that the instance has ended by itself with the requests that it has."""
+        self._has_crashed = True
         self._registration.close()
 
     def _on_answer(self, answer: Message) -> float | None:

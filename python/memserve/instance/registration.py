@@ -33,7 +33,7 @@ class RegistrationMessages:
     """Kind and name of the registrant, for the log."""
     register: Callable[[], Message]
     heartbeat: Callable[[], Message]
-    deregister: Message
+    deregister: Callable[[], Message]
     on_answer: Callable[[Message], float | None]
     """Takes each answer; returns the heartbeat interval in seconds if it is an acceptance."""
 
@@ -83,7 +83,7 @@ class RouterRegistration:
                 interval_s = 0.0 if registered else RETRY_S
                 registered = False
             if registered:
-                self._tell(self._messages.deregister)
+                self._tell(self._messages.deregister())
             self._client.close()
         except Exception:
             logger.exception(

@@ -139,6 +139,7 @@ async def _open_proxy(
     connections = ConnectionPool(tls, config.proxy)
     stack.callback(connections.close)
     state.cluster.on_unresponsive = connections.abandon
+    state.cluster.on_crashed = connections.crashed
     upstream = Upstream(
         connections, session, on_lost=_on_lost(state), abort_timeout_s=config.proxy.abort_timeout_secs
     )

@@ -64,14 +64,25 @@ class UpstreamDisconnected(UpstreamFault):
     kind = "lost"
 
     def __init__(
-        self, instance_id: InstanceId, epoch: Epoch, role: str, reason: str, *, was_sent: bool = True
+        self,
+        instance_id: InstanceId,
+        epoch: Epoch,
+        role: str,
+        reason: str,
+        *,
+        was_sent: bool = True,
+        sent_s: float = 0.0,
     ) -> None:
-        """`was_sent`: the instance had at least a part of the request, which may have ended it."""
+        """`was_sent`: the instance had at least a part of the request, which may have ended it.
+
+        `sent_s`: when it was sent, by time.monotonic.
+        """
         super().__init__(instance_id, f"the {role} server {instance_id} was lost: {reason}")
         self.epoch = epoch
         self.role = role
         self.reason = reason
         self.was_sent = was_sent
+        self.sent_s = sent_s
 
 
 class UpstreamError(UpstreamFault):
@@ -87,13 +98,16 @@ class UpstreamError(UpstreamFault):
 
 
 class PoisonRequest(MemServeError):
-    """Several instances were lost while they worked on the request: no other instance gets it."""
+    """Instances ended while they worked on the request: no other instance gets it."""
 
     def __init__(self, role: str, instances: Sequence[InstanceId]) -> None:
         names = ", ".join(instances)
+        lost = f"{len(instances)} {role} servers were lost while they worked on this request ({names})"
+        if len(instances) == 1:
+            lost = f"the {role} server {names} crashed as soon as it had this request"
         super().__init__(
-            f"{len(instances)} {role} servers were lost while they worked on this request ({names}): "
-            "it may have ended them and is not tried on another server; change it before you send it again"
+            f"{lost}: the request may be the cause and is not tried on another server; "
+            "change it before you send it again"
         )
 
 

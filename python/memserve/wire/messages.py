@@ -17,7 +17,7 @@ from memserve.core.errors import WireMismatch
 from memserve.core.ids import Epoch, InstanceId
 from memserve.wire.peer_messages import FromPool, ToPool
 
-WIRE_VERSION = 9
+WIRE_VERSION = 10
 
 
 class Role(StrEnum):
@@ -81,6 +81,8 @@ class Deregister(msgspec.Struct, frozen=True, tag=True):
 
     instance_id: InstanceId
     epoch: Epoch
+    has_crashed: bool = False
+    """Its scheduler has ended by itself: the requests that it has will not be answered."""
 
 
 class Accepted(msgspec.Struct, frozen=True, tag=True):

@@ -58,6 +58,17 @@ def test_registrar_registers_sends_heartbeats_and_deregisters() -> None:
     assert last == Deregister(INFO.instance_id, INFO.epoch)
 
 
+def test_registrar_tells_of_a_crash() -> None:
+    router = FakeRouter(lambda message: Accepted(heartbeat_s=0.01))
+    registrar = Registrar(ControlClient(router.address), INFO)
+    registrar.start()
+    assert router.next() == Register(INFO)
+    registrar.crashed()
+    router.close()
+    last = [router.heard.get_nowait() for _ in range(router.heard.qsize())][-1]
+    assert last == Deregister(INFO.instance_id, INFO.epoch, has_crashed=True)
+
+
 def test_registrar_registers_again_at_a_router_that_forgot_it() -> None:
     def forgetful(message: Message) -> Message:
         return Accepted(heartbeat_s=0.01) if isinstance(message, Register) else Unknown()

@@ -99,8 +99,8 @@ def answer(cluster: InstanceRegistry, pools: Pools, message: Message) -> Message
             if known is None:
                 return Unknown()
             return Accepted(cluster.heartbeat_s, known.is_draining, known.new_role)
-        case Deregister(instance_id, epoch):
-            cluster.deregister(instance_id, epoch)
+        case Deregister(instance_id, epoch, has_crashed):
+            cluster.deregister(instance_id, epoch, has_crashed=has_crashed)
             return Accepted(cluster.heartbeat_s)
         case RegisterPool(pool):
             reason = _pool_error(pool) or pools.rejection_reason(pool)

@@ -20,6 +20,7 @@ from collections.abc import Callable, Container, Sequence
 
 from memserve.core.ids import Epoch, InstanceId
 from memserve.router.cluster.config import ClusterConfig
+from memserve.router.cluster.crashes import Crashes
 from memserve.router.cluster.instance import ClusterSnapshot, Instance
 from memserve.router.cluster.member import Member, ProcessStatus, State, SuspectReason
 from memserve.router.server_info import ServerInfo
@@ -36,6 +37,9 @@ class InstanceRegistry:
         self.heartbeat_s = config.heartbeat_secs
         self.probe_needed = asyncio.Event()
         """Set when a member needs a probe."""
+        self.crashes = Crashes(clock)
+        self.on_crashed: Callable[[str, str], None] = lambda url, reason: None
+        """Called with the URL of an instance that crashed, and the reason."""
         self.on_unresponsive: Callable[[str, str], None] = lambda url, reason: None
         """Called with the URL of an instance that is down for its silence, and the reason."""
         self._clock = clock
@@ -141,10 +145,15 @@ class InstanceRegistry:
         self._heard(member)
         return member
 
-    def deregister(self, instance_id: InstanceId, epoch: Epoch) -> None:
-        """Remove the instance; running requests may end. Idempotent."""
-        if self._find(instance_id, epoch) is not None:
-            self._forget(instance_id, "it deregistered")
+    def deregister(self, instance_id: InstanceId, epoch: Epoch, *, has_crashed: bool = False) -> None:
+        """Remove the instance; running requests may end, unless it has crashed. Idempotent."""
+        member = self._find(instance_id, epoch)
+        if member is not None:
+            if has_crashed:
+                self.crashes.add(instance_id, epoch)
+            self._forget(instance_id, "its scheduler crashed" if has_crashed else "it deregistered")
+            if has_crashed:
+                self.on_crashed(member.info.url, "its scheduler crashed")
 
     def joined(self, instance_id: InstanceId, epoch: Epoch, server_info: ServerInfo) -> None:
         """Record a successful probe. Ignored if the process was replaced since."""

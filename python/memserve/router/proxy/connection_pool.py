@@ -11,6 +11,7 @@ import asyncio
 import math
 import re
 import ssl
+import time
 from collections import deque
 from collections.abc import Awaitable, Callable
 from typing import TypeVar, cast
@@ -106,11 +107,11 @@ class Connection(asyncio.Protocol):
         else:
             self.close()
 
-    def abandon(self, reason: str) -> None:
-        """Close the connection; its reader gets UpstreamUnresponsive with `reason`."""
+    def abandon(self, error: ConnectionError) -> None:
+        """Close the connection; its reader gets `error`."""
         if not self.is_closed:
             self._transport.abort()
-            self._fail(UpstreamUnresponsive(reason))
+            self._fail(error)
 
     def is_closing(self) -> bool:
         """Whether it is closed, or the instance has begun to close it."""
@@ -251,8 +252,15 @@ class ConnectionPool:
 
     def abandon(self, url: str, reason: str) -> None:
         """Close all connections to the instance at `url`, which does not answer."""
+        self._abandon(url, UpstreamUnresponsive(reason))
+
+    def crashed(self, url: str, reason: str) -> None:
+        """Close all connections to the instance at `url`, which will not answer any more."""
+        self._abandon(url, MalformedResponse(reason))
+
+    def _abandon(self, url: str, error: ConnectionError) -> None:
         for connection in list(self._open.pop(url, ())):
-            connection.abandon(reason)
+            connection.abandon(error)
 
     def retain(self, up: ClusterSnapshot) -> None:
         """Close connections that have been idle for long, and forget instances that are not in `up`."""
@@ -282,6 +290,8 @@ class UpstreamExchange:
     def __init__(self, pool: ConnectionPool, url: str) -> None:
         self.connection: Connection | None = None
         """Where the request was sent last, and the answer is read."""
+        self.sent_s = math.inf
+        """When the request was sent last, by time.monotonic."""
         self.was_sent = False
         """The instance may have received a part of the request."""
         self._pool = pool
@@ -309,7 +319,7 @@ class UpstreamExchange:
             self.connection.release() if is_answered else self.connection.close()
 
     def _sent(self, connection: Connection, request: bytes) -> Connection:
-        self.connection, self.was_sent = connection, True
+        self.connection, self.was_sent, self.sent_s = connection, True, time.monotonic()
         connection.send(request)
         return connection
 

@@ -2,7 +2,7 @@
 
     select ── execute ──> the result
       ^          │ UpstreamFault
-      │          ├─ two instances of one role died with the request ──> PoisonRequest
+      │          ├─ one crashed at once, or two of one role ended, with the request ──> PoisonRequest
       │          ├─ no retry, time or instance is left ──> the fault
       └─ backoff ┘ the request under new names, or the rest of its stream
 
@@ -20,6 +20,7 @@ from typing import Protocol, TypeVar
 
 from memserve.core.ids import InstanceId
 from memserve.router.cluster.breaker import Breakers
+from memserve.router.cluster.crashes import Crashes
 from memserve.router.cluster.instance import ClusterSnapshot
 from memserve.router.cluster.member import ProcessStatus
 from memserve.router.cluster.registry import InstanceRegistry
@@ -76,6 +77,8 @@ class RetryPolicy:
     max_backoff_s: float = 2.0
     poison_threshold: int = 2
     """Instances of one role that a request may lose before it is rejected as a poison request."""
+    crash_window_s: float = 2.0
+    """A request that an instance got so short before it crashed is rejected at once."""
     draw: Callable[[], float] = random.random
     """Jitter: numbers from 0 to 1."""
 
@@ -106,6 +109,17 @@ def find_poison(faults: Sequence[UpstreamFault], threshold: int = 2) -> PoisonRe
     for role, instances in lost.items():
         if len(instances) >= threshold:
             return PoisonRequest(role, tuple(instances))
+    return None
+
+
+def find_crash(
+    lost: Sequence[UpstreamDisconnected], crashes: Crashes, window_s: float
+) -> PoisonRequest | None:
+    """Why a request must reach no other instance after one crashed within `window_s` of getting it."""
+    for fault in lost:
+        crashed_s = crashes.time_of(fault.instance_id, fault.epoch)
+        if crashed_s is not None and fault.was_sent and crashed_s - fault.sent_s <= window_s:
+            return PoisonRequest(fault.role, (fault.instance_id,))
     return None
 
 
@@ -213,10 +227,17 @@ class RetryLoop:
             raise RequestTimeout(f"no answer within {timeout_s:g} s") from error
 
     async def _check_poison(self, faults: Sequence[UpstreamFault]) -> None:
-        """Raises PoisonRequest as `find_poison`, once it is known which of the instances have ended."""
+        """Raises PoisonRequest as `find_poison`, once it is known which of the instances have ended.
+
+        At once for an instance that crashed as soon as it had the request: a process that was killed from
+        outside sends no notice of a crash.
+        """
         clock = asyncio.get_running_loop().time
         until_s = clock() + self._cluster.suspect_after_s
         lost = [fault for fault in faults if isinstance(fault, UpstreamDisconnected)]
+        if (suspect := find_crash(lost, self._cluster.crashes, self._policy.crash_window_s)) is not None:
+            self._observer.count_poison()
+            raise suspect from faults[-1]
         while True:
             statuses = [self._cluster.process_status(one.instance_id, one.epoch) for one in lost]
             ended, unknown = (

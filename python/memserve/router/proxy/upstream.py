@@ -167,7 +167,9 @@ class Upstream:
         # A process that was stopped, or cut off, was not ended by the request.
         may_be_cause = exchange.was_sent and not isinstance(error, UpstreamUnresponsive)
         name, epoch = instance.instance_id, instance.epoch
-        return UpstreamDisconnected(name, epoch, instance.role, reason, was_sent=may_be_cause)
+        return UpstreamDisconnected(
+            name, epoch, instance.role, reason, was_sent=may_be_cause, sent_s=exchange.sent_s
+        )
 
     def _abort(self, instance: Instance, rids: Sequence[str]) -> None:
         task = asyncio.create_task(self._send_aborts(instance, rids))

@@ -10,8 +10,9 @@ from typing import Any
 import pytest
 
 from memserve.core.ids import Epoch, InstanceId
+from memserve.router.cluster.crashes import Crashes
 from memserve.router.errors import UpstreamDisconnected, UpstreamError, UpstreamFault
-from memserve.router.proxy.retry import find_poison
+from memserve.router.proxy.retry import find_crash, find_poison
 from memserve.testing.fake_answers import Script
 from memserve.testing.fake_worker import FakeWorker
 from memserve.wire.messages import Role
@@ -42,6 +43,50 @@ def test_find_poison_needs_two_lost_instances_of_one_role(
     faults: list[UpstreamFault], is_harmful: bool
 ) -> None:
     assert (find_poison(faults) is not None) is is_harmful
+
+
+@pytest.mark.parametrize(
+    ("sent_s", "was_sent", "name", "is_harmful"),
+    [
+        (9.0, True, "a", True),
+        (7.0, True, "a", False),  # it was there for long before the crash
+        (9.0, False, "a", False),
+        (9.0, True, "killed from outside", False),
+    ],
+)
+def test_request_that_came_just_before_a_crash_is_harmful(
+    sent_s: float, was_sent: bool, name: str, is_harmful: bool
+) -> None:
+    crashes = Crashes(lambda: 10.0)
+    crashes.add(InstanceId("a"), Epoch(1))
+    fault = UpstreamDisconnected(
+        InstanceId(name), Epoch(1), "prefill", "gone", was_sent=was_sent, sent_s=sent_s
+    )
+    assert (find_crash([fault], crashes, 2.0) is not None) is is_harmful
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("role", [Role.PREFILL, Role.DECODE, Role.COLOCATED])
+async def test_request_is_tried_on_no_other_server_after_one_crashed_with_it(
+    role: Role, stream: bool
+) -> None:
+    others = [FakeWorker(one) for one in (Role.PREFILL, Role.DECODE) if Role.COLOCATED not in (role, one)]
+    workers = [FakeWorker(role, script=Script(gates={0: asyncio.Event()})) for _ in range(3)]
+    others = [one for one in others if one.role is not role]
+    for other in others:
+        other.script = Script(gates={0: asyncio.Event()})
+    async with staged(*others, *workers, retry_initial_backoff_ms=1) as stage:
+        ask = Ask(stage, body={"text": "poison", "stream": stream})
+        await stage.until(lambda: any(one.requests for one in workers))
+        (first,) = (one for one in workers if one.requests)
+        info = info_of(first)
+        stage.router.cluster.deregister(info.instance_id, info.epoch, has_crashed=True)
+        status, answer = await ask.task
+        error = json.loads(answer)["error"]
+        assert (status, error["retryable"], error["code"]) == (502, False, "request_ended_servers")
+        assert info.instance_id in error["message"]
+        assert sum(len(one.requests) for one in workers) == 1
+        assert await metric(stage, "memserve_router_harmful_total 1.0")
 
 
 @pytest.mark.parametrize("stream", [False, True])
