@@ -10,13 +10,15 @@ Source: SGLang 0.5.23, Scheduler.abort_request, TokenizerManager.create_abort_ta
 
 from __future__ import annotations
 
+import re
 import secrets
 from collections.abc import Iterable
 
 from msgspec import structs
 
-from memserve.router.request import GenerationRequest
+from memserve.router.request import Api, GenerationRequest, encode_json
 
+_ID = re.compile(rb'^(data: ?\{"id": ?)"[^"]*"', re.MULTILINE)
 _NUMBER = len("-000000-")
 
 
@@ -46,6 +48,18 @@ def with_told_names(mark: str, answer: bytes) -> bytes:
         return answer
     first, *rest = answer.split(f'"{mark}-'.encode())
     return b'"'.join([first, *(part[_NUMBER - 1 :] for part in rest)])
+
+
+def has_several_ids(request: GenerationRequest) -> bool:
+    """Whether SGLang's events have an id per prompt or sample, where OpenAI's have one in all."""
+    is_single = request.num_prompts is None and request.num_samples == 1
+    return request.api is not Api.GENERATE and not is_single
+
+
+def with_one_id(request: GenerationRequest, events: bytes) -> bytes:
+    """Whole events of OpenAI's, all with the id of the request."""
+    name = encode_json(told_name(request, request.rid))
+    return _ID.sub(lambda found: found[1] + name, events)
 
 
 def names_to_abort(request: GenerationRequest, aborted: Iterable[str]) -> list[str]:

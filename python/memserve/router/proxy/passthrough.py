@@ -96,6 +96,9 @@ class Passthrough:
         while True:
             admitted = self._breakers.admitted(candidates).colocated or candidates.colocated
             left = [one for one in admitted if one.instance_id not in tried]
+            if not left and (candidates.prefills or candidates.decodes):
+                message = f"{request.path} needs a colocated server, and this model is served by pairs"
+                raise BadRequest(message, status=404)
             if not left:
                 raise NoRoute("no colocated server is ready")
             instance = min(left, key=self._load)

@@ -16,7 +16,7 @@ import msgspec
 from memserve.router.cluster.instance import ClusterSnapshot, Instance
 from memserve.router.proxy.aborts import ABORT, check_abort
 from memserve.router.proxy.capacity import largest_capacity
-from memserve.router.proxy.names import with_told_names
+from memserve.router.proxy.names import has_several_ids, with_one_id, with_told_names
 from memserve.router.proxy.recovery_policy import (
     SAMPLES,
     PromptTokens,
@@ -159,8 +159,9 @@ class ResumableStream:
         """
         self._rest = b""
         self._check = partial(check_abort, request, instance)
+        write_events = partial(self._write_with_one_id, request) if has_several_ids(request) else self.write
         if not request.mark:
-            return self.write
+            return write_events
         splitter = EventSplitter()
 
         async def write(chunk: bytes) -> None:
@@ -170,9 +171,12 @@ class ResumableStream:
                 if splicer is not None:
                     own = splicer.rewrite(own)
                 if own:
-                    await self.write(own)
+                    await write_events(own)
 
         return write
+
+    async def _write_with_one_id(self, request: GenerationRequest, events: bytes) -> None:
+        await self.write(with_one_id(request, events))
 
     def _cut(self, chunk: bytes) -> bytes:
         """The whole events; the rest is kept."""

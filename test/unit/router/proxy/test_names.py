@@ -115,3 +115,24 @@ async def test_servers_never_see_a_clients_rid_as_a_name(
                 assert name != "job-1"
                 assert (name in answer) is not bool(rid)
             assert ('"job-1"' in answer) is bool(rid)
+
+
+@pytest.mark.parametrize("rid", [{}, {"rid": "job-1"}])
+@pytest.mark.parametrize("is_pair", [False, True])
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": "a"}], "n": 3}),
+        ("/v1/completions", {"prompt": ["a", "b"]}),
+        ("/v1/completions", {"prompt": ["a", "b"], "n": 2}),
+    ],
+)
+async def test_all_events_of_an_openai_stream_have_one_id(
+    path: str, body: dict[str, Any], is_pair: bool, rid: dict[str, str]
+) -> None:
+    async with staged(*(pair() if is_pair else [FakeWorker()])) as stage:
+        async with stage.client.post(stage.url(path), json={**body, **rid, "stream": True}) as response:
+            events = (await response.read()).split(b"\n\n")
+        ids = {json.loads(event[6:])["id"] for event in events if event.startswith(b"data: {")}
+        assert len(ids) == 1
+        assert not rid or ids == {"job-1"}

@@ -42,6 +42,13 @@ async def test_passthrough_sends_a_request_to_the_least_loaded_colocated_server(
         assert not stage.decode.requests
 
 
+async def test_passthrough_to_pairs_alone_is_told_what_is_missing() -> None:
+    async with staged(*pair()) as stage:
+        status, answer = await stage.post("/v1/embeddings", BODY)
+        assert (status, answer["error"]["retryable"]) == (404, False)
+        assert "colocated" in answer["error"]["message"]
+
+
 async def test_passthrough_tries_the_next_server_if_the_first_cannot_be_reached() -> None:
     workers = [FakeWorker(), FakeWorker()]
     async with staged(*workers) as stage:
@@ -69,8 +76,6 @@ async def test_passthrough_answers_errors_in_the_envelope_of_all_others() -> Non
         stage.colocated.script = Script()
         assert (await stage.post("/v1/embeddings", {**BODY, "model": "other"}))[0] == 404
         assert (await stage.post("/v1/embeddings", ["no object"]))[0] == 400
-    async with staged(*pair()) as stage:
-        assert (await stage.post("/v1/embeddings", BODY))[0] == 503
 
 
 async def test_passthrough_needs_a_key_and_a_slot_and_is_logged(tmp_path: Path) -> None:
