@@ -16,6 +16,8 @@ from multiprocessing import forkserver
 from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 
+import pytest
+
 from memserve.testing.ending import ask_for_sigterm
 
 MODULE = "memserve.launch_server"
@@ -37,12 +39,12 @@ class ForkServer:
         """Start to import the modules, in the background."""
         self._context = multiprocessing.get_context("forkserver")
         self._context.set_forkserver_preload(list(PRELOADED))
-        before = os.environ.get("OMP_NUM_THREADS")
-        os.environ["OMP_NUM_THREADS"] = "1"  # keeps numpy from starting threads, which a fork does not copy
-        forkserver.ensure_running()
-        del os.environ["OMP_NUM_THREADS"]
-        if before is not None:
-            os.environ["OMP_NUM_THREADS"] = before
+        with pytest.MonkeyPatch.context() as patch:
+            # Numpy starts no threads, which a fork would not copy.
+            patch.setenv("OMP_NUM_THREADS", "1")
+            # Read while SGLang is imported, which is before a server sets it for itself.
+            patch.setenv("TORCHDYNAMO_DISABLE", "1")
+            forkserver.ensure_running()
 
     def start(self, argv: Sequence[str], log: Path, env: Mapping[str, str]) -> ForkedProcess:
         """Fork a server with `argv`, the words after `python -m`, and exactly the environment `env`.

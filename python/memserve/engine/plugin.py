@@ -79,11 +79,12 @@ def drop_in() -> type[Any]:
 
 
 def report_state(output: Any, inquirer: Any, *_: Any) -> Any:
-    """Add the counters of the transfer engine and the memory pool to this scheduler's `/server_info`."""
+    """Add the model's vocabulary, and the counters of the transfer engine and the memory pool, to the
+    scheduler's `/server_info`."""
     from memserve.disagg.transfer_engine import TransferEngine
     from memserve.engine.hooks.pool import linker_of
 
-    state: dict[str, Any] = {}
+    state: dict[str, Any] = {"vocab_size": inquirer.model_config.vocab_size}
     engine = pkgutil.resolve_name(seams.SHARED_ENGINE)()
     if isinstance(engine, TransferEngine):
         state["transfer"] = asdict(engine.stats().total)

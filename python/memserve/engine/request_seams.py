@@ -28,6 +28,7 @@ INVALID_GRAMMAR = "sglang.srt.constrained.base_grammar_backend:InvalidGrammarObj
 MODEL_WORKER = f"{SCHEDULER_MODULE}.Scheduler.init_model_worker"
 SCALE_LOGITS = "sglang.srt.sampling.penaltylib.repetition_penalty:apply_scaling_penalties"
 SEEDED_SAMPLE = "sglang.srt.layers.sampler:multinomial_with_seed"
+GRAD_MODE = "sglang.srt.utils:DynamicGradMode"
 EXECUTION = "sglang.srt.runtime_context:get_exec"
 
 
@@ -116,5 +117,6 @@ SEAMS = (
     ),
     Seam("repetition penalty", SCALE_LOGITS, "same", parameters=("logits", "scaling_penalties")),
     Seam("seeded sample", SEEDED_SAMPLE, "same", parameters=("logprobs", "seed", "positions")),
+    Seam("grad mode", GRAD_MODE, "same, as the scheduler's loop calls them"),
     Seam("execution settings", EXECUTION, "same"),
 )

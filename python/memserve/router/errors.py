@@ -77,7 +77,7 @@ class UpstreamDisconnected(UpstreamFault):
 
         `sent_s`: when it was sent, by time.monotonic.
         """
-        super().__init__(instance_id, f"the {role} server {instance_id} was lost: {reason}")
+        super().__init__(instance_id, f"{_named(role, instance_id)} was lost: {reason}")
         self.epoch = epoch
         self.role = role
         self.reason = reason
@@ -91,20 +91,25 @@ class UpstreamError(UpstreamFault):
     kind = "failed"
 
     def __init__(self, instance_id: InstanceId, role: str, status: int, message: str) -> None:
-        super().__init__(instance_id, f"the {role} server {instance_id} failed with {status}: {message}")
+        super().__init__(instance_id, f"{_named(role, instance_id)} failed with {status}: {message}")
         self.status = status
         self.said = message
         """The server's message."""
+
+
+def _named(role: str, instance_id: InstanceId) -> str:
+    """An instance for a client, who does not see addresses: a server that registered none has its URL."""
+    return f"the {role} server" + ("" if "://" in instance_id else f" {instance_id}")
 
 
 class PoisonRequest(MemServeError):
     """Instances ended while they worked on the request: no other instance gets it."""
 
     def __init__(self, role: str, instances: Sequence[InstanceId]) -> None:
-        names = ", ".join(instances)
+        names = ", ".join(_named(role, one) for one in instances)
         lost = f"{len(instances)} {role} servers were lost while they worked on this request ({names})"
         if len(instances) == 1:
-            lost = f"the {role} server {names} crashed as soon as it had this request"
+            lost = f"{names} crashed as soon as it had this request"
         super().__init__(
             f"{lost}: the request may be the cause and is not tried on another server; "
             "change it before you send it again"

@@ -108,6 +108,8 @@ class ServerInfo:
     """Each token depends only on the request's seed and the token's position."""
     is_on_cpu: bool = False
     """It has no GPU."""
+    returned: frozenset[str] = frozenset()
+    """The fields of a request, of those that cost extra, that it was started to answer."""
 
     def serves(self, model: str) -> bool:
         """True if requests for `model` may come here; `model:adapter`, SGLang's LoRA syntax, counts."""
@@ -134,13 +136,18 @@ def read_server_info(
         model=str(model.get("served_model_name") or card.get("id") or path),
         model_path=path,
         context_tokens=None if server.get("allow_auto_truncate") else _integer(card.get("max_model_len")),
-        vocab_size=read_vocab_size(path),
+        vocab_size=read_vocab_size(path) or _told_vocab_size(server),
         page_size=cache.page_tokens,
         model_info=model_info,
         event_source_info=cache,
         max_prompt_tokens=read_max_prompt_tokens(server, cache.page_tokens),
         is_deterministic=server.get("enable_deterministic_inference") is True,
         is_on_cpu=server.get("device") == "cpu",
+        returned=frozenset(
+            name.removeprefix("enable_")
+            for name, value in server.items()
+            if name.startswith("enable_return_") and value is True
+        ),
     )
 
 
@@ -152,6 +159,14 @@ def read_vocab_size(model_path: str) -> int | None:
         return None
     text = config.get("text_config")
     return _integer(config.get("vocab_size") or (text.get("vocab_size") if isinstance(text, dict) else None))
+
+
+def _told_vocab_size(server_info: Mapping[str, object]) -> int | None:
+    """The vocabulary size that a server started by MemServe reports; None for others."""
+    states = server_info.get("internal_states")
+    state = states[0] if isinstance(states, list) and states else None
+    told = state.get("memserve") if isinstance(state, dict) else None
+    return _integer(told.get("vocab_size")) if isinstance(told, dict) else None
 
 
 def read_max_prompt_tokens(server_info: Mapping[str, object], page_tokens: int | None) -> int | None:

@@ -2,11 +2,20 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import pytest
 
-from memserve.router.server_info import EventPublisher, EventSource, EventSourceInfo, read_event_sources
+from memserve.router.server_info import (
+    EventPublisher,
+    EventSource,
+    EventSourceInfo,
+    ServerInfo,
+    read_event_sources,
+    read_server_info,
+)
+from memserve.wire.messages import Role
 
 PUBLISHES = {
     "publisher": "zmq",
@@ -122,3 +131,31 @@ def test_read_event_sources_ignores_an_unreachable_replay() -> None:
 )
 def test_read_event_sources_ignores_malformed_pages(server_info: dict[str, Any]) -> None:
     assert read_event_sources(server_info) == EventSourceInfo()
+
+
+def read(server_info: dict[str, Any]) -> ServerInfo:
+    model = {"model_path": "/only/on/the/servers/machine"}
+    pages = (json.dumps(page).encode() for page in (model, server_info, {"data": [{"id": "m"}]}))
+    return read_server_info("http://worker:30000", Role.COLOCATED, *pages)
+
+
+@pytest.mark.parametrize(
+    ("states", "vocab_size"),
+    [
+        ([{"memserve": {"vocab_size": 260}}], 260),
+        ([{"memserve": {}}], None),
+        ([{"memserve": {"vocab_size": "x"}}], None),
+        ([{}], None),
+        ([], None),
+        ("x", None),
+    ],
+)
+def test_vocabulary_of_a_model_elsewhere_is_what_the_server_tells(
+    states: Any, vocab_size: int | None
+) -> None:
+    assert read(info(internal_states=states)).vocab_size == vocab_size
+
+
+def test_extras_that_a_server_returns_are_read() -> None:
+    told = info(enable_return_hidden_states=True, enable_return_routed_experts=False)
+    assert read(told).returned == {"return_hidden_states"}

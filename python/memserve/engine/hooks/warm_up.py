@@ -27,7 +27,15 @@ def place() -> None:
 
 
 def warm_up(_: Any, scheduler: Any) -> None:
-    """Call the compiled functions with the shapes and types of the sampler, on the model's device."""
+    """Call the compiled functions with the shapes and types of the sampler, on the model's device.
+
+    In the grad mode of the scheduler's loop: torch compiles for each mode.
+    """
+    with pkgutil.resolve_name(seams.GRAD_MODE)():
+        _call_compiled(scheduler)
+
+
+def _call_compiled(scheduler: Any) -> None:
     import torch
 
     began = time.perf_counter()

@@ -23,9 +23,11 @@ def leg_bodies(request: GenerationRequest, pair: Pair, draw_room: Callable[[], i
     """The bodies for prefill and for decode.
 
     `draw_room` gives a new rendezvous number for each prompt. Prefill does not stream its single token,
-    even if the client wants a stream. Raises BadRequest for what a pair cannot answer.
+    even if the client wants a stream. Raises BadRequest for what servers like these return, and a pair
+    cannot; the servers refuse, or ignore, what they do not return.
     """
-    for name in request.wanted_of_one_server:
+    returned = pair.prefill.server_info.returned
+    for name in filter(returned.__contains__, request.wanted_of_one_server):
         raise BadRequest(
             f"{name} needs a colocated server, and none is ready: a prefill and a decode server lose the "
             "prompt's part of it",

@@ -117,7 +117,10 @@ class Tokenizer:
         lists = [list(ids) for ids in tokens.prompts]
         ids: object = lists[0] if request.num_prompts is None else lists
         if request.api is Api.CHAT:
-            return structs.replace(request, body={**request.body, "input_ids": ids})
+            body = {**request.body, "input_ids": ids}
+            if body.get("stop") == "":  # beside ids SGLang takes this for no text at all
+                body["stop"] = [""]
+            return structs.replace(request, body=body)
         if request.api is Api.COMPLETIONS:
             if request.body.get("echo"):
                 return request

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from memserve.engine import request_seams as seams
 from memserve.engine.hooks import warm_up
@@ -18,12 +19,17 @@ def test_compiled_functions_are_called_with_the_samplers_shapes(
     called: list[tuple[str, list[tuple[tuple[int, ...], str]]]] = []
 
     def record(name: str) -> Any:
-        return lambda *tensors: called.append((name, [(tuple(t.shape), str(t.dtype)) for t in tensors]))
+        def call(*tensors: torch.Tensor) -> None:
+            assert not torch.is_grad_enabled()
+            called.append((name, [(tuple(one.shape), str(one.dtype)) for one in tensors]))
+
+        return call
 
     deterministic = SimpleNamespace(enable_deterministic_inference=is_seeded)
     fakes = {
         seams.SCALE_LOGITS: record("scale"),
         seams.SEEDED_SAMPLE: record("sample"),
+        seams.GRAD_MODE: torch.no_grad,
         seams.EXECUTION: lambda: SimpleNamespace(deterministic=deterministic),
     }
     monkeypatch.setattr(warm_up.pkgutil, "resolve_name", fakes.__getitem__)

@@ -115,7 +115,9 @@ async def test_values_that_a_pair_loses_are_refused_or_asked_of_one_server(
     name: str, value: Any, stream: bool
 ) -> None:
     body = {"text": ["a"], name: value, "stream": stream}
-    async with staged(*pair()) as stage:
+    returned = {f"enable_{name}": True}
+    legs = [FakeWorker(role, server_info=returned) for role in (Role.PREFILL, Role.DECODE)]
+    async with staged(*legs) as stage:
         async with stage.client.post(stage.url("/generate"), json=body) as response:
             error = (await response.json())["error"]
         assert (response.status, error["param"], error["retryable"]) == (400, name, False)
@@ -127,6 +129,13 @@ async def test_values_that_a_pair_loses_are_refused_or_asked_of_one_server(
             async with response:
                 assert response.status == 200
         assert len(stage.colocated.requests) == 6
+
+
+@pytest.mark.parametrize(("name", "value"), ASKED)
+async def test_values_that_no_server_of_a_pair_returns_are_left_to_the_servers(name: str, value: Any) -> None:
+    async with staged(*pair()) as stage:
+        assert (await stage.post("/generate", {"text": ["a"], name: value}))[0] == 200
+        assert stage.decode.requests[0].body[name] == value
 
 
 async def test_hidden_states_that_are_not_wanted_are_no_reason_to_refuse() -> None:
