@@ -51,17 +51,13 @@ class Number:
     is_whole: bool = False
 
     def problem(self, value: object, limits: ModelLimits) -> str | None:
-        return self.problem_up_to(self.highest, value)
-
-    def problem_up_to(self, highest: float, value: object) -> str | None:
-        """As `problem`, with another upper bound."""
         is_number = isinstance(value, int | float) and not isinstance(value, bool)
         if is_number and self.is_whole and isinstance(value, float):
             is_number = value.is_integer()
-        if is_number and self.lowest <= value <= highest:  # type: ignore[operator]
+        if is_number and self.lowest <= value <= self.highest:  # type: ignore[operator]
             return None
         kind = "a whole number" if self.is_whole else "a number"
-        return f"{kind}, at least {self.lowest:.12g}, at most {highest:.12g}"
+        return f"{kind}, at least {self.lowest:.12g}, at most {self.highest:.12g}"
 
     def schema(self) -> Schema:
         kind = "integer" if self.is_whole else "number"

@@ -238,7 +238,7 @@ def _checked(
             wanted = None if one is None else kind.problem(one, limits)
             if wanted is not None:
                 raise BadRequest(f"{one_field} has to be {wanted}", field=one_field)
-        if isinstance(value, float) and isinstance(kind, Number) and kind.is_whole:
+        if isinstance(value, float) and (not isinstance(kind, Number) or kind.is_whole):
             values = _with(values, name, int(value))
     return values
 

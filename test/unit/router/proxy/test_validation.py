@@ -412,6 +412,8 @@ def test_whole_numbers_become_integers() -> None:
     assert call.body["sampling_params"] == [{"max_new_tokens": 6, "n": 2}]
     assert (call.num_samples, call.answer_limit) == (2, 6)
     assert read(Api.CHAT, {"messages": HELLO, "max_tokens": 6.0}).answer_limit == 6
+    assert str(generate(text="a", top_logprobs_num=3.0).body["top_logprobs_num"]) == "3"
+    assert generate(text="a", sampling_params={"temperature": 1.0}).sampling == [{"temperature": 1.0}]
 
 
 def test_bounds_of_an_unknown_model_are_those_of_the_numbers() -> None:
