@@ -10,12 +10,10 @@ from typing import Protocol, TypeAlias
 
 import msgspec
 
-from memserve.router.sglang_api import DEFAULT_OUTPUT_TOKENS, OUTPUT_LIMITS
+from memserve.router.sglang_api import DEFAULT_OUTPUT_TOKENS, LOST_IN_PAIRS, OUTPUT_LIMITS
 
 JsonObject: TypeAlias = dict[str, object]
 """A JSON object with SGLang's fields: the router reads a few and passes on all."""
-
-_OF_ONE_SERVER = ("return_hidden_states", "return_routed_experts", "return_indexer_topk")
 
 encode_json = msgspec.json.Encoder().encode
 decode_json = msgspec.json.Decoder().decode
@@ -135,5 +133,5 @@ class GenerationRequest(msgspec.Struct, frozen=True):
     @property
     def wanted_of_one_server(self) -> list[str]:
         """The fields that ask for values of the prompt which a prefill server does not hand over."""
-        wanted = {name: self.body.get(name) for name in _OF_ONE_SERVER}
+        wanted = {name: self.body.get(name) for name in LOST_IN_PAIRS}
         return [name for name, one in wanted.items() if (any(one) if isinstance(one, list) else one)]

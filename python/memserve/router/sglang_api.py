@@ -76,6 +76,8 @@ class Field:
     """In a batch it may be a list of one value per prompt."""
     is_prompt: bool = False
     """It is a prompt, or a part of it."""
+    is_lost_in_pairs: bool = False
+    """It asks for values of the prompt that a prefill server does not hand over."""
     kind_elsewhere: tuple[In, Kind] | None = None
     """Objects in which it has another kind."""
 
@@ -215,9 +217,9 @@ FIELDS = {
     "return_flat_raw_top_logprobs": Field(NATIVE, BOOLEAN),
     "return_flat_raw_output_top_logprobs": Field(NATIVE | In.CHAT, BOOLEAN),
     "return_flat_raw_top_logprobs_b64": Field(NATIVE | In.CHAT, BOOLEAN),
-    "return_hidden_states": Field(BODY, resume=NEVER),
-    "return_indexer_topk": Field(NATIVE, BOOLEAN, NEVER),
-    "return_routed_experts": Field(BODY, BOOLEAN, NEVER),
+    "return_hidden_states": Field(BODY, resume=NEVER, is_lost_in_pairs=True),
+    "return_indexer_topk": Field(NATIVE, BOOLEAN, NEVER, is_lost_in_pairs=True),
+    "return_routed_experts": Field(BODY, BOOLEAN, NEVER, is_lost_in_pairs=True),
     "routed_experts_start_len": Field(BODY, COUNT),
     "return_sampling_mask": Field(NATIVE | In.CHAT, BOOLEAN, NEVER, is_per_prompt=True),
     "sampling_logprobs_mode": Field(NATIVE | In.CHAT, STRING, is_per_prompt=True),
@@ -273,6 +275,7 @@ KINDS = {
     for where in In
 }
 """The checked fields of each object, by name."""
+LOST_IN_PAIRS = tuple(name for name, field in FIELDS.items() if field.is_lost_in_pairs)
 SAMPLING_FIELDS = frozenset(name for name, _ in fields_of(SAMPLING))
 TEXT_KEY_SEEDS = sorted(name for name, field in FIELDS.items() if field.seeds_text_keys)
 UNKNOWN_TOKENS = {name: field.unknown_tokens for name, field in FIELDS.items() if field.unknown_tokens}

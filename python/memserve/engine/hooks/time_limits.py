@@ -4,7 +4,8 @@ A request may take its limit at once, and on average a small part of each step; 
 400. A pattern is stopped in the middle. A step of a grammar runs to its end, and the next is refused.
 
 Ranks that process a request together must decide alike, and clocks differ. So a server of several ranks
-measures nothing, and `request_limits` refuses slow patterns by their form.
+measures nothing: `grammar_limits` bounds the form of grammars there, and a stop pattern is bounded only in
+the text that it is matched with.
 """
 
 from __future__ import annotations

@@ -30,8 +30,6 @@ MAX_UNREAD_BYTES = 256 << 10
 """Unread bytes at which reading from the instance is paused for a slow client."""
 _MARGIN_S = 1.0
 """How long before the end that `Keep-Alive: timeout` announces a connection is used no more."""
-
-
 _TIMEOUT = re.compile(rb"\btimeout\s*=\s*(\d{1,9})")
 
 
@@ -292,10 +290,13 @@ class UpstreamExchange:
         """Where the request was sent last, and the answer is read."""
         self.sent_s = math.inf
         """When the request was sent last, by time.monotonic."""
-        self.was_sent = False
-        """The instance may have received a part of the request."""
         self._pool = pool
         self._url = url
+
+    @property
+    def was_sent(self) -> bool:
+        """Whether the instance may have received a part of the request."""
+        return self.sent_s < math.inf
 
     async def begin(self, request: bytes, receive: Callable[[Connection], Awaitable[T]]) -> T:
         """Send `request`; what `receive` makes of the answer. Call once.
@@ -319,7 +320,7 @@ class UpstreamExchange:
             self.connection.release() if is_answered else self.connection.close()
 
     def _sent(self, connection: Connection, request: bytes) -> Connection:
-        self.connection, self.was_sent, self.sent_s = connection, True, time.monotonic()
+        self.connection, self.sent_s = connection, time.monotonic()
         connection.send(request)
         return connection
 

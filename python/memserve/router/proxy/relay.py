@@ -11,14 +11,15 @@ import msgspec
 
 from memserve.router.cluster.instance import Instance
 from memserve.router.errors import UpstreamError, UpstreamRejected, message_of, refusal
+from memserve.router.proxy.aborts import ABORT
 from memserve.router.proxy.upstream import Leg
 from memserve.router.request import JsonObject, decode_json, encode_json
 from memserve.router.sse import EventSplitter, EventTooLong, data_of, events_of
 
 Write = Callable[[bytes], Awaitable[None]]
 
-_ERROR, _ABORT = b'"error"', b'"abort"'
-"""What events that report a fault hold; text that holds it has backslashes there."""
+_ERROR = b'"error"'
+"""With `ABORT`, what events that report a fault hold; text that holds it has backslashes there."""
 
 
 class Sink(Protocol):
@@ -50,7 +51,7 @@ async def relay(leg: Leg, write: Write, on_first: Callable[[bytes], None] | None
         if not events:
             continue
         last = events
-        if _ERROR in events or _ABORT in events:
+        if _ERROR in events or ABORT in events:
             await _write_until_fault(leg.instance, events, write)
         else:
             await write(events)
@@ -86,7 +87,7 @@ def _fault_in(instance: Instance, event: bytes) -> UpstreamError | None:
 
     SGLang's OpenAI endpoints then write an error object, /generate an answer that ends in an abort.
     """
-    if _ERROR not in event and _ABORT not in event:
+    if _ERROR not in event and ABORT not in event:
         return None
     said = _object(data_of(event))
     meta: Any = said.get("meta_info")
